@@ -1,0 +1,132 @@
+"""Configs: frozen dataclasses for the program, a locked ConfigDict for files and flags, one way between them.
+
+Each file of the package that can be configured has its dataclass on top. A file in `configs/` starts from
+`mutable(SomeConfig())`, changes values and returns the ConfigDict; `frozen(SomeConfig, config_dict)` validates it.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from sora_jax.errors import UserError
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def choose(option: str, value: str, table: dict):
+    """table[value], or a UserError that names the option and what is allowed."""
+    if value not in table:
+        raise UserError(f"{option} is {value!r}; allowed: {', '.join(map(repr, table))}")
+    return table[value]
+
+
+def plain(config) -> dict:
+    """A dataclass as nested dicts of JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def mutable(config):
+    """A dataclass as a locked `ml_collections.ConfigDict`: values may change, names and types may not."""
+    from ml_collections import ConfigDict
+
+    def convert(value):
+        if dataclasses.is_dataclass(value):
+            return ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        return value
+
+    return convert(config).lock()
+
+
+def frozen(cls, values, where: str = "config"):
+    """Builds dataclass `cls` from a mapping; unknown names and wrong types are UserErrors naming the field."""
+    types_ = typing.get_type_hints(cls)
+    check(hasattr(values, "items"), f"{where} is {values!r}; it must hold the fields of {cls.__name__}")
+    unknown = [name for name in values if name not in types_]
+    check(not unknown, f"{where}.{unknown and unknown[0]} is not an option; allowed: {', '.join(types_)}")
+    arguments = {name: _coerce(types_[name], value, f"{where}.{name}") for name, value in values.items()}
+    return cls(**arguments)
+
+
+def _coerce(kind, value, where: str):
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else frozen(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _coerce_union(arguments, value, where)
+    if origin is tuple:
+        return _coerce_tuple(arguments, value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    check(type(value) is kind, f"{where} is {value!r}; it must be of type {kind.__name__}")
+    return value
+
+
+def _coerce_union(kinds, value, where: str):
+    if value is None:
+        check(type(None) in kinds, f"{where} is None; it must have a value")
+        return None
+    rest = [kind for kind in kinds if kind is not type(None)]
+    return _coerce(rest[0], value, where)
+
+
+def _coerce_tuple(kinds, value, where: str):
+    check(isinstance(value, (tuple, list)), f"{where} is {value!r}; it must be a tuple")
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    check(len(kinds) == len(value), f"{where} is {value!r}; it must have {len(kinds)} entries")
+    return tuple(_coerce(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value)))
+
+
+def load(file: str, overrides: Sequence[str] = ()):
+    """The ConfigDict of `configs/X.py` or `configs/X.py:variant`, changed by `path.to.field=value` strings.
+
+    Reading, typing and overriding are `ml_collections.config_flags`; its errors become UserErrors.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = file.partition(":")[0]
+    check(Path(path).is_file(), f"--config is {file!r}; there is no file {path!r}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = [f"--config={file}", *(f"--config.{change}" for change in overrides)]
+    try:
+        values(["sora-jax", *arguments])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        known = load(file) if overrides else None
+        raise UserError(_explain(arguments, known, error)) from error
+    return values.config
+
+
+def _explain(arguments: Sequence[str], known, error: Exception) -> str:
+    """One sentence for the first override that names no field, else the library's own reason."""
+    for argument in arguments[1:]:
+        path = argument.partition("=")[0]
+        node = known
+        for name in path.removeprefix("--config.").split("."):
+            if not hasattr(node, "keys") or name not in node:
+                allowed = ", ".join(node) if hasattr(node, "keys") else "nothing"
+                return f"{path} is not an option: there is no {name!r}; allowed there: {allowed}"
+            node = node[name]
+    return f"{' '.join(arguments)}: {' '.join(str(error).split())}"
+
+
+def first_difference(old: dict, new: dict, where: str = "") -> str | None:
+    """The path of the first value in which two plain configs differ, or None."""
+    for name in {**old, **new}:
+        path = f"{where}.{name}" if where else name
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            deeper = first_difference(a, b, path)
+            if deeper:
+                return deeper
+        elif a != b:
+            return path
+    return None

@@ -1,0 +1,270 @@
+"""The oracle: reads a clip of the embedded world back from its pixels alone.
+
+It knows the vocabulary (palette and figures) and nothing of how a clip was made. Lengths in a Reading are in short
+sides of the frame, x to the right and y down. It is built to bear noise, compression, softness and small shifts of
+colour, as generated clips have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import ndimage
+
+from sora_jax.data.captions import COLOURS, KINDS
+from sora_jax.data.oracle_backdrop import Plane, fit_plane, read_backdrop
+from sora_jax.data.oracle_kinds import Likeness, compare, moments, period, read_turn, unit_area
+from sora_jax.data.oracle_motion import Motion, Seen, read_motion
+
+# Share of shape in a pixel from which it counts as the shape's.
+_INSIDE = 0.4
+_CHROMA = 30.0
+# Half of the luma is left out of colour comparisons: hue is steadier than light in soft or compressed clips.
+_LUMA_LEFT_OUT = 0.5
+_SMALLEST = 0.008
+# Parts hang together within a frame, also by their corners, and never across time.
+_TOUCHING = np.zeros((3, 3, 3), bool)
+_TOUCHING[1] = True
+# A frame whose likeness to the clip's kind falls this far behind another kind shows another shape.
+_LIKENESS_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class ShapeReading:
+    """One shape: words for colour, kind, motion and direction (None in an image), and what was measured.
+
+    diameter: at the first frame. path_T2, diameters_T: NaN in frames where it is not seen in full.
+    physics_error: root-mean-square departure from the law of its motion. matched_T: frames that show this same shape.
+    """
+
+    colour: str
+    kind: str
+    motion: str | None
+    direction: str | None
+    diameter: float
+    path_T2: np.ndarray
+    diameters_T: np.ndarray
+    physics_error: float
+    matched_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A clip as read: shapes, largest first; count (median over frames); background and camera.
+
+    constancy: mean over frames of (shapes that are the same as in the whole clip) / (shapes there are), in [0, 1].
+    physics_error: mean over shapes of the departure from the law of motion, short sides; 0 for an image.
+    """
+
+    shapes: tuple[ShapeReading, ...]
+    count: int
+    style: str
+    tone: str
+    camera: str | None
+    constancy: float
+    physics_error: float
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Every pixel's departure from the background, its colour class (-1: background or mixed), and where shapes are.
+
+    toward_KHW3: what the departure would be under full cover by each colour of the palette.
+    """
+
+    departure_THW3: np.ndarray
+    toward_KHW3: np.ndarray
+    classes_THW: np.ndarray
+    inside_THW: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Sighting:
+    """One colour over a clip: soft masks of its largest part, parts per frame, frames seen and seen in full."""
+
+    colour: str
+    masks_THW: np.ndarray
+    parts_T: np.ndarray
+    seen_T: np.ndarray
+    full_T: np.ndarray
+    crossed_T: np.ndarray
+    area: float
+
+
+def read(frames: np.ndarray) -> Reading:
+    """Reading of a clip, frames (T, H, W, 3): uint8, or floats in [-1, 1]."""
+    frames = frames.astype(np.float32) if frames.dtype == np.uint8 else (frames.astype(np.float32) + 1) * 127.5
+    plane = fit_plane(frames)
+    pixels = _classify(frames, plane)
+    sightings = [s for colour in range(len(COLOURS)) if (s := _sight(pixels, colour)) is not None]
+    sightings.sort(key=lambda s: -s.area)
+    size = frames.shape[1:3]
+    shapes = _crossings([_read_shape(s, size) for s in sightings], [s.crossed_T for s in sightings])
+    style, tone, camera = read_backdrop(frames, plane, ~_around(pixels.inside_THW))
+    parts_T = sum((s.parts_T for s in sightings), np.zeros(len(frames), int))
+    errors = [s.physics_error for s in shapes]
+    return Reading(
+        shapes=tuple(shapes),
+        count=int(np.median(parts_T) + 0.5),
+        style=style,
+        tone=tone,
+        camera=camera,
+        constancy=_constancy(shapes, parts_T),
+        physics_error=float(np.mean(errors)) if errors else 0.0,
+    )
+
+
+def _constancy(shapes: list[ShapeReading], parts_T: np.ndarray) -> float:
+    if not shapes:
+        return 0.0
+    matched_T = np.sum([s.matched_T for s in shapes], axis=0)
+    return float((matched_T / np.maximum(parts_T, len(shapes))).mean())
+
+
+def _classify(frames: np.ndarray, plane: Plane) -> _Pixels:
+    """Each pixel as a mixture of the background and the one colour of the palette that explains it best."""
+    palette = np.array(list(COLOURS.values()), np.float32)
+    toward = palette[:, None, None] - plane.colours_HW3
+    departure = frames - plane.colours_HW3
+    light = _light(departure)[..., None]
+    chroma = departure - light
+    coloured = np.nonzero(_dot(chroma, chroma) > _CHROMA**2)
+    # Candidates only, a fifth of the pixels: eight projections of each cost little.
+    seen, ideal = departure[coloured], toward[:, coloured[1], coloured[2]]
+    steady = seen - _LUMA_LEFT_OUT * light[coloured]
+    steady_ideal = ideal - _LUMA_LEFT_OUT * _light(ideal)[..., None]
+    best = (_dot(steady_ideal, steady) / np.sqrt(_dot(steady_ideal, steady_ideal))).argmax(0)
+    chosen = ideal[best, np.arange(len(best))]
+    inside = _dot(chosen, seen) > _INSIDE * _dot(chosen, chosen)
+    found = tuple(axis[inside] for axis in coloured)
+    classes_THW = np.full(frames.shape[:3], -1)
+    classes_THW[found] = best[inside]
+    return _Pixels(departure, toward, _settle(classes_THW), classes_THW >= 0)
+
+
+def _light(colours: np.ndarray) -> np.ndarray:
+    return (colours[..., 0] + colours[..., 1] + colours[..., 2]) * np.float32(1 / 3)
+
+
+def _dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    # Sums over an axis of three are many times slower than three products.
+    return one[..., 0] * other[..., 0] + one[..., 1] * other[..., 1] + one[..., 2] * other[..., 2]
+
+
+def _settle(classes_THW: np.ndarray) -> np.ndarray:
+    """Gives stray pixels their part's main colour: neighbouring hues join it, small minorities are dropped.
+
+    Edges between a shape and the background, or between two shapes, show mixtures that are in nobody's colour.
+    """
+    parts_THW, number = ndimage.label(classes_THW >= 0, _TOUCHING)
+    colours, found = len(COLOURS), np.nonzero(parts_THW)
+    part, kind = parts_THW[found], classes_THW[found]
+    votes = np.bincount(part * colours + kind, minlength=(number + 1) * colours).reshape(-1, colours)
+    main = votes.argmax(1)
+    steps = (kind - main[part]) % colours
+    kind = np.where((steps == 1) | (steps == colours - 1), main[part], kind)
+    minor = votes[part, kind] < 0.15 * votes[part].sum(1)
+    settled = np.full(classes_THW.shape, -1)
+    settled[found] = np.where(minor, -1, kind)
+    return settled
+
+
+def _around(marks_THW: np.ndarray) -> np.ndarray:
+    """Marks and all pixels within two of them, in each frame."""
+    wide = np.pad(marks_THW, ((0, 0), (2, 2), (2, 2)))
+    wide = wide[:, 2:-2] | wide[:, 1:-3] | wide[:, 3:-1] | wide[:, :-4] | wide[:, 4:]
+    return wide[..., 2:-2] | wide[..., 1:-3] | wide[..., 3:-1] | wide[..., :-4] | wide[..., 4:]
+
+
+def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
+    """One colour's shape over the clip; None where the colour is too little or too seldom seen."""
+    mine_THW = pixels.classes_THW == colour
+    frames, height, width = mine_THW.shape
+    least = max(5.0, _SMALLEST * min(height, width) ** 2)
+    if (mine_THW.sum((1, 2)) >= least).mean() < 0.4:
+        return None
+    labels_THW, number = ndimage.label(mine_THW, _TOUCHING)
+    sizes_TN = np.stack([np.bincount(frame.ravel(), minlength=number + 1) for frame in labels_THW])
+    sizes_TN[:, 0] = 0
+    largest_T, area_T = sizes_TN.argmax(1), sizes_TN.max(1)
+    parts_T = (sizes_TN >= np.maximum(least * 0.6, 0.3 * area_T)[:, None]).sum(1)
+    core_THW = (labels_THW == largest_T[:, None, None]) & mine_THW
+    around_THW = _around(core_THW)
+    others_THW = (pixels.classes_THW >= 0) & ~core_THW
+    crossed_T = (around_THW & others_THW & ~mine_THW).sum((1, 2)) >= 3
+    toward = pixels.toward_KHW3[colour]
+    share_THW = np.clip(_dot(pixels.departure_THW3, toward) / _dot(toward, toward), 0, 1)
+    masks_THW = np.where(around_THW & ~others_THW, share_THW, 0.0)
+    seen_T = area_T >= least * 0.6
+    clear_T = seen_T & ~crossed_T
+    usual = np.median(area_T[clear_T]) if clear_T.any() else area_T.max()
+    full_T = seen_T & (~crossed_T | (area_T >= 0.88 * usual))
+    return _Sighting(
+        tuple(COLOURS)[colour], masks_THW, parts_T, seen_T, full_T, crossed_T, float(np.median(area_T))
+    )
+
+
+def _read_shape(sighting: _Sighting, size: tuple[int, int]) -> ShapeReading:
+    frames, short = len(sighting.masks_THW), min(size)
+    times = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
+    full = np.nonzero(sighting.full_T)[0]
+    masks = _sharpened(sighting.masks_THW[full])
+    mass, centres, radii = moments(masks)
+    likeness = compare(masks, centres, radii)
+    kind = KINDS[int(likeness.kinds_TK.mean(0).argmax())]
+    diameters = np.sqrt(mass / unit_area(kind)) / short
+    motion = Motion(None, None, 0.0)
+    if frames > 1:
+        turn, gain = read_turn(likeness.scores_TKA[:, KINDS.index(kind)], kind, times[full])
+        frame = (size[1] / short, size[0] / short)
+        seen = Seen(times[full], centres / short, diameters, turn, gain, kind, frame)
+        motion = read_motion(seen)
+    path_T2, diameters_T = np.full((frames, 2), np.nan), np.full(frames, np.nan)
+    path_T2[full], diameters_T[full] = centres / short, diameters
+    return ShapeReading(
+        colour=sighting.colour,
+        kind=kind,
+        motion=motion.name,
+        direction=motion.direction,
+        diameter=_first_diameter(times[full], diameters),
+        path_T2=path_T2,
+        diameters_T=diameters_T,
+        physics_error=motion.error,
+        matched_T=_matched(sighting, full, likeness, kind),
+    )
+
+
+def _sharpened(masks: np.ndarray) -> np.ndarray:
+    """Masks with their clip's usual full share brought to 1 (a shifted colour is no smaller shape), noise cut off."""
+    solid = masks[masks > 0.5]
+    peak = np.quantile(solid, 0.7) if solid.size else 1.0
+    return np.clip(masks / max(float(peak), 0.5), 0, 1)
+
+
+def _first_diameter(times: np.ndarray, diameters: np.ndarray) -> float:
+    if len(times) < 3:
+        return float(diameters[0])
+    slope, level = np.polyfit(times, diameters, 1)
+    return float(level) if abs(slope) > 0 else float(diameters.mean())
+
+
+def _matched(sighting: _Sighting, full: np.ndarray, likeness: Likeness, kind: str) -> np.ndarray:
+    """Frames that show the clip's shape; one partly hidden behind another shape has the benefit of the doubt."""
+    matched_T = sighting.crossed_T.copy()
+    kinds_TK = likeness.kinds_TK
+    matched_T[full] = kinds_TK[:, KINDS.index(kind)] >= kinds_TK.max(1) - _LIKENESS_SLACK
+    return matched_T & (sighting.seen_T | sighting.crossed_T)
+
+
+def _crossings(shapes: list[ShapeReading], crossed: list[np.ndarray]) -> list[ShapeReading]:
+    """Names the pair of a pass: one shape moves along a line, the other lies still and loses sight of itself."""
+    for i, front in enumerate(shapes):
+        for j, behind in enumerate(shapes):
+            straight = front.motion == "move" and " " not in (front.direction or " ")
+            hidden = np.isnan(behind.diameters_T).sum() > np.isnan(front.diameters_T).sum()
+            if straight and behind.motion == "still" and hidden and (crossed[i] & crossed[j]).any():
+                shapes[i] = replace(front, motion="pass")
+                shapes[j] = replace(behind, motion="behind", direction=None)
+                return shapes
+    return shapes

@@ -1,0 +1,74 @@
+"""Clips as one picture: a strip of frames for each, its caption below."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 6
+GAP = 2
+
+
+def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
+    """`shown` frames of a clip (T, H, W, 3), evenly spread from first to last, side by side; uint8."""
+    chosen = np.unique(np.linspace(0, len(frames) - 1, shown).round().astype(int))
+    tiles = frames[chosen].repeat(scale, axis=1).repeat(scale, axis=2)
+    gap = np.full((tiles.shape[1], GAP, 3), 255, np.uint8)
+    return np.concatenate([part for tile in tiles for part in (gap, tile)][1:], axis=1)
+
+
+def contact_sheet(
+    clips: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int = 2,
+    scale: int = 1,
+    shown: int = 4,
+    font_size: int = 13,
+) -> np.ndarray:
+    """A white sheet (H, W, 3) uint8 with a cell for each clip: a strip of frames over its wrapped caption.
+
+    Clips uint8 (T, H, W, 3) may differ in every size; `scale` enlarges their pixels, `shown` frames of each
+    are seen.
+    """
+    strips = [strip(clip, shown, scale) for clip in clips]
+    width = max([160] + [s.shape[1] for s in strips])
+    cells = [_cell(s, caption, width, font_size) for s, caption in zip(strips, captions, strict=True)]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    return np.concatenate([_row(row, columns) for row in rows])
+
+
+def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:
+    height, width = max(cell.shape[0] for cell in cells), cells[0].shape[1]
+    row = np.full((height, width * columns, 3), 255, np.uint8)
+    for i, cell in enumerate(cells):
+        row[: cell.shape[0], i * width : (i + 1) * width] = cell
+    return row
+
+
+def _cell(strip: np.ndarray, caption: str, width: int, font_size: int) -> np.ndarray:
+    font = ImageFont.load_default(font_size)
+    lines = wrap(caption, font, width)
+    line_height = sum(font.getmetrics())
+    height = strip.shape[0] + GAP + line_height * len(lines)
+    cell = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), "white")
+    cell.paste(Image.fromarray(strip), (MARGIN, MARGIN))
+    draw = ImageDraw.Draw(cell)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + strip.shape[0] + GAP + i * line_height), line, fill="black", font=font)
+    return np.asarray(cell)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines at most `width` pixels wide, broken at spaces and, inside longer words, anywhere."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]

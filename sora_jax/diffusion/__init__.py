@@ -1,0 +1,1 @@
+"""The mathematics of diffusion; it knows no model and takes a `denoise` function."""

@@ -1,0 +1,55 @@
+"""Random keys: every draw on the device is a function of (seed, step, purpose) and, for a clip, of its id.
+
+Nothing is stored and advanced, so a run stopped at any step goes on with the same draws; and since a draw
+knows the clip and not its place, a clip gets the same noise in whichever pack, row or device it travels.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from sora_jax.errors import UserError
+from sora_jax.shapes import ClipsBS
+
+
+class Purpose(enum.IntEnum):
+    """What a draw is for. The numbers enter the keys: changing one changes every run."""
+
+    INIT = 0
+    TIME = 1
+    NOISE = 2
+    CAPTION_DROPOUT = 3
+    SAMPLE = 4
+
+
+def step_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:
+    """The key of one purpose at one training step; `step` may be traced.
+
+    Raises:
+        UserError: the seed does not fit in 32 bits, where two seeds could give one key.
+    """
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise UserError(f"seed must be between 0 and 4294967295, not {seed}.")
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), step), int(purpose))
+
+
+def clip_keys(key: Key[Array, ""], clips_BS: ClipsBS) -> Key[Array, "B S"]:
+    """One key per clip slot, from the clip's id alone."""
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, clips_BS)
+
+
+def token_noise(
+    key: Key[Array, ""], clips_BL: UInt32[Array, "B L"], index_BL: Int[Array, "B L"], width: int
+) -> Float[Array, "B L {width}"]:
+    """Standard normal float32 noise (B, L, width): a function of (key, clip id, token index in the clip).
+
+    Padding (clip 0, index 0) gets finite noise like any token.
+    """
+
+    def one_token(clip: Array, index: Array) -> Array:
+        token_key = jax.random.fold_in(jax.random.fold_in(key, clip), index)
+        return jax.random.normal(token_key, (width,), jnp.float32)
+
+    return jax.vmap(jax.vmap(one_token))(clips_BL, index_BL)

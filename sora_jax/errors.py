@@ -1,0 +1,16 @@
+"""How the package ends early: a mistake that the user can mend, and an orderly stop."""
+
+
+class UserError(Exception):
+    """A user's mistake: one sentence naming the option, the value given and what is allowed.
+
+    The command line prints it without a traceback and ends with exit code 2; library callers may catch it.
+    """
+
+
+class Stopped(Exception):
+    """A run was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there")
+        self.step = step

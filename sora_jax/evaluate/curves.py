@@ -1,0 +1,33 @@
+"""Loss curves of runs, as a picture."""
+
+from pathlib import Path
+
+from sora_jax.train.metrics import read_metrics
+
+
+def draw_losses(runs: dict[str, Path], out: Path) -> None:
+    """One panel per run: its loss against steps; the transformer's also by noise level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, layout="constrained")
+    for panel, (name, run) in zip(panels[0], runs.items(), strict=True):
+        rows = read_metrics(run)
+        _draw(panel, name, rows)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw(panel, name: str, rows: list[dict]) -> None:
+    steps = [row["step"] for row in rows]
+    levels = sorted({key for row in rows for key in row if key.startswith("loss_by_noise/")}, key=lambda k: int(k[14:]))
+    for i, level in enumerate(levels):
+        shade = str(0.85 - 0.5 * i / max(len(levels) - 1, 1))
+        panel.plot(steps, [row.get(level) for row in rows], color=shade, linewidth=0.8)
+    panel.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="all" if levels else "loss")
+    if levels:
+        panel.plot([], [], color="0.6", label="by noise level (dark = noisy)")
+    panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+    panel.legend(frameon=False, fontsize=8)

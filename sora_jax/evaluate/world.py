@@ -1,0 +1,75 @@
+"""The world's oracle as a metric: does a generated clip show what its prompt says?"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from sora_jax.data.agreement import Agreement, agreement
+from sora_jax.data.manifest import Dataset
+from sora_jax.data.oracle import read
+
+FACTS = ("colour", "kind", "motion", "count")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Rates in [0, 1] over clips; a fact counts where the prompt states it. `triple` is colour, kind and motion
+    together; physics_error is in short sides of the frame."""
+
+    clips: int
+    triple: float
+    colour: float
+    kind: float
+    motion: float
+    count: float
+    constancy: float
+    physics_error: float
+
+
+def score(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> Score:
+    """Agreement of generated clips, uint8 (T, H, W, 3), with their prompts, by the oracle."""
+    found = [agreement(prompt, clip) for prompt, clip in zip(prompts, clips, strict=True)]
+    rates = {name: _rate([getattr(a, name) for a in found]) for name in FACTS}
+    moving = [a for a, clip in zip(found, clips, strict=True) if len(clip) > 1]
+    return Score(
+        clips=len(found),
+        triple=float(np.mean([triple(a) for a in found])),
+        constancy=_mean([a.constancy for a in moving]),
+        physics_error=_mean([a.physics_error for a in moving]),
+        **rates,
+    )
+
+
+def triple(found: Agreement) -> bool:
+    """Whether colour, kind and motion with its direction are all right, as far as the prompt states them."""
+    return all(getattr(found, name) is not False for name in ("colour", "kind", "motion"))
+
+
+def _rate(facts: list[bool | None]) -> float:
+    return _mean([fact for fact in facts if fact is not None])
+
+
+def _mean(values: list) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def in_words(clip: np.ndarray) -> str:
+    """What the oracle reads in a clip, shape by shape."""
+    reading = read(clip)
+    words = []
+    for shape in reading.shapes:
+        motion = "" if len(clip) == 1 or shape.motion is None else f", {shape.motion} {shape.direction or ''}".rstrip()
+        words.append(f"{shape.colour} {shape.kind}{motion}")
+    return "; ".join(words) or "nothing"
+
+
+def held_out_prompts(dataset: Dataset, count: int) -> list[tuple[str, tuple[int, int, int]]]:
+    """Captions and sizes of held-out moving clips whose caption no training clip has; the first `count` of them."""
+    seen = {row["caption"] for row in dataset.rows("train")}
+    found = [
+        (row["caption"], (row["frames"], row["height"], row["width"]))
+        for row in dataset.rows("held-out")
+        if row["frames"] > 1 and row["caption"] not in seen and "moves" in row["caption"]
+    ]
+    return found[:count]

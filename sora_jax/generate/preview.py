@@ -1,0 +1,87 @@
+"""What a run shows of itself while it trains."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sora_jax.data.media import save_png, write_video
+from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.generate.run import Run
+from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.frozen import FrozenAutoencoder
+from sora_jax.train.metrics import MetricsWriter
+
+Preview = Callable[[int, dict, MetricsWriter], None]
+TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
+
+
+def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], workdir: Path) -> Preview:
+    """Writes samples/step_N.png: each held-out clip, and below it what the autoencoder makes of it."""
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+
+    def preview(step: int, params: dict, writer: MetricsWriter) -> None:
+        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, params), zero, one)
+        decoded = list(autoencoder.decode(autoencoder.encode(clips, 1), 1))
+        pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
+        image = contact_sheet([pair[None] for pair in pairs], [""] * len(pairs), shown=1)
+        save_png(workdir / "samples" / f"step_{step:06d}.png", image)
+        writer.picture(step, "reconstructions", image)
+
+    return preview
+
+
+def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview | None:
+    """Samples the config's preview prompts: clips of the step, a sheet, and the strip that grows as training goes on.
+
+    `run` makes a usable Run of the averaged parameters. None if the config names no prompts.
+    """
+
+    def preview(step: int, params: dict, writer: MetricsWriter) -> None:
+        current = run(params)
+        config = current.config.preview
+        sizes = [config.sizes[i % len(config.sizes)] for i in range(len(config.prompts))]
+        clips = current.generate(config.prompts, sizes, config.steps, config.guidance, current.config.seed)
+        folder = workdir / "samples" / f"step_{step:06d}"
+        for i, clip in enumerate(clips):
+            ending = "png" if len(clip) == 1 else "mp4"
+            write_video(folder / f"{i:02d}.{ending}", clip, config.fps, upscale=scale_of(clip))
+        save_png(folder / "frames.png", _row(clips))
+        image = progress_picture(workdir / "samples")
+        save_png(workdir / "samples" / "progress.png", image)
+        writer.picture(step, "samples", image)
+
+    return preview
+
+
+def scale_of(clip: np.ndarray) -> int:
+    """The whole factor by which a small clip is enlarged to be watched."""
+    return max(1, -(-TILE * 2 // min(clip.shape[1:3])))
+
+
+def _row(clips: Sequence[np.ndarray]) -> np.ndarray:
+    """First, middle and last frame of each clip, side by side on white."""
+    tiles = [strip(clip, 3, max(1, -(-TILE // min(clip.shape[1:3])))) for clip in clips]
+    height = max(tile.shape[0] for tile in tiles)
+    pad = functools.partial(np.pad, constant_values=255)
+    return np.concatenate([pad(t, ((2, 2 + height - t.shape[0]), (2, 6), (0, 0))) for t in tiles], axis=1)
+
+
+def progress_picture(samples: Path) -> np.ndarray:
+    """All previews so far, a row each, oldest first."""
+    from PIL import Image
+
+    rows = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(samples.glob("step_*/frames.png"))]
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(r, ((0, 4), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
+
+
+def held_out_psnr(autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray]) -> float:
+    """Mean PSNR in dB of the reconstructions of uint8 clips, at the precision that is written to files."""
+    values = []
+    for clip, decoded in zip(clips, autoencoder.decode(autoencoder.encode(clips)), strict=True):
+        error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()
+        values.append(10 * np.log10(255.0**2 / max(error, 1e-4)))
+    return float(np.mean(values))

@@ -1,0 +1,121 @@
+"""One packed sampler: requests of any size, side by side in fixed-shape packs, from noise to latents."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.data.packing import PackingConfig, PackItem, grid_of, pack, stack, unpack, unstack
+from sora_jax.data.planning import plan
+from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.diffusion.guidance import guided
+from sora_jax.diffusion.keys import Purpose, step_key, token_noise
+from sora_jax.diffusion.process import process_named
+from sora_jax.diffusion.solvers import Problem, solver_named
+from sora_jax.diffusion.times import sampling_times
+from sora_jax.models.text import encode_text
+from sora_jax.models.transformer import compute_dtype, denoise
+from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
+from sora_jax.train.denoiser import DenoiserRun
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How to sample: solver steps, guidance scale (1 = none), seed."""
+
+    solver: str = "euler"
+    steps: int = 30
+    guidance: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self):
+        solver_named(self.solver)
+        check(self.steps > 0, f"--steps is {self.steps}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A clip to generate: caption, latent size (t, h, w) and identity; equal requests give equal clips."""
+
+    prompt: str
+    size: tuple[int, int, int]
+    clip: int
+
+
+def sample_latents(params, run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Request], config: SampleConfig):
+    """Normalised latents (t, h, w, C), one per request, in order.
+
+    All requests travel in as few packs as they fit in and are sampled by one call; a clip's noise is keyed by
+    (seed, clip), so what it is packed with changes it by float error at most.
+    """
+    items, packing = _pack_items(run, tokenizer, requests)
+    batch, places = _arrange(items, packing)
+    guidance = None if config.guidance == 1.0 else jnp.float32(config.guidance)
+    key = step_key(config.seed, 0, Purpose.SAMPLE)
+    tokens_BLP = _solve(params, run, config.solver, config.steps, Pack(**batch), key, guidance)
+    latents: list[np.ndarray | None] = [None] * len(requests)
+    for row, members in zip(unstack(batch | {"tokens_BLP": np.asarray(tokens_BLP)}), places, strict=True):
+        for member, latent in zip(members, unpack(row, packing.patch), strict=True):
+            latents[member] = latent
+    return latents
+
+
+def _pack_items(run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Request]):
+    """Requests as items to pack, and the run's pack sizes, grown if a single request needs more."""
+    channels = run.model.latent_channels
+    items = [
+        PackItem(np.zeros((*r.size, channels), np.float32), np.uint32(r.clip), tokenizer.encode(r.prompt))
+        for r in requests
+    ]
+    longest = max(int(np.prod(grid_of(r.size, run.packing.patch))) for r in requests)
+    wordiest = max(len(item.text) for item in items)
+    sizes = {
+        "length": max(run.packing.length, -(-longest // 128) * 128),
+        "text_length": max(run.packing.text_length, wordiest),
+    }
+    return items, dataclasses.replace(run.packing, **sizes)
+
+
+def _arrange(items: list, packing: PackingConfig) -> tuple[dict, list[list[int]]]:
+    """A batch of packs, and which items each row holds, slot by slot."""
+    lengths = np.array([np.prod(grid_of(item.latent.shape[:3], packing.patch)) for item in items])
+    texts = np.array([len(item.text) for item in items])
+    planned = plan(0, 0, lengths, texts, packing.length, packing.slots, packing.text_length, packing.window)
+    places = [list(map(int, planned[row])) for row in range(len(planned))]
+    return stack([pack([items[i] for i in members], packing) for members in places]), places
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _solve(params, run: DenoiserRun, solver: str, steps: int, batch: Pack, key, guidance) -> jax.Array:
+    """Noise to clean tokens (B, L, P): the same denoiser and times as in training, under a solver."""
+    model, diffusion = run.model, run.diffusion
+    clips_BL = per_slot(batch.clips_BS, slot_of(batch.segments_BL))
+    noise_BLP = token_noise(key, clips_BL, batch.index_BL, model.patch_values)
+    tokens_BR = per_slot(batch.grids_BS3.prod(-1), batch.row_slots_BR)
+    times_KBR = sampling_times(diffusion.times, steps, tokens_BR)
+    problem = Problem(
+        _denoiser(params, model, batch, guidance),
+        diffusion.prediction,
+        process_named(diffusion.process),
+        batch.rows_BL,
+    )
+    return solver_named(solver)(problem, noise_BLP, times_KBR)
+
+
+def _denoiser(params, model, batch: Pack, guidance: jax.Array | None):
+    """denoise(x, t) with captions encoded once, guided away from the null caption unless guidance is None."""
+    dtype = compute_dtype(model.dtype)
+
+    def conditioned(pack: Pack):
+        text = encode_text(params["text"], model.text, pack, dtype)
+        return lambda x_BLP, t_BR: denoise(params, model, pack, x_BLP, t_BR, text)
+
+    if guidance is None:
+        return conditioned(batch)
+    nothing = drop_captions(batch, jnp.ones(batch.clips_BS.shape, bool))
+    scale_BS = jnp.broadcast_to(guidance, batch.clips_BS.shape)
+    return guided(conditioned(batch), conditioned(nothing), scale_BS, batch.segments_BL)

@@ -1,0 +1,1 @@
+"""What is learnt: autoencoder, text encoder, transformer."""

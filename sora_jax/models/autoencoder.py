@@ -1,0 +1,225 @@
+"""The causal video autoencoder: clips to small Gaussian latents and back (VAE 1312.6114; MAGVIT-v2 2310.05737).
+
+An image is a clip of one frame and has the same latent as the first frame of a clip; a latent frame depends on no
+later frame, and a decoded frame on no later latent.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.config import check, choose
+from sora_jax.models.transformer import compute_dtype
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, unfold
+from sora_jax.nn.layers import rms_norm, rms_norm_specs
+from sora_jax.nn.params import zeros
+from sora_jax.parallel.rules import out_sharding
+
+POINT = (1, 1, 1)
+LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp(logvar) finite, as in latent diffusion (2112.10752, official code)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Compression, sizes and loss of the autoencoder.
+
+    `time_factor` and `space_factor` are the compression per axis. `patch` (time, space) of it happens by folding pixels
+    into channels before the first convolution; the rest by factors of 2 between levels, in space first, in time last.
+    Level i has `width * multipliers[i]` channels and `encoder_blocks` or `decoder_blocks` residual blocks, each a chain of
+    convolutions with `kernels` (time, height, width). `remat` recomputes blocks in the backward pass to save memory.
+    The loss is `l1_weight` L1 + `l2_weight` L2 + `kl_weight` KL, each a mean over its elements.
+    """
+
+    time_factor: int = 4
+    space_factor: int = 8
+    latent_channels: int = 16
+    patch: tuple[int, int] = (1, 1)
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    kernels: tuple[tuple[int, int, int], ...] = ((3, 3, 3), (3, 3, 3))
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    kl_weight: float = 1e-6
+    remat: bool = False
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        choose("autoencoder.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+        for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks"):
+            check(getattr(self, name) > 0, f"autoencoder.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("l1_weight", "l2_weight", "kl_weight"):
+            check(getattr(self, name) >= 0, f"autoencoder.{name} is {getattr(self, name)}; it must not be negative")
+        check(bool(self.multipliers) and min(self.multipliers) > 0, f"autoencoder.multipliers is {self.multipliers}; it must hold at least one positive number")
+        odd = bool(self.kernels) and all(len(k) == 3 and min(k) > 0 and k[1] % 2 and k[2] % 2 for k in self.kernels)
+        check(odd, f"autoencoder.kernels is {self.kernels}; it must hold (time, height, width), the last two odd")
+        for axis, factor, patch in zip(("time", "space"), self.factors, self.patch, strict=True):
+            check(
+                patch > 0 and factor in [patch * 2**n for n in range(len(self.multipliers))],
+                f"autoencoder.{axis}_factor is {factor}; with a patch of {patch} and {len(self.multipliers)} levels it must be "
+                f"one of {', '.join(str(patch * 2**n) for n in range(len(self.multipliers)))}",
+            )
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        return self.time_factor, self.space_factor
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.width * m for m in self.multipliers)
+
+    @property
+    def first_block(self) -> tuple[int, int, int]:
+        """Pixels (time, height, width) that are folded into channels before the first convolution."""
+        time, space = self.patch
+        return time, space, space
+
+    @property
+    def steps(self) -> tuple[tuple[int, int, int], ...]:
+        """Reduction (time, height, width) between one level and the next, finest first."""
+        count = len(self.multipliers) - 1
+        in_time, in_space = (round(math.log2(f / p)) for f, p in zip(self.factors, self.patch, strict=True))
+        space = [2 if i < in_space else 1 for i in range(count)]
+        time = [2 if i >= count - in_time else 1 for i in range(count)]
+        return tuple((t, s, s) for t, s in zip(time, space, strict=True))
+
+
+def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(t, h, w) of a clip's latent: frames = 1 + f_t (t - 1), height = f_s h, width = f_s w; else UserError."""
+    time, space = config.factors
+    _check_size("frames", frames, time, 1)
+    _check_size("height", height, space, 0)
+    _check_size("width", width, space, 0)
+    return 1 + (frames - 1) // time, height // space, width // space
+
+
+def _check_size(name: str, size: int, factor: int, rest: int) -> None:
+    smallest = rest or factor
+    below = max(size - (size - rest) % factor, smallest)
+    nearest = str(below) if size < smallest else f"{below} or {below + factor}"
+    rule = f"1 + a multiple of {factor}" if rest else f"a positive multiple of {factor}"
+    check(size >= smallest and size == below, f"{name} is {size}; it must be {rule}, such as {nearest}")
+
+
+def autoencoder_specs(config: AutoencoderConfig) -> dict:
+    """All parameters: {"encoder", "decoder"}."""
+    return {"encoder": encoder_specs(config), "decoder": decoder_specs(config)}
+
+
+def encoder_specs(config: AutoencoderConfig) -> dict:
+    widths, kernel = config.widths, config.kernels[0]
+    return {
+        "stem": causal_conv3d_specs(3 * math.prod(config.first_block), widths[0], kernel),
+        "levels": [[block_specs(config, width) for _ in range(config.encoder_blocks)] for width in widths],
+        "downs": [
+            causal_conv3d_specs(math.prod(step) * fine, coarse, POINT)
+            for step, fine, coarse in zip(config.steps, widths, widths[1:], strict=False)
+        ],
+        "norm": rms_norm_specs(widths[-1], ("channels",)),
+        "head": causal_conv3d_specs(widths[-1], 2 * config.latent_channels, kernel),
+    }
+
+
+def encode(params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and log variance of the posterior, float32, each (B, t, h, w, C).
+
+    video (B, T, H, W, 3) in [-1, 1]; T = 1 + f_t (t - 1), H = f_s h, W = f_s w, other sizes raise UserError.
+    """
+    latent_grid(config, *video_BTHWC.shape[1:4])
+    p = params["encoder"]
+    x = fold(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block)
+    x = _blocks(p["levels"][0], config, causal_conv3d(p["stem"], x))
+    for step, down, blocks in zip(config.steps, p["downs"], p["levels"][1:], strict=True):
+        x = _blocks(blocks, config, causal_conv3d(down, fold(x, step)))
+    x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
+    mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+
+def decoder_specs(config: AutoencoderConfig) -> dict:
+    widths, kernel = config.widths[::-1], config.kernels[0]
+    return {
+        "stem": causal_conv3d_specs(config.latent_channels, widths[0], kernel),
+        "levels": [[block_specs(config, width) for _ in range(config.decoder_blocks)] for width in widths],
+        "ups": [
+            causal_conv3d_specs(coarse, math.prod(step) * fine, POINT)
+            for step, coarse, fine in zip(config.steps[::-1], widths, widths[1:], strict=False)
+        ],
+        "norm": rms_norm_specs(widths[-1], ("channels",)),
+        "head": causal_conv3d_specs(widths[-1], 3 * math.prod(config.first_block), kernel),
+    }
+
+
+def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.Array:
+    """(B, t, h, w, C) -> (B, 1 + f_t (t - 1), f_s h, f_s w, 3) float32, about [-1, 1] but not clipped."""
+    channels = z_BthwC.shape[-1]
+    check(channels == config.latent_channels, f"latents have {channels} channels; this autoencoder has {config.latent_channels}")
+    p = params["decoder"]
+    x = causal_conv3d(p["stem"], z_BthwC.astype(compute_dtype(config.dtype)))
+    x = _blocks(p["levels"][0], config, x)
+    for step, up, blocks in zip(config.steps[::-1], p["ups"], p["levels"][1:], strict=True):
+        x = _blocks(blocks, config, unfold(causal_conv3d(up, x), step))
+    x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
+    return unfold(x, config.first_block).astype(jnp.float32)
+
+
+def block_specs(config: AutoencoderConfig, width: int) -> list[dict]:
+    """A residual block of constant width; its last convolution is zero at the start."""
+    inits = [None] * (len(config.kernels) - 1) + [zeros]
+    return [
+        {"norm": rms_norm_specs(width, ("channels",)), "conv": causal_conv3d_specs(width, width, kernel, init)}
+        for kernel, init in zip(config.kernels, inits, strict=True)
+    ]
+
+
+def block(p: list[dict], x_BTHWC: jax.Array) -> jax.Array:
+    """x plus a chain of norm over channels, SiLU, convolution; the norm sees one position, so time stays causal."""
+    y = x_BTHWC
+    for part in p:
+        y = causal_conv3d(part["conv"], jax.nn.silu(rms_norm(part["norm"], y)))
+    return x_BTHWC + y
+
+
+def _blocks(parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array) -> jax.Array:
+    run = jax.checkpoint(block) if config.remat else block
+    for p in parts:
+        x_BTHWC = run(p, x_BTHWC)
+    return x_BTHWC
+
+
+def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
+    """mean + std * eps, differentiable in both (1312.6114, eq. 4)."""
+    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=out_sharding("batch", None, None, None, None))
+    return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
+
+
+def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each element, in nats (1312.6114, appendix B)."""
+    return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+
+
+def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
+    """Peak signal to noise ratio of each clip in dB, (B,), for values in [-1, 1] (peak to peak 2); at most 100."""
+    error_B = jnp.square(video_BTHWC - reference_BTHWC).mean(axis=(1, 2, 3, 4))
+    return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
+
+
+def reconstruction_loss(params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array, key: jax.Array):
+    """The training loss of a batch, and its parts as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
+
+    Latents are drawn from the posterior with `key`; PSNR is that of the clipped reconstruction, a mean over clips.
+    """
+    mean, logvar = encode(params, config, video_BTHWC)
+    decoded = decode(params, config, sample_posterior(key, mean, logvar))
+    error = decoded - video_BTHWC
+    parts = {
+        "l1": jnp.abs(error).mean(),
+        "l2": jnp.square(error).mean(),
+        "kl": kl_to_standard_normal(mean, logvar).mean(),
+    }
+    loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"] + config.kl_weight * parts["kl"]
+    return loss, parts | {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video_BTHWC).mean()}

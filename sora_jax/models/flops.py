@@ -1,0 +1,56 @@
+"""Model FLOPs of a packed batch, counted from the parameter specs and the clip lengths.
+
+Only what the model needs is counted: products with weights by the tokens that use them, attention by the squares
+of clip lengths. Padding, recomputation and attention across clips are work, but not model FLOPs.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.params import ParamSpec
+
+
+def train_flops(config: TransformerConfig, batch: dict) -> float:
+    """FLOPs of one forward and backward pass over a host batch: three times those of the forward pass."""
+    return 3 * forward_flops(config, batch)
+
+
+def forward_flops(config: TransformerConfig, batch: dict) -> float:
+    """FLOPs (two per multiply-add) of one forward pass over the clips of a host batch."""
+    lengths = batch["grids_BS3"].astype(np.int64).prod(-1)
+    text_lengths = _text_lengths(batch, lengths.shape[1])
+    uses = {"token": lengths.sum(), "text": text_lengths.sum(), "row": batch["row_slots_BR"].size}
+    products = sum(2 * size * uses[user] for user, size in _weights(config))
+    pairs = (lengths**2).sum() + (lengths * text_lengths).sum()
+    attention = 4 * config.depth * config.width * pairs
+    text_attention = 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
+    return float(products + attention + text_attention)
+
+
+def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
+    """(what it is applied to, size) of every weight that takes part in a product."""
+    found = []
+
+    def visit(path, spec):
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        if names[-1] == "weight":
+            found.append((_user(names), math.prod(spec.shape)))
+
+    specs = transformer_specs(config)
+    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return found
+
+
+def _user(names: list[str]) -> str:
+    if names[0] == "text" or "cross_kv" in names:
+        return "text"
+    rows = {"modulation", "time_in", "time_out", "pooled"}
+    return "row" if rows & set(names) else "token"
+
+
+def _text_lengths(batch: dict, slots: int) -> np.ndarray:
+    segments = batch["text_segments_BM"]
+    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)

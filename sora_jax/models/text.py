@@ -1,0 +1,83 @@
+"""The text encoder: a small transformer over packed captions, trained with the denoiser."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sora_jax.config import check
+from sora_jax.nn.attention import attention
+from sora_jax.nn.layers import (
+    embed,
+    embedding_specs,
+    heads_specs,
+    layer_norm,
+    merge_heads,
+    merge_specs,
+    mlp,
+    mlp_specs,
+    to_heads,
+)
+from sora_jax.nn.pack import Pack
+from sora_jax.nn.params import stack
+from sora_jax.nn.positions import sincos
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Text encoder: `vocabulary` ids, `depth` blocks of `width` with heads of `head_width`."""
+
+    vocabulary: int = 512
+    width: int = 128
+    depth: int = 2
+    head_width: int = 32
+
+    def __post_init__(self):
+        check(self.vocabulary >= 3, f"text.vocabulary is {self.vocabulary}; it must be at least 3")
+        check(
+            self.width % self.head_width == 0,
+            f"text.width is {self.width}; it must be a multiple of text.head_width = {self.head_width}",
+        )
+
+
+@struct.dataclass
+class TextContext:
+    """Encoded captions: one vector per text token, their segments, and one pooled vector per clip."""
+
+    tokens_BME: jax.Array
+    segments_BM: jax.Array
+    pooled_BSE: jax.Array
+
+
+def text_specs(config: TextConfig) -> dict:
+    width = config.width
+    block = {
+        "qkv": heads_specs(width, 3, width // config.head_width, config.head_width),
+        "merge": merge_specs(width // config.head_width, config.head_width, width),
+        "mlp": mlp_specs(width, 4 * width),
+    }
+    return {"table": embedding_specs(config.vocabulary, width, std=1.0), "blocks": stack(block, config.depth)}
+
+
+def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32) -> TextContext:
+    """Captions of all clips of the packs, each attending to itself alone: text_BM -> TextContext."""
+    segments_BM = pack.text_segments_BM
+    x_BME = embed(params["table"], pack.text_BM, ("batch", "length", "width"))
+    x_BME = (x_BME + sincos(pack.text_positions_BM, config.width, theta=100.0)).astype(dtype)
+
+    def block(x_BME, p):
+        q, k, v = to_heads(p["qkv"], layer_norm(x_BME))
+        x_BME += merge_heads(p["merge"], attention(q, k, v, segments_BM, segments_BM))
+        return x_BME + mlp(p["mlp"], layer_norm(x_BME)), None
+
+    with jax.named_scope("text_encoder"):
+        x_BME, _ = jax.lax.scan(block, x_BME, params["blocks"])
+        x_BME = layer_norm(x_BME)
+        return TextContext(x_BME, segments_BM, _mean_per_slot(x_BME, segments_BM, pack.slots))
+
+
+def _mean_per_slot(x_BME: jax.Array, segments_BM: jax.Array, slots: int) -> jax.Array:
+    member_BMS = (segments_BM[:, :, None] == jnp.arange(1, slots + 1)).astype(x_BME.dtype)
+    total_BSE = jnp.einsum("bms,bme->bse", member_BMS, x_BME)
+    return total_BSE / jnp.maximum(member_BMS.sum(1), 1)[..., None]

@@ -1,0 +1,56 @@
+"""One `attention(q, k, v, segments)`; the only file that may import attention kernels."""
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.config import choose
+from sora_jax.parallel.rules import out_sharding, reshard
+
+MASKED = -1e30  # finite: a token that may attend to nothing gets an average, not NaN
+
+
+def attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, backend: str = "auto") -> jax.Array:
+    """Softmax attention inside segments: a query sees the keys whose segment number equals its own.
+
+    q (B, L, N, K), k and v (B, M, N, K), segments (B, L) and (B, M) of integers -> (B, L, N, K).
+    Scores, softmax and its sums are float32. Backends: "dense", "blockwise" (less memory, the same numbers to
+    float error), "auto" (blockwise from 1024 queries on). Vaswani et al. 2017; segments as in NaViT 2307.06304.
+    """
+    k_BMNK = reshard(k_BMNK, "batch", "keys", "heads", None)
+    v_BMNK = reshard(v_BMNK, "batch", "keys", "heads", None)
+    k_segments_BM = reshard(k_segments_BM, "batch", "keys")
+    if backend == "auto":
+        backend = "blockwise" if q_BLNK.shape[1] >= 1024 else "dense"
+    function = choose("attention", backend, {"dense": dense_attention, "blockwise": blockwise_attention})
+    with jax.named_scope(f"attention_{backend}"):
+        return function(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM)
+
+
+def dense_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM) -> jax.Array:
+    """The reference: the whole score matrix (B, N, L, M) at once."""
+    q_BLNK = q_BLNK * q_BLNK.shape[-1] ** -0.5
+    scores_BNLM = jnp.einsum("blnk,bmnk->bnlm", q_BLNK, k_BMNK, preferred_element_type=jnp.float32)
+    mask_BLM = q_segments_BL[:, :, None] == k_segments_BM[:, None, :]
+    scores_BNLM = jnp.where(mask_BLM[:, None], scores_BNLM, MASKED)
+    weights_BNLM = jax.nn.softmax(scores_BNLM, axis=-1).astype(v_BMNK.dtype)
+    return jnp.einsum(
+        "bnlm,bmnk->blnk", weights_BNLM, v_BMNK, out_sharding=out_sharding("batch", "length", "heads", None)
+    )
+
+
+def blockwise_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, block: int = 256) -> jax.Array:
+    """Blocks of queries one after another, recomputed in the backward pass: memory (B, N, block, M).
+
+    Needs the length of q to be a multiple of the block, else the largest divisor below it is taken.
+    """
+    length = q_BLNK.shape[1]
+    block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
+
+    @jax.checkpoint
+    def one(_, start):
+        q = jax.lax.dynamic_slice_in_dim(q_BLNK, start, block, axis=1)
+        segments = jax.lax.dynamic_slice_in_dim(q_segments_BL, start, block, axis=1)
+        return None, dense_attention(q, k_BMNK, v_BMNK, segments, k_segments_BM)
+
+    _, out = jax.lax.scan(one, None, jnp.arange(0, length, block))
+    return jnp.moveaxis(out, 0, 1).reshape(q_BLNK.shape)

@@ -1,0 +1,64 @@
+"""The pack as the device sees it: a fixed-shape batch of several clips of any size."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+NULL_TOKEN = 1  # the token of the null caption; data/tokenizer.py uses the same number
+
+
+@struct.dataclass
+class Pack:
+    """Arrays of a batch of packs, by the names that `data.packing` gives them.
+
+    tokens_BLP        clean latent patches (any values where a sampler fills them)
+    segments_BL       clip slot + 1 of each token, 0 = padding
+    coords_BL3        real (t, y, x) coordinates of each token inside its clip
+    index_BL          index of each token inside its clip, raster order
+    rows_BL           row of the conditioning table that each token reads
+    row_slots_BR      clip slot that each row belongs to
+    clips_BS          identity of each clip, 0 = empty slot
+    grids_BS3         token grid (t, h, w) of each clip, 0 = empty slot
+    text_BM           text token ids
+    text_segments_BM  clip slot + 1 of each text token, 0 = padding
+    text_positions_BM position of each text token inside its caption
+    """
+
+    tokens_BLP: jax.Array
+    segments_BL: jax.Array
+    coords_BL3: jax.Array
+    index_BL: jax.Array
+    rows_BL: jax.Array
+    row_slots_BR: jax.Array
+    clips_BS: jax.Array
+    grids_BS3: jax.Array
+    text_BM: jax.Array
+    text_segments_BM: jax.Array
+    text_positions_BM: jax.Array
+
+    @property
+    def slots(self) -> int:
+        return self.clips_BS.shape[-1]
+
+
+def slot_of(segments: jax.Array) -> jax.Array:
+    """Clip slot of each token; padding is given slot 0, its values are never used."""
+    return jnp.maximum(segments - 1, 0)
+
+
+def per_slot(values_BS: jax.Array, slots: jax.Array) -> jax.Array:
+    """For each token or row the value of its own clip: (B, S, ...), (B, X) -> (B, X, ...)."""
+    return jax.vmap(lambda values, index: values[index])(values_BS, slots)
+
+
+def drop_captions(pack: Pack, drop_BS: jax.Array) -> Pack:
+    """Replaces the captions of the clips marked in `drop_BS` by the null caption.
+
+    A dropped caption is the null token repeated at position 0; attention over equal tokens is attention over
+    one, so this equals the caption "" whatever the length of the dropped one.
+    """
+    dropped_BM = per_slot(drop_BS, slot_of(pack.text_segments_BM)) & (pack.text_segments_BM > 0)
+    return pack.replace(
+        text_BM=jnp.where(dropped_BM, NULL_TOKEN, pack.text_BM),
+        text_positions_BM=jnp.where(dropped_BM, 0, pack.text_positions_BM),
+    )

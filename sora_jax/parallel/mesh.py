@@ -1,0 +1,64 @@
+"""The device mesh from a config, and arrays placed on it."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from sora_jax.errors import UserError
+from sora_jax.parallel.rules import MESH_AXES, RULES, partition
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Size of each mesh axis; -1 (at most once) takes what the others leave of the devices."""
+
+    slice: int = 1
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise UserError(f"mesh sizes must be positive, with at most one -1; got {dataclasses.asdict(self)}")
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
+    """A mesh with all of `MESH_AXES`, Explicit: a wrong sharding is an error when the program is traced."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        asked = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(f"mesh {asked} does not use exactly the {len(devices)} devices of this machine")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is split; a global batch must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def check_batch(mesh: Mesh, batch: int, option: str = "batch") -> None:
+    """Raises UserError unless `batch` can be split over the mesh."""
+    if batch % batch_parts(mesh):
+        raise UserError(f"{option} is {batch}; with this mesh it must be a multiple of {batch_parts(mesh)}")
+
+
+def place_batch(tree, mesh: Mesh, leading: int = 0):
+    """Host arrays, this process's share of a global batch, as arrays split over the mesh by their batch axis.
+
+    `leading` axes (micro-batches) stand before the batch axis and are not split.
+    """
+
+    def place(x):
+        x = np.asarray(x)
+        axes = (*(None,) * leading, "batch", *(None,) * (x.ndim - leading - 1))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, partition(*axes)), x)
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,67 @@
+"""Logical axis -> mesh axes: the one table that says how arrays are laid out over devices.
+
+Every array of the package names its axes logically ("batch", "embed", "heads"...); this file alone turns the names
+into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so one table serves every machine.
+"""
+
+import jax
+from jax.sharding import PartitionSpec
+
+SLICE, DATA, FSDP, SEQUENCE, TENSOR = MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": (SLICE, DATA, FSDP),
+    "length": (SEQUENCE,),
+    "keys": (),  # keys and values are gathered along the sequence
+    "width": (),
+    # transformer parameters; "heads" and "hidden" also name activations
+    "layers": (),
+    "embed": (FSDP,),
+    "heads": (TENSOR,),
+    "hidden": (TENSOR,),
+    "head": (),
+    "vocabulary": (),
+    # autoencoder: clips of a batch are split, its few parameters are kept whole
+    "time": (),
+    "height": (),
+    "breadth": (),
+    "kernel": (),
+    "conv_in": (),
+    "conv_out": (),
+    "channels": (),
+}
+
+
+def partition(*axes: str | None) -> PartitionSpec:
+    """The `PartitionSpec` of an array with these logical axes; None is an axis that is never split.
+
+    Raises ValueError for an unknown name, and when two axes of one array claim the same mesh axis.
+    """
+    owners: dict[str, str] = {}
+    entries = []
+    for name in axes:
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
+        mesh_axes = RULES[name] if name else ()
+        for mesh_axis in mesh_axes:
+            if mesh_axis in owners:
+                raise ValueError(f"axes {owners[mesh_axis]!r} and {name!r} both map to mesh axis {mesh_axis!r}")
+            owners[mesh_axis] = name
+        entries.append(mesh_axes if len(mesh_axes) != 1 else mesh_axes[0])
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def on_mesh() -> bool:
+    """Whether a mesh is set; the model's functions also run without one."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def out_sharding(*axes: str | None) -> PartitionSpec | None:
+    """`partition(*axes)` for an `out_sharding=` argument, or None where no mesh is set."""
+    return partition(*axes) if on_mesh() else None
+
+
+def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by its logical axes; unchanged where no mesh is set."""
+    return jax.reshard(x, partition(*axes)) if on_mesh() else x

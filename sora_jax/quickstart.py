@@ -1,0 +1,151 @@
+"""`sora-jax quickstart`: the whole system on the embedded world, from nothing to generated clips.
+
+Stages: render the world, train the autoencoder, cache latents, train the transformer, sample, evaluate. Each is
+the same code as its own command, leaves its result in a folder of its own, and is skipped when that is complete.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.commands import train_autoencoder, train_denoiser, use_compilation_cache
+from sora_jax.config import check, frozen, load
+from sora_jax.data.build import BuildConfig, build
+from sora_jax.data.manifest import Dataset
+from sora_jax.data.media import save_png, write_video
+from sora_jax.data.sheets import contact_sheet
+from sora_jax.data.world import WorldConfig
+from sora_jax.evaluate.curves import draw_losses
+from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, triple
+from sora_jax.data.agreement import agreement
+from sora_jax.generate.preview import scale_of
+from sora_jax.generate.run import load_run
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
+from sora_jax.train.encode import encode_dataset
+from sora_jax.train.frozen import FOLDER
+
+Size = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """The quickstart. The paths inside `autoencoder` and `transformer` are filled in from the work folder.
+
+    `clips` of `world` are rendered by `workers` processes; `show` holds the prompts, sizes and settings of the final
+    samples; `evaluate` held-out prompts are scored by the oracle.
+    """
+
+    world: WorldConfig = WorldConfig()
+    clips: int = 4000
+    holdout: float = 0.1
+    workers: int = 2
+    autoencoder: AutoencoderRun = AutoencoderRun()
+    transformer: DenoiserRun = DenoiserRun()
+    show: PreviewConfig = PreviewConfig()
+    evaluate: int = 64
+
+    def __post_init__(self):
+        check(len(self.show.prompts) == len(self.show.sizes), "show.prompts and show.sizes must be of equal length")
+
+
+def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
+    """Runs all stages in `workdir`, going on where an earlier call stopped."""
+    values = load(config_file or default_config(), changes)
+    config = frozen(QuickstartConfig, values)
+    use_compilation_cache()
+    start = time.perf_counter()
+    dataset = render_world(config, workdir)
+    mesh = make_mesh(config.autoencoder.mesh)
+    autoencoder = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
+    print("2/5  autoencoder", flush=True)
+    if not (workdir / "autoencoder" / FOLDER / "autoencoder.json").exists():
+        train_autoencoder(autoencoder, workdir / "autoencoder", mesh)
+    notes = json.loads((workdir / "autoencoder" / FOLDER / "autoencoder.json").read_text())
+    print(f"     PSNR on held-out clips {notes['held_out_psnr']:.1f} dB", flush=True)
+    print("3/5  latents", flush=True)
+    encode_dataset(workdir / "autoencoder", workdir / "world", workdir / "latents")
+    print(f"4/5  transformer; samples as it learns: {workdir / 'transformer/samples/progress.png'}", flush=True)
+    transformer = dataclasses.replace(config.transformer, latents=str(workdir / "latents"))
+    train_denoiser(transformer, workdir / "transformer", mesh)
+    print("5/5  samples", flush=True)
+    show_samples(config, workdir)
+    result = evaluate(config, dataset, workdir)
+    draw_losses({name: workdir / name for name in ("autoencoder", "transformer")}, workdir / "losses.png")
+    seconds = time.perf_counter() - start
+    report = dataclasses.asdict(result) | {"autoencoder_psnr": notes["held_out_psnr"], "seconds": seconds}
+    (workdir / "report.json").write_text(json.dumps(report, indent=1))
+    print(f"{seconds / 60:.1f} minutes; everything is in {workdir}")
+
+
+def default_config() -> str:
+    """configs/quickstart.py of the checkout, or of the installed package's data files."""
+    import sys
+
+    places = [Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share" / "sora_jax" / "configs"]
+    for place in places:
+        if (place / "quickstart.py").exists():
+            return str(place / "quickstart.py")
+    check(False, "--config is not given and configs/quickstart.py was not found; name the file")
+
+
+def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
+    """Stage 1; its sheet of clips and captions is there within the first minute."""
+    print("1/5  the embedded world", flush=True)
+    frames = max(config.world.frames)
+    options = BuildConfig(
+        out=str(workdir / "world"), source="world", world=config.world, limit=config.clips, holdout=config.holdout,
+        max_frames=frames, time_factor=config.autoencoder.model.time_factor, workers=config.workers,
+        multiple=config.autoencoder.model.space_factor, max_pixels=None,
+    )  # fmt: skip
+    dataset = build(options)
+    sheet = workdir / "world.png"
+    if not sheet.exists():
+        clips = [dataset[i] for i in range(12)]
+        save_png(sheet, contact_sheet([c.frames for c in clips], [c.caption for c in clips], columns=3, scale=3))
+    print(f"     look at {sheet}", flush=True)
+    return dataset
+
+
+def show_samples(config: QuickstartConfig, workdir: Path) -> None:
+    """All prompts of `show` in one packed call: files, a contact sheet, and a table of what the oracle reads."""
+    show, out = config.show, workdir / "samples"
+    run = load_run(workdir / "transformer")
+    clips = run.generate(show.prompts, list(show.sizes), show.steps, show.guidance)
+    for i, (prompt, clip) in enumerate(zip(show.prompts, clips, strict=True)):
+        name = f"{i:02d}_{prompt.replace(' ', '_')[:60]}"
+        endings = ("png",) if len(clip) == 1 else ("mp4", "gif")
+        for ending in endings:
+            write_video(out / f"{name}.{ending}", clip, show.fps, upscale=scale_of(clip))
+    save_png(out / "contact_sheet.png", contact_sheet(clips, list(show.prompts), columns=2, scale=3, shown=5))
+    print(table(show.prompts, clips))
+
+
+def table(prompts, clips: list[np.ndarray]) -> str:
+    """prompt | size | what the oracle reads in the clip | whether they agree."""
+    rows = [("prompt", "size", "the oracle reads", "agreement")]
+    for prompt, clip in zip(prompts, clips, strict=True):
+        size = "x".join(map(str, clip.shape[:3]))
+        rows.append((prompt, size, in_words(clip), "yes" if triple(agreement(prompt, clip)) else "no"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def evaluate(config: QuickstartConfig, dataset: Dataset, workdir: Path) -> Score:
+    """Prompt agreement over held-out prompts, with the rate of each fact."""
+    chosen = held_out_prompts(dataset, config.evaluate)
+    prompts, sizes = [p for p, _ in chosen], [s for _, s in chosen]
+    show = config.show
+    clips = load_run(workdir / "transformer").generate(prompts, sizes, show.steps, show.guidance, seed=1)
+    save_png(workdir / "held_out.png", contact_sheet(clips[:24], prompts[:24], columns=4, scale=2))
+    found = score(prompts, clips)
+    print(
+        f"{found.clips} held-out prompts: colour, kind and motion all right {found.triple:.0%}"
+        f" (colour {found.colour:.0%}, kind {found.kind:.0%}, motion {found.motion:.0%}, count {found.count:.0%});"
+        f" identity constancy {found.constancy:.2f}, physics error {found.physics_error:.3f}"
+    )
+    return found

@@ -1,0 +1,1 @@
+"""Training: a pure step, and the host code around it."""

@@ -1,0 +1,171 @@
+"""Training the denoiser: packed latents with captions in, a velocity (or noise, or clean patches) out."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.data.latents import LatentCache
+from sora_jax.data.packing import PackingConfig
+from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
+from sora_jax.diffusion.loss import denoising_loss, loss_weight
+from sora_jax.diffusion.prediction import check_kind
+from sora_jax.diffusion.process import process_named
+from sora_jax.diffusion.times import TimesConfig, draw_times
+from sora_jax.models.flops import train_flops
+from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
+from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
+from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.train.loop import Job, LoopConfig
+from sora_jax.train.optim import OptimConfig
+
+NOISE_BINS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise process, what is predicted, how times are drawn, and the share of dropped captions."""
+
+    process: str = "linear_flow"
+    prediction: str = "velocity"
+    times: TimesConfig = TimesConfig()
+    caption_dropout: float = 0.1
+
+    def __post_init__(self):
+        process_named(self.process)
+        check_kind(self.prediction)
+        check(
+            0 <= self.caption_dropout < 1,
+            f"diffusion.caption_dropout is {self.caption_dropout}; it must be in [0, 1)",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewConfig:
+    """Sample clips written while training: prompts and sizes (frames, height, width) are paired in turn."""
+
+    prompts: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int, int], ...] = ()
+    steps: int = 20
+    guidance: float = 3.0
+    fps: float = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserRun:
+    """A whole training run of the denoiser. `latents` is a folder made by `sora-jax data encode`.
+
+    `batch` counts packs in a step over all devices, gradient accumulation included.
+    """
+
+    kind: str = "transformer"
+    latents: str = ""
+    seed: int = 0
+    batch: int = 8
+    split: str = "train"
+    model: TransformerConfig = TransformerConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    packing: PackingConfig = PackingConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+    preview: PreviewConfig = PreviewConfig()
+
+    def __post_init__(self):
+        check(self.kind == "transformer", f"kind is {self.kind!r}; a DenoiserRun is of kind 'transformer'")
+        check(
+            self.batch > 0 and self.batch % self.loop.accumulate == 0,
+            f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
+        )
+        check(
+            self.model.patch == self.packing.patch,
+            f"packing.patch is {self.packing.patch}; it must equal model.patch = {self.model.patch}",
+        )
+
+
+def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array):
+    """Sum of the denoising loss over the real tokens of a batch, (weight, means): see `make_step`.
+
+    Times, noise and caption dropout are functions of (seed, step, clip), wherever the clip is packed.
+    """
+    diffusion = config.diffusion
+    key = functools.partial(step_key, config.seed, step)
+    tokens_BS = pack.grids_BS3.prod(-1)
+    times_BS = draw_times(diffusion.times, key(Purpose.TIME), pack.clips_BS, tokens_BS)
+    times_BR = per_slot(times_BS, pack.row_slots_BR)
+    clips_BL = per_slot(pack.clips_BS, slot_of(pack.segments_BL))
+    eps_BLP = token_noise(key(Purpose.NOISE), clips_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
+    captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clips_BS))
+    sums = denoising_loss(
+        functools.partial(denoise, params, config.model, captions),
+        process_named(diffusion.process),
+        diffusion.prediction,
+        pack.tokens_BLP.astype(jnp.float32),
+        eps_BLP,
+        times_BR,
+        pack.rows_BL,
+        loss_weight(pack.segments_BL, times_BR, pack.rows_BL),
+        NOISE_BINS,
+    )
+    return sums.loss, (sums.weight, {"loss_by_noise": (sums.loss_bins, sums.weight_bins)})
+
+
+def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
+    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(clip_keys(key, clips_BS))
+    return draw_BS < share
+
+
+def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, preview=None) -> Job:
+    """What the loop needs to train a denoiser on a latent cache."""
+    batches = packed_batches(
+        cache, tokenizer, config.packing, config.batch, config.seed, split=config.split,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+    def stream(step: int) -> Iterator[dict]:
+        return iter(batches.iterate(step))
+
+    return Job(
+        name="transformer",
+        specs=transformer_specs(config.model),
+        loss=functools.partial(_job_loss, config),
+        batches=stream,
+        to_device=lambda batch: Pack(**batch),
+        counts=functools.partial(batch_counts, config.model),
+        clip_ids=lambda batch: batch["clips_BS"][batch["clips_BS"] > 0].tolist(),
+        preview=preview,
+    )
+
+
+def _job_loss(config: DenoiserRun, params, pack: Pack, step, part):
+    return denoiser_loss(config, params, pack, step)
+
+
+def batch_counts(model: TransformerConfig, batch: dict) -> dict[str, float]:
+    """Clips, real tokens, places for tokens and model FLOPs of a host batch."""
+    grids = batch["grids_BS3"].astype(np.int64)
+    lengths = grids.prod(-1)
+    return {
+        "clips": int((lengths > 0).sum()),
+        "tokens": int(lengths.sum()),
+        "places": batch["segments_BL"].size,
+        "flops": train_flops(model, batch),
+    }
+
+
+def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer:
+    """The run's tokenizer: the one in `workdir`, or one learnt from the captions and kept there."""
+    path = Path(workdir) / "tokenizer.json"
+    if path.exists():
+        return Tokenizer.load(path)
+    tokenizer = Tokenizer.train(cache.captions, config.tokenizer)
+    tokenizer.save(path)
+    return tokenizer

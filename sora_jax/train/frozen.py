@@ -1,0 +1,138 @@
+"""A trained autoencoder, frozen: weights, latent statistics and a fingerprint in one small folder."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization, traverse_util
+
+from sora_jax.config import check, frozen, plain
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
+from sora_jax.nn import params as param
+from sora_jax.train.autoencoder import to_float, to_uint8
+
+FOLDER = "frozen"
+PREPROCESSING = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenAutoencoder:
+    """An autoencoder to use, not to train: latents in and out of it are normalised by its own statistics."""
+
+    config: AutoencoderConfig
+    params: dict
+    mean_C: np.ndarray
+    std_C: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of config, weights, statistics and preprocessing: what a latent depends on."""
+        digest = hashlib.sha256(PREPROCESSING.encode())
+        digest.update(json.dumps(plain(self.config), sort_keys=True).encode())
+        for name, value in sorted(_flat(self).items()):
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+    def encode(self, clips: Iterable[np.ndarray], batch: int = 16) -> Iterator[np.ndarray]:
+        """uint8 clips (T, H, W, 3) of any sizes -> normalised float32 latents (t, h, w, C), in order."""
+
+        def run(video_BTHWC):
+            mean, _ = _encode(self.params, self.config, video_BTHWC)
+            return (np.asarray(mean) - self.mean_C) / self.std_C
+
+        return _in_batches(run, clips, batch)
+
+    def decode(self, latents: Iterable[np.ndarray], batch: int = 16) -> Iterator[np.ndarray]:
+        """Normalised latents of any sizes -> uint8 clips, in order."""
+
+        def run(z_BthwC):
+            z_BthwC = np.asarray(z_BthwC, np.float32) * self.std_C + self.mean_C
+            return to_uint8(_decode(self.params, self.config, z_BthwC))
+
+        return _in_batches(run, latents, batch)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _encode(params, config, frames):
+    return encode(params, config, to_float(frames))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _decode(params, config, z):
+    return decode(params, config, z)
+
+
+def _in_batches(function, arrays: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:
+    """Applies `function` to runs of equal shape, filled up to `batch` so that each shape compiles once."""
+    held: list[np.ndarray] = []
+    for array in arrays:
+        if held and (array.shape != held[0].shape or len(held) == batch):
+            yield from _flush(function, held, batch)
+            held = []
+        held.append(array)
+    if held:
+        yield from _flush(function, held, batch)
+
+
+def _flush(function, held: list[np.ndarray], batch: int) -> np.ndarray:
+    filled = held + [held[-1]] * (batch - len(held))
+    return function(np.stack(filled))[: len(held)]
+
+
+def measure_statistics(params, config: AutoencoderConfig, clips: Iterable[np.ndarray], batch: int = 16):
+    """Mean and standard deviation of each latent channel over clips, each clip position counting once."""
+    raw = FrozenAutoencoder(config, params, np.zeros(1, np.float32), np.ones(1, np.float32))
+    count, total, squares = 0, 0.0, 0.0
+    for z_thwC in raw.encode(clips, batch):
+        flat = z_thwC.reshape(-1, z_thwC.shape[-1]).astype(np.float64)
+        count, total, squares = count + len(flat), total + flat.sum(0), squares + np.square(flat).sum(0)
+    check(count > 0, "the dataset has no clips to measure latent statistics on")
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 1e-12))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
+    """Writes weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "weights.tmp", "wb") as file:
+        np.savez(file, **_flat(autoencoder))
+    os.replace(folder / "weights.tmp", folder / "weights.npz")
+    record = {"config": plain(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
+    (folder / "autoencoder.tmp").write_text(json.dumps(record, indent=1))
+    os.replace(folder / "autoencoder.tmp", folder / "autoencoder.json")
+
+
+def load_autoencoder(run: Path) -> FrozenAutoencoder:
+    """The frozen autoencoder of a run folder (or the frozen folder itself)."""
+    folder = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
+    record_path = folder / "autoencoder.json"
+    check(record_path.exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    record = json.loads(record_path.read_text())
+    config = frozen(AutoencoderConfig, record["config"])
+    with np.load(folder / "weights.npz") as file:
+        flat = dict(file)
+    mean, std = flat.pop("mean_C"), flat.pop("std_C")
+    template = param.abstract(autoencoder_specs(config))
+    nested = traverse_util.unflatten_dict(flat, sep="/")
+    params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
+    autoencoder = FrozenAutoencoder(config, params, mean, std)
+    check(
+        autoencoder.fingerprint == record["fingerprint"],
+        f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint",
+    )
+    return autoencoder
+
+
+def _flat(autoencoder: FrozenAutoencoder) -> dict[str, np.ndarray]:
+    nested = serialization.to_state_dict(autoencoder.params)
+    flat = {name: np.asarray(x) for name, x in traverse_util.flatten_dict(nested, sep="/").items()}
+    return flat | {"mean_C": autoencoder.mean_C, "std_C": autoencoder.std_C}

@@ -1,0 +1,178 @@
+"""The training loop: one page of host code around the pure step."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sora_jax.config import check
+from sora_jax.errors import Stopped, UserError
+from sora_jax.parallel.mesh import place_batch
+from sora_jax.train.checkpoint import Checkpoints
+from sora_jax.train.metrics import MetricsWriter, Stopwatch
+from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.state import TrainState, init_state
+from sora_jax.train.step import LossFunction, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, and how often what happens; all counted in steps, 0 = never (the last step always saves)."""
+
+    steps: int = 1000
+    log_every: int = 20
+    save_every: int = 500
+    preview_every: int = 0
+    keep: int = 2
+    accumulate: int = 1
+
+    def __post_init__(self):
+        check(self.steps > 0, f"loop.steps is {self.steps}; it must be positive")
+        check(self.accumulate > 0, f"loop.accumulate is {self.accumulate}; it must be positive")
+        for name in ("log_every", "save_every", "preview_every"):
+            check(getattr(self, name) >= 0, f"loop.{name} is {getattr(self, name)}; 0 (never) or a number of steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run trains, as functions; the loop knows nothing else of it.
+
+    specs: the parameters. loss: see `make_step`. batches(step): host batches from a step on, pure in (seed, step);
+    every array has the batch as its first axis. to_device: a dict of placed arrays -> what `loss` takes.
+    counts(batch): what to add up for the report ("clips", "tokens", "places", "flops"). clip_ids(batch): for the
+    message when a loss is not finite. preview(step, ema_params, writer): looks at the model now and then.
+    """
+
+    name: str
+    specs: dict
+    loss: LossFunction
+    batches: Callable[[int], Iterator[dict]]
+    to_device: Callable[[dict], object]
+    counts: Callable[[dict], dict[str, float]]
+    clip_ids: Callable[[dict], list]
+    preview: Callable[[int, dict, MetricsWriter], None] | None = None
+
+
+def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh, workdir: Path, run: dict):
+    """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one; returns the TrainState.
+
+    `run` (the plain config) is stored in each checkpoint. Raises Stopped after an orderly stop, UserError when a
+    loss is not finite. Order inside a step: fetch, dispatch, read the step before, preview, save.
+    """
+    watch = Stopwatch()
+    optimizer = make_optimizer(optim)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        writer = stack.enter_context(MetricsWriter(workdir))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
+        stop = stack.enter_context(stop_signal())
+        with watch("init"):
+            state = init_state(job.specs, optimizer, len(optim.ema), seed, mesh)
+            if checkpoints.latest() is not None:
+                state, _ = checkpoints.restore(state)
+        start = int(state.step)
+        if start >= config.steps:
+            return state
+        step_function = make_step(job.loss, optimizer, optim.ema)
+        batches = job.batches(start)
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=start, desc=job.name, unit="step", dynamic_ncols=True, smoothing=0.05)
+        )
+        reporter = Reporter(job, writer, bar, watch, config.log_every)
+        for step in range(start, config.steps):
+            with watch("data"):
+                batch = next(batches)
+                placed = place_batch(split_batch(batch, config.accumulate), mesh, leading=1)
+            with watch("step" if step > start else "compile"):
+                state, metrics = step_function(state, job.to_device(placed))
+                reporter.read_previous()
+            reporter.hold(step + 1, metrics, batch)
+            if job.preview and due(step + 1, config.preview_every, config.steps):
+                with watch("preview"):
+                    reporter.read_previous()
+                    job.preview(step + 1, state.ema[0], writer)
+            if stop() or due(step + 1, config.save_every, config.steps):
+                with watch("save"):
+                    reporter.read_previous()
+                    checkpoints.save(step + 1, state, {"config": run, "step": step + 1, "seed": seed})
+            if stop() and step + 1 < config.steps:
+                raise Stopped(step + 1)
+    return state
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and at the last one, is to be done now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def split_batch(batch: dict, parts: int) -> dict:
+    """Cuts the first axis into micro-batches: (A * B, ...) -> (A, B, ...)."""
+    return {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
+
+
+class Reporter:
+    """Reads each step's metrics only after the next step has been dispatched, and reports every `every` steps."""
+
+    def __init__(self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, every: int):
+        self._job, self._writer, self._bar, self._watch, self._every = job, writer, bar, watch, every
+        self._held = None
+        self._counts: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def hold(self, step: int, metrics: dict, batch: dict) -> None:
+        self._held = (step, metrics, batch)
+
+    def read_previous(self) -> None:
+        """Waits for the held step, checks its loss, and writes a report if one is due."""
+        if self._held is None:
+            return
+        (step, metrics, batch), self._held = self._held, None
+        metrics = jax.device_get(metrics)
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"the loss of step {step} is {metrics['loss']}; clips of that batch: {self._job.clip_ids(batch)}; "
+                "the last good checkpoint is kept"
+            )
+        for name, value in self._job.counts(batch).items():
+            self._counts[name] = self._counts.get(name, 0) + value
+        self._bar.update(1)
+        if self._every and (step % self._every == 0 or step == self._bar.total):
+            self._report(step, metrics)
+
+    def _report(self, step: int, metrics: dict) -> None:
+        seconds = time.perf_counter() - self._since
+        rates = {f"{name}_per_second": value / seconds for name, value in self._counts.items() if name != "places"}
+        if "places" in self._counts:
+            rates["padding_share"] = 1 - self._counts["tokens"] / self._counts["places"]
+        spent = {f"seconds/{cause}": value for cause, value in self._watch.seconds.items()}
+        self._writer.write(step, metrics | rates | spent)
+        self._bar.set_postfix_str(f"loss {np.asarray(metrics['loss']):.4f}")
+        self._counts, self._since = {}, time.perf_counter()
+
+
+@contextlib.contextmanager
+def stop_signal():
+    """Yields a function that says whether SIGINT or SIGTERM came; a second Ctrl-C interrupts at once."""
+    asked = []
+    previous = {}
+
+    def handle(number, _frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    with contextlib.suppress(ValueError):  # not in the main thread (a notebook's helper): no handlers there
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,78 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard, and where its time went; the only file that imports a writer."""
+
+import contextlib
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+
+class MetricsWriter:
+    """Appends one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard."""
+
+    def __init__(self, workdir: Path):
+        from tensorboardX import SummaryWriter
+
+        self._file = open(Path(workdir) / "metrics.jsonl", "a")
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, metrics: dict) -> None:
+        """`metrics` holds numbers or short vectors; a vector's entries become name/0, name/1..."""
+        flat = flatten(metrics)
+        self._file.write(json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in flat.items()}))
+        self._file.write("\n")
+        self._file.flush()
+        for name, value in flat.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """A uint8 picture for TensorBoard."""
+        self._board.add_image(name, image_HWC, step, dataformats="HWC")
+
+
+def flatten(metrics: dict) -> dict[str, float]:
+    """Scalars under their names, vectors as name/index."""
+    flat = {}
+    for name, value in metrics.items():
+        value = np.asarray(value)
+        if value.ndim == 0:
+            flat[name] = float(value)
+        else:
+            flat |= {f"{name}/{i}": float(v) for i, v in enumerate(value)}
+    return flat
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The reports of a run, in order; after a resume the newer line of a step wins."""
+    path = Path(workdir) / "metrics.jsonl"
+    by_step = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+            row = json.loads(line)
+            by_step[row["step"]] = row
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class Stopwatch:
+    """Seconds by cause: `with watch("save"): ...`; the causes of one run add up to its wall time."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, cause: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[cause] += time.perf_counter() - start

@@ -1,0 +1,316 @@
+"""Decoding and writing: every clip here is made on the spot, with what real files get wrong."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from sora_jax.data.media import decode, save_png, write_video
+from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.data.tracks import MediaError
+from sora_jax.errors import UserError
+
+COLOURS = np.array([(230, 40, 40), (40, 200, 60), (50, 70, 230), (240, 220, 40), (200, 60, 200), (30, 200, 210)])
+
+
+def flat(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Frame k is one colour, by which it can be told."""
+    colours = COLOURS[np.arange(count) % len(COLOURS)].astype(np.uint8)
+    return np.broadcast_to(colours[:, None, None], (count, height, width, 3)).copy()
+
+
+def quadrants(height: int = 48, width: int = 64) -> np.ndarray:
+    """One frame with red, green, blue, yellow corners, clockwise from the top left."""
+    frame = np.empty((height, width, 3), np.uint8)
+    h, w = height // 2, width // 2
+    frame[:h, :w], frame[:h, w:], frame[h:, w:], frame[h:, :w] = COLOURS[:4]
+    return frame
+
+
+def corners(frame: np.ndarray) -> list[int]:
+    """Which colour stands in each corner, clockwise from the top left."""
+    points = frame[4, 4], frame[4, -5], frame[-5, -5], frame[-5, 4]
+    return [int(np.abs(COLOURS - point.astype(int)).sum(1).argmin()) for point in points]
+
+
+def names(frames: np.ndarray) -> list[int]:
+    """The number of each flat frame's colour."""
+    middle = frames[:, frames.shape[1] // 2, frames.shape[2] // 2].astype(int)
+    return [int(np.abs(COLOURS - pixel).sum(1).argmin()) for pixel in middle]
+
+
+def encode(path, frames, stamps=None, rate=10, codec="libx264", pix_fmt="yuv444p", sar=None, rotation=None, **options):
+    """Write frames with given time stamps (in 1/1000 s)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.options = {"crf": "10", **options} if codec.startswith("lib") else options
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if sar:
+            stream.codec_context.sample_aspect_ratio = sar
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for k, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = int(stamps[k] if stamps is not None else k * 1000 / rate)
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif", ".webp"])
+@pytest.mark.parametrize("size", [(48, 64), (31, 45)])
+def test_what_is_written_is_read_back(tmp_path, ending, size):
+    frames = flat(7, *size)
+    clip = decode(write_video(tmp_path / f"clip{ending}", frames, fps=8))
+    assert clip.fps == pytest.approx(8, rel=0.05)
+    even = tuple(n + n % 2 for n in size) if ending == ".mp4" else size
+    assert clip.frames.shape == (7, *even, 3)
+    assert names(clip.frames) == names(frames)
+    assert np.abs(clip.frames[:, : size[0], : size[1]].astype(int) - frames).mean() < 3
+
+
+def test_odd_sides_are_padded_with_a_copy_of_the_edge(tmp_path):
+    frames = np.random.default_rng(0).integers(60, 190, (1, 4, 3, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    frames = frames[:, :31, :23].repeat(3, axis=0)
+    read = decode(write_video(tmp_path / "odd.mp4", frames, 8)).frames.astype(int)
+    assert np.abs(read[:, 31] - read[:, 30]).max() < 12 and np.abs(read[:, :, 23] - read[:, :, 22]).max() < 12
+
+
+def test_png_and_upscale_are_exact(tmp_path):
+    frame = np.random.default_rng(0).integers(0, 256, (1, 5, 7, 3), dtype=np.uint8)
+    read = decode(write_video(tmp_path / "a.png", frame, 8, upscale=3)).frames
+    np.testing.assert_array_equal(read, np.kron(frame, np.ones((1, 3, 3, 1), np.uint8)))
+    np.testing.assert_array_equal(decode(save_png(tmp_path / "b.png", frame[0])).frames, frame)
+
+
+def test_unwritable_clips_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="ending"):
+        write_video(tmp_path / "clip.xyz", flat(2), 8)
+    with pytest.raises(UserError, match="one frame"):
+        write_video(tmp_path / "clip.png", flat(2), 8)
+    with pytest.raises(UserError, match="uint8"):
+        write_video(tmp_path / "clip.mp4", flat(2).astype(float), 8)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_video(tmp_path / "file" / "clip.mp4", flat(2), 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("rotation", "turned"), [(0, 0), (90, 1), (180, 2), (-90, 3)])
+def test_rotation_tag_is_applied(tmp_path, rotation, turned):
+    frame = quadrants()
+    path = encode(tmp_path / "turned.mp4", frame[None].repeat(3, 0), rotation=rotation)
+    read = decode(path).frames[0]
+    expected = np.rot90(frame, turned)  # the tag counts counter-clockwise, as rot90 does
+    assert read.shape == expected.shape
+    assert corners(read) == corners(expected)
+
+
+def test_pixels_become_square(tmp_path):
+    path = encode(tmp_path / "wide.mp4", quadrants()[None].repeat(3, 0), sar=Fraction(3, 2))
+    frame = decode(path).frames[0]
+    assert frame.shape == (48, 96, 3)
+    assert corners(frame) == [0, 1, 2, 3]
+
+
+def test_rotation_swaps_the_sides_of_wide_pixels(tmp_path):
+    path = encode(tmp_path / "both.mp4", quadrants()[None].repeat(3, 0), sar=Fraction(3, 2), rotation=90)
+    assert decode(path).frames[0].shape == (96, 48, 3)
+
+
+def test_variable_rate_is_resampled_by_time_stamps(tmp_path):
+    stamps = [0, 100, 200, 500, 600, 700]  # the third frame stays for 300 ms
+    path = encode(tmp_path / "vfr.mkv", flat(6), stamps)
+    clip = decode(path)
+    assert clip.fps == pytest.approx(10)
+    assert names(clip.frames) == [0, 1, 2, 2, 2, 3, 4, 5]
+
+
+def test_rate_comes_from_stamps_not_from_the_header(tmp_path):
+    path = encode(tmp_path / "liar.mkv", flat(12), stamps=np.arange(12) * 40, rate=1000)
+    clip = decode(path)
+    assert clip.fps == pytest.approx(25)
+    assert names(clip.frames) == names(flat(12))
+
+
+def test_fps_and_max_fps(tmp_path):
+    path = encode(tmp_path / "fast.mp4", flat(12), rate=20)
+    assert names(decode(path, fps=10).frames) == names(flat(12))[::2]
+    assert names(decode(path, max_fps=10).frames) == names(flat(12))[::2]
+    assert decode(path, max_fps=30).fps == 20
+    assert names(decode(path, fps=40).frames) == [n for n in names(flat(12)) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("place", "first"), [(0.0, 0), (0.5, 27), (1.0, 55)])
+def test_a_part_of_a_longer_file(tmp_path, place, first):
+    path = encode(tmp_path / "long.mp4", flat(60), rate=10, g="12")
+    clip = decode(path, max_frames=5, place=place)
+    start = {0.5: round(0.5 * 55)}.get(place, first)
+    assert names(clip.frames) == names(flat(60))[start : start + 5]
+
+
+def test_only_the_part_wanted_is_decoded(tmp_path, monkeypatch):
+    path = encode(tmp_path / "long.mp4", flat(200), rate=10, g="10")
+    drawn = []
+    monkeypatch.setattr("sora_jax.data.tracks._upright", lambda f, s, real=_upright(): drawn.append(f) or real(f, s))
+    assert len(decode(path, max_frames=3, place=0.5).frames) == len(drawn) == 3
+
+
+def _upright():
+    from sora_jax.data import tracks
+
+    return tracks._upright
+
+
+def test_ten_bits(tmp_path):
+    path = encode(tmp_path / "deep.mp4", flat(4), codec="libx265", pix_fmt="yuv420p10le", **{"x265-params": "log-level=0"})
+    clip = decode(path)
+    assert clip.frames.dtype == np.uint8
+    assert names(clip.frames) == [0, 1, 2, 3]
+
+
+def test_a_cut_file_gives_what_it_holds(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), dtype=np.uint8)
+    data = encode(tmp_path / "whole.mkv", noise, rate=10, g="1").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
+    clip = decode(tmp_path / "cut.mkv")
+    assert 8 <= len(clip.frames) <= 20
+    whole = decode(tmp_path / "whole.mkv").frames
+    np.testing.assert_array_equal(clip.frames[:8], whole[:8])
+
+
+def test_a_damaged_file_ends_at_the_damage_and_says_so(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), dtype=np.uint8)
+    path = encode(tmp_path / "damaged.mp4", noise, rate=10, g="1", threads="1")
+    data = bytearray(path.read_bytes())
+    start = data.find(b"mdat")
+    data[start + (len(data) - start) // 2 :][:0] = b""
+    middle = start + (len(data) - start) // 2
+    data[middle : middle + 9000] = bytes(9000)
+    path.write_bytes(data)
+    clip = decode(path)
+    assert 0 < len(clip.frames) < 20 and "damaged" in clip.note
+    assert decode(path, max_frames=5).note == ""
+
+
+def junk() -> dict[str, bytes]:
+    png = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(png, "PNG")
+    bomb = b"GIF89a" + (60000).to_bytes(2, "little") * 2 + b"\x80\0\0" + bytes(6) + b",\0\0\0\0" + b"\x60\xea" * 2 + b"\0;"
+    return {
+        "empty.mp4": b"",
+        "words.mp4": b"these are words " * 50,
+        "pointer.png": b"version https://git-lfs.github.com/spec/v1\n",
+        "cut.png": png.getvalue()[:800],
+        "bomb.gif": bomb,
+        "list.m3u8": b"#EXTM3U\n#EXTINF:10,\n/etc/passwd\n",
+        "art.ans": b"\x1b[31mhello\x1b[0m\n" * 30,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(junk()))
+def test_junk_is_refused_with_a_reason(tmp_path, name):
+    (tmp_path / name).write_bytes(junk()[name])
+    with pytest.raises(MediaError, match=r"\w+: \w+|not a video"):
+        decode(tmp_path / name)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(MediaError, match="no video"):
+        decode(tmp_path / "sound.mp4")
+
+
+def picture(tmp_path, name: str, image: Image.Image, **options) -> np.ndarray:
+    image.save(tmp_path / name, **options)
+    clip = decode(tmp_path / name)
+    assert clip.fps == 1.0
+    return clip.frames
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn a quarter clockwise to see it upright"
+    frames = picture(tmp_path, "a.jpg", Image.fromarray(quadrants()), exif=exif, quality=95)
+    assert corners(frames[0]) == corners(np.rot90(quadrants(), -1))
+
+
+def test_transparency_becomes_white(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:4] = (200, 0, 0, 255)
+    pixels[4:] = (0, 0, 0, 0)
+    frames = picture(tmp_path, "a.png", Image.fromarray(pixels))
+    assert (frames[0, :4] == (200, 0, 0)).all() and (frames[0, 4:] == 255).all()
+    palette = Image.fromarray(np.arange(2, dtype=np.uint8).repeat(32).reshape(8, 8), "L").convert("P")
+    frames = picture(tmp_path, "p.png", palette, transparency=0)
+    assert (frames[0, :4] == 255).all() and (frames[0, 4:] == 1).all()
+
+
+def test_sixteen_bits_keep_their_top_eight(tmp_path):
+    deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    frames = picture(tmp_path, "a.png", Image.fromarray(deep))
+    np.testing.assert_array_equal(frames[0, :, :, 0], np.arange(256).reshape(16, 16))
+
+
+def test_cmyk(tmp_path):
+    frames = picture(tmp_path, "a.jpg", Image.fromarray(flat(1)[0]).convert("CMYK"), quality=95)
+    assert names(frames) == [0]
+
+
+def test_gif_pauses_and_cut_gif(tmp_path):
+    first, *rest = [Image.fromarray(frame) for frame in flat(5)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=[100, 100, 300, 100, 100], loop=0)
+    clip = decode(tmp_path / "a.gif")
+    assert clip.fps == pytest.approx(10)
+    assert names(clip.frames) == [0, 1, 2, 2, 2, 3, 4]
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    data = write_video(tmp_path / "noise.gif", noise, 10).read_bytes()
+    (tmp_path / "cut.gif").write_bytes(data[: len(data) // 2])
+    assert 1 <= len(decode(tmp_path / "cut.gif").frames) < 6
+
+
+def test_animated_png(tmp_path):
+    first, *rest = [Image.fromarray(frame) for frame in flat(4)]
+    first.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=125)
+    clip = decode(tmp_path / "a.png")
+    assert (clip.fps, names(clip.frames)) == (8.0, [0, 1, 2, 3])
+
+
+def test_fit_scales_to_cover_and_crops_evenly(tmp_path):
+    frame = np.zeros((40, 80, 3), np.uint8)
+    frame[:, 20:60] = 255  # the middle square
+    save_png(tmp_path / "a.png", frame)
+    read = decode(tmp_path / "a.png", fit=lambda height, width: (20, 20)).frames[0]
+    assert read.shape == (20, 20, 3)
+    assert (read[:, 2:-2] == 255).all()
+
+
+def test_file_objects_are_read(tmp_path):
+    path = write_video(tmp_path / "a.mp4", flat(4), 8)
+    assert names(decode(io.BytesIO(path.read_bytes())).frames) == [0, 1, 2, 3]
+
+
+def test_contact_sheet_takes_mixed_sizes():
+    clips = [flat(5, 20, 30), flat(1, 40, 10), flat(9, 16, 16)]
+    words = ["a long caption " * 20, "x" * 300, ""]
+    sheet = contact_sheet(clips, words, columns=2, scale=2)
+    assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
+    assert (sheet[6, 6] == clips[0][0, 0, 0]).all()  # the first strip stands in the first corner
+    short = contact_sheet(clips, ["", "", ""], columns=2, scale=2)
+    assert sheet.shape[0] > short.shape[0] and sheet.shape[1] == short.shape[1]
+
+
+def test_strip_shows_first_and_last():
+    tiles = strip(flat(6, 8, 8), shown=3)
+    assert tiles.shape == (8, 3 * 8 + 2 * 2, 3)
+    assert names(np.stack([tiles[:, :8], tiles[:, -8:]])) == [0, 5]
