@@ -11,7 +11,7 @@ import numpy as np
 from sora_jax.config import check, choose, first_difference, frozen, plain
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import check_ending, write_video
+from sora_jax.data.media import write_video
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run
 from sora_jax.nn import params as param
@@ -66,12 +66,11 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     """Trains on crops, then measures the latents and keeps the frozen autoencoder in workdir/frozen."""
     dataset = Dataset(config.data)
     claim_workdir(workdir, config)
-    held_out = [dataset[i].frames for i in _some(dataset, "held-out", HELD_OUT_CLIPS)]
+    held_out = _some(dataset, "held-out", HELD_OUT_CLIPS)
     job = autoencoder_job(config, dataset, reconstruction_preview(config, held_out[:8], workdir))
     state = _fit(job, config, mesh, workdir)
     params = jax.tree.map(np.asarray, state.ema[0])
-    seen = (dataset[i].frames for i in _some(dataset, config.split, STATISTICS_CLIPS))
-    mean, std = measure_statistics(params, config.model, seen)
+    mean, std = measure_statistics(params, config.model, _some(dataset, config.split, STATISTICS_CLIPS))
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)
     notes = {"steps": int(state.step), "held_out_psnr": held_out_psnr(autoencoder, held_out) if held_out else None}
     save_autoencoder(autoencoder, workdir / FOLDER, notes)
@@ -81,9 +80,9 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     """Trains on a latent cache; the cache's autoencoder is kept in the run, which can then be used alone."""
     cache = LatentCache(config.latents)
     check(
-        cache.latent_channels == config.model.latent_channels,
+        cache.channels == config.model.latent_channels,
         f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "
-        f"have {cache.latent_channels}",
+        f"have {cache.channels}",
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
@@ -99,11 +98,12 @@ def _fit(job: Job, config, mesh, workdir: Path):
     return fit(job, config.loop, config.optim, config.seed, mesh, workdir, plain(config))
 
 
-def _some(dataset: Dataset, split: str, most: int) -> list[int]:
-    """At most so many indices of a split, evenly spread, ordered by size so that each size is compiled once."""
-    members = dataset.indices(split)
-    chosen = members[np.unique(np.linspace(0, len(members) - 1, most).astype(int))] if len(members) else members
-    return sorted(map(int, chosen), key=lambda i: tuple(dataset.row(i)[name] for name in ("frames", "height", "width")))
+def _some(dataset: Dataset, split: str, most: int) -> list[np.ndarray]:
+    """At most so many clips of a split, evenly spread, ordered by size so that each size is compiled once."""
+    rows = dataset.rows(split)
+    chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).astype(int))] if rows else []
+    chosen.sort(key=lambda row: (row["frames"], row["height"], row["width"]))
+    return [dataset[row["index"]].frames for row in chosen]
 
 
 def claim_workdir(workdir: Path, config) -> None:
@@ -135,7 +135,6 @@ def sample(options) -> list[Path]:
         prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
     check(bool(prompts), "there is no prompt; give --prompt or --prompts-file")
     paths = _numbered(options.out, len(prompts))
-    check_ending(options.out, options.frames)
     run = load_run(options.workdir)
     size = (options.frames, options.height, options.width)
     clips = run.generate(prompts, size, options.steps, options.guidance, options.seed, options.solver)

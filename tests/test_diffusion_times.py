@@ -12,12 +12,13 @@ from sora_jax.diffusion.times import MIN_TIME, TimesConfig, draw_times, per_toke
 from sora_jax.errors import UserError
 
 KEY = step_key(0, 7, Purpose.TIME)
+draw = jax.jit(draw_times, static_argnums=0)
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 
 
 def many_draws(config, tokens=256, count=40_000):
     clips_BS = jnp.arange(1, count + 1, dtype=jnp.uint32).reshape(4, -1)
-    return np.asarray(draw_times(config, KEY, clips_BS, jnp.full(clips_BS.shape, tokens, jnp.int32))).ravel()
+    return np.asarray(draw(config, KEY, clips_BS, jnp.full(clips_BS.shape, tokens, jnp.int32))).ravel()
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +101,8 @@ def test_times_follow_the_clip_not_its_slot():
     tokens_BS = rng.integers(1, 999, (4, 6)).astype(np.int32)
     order = rng.permutation(24)
     moved_clips, moved_tokens = (array.ravel()[order].reshape(2, 12) for array in (clips_BS, tokens_BS))
-    here = draw_times(TimesConfig(), KEY, jnp.asarray(clips_BS), jnp.asarray(tokens_BS))
-    there = draw_times(TimesConfig(), KEY, jnp.asarray(moved_clips), jnp.asarray(moved_tokens))
+    here = draw(TimesConfig(), KEY, jnp.asarray(clips_BS), jnp.asarray(tokens_BS))
+    there = draw(TimesConfig(), KEY, jnp.asarray(moved_clips), jnp.asarray(moved_tokens))
     np.testing.assert_array_equal(np.asarray(here).ravel()[order], np.asarray(there).ravel())
     assert np.unique(here).size == 24
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.data.media import decode, save_png, write_video
+from sora_jax.data import tracks
+from sora_jax.data.media import decode, sample, save_png, write_video
 from sora_jax.data.sheets import contact_sheet, strip
 from sora_jax.data.tracks import MediaError
 from sora_jax.errors import UserError
@@ -75,8 +76,8 @@ def test_what_is_written_is_read_back(tmp_path, ending, size):
 
 
 def test_odd_sides_are_padded_with_a_copy_of_the_edge(tmp_path):
-    frames = np.random.default_rng(0).integers(60, 190, (1, 4, 3, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
-    frames = frames[:, :31, :23].repeat(3, axis=0)
+    blocks = np.random.default_rng(0).integers(60, 190, (1, 4, 3, 3), dtype=np.uint8)
+    frames = blocks.repeat(8, axis=1).repeat(8, axis=2)[:, :31, :23].repeat(3, axis=0)
     read = decode(write_video(tmp_path / "odd.mp4", frames, 8)).frames.astype(int)
     assert np.abs(read[:, 31] - read[:, 30]).max() < 12 and np.abs(read[:, :, 23] - read[:, :, 22]).max() < 12
 
@@ -138,6 +139,14 @@ def test_rate_comes_from_stamps_not_from_the_header(tmp_path):
     assert names(clip.frames) == names(flat(12))
 
 
+def test_frames_that_are_promised_and_do_not_come_are_not_made_up():
+    images = [(k / 10, lambda k=k: (Image.fromarray(flat(6)[k]), (48, 64))) for k in range(6)]
+    promised = tracks.Track(np.arange(6) / 10, 0.6, lambda start: iter(images[:3]))
+    assert names(sample(promised).frames) == [0, 1, 2]
+    held = tracks.Track(np.arange(6) / 10, 1.0, lambda start: iter(images))
+    assert names(sample(held).frames) == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
+
+
 def test_fps_and_max_fps(tmp_path):
     path = encode(tmp_path / "fast.mp4", flat(12), rate=20)
     assert names(decode(path, fps=10).frames) == names(flat(12))[::2]
@@ -146,30 +155,23 @@ def test_fps_and_max_fps(tmp_path):
     assert names(decode(path, fps=40).frames) == [n for n in names(flat(12)) for _ in range(2)]
 
 
-@pytest.mark.parametrize(("place", "first"), [(0.0, 0), (0.5, 27), (1.0, 55)])
+@pytest.mark.parametrize(("place", "first"), [(0.0, 0), (0.4, 22), (1.0, 55)])
 def test_a_part_of_a_longer_file(tmp_path, place, first):
     path = encode(tmp_path / "long.mp4", flat(60), rate=10, g="12")
     clip = decode(path, max_frames=5, place=place)
-    start = {0.5: round(0.5 * 55)}.get(place, first)
-    assert names(clip.frames) == names(flat(60))[start : start + 5]
+    assert names(clip.frames) == names(flat(60))[first : first + 5]
 
 
 def test_only_the_part_wanted_is_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "long.mp4", flat(200), rate=10, g="10")
-    drawn = []
-    monkeypatch.setattr("sora_jax.data.tracks._upright", lambda f, s, real=_upright(): drawn.append(f) or real(f, s))
+    drawn, draw = [], tracks._upright
+    monkeypatch.setattr(tracks, "_upright", lambda *frame: drawn.append(frame) or draw(*frame))
     assert len(decode(path, max_frames=3, place=0.5).frames) == len(drawn) == 3
 
 
-def _upright():
-    from sora_jax.data import tracks
-
-    return tracks._upright
-
-
 def test_ten_bits(tmp_path):
-    path = encode(tmp_path / "deep.mp4", flat(4), codec="libx265", pix_fmt="yuv420p10le", **{"x265-params": "log-level=0"})
-    clip = decode(path)
+    quiet = {"x265-params": "log-level=0"}
+    clip = decode(encode(tmp_path / "deep.mp4", flat(4), codec="libx265", pix_fmt="yuv420p10le", **quiet))
     assert clip.frames.dtype == np.uint8
     assert names(clip.frames) == [0, 1, 2, 3]
 
@@ -189,7 +191,6 @@ def test_a_damaged_file_ends_at_the_damage_and_says_so(tmp_path):
     path = encode(tmp_path / "damaged.mp4", noise, rate=10, g="1", threads="1")
     data = bytearray(path.read_bytes())
     start = data.find(b"mdat")
-    data[start + (len(data) - start) // 2 :][:0] = b""
     middle = start + (len(data) - start) // 2
     data[middle : middle + 9000] = bytes(9000)
     path.write_bytes(data)
@@ -201,7 +202,8 @@ def test_a_damaged_file_ends_at_the_damage_and_says_so(tmp_path):
 def junk() -> dict[str, bytes]:
     png = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(png, "PNG")
-    bomb = b"GIF89a" + (60000).to_bytes(2, "little") * 2 + b"\x80\0\0" + bytes(6) + b",\0\0\0\0" + b"\x60\xea" * 2 + b"\0;"
+    side = (60000).to_bytes(2, "little")
+    bomb = b"GIF89a" + side * 2 + b"\x80\0\0" + bytes(6) + b",\0\0\0\0" + side * 2 + b"\0;"
     return {
         "empty.mp4": b"",
         "words.mp4": b"these are words " * 50,
@@ -269,7 +271,8 @@ def test_cmyk(tmp_path):
 
 def test_gif_pauses_and_cut_gif(tmp_path):
     first, *rest = [Image.fromarray(frame) for frame in flat(5)]
-    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=[100, 100, 300, 100, 100], loop=0)
+    pauses = [100, 100, 300, 100, 100]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=pauses, loop=0)
     clip = decode(tmp_path / "a.gif")
     assert clip.fps == pytest.approx(10)
     assert names(clip.frames) == [0, 1, 2, 2, 2, 3, 4]
@@ -292,7 +295,7 @@ def test_fit_scales_to_cover_and_crops_evenly(tmp_path):
     save_png(tmp_path / "a.png", frame)
     read = decode(tmp_path / "a.png", fit=lambda height, width: (20, 20)).frames[0]
     assert read.shape == (20, 20, 3)
-    assert (read[:, 2:-2] == 255).all()
+    assert (read > 127).all() and (read[:, 2:-2] > 250).all()
 
 
 def test_file_objects_are_read(tmp_path):

@@ -7,8 +7,7 @@ from itertools import permutations
 
 import numpy as np
 
-from sora_jax.data.captions import Wanted, WantedShape, parse
-from sora_jax.data.motions import size_word
+from sora_jax.data.captions import Wanted, WantedShape, parse, size_word
 from sora_jax.data.oracle import Reading, ShapeReading, read
 
 

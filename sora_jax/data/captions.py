@@ -8,6 +8,7 @@ the camera does. A camera move is told by the backdrop: when "the camera pans le
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from dataclasses import dataclass, replace
 
 # Ordered by hue, so that neighbours in this table are neighbours on the colour wheel.
@@ -93,6 +94,12 @@ class Wanted:
     camera: str | None = None
 
 
+def size_word(diameter: float) -> str:
+    """Size word of a diameter in short sides; the thresholds lie in the gaps between the words' ranges."""
+    edges = [(SIZES[a][1] + SIZES[b][0]) / 2 for a, b in (("small", "medium"), ("medium", "large"))]
+    return tuple(SIZES)[bisect(edges, diameter)]
+
+
 def said(wanted: Wanted, level: str) -> Wanted:
     """The facts that a caption of this level tells: sizes and a camera at rest only in the full description."""
     if level == "full":
@@ -144,9 +151,9 @@ def parse(prompt: str) -> Wanted:
     text = prompt.lower()
     scene = text.split("camera")[0]
     nouns = list(_NOUN.finditer(scene))
-    ends = [noun.start() for noun in nouns[1:]] + [len(scene)]
+    bounds = [noun.start() for noun in nouns] + [len(scene)]
     shapes: list[WantedShape] = []
-    for noun, end in zip(nouns, ends, strict=True):
+    for noun, end in zip(nouns, bounds[1:], strict=True):
         size, colour, kind = noun.groups()
         motion, direction = _motion(scene[noun.end() : end])
         if shapes and shapes[-1].motion == "pass":

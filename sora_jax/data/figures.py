@@ -80,9 +80,7 @@ FIGURES = {
     ),
     "cross": Figure(_cross, *_even(_ARM), reach=float(np.hypot(_ARM, _ARM_HALF_WIDTH)), symmetry=4),
     "ring": Figure(_ring, *_even(_RING + _RING_HALF_WIDTH), reach=_RING + _RING_HALF_WIDTH, symmetry=0),
-    "star": Figure(
-        _star, _TIP_SIDE, _TIP_SIDE, _STAR, _STAR * np.cos(np.pi / 5), reach=_STAR, symmetry=5
-    ),
+    "star": Figure(_star, _TIP_SIDE, _TIP_SIDE, _STAR, _STAR * np.cos(np.pi / 5), reach=_STAR, symmetry=5),
 }
 
 

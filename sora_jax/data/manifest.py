@@ -87,7 +87,7 @@ class DatasetWriter:
 
 
 class Dataset:
-    """A dataset folder to read: `len`, `[i]` -> Clip, `.table` (pyarrow, no frames read), `.info`, `.refused`.
+    """A dataset folder: `len`, `[i]` -> Clip, `.table` (pyarrow, no frames read), `.info`, `.refused`.
 
     Raises UserError where the folder is missing or is not one. May be pickled and forked.
     """
@@ -113,6 +113,10 @@ class Dataset:
     def refused(self) -> list[dict]:
         lines = (self.path / "refused.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+    def rows(self, split: str | None = None) -> list[dict]:
+        """The manifest's rows of a split (of all clips when None), in order; each knows its `index`."""
+        return [row for row in self.table.to_pylist() if split in (None, row["split"])]
 
     def row(self, index: int) -> dict:
         """The manifest's row of a clip, as a dict of the columns."""

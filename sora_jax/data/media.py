@@ -6,7 +6,7 @@ where the decoder reports damage. A frame is held in full size only until it has
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -53,7 +53,7 @@ def decode(
     """
     try:
         with open_track(file) as track:
-            return _decode(track, max_frames, fps, max_fps, place, fit)
+            return sample(track, max_frames, fps, max_fps, place, fit)
     except (MediaError, UserError):
         raise
     except FitError as error:
@@ -62,7 +62,15 @@ def decode(
         raise MediaError(f"unreadable: {reason(error)}") from error
 
 
-def _decode(track: Track, max_frames, fps, max_fps, place, fit) -> DecodedClip:
+def sample(
+    track: Track,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    max_fps: float | None = None,
+    place: float = 0.0,
+    fit: Fit | None = None,
+) -> DecodedClip:
+    """`decode` for an open track."""
     period = usual_period(track.times, track.end)
     rate = fps or min(1 / period, max_fps or np.inf)
     grid = _grid(track, rate, max_frames, place)
@@ -159,7 +167,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

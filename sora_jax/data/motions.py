@@ -37,12 +37,6 @@ def size_bands(low: float, high: float) -> list[tuple[float, float]]:
     return [(a, b) for a, b in parts if a <= b]
 
 
-def size_word(diameter: float) -> str:
-    """Size word of a diameter in short sides; the thresholds lie in the gaps between the words' ranges."""
-    edges = [(SIZES[a][1] + SIZES[b][0]) / 2 for a, b in (("small", "medium"), ("medium", "large"))]
-    return tuple(SIZES)[int(np.searchsorted(edges, diameter))]
-
-
 def draw_diameter(rng: np.random.Generator, low: float, high: float) -> float:
     """A diameter in [low, high] that has a size word, each word with equal probability."""
     bands = size_bands(low, high) or [(low, low)]
@@ -137,9 +131,7 @@ def _still(rng: np.random.Generator, shape: Shape, stage: _Stage) -> Shape:
     return replace(shape, start=_point(rng.uniform(stage.low, stage.high)))
 
 
-def _move(
-    rng: np.random.Generator, shape: Shape, stage: _Stage, share: tuple[float, float] = (0.75, 1.0)
-) -> Shape:
+def _move(rng: np.random.Generator, shape: Shape, stage: _Stage, share: tuple[float, float] = (0.75, 1.0)) -> Shape:
     direction = stage.directions[rng.integers(len(stage.directions))]
     way = np.array(DIRECTIONS[direction])
     travel = way * (stage.high - stage.low)[way != 0].min() * rng.uniform(*share)

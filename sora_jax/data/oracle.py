@@ -8,13 +8,14 @@ colour, as generated clips have them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 from scipy import ndimage
 
 from sora_jax.data.captions import COLOURS, KINDS
-from sora_jax.data.oracle_backdrop import Plane, fit_plane, read_backdrop
-from sora_jax.data.oracle_kinds import Likeness, compare, moments, period, read_turn, unit_area
+from sora_jax.data.oracle_backdrop import Plane, around, dot, fit_plane, mean_light, read_backdrop
+from sora_jax.data.oracle_kinds import Likeness, compare, moments, read_turn, unit_area
 from sora_jax.data.oracle_motion import Motion, Seen, read_motion
 
 # Share of shape in a pixel from which it counts as the shape's.
@@ -81,7 +82,11 @@ class _Pixels:
 
 @dataclass(frozen=True)
 class _Sighting:
-    """One colour over a clip: soft masks of its largest part, parts per frame, frames seen and seen in full."""
+    """One colour over a clip: soft masks of its largest part, parts per frame, frames seen and seen in full.
+
+    crossed_T: frames in which it touches another shape. area: median, pixels. least: smallest area while crossed,
+    as a share of the usual one.
+    """
 
     colour: str
     masks_THW: np.ndarray
@@ -90,6 +95,7 @@ class _Sighting:
     full_T: np.ndarray
     crossed_T: np.ndarray
     area: float
+    least: float
 
 
 def read(frames: np.ndarray) -> Reading:
@@ -100,8 +106,8 @@ def read(frames: np.ndarray) -> Reading:
     sightings = [s for colour in range(len(COLOURS)) if (s := _sight(pixels, colour)) is not None]
     sightings.sort(key=lambda s: -s.area)
     size = frames.shape[1:3]
-    shapes = _crossings([_read_shape(s, size) for s in sightings], [s.crossed_T for s in sightings])
-    style, tone, camera = read_backdrop(frames, plane, ~_around(pixels.inside_THW))
+    shapes = _crossings([_read_shape(s, size) for s in sightings], sightings)
+    style, tone, camera = read_backdrop(frames, plane, ~around(pixels.inside_THW))
     parts_T = sum((s.parts_T for s in sightings), np.zeros(len(frames), int))
     errors = [s.physics_error for s in shapes]
     return Reading(
@@ -127,29 +133,20 @@ def _classify(frames: np.ndarray, plane: Plane) -> _Pixels:
     palette = np.array(list(COLOURS.values()), np.float32)
     toward = palette[:, None, None] - plane.colours_HW3
     departure = frames - plane.colours_HW3
-    light = _light(departure)[..., None]
+    light = mean_light(departure)[..., None]
     chroma = departure - light
-    coloured = np.nonzero(_dot(chroma, chroma) > _CHROMA**2)
+    coloured = np.nonzero(dot(chroma, chroma) > _CHROMA**2)
     # Candidates only, a fifth of the pixels: eight projections of each cost little.
     seen, ideal = departure[coloured], toward[:, coloured[1], coloured[2]]
     steady = seen - _LUMA_LEFT_OUT * light[coloured]
-    steady_ideal = ideal - _LUMA_LEFT_OUT * _light(ideal)[..., None]
-    best = (_dot(steady_ideal, steady) / np.sqrt(_dot(steady_ideal, steady_ideal))).argmax(0)
+    steady_ideal = ideal - _LUMA_LEFT_OUT * mean_light(ideal)[..., None]
+    best = (dot(steady_ideal, steady) / np.sqrt(dot(steady_ideal, steady_ideal))).argmax(0)
     chosen = ideal[best, np.arange(len(best))]
-    inside = _dot(chosen, seen) > _INSIDE * _dot(chosen, chosen)
+    inside = dot(chosen, seen) > _INSIDE * dot(chosen, chosen)
     found = tuple(axis[inside] for axis in coloured)
     classes_THW = np.full(frames.shape[:3], -1)
     classes_THW[found] = best[inside]
     return _Pixels(departure, toward, _settle(classes_THW), classes_THW >= 0)
-
-
-def _light(colours: np.ndarray) -> np.ndarray:
-    return (colours[..., 0] + colours[..., 1] + colours[..., 2]) * np.float32(1 / 3)
-
-
-def _dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    # Sums over an axis of three are many times slower than three products.
-    return one[..., 0] * other[..., 0] + one[..., 1] * other[..., 1] + one[..., 2] * other[..., 2]
 
 
 def _settle(classes_THW: np.ndarray) -> np.ndarray:
@@ -170,13 +167,6 @@ def _settle(classes_THW: np.ndarray) -> np.ndarray:
     return settled
 
 
-def _around(marks_THW: np.ndarray) -> np.ndarray:
-    """Marks and all pixels within two of them, in each frame."""
-    wide = np.pad(marks_THW, ((0, 0), (2, 2), (2, 2)))
-    wide = wide[:, 2:-2] | wide[:, 1:-3] | wide[:, 3:-1] | wide[:, :-4] | wide[:, 4:]
-    return wide[..., 2:-2] | wide[..., 1:-3] | wide[..., 3:-1] | wide[..., :-4] | wide[..., 4:]
-
-
 def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
     """One colour's shape over the clip; None where the colour is too little or too seldom seen."""
     mine_THW = pixels.classes_THW == colour
@@ -190,18 +180,25 @@ def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
     largest_T, area_T = sizes_TN.argmax(1), sizes_TN.max(1)
     parts_T = (sizes_TN >= np.maximum(least * 0.6, 0.3 * area_T)[:, None]).sum(1)
     core_THW = (labels_THW == largest_T[:, None, None]) & mine_THW
-    around_THW = _around(core_THW)
+    vicinity_THW = around(core_THW)
     others_THW = (pixels.classes_THW >= 0) & ~core_THW
-    crossed_T = (around_THW & others_THW & ~mine_THW).sum((1, 2)) >= 3
+    crossed_T = (vicinity_THW & others_THW & ~mine_THW).sum((1, 2)) >= 3
     toward = pixels.toward_KHW3[colour]
-    share_THW = np.clip(_dot(pixels.departure_THW3, toward) / _dot(toward, toward), 0, 1)
-    masks_THW = np.where(around_THW & ~others_THW, share_THW, 0.0)
+    share_THW = np.clip(dot(pixels.departure_THW3, toward) / dot(toward, toward), 0, 1)
+    masks_THW = np.where(vicinity_THW & ~others_THW, share_THW, 0.0)
     seen_T = area_T >= least * 0.6
     clear_T = seen_T & ~crossed_T
     usual = np.median(area_T[clear_T]) if clear_T.any() else area_T.max()
     full_T = seen_T & (~crossed_T | (area_T >= 0.88 * usual))
     return _Sighting(
-        tuple(COLOURS)[colour], masks_THW, parts_T, seen_T, full_T, crossed_T, float(np.median(area_T))
+        colour=tuple(COLOURS)[colour],
+        masks_THW=masks_THW,
+        parts_T=parts_T,
+        seen_T=seen_T,
+        full_T=full_T,
+        crossed_T=crossed_T,
+        area=float(np.median(area_T)),
+        least=float(area_T[crossed_T].min() / usual) if crossed_T.any() else 1.0,
     )
 
 
@@ -209,10 +206,11 @@ def _read_shape(sighting: _Sighting, size: tuple[int, int]) -> ShapeReading:
     frames, short = len(sighting.masks_THW), min(size)
     times = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
     full = np.nonzero(sighting.full_T)[0]
-    masks = _sharpened(sighting.masks_THW[full])
+    masks = sighting.masks_THW[full]
     mass, centres, radii = moments(masks)
     likeness = compare(masks, centres, radii)
     kind = KINDS[int(likeness.kinds_TK.mean(0).argmax())]
+    # Softness leaves the mass of a mask as it is, and hardly any other measure of size.
     diameters = np.sqrt(mass / unit_area(kind)) / short
     motion = Motion(None, None, 0.0)
     if frames > 1:
@@ -235,18 +233,11 @@ def _read_shape(sighting: _Sighting, size: tuple[int, int]) -> ShapeReading:
     )
 
 
-def _sharpened(masks: np.ndarray) -> np.ndarray:
-    """Masks with their clip's usual full share brought to 1 (a shifted colour is no smaller shape), noise cut off."""
-    solid = masks[masks > 0.5]
-    peak = np.quantile(solid, 0.7) if solid.size else 1.0
-    return np.clip(masks / max(float(peak), 0.5), 0, 1)
-
-
 def _first_diameter(times: np.ndarray, diameters: np.ndarray) -> float:
     if len(times) < 3:
         return float(diameters[0])
-    slope, level = np.polyfit(times, diameters, 1)
-    return float(level) if abs(slope) > 0 else float(diameters.mean())
+    _, level = np.polyfit(times, diameters, 1)
+    return float(level)
 
 
 def _matched(sighting: _Sighting, full: np.ndarray, likeness: Likeness, kind: str) -> np.ndarray:
@@ -257,14 +248,15 @@ def _matched(sighting: _Sighting, full: np.ndarray, likeness: Likeness, kind: st
     return matched_T & (sighting.seen_T | sighting.crossed_T)
 
 
-def _crossings(shapes: list[ShapeReading], crossed: list[np.ndarray]) -> list[ShapeReading]:
-    """Names the pair of a pass: one shape moves along a line, the other lies still and loses sight of itself."""
-    for i, front in enumerate(shapes):
-        for j, behind in enumerate(shapes):
-            straight = front.motion == "move" and " " not in (front.direction or " ")
-            hidden = np.isnan(behind.diameters_T).sum() > np.isnan(front.diameters_T).sum()
-            if straight and behind.motion == "still" and hidden and (crossed[i] & crossed[j]).any():
-                shapes[i] = replace(front, motion="pass")
-                shapes[j] = replace(behind, motion="behind", direction=None)
-                return shapes
+def _crossings(shapes: list[ShapeReading], sightings: list[_Sighting]) -> list[ShapeReading]:
+    """Names the pair of a pass: one shape moves along a line, the other lies still and is the more hidden one."""
+    for i, j in permutations(range(len(shapes)), 2):
+        front, behind = shapes[i], shapes[j]
+        straight = front.motion == "move" and " " not in (front.direction or " ")
+        together = (sightings[i].crossed_T & sightings[j].crossed_T).any()
+        hidden = sightings[j].least < min(0.93, sightings[i].least)
+        if straight and behind.motion == "still" and together and hidden:
+            shapes[i] = replace(front, motion="pass")
+            shapes[j] = replace(behind, motion="behind", direction=None)
+            break
     return shapes

@@ -9,10 +9,9 @@ from scipy import ndimage
 
 from sora_jax.data.captions import TONES
 
-_NEUTRAL = 70.0
+_SAME_HUE = 45.0
 _TEXTURED = 4.5
 _SLOPED = 20.0
-_THIRDS = np.full(3, 1 / 3, np.float32)
 _PANNED, _ZOOMED = 0.1, 0.09
 
 
@@ -24,14 +23,33 @@ class Plane:
     tone: np.ndarray
 
 
+def mean_light(colours: np.ndarray) -> np.ndarray:
+    """Mean of the three channels, on the last axis."""
+    return (colours[..., 0] + colours[..., 1] + colours[..., 2]) * np.float32(1 / 3)
+
+
+def dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Inner product of colours, on the last axis."""
+    # Sums over an axis of three are many times slower than three products.
+    return one[..., 0] * other[..., 0] + one[..., 1] * other[..., 1] + one[..., 2] * other[..., 2]
+
+
+def around(marks_THW: np.ndarray) -> np.ndarray:
+    """Marks and all pixels within two of them, in each frame."""
+    wide = np.pad(marks_THW, ((0, 0), (2, 2), (2, 2)))
+    wide = wide[:, 2:-2] | wide[:, 1:-3] | wide[:, 3:-1] | wide[:, :-4] | wide[:, 4:]
+    return wide[..., 2:-2] | wide[..., 1:-3] | wide[..., 3:-1] | wide[..., :-4] | wide[..., 4:]
+
+
 def fit_plane(frames: np.ndarray) -> Plane:
-    """Least-squares plane through the nearly neutral pixels of float frames (T, H, W, 3) in [0, 255]."""
+    """Least-squares plane through what has the commonest hue, away from shapes; frames (T, H, W, 3) in [0, 255]."""
     height, width = frames.shape[1:3]
-    red, green, blue = frames[..., 0], frames[..., 1], frames[..., 2]
-    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    weights = (spread < _NEUTRAL).astype(np.float32)
+    # Shapes never fill half of a frame, so the median is a background colour.
+    tone = np.median(frames[:, ::2, ::2].reshape(-1, 3), axis=0)
+    departure = frames - tone
+    light = mean_light(departure)
+    weights = ~around(dot(departure, departure) - 3 * light * light > _SAME_HUE**2)
     if weights.mean() < 0.1:
-        tone = np.median(frames.reshape(-1, 3), axis=0)
         return Plane(np.broadcast_to(tone, (height, width, 3)), tone)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     basis = np.stack([np.ones_like(x), x, y], -1).reshape(-1, 3)
@@ -48,12 +66,12 @@ def read_backdrop(frames: np.ndarray, plane: Plane, free_THW: np.ndarray) -> tup
     free_THW marks the pixels where no shape is.
     """
     tone = min(TONES, key=lambda name: float(np.abs(np.subtract(TONES[name], plane.tone)).sum()))
-    light = frames @ _THIRDS - plane.colours_HW3 @ _THIRDS
+    light = mean_light(frames) - mean_light(plane.colours_HW3)
     smooth = ndimage.uniform_filter(light, (0, 3, 3), mode="nearest")
     spread = float(np.sqrt((smooth[free_THW] ** 2).mean())) if free_THW.any() else 0.0
     if spread > _TEXTURED:
         return "textured", tone, _camera(light, free_THW) if len(frames) > 1 else None
-    slope = plane.colours_HW3.mean(-1)
+    slope = mean_light(plane.colours_HW3)
     return ("gradient" if np.ptp(slope) > _SLOPED else "plain"), tone, None
 
 

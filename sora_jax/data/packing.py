@@ -1,8 +1,8 @@
 """Packs: several clips of any size in one fixed-length row of tokens.
 
-`planning.plan` decides which clips share a pack; here `pack` builds one row, `stack` a batch, and `unpack` takes
-the clips out again, exactly. Nothing here knows a model, a file or a device. `patchify`, `unpatchify` and
-`grid_of` use array methods only, so they serve NumPy and JAX arrays alike.
+`planning.plan` decides which clips share a pack; here `pack` builds one row, `stack` a batch, and `unpack`
+takes the clips out again, exactly. Nothing here knows a model, a file or a device. `patchify` and
+`unpatchify` use array methods only, so they serve NumPy and JAX arrays alike.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def _positive(name: str, value: int) -> None:
         raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Patches
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
-    """Token grid (t, h, w) of a latent of `size` (t, h, w); UserError if a side is no multiple of its patch."""
+    """Token grid (t, h, w) of a latent `size` (t, h, w); UserError if a side is no multiple of its patch."""
     for side, step in zip(size, patch, strict=True):
         if side < 1 or side % step:
             raise UserError(
@@ -113,9 +113,9 @@ def _times(sides: Sequence[int]) -> str:
     return " x ".join(str(int(side)) for side in sides)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pack and unpack
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

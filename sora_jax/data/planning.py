@@ -1,24 +1,25 @@
 """The plan: which clips share a pack in an epoch, decided from their token counts alone.
 
-The shuffled order of an epoch is cut into windows, and all windows are packed in lock step, one clip each at a
-time, so that a step is a handful of NumPy calls whatever the number of clips. A window looks at its next
+The shuffled order of an epoch is dealt into windows, and all windows are packed in lock step, a clip each at
+a time, so that a step is a handful of NumPy calls whatever the number of clips. A window looks at its next
 `LOOKAHEAD` clips and takes, of those after which the pack can still be filled best, the one that has waited
-longest. How well a pack can still be filled is a table (slots left, tokens left) -> tokens lost, made once from
-the distinct lengths. Waiting longest keeps packs mixed in size: no window ends with a heap of what nobody wanted.
-What a window holds when its order is used up is handed to a later round, so only the very last packs of an epoch
-are short.
+longest. How well a pack can still be filled is a table (slots left, tokens left) -> tokens lost, made once
+from the distinct lengths. Taking the longest waiting keeps packs mixed in size: no window ends with a heap of
+what nobody wanted. What a window holds when its order is used up is handed to a later round, so only the very
+last packs of an epoch are short.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 
 import numpy as np
 
 from sora_jax.errors import UserError
 
-LOOKAHEAD = 128  # more fills packs better when there are many distinct lengths, at a cost in proportion
+LOOKAHEAD = 128, 256  # least and most; as many as there are distinct lengths packs well, at a cost
 MAX_WINDOW = 1 << 20  # the age of a clip in its window takes the low 20 bits of a score
 _LOST = 1023  # losses from here on count as equal, so that a score fits 31 bits
 _NEVER = np.int32(1 << 30)  # above every score of a clip that fits
@@ -28,7 +29,8 @@ def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
     """Random numbers that depend on (seed, purpose, index) and on nothing drawn before."""
     if seed < 0:
         raise UserError(f"seed is {seed}; it must be 0 or more")
-    entropy = (seed, zlib.crc32(purpose.encode()), *index)
+    # The number of indices is part of it: a SeedSequence takes (a, b) and (a, b, 0) for the same.
+    entropy = (seed, zlib.crc32(purpose.encode()), len(index), *index)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
@@ -58,8 +60,8 @@ def plan(
 ) -> Plan:
     """Packs for one epoch, a pure function of its arguments.
 
-    `lengths` (clips,) are token counts and `text_lengths` (clips,) text token counts. Every clip is in exactly
-    one pack; a pack holds at most L tokens, S clips and M text tokens. Packs come in random order.
+    `lengths` (clips,) are token counts and `text_lengths` (clips,) text token counts. Every clip is in one
+    pack; a pack holds at most L tokens, S clips and M text tokens. Packs come in random order.
     UserError if a clip alone is over L or M.
     """
     lengths, text_lengths = np.asarray(lengths), np.asarray(text_lengths)
@@ -68,9 +70,11 @@ def plan(
     if not 1 <= window <= MAX_WINDOW:
         raise UserError(f"packing.window is {window}; it must be 1 to {MAX_WINDOW}")
     draws = generator(seed, "plan", epoch)
+    if not len(lengths):
+        return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
     clips = _Clips.of(lengths, text_lengths, L, S, M)
     left = draws.permutation(len(lengths))
-    orders, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    orders, sizes = [], []
     while len(left):
         order, size, left = _Windows(clips, left, window).run()
         orders.append(order)
@@ -82,8 +86,8 @@ def _check_each(option: str, counts: np.ndarray, most: int, unit: str, least: in
     wrong = np.flatnonzero((counts > most) | (counts < least))
     if len(wrong):
         raise UserError(
-            f"clip {wrong[0]} has {counts[wrong[0]]} {unit} but packing.{option} is {most}: clips of {least} to "
-            f"{most} fit ({len(wrong)} of {len(counts)} do not; the largest has {counts.max()})"
+            f"clip {wrong[0]} has {counts[wrong[0]]} {unit} but packing.{option} is {most}: clips of {least} "
+            f"to {most} fit ({len(wrong)} of {len(counts)} do not; the largest has {counts.max()})"
         )
 
 
@@ -95,9 +99,9 @@ def _shuffled(order: np.ndarray, sizes: np.ndarray, draws: np.random.Generator) 
     return Plan(order[np.arange(len(order)) + shift], offsets)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The inner loop
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class _Clips:
     texts: np.ndarray  # (clips + 1,) int32
     losses: np.ndarray  # flat (S + 1, 2 L + 2) int32, see `_losses`
     mean_text: float  # 0 where no choice of clips can break the text cap
+    lookahead: int
     L: int
     S: int
     M: int
@@ -115,11 +120,14 @@ class _Clips:
     @staticmethod
     def of(lengths: np.ndarray, texts: np.ndarray, L: int, S: int, M: int) -> _Clips:
         longest = np.sort(texts)[-S:].sum()
+        kinds = np.unique(lengths)
+        lookahead = int(np.clip(len(kinds), *LOOKAHEAD))
         return _Clips(
             lengths=np.append(lengths, L + 1).astype(np.int32),
             texts=np.append(texts, 0).astype(np.int32),
-            losses=_losses(lengths, L, S),
+            losses=_losses(tuple(kinds.tolist()), L, S),
             mean_text=max(1.0, texts.mean()) if longest > M else 0.0,
+            lookahead=lookahead,
             L=L,
             S=S,
             M=M,
@@ -130,24 +138,23 @@ class _Clips:
         return len(self.lengths) - 1
 
 
-def _losses(lengths: np.ndarray, L: int, S: int) -> np.ndarray:
+@lru_cache(maxsize=8)  # the same in every epoch
+def _losses(kinds: tuple[int, ...], L: int, S: int) -> np.ndarray:
     """Score of a choice: entry [s, left + L + 1] for s free slots before it and `left` free tokens after it.
 
     It is the least number of tokens that must stay empty if every distinct length were in endless supply;
     `_NEVER` where left < 0 or s = 0.
     """
     scores = np.full((S + 1, 2 * L + 2), _NEVER, np.int32)
-    kinds = np.unique(lengths).tolist()
     everything = (1 << (L + 1)) - 1
+    left = np.arange(L + 1)
     sums = 1  # bit n is set when n tokens can be made from at most s - 1 clips
     for s in range(1, S + 1):
         bits = np.frombuffer(sums.to_bytes(L // 8 + 1, "little"), np.uint8)
         reached = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: L + 1])
-        left = np.arange(L + 1)
         loss = left - reached[np.searchsorted(reached, left, side="right") - 1]
         scores[s, L + 1 :] = np.minimum(loss, _LOST) << 20
-        for kind in kinds if s < S else ():
-            sums |= (sums << kind) & everything if kind else 0
+        sums = reduce(lambda more, kind, sums=sums: more | sums << kind, kinds, sums) & everything
     return scores.ravel()
 
 
@@ -160,8 +167,8 @@ class _Windows:
         self.clips = clips
         self.last_round = count == 1
         self.stream = np.full((count, width + 1), clips.blank)
-        self.stream[:, :width].flat[: len(left)] = left
-        ahead = min(LOOKAHEAD, max(1, width // 4)) if count > 1 else min(LOOKAHEAD, width)
+        self.stream[:, :width].T.flat[: len(left)] = left  # dealt, so that no window is short by two
+        ahead = min(clips.lookahead, width if self.last_round else -(-width // 4))
         self.next = np.full(count, ahead)
         self.ids = self.stream[:, :ahead].copy()
         self.lengths, self.texts = clips.lengths[self.ids], clips.texts[self.ids]
@@ -185,7 +192,7 @@ class _Windows:
         """For each window the place of the best clip, and whether it fits at all."""
         clips, slots = self.clips, self.slots
         if clips.mean_text:
-            # Where text is scarce it runs out before the slots do: look ahead with the slots it will last for.
+            # Scarce text runs out before the slots do: look ahead with the slots it will last for.
             lasting = np.maximum((self.text / clips.mean_text).astype(slots.dtype), 1)
             slots = np.minimum(slots, lasting)
         base = slots * (2 * clips.L + 2) + self.room + clips.L + 1
@@ -207,7 +214,7 @@ class _Windows:
         self.next[rows] = ahead + 1
 
     def _close(self, rows: np.ndarray) -> np.ndarray:
-        """Open new packs in these windows; those that are through stop and give up the clips they still hold."""
+        """Open new packs in these windows; those that are through stop and give up the clips they hold."""
         self.room[rows], self.slots[rows], self.text[rows] = self.clips.L, self.clips.S, self.clips.M
         rows = rows[self.live[rows]]
         if self.last_round:

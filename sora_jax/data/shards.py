@@ -49,7 +49,8 @@ class ShardWriter:
         """Append a record; returns (shard, place in the shard)."""
         if self._writer is None or self._bytes + len(record) > self._shard_bytes:
             self._next_shard()
-        self._writer.write(record)
+        with _as_os_error():
+            self._writer.write(record)
         self._bytes += len(record)
         self._counts[-1] += 1
         return len(self._counts) - 1, self._counts[-1] - 1
@@ -76,7 +77,17 @@ class ShardWriter:
     def _end_shard(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.close()
+            with _as_os_error():
+                writer.close()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """ArrayRecord reports a full disk as RuntimeError, with the cause before the first semicolon."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).split(";")[0]) from error
 
 
 def shard_name(prefix: str, shard: int, count: int) -> str:

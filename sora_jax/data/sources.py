@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 import numpy as np
@@ -241,8 +241,8 @@ def _refuse_member(member: zipfile.ZipInfo) -> str | None:
 
 
 def _escapes(name: str) -> bool:
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]
+    path = PureWindowsPath(name)  # knows both kinds of slashes
+    return bool(path.root) or ".." in path.parts
 
 
 def _unroll(strip: np.ndarray, frames: int) -> np.ndarray:
@@ -299,6 +299,6 @@ def _read_csv(path: Path) -> Iterator[tuple[str, str, str]]:
         if not row.get("file") or row.get("caption") is None:
             raise UserError(f"{path}, row {number}, has no file or no caption: both columns are required.")
         if _escapes(row["file"]):
-            raise UserError(f"{path}, row {number}, names {row['file']}: only names inside the folder can be.")
-        yield str(PurePosixPath(row["file"])), " ".join(row["caption"].split()), (row.get("split") or
-        "").strip()
+            raise UserError(f"{path}, row {number}, names {row['file']}, which is outside the folder.")
+        split = (row.get("split") or "").strip()
+        yield str(PurePosixPath(row["file"])), " ".join(row["caption"].split()), split

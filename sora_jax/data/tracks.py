@@ -220,5 +220,3 @@ def _upright(frame, shape: float) -> tuple[Image.Image, tuple[int, int]]:
     quarters = frame.rotation // 90 % 4
     turned = image.rotate(90 * quarters, expand=True)
     return turned, size[::-1] if quarters % 2 else size
-
-

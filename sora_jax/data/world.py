@@ -11,14 +11,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from sora_jax.data import captions
-from sora_jax.data.captions import CAMERAS, COLOURS, KINDS, LEVELS, MOTIONS, SIZES, STYLES, TONES, Wanted, WantedShape
-from sora_jax.data.motions import apart, draw_diameter, largest_zoom, passing, place, size_bands, size_word, turning
+from sora_jax.data.captions import (
+    CAMERAS,
+    COLOURS,
+    KINDS,
+    LEVELS,
+    MOTIONS,
+    SIZES,
+    STYLES,
+    TONES,
+    Wanted,
+    WantedShape,
+)
+from sora_jax.data.motions import (
+    apart,
+    draw_diameter,
+    largest_zoom,
+    passing,
+    place,
+    size_bands,
+    turning,
+)
 from sora_jax.data.render import ZOOM, Backdrop, Scene, Shape, render
 from sora_jax.errors import UserError
 
 HELD_OUT = 1 << 40
 # A smaller figure cannot be told from another kind on the pixel grid.
-MIN_PIXELS = 8.0
+MIN_PIXELS = 8.5
 # With fewer frames a bounce or a turn cannot be seen.
 MIN_FRAMES = 5
 # Diameters allowed with one, two and three shapes in the frame, in short sides.
@@ -34,7 +53,7 @@ class WorldConfig:
     sizes: (height, width) in pixels, short side at least 24. frames: lengths, 1 (an image) or at least 5.
     image_share: probability that a clip is an image whatever `frames` says. max_shapes: 1 to 3; a small frame holds
     fewer. directions: 4 or 8. scale: range of diameters in short sides (growing shapes end larger).
-    caption_levels: drawn with equal probability, as are sizes, frames and everything else.
+    Words are drawn with equal probability from each tuple; one that stands there twice is twice as frequent.
     """
 
     seed: int = 0
@@ -49,7 +68,7 @@ class WorldConfig:
     cameras: tuple[str, ...] = ("still",)
     backgrounds: tuple[str, ...] = ("plain", "gradient")
     tones: tuple[str, ...] = tuple(TONES)
-    scale: tuple[float, float] = (0.34, 0.5)
+    scale: tuple[float, float] = (0.35, 0.5)
     caption_levels: tuple[str, ...] = ("sentence",)
     fps: float = 8.0
 
@@ -67,7 +86,10 @@ class WorldConfig:
             "image_share": (0.0 <= self.image_share <= 1.0, "from 0 to 1"),
             "max_shapes": (self.max_shapes in (1, 2, 3), "1, 2 or 3"),
             "directions": (self.directions in (4, 8), "4 or 8"),
-            "scale": (len(self.scale) == 2 and bool(size_bands(low, high)), f"a range that meets one of {SIZES}"),
+            "scale": (
+                len(self.scale) == 2 and bool(size_bands(low, high)),
+                f"a range that meets one of {SIZES}",
+            ),
             "fps": (self.fps > 0, "greater than 0"),
         }
         for name, (good, allowed) in rules.items():
@@ -101,6 +123,7 @@ _VOCABULARIES = {
     "caption_levels": LEVELS,
 }
 
+
 def _check_words(name: str, words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     unknown = [word for word in words if word not in allowed]
     if unknown or not words or isinstance(words, str):
@@ -118,7 +141,7 @@ FULL_WORLD = WorldConfig(
     max_shapes=3,
     motions=MOTIONS,
     directions=8,
-    cameras=tuple(CAMERAS),
+    cameras=("still",) * 6 + tuple(CAMERAS)[1:],
     backgrounds=STYLES,
     scale=(0.2, 0.5),
     caption_levels=LEVELS,
@@ -126,7 +149,7 @@ FULL_WORLD = WorldConfig(
 
 
 def split(index: int) -> str:
-    """"train" or "held-out", the split that a clip belongs to; the two ranges of indices never meet."""
+    """ "train" or "held-out", the split that a clip belongs to; the two ranges of indices never meet."""
     return "held-out" if index >= HELD_OUT else "train"
 
 
@@ -161,7 +184,7 @@ def wanted(planned: Scene) -> Wanted:
 def _facts(shapes: tuple[Shape, ...], planned: Scene) -> Wanted:
     moving = planned.frames > 1
     words = tuple(
-        WantedShape(s.colour, s.kind, size_word(s.diameter), s.motion if moving else None, s.direction)
+        WantedShape(s.colour, s.kind, captions.size_word(s.diameter), s.motion if moving else None, s.direction)
         for s in shapes
     )
     return Wanted(words, planned.backdrop.style, planned.backdrop.tone, planned.camera if moving else None)

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from sora_jax.errors import UserError
 
@@ -75,7 +75,7 @@ def corrupt(process: Process, x0: Array, eps: Array, t: Array) -> Array:
     return process.a(t) * x0 + process.b(t) * eps
 
 
-def time_of_step(step: int | Array, steps: int = DDPM_STEPS) -> float | Array:
+def time_of_step(step: ArrayLike, steps: int = DDPM_STEPS) -> ArrayLike:
     """Time of a discrete step 0 .. steps - 1 by equation (7)."""
     return (step + 1) / steps
 

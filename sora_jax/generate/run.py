@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax.config import check, frozen
+from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
@@ -60,8 +61,7 @@ class Run:
         ]
         config = SampleConfig(solver, steps, float(guidance), seed)
         with jax.set_mesh(self.mesh):
-            latents = sample_latents(self.params, self.config, self.tokenizer, requests, config)
-        return self.decode(latents)
+            return self.decode(sample_latents(self.params, self.config, self.tokenizer, requests, config, self.mesh))
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Clips of latents, decoded in groups of equal size, given back in order."""
@@ -96,8 +96,8 @@ def load_run(folder: str | Path) -> Run:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.latest()
         check(step is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
-        params = checkpoints.restore_ema(param.abstract_on(specs, mesh))
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
     return Run(config, params, tokenizer, load_autoencoder(folder), mesh, step)
 
 

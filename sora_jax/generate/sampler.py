@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sora_jax.config import check
 from sora_jax.data.packing import PackingConfig, PackItem, grid_of, pack, stack, unpack, unstack
@@ -20,6 +21,7 @@ from sora_jax.diffusion.times import sampling_times
 from sora_jax.models.text import encode_text
 from sora_jax.models.transformer import compute_dtype, denoise
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
+from sora_jax.parallel.mesh import batch_parts, place_batch
 from sora_jax.train.denoiser import DenoiserRun
 
 
@@ -46,19 +48,21 @@ class Request:
     clip: int
 
 
-def sample_latents(params, run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Request], config: SampleConfig):
+def sample_latents(
+    params, run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Request], config: SampleConfig, mesh: Mesh
+) -> list[np.ndarray]:
     """Normalised latents (t, h, w, C), one per request, in order.
 
     All requests travel in as few packs as they fit in and are sampled by one call; a clip's noise is keyed by
     (seed, clip), so what it is packed with changes it by float error at most.
     """
     items, packing = _pack_items(run, tokenizer, requests)
-    batch, places = _arrange(items, packing)
+    batch, places = _arrange(items, packing, batch_parts(mesh))
     guidance = None if config.guidance == 1.0 else jnp.float32(config.guidance)
     key = step_key(config.seed, 0, Purpose.SAMPLE)
-    tokens_BLP = _solve(params, run, config.solver, config.steps, Pack(**batch), key, guidance)
+    tokens_BLP = _solve(params, run, config.solver, config.steps, Pack(**place_batch(batch, mesh)), key, guidance)
     latents: list[np.ndarray | None] = [None] * len(requests)
-    for row, members in zip(unstack(batch | {"tokens_BLP": np.asarray(tokens_BLP)}), places, strict=True):
+    for row, members in zip(unstack(batch | {"tokens_BLP": np.asarray(tokens_BLP)}), places):
         for member, latent in zip(members, unpack(row, packing.patch), strict=True):
             latents[member] = latent
     return latents
@@ -80,13 +84,14 @@ def _pack_items(run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Reque
     return items, dataclasses.replace(run.packing, **sizes)
 
 
-def _arrange(items: list, packing: PackingConfig) -> tuple[dict, list[list[int]]]:
-    """A batch of packs, and which items each row holds, slot by slot."""
+def _arrange(items: list, packing: PackingConfig, parts: int) -> tuple[dict, list[list[int]]]:
+    """A batch of packs, and which items each row holds, slot by slot; the last row is repeated to fill the mesh."""
     lengths = np.array([np.prod(grid_of(item.latent.shape[:3], packing.patch)) for item in items])
     texts = np.array([len(item.text) for item in items])
     planned = plan(0, 0, lengths, texts, packing.length, packing.slots, packing.text_length, packing.window)
     places = [list(map(int, planned[row])) for row in range(len(planned))]
-    return stack([pack([items[i] for i in members], packing) for members in places]), places
+    rows = [pack([items[i] for i in members], packing) for members in places]
+    return stack(rows + rows[-1:] * (-len(rows) % parts)), places
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -116,6 +121,6 @@ def _denoiser(params, model, batch: Pack, guidance: jax.Array | None):
 
     if guidance is None:
         return conditioned(batch)
-    nothing = drop_captions(batch, jnp.ones(batch.clips_BS.shape, bool))
-    scale_BS = jnp.broadcast_to(guidance, batch.clips_BS.shape)
+    nothing = drop_captions(batch, jnp.ones_like(batch.clips_BS, bool))
+    scale_BS = jnp.full_like(batch.clips_BS, guidance, jnp.float32)
     return guided(conditioned(batch), conditioned(nothing), scale_BS, batch.segments_BL)

@@ -1,7 +1,7 @@
-"""The causal video autoencoder: clips to small Gaussian latents and back (VAE 1312.6114; MAGVIT-v2 2310.05737).
+"""The causal video autoencoder: clips to small Gaussian latents and back (1312.6114; MAGVIT-v2 2310.05737).
 
-An image is a clip of one frame and has the same latent as the first frame of a clip; a latent frame depends on no
-later frame, and a decoded frame on no later latent.
+An image is a clip of one frame and has the same latent as the first frame of a clip; a latent frame depends
+on no later frame, and a decoded frame on no later latent.
 """
 
 import dataclasses
@@ -9,11 +9,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sora_jax.config import check, choose
-from sora_jax.models.transformer import compute_dtype
 from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, unfold
-from sora_jax.nn.layers import rms_norm, rms_norm_specs
+from sora_jax.nn.layers import compute_dtype, rms_norm, rms_norm_specs
 from sora_jax.nn.params import zeros
 from sora_jax.parallel.rules import out_sharding
 
@@ -25,10 +25,11 @@ LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp(logvar) finite, as in latent diffusion
 class AutoencoderConfig:
     """Compression, sizes and loss of the autoencoder.
 
-    `time_factor` and `space_factor` are the compression per axis. `patch` (time, space) of it happens by folding pixels
-    into channels before the first convolution; the rest by factors of 2 between levels, in space first, in time last.
-    Level i has `width * multipliers[i]` channels and `encoder_blocks` or `decoder_blocks` residual blocks, each a chain of
-    convolutions with `kernels` (time, height, width). `remat` recomputes blocks in the backward pass to save memory.
+    `time_factor` and `space_factor` are the compression per axis: `patch` (time, space) of it by folding
+    pixels into channels before the first convolution, the rest by factors of 2 between levels, in space
+    first, in time last. Level i has `width * multipliers[i]` channels and `encoder_blocks` or `decoder_blocks`
+    residual blocks, each a chain of convolutions with `kernels` (time, height, width); the first kernel also
+    serves the first and the last convolution. `remat` recomputes blocks in the backward pass to save memory.
     The loss is `l1_weight` L1 + `l2_weight` L2 + `kl_weight` KL, each a mean over its elements.
     """
 
@@ -48,20 +49,24 @@ class AutoencoderConfig:
     dtype: str = "auto"
 
     def __post_init__(self):
-        choose("autoencoder.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
-        for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks"):
-            check(getattr(self, name) > 0, f"autoencoder.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks", "multipliers", "patch"):
+            value = getattr(self, name)
+            check(_positive(value), f"autoencoder.{name} is {value}; it must be positive")
         for name in ("l1_weight", "l2_weight", "kl_weight"):
-            check(getattr(self, name) >= 0, f"autoencoder.{name} is {getattr(self, name)}; it must not be negative")
-        check(bool(self.multipliers) and min(self.multipliers) > 0, f"autoencoder.multipliers is {self.multipliers}; it must hold at least one positive number")
-        odd = bool(self.kernels) and all(len(k) == 3 and min(k) > 0 and k[1] % 2 and k[2] % 2 for k in self.kernels)
-        check(odd, f"autoencoder.kernels is {self.kernels}; it must hold (time, height, width), the last two odd")
+            value = getattr(self, name)
+            check(value >= 0, f"autoencoder.{name} is {value}; it must not be negative")
+        check(
+            bool(self.kernels) and all(_positive(k) and k[1] % 2 and k[2] % 2 for k in self.kernels),
+            f"autoencoder.kernels is {self.kernels}; each must be (time, height, width), the last two odd",
+        )
         for axis, factor, patch in zip(("time", "space"), self.factors, self.patch, strict=True):
+            allowed = [patch * 2**n for n in range(len(self.multipliers))]
             check(
-                patch > 0 and factor in [patch * 2**n for n in range(len(self.multipliers))],
-                f"autoencoder.{axis}_factor is {factor}; with a patch of {patch} and {len(self.multipliers)} levels it must be "
-                f"one of {', '.join(str(patch * 2**n) for n in range(len(self.multipliers)))}",
+                factor in allowed,
+                f"autoencoder.{axis}_factor is {factor}; with a {axis} patch of {patch} and "
+                f"{len(allowed)} multipliers it must be one of {', '.join(map(str, allowed))}",
             )
+        choose("autoencoder.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def factors(self) -> tuple[int, int]:
@@ -88,8 +93,16 @@ class AutoencoderConfig:
         return tuple((t, s, s) for t, s in zip(time, space, strict=True))
 
 
+def _positive(value: int | tuple[int, ...]) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    return bool(values) and min(values) > 0
+
+
 def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(t, h, w) of a clip's latent: frames = 1 + f_t (t - 1), height = f_s h, width = f_s w; else UserError."""
+    """(t, h, w) of a clip's latent.
+
+    frames = 1 + f_t (t - 1), height = f_s h and width = f_s w; other sizes raise UserError with the nearest.
+    """
     time, space = config.factors
     _check_size("frames", frames, time, 1)
     _check_size("height", height, space, 0)
@@ -157,7 +170,10 @@ def decoder_specs(config: AutoencoderConfig) -> dict:
 def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.Array:
     """(B, t, h, w, C) -> (B, 1 + f_t (t - 1), f_s h, f_s w, 3) float32, about [-1, 1] but not clipped."""
     channels = z_BthwC.shape[-1]
-    check(channels == config.latent_channels, f"latents have {channels} channels; this autoencoder has {config.latent_channels}")
+    check(
+        channels == config.latent_channels,
+        f"latents have {channels} channels; this autoencoder decodes {config.latent_channels}",
+    )
     p = params["decoder"]
     x = causal_conv3d(p["stem"], z_BthwC.astype(compute_dtype(config.dtype)))
     x = _blocks(p["levels"][0], config, x)
@@ -170,14 +186,12 @@ def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.A
 def block_specs(config: AutoencoderConfig, width: int) -> list[dict]:
     """A residual block of constant width; its last convolution is zero at the start."""
     inits = [None] * (len(config.kernels) - 1) + [zeros]
-    return [
-        {"norm": rms_norm_specs(width, ("channels",)), "conv": causal_conv3d_specs(width, width, kernel, init)}
-        for kernel, init in zip(config.kernels, inits, strict=True)
-    ]
+    convs = [causal_conv3d_specs(width, width, *part) for part in zip(config.kernels, inits, strict=True)]
+    return [{"norm": rms_norm_specs(width, ("channels",)), "conv": conv} for conv in convs]
 
 
 def block(p: list[dict], x_BTHWC: jax.Array) -> jax.Array:
-    """x plus a chain of norm over channels, SiLU, convolution; the norm sees one position, so time stays causal."""
+    """x plus a chain of norm, SiLU, convolution; the norm is over the channels of a position, so causal."""
     y = x_BTHWC
     for part in p:
         y = causal_conv3d(part["conv"], jax.nn.silu(rms_norm(part["norm"], y)))
@@ -192,7 +206,7 @@ def _blocks(parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array) -> jax.A
 
 
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
-    """mean + std * eps, differentiable in both (1312.6114, eq. 4)."""
+    """mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
     eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=out_sharding("batch", None, None, None, None))
     return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
 
@@ -203,7 +217,7 @@ def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
 
 
 def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
-    """Peak signal to noise ratio of each clip in dB, (B,), for values in [-1, 1] (peak to peak 2); at most 100."""
+    """Peak signal to noise ratio of each clip in dB, (B,), for values in [-1, 1], peak 2; at most 100."""
     error_B = jnp.square(video_BTHWC - reference_BTHWC).mean(axis=(1, 2, 3, 4))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
 
@@ -211,7 +225,7 @@ def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
 def reconstruction_loss(params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array, key: jax.Array):
     """The training loss of a batch, and its parts as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
 
-    Latents are drawn from the posterior with `key`; PSNR is that of the clipped reconstruction, a mean over clips.
+    Latents are drawn from the posterior with `key`; PSNR is that of the clipped result, a mean over clips.
     """
     mean, logvar = encode(params, config, video_BTHWC)
     decoded = decode(params, config, sample_posterior(key, mean, logvar))
@@ -223,3 +237,41 @@ def reconstruction_loss(params: dict, config: AutoencoderConfig, video_BTHWC: ja
     }
     loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"] + config.kl_weight * parts["kl"]
     return loss, parts | {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video_BTHWC).mean()}
+
+
+@struct.dataclass
+class LatentStatistics:
+    """Count, mean and summed squared deviation of each latent channel; float32, (C,)."""
+
+    count: jax.Array
+    mean_C: jax.Array
+    deviation_C: jax.Array
+
+    @property
+    def std_C(self) -> jax.Array:
+        return jnp.sqrt(self.deviation_C / self.count)
+
+
+def latent_statistics(z_BthwC: jax.Array) -> LatentStatistics:
+    """Statistics of one batch of latents; those of many are merged by `merge_statistics`."""
+    mean_C = z_BthwC.mean(axis=(0, 1, 2, 3))
+    deviation_C = jnp.square(z_BthwC - mean_C).sum(axis=(0, 1, 2, 3))
+    return LatentStatistics(jnp.float32(z_BthwC.size // z_BthwC.shape[-1]), mean_C, deviation_C)
+
+
+def merge_statistics(a: LatentStatistics, b: LatentStatistics) -> LatentStatistics:
+    """Statistics of both parts together, without sums that cancel (Chan, Golub and LeVeque 1979)."""
+    count = a.count + b.count
+    step_C = b.mean_C - a.mean_C
+    deviation_C = a.deviation_C + b.deviation_C + jnp.square(step_C) * a.count * b.count / count
+    return LatentStatistics(count, a.mean_C + step_C * b.count / count, deviation_C)
+
+
+def normalise(statistics: LatentStatistics, z_BthwC: jax.Array) -> jax.Array:
+    """Latents with mean 0 and variance 1 per channel, as the denoiser sees them."""
+    return (z_BthwC - statistics.mean_C) / statistics.std_C
+
+
+def denormalise(statistics: LatentStatistics, z_BthwC: jax.Array) -> jax.Array:
+    """Inverse of `normalise`."""
+    return z_BthwC * statistics.std_C + statistics.mean_C

@@ -126,7 +126,7 @@ def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR
     with jax.named_scope("head"):
         shift, scale = _modulation(params["modulation"], condition_BRD, rows_BLR, 2)
         x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
-        return dense(params["head"], x_BLD, ("batch", "length", None)).astype(jnp.float32)
+        return dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
 
 
 def block_specs(config: TransformerConfig) -> dict:

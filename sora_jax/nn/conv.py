@@ -1,7 +1,7 @@
 """Causal 3-D convolution, and folding of small blocks of a video into channels and back.
 
-Videos are (B, T, H, W, C). A frame depends on no later frame: before the first frame stand copies of it, so that an
-image is a clip of one frame, and a still clip looks the same at every time (as in CogVideoX, 2408.06072).
+Videos are (B, T, H, W, C). A frame depends on no later frame: before the first frame stand copies of it, so
+that an image is a clip of one frame, and a still clip looks the same at every time (CogVideoX, 2408.06072).
 """
 
 import jax
@@ -74,7 +74,7 @@ def _same(size: int) -> tuple[int, int]:
 
 
 def fold(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
-    """Blocks of (time, height, width) into channels, block axes before C; time starts with repeats of frame 0.
+    """Blocks of (time, height, width) into channels, block axes before C; repeats of frame 0 stand in front.
 
     (B, 1 + pt (t - 1), ph h, pw w, C) -> (B, t, h, w, pt ph pw C): the first frame fills its own block alone.
     Inverse: `unfold`. Space to depth, Shi et al. 1609.05158; causal in time as in Cosmos, 2501.03575.

@@ -4,6 +4,8 @@ Every array of the package names its axes logically ("batch", "embed", "heads"..
 into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so one table serves every machine.
 """
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -55,6 +57,12 @@ def partition(*axes: str | None) -> PartitionSpec:
 def on_mesh() -> bool:
     """Whether a mesh is set; the model's functions also run without one."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def batch_parts() -> int:
+    """Into how many parts the batch axis is split on the mesh that is set; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in RULES["batch"])
 
 
 def out_sharding(*axes: str | None) -> PartitionSpec | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data.manifest import Dataset
-from sora_jax.data.pipeline import crop_batches
+from sora_jax.data.pipeline import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, latent_grid, reconstruction_loss
 from sora_jax.parallel.mesh import MeshConfig
@@ -57,32 +56,36 @@ def to_uint8(video) -> np.ndarray:
 
 
 def autoencoder_loss(config: AutoencoderRun, params: dict, batch: dict, step, part):
-    """Sum over clips of the reconstruction loss, (clips, means): see `make_step`."""
-    video_BTHWC = to_float(batch["video_BTHWC"])
+    """Sum over clips and images of the reconstruction loss, (count, means): see `make_step`."""
     key = jax.random.fold_in(step_key(config.seed, step, Purpose.NOISE), part)
-    loss, parts = reconstruction_loss(params, config.model, video_BTHWC, key)
-    clips = jnp.float32(video_BTHWC.shape[0])
-    return loss * clips, (clips, {name: (value * clips, clips) for name, value in parts.items()})
+    total, count, means = 0.0, jnp.float32(0.0), {}
+    for number, name in enumerate(sorted(batch)):
+        video_BTHWC = to_float(batch[name])
+        loss, parts = reconstruction_loss(params, config.model, video_BTHWC, jax.random.fold_in(key, number))
+        clips = jnp.float32(video_BTHWC.shape[0])
+        total, count = total + loss * clips, count + clips
+        kind = name.partition("_")[0]
+        means |= {f"{kind}/{part_name}": (value * clips, clips) for part_name, value in parts.items()}
+    return total, (count, means)
 
 
 def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> Job:
     """What the loop needs to train an autoencoder on a dataset folder."""
-    batches = crop_batches(
-        dataset, config.crop, config.batch, config.seed, image_share=config.image_share, split=config.split,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
-
-    def stream(step: int) -> Iterator[dict]:
-        return iter(batches.iterate(step))
-
+    crop = CropConfig(*config.crop, batch=config.batch, image_share=config.image_share)
+    sizes, clips = sizes_and_clips(dataset, config.split)
+    batches = crop_batches(dataset, crop, config.seed, sizes, clips, jax.process_index(), jax.process_count())
     return Job(
         name="autoencoder",
         specs=autoencoder_specs(config.model),
         loss=functools.partial(autoencoder_loss, config),
-        batches=stream,
-        to_device=lambda batch: batch,
-        counts=lambda batch: {"clips": len(batch["video_BTHWC"]), "frames": int(np.prod(batch["video_BTHWC"].shape[:2]))},
-        clip_ids=lambda batch: batch["clips_B"].tolist(),
+        batches=batches.stream,
+        to_device=lambda batch: {name: x for name, x in batch.items() if name.endswith("_BTHW3")},
+        counts=_counts,
+        clip_ids=lambda batch: [int(i) for name in sorted(batch) if name.endswith("_clips_B") for i in batch[name]],
         preview=preview,
     )
 
+
+def _counts(batch: dict) -> dict[str, float]:
+    videos = [x for name, x in batch.items() if name.endswith("_BTHW3")]
+    return {"clips": sum(len(x) for x in videos), "frames": sum(x.shape[0] * x.shape[1] for x in videos)}

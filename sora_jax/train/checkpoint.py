@@ -54,15 +54,11 @@ class Checkpoints:
             raise UserError(f"the checkpoint in {self._manager.directory} is of another model: {error}") from error
         return serialization.from_state_dict(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
-    def restore_ema(self, params, index: int = 0):
-        """One average alone, in the structure and shardings of the abstract tree `params`; the rest is not read."""
-        like = serialization.to_state_dict((params,) * self._averages())
+    def restore_ema(self, params, averages: int, index: int = 0):
+        """One of the `averages` alone, in the structure and shardings of the abstract tree `params`."""
+        like = serialization.to_state_dict((params,) * averages)
         found = self._manager.restore(self.latest(), args=ocp.args.Composite(**{EMA: _restore_like(like)}))
         return serialization.from_state_dict(params, found[EMA][str(index)])
-
-    def _averages(self) -> int:
-        metadata = self._manager.item_metadata(self.latest())
-        return len(metadata[EMA].tree if hasattr(metadata[EMA], "tree") else metadata[EMA])
 
 
 def _restore_like(tree):

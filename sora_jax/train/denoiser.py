@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from sora_jax.config import check
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
+from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
@@ -125,19 +125,13 @@ def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
 
 def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, preview=None) -> Job:
     """What the loop needs to train a denoiser on a latent cache."""
-    batches = packed_batches(
-        cache, tokenizer, config.packing, config.batch, config.seed, split=config.split,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
-
-    def stream(step: int) -> Iterator[dict]:
-        return iter(batches.iterate(step))
-
+    share = (jax.process_index(), jax.process_count())
+    batches = packed_batches(cache, tokenizer, config.packing, config.batch, config.seed, config.split, *share)
     return Job(
         name="transformer",
         specs=transformer_specs(config.model),
         loss=functools.partial(_job_loss, config),
-        batches=stream,
+        batches=batches.stream,
         to_device=lambda batch: Pack(**batch),
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: batch["clips_BS"][batch["clips_BS"] > 0].tolist(),
@@ -165,7 +159,12 @@ def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) ->
     """The run's tokenizer: the one in `workdir`, or one learnt from the captions and kept there."""
     path = Path(workdir) / "tokenizer.json"
     if path.exists():
-        return Tokenizer.load(path)
-    tokenizer = Tokenizer.train(cache.captions, config.tokenizer)
+        return tokenizers.load(path)
+    captions = [cache.captions[i] for i in cache.indices(config.split)]
+    tokenizer = tokenizers.train(captions, config.tokenizer)
+    check(
+        tokenizer.vocab_size <= config.model.text.vocabulary,
+        f"config.model.text.vocabulary is {config.model.text.vocabulary}; the tokenizer has {tokenizer.vocab_size} ids",
+    )
     tokenizer.save(path)
     return tokenizer

@@ -1,15 +1,18 @@
 """Dataset folder -> latent cache: every clip through the frozen autoencoder, once."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.latents import LatentWriter
+from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter
 from sora_jax.data.manifest import Dataset
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
+
+
+ENTRY = tuple(field.name for field in dataclasses.fields(LatentEntry))
 
 
 def encode_dataset(autoencoder_run: Path, data: Path, out: Path, batch: int = 16) -> None:
@@ -18,21 +21,23 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, batch: int = 16
     UserError if `out` holds a cache of another autoencoder. Nothing that looks complete is left by a crash.
     """
     autoencoder = load_autoencoder(autoencoder_run)
+    if (Path(out) / "cache.json").exists():
+        LatentCache(out).check(autoencoder.fingerprint)
+        return
     dataset = Dataset(data)
     config = autoencoder.config
-    order = np.lexsort((np.arange(len(dataset)), *(np.asarray(dataset.column(c)) for c in ("width", "height", "frames"))))
-    with LatentWriter(
-        out,
-        fingerprint=autoencoder.fingerprint,
-        latent_channels=config.latent_channels,
-        time_factor=config.time_factor,
-        space_factor=config.space_factor,
-    ) as writer:
-        frames = (dataset[int(i)].frames for i in order)
-        latents = autoencoder.encode(frames, batch)
-        for index, latent in tqdm(zip(order, latents, strict=True), total=len(order), desc="encode", unit="clip"):
-            writer.add(dataset.entry(int(index)), latent)
-        copy_autoencoder(autoencoder_run, writer.folder)
+    factors = (config.time_factor, config.space_factor, config.space_factor)
+    with LatentWriter(out, autoencoder.fingerprint, config.latent_channels, factors) as writer:
+        rows = [row for row in _by_size(dataset) if row["id"] not in writer.done]
+        latents = autoencoder.encode((dataset[row["index"]].frames for row in rows), batch)
+        for row, latent in tqdm(zip(rows, latents, strict=True), "encode", len(rows), unit="clip"):
+            writer.add(LatentEntry(**{name: row[name] for name in ENTRY}), latent)
+        copy_autoencoder(autoencoder_run, writer.partial)
+
+
+def _by_size(dataset: Dataset) -> list[dict]:
+    """Manifest rows, equal sizes together, so that each size is compiled once and fills its batches."""
+    return sorted(dataset.rows(), key=lambda row: (row["frames"], row["height"], row["width"], row["index"]))
 
 
 def copy_autoencoder(run: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from flax import serialization, traverse_util
 from sora_jax.config import check, frozen, plain
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
 from sora_jax.nn import params as param
+from sora_jax.parallel.rules import batch_parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
 
 FOLDER = "frozen"
@@ -61,16 +62,17 @@ class FrozenAutoencoder:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _encode(params, config, frames):
-    return encode(params, config, to_float(frames))
+    return encode(params, config, to_float(reshard(frames, "batch", None, None, None, None)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _decode(params, config, z):
-    return decode(params, config, z)
+    return decode(params, config, reshard(z, "batch", None, None, None, None))
 
 
 def _in_batches(function, arrays: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:
     """Applies `function` to runs of equal shape, filled up to `batch` so that each shape compiles once."""
+    batch = -(-batch // batch_parts()) * batch_parts()
     held: list[np.ndarray] = []
     for array in arrays:
         if held and (array.shape != held[0].shape or len(held) == batch):

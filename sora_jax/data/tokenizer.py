@@ -1,0 +1,135 @@
+"""Captions to token ids without a download: word pieces learnt from the captions, or plain bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.errors import UserError
+
+PADDING, NULL, UNKNOWN = 0, 1, 2  # NULL is the caption of "no caption", what guidance compares with
+_SPECIAL = ["<pad>", "<null>", "<unk>"]
+_KINDS = ("words", "bytes")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How captions become ids; `vocab` counts the three reserved ids and is used by words only."""
+
+    kind: str = "words"  # "words": pieces learnt from the captions; "bytes": UTF-8, nothing to learn
+    vocab: int = 2048
+    max_tokens: int = 64  # longer captions are cut
+
+    def __post_init__(self):
+        if self.kind not in _KINDS:
+            raise UserError(f"tokenizer.kind is {self.kind!r}; allowed are {' and '.join(_KINDS)}")
+        if self.vocab < 16:
+            raise UserError(f"tokenizer.vocab is {self.vocab}; it must be at least 16")
+        if self.max_tokens < 1:
+            raise UserError(f"tokenizer.max_tokens is {self.max_tokens}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A pure function from text to ids, with what it learnt; made by `train` or `load`."""
+
+    config: TokenizerConfig
+    model: str = ""  # the pieces, as JSON of the `tokenizers` library; empty for bytes
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to one less than this."""
+        return self._pieces.get_vocab_size() if self.config.kind == "words" else len(_SPECIAL) + 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (m,) int32, 1 <= m <= max_tokens; a caption without content is the null caption, [1]."""
+        ids = self._word_ids(text) if self.config.kind == "words" else self._byte_ids(text)
+        return np.array(ids[: self.config.max_tokens] or [NULL], np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many captions; equal captions are encoded once and share an array."""
+        once = {text: self.encode(text) for text in set(texts)}
+        return [once[text] for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text: exact for whole captions in bytes, lower-case pieces parted by spaces for words."""
+        if self.config.kind == "words":
+            return " ".join(self._pieces.id_to_token(int(i)) for i in ids if i > NULL)
+        return bytes(int(i) - len(_SPECIAL) for i in ids if i > UNKNOWN).decode("utf-8", "replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to one JSON file, whole or not at all."""
+        path = Path(path)
+        part = path.with_name(path.name + ".tmp")
+        content = {"config": asdict(self.config), "model": json.loads(self.model) if self.model else None}
+        part.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        part.replace(path)
+
+    @cached_property
+    def _pieces(self):
+        from tokenizers import Tokenizer as Pieces
+
+        return Pieces.from_str(self.model)
+
+    def _word_ids(self, text: str) -> list[int]:
+        return self._pieces.encode(_encodable(text), add_special_tokens=False).ids
+
+    def _byte_ids(self, text: str) -> list[int]:
+        data = _encodable(text).encode()[: self.config.max_tokens]
+        whole = data.decode("utf-8", "ignore").encode()  # a cut must not leave half a character
+        return [byte + len(_SPECIAL) for byte in whole]
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates, which file names and broken sidecars bring, become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def train(captions: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Learn word pieces (byte pair encoding, Sennrich et al. 2016, after NFKC and lower case) from captions.
+
+    Equal captions in equal order give an equal tokenizer. UserError if there is no caption to learn from.
+    """
+    if config.kind == "bytes":
+        return Tokenizer(config)
+    captions = [_encodable(caption) for caption in captions if caption.strip()]
+    if not captions:
+        raise UserError("tokenizer.kind is 'words' but the data has no caption; use 'bytes'")
+    from tokenizers import Tokenizer as Pieces
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    pieces = Pieces(models.BPE(unk_token=_SPECIAL[UNKNOWN]))
+    pieces.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.BertNormalizer(strip_accents=False, lowercase=True)]
+    )
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # Byte pairs: the library's WordPiece trainer numbers its pieces differently in each process.
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab,
+        limit_alphabet=config.vocab // 2,
+        special_tokens=_SPECIAL,
+        show_progress=False,
+    )
+    pieces.train_from_iterator(captions, trainer)
+    model = json.loads(pieces.to_str())
+    model["added_tokens"] = []  # else a caption that spells "<pad>" would become padding
+    return Tokenizer(config, json.dumps(model, ensure_ascii=False))
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """Read what `Tokenizer.save` wrote; UserError if the file is missing or is something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        model = content["model"]
+        config = TokenizerConfig(**content["config"])
+    except FileNotFoundError:
+        raise UserError(f"tokenizer file {path} does not exist") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a tokenizer file of this program") from None
+    return Tokenizer(config, json.dumps(model, ensure_ascii=False) if model else "")

@@ -1,0 +1,295 @@
+"""The video autoencoder: sizes, causality by gradient, images as clips, mesh, loss and statistics."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.integrate
+import scipy.stats
+
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import (
+    AutoencoderConfig,
+    autoencoder_specs,
+    decode,
+    denormalise,
+    encode,
+    kl_to_standard_normal,
+    latent_grid,
+    latent_statistics,
+    merge_statistics,
+    normalise,
+    psnr,
+    reconstruction_loss,
+    sample_posterior,
+)
+from sora_jax.nn.params import abstract, count, init, shardings
+from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from sora_jax.parallel.rules import partition
+
+SMALL = dict(width=8, latent_channels=4, encoder_blocks=1, decoder_blocks=1, dtype="float32")
+FACTORISED = ((3, 1, 1), (1, 3, 3))
+CONFIGS = {  # half of the compression by levels, and all of it by the first fold
+    "levels": AutoencoderConfig(time_factor=4, space_factor=4, patch=(2, 2), multipliers=(1, 2), **SMALL),
+    "patch": AutoencoderConfig(
+        time_factor=4, space_factor=4, patch=(4, 4), multipliers=(1,), kernels=FACTORISED, **SMALL
+    ),
+}
+FIELD = AutoencoderConfig()  # 4x8x8, 16 channels, base width 128
+
+
+@functools.cache
+def random_params(config):
+    """Initial parameters moved at random, so that no residual branch is zero."""
+    params = init(autoencoder_specs(config), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    moved = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, moved)
+
+
+def clips(batch, frames, height=16, width=12, seed=0):
+    """Soft discs that move over grey, values in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    start, step = rng.uniform(4, 10, (2, batch, 1, 1, 1)), rng.uniform(-1, 1, (2, batch, 1, 1, 1))
+    time, y, x = np.arange(frames)[:, None, None], np.arange(height)[:, None], np.arange(width)
+    distance = np.hypot(y - start[0] - step[0] * time, x - start[1] - step[1] * time)
+    alpha = np.clip(4 - distance, 0, 1)[..., None]
+    colour = rng.uniform(-1, 1, (batch, 1, 1, 1, 3))
+    return jnp.asarray(alpha * colour + (1 - alpha) * rng.uniform(-0.5, 0.5), jnp.float32)
+
+
+def jit_encode(config):
+    return jax.jit(lambda params, video: encode(params, config, video))
+
+
+def jit_decode(config):
+    return jax.jit(lambda params, z: decode(params, config, z))
+
+
+def last_nonzero_frame(gradient):
+    return int(np.flatnonzero(np.abs(gradient).max(axis=(0, 2, 3, 4))).max())
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_shapes(config, frames):
+    params = abstract(autoencoder_specs(config))
+    video = jax.ShapeDtypeStruct((2, frames, 16, 12, 3), jnp.float32)
+    mean, logvar = jax.eval_shape(lambda p, v: encode(p, config, v), params, video)
+    assert mean.shape == logvar.shape == (2, *latent_grid(config, frames, 16, 12), 4)
+    assert mean.shape[1:4] == ((frames - 1) // 4 + 1, 4, 3)
+    decoded = jax.eval_shape(lambda p, z: decode(p, config, z), params, mean)
+    assert decoded.shape == video.shape and decoded.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_latent_depends_on_no_later_frame(config):
+    params, video = random_params(config), clips(1, 9)
+    gradient = jax.jit(jax.grad(lambda v, t: encode(params, config, v)[0][:, t].sum()))
+    assert [last_nonzero_frame(gradient(video, t)) for t in range(3)] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_frame_depends_on_no_later_latent(config):
+    params = random_params(config)
+    z = jax.random.normal(jax.random.key(1), (1, 3, 4, 3, 4))
+    gradient = jax.jit(jax.grad(lambda z, frame: decode(params, config, z)[:, frame].sum()))
+    assert [last_nonzero_frame(gradient(z, frame)) for frame in range(9)] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_an_image_is_the_first_frame_of_a_clip(config):
+    params, video = random_params(config), clips(2, 9)
+    (clip_mean, clip_logvar), (mean, logvar) = (jit_encode(config)(params, v) for v in (video, video[:, :1]))
+    np.testing.assert_allclose(mean, clip_mean[:, :1], atol=1e-6)
+    np.testing.assert_allclose(logvar, clip_logvar[:, :1], atol=1e-6)
+    decoded, image = jit_decode(config)(params, clip_mean), jit_decode(config)(params, clip_mean[:, :1])
+    np.testing.assert_allclose(image, decoded[:, :1], atol=1e-6)
+
+
+def test_a_shift_by_the_space_factor_shifts_the_latent():
+    config = CONFIGS["patch"]
+    video = jax.random.normal(jax.random.key(0), (1, 5, 40, 40, 3))
+    both = jnp.concatenate([video, jnp.roll(video, 4, axis=3)])
+    mean, moved = jnp.split(jit_encode(config)(random_params(config), both)[0], 2)
+    inside = np.s_[:, :, 4:-4, 4:-4]  # beyond the reach of the zeros around the picture
+    np.testing.assert_allclose(moved[inside], jnp.roll(mean, 1, axis=3)[inside], atol=1e-5)
+    assert np.abs(moved[inside] - mean[inside]).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ((8, 16, 16), r"frames is 8; it must be 1 \+ a multiple of 4, such as 5 or 9"),
+        ((0, 16, 16), "frames is 0; .* such as 1$"),
+        ((5, 18, 16), "height is 18; it must be a positive multiple of 8, such as 16 or 24"),
+        ((5, 16, 7), "width is 7; it must be a positive multiple of 8, such as 8$"),
+    ],
+)
+def test_wrong_sizes_name_the_nearest(size, message):
+    with pytest.raises(UserError, match=message):
+        latent_grid(FIELD, *size)
+    with pytest.raises(UserError, match=message):
+        encode({}, FIELD, jnp.zeros((1, *size, 3)))
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        (dict(time_factor=3), "time_factor is 3.* 1, 2, 4, 8"),
+        (dict(space_factor=16), "space_factor is 16.* 1, 2, 4, 8"),
+        (dict(patch=(0, 1)), "patch"),
+        (dict(multipliers=()), "multipliers"),
+        (dict(kernels=((3, 2, 3),)), "kernels"),
+        (dict(kl_weight=-1.0), "kl_weight"),
+        (dict(latent_channels=0), "latent_channels"),
+        (dict(dtype="float8"), "dtype"),
+    ],
+)
+def test_wrong_configs_name_the_option(options, name):
+    with pytest.raises(UserError, match=f"autoencoder.{name}"):
+        AutoencoderConfig(**options)
+
+
+def test_decode_names_wrong_channels():
+    with pytest.raises(UserError, match="7 channels"):
+        decode({}, FIELD, jnp.zeros((1, 1, 2, 2, 7)))
+
+
+def conv_values(inputs, outputs, volume=27):
+    return volume * inputs * outputs + outputs
+
+
+def block_values(width):
+    return 2 * (conv_values(width, width) + width)
+
+
+def test_parameter_count_of_the_4x8x8x16_autoencoder():
+    widths = [128, 256, 512, 512]
+    encoder = conv_values(3, 128) + sum(2 * block_values(w) for w in widths)
+    encoder += conv_values(4 * 128, 256, 1) + conv_values(8 * 256, 512, 1) + conv_values(8 * 512, 512, 1)
+    encoder += 512 + conv_values(512, 32)
+    decoder = conv_values(16, 512) + sum(3 * block_values(w) for w in widths)
+    decoder += conv_values(512, 8 * 512, 1) + conv_values(512, 8 * 256, 1) + conv_values(256, 4 * 128, 1)
+    decoder += 128 + conv_values(128, 3)
+    assert count(autoencoder_specs(FIELD)) == encoder + decoder
+
+
+def test_narrow_4x8x8x16_autoencoder_runs():
+    config = AutoencoderConfig(width=4, encoder_blocks=1, decoder_blocks=1, remat=True)
+    video = clips(1, 5, 16, 24)
+
+    def run(params, video):
+        mean, _ = encode(params, config, video)
+        return mean, decode(params, config, mean)
+
+    mean, decoded = jax.jit(run)(random_params(config), video)
+    assert mean.shape == (1, 2, 2, 3, 16) and decoded.shape == video.shape
+    assert np.isfinite(mean).all() and np.isfinite(decoded).all()
+
+
+def test_split_over_eight_devices_equals_one_device():
+    config = CONFIGS["levels"]
+    params, video = random_params(config), clips(8, 5)
+
+    def loss_and_gradient(params, video):
+        def loss(p):
+            return reconstruction_loss(p, config, video, jax.random.key(3))[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    expected = jax.jit(loss_and_gradient)(params, video)
+    mesh = make_mesh(MeshConfig(data=8))
+    with jax.set_mesh(mesh):
+        split_params = jax.device_put(params, shardings(autoencoder_specs(config), mesh))
+        split = jax.jit(loss_and_gradient)(split_params, place_batch(video, mesh))
+        latents = jax.eval_shape(lambda p, v: encode(p, config, v)[0], split_params, place_batch(video, mesh))
+    assert latents.sharding.spec == partition("batch", None, None, None, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), split, expected)
+
+
+def test_remat_changes_no_number():
+    config = CONFIGS["patch"]
+    remat = dataclasses.replace(config, remat=True)
+
+    def gradient(params, config):
+        return jax.grad(lambda p: reconstruction_loss(p, config, clips(1, 5), jax.random.key(0))[0])(params)
+
+    both = jax.jit(lambda p: (gradient(p, config), gradient(p, remat)))(random_params(config))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *both)
+
+
+def test_overfitting_one_clip_raises_psnr():
+    config = dataclasses.replace(CONFIGS["patch"], width=32, l2_weight=1.0, kl_weight=1e-4)
+    params, video = init(autoencoder_specs(config), jax.random.key(0)), clips(1, 5)
+    optimizer = optax.adam(5e-3)
+
+    @jax.jit
+    def step(params, state, number):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        loss = lambda p: reconstruction_loss(p, config, video, key)  # noqa: E731
+        gradient, metrics = jax.grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, metrics["psnr"]
+
+    state, history = optimizer.init(params), []
+    for number in range(30):
+        params, state, value = step(params, state, number)
+        history.append(float(value))
+    assert history[-1] > history[0] + 6.0
+
+
+def test_loss_is_the_weighted_sum_of_its_parts():
+    config = dataclasses.replace(CONFIGS["patch"], l1_weight=0.5, l2_weight=2.0, kl_weight=0.1)
+    params, video, key = random_params(config), clips(2, 5), jax.random.key(0)
+    loss, metrics = jax.jit(lambda p, v: reconstruction_loss(p, config, v, key))(params, video)
+    mean, logvar = jit_encode(config)(params, video)
+    error = np.asarray(jit_decode(config)(params, sample_posterior(key, mean, logvar)) - video)
+    kl = kl_to_standard_normal(mean, logvar).mean()
+    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
+    expected = 0.5 * np.abs(error).mean() + 2.0 * np.square(error).mean() + 0.1 * kl
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def scipy_kl(mean, logvar):
+    """The integral of q log(q / p) by quadrature."""
+    q, p = scipy.stats.norm(mean, np.exp(0.5 * logvar)), scipy.stats.norm()
+    low, high = q.interval(1 - 1e-12)
+    return scipy.integrate.quad(lambda x: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), low, high)[0]
+
+
+@pytest.mark.parametrize("mean, logvar", [(0.0, 0.0), (1.5, -2.0), (-0.3, 1.0), (2.0, -5.0)])
+def test_kl_equals_its_integral(mean, logvar):
+    value = kl_to_standard_normal(jnp.float32(mean), jnp.float32(logvar))
+    np.testing.assert_allclose(value, scipy_kl(mean, logvar), rtol=1e-4, atol=1e-6)
+
+
+def test_posterior_samples_have_its_mean_and_deviation():
+    mean, logvar = jnp.full((1, 1, 200, 200, 1), 0.7), jnp.full((1, 1, 200, 200, 1), -1.0)
+    z = np.asarray(sample_posterior(jax.random.key(0), mean, logvar))
+    error = np.exp(-0.5) / np.sqrt(z.size)
+    assert abs(z.mean() - 0.7) < 5 * error and abs(z.std() - np.exp(-0.5)) < 5 * error
+
+
+def test_psnr_of_a_known_error_is_per_clip():
+    reference = jnp.zeros((3, 1, 4, 4, 3))
+    offset = jnp.asarray([0.02, 0.2, 0.0])[:, None, None, None, None]
+    np.testing.assert_allclose(psnr(reference + offset, reference), [40.0, 20.0, 100.0], atol=1e-3)
+
+
+def test_statistics_of_batches_normalise_all_latents():
+    rng = np.random.default_rng(0)
+    scale, shift = np.float32([0.1, 3.0, 1.0]), np.float32([50.0, -2.0, 0.0])
+    latents = [rng.standard_normal((b, 2, 3, 4, 3), np.float32) * scale + shift + b for b in (1, 4, 2)]
+    statistics = functools.reduce(merge_statistics, map(latent_statistics, latents))
+    together = np.concatenate(latents)
+    np.testing.assert_allclose(statistics.mean_C, together.mean(axis=(0, 1, 2, 3)), rtol=1e-5)
+    normal = np.asarray(normalise(statistics, together))
+    np.testing.assert_allclose(normal.mean(axis=(0, 1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(normal.std(axis=(0, 1, 2, 3)), 1, atol=1e-4)
+    np.testing.assert_allclose(denormalise(statistics, normal), together, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,93 @@
+"""Causal convolution against flax.linen, causality by gradient, folding and its inverse against einops."""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.nn import conv
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, repeat_first, unfold
+from sora_jax.nn.params import init
+
+KERNELS = [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1), (4, 5, 3)]
+BLOCKS = [(1, 1, 1), (1, 2, 2), (2, 1, 3), (4, 2, 2)]
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def layer(inputs, outputs, kernel):
+    params = init(causal_conv3d_specs(inputs, outputs, kernel), jax.random.key(0))
+    return params | {"bias": random(outputs, seed=1)}
+
+
+def linen_conv(params, x):
+    """The same layer by Flax, with every pad written out."""
+    time, height, breadth = params["weight"].shape[:3]
+    front = jnp.repeat(x[:, :1], time - 1, axis=1)
+    padding = [(0, 0), (height // 2, height // 2), (breadth // 2, breadth // 2)]
+    module = nn.Conv(params["weight"].shape[-1], (time, height, breadth), padding=padding)
+    variables = {"params": {"kernel": params["weight"], "bias": params["bias"]}}
+    return module.apply(variables, jnp.concatenate([front, x], axis=1))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_flax_convolution(kernel):
+    params, x = layer(3, 5, kernel), random(2, 5, 7, 6, 3)
+    ours, theirs = jax.jit(lambda p, x: (causal_conv3d(p, x), linen_conv(p, x)))(params, x)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1)])
+def test_gradients_equal_flax_convolution(kernel):
+    params, x = layer(3, 4, kernel), random(2, 3, 5, 4, 3)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda p, x: jnp.sin(function(p, x)).sum(), (0, 1)))(params, x)
+
+    ours, theirs = gradients(causal_conv3d), gradients(linen_conv)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_platform_computes_the_same(kernel):
+    weight, padded = layer(3, 5, kernel)["weight"], repeat_first(random(2, 4, 6, 7, 3), kernel[0] - 1)
+    both = jax.jit(lambda x, w: (conv._sum_over_taps(x, w), conv._convolution(x, w)))(padded, weight)
+    np.testing.assert_allclose(*both, atol=2e-5)
+
+
+def test_no_frame_depends_on_a_later_one():
+    params, x = layer(2, 3, (3, 3, 3)), random(1, 5, 4, 4, 2)
+    gradient = jax.jit(jax.grad(lambda x, frame: causal_conv3d(params, x)[:, frame].sum()))
+    for frame in range(5):
+        reached = np.abs(gradient(x, frame)).max(axis=(0, 2, 3, 4)) > 0
+        assert reached.tolist() == [frame - 3 < t <= frame for t in range(5)]
+
+
+def test_still_clip_is_an_image_at_every_time():
+    params, image = layer(2, 3, (3, 3, 3)), random(1, 1, 4, 4, 2)
+    still = causal_conv3d(params, jnp.repeat(image, 4, axis=1))
+    np.testing.assert_allclose(still, jnp.repeat(causal_conv3d(params, image), 4, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_fold_and_unfold_are_inverses(block):
+    x = random(2, 1 + 2 * block[0], 3 * block[1], 2 * block[2], 3)
+    np.testing.assert_array_equal(unfold(fold(x, block), block), x)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_fold_equals_einops(block):
+    pt, ph, pw = block
+    x = random(2, 1 + 2 * pt, 3 * ph, 2 * pw, 3)
+    padded = jnp.concatenate([jnp.repeat(x[:, :1], pt - 1, axis=1), x], axis=1)
+    pattern = "b (t pt) (h ph) (w pw) c -> b t h w (pt ph pw c)"
+    np.testing.assert_array_equal(fold(x, block), einops.rearrange(padded, pattern, pt=pt, ph=ph, pw=pw))
+
+
+def test_first_block_holds_the_first_frame_alone():
+    x = random(1, 5, 2, 2, 3)
+    np.testing.assert_array_equal(fold(x, (4, 2, 2))[:, :1], fold(x[:, :1], (4, 2, 2)))
