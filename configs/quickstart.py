@@ -6,7 +6,7 @@
 Writes to runs/quickstart. Expect on held-out clips: see experiments/quickstart/README.md.
 """
 
-from sora_jax.config import mutable
+from sora_jax.config import check, mutable
 from sora_jax.quickstart import QuickstartConfig
 
 PROMPTS = (
@@ -34,8 +34,8 @@ def get_config(variant: str = ""):
         config.autoencoder.loop.steps = config.autoencoder.optim.decay_steps = 150
         config.transformer.loop.steps = config.transformer.optim.decay_steps = 120
         config.transformer.loop.preview_every = 60
-    elif variant:
-        raise ValueError(f"variant is {variant!r}; allowed: '' and 'short'")
+    else:
+        check(not variant, f"--config names the variant {variant!r}; allowed: none and 'short'")
     return config
 
 

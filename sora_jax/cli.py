@@ -11,12 +11,17 @@ EXAMPLES = """\
 examples:
   sora-jax quickstart                                   a text-to-video model from nothing, in ten minutes
   sora-jax data build --source=folder --path=clips --out=data/clips
-  sora-jax train --config=configs/video.py:autoencoder --workdir=runs/autoencoder --config.data=data/clips
+  sora-jax train --config=configs/tiny.py:autoencoder --workdir=runs/autoencoder --config.data=data/clips
   sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents
-  sora-jax train --config=configs/video.py --workdir=runs/video --config.latents=data/latents
+  sora-jax train --config=configs/tiny.py --workdir=runs/video --config.latents=data/latents
   sora-jax sample --workdir=runs/video --prompt="a fox runs" --frames=17 --height=48 --width=80 --out=fox.mp4
   sora-jax data inspect data/clips
 """
+
+NOT_A_BUG = {  # full disks and wrong paths; any other error of the system is shown whole
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,9 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sora-jax: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NOT_A_BUG:
             raise
-        print(f"sora-jax: the disk is full ({error.filename or error}); nothing half-written is kept", file=sys.stderr)
+        print(f"sora-jax: {error.filename or 'a file'} cannot be used: {error.strerror}", file=sys.stderr)
         return 2
 
 
@@ -70,7 +75,8 @@ def _parser(make, *names, **options) -> argparse.ArgumentParser:
 
 def _quickstart(commands) -> None:
     example = "example:\n  sora-jax quickstart --workdir=runs/quickstart"
-    p = _parser(commands.add_parser, "quickstart", help="from nothing to generated videos in ten minutes", epilog=example)
+    about = "from nothing to generated videos in ten minutes"
+    p = _parser(commands.add_parser, "quickstart", help=about, epilog=example)
     p.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
     p.add_argument("--config", help="a config file such as configs/quickstart.py:short (default: the full form)")
     p.set_defaults(function=quickstart)
@@ -84,11 +90,12 @@ def quickstart(options) -> None:
 
 def _train(commands) -> None:
     example = (
-        "example:\n  sora-jax train --config=configs/world.py:transformer --workdir=runs/world"
+        "example:\n  sora-jax train --config=configs/tiny.py:transformer --workdir=runs/tiny"
         " --config.latents=data/latents --config.loop.steps=5000"
     )
     p = _parser(commands.add_parser, "train", help="train an autoencoder or a transformer", epilog=example)
-    p.add_argument("--config", required=True, help="configs/FILE.py or configs/FILE.py:variant; --config.a.b=VALUE changes it")
+    about = "configs/FILE.py or configs/FILE.py:variant; --config.a.b=VALUE changes it"
+    p.add_argument("--config", required=True, help=about)
     p.add_argument("--workdir", type=Path, required=True, help="run folder; a run found there goes on")
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, and end")
     p.set_defaults(function=train)
@@ -115,14 +122,14 @@ def _sample(commands) -> None:
     p.add_argument("--workdir", type=Path, required=True, help="run folder of a trained transformer")
     p.add_argument("--prompt", action="append", default=[], help="what to generate; may be given several times")
     p.add_argument("--prompts-file", type=Path, help="a text file with one prompt a line")
-    p.add_argument("--frames", type=int, default=17)
-    p.add_argument("--height", type=int, default=48)
-    p.add_argument("--width", type=int, default=80)
-    p.add_argument("--steps", type=int, default=30, help="solver steps")
-    p.add_argument("--solver", default="euler", help="euler or heun")
-    p.add_argument("--guidance", type=float, default=4.0, help="1 = none")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--fps", type=float, default=8.0)
+    p.add_argument("--frames", type=int, help="default: as in the run's first preview; 1 for a .png")
+    p.add_argument("--height", type=int, help="in pixels; default: as in the run's first preview")
+    p.add_argument("--width", type=int, help="in pixels; default: as in the run's first preview")
+    p.add_argument("--steps", type=int, default=30, help="solver steps (default: 30)")
+    p.add_argument("--solver", default="euler", help="euler or heun (default: euler)")
+    p.add_argument("--guidance", type=float, help="1 = none; default: as in the run's previews")
+    p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    p.add_argument("--fps", type=float, help="frames a second of the file; default: as in the run's previews")
     p.add_argument("--upscale", type=int, default=1, help="enlarge pixels by a whole factor, to watch tiny clips")
     p.add_argument("--out", type=Path, required=True, help=".mp4, .gif or .webp; .png for one frame; several: numbered")
     p.set_defaults(function=sample)
@@ -147,7 +154,8 @@ def _data(commands) -> None:
     p.add_argument("--out", type=Path, required=True, help="latent cache to write")
     p.add_argument("--batch", type=int, default=16, help="clips encoded at once")
     p.set_defaults(function=encode)
-    p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog="example:\n  sora-jax data inspect data/clips")
+    example = "example:\n  sora-jax data inspect data/clips"
+    p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog=example)
     p.add_argument("folder", type=Path)
     p.set_defaults(function=inspect)
 
@@ -164,7 +172,8 @@ def _build(verbs) -> None:
     p.add_argument("--world", default="simple", help="which world: simple or full")
     p.add_argument("--max-frames", type=int, default=17, help="longest clip; cut to 1 + time_factor * k frames")
     p.add_argument("--time-factor", type=int, default=4, help="compression in time of the autoencoder to come")
-    p.add_argument("--length-rule", default="cut", help="cut to the next shorter allowed length, or pad to the next longer")
+    about = "cut to the next shorter allowed length, or pad to the next longer"
+    p.add_argument("--length-rule", default="cut", help=about)
     p.add_argument("--min-frames", type=int, default=1, help="clips that end shorter are refused")
     p.add_argument("--place", default="middle", help="part taken of a longer clip: start, middle or random")
     p.add_argument("--multiple", type=int, default=16, help="height and width become multiples of this")
@@ -172,6 +181,7 @@ def _build(verbs) -> None:
     p.add_argument("--max-fps", type=float, help="faster clips leave out frames")
     p.add_argument("--missing-caption", default="refuse", help="refuse, or empty")
     p.add_argument("--strip-frames", type=int, help="read each picture as so many frames from left to right")
+    p.add_argument("--strip-fps", type=float, default=8.0, help="frames a second of such strips")
     p.add_argument("--holdout", type=float, default=0.05, help="share of clips held out")
     p.add_argument("--limit", type=int, help="at most so many clips")
     p.add_argument("--seed", type=int, default=0)

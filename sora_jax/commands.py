@@ -1,5 +1,6 @@
 """What each command of `sora-jax` does; `cli.py` only reads the command line."""
 
+import argparse
 import functools
 import json
 import os
@@ -11,13 +12,14 @@ import numpy as np
 from sora_jax.config import check, choose, first_difference, frozen, plain
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import write_video
+from sora_jax.data.media import check_ending, write_video
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
-from sora_jax.generate.run import Run, load_run
+from sora_jax.generate.run import Run, load_run, read_run_config
+from sora_jax.generate.sampler import SampleConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import check_batch, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
-from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer
+from sora_jax.train.denoiser import DenoiserRun, PreviewConfig, denoiser_job, prepare_tokenizer
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, measure_statistics, save_autoencoder
 from sora_jax.train.loop import Job, fit
@@ -25,6 +27,7 @@ from sora_jax.train.loop import Job, fit
 MAY_CHANGE = ("loop", "preview", "mesh")  # a run may be made longer, watched otherwise, moved to another mesh
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
+DEFAULT_SIZE = (17, 64, 64)
 
 
 def use_compilation_cache() -> None:
@@ -57,7 +60,6 @@ def _specs(config):
 def train(config: AutoencoderRun | DenoiserRun, workdir: Path) -> None:
     """Trains what the config says in `workdir`, going on from the newest checkpoint there."""
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     command = train_autoencoder if config.kind == "autoencoder" else train_denoiser
     command(config, Path(workdir), mesh)
 
@@ -65,12 +67,16 @@ def train(config: AutoencoderRun | DenoiserRun, workdir: Path) -> None:
 def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     """Trains on crops, then measures the latents and keeps the frozen autoencoder in workdir/frozen."""
     dataset = Dataset(config.data)
+    for name, rows in config.rows.items():
+        check_batch(mesh, rows // config.loop.accumulate, f"the number of {name} in config.batch / loop.accumulate")
+    check_workdir(workdir, config)
+    held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
+    preview = reconstruction_preview(config, held_out[:8], workdir) if held_out else None
+    job = autoencoder_job(config, dataset, preview)
     claim_workdir(workdir, config)
-    held_out = _some(dataset, "held-out", HELD_OUT_CLIPS)
-    job = autoencoder_job(config, dataset, reconstruction_preview(config, held_out[:8], workdir))
     state = _fit(job, config, mesh, workdir)
     params = jax.tree.map(np.asarray, state.ema[0])
-    mean, std = measure_statistics(params, config.model, _some(dataset, config.split, STATISTICS_CLIPS))
+    mean, std = measure_statistics(params, config.model, _some(dataset, dataset.rows(config.split), STATISTICS_CLIPS))
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)
     notes = {"steps": int(state.step), "held_out_psnr": held_out_psnr(autoencoder, held_out) if held_out else None}
     save_autoencoder(autoencoder, workdir / FOLDER, notes)
@@ -86,32 +92,36 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
-    claim_workdir(workdir, config)
-    copy_autoencoder(config.latents, workdir)
+    check_batch(mesh, config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
+    check_workdir(workdir, config)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)
+    for size in config.preview.sizes:
+        current(params={}).latent_size(*size)
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.prompts else None
-    _fit(denoiser_job(config, cache, tokenizer, preview), config, mesh, workdir)
+    job = denoiser_job(config, cache, tokenizer, preview)
+    claim_workdir(workdir, config)
+    copy_autoencoder(config.latents, workdir)
+    tokenizer.save(Path(workdir) / "tokenizer.json")
+    _fit(job, config, mesh, workdir)
 
 
 def _fit(job: Job, config, mesh, workdir: Path):
     return fit(job, config.loop, config.optim, config.seed, mesh, workdir, plain(config))
 
 
-def _some(dataset: Dataset, split: str, most: int) -> list[np.ndarray]:
-    """At most so many clips of a split, evenly spread, ordered by size so that each size is compiled once."""
-    rows = dataset.rows(split)
+def _some(dataset: Dataset, rows: list[dict], most: int) -> list[np.ndarray]:
+    """At most so many of the clips, evenly spread, ordered by size so that each size is compiled once."""
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).astype(int))] if rows else []
     chosen.sort(key=lambda row: (row["frames"], row["height"], row["width"]))
     return [dataset[row["index"]].frames for row in chosen]
 
 
-def claim_workdir(workdir: Path, config) -> None:
-    """Writes config.json before the first step; a folder of another config is refused."""
+def check_workdir(workdir: Path, config) -> None:
+    """UserError unless the folder is empty, is yet to be made, or holds a run of this config."""
     path = Path(workdir) / "config.json"
-    new = plain(config)
     if path.exists():
-        old = json.loads(path.read_text())
+        old, new = json.loads(path.read_text()), plain(config)
         keep = [{k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (old, new)]
         different = first_difference(*keep)
         check(
@@ -121,26 +131,55 @@ def claim_workdir(workdir: Path, config) -> None:
     else:
         occupied = Path(workdir).is_dir() and any(Path(workdir).iterdir())
         check(not occupied, f"--workdir is {str(workdir)!r}; it is not empty and holds no run; take an empty folder")
+
+
+def claim_workdir(workdir: Path, config) -> None:
+    """Writes config.json, just before the first step: a config that was refused leaves no folder behind."""
     Path(workdir).mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(new, indent=1))
-    os.replace(temporary, path)
+    temporary = Path(workdir) / "config.tmp"
+    temporary.write_text(json.dumps(plain(config), indent=1))
+    os.replace(temporary, Path(workdir) / "config.json")
 
 
 def sample(options) -> list[Path]:
-    """Generates the prompts of the command line; returns the files written."""
+    """Generates the prompts of the command line; returns the files written.
+
+    What the command line leaves open is taken from the run's previews: size, guidance, frames a second. All that
+    can be refused is refused before anything is loaded.
+    """
+    prompts = _prompts(options)
+    paths = _numbered(options.out, len(prompts))
+    config = read_run_config(options.workdir)
+    options = _with_defaults(options, config.preview)
+    check_ending(options.out, options.frames)
+    check(options.fps > 0, f"--fps is {options.fps}; it must be positive")
+    check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
+    settings = (options.steps, options.guidance, options.seed, options.solver)
+    SampleConfig(options.solver, options.steps, options.guidance, options.seed)
+    run = load_run(options.workdir)
+    clips = run.generate(prompts, (options.frames, options.height, options.width), *settings)
+    for path, clip in zip(paths, clips, strict=True):
+        write_video(path, clip, options.fps, options.upscale)
+    return paths
+
+
+def _prompts(options) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts_file:
         check(options.prompts_file.is_file(), f"--prompts-file is {str(options.prompts_file)!r}; there is no such file")
         prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
     check(bool(prompts), "there is no prompt; give --prompt or --prompts-file")
-    paths = _numbered(options.out, len(prompts))
-    run = load_run(options.workdir)
-    size = (options.frames, options.height, options.width)
-    clips = run.generate(prompts, size, options.steps, options.guidance, options.seed, options.solver)
-    for path, clip in zip(paths, clips, strict=True):
-        write_video(path, clip, options.fps, options.upscale)
-    return paths
+    return prompts
+
+
+def _with_defaults(options, preview: PreviewConfig):
+    """The options with gaps filled in; under a name that ends in .png the clip is an image."""
+    frames, height, width = preview.sizes[0] if preview.sizes else DEFAULT_SIZE
+    if options.out.suffix.lower() == ".png":
+        frames = 1
+    known = dict(frames=frames, height=height, width=width, guidance=preview.guidance, fps=preview.fps)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**(known | given))
 
 
 def _numbered(out: Path, count: int) -> list[Path]:

@@ -95,8 +95,8 @@ def load(file: str, overrides: Sequence[str] = ()):
     path = file.partition(":")[0]
     check(Path(path).is_file(), f"--config is {file!r}; there is no file {path!r}")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
     arguments = [f"--config={file}", *(f"--config.{change}" for change in overrides)]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["sora-jax", *arguments])
     try:
         values(["sora-jax", *arguments])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -16,11 +16,11 @@ from sora_jax.config import check, frozen, load
 from sora_jax.data.build import BuildConfig, build
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import save_png, write_video
+from sora_jax.data.oracle import agreement
 from sora_jax.data.sheets import contact_sheet
 from sora_jax.data.world import WorldConfig
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, triple
-from sora_jax.data.agreement import agreement
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import load_run
 from sora_jax.parallel.mesh import make_mesh

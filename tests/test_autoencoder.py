@@ -44,12 +44,14 @@ FIELD = AutoencoderConfig()  # 4x8x8, 16 channels, base width 128
 
 @functools.cache
 def random_params(config):
-    """Initial parameters moved at random, so that no residual branch is zero."""
-    params = init(autoencoder_specs(config), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
+    """Random weights of the usual size, in every residual branch too (which start at zero)."""
     rng = np.random.default_rng(0)
-    moved = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return jax.tree.unflatten(tree, moved)
+
+    def draw(spec):
+        fan_in = np.prod(spec.shape[:-1])
+        return jnp.asarray(rng.standard_normal(spec.shape) / np.sqrt(fan_in), jnp.float32)
+
+    return jax.tree.map(draw, abstract(autoencoder_specs(config)))
 
 
 def clips(batch, frames, height=16, width=12, seed=0):
@@ -193,34 +195,40 @@ def test_narrow_4x8x8x16_autoencoder_runs():
     assert np.isfinite(mean).all() and np.isfinite(decoded).all()
 
 
+def loss_and_gradient(config, params, video):
+    def loss(p):
+        return reconstruction_loss(p, config, video, jax.random.key(3))[0]
+
+    return jax.value_and_grad(loss)(params)
+
+
 def test_split_over_eight_devices_equals_one_device():
-    config = CONFIGS["levels"]
-    params, video = random_params(config), clips(8, 5)
-
-    def loss_and_gradient(params, video):
-        def loss(p):
-            return reconstruction_loss(p, config, video, jax.random.key(3))[0]
-
-        return jax.value_and_grad(loss)(params)
-
-    expected = jax.jit(loss_and_gradient)(params, video)
-    mesh = make_mesh(MeshConfig(data=8))
+    config, video = CONFIGS["patch"], clips(8, 5)
+    function = jax.jit(functools.partial(loss_and_gradient, config))
+    expected, mesh = function(random_params(config), video), make_mesh(MeshConfig(data=8))
     with jax.set_mesh(mesh):
-        split_params = jax.device_put(params, shardings(autoencoder_specs(config), mesh))
-        split = jax.jit(loss_and_gradient)(split_params, place_batch(video, mesh))
-        latents = jax.eval_shape(lambda p, v: encode(p, config, v)[0], split_params, place_batch(video, mesh))
-    assert latents.sharding.spec == partition("batch", None, None, None, None)
+        params = jax.device_put(random_params(config), shardings(autoencoder_specs(config), mesh))
+        split = function(params, place_batch(video, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), split, expected)
+
+
+def test_latents_stay_split_by_clip_through_all_levels():
+    """Under an Explicit mesh the layout is part of the type: tracing is enough."""
+    config, mesh = CONFIGS["levels"], make_mesh(MeshConfig(data=8))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(random_params(config), shardings(autoencoder_specs(config), mesh))
+        video = place_batch(clips(8, 5), mesh)
+        jax.eval_shape(functools.partial(loss_and_gradient, config), params, video)
+        latents = jax.eval_shape(lambda p, v: encode(p, config, v)[0], params, video)
+    assert latents.sharding.spec == partition("batch", None, None, None, None)
 
 
 def test_remat_changes_no_number():
     config = CONFIGS["patch"]
     remat = dataclasses.replace(config, remat=True)
 
-    def gradient(params, config):
-        return jax.grad(lambda p: reconstruction_loss(p, config, clips(1, 5), jax.random.key(0))[0])(params)
-
-    both = jax.jit(lambda p: (gradient(p, config), gradient(p, remat)))(random_params(config))
+    video = clips(1, 5)
+    both = jax.jit(lambda p: [loss_and_gradient(c, p, video) for c in (config, remat)])(random_params(config))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *both)
 
 

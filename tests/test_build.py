@@ -244,3 +244,13 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     assert "48x40 (3)" in report.text
     sheet = decode(report.sheet).frames[0]
     assert sheet.shape[0] > 40 and (sheet != 255).any()
+
+
+def test_every_split_but_the_trained_one_is_held_out(tmp_path):
+    names = ["train", "test", "held-out", "train", "val"]
+    with write_dataset(tmp_path / "d", {}) as writer:
+        for number, split in enumerate(names):
+            writer.add(Clip(f"{number}", np.zeros((1, 2, 2, 3), np.uint8), 8.0, "", "test"), "", split)
+    dataset = Dataset(tmp_path / "d")
+    assert [row["split"] for row in dataset.held_out()] == ["test", "held-out", "val"]
+    assert [row["index"] for row in dataset.held_out("val")] == [0, 1, 2, 3]

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sora_jax.data import captions, render, world
-from sora_jax.data.captions import COLOURS, LEVELS, MOTIONS, TONES
-from sora_jax.data.figures import FIGURES
-from sora_jax.data.world import FULL_WORLD, HELD_OUT, WorldConfig, clip, scene, split, wanted
+from sora_jax.data.world import FULL_WORLD, HELD_OUT, WorldConfig, captions, clip, render, scene, scenes, split, wanted
+from sora_jax.data.world.captions import COLOURS, LEVELS, MOTIONS, TONES
+from sora_jax.data.world.figures import FIGURES
 from sora_jax.errors import UserError
 
 # Areas at unit diameter, by elementary geometry from the lengths in figures.py.
@@ -236,7 +235,7 @@ def test_world_makes_no_more_shapes_than_fit():
     config = WorldConfig(max_shapes=3, scale=(0.2, 0.5), sizes=((24, 24), (64, 64)))
     counts = {24: set(), 64: set()}
     for index in range(100):
-        planned = world.scene(config, index)
+        planned = scene(config, index)
         counts[planned.short].add(len(planned.shapes))
-        assert all(s.diameter * planned.short >= world.MIN_PIXELS for s in planned.shapes)
+        assert all(s.diameter * planned.short >= scenes.MIN_PIXELS for s in planned.shapes)
     assert max(counts[24]) < 3 and counts[64] == {1, 2, 3}

@@ -118,6 +118,13 @@ class Dataset:
         """The manifest's rows of a split (of all clips when None), in order; each knows its `index`."""
         return [row for row in self.table.to_pylist() if split in (None, row["split"])]
 
+    def held_out(self, trained: str = "train") -> list[dict]:
+        """The manifest's rows of every split but the one trained on, whatever they are called, in order.
+
+        A build names its own held-out clips "held-out"; a `captions.csv` may say "test" or "val".
+        """
+        return [row for row in self.rows() if row["split"] != trained]
+
     def row(self, index: int) -> dict:
         """The manifest's row of a clip, as a dict of the columns."""
         if not 0 <= index < len(self):

@@ -138,17 +138,22 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     disk or an unknown ending is a UserError.
     """
     path = Path(path)
-    writer = WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise UserError(f"out={path} has an unknown ending: {', '.join(WRITERS)} are allowed.")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise UserError(f"frames of {frames.dtype} {frames.shape} cannot be written: uint8 (T, H, W, 3) can.")
-    if path.suffix.lower() == ".png" and len(frames) != 1:
-        raise UserError(f"out={path} holds one frame, the clip has {len(frames)}: use .mp4, .gif or .webp.")
+    check_ending(path, len(frames))
     large = frames.repeat(upscale, axis=1).repeat(upscale, axis=2)
     with replacing(path) as temporary:
-        writer(temporary, large, fps)
+        WRITERS[path.suffix.lower()](temporary, large, fps)
     return path
+
+
+def check_ending(path: str | Path, frames: int) -> None:
+    """UserError unless a clip of so many frames can be written under this name; to call before making the clip."""
+    ending = Path(path).suffix.lower()
+    if ending not in WRITERS:
+        raise UserError(f"out={path} has an unknown ending: {', '.join(WRITERS)} are allowed.")
+    if ending == ".png" and frames != 1:
+        raise UserError(f"out={path} holds one frame, the clip has {frames}: use .mp4, .gif or .webp.")
 
 
 def save_png(path: str | Path, image: np.ndarray) -> Path:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sora_jax.data.agreement import Agreement, agreement
 from sora_jax.data.manifest import Dataset
-from sora_jax.data.oracle import read
+from sora_jax.data.oracle import Agreement, agreement, read
 
 FACTS = ("colour", "kind", "motion", "count")
 
@@ -34,7 +33,7 @@ def score(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> Score:
     moving = [a for a, clip in zip(found, clips, strict=True) if len(clip) > 1]
     return Score(
         clips=len(found),
-        triple=float(np.mean([triple(a) for a in found])),
+        triple=_mean([triple(a) for a in found]),
         constancy=_mean([a.constancy for a in moving]),
         physics_error=_mean([a.physics_error for a in moving]),
         **rates,
@@ -69,7 +68,7 @@ def held_out_prompts(dataset: Dataset, count: int) -> list[tuple[str, tuple[int,
     seen = {row["caption"] for row in dataset.rows("train")}
     found = [
         (row["caption"], (row["frames"], row["height"], row["width"]))
-        for row in dataset.rows("held-out")
+        for row in dataset.held_out()
         if row["frames"] > 1 and row["caption"] not in seen and "moves" in row["caption"]
     ]
     return found[:count]

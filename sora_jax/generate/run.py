@@ -17,7 +17,7 @@ from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
 from sora_jax.models.autoencoder import latent_grid
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
-from sora_jax.parallel.mesh import make_mesh
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
@@ -75,7 +75,8 @@ class Run:
         factor = self.autoencoder.config.space_factor
         for name, value, step in (("height", height, factor * patch[0]), ("width", width, factor * patch[1])):
             below = max(value // step, 1) * step
-            check(value == below, f"{name} is {value}; it must be a multiple of {step}, such as {below} or {below + step}")
+            nearest = f"{below} or {below + step}"
+            check(value == below, f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")
         return latent_grid(self.autoencoder.config, frames, height, width)
 
 
@@ -85,13 +86,8 @@ def load_run(folder: str | Path) -> Run:
     UserError if the folder holds no denoiser, or no checkpoint yet.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    check(
-        config.get("kind") == "transformer",
-        f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and only a transformer samples",
-    )
-    config = frozen(DenoiserRun, config)
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else make_mesh()
+    config = read_run_config(folder)
+    mesh = _mesh_here(config.mesh)
     specs = transformer_specs(config.model)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.latest()
@@ -101,9 +97,21 @@ def load_run(folder: str | Path) -> Run:
     return Run(config, params, tokenizer, load_autoencoder(folder), mesh, step)
 
 
-def read_config(folder: Path) -> dict:
-    """The plain config that a run folder keeps."""
+def _mesh_here(config: MeshConfig) -> Mesh:
+    """The run's own mesh, or, where this machine has another number of devices, one that splits the batch."""
+    try:
+        return make_mesh(config)
+    except UserError:
+        return make_mesh()
+
+
+def read_run_config(folder: Path) -> DenoiserRun:
+    """The config that a run folder keeps; UserError if it is no run of a denoiser."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder")
-    return json.loads(path.read_text())
+    check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder")
+    config = json.loads(path.read_text())
+    check(
+        config.get("kind") == "transformer",
+        f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and only a transformer samples",
+    )
+    return frozen(DenoiserRun, config)

@@ -27,10 +27,11 @@ class AutoencoderConfig:
 
     `time_factor` and `space_factor` are the compression per axis: `patch` (time, space) of it by folding
     pixels into channels before the first convolution, the rest by factors of 2 between levels, in space
-    first, in time last. Level i has `width * multipliers[i]` channels and `encoder_blocks` or `decoder_blocks`
-    residual blocks, each a chain of convolutions with `kernels` (time, height, width); the first kernel also
-    serves the first and the last convolution. `remat` recomputes blocks in the backward pass to save memory.
-    The loss is `l1_weight` L1 + `l2_weight` L2 + `kl_weight` KL, each a mean over its elements.
+    first, in time last. Level i has `width * multipliers[i]` channels and `encoder_blocks` or
+    `decoder_blocks` residual blocks, each a chain of convolutions with `kernels` (time, height, width); the
+    first kernel also serves the first and the last convolution. `remat` recomputes blocks in the backward
+    pass to save memory. The loss is `l1_weight` L1 + `l2_weight` L2 + `kl_weight` KL, each a mean over its
+    elements.
     """
 
     time_factor: int = 4

@@ -22,7 +22,8 @@ def forward_flops(config: TransformerConfig, batch: dict) -> float:
     """FLOPs (two per multiply-add) of one forward pass over the clips of a host batch."""
     lengths = batch["grids_BS3"].astype(np.int64).prod(-1)
     text_lengths = _text_lengths(batch, lengths.shape[1])
-    uses = {"token": lengths.sum(), "text": text_lengths.sum(), "row": batch["row_slots_BR"].size}
+    rows = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
+    uses = {"token": lengths.sum(), "text": text_lengths.sum(), "row": rows.sum(), "clip": (lengths > 0).sum()}
     products = sum(2 * size * uses[user] for user, size in _weights(config))
     pairs = (lengths**2).sum() + (lengths * text_lengths).sum()
     attention = 4 * config.depth * config.width * pairs
@@ -47,8 +48,9 @@ def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
 def _user(names: list[str]) -> str:
     if names[0] == "text" or "cross_kv" in names:
         return "text"
-    rows = {"modulation", "time_in", "time_out", "pooled"}
-    return "row" if rows & set(names) else "token"
+    if "pooled" in names:
+        return "clip"
+    return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
 
 
 def _text_lengths(batch: dict, slots: int) -> np.ndarray:

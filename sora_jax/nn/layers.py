@@ -105,11 +105,6 @@ def embed(table: jax.Array, ids: jax.Array, axes: tuple) -> jax.Array:
     return table.at[ids].get(out_sharding=out_sharding(*axes))
 
 
-def gather_rows(table_BRD: jax.Array, rows_BL: jax.Array) -> jax.Array:
-    """For each token the row of its own pack's table: (B, R, D), (B, L) -> (B, L, D)."""
-    return jax.vmap(lambda table, rows: table[rows])(table_BRD, rows_BL)
-
-
 def time_features(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoids of a time in [0, 1] counted in thousandths: (...,) -> (..., width), cosines first.
 

@@ -11,6 +11,7 @@ from sora_jax.config import check
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.pipeline import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.diffusion.keys import Purpose, step_key
+from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, latent_grid, reconstruction_loss
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.train.loop import Job, LoopConfig
@@ -39,10 +40,21 @@ class AutoencoderRun:
     def __post_init__(self):
         check(self.kind == "autoencoder", f"kind is {self.kind!r}; an AutoencoderRun is of kind 'autoencoder'")
         latent_grid(self.model, *self.crop)
-        check(
-            self.batch > 0 and self.batch % self.loop.accumulate == 0,
-            f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
-        )
+        for name, rows in self.rows.items():
+            check(
+                rows % self.loop.accumulate == 0,
+                f"batch is {self.batch} and image_share {self.image_share}, which makes {rows} {name} in a step; "
+                f"their number must be a multiple of loop.accumulate = {self.loop.accumulate}",
+            )
+
+    @property
+    def crops(self) -> CropConfig:
+        return CropConfig(*self.crop, batch=self.batch, image_share=self.image_share)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows of a step are videos, and how many images."""
+        return {"videos": self.batch - self.crops.images, "images": self.crops.images}
 
 
 def to_float(frames: jax.Array) -> jax.Array:
@@ -69,11 +81,24 @@ def autoencoder_loss(config: AutoencoderRun, params: dict, batch: dict, step, pa
     return total, (count, means)
 
 
+def check_sizes(config: AutoencoderConfig, dataset: Dataset) -> None:
+    """UserError unless the autoencoder takes every clip of the dataset whole, as encoding them will."""
+    columns = (dataset.table[side].to_pylist() for side in ("frames", "height", "width"))
+    for size in sorted(set(zip(*columns, strict=True))):
+        try:
+            latent_grid(config, *size)
+        except UserError as error:
+            shown = " x ".join(map(str, size))
+            message = f"the dataset {str(dataset.path)!r} has clips of {shown} (frames x height x width): {error}"
+            raise UserError(message) from error
+
+
 def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> Job:
     """What the loop needs to train an autoencoder on a dataset folder."""
-    crop = CropConfig(*config.crop, batch=config.batch, image_share=config.image_share)
+    check_sizes(config.model, dataset)
     sizes, clips = sizes_and_clips(dataset, config.split)
-    batches = crop_batches(dataset, crop, config.seed, sizes, clips, jax.process_index(), jax.process_count())
+    check(len(clips) > 0, f"config.split is {config.split!r}; the dataset {str(dataset.path)!r} has no such clip")
+    batches = crop_batches(dataset, config.crops, config.seed, sizes, clips, jax.process_index(), jax.process_count())
     return Job(
         name="autoencoder",
         specs=autoencoder_specs(config.model),

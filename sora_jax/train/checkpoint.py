@@ -1,5 +1,7 @@
 """Checkpoints by Orbax: asynchronous, complete or absent; the only file that imports orbax."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,18 +15,26 @@ STATE, EMA, RUN = "state", "ema", "run"
 
 
 class Checkpoints:
-    """The checkpoints of a run folder; a context manager, because leaving without closing loses the last save."""
+    """The checkpoints of a run folder; a context manager, because leaving without closing loses the last save.
 
-    def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    With `keep=None` it only reads, and may do so while another process trains in the same folder.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=(STATE, EMA, RUN))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -47,21 +57,32 @@ class Checkpoints:
         """The newest checkpoint in the structure and shardings of `state`, and what was saved as `run`."""
         tree = serialization.to_state_dict(state)
         ema = tree.pop("ema")
-        args = {STATE: _restore_like(tree), EMA: _restore_like(ema), RUN: ocp.args.JsonRestore()}
-        try:
-            found = self._manager.restore(self.latest(), args=ocp.args.Composite(**args))
-        except ValueError as error:
-            raise UserError(f"the checkpoint in {self._manager.directory} is of another model: {error}") from error
+        found = self._restore(**{STATE: _like(tree), EMA: _like(ema), RUN: ocp.args.JsonRestore()})
         return serialization.from_state_dict(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
     def restore_ema(self, params, averages: int, index: int = 0):
         """One of the `averages` alone, in the structure and shardings of the abstract tree `params`."""
         like = serialization.to_state_dict((params,) * averages)
-        found = self._manager.restore(self.latest(), args=ocp.args.Composite(**{EMA: _restore_like(like)}))
+        found = self._restore(**{EMA: _like(like)})
         return serialization.from_state_dict(params, found[EMA][str(index)])
 
+    def _restore(self, **items):
+        step = self.latest()
+        with _one_sentence(self._manager.directory, step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-def _restore_like(tree):
+
+@contextlib.contextmanager
+def _one_sentence(folder: Path, step: int | None) -> Iterator[None]:
+    """Orbax tells of a checkpoint that does not fit, or cannot be read, by errors of many lines and types."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"checkpoint {step} in {folder} is damaged or of another model: {reason}") from error
+
+
+def _like(tree):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
     return ocp.args.StandardRestore(abstract)
 

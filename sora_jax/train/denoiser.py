@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
-from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
@@ -56,6 +56,11 @@ class PreviewConfig:
     steps: int = 20
     guidance: float = 3.0
     fps: float = 8.0
+
+    def __post_init__(self):
+        check(bool(self.sizes) or not self.prompts, "preview.sizes is empty; preview.prompts need at least one size")
+        check(self.steps > 0, f"preview.steps is {self.steps}; it must be positive")
+        check(self.fps > 0, f"preview.fps is {self.fps}; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +161,7 @@ def batch_counts(model: TransformerConfig, batch: dict) -> dict[str, float]:
 
 
 def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer:
-    """The run's tokenizer: the one in `workdir`, or one learnt from the captions and kept there."""
+    """The run's tokenizer: the one in `workdir`, or one learnt from the captions."""
     path = Path(workdir) / "tokenizer.json"
     if path.exists():
         return tokenizers.load(path)
@@ -166,5 +171,4 @@ def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) ->
         tokenizer.vocab_size <= config.model.text.vocabulary,
         f"config.model.text.vocabulary is {config.model.text.vocabulary}; the tokenizer has {tokenizer.vocab_size} ids",
     )
-    tokenizer.save(path)
     return tokenizer

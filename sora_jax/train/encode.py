@@ -9,8 +9,8 @@ from tqdm import tqdm
 from sora_jax.config import check
 from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter
 from sora_jax.data.manifest import Dataset
-from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
-
+from sora_jax.train.autoencoder import check_sizes
+from sora_jax.train.frozen import FOLDER, load_autoencoder
 
 ENTRY = tuple(field.name for field in dataclasses.fields(LatentEntry))
 
@@ -18,21 +18,32 @@ ENTRY = tuple(field.name for field in dataclasses.fields(LatentEntry))
 def encode_dataset(autoencoder_run: Path, data: Path, out: Path, batch: int = 16) -> None:
     """Writes the latent cache `out`, with a copy of the autoencoder inside; a complete one is kept as it is.
 
-    UserError if `out` holds a cache of another autoencoder. Nothing that looks complete is left by a crash.
+    UserError if `out` holds latents of another autoencoder or of other clips. Nothing that looks complete is left
+    by a crash; the same call goes on after the last complete shard.
     """
-    autoencoder = load_autoencoder(autoencoder_run)
+    check(batch > 0, f"--batch is {batch}; it must be positive")
+    autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
     if (Path(out) / "cache.json").exists():
-        LatentCache(out).check(autoencoder.fingerprint)
+        _check_complete(LatentCache(out), autoencoder.fingerprint, dataset)
         return
-    dataset = Dataset(data)
     config = autoencoder.config
+    check_sizes(config, dataset)
     factors = (config.time_factor, config.space_factor, config.space_factor)
     with LatentWriter(out, autoencoder.fingerprint, config.latent_channels, factors) as writer:
+        strangers = writer.done - set(dataset.table["id"].to_pylist())
+        check(not strangers, f"{writer.partial} was begun with other clips than those of {data}; remove it")
         rows = [row for row in _by_size(dataset) if row["id"] not in writer.done]
         latents = autoencoder.encode((dataset[row["index"]].frames for row in rows), batch)
         for row, latent in tqdm(zip(rows, latents, strict=True), "encode", len(rows), unit="clip"):
             writer.add(LatentEntry(**{name: row[name] for name in ENTRY}), latent)
         copy_autoencoder(autoencoder_run, writer.partial)
+
+
+def _check_complete(cache: LatentCache, fingerprint: str, dataset: Dataset) -> None:
+    cache.check(fingerprint)
+    held = sorted(zip(*(cache.manifest[name] for name in ENTRY), strict=True))
+    wanted = sorted(tuple(row[name] for name in ENTRY) for row in dataset.rows())
+    check(held == wanted, f"--out is {str(cache.path)!r}; it holds latents of other clips than --data; remove it")
 
 
 def _by_size(dataset: Dataset) -> list[dict]:

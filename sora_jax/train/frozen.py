@@ -5,6 +5,8 @@ import functools
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from sora_jax.config import check, frozen, plain
+from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import batch_parts, reshard
@@ -116,22 +119,30 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
 def load_autoencoder(run: Path) -> FrozenAutoencoder:
     """The frozen autoencoder of a run folder (or the frozen folder itself)."""
     folder = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
-    record_path = folder / "autoencoder.json"
-    check(record_path.exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
-    record = json.loads(record_path.read_text())
+    exists = (folder / "autoencoder.json").exists()
+    check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    try:
+        autoencoder, fingerprint = _read(folder)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"the autoencoder in {str(folder)!r} is damaged: {error}") from error
+    check(
+        autoencoder.fingerprint == fingerprint,
+        f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint",
+    )
+    return autoencoder
+
+
+def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
+    record = json.loads((folder / "autoencoder.json").read_text())
     config = frozen(AutoencoderConfig, record["config"])
     with np.load(folder / "weights.npz") as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")
     template = param.abstract(autoencoder_specs(config))
-    nested = traverse_util.unflatten_dict(flat, sep="/")
+    names = traverse_util.flatten_dict(serialization.to_state_dict(template), keep_empty_nodes=True, sep="/")
+    nested = traverse_util.unflatten_dict(names | flat, sep="/")
     params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
-    autoencoder = FrozenAutoencoder(config, params, mean, std)
-    check(
-        autoencoder.fingerprint == record["fingerprint"],
-        f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint",
-    )
-    return autoencoder
+    return FrozenAutoencoder(config, params, mean, std), record["fingerprint"]
 
 
 def _flat(autoencoder: FrozenAutoencoder) -> dict[str, np.ndarray]:

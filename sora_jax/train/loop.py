@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from sora_jax.parallel.mesh import place_batch
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.metrics import MetricsWriter, Stopwatch
 from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState, init_state
+from sora_jax.train.state import init_state
 from sora_jax.train.step import LossFunction, make_step
+
+STOPPING = b"\nsora-jax: stopping after this step, with a save; Ctrl-C again ends at once\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ class LoopConfig:
 
     def __post_init__(self):
         check(self.steps > 0, f"loop.steps is {self.steps}; it must be positive")
-        check(self.accumulate > 0, f"loop.accumulate is {self.accumulate}; it must be positive")
+        for name in ("accumulate", "keep"):
+            check(getattr(self, name) > 0, f"loop.{name} is {getattr(self, name)}; it must be positive")
         for name in ("log_every", "save_every", "preview_every"):
             check(getattr(self, name) >= 0, f"loop.{name} is {getattr(self, name)}; 0 (never) or a number of steps")
 
@@ -65,13 +69,12 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
     """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one; returns the TrainState.
 
     `run` (the plain config) is stored in each checkpoint. Raises Stopped after an orderly stop, UserError when a
-    loss is not finite. Order inside a step: fetch, dispatch, read the step before, preview, save.
+    step is not finite. Order inside a step: fetch, dispatch, read the step before, preview, save.
     """
     watch = Stopwatch()
     optimizer = make_optimizer(optim)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        writer = stack.enter_context(MetricsWriter(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
         stop = stack.enter_context(stop_signal())
         with watch("init"):
@@ -81,31 +84,34 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         start = int(state.step)
         if start >= config.steps:
             return state
+        writer = stack.enter_context(MetricsWriter(workdir, start))
+        reporter = Reporter(job, writer, stack.enter_context(_bar(job.name, start, config.steps)), watch, config)
         step_function = make_step(job.loss, optimizer, optim.ema)
         batches = job.batches(start)
-        bar = stack.enter_context(
-            tqdm(total=config.steps, initial=start, desc=job.name, unit="step", dynamic_ncols=True, smoothing=0.05)
-        )
-        reporter = Reporter(job, writer, bar, watch, config.log_every)
-        for step in range(start, config.steps):
+        for step in range(start + 1, config.steps + 1):
             with watch("data"):
                 batch = next(batches)
-                placed = place_batch(split_batch(batch, config.accumulate), mesh, leading=1)
-            with watch("step" if step > start else "compile"):
-                state, metrics = step_function(state, job.to_device(placed))
+                placed = job.to_device(place_batch(split_batch(batch, config.accumulate), mesh, leading=1))
+            with watch("step" if step > start + 1 else "compile"):
+                state, metrics = step_function(state, placed)
                 reporter.read_previous()
-            reporter.hold(step + 1, metrics, batch)
-            if job.preview and due(step + 1, config.preview_every, config.steps):
+            reporter.hold(step, metrics, batch)
+            if job.preview and due(step, config.preview_every, config.steps):
                 with watch("preview"):
                     reporter.read_previous()
-                    job.preview(step + 1, state.ema[0], writer)
-            if stop() or due(step + 1, config.save_every, config.steps):
+                    job.preview(step, state.ema[0], writer)
+            stopping = stop()  # asked once: a signal that comes after this line waits for the next step's save
+            if stopping or due(step, config.save_every, config.steps):
                 with watch("save"):
                     reporter.read_previous()
-                    checkpoints.save(step + 1, state, {"config": run, "step": step + 1, "seed": seed})
-            if stop() and step + 1 < config.steps:
-                raise Stopped(step + 1)
+                    checkpoints.save(step, state, {"config": run, "step": step, "seed": seed})
+            if stopping:
+                raise Stopped(step)
     return state
+
+
+def _bar(name: str, start: int, steps: int) -> tqdm:
+    return tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -119,33 +125,44 @@ def split_batch(batch: dict, parts: int) -> dict:
 
 
 class Reporter:
-    """Reads each step's metrics only after the next step has been dispatched, and reports every `every` steps."""
+    """Reads each step's metrics only after the next step has been dispatched, and reports every `log_every` steps.
 
-    def __init__(self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, every: int):
-        self._job, self._writer, self._bar, self._watch, self._every = job, writer, bar, watch, every
+    The first step, which compiles, counts in no rate.
+    """
+
+    def __init__(self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, config: LoopConfig):
+        self._job, self._writer, self._bar, self._watch, self._config = job, writer, bar, watch, config
         self._held = None
         self._counts: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._since: float | None = None
 
     def hold(self, step: int, metrics: dict, batch: dict) -> None:
         self._held = (step, metrics, batch)
 
     def read_previous(self) -> None:
-        """Waits for the held step, checks its loss, and writes a report if one is due."""
+        """Waits for the held step, checks that it is finite, and writes a report if one is due."""
         if self._held is None:
             return
         (step, metrics, batch), self._held = self._held, None
         metrics = jax.device_get(metrics)
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"the loss of step {step} is {metrics['loss']}; clips of that batch: {self._job.clip_ids(batch)}; "
-                "the last good checkpoint is kept"
-            )
-        for name, value in self._job.counts(batch).items():
-            self._counts[name] = self._counts.get(name, 0) + value
+        self._check_finite(step, metrics, batch)
         self._bar.update(1)
-        if self._every and (step % self._every == 0 or step == self._bar.total):
+        counts = self._job.counts(batch)
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._counts = {name: self._counts.get(name, 0) + value for name, value in counts.items()}
+        if self._config.log_every and due(step, self._config.log_every, self._config.steps):
             self._report(step, metrics)
+
+    def _check_finite(self, step: int, metrics: dict, batch: dict) -> None:
+        # A loss may be finite where its gradient is not; the norm shows that the update spoilt the parameters.
+        for name in ("loss", "parameter_norm"):
+            if not math.isfinite(metrics[name]):
+                raise UserError(
+                    f"the {name.replace('_', ' ')} of step {step} is {metrics[name]}; clips of that batch: "
+                    f"{self._job.clip_ids(batch)}; the last good checkpoint is kept"
+                )
 
     def _report(self, step: int, metrics: dict) -> None:
         seconds = time.perf_counter() - self._since
@@ -168,6 +185,7 @@ def stop_signal():
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
+        os.write(2, STOPPING)  # not print: the handler may have cut into a write to the same stream
 
     with contextlib.suppress(ValueError):  # not in the main thread (a notebook's helper): no handlers there
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -11,20 +12,29 @@ import numpy as np
 
 
 class MetricsWriter:
-    """Appends one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard."""
+    """Appends one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard.
 
-    def __init__(self, workdir: Path):
+    `start` is the step that the run goes on from: reports of later steps, which a killed run left, are dropped,
+    so that no step is reported twice.
+    """
+
+    def __init__(self, workdir: Path, start: int = 0):
         from tensorboardX import SummaryWriter
 
-        self._file = open(Path(workdir) / "metrics.jsonl", "a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"))
+        path = Path(workdir) / "metrics.jsonl"
+        if path.exists():
+            _write_whole(path, [row for row in read_metrics(workdir) if row["step"] <= start])
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "a", encoding="utf-8"))
+            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1 if start else None)
+            stack.callback(self._board.close)
+            self._close = stack.pop_all().close
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
-        self._board.close()
+        self._close()
 
     def write(self, step: int, metrics: dict) -> None:
         """`metrics` holds numbers or short vectors; a vector's entries become name/0, name/1..."""
@@ -40,6 +50,12 @@ class MetricsWriter:
         self._board.add_image(name, image_HWC, step, dataformats="HWC")
 
 
+def _write_whole(path: Path, rows: list[dict]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def flatten(metrics: dict) -> dict[str, float]:
     """Scalars under their names, vectors as name/index."""
     flat = {}
@@ -53,14 +69,13 @@ def flatten(metrics: dict) -> dict[str, float]:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The reports of a run, in order; after a resume the newer line of a step wins."""
+    """The reports of a run, in order."""
     path = Path(workdir) / "metrics.jsonl"
-    by_step = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
-            row = json.loads(line)
-            by_step[row["step"]] = row
-    return [by_step[step] for step in sorted(by_step)]
+            rows.append(json.loads(line))
+    return rows
 
 
 class Stopwatch:

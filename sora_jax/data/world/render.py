@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.data.captions import COLOURS, TONES
-from sora_jax.data.figures import FIGURES, coverage
+from sora_jax.data.world.captions import COLOURS, TONES
+from sora_jax.data.world.figures import FIGURES, coverage
 
 ZOOM = 1.3
 PAN = 0.3

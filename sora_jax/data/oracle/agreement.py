@@ -7,8 +7,8 @@ from itertools import permutations
 
 import numpy as np
 
-from sora_jax.data.captions import Wanted, WantedShape, parse, size_word
-from sora_jax.data.oracle import Reading, ShapeReading, read
+from sora_jax.data.oracle.reading import Reading, ShapeReading, read
+from sora_jax.data.world.captions import Wanted, WantedShape, parse, size_word
 
 
 @dataclass(frozen=True)

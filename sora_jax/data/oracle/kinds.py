@@ -1,4 +1,4 @@
-"""Tells figures apart by templates: every kind, turn and softness in one bank, one product for a whole clip.
+"""Tells figures apart by templates: every kind, turn and softness in one bank.
 
 A soft mask is brought to a canonical grid by its own centroid and root-mean-square radius, so that place and scale
 drop out; what is left is compared with the bank by correlation.
@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-from sora_jax.data.captions import KINDS
-from sora_jax.data.figures import FIGURES, coverage
+from sora_jax.data.world.captions import KINDS
+from sora_jax.data.world.figures import FIGURES, coverage
 
 _GRID = 20
 _SPAN = 2.0
@@ -120,9 +120,9 @@ def canonical(masks_THW: np.ndarray, centres_T2: np.ndarray, radii_T: np.ndarray
 def compare(masks_THW: np.ndarray, centres_T2: np.ndarray, radii_T: np.ndarray) -> Likeness:
     """Likeness of each frame's soft mask (values in [0, 1]) to every kind at every turn."""
     cells = canonical(masks_THW, centres_T2, radii_T).astype(np.float32)
-    bank = _bank()
-    scores = (cells @ bank.reshape(-1, bank.shape[-1]).T).reshape(len(cells), *bank.shape[:-1])
-    return Likeness(scores.max(1))
+    # One small product per kind and softness: BLAS would put threads on the whole, which takes longer than the work.
+    scores = cells @ _bank().swapaxes(-1, -2)
+    return Likeness(scores.max(0).swapaxes(0, 1))
 
 
 def read_turn(scores_TA: np.ndarray, kind: str, times_T: np.ndarray) -> tuple[float, float]:

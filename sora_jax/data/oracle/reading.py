@@ -13,10 +13,10 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
-from sora_jax.data.captions import COLOURS, KINDS
-from sora_jax.data.oracle_backdrop import Plane, around, dot, fit_plane, mean_light, read_backdrop
-from sora_jax.data.oracle_kinds import Likeness, compare, moments, read_turn, unit_area
-from sora_jax.data.oracle_motion import Motion, Seen, read_motion
+from sora_jax.data.oracle.backdrop import Plane, around, dot, fit_plane, mean_light, read_backdrop
+from sora_jax.data.oracle.kinds import Likeness, compare, moments, read_turn, unit_area
+from sora_jax.data.oracle.motion import Motion, Seen, read_motion
+from sora_jax.data.world.captions import COLOURS, KINDS
 
 # Share of shape in a pixel from which it counts as the shape's.
 _INSIDE = 0.4
@@ -24,6 +24,8 @@ _CHROMA = 30.0
 # Half of the luma is left out of colour comparisons: hue is steadier than light in soft or compressed clips.
 _LUMA_LEFT_OUT = 0.5
 _SMALLEST = 0.008
+# Squared length of a step of one grey level; keeps a colour that is also the background's from dividing by zero.
+_ONE_LEVEL = 1.0
 # Parts hang together within a frame, also by their corners, and never across time.
 _TOUCHING = np.zeros((3, 3, 3), bool)
 _TOUCHING[1] = True
@@ -140,7 +142,7 @@ def _classify(frames: np.ndarray, plane: Plane) -> _Pixels:
     seen, ideal = departure[coloured], toward[:, coloured[1], coloured[2]]
     steady = seen - _LUMA_LEFT_OUT * light[coloured]
     steady_ideal = ideal - _LUMA_LEFT_OUT * mean_light(ideal)[..., None]
-    best = (dot(steady_ideal, steady) / np.sqrt(dot(steady_ideal, steady_ideal))).argmax(0)
+    best = (dot(steady_ideal, steady) / np.sqrt(np.maximum(dot(steady_ideal, steady_ideal), _ONE_LEVEL))).argmax(0)
     chosen = ideal[best, np.arange(len(best))]
     inside = dot(chosen, seen) > _INSIDE * dot(chosen, chosen)
     found = tuple(axis[inside] for axis in coloured)
@@ -168,7 +170,7 @@ def _settle(classes_THW: np.ndarray) -> np.ndarray:
 
 
 def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
-    """One colour's shape over the clip; None where the colour is too little or too seldom seen."""
+    """One colour's shape over the clip; None where it is too little, too seldom seen, or only in specks."""
     mine_THW = pixels.classes_THW == colour
     frames, height, width = mine_THW.shape
     least = max(5.0, _SMALLEST * min(height, width) ** 2)
@@ -178,15 +180,17 @@ def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
     sizes_TN = np.stack([np.bincount(frame.ravel(), minlength=number + 1) for frame in labels_THW])
     sizes_TN[:, 0] = 0
     largest_T, area_T = sizes_TN.argmax(1), sizes_TN.max(1)
+    seen_T = area_T >= least * 0.6
+    if not seen_T.any():
+        return None
     parts_T = (sizes_TN >= np.maximum(least * 0.6, 0.3 * area_T)[:, None]).sum(1)
     core_THW = (labels_THW == largest_T[:, None, None]) & mine_THW
     vicinity_THW = around(core_THW)
     others_THW = (pixels.classes_THW >= 0) & ~core_THW
     crossed_T = (vicinity_THW & others_THW & ~mine_THW).sum((1, 2)) >= 3
     toward = pixels.toward_KHW3[colour]
-    share_THW = np.clip(dot(pixels.departure_THW3, toward) / dot(toward, toward), 0, 1)
+    share_THW = np.clip(dot(pixels.departure_THW3, toward) / np.maximum(dot(toward, toward), _ONE_LEVEL), 0, 1)
     masks_THW = np.where(vicinity_THW & ~others_THW, share_THW, 0.0)
-    seen_T = area_T >= least * 0.6
     clear_T = seen_T & ~crossed_T
     usual = np.median(area_T[clear_T]) if clear_T.any() else area_T.max()
     full_T = seen_T & (~crossed_T | (area_T >= 0.88 * usual))

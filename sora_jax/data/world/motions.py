@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sora_jax.data.captions import AXES, COLOURS, DIRECTIONS, SIZES, TURNS
-from sora_jax.data.figures import FIGURES
-from sora_jax.data.render import ZOOM, Scene, Shape, room, track
+from sora_jax.data.world.captions import AXES, COLOURS, DIRECTIONS, SIZES, TURNS
+from sora_jax.data.world.figures import FIGURES
+from sora_jax.data.world.render import ZOOM, Scene, Shape, room, track
 
 GROWTH = 1.8
 _LARGEST_GROWING = 0.4

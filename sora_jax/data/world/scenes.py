@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.data import captions
-from sora_jax.data.captions import (
+from sora_jax.data.world import captions
+from sora_jax.data.world.captions import (
     CAMERAS,
     COLOURS,
     KINDS,
@@ -23,7 +23,7 @@ from sora_jax.data.captions import (
     Wanted,
     WantedShape,
 )
-from sora_jax.data.motions import (
+from sora_jax.data.world.motions import (
     apart,
     draw_diameter,
     largest_zoom,
@@ -32,7 +32,7 @@ from sora_jax.data.motions import (
     size_bands,
     turning,
 )
-from sora_jax.data.render import ZOOM, Backdrop, Scene, Shape, render
+from sora_jax.data.world.render import ZOOM, Backdrop, Scene, Shape, render
 from sora_jax.errors import UserError
 
 HELD_OUT = 1 << 40

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.data.captions import DIRECTIONS
-from sora_jax.data.figures import FIGURES
+from sora_jax.data.world.captions import DIRECTIONS
+from sora_jax.data.world.figures import FIGURES
 
 # A path that stays within this is standing still.
 _STILL = 0.11

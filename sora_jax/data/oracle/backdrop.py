@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from sora_jax.data.captions import TONES
+from sora_jax.data.world.captions import TONES
 
 _SAME_HUE = 45.0
 _TEXTURED = 4.5

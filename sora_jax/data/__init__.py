@@ -1,0 +1,1 @@
+"""Clips, captions, caches and packs: everything on the host, in NumPy."""

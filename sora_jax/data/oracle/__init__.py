@@ -1,0 +1,6 @@
+"""The oracle: reads a clip of the embedded world back from its pixels alone, and compares it with a prompt."""
+
+from sora_jax.data.oracle.agreement import Agreement, agree, agreement
+from sora_jax.data.oracle.reading import Reading, ShapeReading, read
+
+__all__ = ["Agreement", "Reading", "ShapeReading", "agree", "agreement", "read"]

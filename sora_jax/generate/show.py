@@ -1,0 +1,40 @@
+"""Clips in a notebook."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.data.media import write_video
+from sora_jax.generate.preview import scale_of
+
+FIGURE = (
+    '<figure style="display: inline-block; vertical-align: top; margin: 8px; width: {width}px">'
+    '<img src="data:image/{kind};base64,{data}" alt="{caption}">'
+    '<figcaption style="font: 12px sans-serif">{caption}</figcaption></figure>'
+)
+
+
+def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps: float = 8.0):
+    """Clips side by side as `IPython.display.HTML`, pixels enlarged; the page holds them, no file is left.
+
+    clips: uint8 (frames, height, width, 3) of any sizes; one frame becomes a picture, more a GIF at `fps`.
+    UserError unless there is one caption for each clip, or none at all.
+    """
+    from IPython.display import HTML
+
+    captions = [""] * len(clips) if captions is None else captions
+    check(len(captions) == len(clips), f"there are {len(clips)} clips and {len(captions)} captions; give one for each")
+    return HTML("".join(_figure(clip, caption, fps) for clip, caption in zip(clips, captions, strict=True)))
+
+
+def _figure(clip: np.ndarray, caption: str, fps: float) -> str:
+    kind, scale = "png" if len(clip) == 1 else "gif", scale_of(clip)
+    with TemporaryDirectory() as folder:
+        file = write_video(Path(folder, f"clip.{kind}"), clip, fps, upscale=scale)
+        data = base64.b64encode(file.read_bytes()).decode()
+    return FIGURE.format(width=max(160, scale * clip.shape[2]), kind=kind, data=data, caption=escape(caption))

@@ -1,0 +1,108 @@
+"""Attention inside segments against Flax and JAX with a mask; the two backends against each other."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.errors import UserError
+from sora_jax.nn.attention import attention, blockwise_attention, dense_attention
+
+B, L, M, N, K = 2, 24, 10, 2, 8
+BACKENDS = {
+    "dense": dense_attention,
+    "blocks of 6": functools.partial(blockwise_attention, block=6),
+    "blocks that do not divide": functools.partial(blockwise_attention, block=7),
+    "one block": blockwise_attention,
+}
+
+
+def inputs(dtype=jnp.float32, seed=0):
+    """q, k, v and segments: three clips and padding, of which every query finds a key."""
+    rng = np.random.default_rng(seed)
+    shapes = (B, L, N, K), (B, M, N, K), (B, M, N, K)
+    arrays = [jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes]
+    queries, keys = rng.integers(0, 4, (B, L)), rng.integers(0, 4, (B, M))
+    keys[:, :4] = range(4)
+    return *arrays, queries.astype(np.int32), keys.astype(np.int32)
+
+
+def masked(q, k, v, queries, keys):
+    mask = queries[:, None, :, None] == keys[:, None, None, :]
+    return nn.dot_product_attention(q, k, v, mask=mask), jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_flax_and_jax_with_a_mask(name):
+    for expected in masked(*inputs()):
+        np.testing.assert_allclose(BACKENDS[name](*inputs()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_equal_those_of_jax(name):
+    *arrays, queries, keys = inputs()
+    probe = jnp.asarray(np.random.default_rng(1).standard_normal((B, L, N, K)), jnp.float32)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda a: (function(*a, queries, keys) * probe).sum()))(arrays)
+
+    reference = gradient(lambda *a: masked(*a)[1])
+    for ours, expected in zip(gradient(BACKENDS[name]), reference, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_other_segments_have_exactly_no_weight(name):
+    q, _, v, queries, keys = inputs()
+    k = jnp.ones((B, M, N, K)) * 1e3  # scores as large as can be
+
+    def outputs_of_segment_2(v):
+        out = BACKENDS[name](q, k, v, queries, keys)
+        return jnp.where((queries == 2)[..., None, None], out, 0).sum()
+
+    slope = np.asarray(jax.grad(outputs_of_segment_2)(v))
+    assert not slope[keys != 2].any() and slope[keys == 2].all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_query_without_keys_is_finite_and_has_a_finite_gradient(name, dtype):
+    *arrays, queries, keys = inputs(dtype)
+    queries[:] = 9
+
+    def total(arrays):
+        return BACKENDS[name](*arrays, queries, keys).astype(jnp.float32).sum()
+
+    value, gradient = jax.value_and_grad(total)(arrays)
+    assert np.isfinite(value)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradient)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bfloat16_loses_no_more_than_its_rounding(name):
+    q, k, v, queries, keys = inputs(jnp.bfloat16)
+    out = BACKENDS[name](q, k, v, queries, keys)
+    assert out.dtype == jnp.bfloat16
+    exact = masked(*(x.astype(jnp.float32) for x in (q, k, v)), queries, keys)[1]
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=2**-6, atol=2**-6 * np.abs(v).max())
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, queries, keys = inputs()
+    out = dense_attention(100 * q, 100 * k, v, queries, keys)
+    np.testing.assert_allclose(out, masked(100 * q, 100 * k, v, queries, keys)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, loops", [(1023, 0), (1024, 1)])
+def test_auto_takes_blocks_for_long_queries(length, loops):
+    q, one = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
+    program = jax.make_jaxpr(attention)(q, q, q, one, one)
+    assert sum(equation.primitive.name == "scan" for equation in program.eqns) == loops
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(UserError, match="'sparse'.*'dense'"):
+        attention(*inputs(), "sparse")

@@ -1,0 +1,156 @@
+"""One way between files, flags and frozen dataclasses; every mistake names the field."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from sora_jax.commands import run_config
+from sora_jax.config import first_difference, frozen, load, mutable, plain
+from sora_jax.errors import UserError
+from sora_jax.quickstart import QuickstartConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = str(CONFIGS / "tiny.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    name: str = "a"
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    steps: int = 3
+    crop: tuple[int, int, int] = (1, 2, 3)
+    limit: int | None = None
+    keep: bool = True
+
+
+EXAMPLE = Outer(Inner(0.25, "b", ((1, 2), (3, 4))), 7, (4, 5, 6), 9, False)
+
+
+@pytest.mark.parametrize("config", [Outer(), EXAMPLE, dataclasses.replace(EXAMPLE, limit=None)])
+def test_round_trips(config):
+    assert frozen(Outer, mutable(config)) == config
+    assert frozen(Outer, plain(config)) == config
+    hash(frozen(Outer, plain(config)))  # lists of JSON are tuples again, at every depth
+
+
+def test_a_whole_number_is_a_float_and_nothing_else_is_converted():
+    rate = frozen(Inner, {"rate": 1}).rate
+    assert rate == 1.0 and type(rate) is float
+
+
+@pytest.mark.parametrize(
+    "values, where",
+    [
+        ({"stepz": 3}, "config.stepz"),
+        ({"inner": {"rat": 3}}, "config.inner.rat"),
+        ({"steps": 3.0}, "config.steps"),
+        ({"steps": True}, "config.steps"),
+        ({"steps": "3"}, "config.steps"),
+        ({"steps": None}, "config.steps"),
+        ({"keep": 1}, "config.keep"),
+        ({"limit": "many"}, "config.limit"),
+        ({"inner": {"rate": "fast"}}, "config.inner.rate"),
+        ({"inner": 3}, "config.inner"),
+        ({"inner": None}, "config.inner"),
+        ({"crop": 3}, "config.crop"),
+        ({"crop": (1, 2)}, "config.crop"),
+        ({"crop": (1, 2, "3")}, "config.crop[2]"),
+        ({"inner": {"sizes": ((1, 2), (3, None))}}, "config.inner.sizes[1][1]"),
+        ({"inner": {"sizes": ((1, 2, 3),)}}, "config.inner.sizes[0]"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_field(values, where):
+    with pytest.raises(UserError, match=rf"^{re.escape(where)} is [^\n]*$"):
+        frozen(Outer, values)
+
+
+def test_unknown_field_says_what_is_allowed():
+    with pytest.raises(UserError, match="allowed: inner, steps, crop, limit, keep"):
+        frozen(Outer, {"stepz": 3})
+
+
+def test_mutable_is_locked():
+    config = mutable(Outer())
+    with pytest.raises(AttributeError):
+        config.stepz = 3
+    with pytest.raises(TypeError):
+        config.inner.name = 3.5
+
+
+def variants(path: Path) -> list[str]:
+    """Variants that a config file allows, as its own error message lists them; "" where it takes none."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(UserError) as caught:
+        module.get_config("no such variant")
+    return [path.as_posix(), *(f"{path}:{name}" for name in re.findall(r"'([a-z_0-9]+)'", str(caught.value)))]
+
+
+FILES = [name for path in sorted(CONFIGS.glob("*.py")) for name in variants(path)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).name)
+def test_every_config_and_variant_is_valid(file):
+    values = load(file)
+    config = frozen(QuickstartConfig, values) if "kind" not in values else run_config(values)
+    assert frozen(type(config), plain(config)) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
+def test_an_unknown_variant_is_refused_with_those_allowed(path):
+    with pytest.raises(UserError, match=r"'nonsense'.*allowed"):
+        load(f"{path}:nonsense")
+
+
+def test_overrides_reach_every_type():
+    changes = ["crop=(9,24,24)", "seed=4", "optim.learning_rate=1e-2", "optim.schedule=cosine", "data=a b"]
+    config = run_config(load(f"{TINY}:autoencoder", [*changes, "model.remat=True", "optim.ema=(0.5,)"]))
+    found = (config.crop, config.seed, config.optim.learning_rate, config.optim.schedule, config.data)
+    assert found == ((9, 24, 24), 4, 0.01, "cosine", "a b")
+    assert config.model.remat is True and config.optim.ema == (0.5,)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("optimm.ema=(0.5,)", ["config.optimm.ema", "'optimm'", "optim"]),
+        ("optim.rate=3", ["config.optim.rate", "'rate'", "learning_rate"]),
+        ("seed=three", ["config.seed", "three"]),
+        ("seed=1.5", ["config.seed", "1.5"]),
+        ("seed=None", ["config.seed", "None"]),
+        ("crop=(1,2)", ["config.crop", "(1, 2)", "3"]),
+        ("crop=7", ["config.crop", "7"]),
+        ("crop=(5,16,'a')", ["config.crop[2]", "'a'"]),
+        ("optim.schedule=never", ["optim.schedule", "'never'", "'cosine'"]),
+        ("optim=3", ["config.optim", "3"]),
+        ("seed", ["config.seed"]),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_that_names_it(change, words):
+    with pytest.raises(UserError) as caught:
+        run_config(load(f"{TINY}:autoencoder", [change]))
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r"--config is 'configs/none.py:a'; there is no file 'configs/none.py'"):
+        load("configs/none.py:a")
+
+
+def test_first_difference_is_the_path_of_the_first_value_that_differs():
+    assert first_difference(plain(EXAMPLE), plain(EXAMPLE)) is None
+    other = dataclasses.replace(EXAMPLE, inner=dataclasses.replace(EXAMPLE.inner, name="c"))
+    assert first_difference(plain(EXAMPLE), plain(other)) == "inner.name"
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}, "c": None}) is None
+    assert first_difference({"a": 1}, {"a": {"b": 1}}) == "a"

@@ -1,0 +1,137 @@
+"""Layers against flax.linen on random weights, initial spreads in closed form, and the timestep embedding."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.nn.layers import (
+    compute_dtype,
+    dense,
+    dense_specs,
+    embed,
+    embedding_specs,
+    heads_specs,
+    layer_norm,
+    merge_heads,
+    merge_specs,
+    mlp,
+    mlp_specs,
+    rms_norm,
+    rms_norm_specs,
+    time_features,
+    to_heads,
+)
+from sora_jax.nn.params import init
+
+AXES = ("batch", "length", "width")
+B, L, D, F, N, K = 2, 5, 12, 20, 3, 4
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def linen(module, params, x):
+    return module.apply({"params": params}, x)
+
+
+def kernel(params):
+    """Our names to those of Flax."""
+    return {"kernel" if name == "weight" else name: value for name, value in params.items()}
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_equals_flax(randomised, bias):
+    params, x = randomised(dense_specs(D, F, bias=bias)), random(B, L, D)
+    assert ("bias" in params) == bias
+    close(dense(params, x, AXES), linen(nn.Dense(F, use_bias=bias), kernel(params), x))
+
+
+@pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (1e-3, 0.0), (30.0, 500.0)])
+def test_layer_norm_equals_flax(scale, offset):
+    x = scale * random(B, L, D) + offset
+    module = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False)
+    close(layer_norm(x), linen(module, {}, x))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 100.0])
+def test_rms_norm_equals_flax(randomised, scale):
+    gain, x = randomised(rms_norm_specs(D)), scale * random(B, L, D)
+    close(rms_norm(gain, x), linen(nn.RMSNorm(epsilon=1e-6), {"scale": gain}, x))
+
+
+@pytest.mark.parametrize("norm", [layer_norm, lambda x: rms_norm(jnp.ones(x.shape[-1]), x)])
+def test_norms_of_bfloat16_are_taken_in_float32(norm):
+    x = (random(B, L, 1024) * 3).astype(jnp.bfloat16)
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_mlp_equals_flax(randomised):
+    params, x = randomised(mlp_specs(D, F)), random(B, L, D)
+    module = nn.Sequential([nn.Dense(F), nn.gelu, nn.Dense(D)])
+    close(mlp(params, x), linen(module, {"layers_0": kernel(params["up"]), "layers_2": kernel(params["down"])}, x))
+
+
+def test_embedding_equals_flax(randomised):
+    table, ids = randomised(embedding_specs(7, D)), jnp.asarray([[0, 6, 3], [3, 3, 1]])
+    np.testing.assert_array_equal(embed(table, ids, AXES), linen(nn.Embed(7, D), {"embedding": table}, ids))
+
+
+def test_head_projections_equal_flax(randomised):
+    params, x = randomised(heads_specs(D, 2, N, K)), random(B, L, D)
+    expected = linen(nn.DenseGeneral((2, N, K)), kernel(params), x)
+    parts = to_heads(params, x)
+    close(jnp.stack(parts, axis=2), expected)
+    back = randomised(merge_specs(N, K, D))
+    close(merge_heads(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
+
+
+@pytest.mark.parametrize(
+    "specs, fans",
+    [
+        (dense_specs(300, 500), (300, 500)),
+        (heads_specs(300, 3, 10, 40), (300, 400)),  # each of q, k and v counts as a layer of its own
+        (merge_specs(10, 40, 300), (400, 300)),
+    ],
+)
+def test_projections_start_xavier_uniform(specs, fans):
+    """Uniform within sqrt(6 / (fan in + fan out)), biases zero (Glorot and Bengio 2010, equation 16)."""
+    params, bound = init(specs, jax.random.key(0)), np.sqrt(6 / sum(fans))
+    weight = np.abs(params["weight"])
+    assert 0.999 * bound < weight.max() <= bound * (1 + 1e-6)
+    np.testing.assert_allclose(weight.mean(), bound / 2, rtol=0.01)
+    assert not params["bias"].any()
+
+
+def test_layers_compute_in_the_dtype_of_their_input(randomised):
+    x = random(B, L, D).astype(jnp.bfloat16)
+    params = randomised({"mlp": mlp_specs(D, F), "qkv": heads_specs(D, 3, N, K), "merge": merge_specs(N, K, D)})
+    heads = to_heads(params["qkv"], x)
+    for y in (mlp(params["mlp"], x), *heads, merge_heads(params["merge"], heads[0])):
+        assert y.dtype == jnp.bfloat16
+
+
+def test_time_features_are_the_published_ones():
+    """DiT's embedding of timestep 1 of 1000 in 256 channels: cosines first."""
+    features = np.asarray(time_features(jnp.float32([0.001, 0.0]), 256))
+    np.testing.assert_allclose(features[0, :3], [0.540302, 0.597375, 0.647906], atol=2e-6)
+    np.testing.assert_allclose(features[0, 128:131], [0.841471, 0.801962, 0.761720], atol=2e-6)
+    np.testing.assert_array_equal(features[1], np.repeat([1.0, 0.0], 128))
+
+
+def test_time_features_in_closed_form():
+    t, i = np.float64([0.2, 0.9])[:, None], np.arange(4)
+    angles = 1000 * t * 10_000.0 ** (-2 * i / 8)
+    features = time_features(jnp.asarray(t[:, 0], jnp.float32), 8)
+    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=2e-4)
+
+
+def test_compute_dtype_on_a_cpu():
+    assert compute_dtype("auto") == jnp.float32 and compute_dtype("bfloat16") == jnp.bfloat16

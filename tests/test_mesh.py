@@ -1,0 +1,147 @@
+"""Eight virtual devices: one loss, one gradient and one course of training on every mesh; layout mistakes."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from sora_jax.data.packing import PackingConfig
+from sora_jax.errors import UserError
+from sora_jax.models.text import TextConfig
+from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.pack import Pack
+from sora_jax.nn.params import shardings
+from sora_jax.parallel.mesh import MeshConfig, batch_parts, check_batch, make_mesh, place_batch
+from sora_jax.parallel.rules import MESH_AXES, RULES, out_sharding, partition, reshard
+from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
+from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.state import TrainState
+from sora_jax.train.step import make_step
+
+TEXT = TextConfig(vocabulary=16, width=16, depth=1, head_width=8)
+MODEL = TransformerConfig(depth=2, width=24, heads=2, latent_channels=2, text=TEXT, dtype="float32")
+RUN = DenoiserRun(model=MODEL, packing=PackingConfig())
+OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=0, ema=(0.9,))
+MESHES = {
+    "data=8": MeshConfig(data=8),
+    "data=4 fsdp=2": MeshConfig(data=4, fsdp=2),
+    "data=2 fsdp=4": MeshConfig(data=2, fsdp=4),
+    "data=2 fsdp=2 tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "slice=2 fsdp=2 sequence=2": MeshConfig(slice=2, data=1, fsdp=2, sequence=2),
+}
+
+
+def remember_gradient() -> optax.GradientTransformation:
+    """Changes nothing; its state is the last gradient."""
+    return optax.GradientTransformation(lambda params: params, lambda gradient, _, params=None: (gradient, gradient))
+
+
+def train(mesh, params, batch: dict, run=RUN, steps=5):
+    """Losses of `steps` training steps on one batch, and the first gradient, on the host."""
+    optimizer = optax.chain(remember_gradient(), make_optimizer(OPTIM))
+    loss = lambda params, pack, step, part: denoiser_loss(run, params, pack, step)  # noqa: E731
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(transformer_specs(run.model), mesh))
+        average = jax.tree.map(lambda x: x.copy(), placed)
+        state = TrainState(jax.numpy.zeros((), "int32"), placed, (average,), jax.jit(optimizer.init)(placed))
+        step = make_step(loss, optimizer, OPTIM.ema)
+        pack = Pack(**place_batch({name: x[None] for name, x in batch.items()}, mesh, leading=1))
+        losses, gradient = [], None
+        for _ in range(steps):
+            state, metrics = step(state, pack)
+            gradient = jax.device_get(state.opt_state[0]) if gradient is None else gradient
+            losses.append(float(metrics["loss"]))
+    return losses, gradient
+
+
+@pytest.fixture(scope="module")
+def params(randomised):
+    return jax.device_get(randomised(transformer_specs(MODEL)))
+
+
+@pytest.fixture(scope="module")
+def batch(clips, packed) -> dict:
+    """Eight packs of different fillings."""
+    rows = [clips[i % 3 : i % 4 + 1] or clips[:1] for i in range(8)]
+    pack = packed([[dataclasses.replace(c, uid=10 * i + c.uid % 97) for c in row] for i, row in enumerate(rows)])
+    return {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
+
+
+@pytest.fixture(scope="module")
+def one_device(params, batch):
+    return train(make_mesh(MeshConfig(), jax.devices()[:1]), params, batch)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_training_is_the_same_on_every_mesh(params, batch, one_device, name):
+    """The gradient of the first step to 1e-5 of each parameter's largest value, the losses of five to 1e-5."""
+    losses, gradient = train(make_mesh(MESHES[name]), params, batch)
+    expected_losses, expected = one_device
+    assert abs(expected_losses[0] - expected_losses[4]) > 1e-2
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for found, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1e-2 * largest))
+
+
+def test_blocks_of_queries_run_on_a_split_sequence(params, batch, one_device):
+    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, attention="blockwise"))
+    losses, _ = train(make_mesh(MeshConfig(data=2, fsdp=2, sequence=2)), params, batch, run, steps=1)
+    np.testing.assert_allclose(losses, one_device[0][:1], rtol=1e-5)
+
+
+def test_a_batch_is_split_along_its_batch_axis():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert batch_parts(mesh) == 4
+    placed = place_batch({"x": np.arange(2 * 8 * 3).reshape(2, 8, 3)}, mesh, leading=1)["x"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 3)}
+    np.testing.assert_array_equal(placed, np.arange(48).reshape(2, 8, 3))
+    check_batch(mesh, 8)
+    with pytest.raises(UserError, match="packs is 6; .* multiple of 4"):
+        check_batch(mesh, 6, "packs")
+
+
+def test_all_axes_exist_and_the_open_one_takes_the_rest():
+    assert dict(make_mesh().shape) == dict(zip(MESH_AXES, (1, 8, 1, 1, 1), strict=True))
+    assert dict(make_mesh(MeshConfig(data=2, tensor=-1)).shape) == dict(zip(MESH_AXES, (1, 2, 1, 1, 4), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 0}, {"fsdp": -2}, {"data": -1, "tensor": -1}])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(UserError, match="mesh sizes must be positive"):
+        MeshConfig(**sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 4}, {"fsdp": 3}, {"tensor": 16}])
+def test_a_mesh_uses_all_devices(sizes):
+    with pytest.raises(UserError, match=f"{next(iter(sizes))}=.*8 devices"):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_two_axes_may_not_claim_one_mesh_axis():
+    with pytest.raises(ValueError, match="'batch' and 'embed' both map to mesh axis 'fsdp'"):
+        partition("batch", "embed")
+    with pytest.raises(ValueError, match="'heads' and 'heads' both"):
+        partition("heads", None, "heads")
+
+
+def test_unknown_axes_are_named_with_those_that_exist():
+    with pytest.raises(ValueError, match="'colour'.*batch.*embed"):
+        partition("batch", "colour")
+
+
+def test_every_rule_names_axes_of_the_mesh():
+    assert set().union(*RULES.values()) == set(MESH_AXES)
+    assert partition("batch", None, "hidden", "width") == jax.P(("slice", "data", "fsdp"), None, "tensor", None)
+
+
+def test_without_a_mesh_nothing_is_laid_out():
+    x = np.ones(3)
+    assert out_sharding("batch") is None and reshard(x, "batch") is x
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, sequence=2))):
+        assert out_sharding("length") == partition("length")
+        split = jax.jit(functools.partial(reshard), static_argnums=1)(np.ones(4), "length")
+    assert split.sharding.spec == partition("length")

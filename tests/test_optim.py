@@ -1,0 +1,117 @@
+"""Schedules, averages, clipping and decay against their formulas, computed here in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
+from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.params import abstract
+from sora_jax.train.optim import OptimConfig, learning_rate, make_optimizer, update_ema, weights_only
+
+PEAK, WARM, LAST, FINAL = 2e-3, 10, 50, 0.1
+
+
+def expected(schedule: str, step: int) -> float:
+    if step < WARM:
+        return PEAK * (step + 1) / WARM
+    done = min((step - WARM) / (LAST - WARM), 1.0)
+    fraction = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+    return PEAK * (FINAL + (1 - FINAL) * fraction)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedule_is_its_formula(schedule):
+    rate = learning_rate(OptimConfig(PEAK, schedule, WARM, LAST, FINAL))
+    steps = [0, 1, WARM - 1, WARM, WARM + 1, 30, LAST - 1, LAST, LAST + 100]
+    np.testing.assert_allclose([rate(s) for s in steps], [expected(schedule, s) for s in steps], rtol=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_without_a_warm_up_the_first_step_has_the_peak(warmup):
+    rate = learning_rate(OptimConfig(PEAK, warmup_steps=warmup))
+    np.testing.assert_allclose([rate(0), rate(1)], PEAK, rtol=1e-6)
+
+
+def test_averages_are_of_the_new_parameters_and_young_ones_are_short():
+    decays, values = (0.5, 0.9), [1.0, -2.0, 5.0, 4.0, 0.5, 3.0, 3.0, -1.0, 2.0, 7.0]
+    ema = tuple({"weight": jnp.float32(10.0)} for _ in decays)
+    wanted = np.full(2, 10.0)
+    for step, value in enumerate(values):
+        ema = update_ema(ema, {"weight": jnp.float32(value)}, decays, jnp.int32(step))
+        decay = np.minimum(decays, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * value
+        np.testing.assert_allclose([tree["weight"] for tree in ema], wanted, rtol=1e-5)
+
+
+def adamw(config: OptimConfig, weight, gradients):
+    """Algorithm 2 of 1711.05101 with clipping of the gradient's norm, in float64; one array, weight decay on."""
+    first, second = np.zeros_like(weight), np.zeros_like(weight)
+    for step, gradient in enumerate(gradients):
+        gradient = gradient * min(1.0, config.clip_norm / np.linalg.norm(gradient))
+        first = config.b1 * first + (1 - config.b1) * gradient
+        second = config.b2 * second + (1 - config.b2) * gradient**2
+        direction = first / (1 - config.b1 ** (step + 1))
+        direction /= np.sqrt(second / (1 - config.b2 ** (step + 1))) + config.eps
+        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+        weight = weight - rate * (direction + config.weight_decay * weight)
+    return weight
+
+
+def test_updates_are_adamw_behind_clipping():
+    config = OptimConfig(1e-2, warmup_steps=3, weight_decay=0.1, clip_norm=1.0)
+    rng = np.random.default_rng(0)
+    weight, gradients = rng.standard_normal(6), rng.standard_normal((8, 6)) * 10.0 ** np.arange(-4, 4)[:, None]
+    optimizer = make_optimizer(config)
+    params = {"weight": jnp.asarray(weight, jnp.float32)}
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update({"weight": jnp.asarray(gradient, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["weight"], adamw(config, weight, gradients), rtol=2e-5)
+
+
+def test_clipping_is_by_the_norm_of_the_whole_tree():
+    optimizer = make_optimizer(OptimConfig(clip_norm=1.0, b1=0.0))
+    gradient = {"a": {"weight": jnp.array([30.0])}, "b": {"bias": jnp.array([40.0])}}
+    params = jax.tree.map(jnp.zeros_like, gradient)
+    state = optimizer.update(gradient, optimizer.init(params), params)[1]
+    moments = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose([moments["a"]["weight"][0], moments["b"]["bias"][0]], [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "specs", [transformer_specs(TransformerConfig(depth=2)), autoencoder_specs(AutoencoderConfig(width=8))]
+)
+def test_decay_acts_on_every_matrix_and_kernel_and_on_nothing_else(specs):
+    params = abstract(specs)
+    optimizer = make_optimizer(OptimConfig(1.0, warmup_steps=0, weight_decay=0.5))
+
+    def update():
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+        return optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)[0]
+
+    moved = jax.tree.map(lambda x: float(x.ravel()[0]), jax.jit(update)())
+    for path, value in jax.tree_util.tree_leaves_with_path(moved):
+        name = path[-1].key
+        assert value == (-0.5 if name in ("weight", "kernel") else 0.0), path
+    masks = jax.tree_util.tree_leaves_with_path(weights_only(params))
+    decayed = [path for path, on in masks if on]
+    shapes = dict(jax.tree_util.tree_leaves_with_path(params))
+    assert decayed and all(len(shapes[path].shape) >= 2 for path in decayed)
+    kept = {str(path[-1].key) for path, on in masks if not on}
+    assert not any("kernel" in name or "weight" in name for name in kept), kept
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("schedule", "step"), ("learning_rate", 0.0), ("clip_norm", 0.0), ("ema", ()), ("ema", (1.0,))],
+)
+def test_wrong_settings_are_named(field, value):
+    with pytest.raises(UserError, match=f"optim.{field}"):
+        OptimConfig(**{field: value})

@@ -1,0 +1,112 @@
+"""One training step: accumulation, donation, metrics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures_runs import TINY
+
+from sora_jax.commands import run_config
+from sora_jax.config import load
+from sora_jax.data.packing import PackItem, pack, stack
+from sora_jax.models.transformer import transformer_specs
+from sora_jax.nn.pack import Pack
+from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.train.denoiser import NOISE_BINS, denoiser_loss
+from sora_jax.train.loop import split_batch
+from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.state import TrainState, init_state
+from sora_jax.train.step import make_step
+
+OPTIM = OptimConfig(1e-2, warmup_steps=2, ema=(0.5, 0.9))
+
+
+def line_loss(params, batch, step, part):
+    """Squared error of a line over real points; the number of points differs between rows."""
+    error = (params["weight"] * batch["x"] + params["bias"] - batch["y"]) ** 2 * batch["real"]
+    return error.sum(), (batch["real"].sum(), {"first": (error[:, 0].sum(), batch["real"][:, 0].sum())})
+
+
+def line_batch():
+    rng = np.random.default_rng(0)
+    real = (np.arange(6) < np.array([1, 6, 2, 5, 3, 4, 6, 1])[:, None]).astype(np.float32)
+    x = rng.standard_normal((8, 6)).astype(np.float32)
+    return {"x": x, "y": 3 * x + 1 + 0.1 * rng.standard_normal((8, 6)).astype(np.float32), "real": real}
+
+
+def line_state(optimizer, averages=2):
+    params = {"weight": jnp.float32(0.5), "bias": jnp.float32(0.0)}
+    ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
+    return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+
+
+def steps(loss, state_of, batch, parts, count=3, mesh=None):
+    optimizer = make_optimizer(OPTIM)
+    step, state = make_step(loss, optimizer, OPTIM.ema), state_of(optimizer)
+    for _ in range(count):
+        state, metrics = step(state, batch(parts))
+    return jax.device_get((state, metrics))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_micro_batches_of_unequal_counts_equal_one_big_batch(parts):
+    run = functools.partial(steps, line_loss, line_state, lambda parts: split_batch(line_batch(), parts))
+    (whole, metrics), (split, metrics_split) = run(1), run(parts)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), split, whole)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), metrics_split, metrics)
+
+
+def test_the_first_step_is_its_formula():
+    batch = line_batch()
+    optimizer = make_optimizer(OPTIM)
+    step = make_step(line_loss, optimizer, OPTIM.ema)
+    state, metrics = step(line_state(optimizer), split_batch(batch, 2))
+    error = (0.5 * batch["x"] - batch["y"]) * batch["real"]
+    points = batch["real"].sum()
+    gradient = np.array([(2 * error * batch["x"]).sum(), 2 * error.sum()]) / points
+    np.testing.assert_allclose(metrics["loss"], (error**2).sum() / points, rtol=1e-5)
+    np.testing.assert_allclose(metrics["first"], (error[:, 0] ** 2).sum() / batch["real"][:, 0].sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-5)
+    # Adam's first update is the sign of the gradient times the rate, here half of the peak.
+    new = np.array([0.5, 0.0]) - 0.5 * OPTIM.learning_rate * np.sign(gradient)
+    np.testing.assert_allclose([state.params["weight"], state.params["bias"]], new, rtol=1e-4)
+    np.testing.assert_allclose(metrics["parameter_norm"], np.linalg.norm(new), rtol=1e-4)
+    np.testing.assert_allclose(metrics["update_norm"], 0.5 * OPTIM.learning_rate * 2**0.5, rtol=1e-4)
+    assert int(state.step) == 1
+
+
+def test_the_old_state_is_donated():
+    optimizer = make_optimizer(OPTIM)
+    old = line_state(optimizer)
+    make_step(line_loss, optimizer, OPTIM.ema)(old, split_batch(line_batch(), 1))
+    assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.ema)))
+
+
+def packs(config) -> dict:
+    """Eight packs of one to four clips of three sizes."""
+    rng = np.random.default_rng(1)
+    sizes, rows, number = [(3, 4, 6), (1, 4, 4), (2, 4, 4)], [], 0
+    for count in (1, 4, 2, 1, 3, 2, 4, 1):
+        items = []
+        for i in range(count):
+            number += 1
+            latent = rng.standard_normal((*sizes[(number + i) % 3 if count < 3 else 1], 4), np.float32)
+            items.append(PackItem(latent, number, rng.integers(2, 60, 1 + number % 5)))
+        rows.append(pack(items, config.packing))
+    return stack(rows)
+
+
+def test_the_denoiser_accumulates_packs_of_unequal_tokens():
+    config = run_config(load(f"{TINY}:transformer", ["model.depth=1"]))
+    mesh, batch = make_mesh(devices=jax.devices()[:1]), packs(config)
+    tokens = batch["grids_BS3"].prod(-1).sum(-1).reshape(4, 2).sum(-1)
+    assert len(set(tokens.tolist())) > 1
+    place = lambda parts: Pack(**place_batch(split_batch(batch, parts), mesh, leading=1))  # noqa: E731
+    state_of = lambda optimizer: init_state(transformer_specs(config.model), optimizer, 2, 0, mesh)  # noqa: E731
+    loss = lambda params, pack, step, part: denoiser_loss(config, params, pack, step)  # noqa: E731
+    with jax.set_mesh(mesh):
+        whole, split = (steps(loss, state_of, place, parts, 2)[1] for parts in (1, 4))
+    assert whole["loss_by_noise"].shape == (NOISE_BINS,)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6), split, whole)
