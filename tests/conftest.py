@@ -30,10 +30,11 @@ SETTINGS = {
 os.environ.update({name.upper(): str(value) for name, value in SETTINGS.items()})
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
 from sora_jax.data.packing import PackingConfig, PackItem, pack, stack  # noqa: E402
 from sora_jax.nn.pack import Pack  # noqa: E402
-from sora_jax.nn.params import init  # noqa: E402
+from sora_jax.nn.params import abstract  # noqa: E402
 
 for name, value in SETTINGS.items():
     jax.config.update(name, value)
@@ -77,11 +78,15 @@ def alone(packed):
 
 @pytest.fixture(scope="session")
 def randomised():
-    """randomised(specs): random values for all parameters, so that no gate and no branch is closed."""
+    """randomised(specs): random values for all parameters, gains around 1, so that no gate and branch is closed."""
 
-    def build(specs, seed=0, scale=0.2):
+    def build(specs, seed=0, scale=0.3):
         rng = np.random.default_rng(seed)
-        first = jax.jit(lambda key: init(specs, key))(jax.random.key(seed))
-        return jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape, np.float32), first)
+
+        def value(path, spec):
+            middle = 0.0 if path and path[-1].key in ("weight", "bias", "table") else 1.0
+            return jnp.asarray(middle + scale * rng.standard_normal(spec.shape), spec.dtype)
+
+        return jax.tree_util.tree_map_with_path(value, abstract(specs))
 
     return build

@@ -3,12 +3,14 @@
 A test file imports the fixtures that it uses. What they return is shared, so it must not be changed: copy it.
 """
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,15 +39,27 @@ class Chain:
         return self.folder / name
 
 
+@contextlib.contextmanager
+def one_device():
+    """The package sees one device, as on most laptops: programs for eight take several times longer to compile."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setenv("SORA_JAX_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        yield
+
+
 def run(*arguments) -> int:
     """A command in this process; its exit code."""
-    return cli.main([str(argument) for argument in arguments])
+    with one_device():
+        return cli.main([str(argument) for argument in arguments])
 
 
 def start(*arguments, **options) -> subprocess.Popen:
     """A command as a process of its own, on one CPU device, with pipes for its output."""
     command = [sys.executable, "-m", "sora_jax.cli", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "SORA_JAX_CACHE": cache}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes, **options)
 
@@ -71,16 +85,7 @@ def train_options(variant: str, workdir: Path, *changes: str) -> list:
 
 
 @pytest.fixture(scope="session")
-def compiled():
-    """The folder of compiled programs of this process, for the commands too."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SORA_JAX_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory, compiled) -> Chain:
+def chain(tmp_path_factory) -> Chain:
     """clips, dataset, autoencoder, latents, transformer: all commands up to `sample`, with their own settings."""
     made = Chain(tmp_path_factory.mktemp("chain"))
     write_clips(made.clips)
@@ -100,4 +105,5 @@ def trained(chain):
     """The trained transformer of the chain, loaded."""
     from sora_jax.generate.run import load_run
 
-    return load_run(chain.transformer)
+    with one_device():
+        return load_run(chain.transformer)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from fixtures_runs import CLIPS, chain, compiled, run  # noqa: F401
+from fixtures_runs import CLIPS, chain, run  # noqa: F401
 
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset

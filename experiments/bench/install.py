@@ -52,7 +52,7 @@ def files(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def seconds(python: Path, *arguments: str, rounds: int) -> str:
-    """Median and least wall time of a fresh process, after one that is not counted (files are cached, bytecode made)."""
+    """Median and least wall time of a fresh process; a first one, which makes the bytecode, is not counted."""
     taken = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

@@ -207,7 +207,7 @@ def shrunk(config: QuickstartConfig) -> QuickstartConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(CONFIG), help="a quickstart config: its world, model and packs are used")
+    parser.add_argument("--config", default=str(CONFIG), help="a quickstart config, for world, model and packs")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clips", type=int, default=3000)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one mix, one round")

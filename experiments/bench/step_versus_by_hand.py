@@ -118,7 +118,8 @@ def theirs(case: Case, optim: OptimConfig, data: dict):
 
     def loss(params, batch):
         x, times, ids = batch["x_BLP"], batch["times_B"], batch["ids_BM"]
-        return jnp.square(by_hand.denoise(params, case.model, constants, x, times, ids, dtype) - batch["target_BLP"]).mean()
+        predicted = by_hand.denoise(params, case.model, constants, x, times, ids, dtype)
+        return jnp.square(predicted - batch["target_BLP"]).mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):

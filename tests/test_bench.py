@@ -1,0 +1,43 @@
+"""The benchmarks run in their tiny form, and what they compare computes the same. No test looks at a time."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def run_quick(script: str) -> str:
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, f"experiments/bench/{script}", "--quick"]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(text: str) -> list[list[float]]:
+    """The two losses of every line that compares two."""
+    lines = [line for line in text.splitlines() if "loss of" in line]
+    return [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in lines]
+
+
+@pytest.mark.parametrize("script, comparisons", [("packed_versus_padded.py", 1), ("step_versus_by_hand.py", 2)])
+def test_a_benchmark_runs_and_its_sides_have_the_same_loss(script, comparisons):
+    text = run_quick(script)
+    found = losses(text)
+    assert len(found) == comparisons
+    for first, second in found:
+        assert first > 0.1
+        assert first == pytest.approx(second, rel=1e-4)
+    assert f"`python experiments/bench/{script} --quick`" in text  # the table names its command
+
+
+def test_the_installation_is_measured():
+    text = run_quick("install.py")
+    assert re.search(r"site-packages \| \d+ MiB", text)
+    assert "jax, flax, av, matplotlib imported by it | 0 of 4" in text  # `import sora_jax` stays cheap

@@ -1,0 +1,63 @@
+"""Every config file gives a valid run for each of its variants, and names them when asked for another."""
+
+from pathlib import Path
+
+import pytest
+
+from sora_jax.commands import run_config
+from sora_jax.config import load
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import latent_grid
+from sora_jax.models.transformer import SIZES, transformer_specs
+from sora_jax.nn.params import count
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VARIANTS = {
+    "autoencoder.py": ["base"],
+    "transformer.py": list(SIZES),
+    "video.py": ["autoencoder", "transformer"],
+    "sprites.py": ["autoencoder", "transformer"],
+}
+PAIRS = [(file, variant) for file, variants in VARIANTS.items() for variant in variants]
+
+
+def read(file: str, variant: str):
+    return run_config(load(f"{CONFIGS / file}:{variant}"))
+
+
+@pytest.mark.parametrize("file, variant", PAIRS)
+def test_a_config_is_valid_and_shown_in_its_own_docstring(file, variant):
+    read(file, variant)
+    assert f"configs/{file}:{variant}" in (CONFIGS / file).read_text() or variant in SIZES
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_an_unknown_variant_is_named_with_those_there_are(file):
+    with pytest.raises(UserError) as error:
+        read(file, "nonsense")
+    assert all(repr(variant) in str(error.value) for variant in ["nonsense", *VARIANTS[file]])
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_without_a_variant_there_is_a_default(file):
+    assert run_config(load(str(CONFIGS / file))) in [read(file, variant) for variant in VARIANTS[file]]
+
+
+@pytest.mark.parametrize("file", ["video.py", "sprites.py"])
+def test_previews_fit_the_autoencoder_and_a_pack(file):
+    autoencoder, transformer = (read(file, variant) for variant in ("autoencoder", "transformer"))
+    assert autoencoder.model.latent_channels == transformer.model.latent_channels
+    for size in transformer.preview.sizes:
+        t, h, w = latent_grid(autoencoder.model, *size)
+        pt, ph, pw = transformer.packing.patch
+        assert h % ph == w % pw == t % pt == 0
+        assert t * h * w // (pt * ph * pw) <= transformer.packing.length
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_blocks_of_a_size_are_those_of_dit_and_its_cross_attention(size):
+    model = read("transformer.py", size).model
+    specs = transformer_specs(model)["blocks"]
+    cross = sum(count(specs[name]) for name in ("cross_q", "cross_kv", "cross_merge", "q_norm", "k_norm"))
+    # DiT, 2212.09748: attention 4 D^2 + 4 D, MLP 8 D^2 + 5 D, adaLN-Zero 6 D^2 + 6 D
+    assert count(specs) - cross == model.depth * (18 * model.width**2 + 15 * model.width)
