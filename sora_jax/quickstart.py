@@ -6,6 +6,7 @@ the same code as its own command, leaves its result in a folder of its own, and 
 
 import dataclasses
 import json
+import sysconfig
 import time
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from sora_jax.data.build import BuildConfig, build
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import save_png, write_video
 from sora_jax.data.oracle import agreement
-from sora_jax.data.sheets import contact_sheet
+from sora_jax.data.sheets import contact_sheet, gallery
 from sora_jax.data.world import WorldConfig
+from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, triple
 from sora_jax.generate.preview import scale_of
-from sora_jax.generate.run import load_run
+from sora_jax.generate.run import Run, load_run
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
@@ -55,42 +57,32 @@ class QuickstartConfig:
 
 def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     """Runs all stages in `workdir`, going on where an earlier call stopped."""
-    values = load(config_file or default_config(), changes)
-    config = frozen(QuickstartConfig, values)
-    use_compilation_cache()
     start = time.perf_counter()
+    use_compilation_cache()
+    config = frozen(QuickstartConfig, load(config_file or default_config(), changes))
     dataset = render_world(config, workdir)
-    mesh = make_mesh(config.autoencoder.mesh)
-    autoencoder = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
-    print("2/5  autoencoder", flush=True)
-    if not (workdir / "autoencoder" / FOLDER / "autoencoder.json").exists():
-        train_autoencoder(autoencoder, workdir / "autoencoder", mesh)
-    notes = json.loads((workdir / "autoencoder" / FOLDER / "autoencoder.json").read_text())
-    print(f"     PSNR on held-out clips {notes['held_out_psnr']:.1f} dB", flush=True)
-    print("3/5  latents", flush=True)
+    autoencoder_psnr = learn_autoencoder(config, workdir)
+    print("3/5  latents: every clip through the autoencoder, once", flush=True)
     encode_dataset(workdir / "autoencoder", workdir / "world", workdir / "latents")
-    print(f"4/5  transformer; samples as it learns: {workdir / 'transformer/samples/progress.png'}", flush=True)
-    transformer = dataclasses.replace(config.transformer, latents=str(workdir / "latents"))
-    train_denoiser(transformer, workdir / "transformer", mesh)
+    learn_transformer(config, workdir)
     print("5/5  samples", flush=True)
-    show_samples(config, workdir)
-    result = evaluate(config, dataset, workdir)
+    run = load_run(workdir / "transformer")
+    show_samples(config, run, workdir / "samples")
+    result = evaluate(config, run, dataset, workdir)
     draw_losses({name: workdir / name for name in ("autoencoder", "transformer")}, workdir / "losses.png")
     seconds = time.perf_counter() - start
-    report = dataclasses.asdict(result) | {"autoencoder_psnr": notes["held_out_psnr"], "seconds": seconds}
+    report = dataclasses.asdict(result) | {"autoencoder_psnr": autoencoder_psnr, "seconds": seconds}
     (workdir / "report.json").write_text(json.dumps(report, indent=1))
     print(f"{seconds / 60:.1f} minutes; everything is in {workdir}")
 
 
 def default_config() -> str:
     """configs/quickstart.py of the checkout, or of the installed package's data files."""
-    import sys
-
-    places = [Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share" / "sora_jax" / "configs"]
+    places = [Path(__file__).parents[1] / "configs", Path(sysconfig.get_path("data"), "share", "sora_jax", "configs")]
     for place in places:
         if (place / "quickstart.py").exists():
             return str(place / "quickstart.py")
-    check(False, "--config is not given and configs/quickstart.py was not found; name the file")
+    raise UserError("--config is not given and configs/quickstart.py was not found; name the file")
 
 
 def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
@@ -111,17 +103,35 @@ def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
     return dataset
 
 
-def show_samples(config: QuickstartConfig, workdir: Path) -> None:
-    """All prompts of `show` in one packed call: files, a contact sheet, and a table of what the oracle reads."""
-    show, out = config.show, workdir / "samples"
-    run = load_run(workdir / "transformer")
+def learn_autoencoder(config: QuickstartConfig, workdir: Path) -> float:
+    """Stage 2; returns the PSNR in dB on held-out clips."""
+    print("2/5  autoencoder", flush=True)
+    result = workdir / "autoencoder" / FOLDER / "autoencoder.json"
+    if not result.exists():
+        options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
+        train_autoencoder(options, workdir / "autoencoder", make_mesh(options.mesh))
+    found = json.loads(result.read_text())["held_out_psnr"]
+    print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)
+    return found
+
+
+def learn_transformer(config: QuickstartConfig, workdir: Path) -> None:
+    """Stage 4, with a strip of samples that grows."""
+    print(f"4/5  transformer; see it learn in {workdir / 'transformer' / 'samples' / 'progress.png'}", flush=True)
+    options = dataclasses.replace(config.transformer, latents=str(workdir / "latents"))
+    train_denoiser(options, workdir / "transformer", make_mesh(options.mesh))
+
+
+def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
+    """All prompts of `show` in one packed call: files, a sheet, a gallery, and what the oracle reads in them."""
+    show = config.show
     clips = run.generate(show.prompts, list(show.sizes), show.steps, show.guidance)
     for i, (prompt, clip) in enumerate(zip(show.prompts, clips, strict=True)):
         name = f"{i:02d}_{prompt.replace(' ', '_')[:60]}"
-        endings = ("png",) if len(clip) == 1 else ("mp4", "gif")
-        for ending in endings:
+        for ending in ("png",) if len(clip) == 1 else ("mp4", "gif"):
             write_video(out / f"{name}.{ending}", clip, show.fps, upscale=scale_of(clip))
     save_png(out / "contact_sheet.png", contact_sheet(clips, list(show.prompts), columns=2, scale=3, shown=5))
+    write_video(out / "gallery.gif", gallery(clips), show.fps)
     print(table(show.prompts, clips))
 
 
@@ -135,12 +145,12 @@ def table(prompts, clips: list[np.ndarray]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def evaluate(config: QuickstartConfig, dataset: Dataset, workdir: Path) -> Score:
+def evaluate(config: QuickstartConfig, run: Run, dataset: Dataset, workdir: Path) -> Score:
     """Prompt agreement over held-out prompts, with the rate of each fact."""
     chosen = held_out_prompts(dataset, config.evaluate)
     prompts, sizes = [p for p, _ in chosen], [s for _, s in chosen]
     show = config.show
-    clips = load_run(workdir / "transformer").generate(prompts, sizes, show.steps, show.guidance, seed=1)
+    clips = run.generate(prompts, sizes, show.steps, show.guidance, seed=1)
     save_png(workdir / "held_out.png", contact_sheet(clips[:24], prompts[:24], columns=4, scale=2))
     found = score(prompts, clips)
     print(

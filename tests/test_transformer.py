@@ -16,7 +16,7 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.errors import UserError
-from sora_jax.models.text import TextConfig, encode_text
+from sora_jax.models.text import TextConfig, TextContext, encode_text
 from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, transformer_specs
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import count, init
@@ -148,15 +148,15 @@ def test_other_clips_and_padding_have_exactly_no_gradient(params, clips, packed)
 
     @quick_jit
     @jax.grad
-    def slope(inputs):
+    def slope(inputs, params):
         x_BLP, coords_BL3, times_BR, text = inputs
-        text = encode_text(params["text"], TEXT, pack).replace(tokens_BME=text[0], pooled_BSE=text[1])
+        text = TextContext(text[0], pack.text_segments_BM, text[1])
         output = denoise(params, CONFIG, pack.replace(coords_BL3=coords_BL3), x_BLP, times_BR, text)
         return jnp.where(mine_BL[..., None], jnp.sin(output), 0).sum()
 
     context = quick_jit(lambda p: encode_text(p, TEXT, pack))(params["text"])
     inputs = (pack.tokens_BLP, pack.coords_BL3, times_of(pack), (context.tokens_BME, context.pooled_BSE))
-    x, coords, times, (text, pooled) = (jax.tree.map(np.asarray, part) for part in slope(inputs))
+    x, coords, times, (text, pooled) = (jax.tree.map(np.asarray, part) for part in slope(inputs, params))
     clip_BS = np.arange(8).reshape(2, 4) == 1
     for gradient, own in [
         (x, mine_BL),
@@ -235,7 +235,7 @@ def noise_of(pack):
     return np.float32(2 * np.sin(7 * phases))
 
 
-def test_given_tokens_are_read_but_not_learnt(params, clips, packed, alone):
+def test_given_tokens_are_read_but_not_learnt(params, clips, packed):
     pack, t_BR, first_BL = given_first_frame(packed([[clips[0], clips[2]]], rows_per_clip=2))
     (loss, weight), (gradient, to_x, to_eps) = two_rows()(params, pack.tokens_BLP, noise_of(pack), pack, t_BR)
     assert weight == 8 + 4  # the frames after the first
@@ -243,14 +243,15 @@ def test_given_tokens_are_read_but_not_learnt(params, clips, packed, alone):
     assert np.asarray(to_x)[first_BL].any(-1).all(), "a given token is looked at"
     total, gradients = 0, []
     for clip in (clips[0], clips[2]):
-        one, t_BR, _ = given_first_frame(alone(clip, rows_per_clip=2))
+        one, t_BR, _ = given_first_frame(packed([[clip]], 12, 1, 4, rows_per_clip=2))
         (value, _), (slope, _, _) = two_rows()(params, one.tokens_BLP, noise_of(one), one, t_BR)
         total, gradients = total + value, [*gradients, slope]
     same((loss, gradient), (total, jax.tree.map(np.add, *gradients)))
 
 
 def test_two_rows_at_one_time_are_one_row(params, clips, packed):
-    one, two = packed([clips]), packed([clips], rows_per_clip=2)
+    rows = [clips[:3], clips[3:]]
+    one, two = packed(rows), packed(rows, rows_per_clip=2)
     mixed = two.replace(rows_BL=two.rows_BL + (two.index_BL % 2) * (two.segments_BL > 0))
     found, expected = (evaluator(RUN)(params, pack) for pack in (mixed, one))
     same(outputs(found, mixed), outputs(expected, one))
@@ -258,7 +259,7 @@ def test_two_rows_at_one_time_are_one_row(params, clips, packed):
 
 
 def test_encoded_text_may_be_given(params, clips, packed):
-    pack = packed([clips])
+    pack = packed([clips[:3], clips[3:]])
     run = quick_jit(lambda p, text: denoise(p, CONFIG, pack, pack.tokens_BLP, times_of(pack), text))
     text = quick_jit(lambda p: encode_text(p["text"], TEXT, pack))(params)
     same(run(params, text), evaluator(RUN)(params, pack).output_BLP)
@@ -300,7 +301,7 @@ def test_sizes_are_those_of_dit(size, patch):
 
 
 def test_float32_output_of_a_bfloat16_model(params, clips, packed):
-    config, pack = dataclasses.replace(CONFIG, dtype="bfloat16"), packed([clips])
+    config, pack = dataclasses.replace(CONFIG, dtype="bfloat16"), packed([clips[:3], clips[3:]])
     output = quick_jit(lambda p: denoise(p, config, pack, pack.tokens_BLP, times_of(pack)))(params)
     output = jax.device_get(output)
     exact = evaluator(RUN)(params, pack).output_BLP

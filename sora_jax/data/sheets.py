@@ -72,3 +72,21 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return [line for line in lines if line]
+
+
+def gallery(clips: Sequence[np.ndarray], columns: int = 4, scale: int = 3) -> np.ndarray:
+    """Clips side by side as one clip (T, H, W, 3) on white; a shorter clip holds its last frame."""
+    length = max(len(clip) for clip in clips)
+    tiles = [clip[np.minimum(np.arange(length), len(clip) - 1)] for clip in clips]
+    tiles = [tile.repeat(scale, axis=1).repeat(scale, axis=2) for tile in tiles]
+    side = [max(tile.shape[axis] for tile in tiles) + MARGIN for axis in (1, 2)]
+    tiles = [_centred(tile, *side) for tile in tiles]
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], axis=2) for i in range(0, len(tiles), columns)]
+    return np.concatenate(rows, axis=1)
+
+
+def _centred(tile: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = (height - tile.shape[1]) // 2, (width - tile.shape[2]) // 2
+    pad = ((0, 0), (top, height - tile.shape[1] - top), (left, width - tile.shape[2] - left), (0, 0))
+    return np.pad(tile, pad, constant_values=255)

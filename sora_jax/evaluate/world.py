@@ -8,6 +8,7 @@ import numpy as np
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.oracle import Agreement, agreement, read
 
+MOST_SHAPES = 3  # named in words
 FACTS = ("colour", "kind", "motion", "count")
 
 
@@ -60,7 +61,8 @@ def in_words(clip: np.ndarray) -> str:
     for shape in reading.shapes:
         motion = "" if len(clip) == 1 or shape.motion is None else f", {shape.motion} {shape.direction or ''}".rstrip()
         words.append(f"{shape.colour} {shape.kind}{motion}")
-    return "; ".join(words) or "nothing"
+    shown = words[:MOST_SHAPES] + ["..."] * (len(words) > MOST_SHAPES)
+    return "; ".join(shown) or "nothing"
 
 
 def held_out_prompts(dataset: Dataset, count: int) -> list[tuple[str, tuple[int, int, int]]]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
-from sora_jax.nn.attention import attention
+from sora_jax.nn.attention import BACKENDS, attention
 from sora_jax.nn.layers import (
     compute_dtype,
     dense,
@@ -24,7 +24,7 @@ from sora_jax.nn.layers import (
     to_heads,
 )
 from sora_jax.nn.pack import Pack, per_slot
-from sora_jax.nn.params import normal, stack, zeros
+from sora_jax.nn.params import lecun, stack, zeros
 from sora_jax.nn.positions import axis_widths, factorised_sincos, rotary_angles, rotate
 from sora_jax.parallel.rules import out_sharding
 
@@ -71,6 +71,7 @@ class TransformerConfig:
         )
         check(all(p > 0 for p in self.patch), f"model.patch is {self.patch}; its entries must be positive")
         check(axis_widths(self.head_width)[1] > 0, f"model.width / model.heads is {self.head_width}; at least 6")
+        choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
         choose("model.remat", self.remat, REMAT)
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
@@ -88,13 +89,12 @@ class TransformerConfig:
 def transformer_specs(config: TransformerConfig) -> dict:
     """All parameters. Zero at the start: every modulation and gate, cross-attention's way out, the last layer."""
     width, text = config.width, config.text
-    small = normal(0.02)
     return {
         "text": text_specs(text),
         "patch": dense_specs(config.patch_values, width, (None, "embed")),
-        "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
-        "time_out": dense_specs(width, width, ("hidden", "embed"), small),
-        "pooled": dense_specs(text.width, width, (None, "embed"), small),
+        "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden")),
+        "time_out": dense_specs(width, width, ("hidden", "embed")),
+        "pooled": dense_specs(text.width, width, (None, "embed"), lecun()),
         "blocks": stack(block_specs(config), config.depth),
         "modulation": dense_specs(width, 2 * width, ("embed", None), zeros),
         "head": dense_specs(width, config.patch_values, ("embed", None), zeros),

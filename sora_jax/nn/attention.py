@@ -21,7 +21,7 @@ def attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, backend: str
     k_segments_BM = reshard(k_segments_BM, "batch", "keys")
     if backend == "auto":
         backend = "blockwise" if q_BLNK.shape[1] >= 1024 else "dense"
-    function = choose("attention", backend, {"dense": dense_attention, "blockwise": blockwise_attention})
+    function = choose("attention", backend, BACKENDS)
     with jax.named_scope(f"attention_{backend}"):
         return function(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM)
 
@@ -61,3 +61,6 @@ def blockwise_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, bl
 
     _, out = jax.lax.scan(one, None, jnp.arange(0, length, block))
     return jnp.moveaxis(out, 0, 1).reshape(q_BLNK.shape)
+
+
+BACKENDS = {"dense": dense_attention, "blockwise": blockwise_attention}

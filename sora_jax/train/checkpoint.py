@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: asynchronous, complete or absent; the only file that imports orbax."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from sora_jax.errors import UserError
 from sora_jax.train.state import TrainState
 
 STATE, EMA, RUN = "state", "ema", "run"
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option that reading alone implies
 
 
 class Checkpoints:
