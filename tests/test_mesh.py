@@ -4,14 +4,17 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from sora_jax.data.packing import PackingConfig
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.attention import blockwise_attention, dense_attention
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import shardings
 from sora_jax.parallel.mesh import MeshConfig, batch_parts, check_batch, make_mesh, place_batch
@@ -43,14 +46,14 @@ def remember_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: params, lambda gradient, _, params=None: (gradient, gradient))
 
 
-def train(mesh, params, batch: dict, run=RUN, steps=5):
+def train(mesh, params, batch: dict, steps=5):
     """Losses of `steps` training steps on one batch, and the first gradient, on the host."""
     optimizer = optax.chain(remember_gradient(), make_optimizer(OPTIM))
-    loss = lambda params, pack, step, part: denoiser_loss(run, params, pack, step)  # noqa: E731
+    loss = lambda params, pack, step, part: denoiser_loss(RUN, params, pack, step)  # noqa: E731
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(transformer_specs(run.model), mesh))
+        placed = jax.device_put(params, shardings(transformer_specs(MODEL), mesh))
         average = jax.tree.map(lambda x: x.copy(), placed)
-        state = TrainState(jax.numpy.zeros((), "int32"), placed, (average,), quick_jit(optimizer.init)(placed))
+        state = TrainState(jnp.zeros((), jnp.int32), placed, (average,), quick_jit(optimizer.init)(placed))
         step = quick_jit(make_step(loss, optimizer, OPTIM.ema))
         pack = Pack(**place_batch({name: x[None] for name, x in batch.items()}, mesh, leading=1))
         losses, gradient = [], None
@@ -91,10 +94,24 @@ def test_training_is_the_same_on_every_mesh(params, batch, one_device, name):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1e-2 * largest))
 
 
-def test_blocks_of_queries_run_on_a_split_sequence(params, batch, one_device):
-    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, attention="blockwise"))
-    losses, _ = train(make_mesh(MeshConfig(data=2, fsdp=2, sequence=2)), params, batch, run, steps=1)
-    np.testing.assert_allclose(losses, one_device[0][:1], rtol=1e-5)
+@pytest.mark.parametrize("attend", [dense_attention, functools.partial(blockwise_attention, block=8)])
+def test_attention_runs_on_a_split_sequence(attend):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 4, 32, 2, 8), np.float32)
+    segments = rng.integers(0, 3, (4, 32), np.int32)
+
+    def slopes(q, k, v, segments):
+        loss = lambda q, k, v: jnp.sin(attend(q, k, v, segments, reshard(segments, "batch", "keys"))).sum()  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    expected = quick_jit(slopes)(q, k, v, segments)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2))
+    with jax.set_mesh(mesh):
+        layouts = [("batch", "length", "heads", None), *[("batch", "keys", "heads", None)] * 2, ("batch", None)]
+        arrays = zip((q, k, v, segments), layouts, strict=True)
+        placed = [jax.device_put(x, NamedSharding(mesh, partition(*axes))) for x, axes in arrays]
+        found = quick_jit(slopes)(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_a_batch_is_split_along_its_batch_axis():
@@ -147,5 +164,5 @@ def test_without_a_mesh_nothing_is_laid_out():
     assert out_sharding("batch") is None and reshard(x, "batch") is x
     with jax.set_mesh(make_mesh(MeshConfig(data=4, sequence=2))):
         assert out_sharding("length") == partition("length")
-        split = jax.jit(functools.partial(reshard), static_argnums=1)(np.ones(4), "length")
+        split = jax.jit(reshard, static_argnums=1)(np.ones(4), "length")
     assert split.sharding.spec == partition("length")

@@ -13,11 +13,12 @@ from sora_jax.config import load
 from sora_jax.data.packing import PackItem, pack, stack
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn.pack import Pack
+from sora_jax.nn.params import abstract, shardings
 from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.train.denoiser import NOISE_BINS, denoiser_loss
 from sora_jax.train.loop import split_batch
 from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState, init_state
+from sora_jax.train.state import TrainState
 from sora_jax.train.step import make_step
 
 OPTIM = OptimConfig(1e-2, warmup_steps=2, ema=(0.5, 0.9))
@@ -103,9 +104,21 @@ def test_the_denoiser_accumulates_packs_of_unequal_tokens():
     mesh, batch = make_mesh(devices=jax.devices()[:1]), packs(config)
     tokens = batch["grids_BS3"].prod(-1).sum(-1).reshape(4, 2).sum(-1)
     assert len(set(tokens.tolist())) > 1
-    place = lambda parts: Pack(**place_batch(split_batch(batch, parts), mesh, leading=1))  # noqa: E731
-    state_of = lambda optimizer: init_state(transformer_specs(config.model), optimizer, 2, 0, mesh)  # noqa: E731
-    loss = lambda params, pack, step, part: denoiser_loss(config, params, pack, step)  # noqa: E731
+    specs = transformer_specs(config.model)
+    rng = np.random.default_rng(0)  # not the initial values, whose closed gates would hide most of the model
+    params = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), abstract(specs))
+
+    def state_of(optimizer):
+        placed = jax.device_put(params, shardings(specs, mesh))
+        averages = tuple(jax.device_put(params, shardings(specs, mesh)) for _ in OPTIM.ema)
+        return TrainState(jnp.int32(0), placed, averages, optimizer.init(placed))
+
+    def place(parts):
+        return Pack(**place_batch(split_batch(batch, parts), mesh, leading=1))
+
+    def loss(params, pack, step, part):
+        return denoiser_loss(config, params, pack, step)
+
     with jax.set_mesh(mesh):
         whole, split = (steps(loss, state_of, place, parts, 2)[1] for parts in (1, 4))
     assert whole["loss_by_noise"].shape == (NOISE_BINS,)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import choose
-from sora_jax.parallel.rules import out_sharding, reshard
+from sora_jax.parallel.rules import out_sharding, parts, reshard
 
 MASKED = -1e30  # finite: a token that may attend to nothing gets an average, not NaN
 
@@ -48,19 +48,25 @@ def dense_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM) -> jax
 def blockwise_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, block: int = 256) -> jax.Array:
     """Blocks of queries one after another, recomputed in the backward pass: memory (B, N, block, M).
 
-    Needs the length of q to be a multiple of the block, else the largest divisor below it is taken.
+    A block is at most `block` queries (the largest size that divides the length and the mesh). It takes every
+    n-th query, not neighbours, so that a length split over devices stays split inside each block.
     """
-    length = q_BLNK.shape[1]
-    block = next(size for size in range(min(block, length), 0, -1) if length % size == 0)
+    length, split = q_BLNK.shape[1], parts("length")
+    block = next(n for n in range(max(min(block, length), split), 0, -1) if length % n == 0 and n % split == 0)
+
+    def blocks(x, *axes):
+        shape = (x.shape[0], block, length // block, *x.shape[2:])
+        x = reshard(x, "batch", "length", *axes)
+        x = jnp.reshape(x, shape, out_sharding=out_sharding("batch", "length", None, *axes))
+        return jnp.moveaxis(x, 2, 0)
 
     @jax.checkpoint
-    def one(_, start):
-        q = jax.lax.dynamic_slice_in_dim(q_BLNK, start, block, axis=1)
-        segments = jax.lax.dynamic_slice_in_dim(q_segments_BL, start, block, axis=1)
-        return None, dense_attention(q, k_BMNK, v_BMNK, segments, k_segments_BM)
+    def one(_, queries):
+        return None, dense_attention(queries[0], k_BMNK, v_BMNK, queries[1], k_segments_BM)
 
-    _, out = jax.lax.scan(one, None, jnp.arange(0, length, block))
-    return jnp.moveaxis(out, 0, 1).reshape(q_BLNK.shape)
+    _, out = jax.lax.scan(one, None, (blocks(q_BLNK, "heads", None), blocks(q_segments_BL)))
+    axes = out_sharding("batch", "length", "heads", None)
+    return jnp.reshape(jnp.moveaxis(out, 0, 2), q_BLNK.shape, out_sharding=axes)
 
 
 BACKENDS = {"dense": dense_attention, "blockwise": blockwise_attention}

@@ -59,10 +59,15 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def batch_parts() -> int:
-    """Into how many parts the batch axis is split on the mesh that is set; 1 without a mesh."""
+def parts(name: str) -> int:
+    """Into how many parts a logical axis is split on the mesh that is set; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in RULES["batch"])
+    return math.prod(shape.get(axis, 1) for axis in RULES[name])
+
+
+def batch_parts() -> int:
+    """Into how many parts the batch axis is split on the mesh that is set."""
+    return parts("batch")
 
 
 def out_sharding(*axes: str | None) -> PartitionSpec | None:

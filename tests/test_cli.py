@@ -1,0 +1,246 @@
+"""The command line: quick help with examples, and one sentence for every mistake."""
+
+import argparse
+import errno
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fixtures_runs import ROOT, TINY, build_options, chain, run, train_options  # noqa: F401
+
+from sora_jax import cli, commands
+from sora_jax.data import media
+
+
+def parsers(parser=None, name="sora-jax"):
+    """(name, parser) of the command line and of every command and verb in it."""
+    parser = parser or cli.make_parser()
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb, inner in action.choices.items():
+                yield from parsers(inner, f"{name} {verb}")
+
+
+PARSERS = dict(parsers())
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_help_has_an_example_that_parses(name):
+    text = PARSERS[name].format_help()
+    examples = re.findall(r"^  (sora-jax .+?)(?:   .*)?$", text, flags=re.M)
+    assert examples and all(example.startswith(name) for example in examples if name.count(" ") != 1 or "data" not in name)
+    for example in examples:
+        arguments = [word.strip('"') for word in re.findall(r'(?:[^\s"]|"[^"]*")+', example)][1:]
+        _, rest = cli.make_parser().parse_known_args(arguments)
+        assert all(argument.startswith("--config.") for argument in rest), rest
+    for file in re.findall(r"--config=([\w/]+\.py)", text):
+        assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_option_is_explained(name):
+    for action in PARSERS[name]._actions:
+        if action.option_strings:
+            assert action.help, action.option_strings
+
+
+def seconds(*arguments) -> float:
+    """Median of three runs of a Python process, beyond the start of Python itself."""
+
+    def once(*arguments):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+        return time.perf_counter() - begin
+
+    return statistics.median(once(*arguments) - once("-c", "pass") for _ in range(3))
+
+
+def test_help_and_import_are_quick():
+    assert seconds("-m", "sora_jax.cli", "--help") < 0.5
+    assert seconds("-c", "import sora_jax") < 0.2
+
+
+@pytest.mark.parametrize("module", ["sora_jax", "sora_jax.cli", "sora_jax.config"])
+def test_nothing_heavy_is_imported_before_it_is_needed(module):
+    heavy = "{'jax', 'numpy', 'flax', 'av', 'PIL', 'pyarrow', 'matplotlib', 'grain', 'ml_collections', 'orbax'}"
+    program = f"import sys, {module}; print(*({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == ""
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence on stderr of a command that ends with code 2."""
+    code = run(*arguments)
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sora-jax: "), captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("optim.rate=1", ["config.optim.rate", "learning_rate"]),
+        ("batch=many", ["config.batch", "many"]),
+        ("batch=2.5", ["config.batch", "2.5"]),
+        ("model.latent_channels=9", ["config.model.latent_channels is 9", "4"]),
+        ("packing.length=8", ["packing.length is 8", "18"]),
+        ("batch=6", ["batch is 6", "loop.accumulate = 4"]),
+        ("mesh.data=3", ["data=3", "1 devices"]),
+        ("split=none", ["'none'", "held-out, train"]),
+        ("preview.sizes=((8,16,16),)", ["frames is 8", "5 or 9"]),
+        ("model.text.vocabulary=9", ["vocabulary is 9"]),
+    ],
+)
+def test_a_wrong_config_is_refused_before_a_folder_is_made(chain, tmp_path, capsys, change, words):  # noqa: F811
+    options = train_options("transformer", tmp_path / "run", f"latents={chain.latents}", "loop.accumulate=4", change)
+    message = refused(capsys, *options)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("crop=(9,64,64)", ["9 x 64 x 64", "24"]),
+        ("crop=(6,16,16)", ["frames is 6", "5 or 9"]),
+        ("loop.accumulate=3", ["8 videos", "loop.accumulate = 3"]),
+        ("split=none", ["config.split is 'none'"]),
+        ("model.time_factor=2", ["5 or 7"]),
+        ("data=nowhere", ["nowhere", "data build"]),
+    ],
+)
+def test_a_wrong_autoencoder_config_too(chain, tmp_path, capsys, change, words):  # noqa: F811
+    dataset = [] if change.startswith("data=") else [f"data={chain.dataset}"]
+    if "time_factor" in change:
+        dataset += ["crop=(6,16,16)"]
+    message = refused(capsys, *train_options("autoencoder", tmp_path / "run", *dataset, change))
+    assert "time_factor" in change or all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_that_does_not_take_every_clip_is_refused_at_the_start(chain, tmp_path, capsys):  # noqa: F811
+    finer = ["model.patch=(2,4)", "model.space_factor=16", "model.multipliers=(1,1,1)", "crop=(5,16,16)"]
+    message = refused(capsys, *train_options("autoencoder", tmp_path / "run", f"data={chain.dataset}", *finer))
+    assert "clips of 5 x 24 x 16" in message and "16 or 32" in message
+
+
+def test_wrong_files_and_folders(chain, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("x")
+    latents = f"latents={chain.latents}"
+    cases = [
+        (["train", "--config=none.py", "--workdir=x"], "there is no file 'none.py'"),
+        (train_options("nonsense", tmp_path / "x"), "'nonsense'; allowed: 'autoencoder', 'transformer'"),
+        (train_options("transformer", tmp_path / "x", "latents=nowhere"), "data encode"),
+        (train_options("transformer", tmp_path / "occupied", latents), "take an empty folder"),
+        (train_options("transformer", tmp_path / "file" / "run", latents), "file"),
+        (train_options("transformer", chain.transformer, latents, "optim.eps=1e-7"), "another config.optim.eps"),
+        (["sample", f"--workdir={tmp_path / 'empty'}", "--prompt=a", "--out=a.gif"], "not a run folder"),
+        (["sample", f"--workdir={chain.autoencoder}", "--prompt=a", "--out=a.gif"], "only a transformer samples"),
+        (["data", "inspect", tmp_path / "empty"], "data build"),
+        (["data", "encode", f"--autoencoder={tmp_path}", f"--data={chain.dataset}", "--out=x"], "no trained autoencoder"),
+        (["data", "encode", f"--autoencoder={chain.autoencoder}", f"--data={tmp_path}", "--out=x"], "data build"),
+        (["data", "encode", f"--autoencoder={tmp_path}", f"--data={tmp_path}", "--out=x", "--batch=0"], "--batch is 0"),
+    ]
+    for arguments, words in cases:
+        message = refused(capsys, *arguments)
+        assert words in message, (arguments, message)
+    assert not Path("x").exists()
+
+
+def test_wrong_sources(chain, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(chain.clips, tmp_path / "silent")
+    (tmp_path / "silent" / "captions.csv").unlink()
+    out = tmp_path / "dataset"
+    assert "is empty" in refused(capsys, *build_options(tmp_path / "empty", out))
+    assert "not a folder" in refused(capsys, *build_options(tmp_path / "none", out))
+    assert "6 x no caption" in refused(capsys, *build_options(tmp_path / "silent", out), "--workers=1")
+    assert "max_frames" in refused(capsys, *build_options(chain.clips, chain.dataset), "--max-frames=5")
+    assert "simple" in refused(capsys, "data", "build", "--source=world", "--world=flat", "--limit=2", f"--out={out}")
+    assert not out.exists()
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def load(*_):
+        raise AssertionError("loaded before the options were checked")
+
+    monkeypatch.setattr(commands, "load_run", load)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--prompt=a", "--out=clip.avi"], "ending"),
+        (["--prompt=a", "--out=clip"], "ending"),
+        (["--prompt=a", "--out=clip.png", "--frames=5"], "one frame"),
+        (["--out=clip.gif"], "no prompt"),
+        (["--out=clip.gif", "--prompts-file=none.txt"], "none.txt"),
+        (["--out=clip.gif", f"--prompts-file={os.devnull}"], "devnull|no such file|no prompt"),
+        (["--prompt=a", "--out=clip.gif", "--steps=0"], "--steps is 0"),
+        (["--prompt=a", "--out=clip.gif", "--solver=magic"], "solver"),
+        (["--prompt=a", "--out=clip.gif", "--fps=0"], "--fps is 0"),
+        (["--prompt=a", "--out=clip.gif", "--upscale=0"], "--upscale is 0"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused_before_anything_is_loaded(chain, capsys, no_loading, options, words):  # noqa: F811
+    message = refused(capsys, "sample", f"--workdir={chain.transformer}", *options)
+    assert re.search(words, message), message
+
+
+def test_a_size_that_does_not_divide_says_which_do(chain, tmp_path, capsys):  # noqa: F811
+    options = ["sample", f"--workdir={chain.transformer}", "--prompt=a", f"--out={tmp_path / 'a.gif'}"]
+    assert "16 or 24" in refused(capsys, *options, "--width=20", "--height=16", "--frames=9")
+    assert "5 or 9" in refused(capsys, *options, "--width=16", "--height=16", "--frames=7")
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, error):  # noqa: F811
+    def full(*_):
+        raise OSError(error, os.strerror(error), "thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands.os, "replace", full)
+        message = refused(capsys, *train_options("transformer", tmp_path / "run", f"latents={chain.latents}"))
+    assert os.strerror(error) in message and "thing" in message
+    monkeypatch.setitem(media.WRITERS, ".gif", full)
+    out = tmp_path / "new" / "clip.gif"
+    options = ["--prompt=a red square", "--frames=5", "--height=16", "--width=24", "--steps=2", f"--out={out}"]
+    assert os.strerror(error) in refused(capsys, "sample", f"--workdir={chain.transformer}", *options)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--workdir=x"], ["sample", "--workdir=x", "--frames=many", "--out=a.gif"], ["data"], ["nonsense"], []],
+)
+def test_what_is_no_command_shows_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2 and "usage: sora-jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--config.seed=3"], ["--colour=red"], ["--config.seed", "3"]])
+def test_stray_arguments_are_not_swallowed(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "inspect", "x", *arguments])
+    assert ended.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_config_and_the_parameters_and_makes_nothing(tmp_path, capsys):
+    assert run(*train_options("autoencoder", tmp_path / "run", "seed=41"), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert '"seed": 41' in printed and re.search(r"total +[\d,]+", printed)
+    assert not (tmp_path / "run").exists() and TINY.exists()

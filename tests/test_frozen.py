@@ -1,0 +1,175 @@
+"""The frozen autoencoder: statistics, fingerprint, damage, and the latents made with it."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+from fixtures_runs import build_options, chain, run  # noqa: F401
+
+from sora_jax.data.latents import LatentCache, LatentWriter
+from sora_jax.data.manifest import Dataset
+from sora_jax.errors import UserError
+from sora_jax.train import encode as encoding
+from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, save_autoencoder
+
+
+@pytest.fixture(scope="module")
+def autoencoder(chain):  # noqa: F811
+    return load_autoencoder(chain.autoencoder)
+
+
+def test_latents_have_mean_0_and_deviation_1_over_what_was_measured(chain, autoencoder):  # noqa: F811
+    dataset = Dataset(chain.dataset)
+    clips = [dataset[row["index"]].frames for row in dataset.rows("train")]
+    values = np.concatenate([z.reshape(-1, z.shape[-1]) for z in autoencoder.encode(clips)])
+    np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
+
+
+def test_clips_of_mixed_sizes_come_back_in_order(chain, autoencoder):  # noqa: F811
+    dataset = Dataset(chain.dataset)
+    clips = [dataset[i].frames for i in range(len(dataset))]
+    assert len({a.shape == b.shape for a, b in zip(clips, clips[1:])}) == 2  # sizes change, and also stay
+    latents = list(autoencoder.encode(clips))
+    for clip, latent in zip(clips, latents, strict=True):
+        np.testing.assert_allclose(latent, next(autoencoder.encode([clip])), atol=1e-5)
+    decoded = list(autoencoder.decode(latents, batch=4))
+    assert [clip.shape for clip in decoded] == [clip.shape for clip in clips]
+    assert all(clip.dtype == np.uint8 for clip in decoded)
+
+
+def test_the_cache_holds_these_latents_and_the_autoencoder(chain, autoencoder):  # noqa: F811
+    dataset, cache = Dataset(chain.dataset), LatentCache(chain.latents)
+    rows = {row["id"]: row for row in dataset.rows()}
+    for i, name in enumerate(cache.ids):
+        latent = next(autoencoder.encode([dataset[rows[name]["index"]].frames]))
+        np.testing.assert_allclose(cache[i], latent, atol=2e-3)  # float16
+    fingerprints = {load_autoencoder(chain.folder / name).fingerprint for name in ("latents", "transformer")}
+    assert fingerprints == {autoencoder.fingerprint, cache.fingerprint}
+
+
+def changed(autoencoder: FrozenAutoencoder, what: str) -> FrozenAutoencoder:
+    if what == "config":
+        return dataclasses.replace(autoencoder, config=dataclasses.replace(autoencoder.config, kl_weight=0.5))
+    if what == "weight":
+        bias = autoencoder.params["decoder"]["head"]["bias"]
+        head = autoencoder.params["decoder"]["head"] | {"bias": bias.at[-1].add(1e-6)}
+        return dataclasses.replace(
+            autoencoder, params=autoencoder.params | {"decoder": autoencoder.params["decoder"] | {"head": head}}
+        )
+    return dataclasses.replace(autoencoder, **{what: getattr(autoencoder, what) * np.float32(1.0001)})
+
+
+@pytest.mark.parametrize("what", ["config", "weight", "mean_C", "std_C"])
+def test_the_fingerprint_is_of_all_that_latents_depend_on(autoencoder, what):
+    assert changed(autoencoder, what).fingerprint != autoencoder.fingerprint
+
+
+def damage_cut(folder):
+    data = (folder / "weights.npz").read_bytes()
+    (folder / "weights.npz").write_bytes(data[: len(data) // 2])
+
+
+def damage_flip(folder):
+    data = bytearray((folder / "weights.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (folder / "weights.npz").write_bytes(data)
+
+
+def damage_lost(folder):
+    with np.load(folder / "weights.npz") as file:
+        kept = dict(list(dict(file).items())[1:])
+    np.savez(folder / "weights.npz", **kept)
+
+
+def damage_gone(folder):
+    (folder / "weights.npz").unlink()
+
+
+def damage_empty(folder):
+    (folder / "weights.npz").write_bytes(b"")
+
+
+def damage_record(folder):
+    (folder / "autoencoder.json").write_text('{"config": {')
+
+
+def damage_other(folder):
+    record = json.loads((folder / "autoencoder.json").read_text())
+    record["config"]["kl_weight"] = 0.25
+    (folder / "autoencoder.json").write_text(json.dumps(record))
+
+
+DAMAGES = [damage_cut, damage_flip, damage_lost, damage_gone, damage_empty, damage_record, damage_other]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_is_one_sentence(chain, tmp_path, damage):  # noqa: F811
+    shutil.copytree(chain.autoencoder / "frozen", tmp_path / "frozen")
+    damage(tmp_path / "frozen")
+    with pytest.raises(UserError, match=r"^the autoencoder in [^\n]* is damaged[^\n]*$"):
+        load_autoencoder(tmp_path)
+
+
+def encode(chain, out, data=None, autoencoder=None) -> int:  # noqa: F811
+    options = [f"--autoencoder={autoencoder or chain.autoencoder}", f"--data={data or chain.dataset}", f"--out={out}"]
+    return run("data", "encode", *options)
+
+
+def test_a_complete_cache_is_kept_and_one_of_something_else_refused(chain, tmp_path, capsys, autoencoder):  # noqa: F811
+    out = tmp_path / "latents"
+    shutil.copytree(chain.latents, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert encode(chain, out) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    save_autoencoder(changed(autoencoder, "weight"), tmp_path / "other", {})
+    assert encode(chain, out, autoencoder=tmp_path / "other") == 2
+    assert "another autoencoder" in capsys.readouterr().err
+    fewer = [*build_options(chain.clips, tmp_path / "fewer"), "--limit=3"]
+    assert run(*fewer) == 0 and encode(chain, out, data=tmp_path / "fewer") == 2
+    assert "other clips" in capsys.readouterr().err
+
+
+def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(encoding, "LatentWriter", functools.partial(LatentWriter, shard_clips=2))
+    whole, encoded = FrozenAutoencoder.encode, []
+
+    def counted(self, clips, batch=16, stop=None):
+        for number, clip in enumerate(clips):
+            if number == stop:
+                raise KeyboardInterrupt
+            encoded.append(clip.shape)
+            yield next(whole(self, [clip], batch))
+
+    monkeypatch.setattr(FrozenAutoencoder, "encode", functools.partialmethod(counted, stop=3))
+    assert encode(chain, tmp_path / "latents") == 130
+    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "latents").exists()
+    encoded.clear()
+    monkeypatch.setattr(FrozenAutoencoder, "encode", counted)
+    assert encode(chain, tmp_path / "latents") == 0
+    assert len(encoded) == 6 - 2
+    found, wanted = LatentCache(tmp_path / "latents"), LatentCache(chain.latents)
+    assert found.ids == wanted.ids
+    for i in range(len(wanted)):
+        np.testing.assert_allclose(found[i], wanted[i], atol=2e-3)
+
+
+def test_an_interrupted_build_leaves_nothing_and_can_be_given_again(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from sora_jax.data import build
+
+    prepare = build.prepare
+
+    def interrupted(source, config, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        return prepare(source, config, index)
+
+    monkeypatch.setattr(build, "prepare", interrupted)
+    assert run(*build_options(chain.clips, tmp_path / "dataset")) == 130
+    assert "interrupted" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(build, "prepare", prepare)
+    assert run(*build_options(chain.clips, tmp_path / "dataset")) == 0
+    assert len(Dataset(tmp_path / "dataset")) == 6

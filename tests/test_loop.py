@@ -1,0 +1,164 @@
+"""The loop around the step: reports, stops, and what is kept when a step goes wrong."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures_runs import chain  # noqa: F401
+
+from sora_jax.data import tokenizer as tokenizers
+from sora_jax.data.latents import LatentCache
+from sora_jax.data.pipeline import packed_batches
+from sora_jax.errors import Stopped, UserError
+from sora_jax.generate.run import read_run_config
+from sora_jax.nn.params import ParamSpec, normal
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.checkpoint import Checkpoints
+from sora_jax.train.loop import Job, LoopConfig, due, fit
+from sora_jax.train.metrics import MetricsWriter, read_metrics
+from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.state import init_state
+
+SPECS = {"weight": ParamSpec((4,), (None,), normal(1.0))}
+OPTIM = OptimConfig(0.1, warmup_steps=0)
+
+
+def toy_loss(params, batch, step, part):
+    """Squared distance to the batch; the root has no finite slope where `root` is 0."""
+    error = jnp.square(params["weight"] - batch["x"]).sum(-1) + jnp.sqrt(batch["root"] * params["weight"][0] ** 2)
+    return error.sum(), (jnp.float32(error.shape[0]), {})
+
+
+def toy_job(at=None, preview=None) -> Job:
+    """`at` maps a step to what happens while its batch is made: changes to the batch, or None."""
+
+    def batches(start):
+        step = start
+        while True:
+            x = np.random.default_rng(step).standard_normal((2, 4)).astype(np.float32)
+            batch = {"x": x, "root": np.ones(2, np.float32), "clip": np.array([100 + step, 200 + step])}
+            step += 1
+            yield batch | ((at or {}).get(step, dict)() or {})
+
+    return Job(
+        name="toy",
+        specs=SPECS,
+        loss=toy_loss,
+        batches=batches,
+        to_device=lambda batch: batch,
+        counts=lambda batch: {"clips": 2, "tokens": 6, "places": 8},
+        clip_ids=lambda batch: batch["clip"].tolist(),
+        preview=preview,
+    )
+
+
+def train(workdir, job=None, **loop):
+    workdir.mkdir(exist_ok=True)
+    config = LoopConfig(**(dict(steps=10, log_every=1, save_every=2) | loop))
+    return fit(job or toy_job(), config, OPTIM, 0, make_mesh(devices=jax.devices()[:1]), workdir, {})
+
+
+def newest(workdir):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, _ = checkpoints.restore(init_state(SPECS, make_optimizer(OPTIM), 1, 1, mesh))
+    return jax.device_get(state)
+
+
+def test_due():
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(step, 0, 10)] == [10]
+
+
+@pytest.mark.parametrize("bad, what", [({"x": np.full((2, 4), np.nan, np.float32)}, "loss"), ({"root": np.zeros(2, np.float32)}, "parameter norm")])
+def test_a_step_that_is_not_finite_stops_the_run_and_the_last_good_save_stays(tmp_path, bad, what):
+    with pytest.raises(UserError, match=rf"the {what} of step 5 is nan; clips of that batch: \[104, 204\]"):
+        train(tmp_path, toy_job({5: lambda: bad}), save_every=1)
+    state = newest(tmp_path)
+    assert int(state.step) == 4
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 5, 10])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, number, step):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path / "stopped", toy_job({step: lambda: os.kill(os.getpid(), number)}))
+    assert stopped.value.step == step == int(newest(tmp_path / "stopped").step)
+    assert signal.getsignal(number) is before
+    resumed, straight = train(tmp_path / "stopped"), train(tmp_path / "straight")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(straight))
+    rows, wanted = read_metrics(tmp_path / "stopped"), read_metrics(tmp_path / "straight")
+    assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in wanted]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, toy_job({5: twice}))
+    assert int(newest(tmp_path).step) == 4
+
+
+def test_no_step_is_reported_twice(tmp_path):
+    train(tmp_path, steps=6, save_every=3)
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    # What a run leaves that is killed after step 9, with its newest checkpoint at step 6.
+    late = [row | {"step": step, "loss": 77.0} for step, row in zip((7, 8, 9), rows)]
+    path.write_text("\n".join(map(json.dumps, rows + late)) + '\n{"step": 10, "lo')
+    train(tmp_path, steps=12)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert found[:6] == rows and all(row["loss"] != 77.0 for row in found)
+
+
+def test_previews_see_the_average_after_each_reported_step(tmp_path):
+    seen = []
+    preview = lambda step, params, writer: seen.append((step, len(read_metrics(tmp_path)), np.array(params["weight"])))  # noqa: E731
+    state = train(tmp_path, toy_job(preview=preview), preview_every=4)
+    assert [entry[:2] for entry in seen] == [(4, 4), (8, 8), (10, 10)]
+    np.testing.assert_array_equal(seen[-1][2], state.ema[0]["weight"])
+
+
+def test_rates_and_seconds(tmp_path):
+    train(tmp_path, steps=9, log_every=4)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [4, 8, 9]
+    for row in rows:
+        np.testing.assert_allclose(row["tokens_per_second"] / row["clips_per_second"], 3)
+        np.testing.assert_allclose(row["padding_share"], 1 / 4)
+        assert {"seconds/init", "seconds/compile", "seconds/data"} <= row.keys()
+    totals = [sum(value for name, value in row.items() if name.startswith("seconds/")) for row in rows]
+    assert totals == sorted(totals)
+
+
+def test_a_vector_is_written_entry_by_entry_and_what_is_not_finite_as_null(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(3, {"a": np.array([1.0, np.nan]), "b": 2})
+    assert read_metrics(tmp_path) == [{"step": 3, "a/0": 1.0, "a/1": None, "b": 2.0}]
+    events = list((tmp_path / "tensorboard").glob("events*"))
+    assert len(events) == 1 and events[0].stat().st_size > 0
+
+
+def test_the_report_of_a_denoiser_is_of_its_batches(chain):  # noqa: F811
+    config, cache = read_run_config(chain.transformer), LatentCache(chain.latents)
+    tokenizer = tokenizers.load(chain.transformer / "tokenizer.json")
+    batches = packed_batches(cache, tokenizer, config.packing, config.batch, config.seed, config.split)
+    rows = read_metrics(chain.transformer)
+    for row in rows[1:]:
+        tokens = batches[row["step"] - 1]["grids_BS3"].prod(-1).sum()
+        np.testing.assert_allclose(row["padding_share"], 1 - tokens / (config.batch * config.packing.length))
+        clips = (batches[row["step"] - 1]["clips_BS"] > 0).sum()
+        np.testing.assert_allclose(row["tokens_per_second"] / row["clips_per_second"], tokens / clips, rtol=1e-6)
+        assert row["flops_per_second"] > 1e6 * row["clips_per_second"] / 1e3
+    names = {"loss", "gradient_norm", "update_norm", "parameter_norm", *(f"loss_by_noise/{i}" for i in range(10))}
+    assert all(names <= row.keys() for row in rows)

@@ -1,0 +1,95 @@
+"""Runs in processes of their own that are stopped, killed and short of disk end where an undisturbed run ends."""
+
+import json
+import resource
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from fixtures_runs import chain, start, train_options  # noqa: F401
+
+from sora_jax.commands import run_config
+from sora_jax.models.transformer import transformer_specs
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.checkpoint import Checkpoints
+from sora_jax.train.optim import make_optimizer
+from sora_jax.train.state import init_state
+
+STEPS = 240
+PATIENCE = 300  # seconds, for busy machines
+
+
+def command(workdir, chain):  # noqa: F811
+    loop = [f"loop.steps={STEPS}", "loop.save_every=40", "loop.log_every=1"]
+    return train_options("transformer", workdir, f"latents={chain.latents}", *loop)
+
+
+def finish(process) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=PATIENCE)
+    return process.returncode, errors
+
+
+def wait_for(workdir, step: int, process) -> None:
+    """Returns when the run has reported this step."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=9)[1]}")
+
+
+def losses(workdir) -> list[tuple]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["gradient_norm"], row["parameter_norm"]) for row in rows]
+
+
+def final_state(workdir):
+    config = run_config(json.loads((workdir / "config.json").read_text()))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == STEPS
+        optimizer = make_optimizer(config.optim)
+        like = init_state(transformer_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
+        return jax.device_get(checkpoints.restore(like)[0])
+
+
+@pytest.fixture(scope="module")
+def straight(chain, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    code, errors = finish(start(*command(workdir, chain)))
+    assert code == 0, errors
+    return workdir
+
+
+def test_stopped_and_killed_runs_are_the_undisturbed_run_to_the_bit(chain, straight, tmp_path):  # noqa: F811
+    workdir = tmp_path / "run"
+    process = start(*command(workdir, chain))
+    wait_for(workdir, 15, process)
+    process.send_signal(signal.SIGINT)
+    code, errors = finish(process)
+    assert code == 130 and "everything is saved" in errors and "Traceback" not in errors
+    stopped = losses(workdir)[-1][0]
+    assert 15 <= stopped < STEPS
+
+    process = start(*command(workdir, chain))
+    wait_for(workdir, max(60, stopped + 1), process)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+
+    code, errors = finish(start(*command(workdir, chain)))
+    assert code == 0, errors
+    assert [row[0] for row in losses(straight)] == list(range(1, STEPS + 1))
+    assert losses(workdir) == losses(straight)
+    jax.tree.map(np.testing.assert_array_equal, final_state(workdir), final_state(straight))
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(chain, tmp_path):  # noqa: F811
+    workdir = tmp_path / "run"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # noqa: E731
+    code, errors = finish(start(*command(workdir, chain), preexec_fn=limit))
+    assert code == 2, errors
+    assert "Traceback" not in errors and errors.strip().splitlines()[-1].startswith("sora-jax: ")

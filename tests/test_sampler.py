@@ -1,0 +1,119 @@
+"""The packed sampler: what shares a pack with a clip, and in which order, changes nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from fixtures_runs import chain, trained  # noqa: F401
+
+from sora_jax.errors import UserError
+from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
+
+REQUESTS = [
+    Request("a red square moves right", (3, 4, 6), 11),
+    Request("a green square", (1, 4, 4), 22),
+    Request("a blue square moves down", (2, 6, 4), 33),
+    Request("", (1, 4, 6), 44),
+]
+SETTINGS = SampleConfig(steps=2, guidance=3.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(trained):  # noqa: F811
+    """The run with random weights: after a few steps of training its gates are still almost closed."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), trained.params)
+    return dataclasses.replace(trained, params=params)
+
+
+@pytest.fixture(scope="module")
+def latents(model):
+    def draw(requests, config=SETTINGS):
+        with jax.set_mesh(model.mesh):
+            return sample_latents(model.params, model.config, model.tokenizer, requests, config, model.mesh)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def together(latents):
+    return latents(REQUESTS)
+
+
+def near(a, b):
+    np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
+
+
+def far(a, b):
+    assert np.abs(a - b).mean() > 1e-2
+
+
+def test_shapes(together):
+    assert [z.shape for z in together] == [(*r.size, 4) for r in REQUESTS]
+    assert all(np.isfinite(z).all() for z in together)
+
+
+@pytest.mark.parametrize("i", range(len(REQUESTS)))
+def test_together_is_alone(latents, together, i):
+    near(latents([REQUESTS[i]])[0], together[i])
+
+
+def test_order_does_not_matter(latents, together):
+    order = [2, 0, 3, 1]
+    for i, z in zip(order, latents([REQUESTS[i] for i in order]), strict=True):
+        near(z, together[i])
+
+
+def test_requests_beyond_one_pack(latents, together):
+    for i, z in enumerate(latents([*REQUESTS, *REQUESTS[:2]])):
+        near(z, together[i % len(REQUESTS)])
+
+
+def test_the_same_request_is_the_same_to_the_bit_and_each_part_of_it_matters(latents, together):
+    first = REQUESTS[0]
+    for a, b in zip(latents(REQUESTS), together, strict=True):
+        np.testing.assert_array_equal(a, b)
+    far(latents(REQUESTS, dataclasses.replace(SETTINGS, seed=6))[0], together[0])
+    far(latents([dataclasses.replace(first, clip=12)])[0], together[0])
+    far(latents([dataclasses.replace(first, prompt="a blue square")])[0], together[0])
+
+
+def test_guidance_1_is_the_conditional_model(latents, together):
+    conditional = latents(REQUESTS, dataclasses.replace(SETTINGS, guidance=1.0))
+    almost = latents(REQUESTS, dataclasses.replace(SETTINGS, guidance=float(np.nextafter(np.float32(1), np.float32(2)))))
+    for a, b, guided in zip(conditional, almost, together, strict=True):
+        near(a, b)
+    far(conditional[0], together[0])
+    near(conditional[3], together[3])  # without a caption there is nothing to be guided by
+
+
+def test_a_run_makes_clips_and_images_of_the_sizes_asked_for(model):
+    sizes = [(9, 16, 24), (1, 16, 16), (5, 24, 16), (1, 16, 24)]
+    prompts, ids = [r.prompt for r in REQUESTS], [r.clip for r in REQUESTS]
+    clips = model.generate(prompts, sizes, steps=2, guidance=3.0, seed=5, clips=ids)
+    assert [clip.shape for clip in clips] == [(*size, 3) for size in sizes]
+    assert all(clip.dtype == np.uint8 for clip in clips)
+    alone = model.generate([prompts[1]], sizes[1], steps=2, guidance=3.0, seed=5, clips=[ids[1]])
+    assert np.abs(alone[0].astype(int) - clips[1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ((9, 16, 20), "width is 20; .*16 or 24"),
+        ((9, 30, 16), "height is 30; .*24 or 32"),
+        ((9, 0, 16), "height is 0; .*8 or 16"),
+        ((8, 16, 16), "frames is 8; .*5 or 9"),
+        ((0, 16, 16), "frames is 0; .* 1$"),
+    ],
+)
+def test_a_size_that_cannot_be_names_those_that_can(model, size, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(["a red square"], size, steps=2)
+
+
+@pytest.mark.parametrize("change, message", [(dict(steps=0), "--steps is 0"), (dict(solver="magic"), "euler, heun")])
+def test_settings_are_checked(change, message):
+    with pytest.raises(UserError, match=message):
+        SampleConfig(**change)
