@@ -116,7 +116,7 @@ def train(options) -> None:
 def _sample(commands) -> None:
     example = (
         'example:\n  sora-jax sample --workdir=runs/quickstart/transformer --prompt="a red circle moves left"'
-        " --frames=9 --height=32 --width=32 --out=circle.gif"
+        " --frames=9 --height=24 --width=36 --out=circle.gif"
     )
     p = _parser(commands.add_parser, "sample", help="generate clips from prompts", epilog=example)
     p.add_argument("--workdir", type=Path, required=True, help="run folder of a trained transformer")
@@ -183,8 +183,8 @@ def _build(verbs) -> None:
     p.add_argument("--strip-frames", type=int, help="read each picture as so many frames from left to right")
     p.add_argument("--strip-fps", type=float, default=8.0, help="frames a second of such strips")
     p.add_argument("--holdout", type=float, default=0.05, help="share of clips held out")
-    p.add_argument("--limit", type=int, help="at most so many clips")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--limit", type=int, help="at most so many clips, evenly spread over all files")
+    p.add_argument("--seed", type=int, default=0, help="of the held-out split and of random places")
     p.add_argument("--workers", type=int, default=1, help="processes that decode")
     p.set_defaults(function=build)
 

@@ -27,6 +27,7 @@ from sora_jax.train.loop import Job, fit
 MAY_CHANGE = ("loop", "preview", "mesh")  # a run may be made longer, watched otherwise, moved to another mesh
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
+PREVIEW_CLIPS = 8
 DEFAULT_SIZE = (17, 64, 64)
 
 
@@ -71,7 +72,8 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
         check_batch(mesh, rows // config.loop.accumulate, f"the number of {name} in config.batch / loop.accumulate")
     check_workdir(workdir, config)
     held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
-    preview = reconstruction_preview(config, held_out[:8], workdir) if held_out else None
+    shown = _spread(held_out, PREVIEW_CLIPS)
+    preview = reconstruction_preview(config, shown, workdir) if shown else None
     job = autoencoder_job(config, dataset, preview)
     claim_workdir(workdir, config)
     state = _fit(job, config, mesh, workdir)
@@ -112,9 +114,14 @@ def _fit(job: Job, config, mesh, workdir: Path):
 
 def _some(dataset: Dataset, rows: list[dict], most: int) -> list[np.ndarray]:
     """At most so many of the clips, evenly spread, ordered by size so that each size is compiled once."""
-    chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).astype(int))] if rows else []
+    chosen = _spread(rows, most)
     chosen.sort(key=lambda row: (row["frames"], row["height"], row["width"]))
     return [dataset[row["index"]].frames for row in chosen]
+
+
+def _spread(items: list, most: int) -> list:
+    """At most so many of the items, evenly spread, the first and the last among them."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))] if items else []
 
 
 def check_workdir(workdir: Path, config) -> None:

@@ -1,10 +1,11 @@
-"""A chain of tiny runs, made once for all tests: clips, dataset, autoencoder, latents, transformer.
+"""A chain of tiny runs, made once for all test files: clips, dataset, autoencoder, latents, transformer.
 
 A test file imports the fixtures that it uses. What they return is shared, so it must not be changed: copy it.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -84,10 +85,10 @@ def train_options(variant: str, workdir: Path, *changes: str) -> list:
     return ["train", f"--config={TINY}:{variant}", f"--workdir={workdir}", *(f"--config.{c}" for c in changes)]
 
 
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory) -> Chain:
-    """clips, dataset, autoencoder, latents, transformer: all commands up to `sample`, with their own settings."""
-    made = Chain(tmp_path_factory.mktemp("chain"))
+@functools.cache  # pytest makes an imported fixture anew for each file that imports it
+def make_chain(folder: Path) -> Chain:
+    """The chain, by all commands up to `sample`, with their own settings."""
+    made = Chain(folder)
     write_clips(made.clips)
     assert run(*build_options(made.clips, made.dataset)) == 0
     previews = ["loop.steps=6", "loop.save_every=3", "loop.preview_every=6"]
@@ -98,6 +99,12 @@ def chain(tmp_path_factory) -> Chain:
     show += ["preview.steps=2"]
     assert run(*train_options("transformer", made.transformer, f"latents={made.latents}", *previews, *show)) == 0
     return made
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Chain:
+    """The folders clips, dataset, autoencoder, latents and transformer."""
+    return make_chain(tmp_path_factory.getbasetemp() / "chain")
 
 
 @pytest.fixture(scope="session")

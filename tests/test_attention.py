@@ -90,6 +90,16 @@ def test_bfloat16_loses_no_more_than_its_rounding(name):
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=2**-6, atol=2**-6 * np.abs(v).max())
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_scores_of_bfloat16_are_float32(name):
+    """Scores of 256 and 257, which bfloat16 cannot tell apart, weigh 1 to e."""
+    q, k = jnp.bfloat16([32, 2, 0, 0]), jnp.bfloat16([[16, 0, 0, 0], [16, 1, 0, 0]])
+    v = jnp.bfloat16([[0.0] * 4, [1.0] * 4])
+    segments = np.ones((1, 2), np.int32)
+    out = BACKENDS[name](q[None, None, None], k[None, :, None], v[None, :, None], segments[:, :1], segments)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.e / (1 + np.e), rtol=2**-6)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, queries, keys = inputs()
     out = dense_attention(100 * q, 100 * k, v, queries, keys)

@@ -81,9 +81,11 @@ def test_half_written_checkpoints_are_ignored_and_swept(saved, tmp_path):
     with Checkpoints(folder) as reading:
         assert reading.latest() == 3
     assert half.exists()  # it may be another process that is just writing it
-    with Checkpoints(folder, keep=2) as checkpoints:
+    mesh = make_mesh(MESHES["data"])
+    with jax.set_mesh(mesh), Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.latest() == 3
-    assert not half.exists()
+        checkpoints.save(7, state_on(mesh), {})
+    assert not half.exists() and (folder / "7" / "state").is_dir()
 
 
 def test_reading_makes_no_folder(tmp_path):

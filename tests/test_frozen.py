@@ -31,7 +31,7 @@ def test_latents_have_mean_0_and_deviation_1_over_what_was_measured(chain, autoe
 
 def test_clips_of_mixed_sizes_come_back_in_order(chain, autoencoder):  # noqa: F811
     dataset = Dataset(chain.dataset)
-    clips = [dataset[i].frames for i in range(len(dataset))]
+    clips = [dataset[i].frames for i in (0, 2, 1, 3, 4, 5)]
     assert len({a.shape == b.shape for a, b in zip(clips, clips[1:])}) == 2  # sizes change, and also stay
     latents = list(autoencoder.encode(clips))
     for clip, latent in zip(clips, latents, strict=True):

@@ -62,8 +62,8 @@ def test_the_notebook_trains_and_shows_clips_of_the_sizes_asked_for(executed):
     pages = ["".join(output.data["text/html"]) for cell in cells for output in cell.get("outputs", [])
              if "text/html" in output.get("data", {})]  # fmt: skip
     first, second = ([clip.shape[:3] for clip in pictures(page)] for page in pages)
-    assert [(frames, width / height) for frames, height, width in first] == [(9, 40 / 32), (1, 1)]
-    assert [(frames, width / height) for frames, height, width in second] == [(9, 40 / 32)] * 2
+    assert [(frames, width / height) for frames, height, width in first] == [(9, 36 / 24), (1, 1)]
+    assert [(frames, width / height) for frames, height, width in second] == [(9, 36 / 24)] * 2
 
 
 def test_the_notebook_is_kept_clean_and_begins_with_its_installation():

@@ -184,7 +184,9 @@ def prepare(source: Source, config: BuildConfig, index: int) -> Clip | Refusal:
     """Clip `index` at its final size and length, or why there is none."""
     entry = source.entry(index)
     if entry.caption is None and config.missing_caption == "refuse":
-        return Refusal("no caption: neither a text file of the same name nor a row in captions.csv")
+        return Refusal(
+            "no caption: neither a text file of the same name nor a row in captions.csv; missing_caption=empty takes it"
+        )
     place = PLACES[config.place]
     place = uniform(config.seed, "place", entry.id) if place is None else place
     try:

@@ -74,14 +74,10 @@ def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32)
     with jax.named_scope("text_encoder"):
         x_BME, _ = jax.lax.scan(block, x_BME, params["blocks"])
         x_BME = layer_norm(x_BME)
-        return TextContext(x_BME, segments_BM, _pooled(x_BME, segments_BM, pack.slots))
+        return TextContext(x_BME, segments_BM, _mean_per_slot(x_BME, segments_BM, pack.slots))
 
 
-def _pooled(x_BME: jax.Array, segments_BM: jax.Array, slots: int) -> jax.Array:
-    """Normalised mean of each clip's text tokens, 0 for an empty slot.
-
-    Without the norm a word's share in the mean shrinks with the length of the caption, and is learnt late.
-    """
+def _mean_per_slot(x_BME: jax.Array, segments_BM: jax.Array, slots: int) -> jax.Array:
     member_BMS = (segments_BM[:, :, None] == jnp.arange(1, slots + 1)).astype(x_BME.dtype)
     total_BSE = jnp.einsum("bms,bme->bse", member_BMS, x_BME)
-    return layer_norm(total_BSE / jnp.maximum(member_BMS.sum(1), 1)[..., None])
+    return total_BSE / jnp.maximum(member_BMS.sum(1), 1)[..., None]

@@ -24,7 +24,7 @@ from sora_jax.nn.layers import (
     to_heads,
 )
 from sora_jax.nn.pack import Pack, per_slot
-from sora_jax.nn.params import lecun, stack, zeros
+from sora_jax.nn.params import normal, stack, zeros
 from sora_jax.nn.positions import axis_widths, factorised_sincos, rotary_angles, rotate
 from sora_jax.parallel.rules import out_sharding
 
@@ -89,12 +89,13 @@ class TransformerConfig:
 def transformer_specs(config: TransformerConfig) -> dict:
     """All parameters. Zero at the start: every modulation and gate, cross-attention's way out, the last layer."""
     width, text = config.width, config.text
+    small = normal(0.02)
     return {
         "text": text_specs(text),
         "patch": dense_specs(config.patch_values, width, (None, "embed")),
-        "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden")),
-        "time_out": dense_specs(width, width, ("hidden", "embed")),
-        "pooled": dense_specs(text.width, width, (None, "embed"), lecun()),
+        "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
+        "time_out": dense_specs(width, width, ("hidden", "embed"), small),
+        "pooled": dense_specs(text.width, width, (None, "embed"), small),
         "blocks": stack(block_specs(config), config.depth),
         "modulation": dense_specs(width, 2 * width, ("embed", None), zeros),
         "head": dense_specs(width, config.patch_values, ("embed", None), zeros),

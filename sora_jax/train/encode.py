@@ -10,7 +10,7 @@ from sora_jax.config import check
 from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter
 from sora_jax.data.manifest import Dataset
 from sora_jax.train.autoencoder import check_sizes
-from sora_jax.train.frozen import FOLDER, load_autoencoder
+from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, load_autoencoder
 
 ENTRY = tuple(field.name for field in dataclasses.fields(LatentEntry))
 
@@ -54,5 +54,7 @@ def _by_size(dataset: Dataset) -> list[dict]:
 def copy_autoencoder(run: Path, target: Path) -> None:
     """Keeps the frozen autoencoder beside what was made with it, so that each folder can be used alone."""
     source = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
-    check(source.is_dir(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
-    shutil.copytree(source, Path(target) / FOLDER, dirs_exist_ok=True)
+    check((source / RECORD).exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    (Path(target) / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, RECORD):  # in this order: the record makes the copy valid
+        shutil.copyfile(source / name, Path(target) / FOLDER / name)

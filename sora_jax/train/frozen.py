@@ -23,6 +23,7 @@ from sora_jax.parallel.rules import batch_parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
 
 FOLDER = "frozen"
+WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
 PREPROCESSING = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
 
 
@@ -110,16 +111,16 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "weights.tmp", "wb") as file:
         np.savez(file, **_flat(autoencoder))
-    os.replace(folder / "weights.tmp", folder / "weights.npz")
+    os.replace(folder / "weights.tmp", folder / WEIGHTS)
     record = {"config": plain(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
     (folder / "autoencoder.tmp").write_text(json.dumps(record, indent=1))
-    os.replace(folder / "autoencoder.tmp", folder / "autoencoder.json")
+    os.replace(folder / "autoencoder.tmp", folder / RECORD)
 
 
 def load_autoencoder(run: Path) -> FrozenAutoencoder:
     """The frozen autoencoder of a run folder (or the frozen folder itself)."""
     folder = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
-    exists = (folder / "autoencoder.json").exists()
+    exists = (folder / RECORD).exists()
     check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     try:
         autoencoder, fingerprint = _read(folder)
@@ -133,9 +134,9 @@ def load_autoencoder(run: Path) -> FrozenAutoencoder:
 
 
 def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
-    record = json.loads((folder / "autoencoder.json").read_text())
+    record = json.loads((folder / RECORD).read_text())
     config = frozen(AutoencoderConfig, record["config"])
-    with np.load(folder / "weights.npz") as file:
+    with np.load(folder / WEIGHTS) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")
     template = param.abstract(autoencoder_specs(config))
