@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, toy_job({5: twice}))
     assert int(newest(tmp_path).step) == 4
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch):
+    room = iter([10**9, 10**9, 10])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=next(room)))
+        with pytest.raises(UserError, match=r"^the disk of [^\n]* has 0 MB left; a checkpoint needs [^\n]*$"):
+            train(tmp_path / "run")
+    assert int(newest(tmp_path / "run").step) == 4
+    resumed, straight = train(tmp_path / "run"), train(tmp_path / "straight")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(straight))
 
 
 def test_no_step_is_reported_twice(tmp_path):

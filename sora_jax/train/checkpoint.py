@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import serialization
 
+from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.train.state import TrainState
 
@@ -34,19 +36,24 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        try:
-            self._manager.wait_until_finished()
-        finally:
-            self._manager.close()
+        with _one_sentence(f"a checkpoint could not be saved in {self._manager.directory}"):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
     def latest(self) -> int | None:
         """The newest complete step."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, run: dict) -> None:
-        """Starts saving in the background; `run` (config, data position) is kept beside the arrays as JSON."""
+        """Starts saving in the background; `run` (config, data position) is kept beside the arrays as JSON.
+
+        UserError if there is no room for it, or if the save before this one has failed.
+        """
         if self.latest() == step:
             return
+        _check_room(self._manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
         tree = serialization.to_state_dict(state)
         ema = tree.pop("ema")
         items = {
@@ -54,7 +61,8 @@ class Checkpoints:
             EMA: ocp.args.StandardSave(ema),
             RUN: ocp.args.JsonSave(run),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with _one_sentence(f"a checkpoint could not be saved in {self._manager.directory}"):
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
         """The newest checkpoint in the structure and shardings of `state`, and what was saved as `run`."""
@@ -71,18 +79,27 @@ class Checkpoints:
 
     def _restore(self, **items):
         step = self.latest()
-        with _one_sentence(self._manager.directory, step):
+        with _one_sentence(f"checkpoint {step} in {self._manager.directory} is damaged or of another model"):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
 @contextlib.contextmanager
-def _one_sentence(folder: Path, step: int | None) -> Iterator[None]:
-    """Orbax tells of a checkpoint that does not fit, or cannot be read, by errors of many lines and types."""
+def _one_sentence(what: str) -> Iterator[None]:
+    """Orbax tells of what it cannot read or write by errors of many lines and types."""
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"checkpoint {step} in {folder} is damaged or of another model: {reason}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what}: {reason}") from error
+
+
+def _check_room(folder: Path, wanted: int) -> None:
+    # Asked first: a disk that fills up during a save ends in a flood of messages from the library's threads.
+    free = shutil.disk_usage(folder).free
+    check(
+        free > 1.1 * wanted,
+        f"the disk of {folder} has {free / 1e6:.0f} MB left; a checkpoint needs {wanted / 1e6:.0f} MB",
+    )
 
 
 def _like(tree):
