@@ -75,6 +75,9 @@ def test_the_first_step_is_its_formula():
     np.testing.assert_allclose([state.params["weight"], state.params["bias"]], new, rtol=1e-4)
     np.testing.assert_allclose(metrics["parameter_norm"], np.linalg.norm(new), rtol=1e-4)
     np.testing.assert_allclose(metrics["update_norm"], 0.5 * OPTIM.learning_rate * 2**0.5, rtol=1e-4)
+    young = 1 / 10  # both averages start with this decay, from the new parameters
+    averages = [[tree["weight"], tree["bias"]] for tree in state.ema]
+    np.testing.assert_allclose(averages, [young * np.array([0.5, 0.0]) + (1 - young) * new] * 2, rtol=1e-4)
     assert int(state.step) == 1
 
 
