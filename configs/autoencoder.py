@@ -28,5 +28,5 @@ def base(config):
     model.encoder_blocks, model.decoder_blocks, model.remat = 2, 3, True
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps = 1e-4, "cosine", 1000
-    config.loop.steps = optim.decay_steps = 200_000
+    config.loop.steps = 200_000
     config.loop.log_every, config.loop.save_every, config.loop.preview_every = 50, 2000, 2000

@@ -81,8 +81,8 @@ def transformer(config):
 
 
 def steps(config, count, previews=6):
-    """The length of a run, with its schedule, saves and previews."""
-    config.loop.steps = config.optim.decay_steps = count
+    """The length of a run, with its saves and previews."""
+    config.loop.steps = count
     config.loop.log_every = max(count // 50, 1)
     config.loop.save_every = config.loop.preview_every = -(-count // previews)
 

@@ -49,7 +49,7 @@ def autoencoder():
     model.encoder_blocks, model.decoder_blocks = 2, 2
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps, optim.ema = 2e-3, "cosine", 50, (0.99,)
-    config.loop.steps = optim.decay_steps = 1200
+    config.loop.steps = 1200
     config.loop.save_every, config.loop.preview_every = 300, 300
     return config
 
@@ -68,7 +68,7 @@ def transformer():
     config.diffusion.times.base_tokens = 48
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps, optim.ema = 1e-3, "cosine", 100, (0.998,)
-    config.loop.steps = optim.decay_steps = 2500
+    config.loop.steps = 2500
     config.loop.save_every, config.loop.preview_every = 250, 500
     config.preview.prompts, config.preview.sizes = PREVIEW, ((9, 64, 64),)
     config.preview.steps = 15

@@ -14,7 +14,7 @@
 autoencoder: 4 x 8 x 8, 16 channels, width 32. transformer (also the default): depth 8, width 256, patches of 1 x 2 x 2,
 so at most 5 x 64 = 320 tokens a clip, in packs of 512. Meant for two to eight CPU cores for an evening, or one
 accelerator for minutes; more pixels with `--max-pixels` and `--config.packing.length`. Times and PSNR: not measured
-here; experiments/video/README.md has the commands of the run on example clips.
+at this size; experiments/video/README.md has a smaller run on example clips.
 """
 
 from sora_jax.config import choose, mutable
@@ -43,7 +43,7 @@ def autoencoder():
     model.encoder_blocks, model.decoder_blocks = 1, 2
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps, optim.ema = 1e-3, "cosine", 100, (0.995,)
-    config.loop.steps = optim.decay_steps = 4000
+    config.loop.steps = 4000
     config.loop.save_every, config.loop.preview_every = 500, 500
     return config
 
@@ -61,7 +61,7 @@ def transformer():
     config.diffusion.times.base_tokens = 64
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps, optim.ema = 5e-4, "cosine", 200, (0.999,)
-    config.loop.steps = optim.decay_steps = 10_000
+    config.loop.steps = 10_000
     config.loop.save_every, config.loop.preview_every = 500, 1000
     config.preview.prompts = tuple(prompt for prompt, _ in PREVIEW)
     config.preview.sizes = tuple(size for _, size in PREVIEW)

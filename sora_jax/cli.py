@@ -163,7 +163,7 @@ def _data(commands) -> None:
 def _build(verbs) -> None:
     example = (
         "example:\n  sora-jax data build --source=folder --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
-        "  sora-jax data build --source=world --limit=2000 --out=data/world"
+        "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world"
     )
     p = _parser(verbs.add_parser, "build", help="videos and pictures -> dataset folder", epilog=example)
     p.add_argument("--out", required=True, help="dataset folder to write")
@@ -197,7 +197,8 @@ def build(options) -> None:
     from sora_jax.data.world import FULL_WORLD, WorldConfig
 
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig)}
-    values["world"] = choose("--world", options.world, {"simple": WorldConfig(), "full": FULL_WORLD})
+    world = choose("--world", options.world, {"simple": WorldConfig(), "full": FULL_WORLD})
+    values["world"] = dataclasses.replace(world, seed=options.seed)
     build(BuildConfig(**values))
     print(inspect(options.out).text)
 

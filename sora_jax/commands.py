@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.config import check, choose, first_difference, frozen, plain
+from sora_jax.config import check, choose, first_difference, frozen, plain, read_json
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
+from sora_jax.errors import UserError
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config
 from sora_jax.generate.sampler import SampleConfig
@@ -94,6 +95,8 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
+    if (Path(workdir) / FOLDER).is_dir():
+        cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
     check_batch(mesh, config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     check_workdir(workdir, config)
     tokenizer = prepare_tokenizer(config, cache, workdir)
@@ -105,6 +108,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     claim_workdir(workdir, config)
     copy_autoencoder(config.latents, workdir)
     tokenizer.save(Path(workdir) / "tokenizer.json")
+    print(job.note, flush=True)
     _fit(job, config, mesh, workdir)
 
 
@@ -128,7 +132,7 @@ def check_workdir(workdir: Path, config) -> None:
     """UserError unless the folder is empty, is yet to be made, or holds a run of this config."""
     path = Path(workdir) / "config.json"
     if path.exists():
-        old, new = json.loads(path.read_text()), plain(config)
+        old, new = read_json(path), plain(config)
         keep = [{k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (old, new)]
         different = first_difference(*keep)
         check(
@@ -174,7 +178,12 @@ def _prompts(options) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts_file:
         check(options.prompts_file.is_file(), f"--prompts-file is {str(options.prompts_file)!r}; there is no such file")
-        prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
+        try:
+            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            message = f"--prompts-file is {str(options.prompts_file)!r}; it must be UTF-8 text: {error}"
+            raise UserError(message) from error
+        prompts += [line.strip() for line in lines if line.strip()]
     check(bool(prompts), "there is no prompt; give --prompt or --prompts-file")
     return prompts
 

@@ -84,6 +84,14 @@ def _coerce_tuple(kinds, value, where: str):
     return tuple(_coerce(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value)))
 
 
+def read_json(path: Path) -> dict:
+    """The contents of a JSON file that the package wrote; UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; remove it, or take another folder") from error
+
+
 def load(file: str, overrides: Sequence[str] = ()):
     """The ConfigDict of `configs/X.py` or `configs/X.py:variant`, changed by `path.to.field=value` strings.
 
@@ -99,7 +107,9 @@ def load(file: str, overrides: Sequence[str] = ()):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["sora-jax", *arguments])
     try:
         values(["sora-jax", *arguments])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # of the library, or of the user's own file, which may raise anything
+        if isinstance(error, UserError):
+            raise
         known = load(file) if overrides else None
         raise UserError(_explain(arguments, known, error)) from error
     return values.config

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.commands import train_autoencoder, train_denoiser, use_compilation_cache
+from sora_jax.commands import check_workdir, train_autoencoder, train_denoiser, use_compilation_cache
 from sora_jax.config import check, frozen, load
 from sora_jax.data.build import BuildConfig, build
 from sora_jax.data.manifest import Dataset
@@ -52,6 +52,8 @@ class QuickstartConfig:
     evaluate: int = 64
 
     def __post_init__(self):
+        check(0 < self.holdout < 1, f"holdout is {self.holdout}; it must be between 0 and 1")
+        check(self.evaluate > 0, f"evaluate is {self.evaluate}; it must be positive")
         check(len(self.show.prompts) == len(self.show.sizes), "show.prompts and show.sizes must be of equal length")
 
 
@@ -107,8 +109,9 @@ def learn_autoencoder(config: QuickstartConfig, workdir: Path) -> float:
     """Stage 2; returns the PSNR in dB on held-out clips."""
     print("2/5  autoencoder", flush=True)
     result = workdir / "autoencoder" / FOLDER / "autoencoder.json"
+    options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
+    check_workdir(workdir / "autoencoder", options)
     if not result.exists():
-        options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
         train_autoencoder(options, workdir / "autoencoder", make_mesh(options.mesh))
     found = json.loads(result.read_text())["held_out_psnr"]
     print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)

@@ -18,7 +18,7 @@ M      text tokens in a pack
 E      width of the text encoder
 =====  ==========================================================================
 
-The aliases below are for annotations; they are checked at run time in tests only.
+The aliases below are for annotations.
 """
 
 from jaxtyping import Array, Bool, Float, Int, UInt32

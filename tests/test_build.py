@@ -7,6 +7,7 @@ import pickle
 import resource
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_nothing_to_build_from_is_a_user_error(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
-        build(BuildConfig(out=str(tmp_path / "out"), source="world", limit=2), progress=False)
+        build(BuildConfig(out=str(tmp_path / "out"), source="world", limit=2, multiple=8), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
@@ -254,3 +255,12 @@ def test_every_split_but_the_trained_one_is_held_out(tmp_path):
     dataset = Dataset(tmp_path / "d")
     assert [row["split"] for row in dataset.held_out()] == ["test", "held-out", "val"]
     assert [row["index"] for row in dataset.held_out("val")] == [0, 1, 2, 3]
+
+
+def test_the_world_comes_as_it_is_drawn_or_not_at_all(tmp_path):
+    world = WorldConfig(sizes=((24, 40), (40, 24)), seed=3)
+    options = BuildConfig(str(tmp_path / "out"), "world", world=world, limit=8, multiple=8, max_pixels=100)
+    dataset = build(options, progress=False)
+    assert {clip.frames.shape[1:3] for clip in dataset} == {(24, 40), (40, 24)}
+    with pytest.raises(UserError, match="multiple=16 does not divide"):
+        build(replace(options, out=str(tmp_path / "other"), multiple=16), progress=False)

@@ -129,8 +129,11 @@ def make_source(config: BuildConfig) -> Source:
     """The source that the options name."""
     if config.source == "folder":
         return FolderSource(config.path, config.strip_frames, config.strip_fps)
-    held_out = round(config.limit * config.holdout)
-    return WorldSource(config.world or WorldConfig(), config.limit - held_out, held_out)
+    world, held_out = config.world or WorldConfig(), round(config.limit * config.holdout)
+    wrong = [size for size in world.sizes if any(side % config.multiple for side in size)]
+    if wrong:
+        raise UserError(f"multiple={config.multiple} does not divide the world's size {wrong[0]}: 4 or 8 does.")
+    return WorldSource(world, config.limit - held_out, held_out)
 
 
 def _options(config: BuildConfig, source: Source) -> dict:
@@ -195,7 +198,7 @@ def prepare(source: Source, config: BuildConfig, index: int) -> Clip | Refusal:
             max_frames=longest_length(config.time_factor, config.max_frames),
             max_fps=config.max_fps,
             place=place,
-            fit=SizeRule(config.multiple, config.max_pixels),
+            fit=None if config.source == "world" else SizeRule(config.multiple, config.max_pixels),
         )
     except MediaError as error:
         return Refusal(str(error))

@@ -168,7 +168,8 @@ class FolderSource:
     def _size(self, entry: Entry) -> int:
         if entry.member:
             return self._archive(entry.file).getinfo(entry.member).file_size
-        return (self.path / entry.file).stat().st_size
+        file = self.path / entry.file
+        return file.stat().st_size if file.exists() else -1  # a link to nothing is refused when it is read
 
     def _file(self, entry: Entry) -> Path | BytesIO:
         if not entry.member:

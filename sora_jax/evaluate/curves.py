@@ -25,7 +25,8 @@ def _draw(panel, name: str, rows: list[dict]) -> None:
     levels = sorted({key for row in rows for key in row if key.startswith("loss_by_noise/")}, key=lambda k: int(k[14:]))
     for i, level in enumerate(levels):
         shade = str(0.85 - 0.5 * i / max(len(levels) - 1, 1))
-        panel.plot(steps, [row.get(level) for row in rows], color=shade, linewidth=0.8)
+        drawn = [(row["step"], row[level]) for row in rows if row.get(level)]  # 0 or None: no token of that level
+        panel.plot(*zip(*drawn), color=shade, linewidth=0.8)
     panel.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="all" if levels else "loss")
     if levels:
         panel.plot([], [], color="0.6", label="by noise level (dark = noisy)")

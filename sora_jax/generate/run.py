@@ -1,7 +1,6 @@
 """A trained run, ready to use: `load_run(folder).generate(prompts, sizes)`."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sora_jax.config import check, frozen
+from sora_jax.config import check, frozen, read_json
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
@@ -52,6 +51,8 @@ class Run:
         identities that key the noise (default 1, 2, ...): the same (seed, identity, prompt, size) gives the same
         clip beside any others. UserError names the nearest sizes that are allowed.
         """
+        check(len(prompts) > 0, "there is no prompt; give at least one")
+        check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
         sizes = [sizes] * len(prompts) if isinstance(sizes[0], int) else list(sizes)
         check(len(sizes) == len(prompts), f"there are {len(prompts)} prompts and {len(sizes)} sizes; give one for each")
         clips = range(1, len(prompts) + 1) if clips is None else clips
@@ -109,7 +110,7 @@ def read_run_config(folder: Path) -> DenoiserRun:
     """The config that a run folder keeps; UserError if it is no run of a denoiser."""
     path = Path(folder) / "config.json"
     check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder")
-    config = json.loads(path.read_text())
+    config = read_json(path)
     check(
         config.get("kind") == "transformer",
         f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and only a transformer samples",

@@ -19,7 +19,8 @@ from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.solvers import Problem, solver_named
 from sora_jax.diffusion.times import sampling_times
 from sora_jax.models.text import encode_text
-from sora_jax.models.transformer import compute_dtype, denoise
+from sora_jax.models.transformer import denoise
+from sora_jax.nn.layers import compute_dtype
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel.mesh import batch_parts, place_batch
 from sora_jax.train.denoiser import DenoiserRun

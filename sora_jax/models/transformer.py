@@ -69,6 +69,8 @@ class TransformerConfig:
             self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
             f"model.width is {self.width}; it must be an even multiple of model.heads = {self.heads}",
         )
+        for name in ("depth", "mlp_ratio", "unroll"):
+            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
         check(all(p > 0 for p in self.patch), f"model.patch is {self.patch}; its entries must be positive")
         check(axis_widths(self.head_width)[1] > 0, f"model.width / model.heads is {self.head_width}; at least 6")
         choose("model.attention", self.attention, {"auto": attention, **BACKENDS})

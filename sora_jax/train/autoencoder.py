@@ -39,6 +39,7 @@ class AutoencoderRun:
 
     def __post_init__(self):
         check(self.kind == "autoencoder", f"kind is {self.kind!r}; an AutoencoderRun is of kind 'autoencoder'")
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
         latent_grid(self.model, *self.crop)
         for name, rows in self.rows.items():
             check(

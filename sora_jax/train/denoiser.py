@@ -86,6 +86,7 @@ class DenoiserRun:
 
     def __post_init__(self):
         check(self.kind == "transformer", f"kind is {self.kind!r}; a DenoiserRun is of kind 'transformer'")
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
         check(
             self.batch > 0 and self.batch % self.loop.accumulate == 0,
             f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
@@ -141,6 +142,7 @@ def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, 
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: batch["clips_BS"][batch["clips_BS"] > 0].tolist(),
         preview=preview,
+        note=str(batches.report()),
     )
 
 

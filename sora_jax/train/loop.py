@@ -53,6 +53,7 @@ class Job:
     every array has the batch as its first axis. to_device: a dict of placed arrays -> what `loss` takes.
     counts(batch): what to add up for the report ("clips", "tokens", "places", "flops"). clip_ids(batch): for the
     message when a loss is not finite. preview(step, ema_params, writer): looks at the model now and then.
+    note: what to print before the first step.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Job:
     counts: Callable[[dict], dict[str, float]]
     clip_ids: Callable[[dict], list]
     preview: Callable[[int, dict, MetricsWriter], None] | None = None
+    note: str = ""
 
 
 def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh, workdir: Path, run: dict):
@@ -72,7 +74,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
     step is not finite. Order inside a step: fetch, dispatch, read the step before, preview, save.
     """
     watch = Stopwatch()
-    optimizer = make_optimizer(optim)
+    optimizer = make_optimizer(dataclasses.replace(optim, decay_steps=optim.decay_steps or config.steps))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))

@@ -13,14 +13,15 @@ from sora_jax.config import check, choose
 class OptimConfig:
     """AdamW behind global-norm clipping; the learning rate warms up linearly, then follows `schedule`.
 
-    `decay_steps` is where "cosine" and "linear" reach `final_fraction` of the peak; weight decay acts on weights
-    alone (never on biases, gains or embedding tables). `ema` holds decays, several at once; the first one samples.
+    `decay_steps` is where "cosine" and "linear" reach `final_fraction` of the peak, 0 = the end of the run. Weight
+    decay acts on weights alone (never on biases, gains or embedding tables). `ema` holds decays, several at once;
+    the first one samples.
     """
 
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup_steps: int = 100
-    decay_steps: int = 10_000
+    decay_steps: int = 0
     final_fraction: float = 0.0
     b1: float = 0.9
     b2: float = 0.99

@@ -6,6 +6,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.errors import UserError
 from sora_jax.nn import params as param
 
@@ -24,7 +25,7 @@ def init_state(specs, optimizer: optax.GradientTransformation, averages: int, se
     """The state before the first step; every array is born with its sharding."""
     try:
         shardings = param.shardings(specs, mesh)
-        params = jax.jit(lambda key: param.init(specs, key), out_shardings=shardings)(jax.random.key(seed))
+        params = jax.jit(lambda key: param.init(specs, key), out_shardings=shardings)(step_key(seed, 0, Purpose.INIT))
     except ValueError as error:
         if "evenly divide" in str(error):
             raise UserError(f"the model does not divide over the mesh {dict(mesh.shape)}: {error}") from error

@@ -28,11 +28,12 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, decay
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {name: value / jnp.maximum(count, 1) for name, (value, count) in means.items()} | {
+        # 0 / 0 is NaN, and says that nothing was counted
+        metrics = {name: value / count for name, (value, count) in means.items()} | {
             "loss": total / weight,
-            "gradient_norm": optax.global_norm(gradient),
-            "update_norm": optax.global_norm(updates),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradient),
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(params),
         }
         ema = update_ema(state.ema, params, decays, state.step)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
