@@ -259,7 +259,7 @@ def test_every_split_but_the_trained_one_is_held_out(tmp_path):
 
 def test_the_world_comes_as_it_is_drawn_or_not_at_all(tmp_path):
     world = WorldConfig(sizes=((24, 40), (40, 24)), seed=3)
-    options = BuildConfig(str(tmp_path / "out"), "world", world=world, limit=8, multiple=8, max_pixels=100)
+    options = BuildConfig(str(tmp_path / "out"), "world", world=world, limit=8, multiple=8, max_pixels=256)
     dataset = build(options, progress=False)
     assert {clip.frames.shape[1:3] for clip in dataset} == {(24, 40), (40, 24)}
     with pytest.raises(UserError, match="multiple=16 does not divide"):

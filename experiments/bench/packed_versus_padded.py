@@ -34,7 +34,7 @@ from sora_jax.train.state import TrainState
 from sora_jax.train.step import make_step
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
-WIDE = ((24, 24), (24, 40), (40, 24), (32, 32), (48, 48), (48, 80), (80, 48))
+WIDE = ((24, 24), (24, 36), (36, 24), (36, 36), (48, 48), (48, 84), (84, 48))
 TOLERANCE = 1e-4  # relative, float32; bfloat16 on accelerators is checked in float32 all the same
 HEADER = ("clips", "clip tokens", "layout", "rows x length", "fill", "step ms", "real tokens/s", "packed / padded")
 
@@ -65,11 +65,11 @@ def mixes(world: WorldConfig, packing: PackingConfig) -> list[Mix]:
     any other length each pack would end in padding.
     """
     wide = dataclasses.replace(world, sizes=WIDE, frames=(5, 9, 17))
-    equal = dataclasses.replace(world, sizes=((32, 32),), frames=(9,), image_share=0.0)
+    equal = dataclasses.replace(world, sizes=((24, 24),), frames=(9,), image_share=0.0)
     return [
         Mix("quickstart's mix", world, packing.length, packing.slots),
-        Mix("wider mix, up to 17 frames of 48x80", wide, 384, 16),
-        Mix("equal, 9 frames of 32x32", equal, packing.length // 48 * 48, packing.length // 48),
+        Mix("wider mix, up to 17 frames of 48x84", wide, 384, 16),
+        Mix("equal, 9 frames of 24x24", equal, packing.length // 20 * 20, packing.length // 20),
     ]
 
 
