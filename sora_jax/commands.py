@@ -14,6 +14,7 @@ from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
 from sora_jax.errors import UserError
+from sora_jax.files import write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config
 from sora_jax.generate.sampler import SampleConfig
@@ -146,10 +147,7 @@ def check_workdir(workdir: Path, config) -> None:
 
 def claim_workdir(workdir: Path, config) -> None:
     """Writes config.json, just before the first step: a config that was refused leaves no folder behind."""
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    temporary = Path(workdir) / "config.tmp"
-    temporary.write_text(json.dumps(plain(config), indent=1))
-    os.replace(temporary, Path(workdir) / "config.json")
+    write_json(Path(workdir) / "config.json", plain(config))
 
 
 def sample(options) -> list[Path]:

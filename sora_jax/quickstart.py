@@ -23,6 +23,7 @@ from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, triple
+from sora_jax.files import write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
 from sora_jax.parallel.mesh import make_mesh
@@ -74,7 +75,7 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     draw_losses({name: workdir / name for name in ("autoencoder", "transformer")}, workdir / "losses.png")
     seconds = time.perf_counter() - start
     report = dataclasses.asdict(result) | {"autoencoder_psnr": autoencoder_psnr, "seconds": seconds}
-    (workdir / "report.json").write_text(json.dumps(report, indent=1))
+    write_json(workdir / "report.json", report)
     print(f"{seconds / 60:.1f} minutes; everything is in {workdir}")
 
 

@@ -1,4 +1,4 @@
-"""The video autoencoder: sizes, causality by gradient, images as clips, mesh, loss and statistics."""
+"""The video autoencoder: sizes, causality by gradient, images as clips, mesh, loss."""
 
 import dataclasses
 import functools
@@ -16,13 +16,9 @@ from sora_jax.models.autoencoder import (
     AutoencoderConfig,
     autoencoder_specs,
     decode,
-    denormalise,
     encode,
     kl_to_standard_normal,
     latent_grid,
-    latent_statistics,
-    merge_statistics,
-    normalise,
     psnr,
     reconstruction_loss,
     sample_posterior,
@@ -288,16 +284,3 @@ def test_psnr_of_a_known_error_is_per_clip():
     reference = jnp.zeros((3, 1, 4, 4, 3))
     offset = jnp.asarray([0.02, 0.2, 0.0])[:, None, None, None, None]
     np.testing.assert_allclose(psnr(reference + offset, reference), [40.0, 20.0, 100.0], atol=1e-3)
-
-
-def test_statistics_of_batches_normalise_all_latents():
-    rng = np.random.default_rng(0)
-    scale, shift = np.float32([0.1, 3.0, 1.0]), np.float32([50.0, -2.0, 0.0])
-    latents = [rng.standard_normal((b, 2, 3, 4, 3), np.float32) * scale + shift + b for b in (1, 4, 2)]
-    statistics = functools.reduce(merge_statistics, map(latent_statistics, latents))
-    together = np.concatenate(latents)
-    np.testing.assert_allclose(statistics.mean_C, together.mean(axis=(0, 1, 2, 3)), rtol=1e-5)
-    normal = np.asarray(normalise(statistics, together))
-    np.testing.assert_allclose(normal.mean(axis=(0, 1, 2, 3)), 0, atol=1e-4)
-    np.testing.assert_allclose(normal.std(axis=(0, 1, 2, 3)), 1, atol=1e-4)
-    np.testing.assert_allclose(denormalise(statistics, normal), together, rtol=1e-5, atol=1e-5)

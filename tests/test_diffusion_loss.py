@@ -106,8 +106,7 @@ def test_halves_add_up_to_the_whole():
 
     whole = sums(data, denoise)
     first, second = (
-        sums({name: value[half] for name, value in data.items()}, denoise)
-        for half in (slice(0, 1), slice(1, B))
+        sums({name: value[half] for name, value in data.items()}, denoise) for half in (slice(0, 1), slice(1, B))
     )
     for part, total in zip(jax.tree.map(jnp.add, first, second), whole, strict=True):
         np.testing.assert_allclose(part, total, rtol=1e-6)

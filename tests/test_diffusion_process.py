@@ -125,15 +125,11 @@ def test_conversions_match_the_formula_card():
     np.testing.assert_allclose(solved[1], b * x_t + a * v, atol=1e-5)
     x_t = 0.7 * x0 + 0.3 * eps
     np.testing.assert_allclose(express(linear_flow, "velocity", x0, eps, t), eps - x0, atol=1e-6)
-    np.testing.assert_allclose(
-        solve(linear_flow, "velocity", eps - x0, x_t, t)[0], x_t - 0.3 * (eps - x0), atol=1e-5
-    )
+    np.testing.assert_allclose(solve(linear_flow, "velocity", eps - x0, x_t, t)[0], x_t - 0.3 * (eps - x0), atol=1e-5)
 
 
 @pytest.mark.parametrize("process", [linear_flow, cosine], ids=name_of)
-@pytest.mark.parametrize(
-    "kind, end", [("v", 0), ("v", 1), ("velocity", 0), ("velocity", 1), ("eps", 0), ("x0", 1)]
-)
+@pytest.mark.parametrize("kind, end", [("v", 0), ("v", 1), ("velocity", 0), ("velocity", 1), ("eps", 0), ("x0", 1)])
 def test_ends_that_lose_nothing(process, kind, end):
     x0, eps = clean_and_noise()
     t = jnp.full((301, 1), float(end))

@@ -135,9 +135,7 @@ def test_eps_predictions_start_safely_from_pure_noise(process, solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(
-    "process, kind", [("linear_flow", "eps"), ("cosine", "velocity"), ("vp_linear", "x0")]
-)
+@pytest.mark.parametrize("process, kind", [("linear_flow", "eps"), ("cosine", "velocity"), ("vp_linear", "x0")])
 def test_rows_keep_their_own_times(process, kind, solver):
     """Two clips on different grids in one pack end as they do alone; a row held at time 0 does not move."""
     rng = np.random.default_rng(4)

@@ -168,9 +168,7 @@ except UserError as error:
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
 def test_a_disk_that_fills_up_is_told_and_leaves_no_cache(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "cache")], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "cache")], capture_output=True, text=True)
     assert "told: cannot write the latent cache" in run.stdout, run.stderr
     assert not (tmp_path / "cache").exists()
 

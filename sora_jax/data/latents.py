@@ -23,6 +23,7 @@ import numpy as np
 
 from sora_jax.data.shards import ShardReader, shard_name
 from sora_jax.errors import UserError
+from sora_jax.files import write_json
 
 FORMAT = 1
 PREFIX = "latents"
@@ -107,7 +108,7 @@ class LatentWriter:
             if self.partial.exists() and _read_json(self.partial / "cache.json") != self.header:
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
-            _write_json(self.partial / "cache.json", self.header)
+            write_json(self.partial / "cache.json", self.header)
         while (rows := _read_json(self.partial / f"{_partial(self._shards)}.json")) is not None:
             self._rows += rows
             self._shards += 1
@@ -118,7 +119,7 @@ class LatentWriter:
         rows = [row | place for (row, _), place in zip(self._pending, places, strict=True)]
         with _disk_errors(self.partial):
             _write_records(self.partial / name, [data for _, data in self._pending])
-            _write_json(self.partial / f"{name}.json", rows)  # its presence says that the shard is complete
+            write_json(self.partial / f"{name}.json", rows)  # its presence says that the shard is complete
         self._rows += rows
         self._shards += 1
         self._pending = []
@@ -130,7 +131,7 @@ class LatentWriter:
             raise UserError(f"no clip was encoded for the latent cache {self.path}")
         with _disk_errors(self.partial):
             _write_manifest(self.partial / "manifest.parquet", self._rows)
-            _write_json(self.partial / "cache.json", self.header | {"shards": self._shards})
+            write_json(self.partial / "cache.json", self.header | {"shards": self._shards})
             for number in range(self._shards):
                 final = shard_name(PREFIX, number, self._shards)
                 (self.partial / _partial(number)).rename(self.partial / final)
@@ -175,12 +176,6 @@ def _replace_folder(new: Path, path: Path) -> None:
         path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, content) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
 
 
 def _read_json(path: Path):

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.data.shards import ShardReader, ShardWriter, new_folder
+from sora_jax.data.shards import ShardReader, ShardWriter
 from sora_jax.data.sources import Clip
 from sora_jax.errors import UserError
+from sora_jax.files import new_folder
 
 FORMAT = 1
 PREFIX = "clips"

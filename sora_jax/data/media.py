@@ -4,9 +4,7 @@ A clip is looked at on an even grid of moments, so variable and absurd frame rat
 where the decoder reports damage. A frame is held in full size only until it has been scaled.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -18,6 +16,7 @@ from PIL import Image
 from sora_jax.data.fit import FitError, crop_box
 from sora_jax.data.tracks import File, MediaError, Track, open_track, reason, usual_period
 from sora_jax.errors import UserError
+from sora_jax.files import replacing
 
 MAX_CLIP_BYTES = 2**32
 
@@ -159,21 +158,6 @@ def check_ending(path: str | Path, frames: int) -> None:
 def save_png(path: str | Path, image: np.ndarray) -> Path:
     """Write one uint8 picture (H, W, 3) as PNG."""
     return write_video(Path(path).with_suffix(".png"), image[None], 1.0)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under: on success it becomes `path`, else it goes. A full disk is a UserError."""
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

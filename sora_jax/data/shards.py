@@ -1,37 +1,14 @@
 """Records on disk: shards of bytes with random access, and folders that appear whole or not at all."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from sora_jax.errors import UserError
 
 # One record a group, so that reading one clip does not unpack its neighbours; level 1 is as fast as the disk.
 WRITER_OPTIONS = "group_size:1,zstd:1"
 # Readers serve shuffled look-ups: reading ahead would only fetch clips that nobody asked for.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill; it gets the name `out` when the block ends well, and is removed when it does not.
-
-    Raises UserError where `out` is in use or the disk is full.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} already exists: give another folder or remove this one.")
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardWriter:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.errors import UserError
+from sora_jax.files import write_json
 
 PADDING, NULL, UNKNOWN = 0, 1, 2  # NULL is the caption of "no caption", what guidance compares with
 _SPECIAL = ["<pad>", "<null>", "<unk>"]
@@ -65,11 +66,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one JSON file, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(path.name + ".tmp")
         content = {"config": asdict(self.config), "model": json.loads(self.model) if self.model else None}
-        part.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        part.replace(path)
+        write_json(path, content)
 
     @cached_property
     def _pieces(self):

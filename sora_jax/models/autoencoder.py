@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from sora_jax.config import check, choose
 from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, unfold
@@ -238,41 +237,3 @@ def reconstruction_loss(params: dict, config: AutoencoderConfig, video_BTHWC: ja
     }
     loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"] + config.kl_weight * parts["kl"]
     return loss, parts | {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video_BTHWC).mean()}
-
-
-@struct.dataclass
-class LatentStatistics:
-    """Count, mean and summed squared deviation of each latent channel; float32, (C,)."""
-
-    count: jax.Array
-    mean_C: jax.Array
-    deviation_C: jax.Array
-
-    @property
-    def std_C(self) -> jax.Array:
-        return jnp.sqrt(self.deviation_C / self.count)
-
-
-def latent_statistics(z_BthwC: jax.Array) -> LatentStatistics:
-    """Statistics of one batch of latents; those of many are merged by `merge_statistics`."""
-    mean_C = z_BthwC.mean(axis=(0, 1, 2, 3))
-    deviation_C = jnp.square(z_BthwC - mean_C).sum(axis=(0, 1, 2, 3))
-    return LatentStatistics(jnp.float32(z_BthwC.size // z_BthwC.shape[-1]), mean_C, deviation_C)
-
-
-def merge_statistics(a: LatentStatistics, b: LatentStatistics) -> LatentStatistics:
-    """Statistics of both parts together, without sums that cancel (Chan, Golub and LeVeque 1979)."""
-    count = a.count + b.count
-    step_C = b.mean_C - a.mean_C
-    deviation_C = a.deviation_C + b.deviation_C + jnp.square(step_C) * a.count * b.count / count
-    return LatentStatistics(count, a.mean_C + step_C * b.count / count, deviation_C)
-
-
-def normalise(statistics: LatentStatistics, z_BthwC: jax.Array) -> jax.Array:
-    """Latents with mean 0 and variance 1 per channel, as the denoiser sees them."""
-    return (z_BthwC - statistics.mean_C) / statistics.std_C
-
-
-def denormalise(statistics: LatentStatistics, z_BthwC: jax.Array) -> jax.Array:
-    """Inverse of `normalise`."""
-    return z_BthwC * statistics.std_C + statistics.mean_C

@@ -1,4 +1,4 @@
-"""Model FLOPs of a packed batch, counted from the parameter specs and the clip lengths.
+"""Model FLOPs: of a packed batch from the parameter specs and the clip lengths, of the autoencoder from its trace.
 
 Only what the model needs is counted: products with weights by the tokens that use them, attention by the squares
 of clip lengths. Padding, recomputation and attention across clips are work, but not model FLOPs.
@@ -7,10 +7,14 @@ of clip lengths. Padding, recomputation and attention across clips are work, but
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
-from sora_jax.nn.params import ParamSpec
+from sora_jax.nn.params import ParamSpec, abstract
+from sora_jax.parallel.rules import batch_parts, reshard
 
 
 def train_flops(config: TransformerConfig, batch: dict) -> float:
@@ -56,3 +60,34 @@ def _user(names: list[str]) -> str:
 def _text_lengths(batch: dict, slots: int) -> np.ndarray:
     segments = batch["text_segments_BM"]
     return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)
+
+
+def autoencoder_train_flops(config: AutoencoderConfig, frames: int, height: int, width: int) -> float:
+    """FLOPs of one forward and backward pass over one clip: three times the products of encoder and decoder."""
+    clips = batch_parts()  # at least one for every part of the mesh
+    video = jax.ShapeDtypeStruct((clips, frames, height, width, 3), jnp.float32)
+    grid = latent_grid(config, frames, height, width)
+    latent = jax.ShapeDtypeStruct((clips, *grid, config.latent_channels), jnp.float32)
+    params = abstract(autoencoder_specs(config))
+    place = lambda x: reshard(x, "batch", None, None, None, None)  # noqa: E731
+    passes = (lambda p, x: encode(p, config, place(x))[0], video), (lambda p, z: decode(p, config, place(z)), latent)
+    return 3 * sum(_product_flops(jax.make_jaxpr(function)(params, x).jaxpr) for function, x in passes) / clips
+
+
+def _product_flops(jaxpr) -> int:
+    """FLOPs of all matrix products and convolutions in a traced function; of branches, the largest counts."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [_product_flops(getattr(sub, "jaxpr", sub)) for sub in jaxprs_in_params(equation.params)]
+        out = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            left, (contracted, _), _ = equation.invars[0].aval.shape, *equation.params["dimension_numbers"]
+            total += 2 * out * math.prod(left[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * out * math.prod(kernel) // kernel[outputs]
+        elif equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            total += equation.params.get("length", 1) * sum(inner)
+    return total

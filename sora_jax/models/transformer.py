@@ -180,9 +180,7 @@ def _modulation(p: dict, condition_BRD, rows_BLR, parts: int) -> list[jax.Array]
     The spread is a product with one-hot rows: a gather's gradient is a scatter, slow on every backend.
     """
     table_BRX = dense(p, condition_BRD, ("batch", None, None))
-    tokens_BLX = jnp.einsum(
-        "blr,brx->blx", rows_BLR, table_BRX, out_sharding=out_sharding("batch", "length", None)
-    )
+    tokens_BLX = jnp.einsum("blr,brx->blx", rows_BLR, table_BRX, out_sharding=out_sharding("batch", "length", None))
     return jnp.split(tokens_BLX, parts, axis=-1)
 
 

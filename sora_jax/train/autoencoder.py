@@ -13,6 +13,7 @@ from sora_jax.data.pipeline import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, latent_grid, reconstruction_loss
+from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.train.loop import Job, LoopConfig
 from sora_jax.train.optim import OptimConfig
@@ -106,12 +107,19 @@ def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> J
         loss=functools.partial(autoencoder_loss, config),
         batches=batches.stream,
         to_device=lambda batch: {name: x for name, x in batch.items() if name.endswith("_BTHW3")},
-        counts=_counts,
+        counts=functools.partial(_counts, config.model),
         clip_ids=lambda batch: [int(i) for name in sorted(batch) if name.endswith("_clips_B") for i in batch[name]],
         preview=preview,
     )
 
 
-def _counts(batch: dict) -> dict[str, float]:
-    videos = [x for name, x in batch.items() if name.endswith("_BTHW3")]
-    return {"clips": sum(len(x) for x in videos), "frames": sum(x.shape[0] * x.shape[1] for x in videos)}
+def _counts(model: AutoencoderConfig, batch: dict) -> dict[str, float]:
+    shapes = [x.shape[:4] for name, x in batch.items() if name.endswith("_BTHW3")]
+    return {
+        "clips": sum(clips for clips, *_ in shapes),
+        "frames": sum(clips * frames for clips, frames, *_ in shapes),
+        "flops": sum(clips * _clip_flops(model, *size) for clips, *size in shapes),
+    }
+
+
+_clip_flops = functools.cache(autoencoder_train_flops)

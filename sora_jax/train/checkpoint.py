@@ -105,4 +105,3 @@ def _check_room(folder: Path, wanted: int) -> None:
 def _like(tree):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
     return ocp.args.StandardRestore(abstract)
-

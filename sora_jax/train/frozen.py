@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from flax import serialization, traverse_util
 
 from sora_jax.config import check, frozen, plain
 from sora_jax.errors import UserError
+from sora_jax.files import replacing, write_json
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import batch_parts, reshard
@@ -24,6 +24,7 @@ from sora_jax.train.autoencoder import to_float, to_uint8
 
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
+SMALLEST_STD = 0.01  # of the largest channel
 PREPROCESSING = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
 
 
@@ -93,7 +94,10 @@ def _flush(function, held: list[np.ndarray], batch: int) -> np.ndarray:
 
 
 def measure_statistics(params, config: AutoencoderConfig, clips: Iterable[np.ndarray], batch: int = 16):
-    """Mean and standard deviation of each latent channel over clips, each clip position counting once."""
+    """Mean and standard deviation of each latent channel over clips, each position counting once.
+
+    No deviation is taken for less than SMALLEST_STD times the largest.
+    """
     raw = FrozenAutoencoder(config, params, np.zeros(1, np.float32), np.ones(1, np.float32))
     count, total, squares = 0, 0.0, 0.0
     for z_thwC in raw.encode(clips, batch):
@@ -101,20 +105,19 @@ def measure_statistics(params, config: AutoencoderConfig, clips: Iterable[np.nda
         count, total, squares = count + len(flat), total + flat.sum(0), squares + np.square(flat).sum(0)
     check(count > 0, "the dataset has no clips to measure latent statistics on")
     mean = total / count
-    std = np.sqrt(np.maximum(squares / count - np.square(mean), 1e-12))
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+    # A channel that the KL term has emptied stays small: at deviation 1 it would be noise for the denoiser to learn.
+    std = np.maximum(std, SMALLEST_STD * max(std.max(), 1e-6))
     return mean.astype(np.float32), std.astype(np.float32)
 
 
 def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
     """Writes weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "weights.tmp", "wb") as file:
-        np.savez(file, **_flat(autoencoder))
-    os.replace(folder / "weights.tmp", folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as temporary:
+        np.savez(temporary, **_flat(autoencoder))
     record = {"config": plain(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
-    (folder / "autoencoder.tmp").write_text(json.dumps(record, indent=1))
-    os.replace(folder / "autoencoder.tmp", folder / RECORD)
+    write_json(folder / RECORD, record)
 
 
 def load_autoencoder(run: Path) -> FrozenAutoencoder:

@@ -129,12 +129,14 @@ def split_batch(batch: dict, parts: int) -> dict:
 class Reporter:
     """Reads each step's metrics only after the next step has been dispatched, and reports every `log_every` steps.
 
-    The first step, which compiles, counts in no rate.
+    A report holds means over the steps since the last one. The first step, which compiles, counts in no rate, and
+    neither does the time of previews and saves.
     """
 
     def __init__(self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, config: LoopConfig):
         self._job, self._writer, self._bar, self._watch, self._config = job, writer, bar, watch, config
         self._held = None
+        self._metrics: list[dict] = []
         self._counts: dict[str, float] = {}
         self._since: float | None = None
 
@@ -149,13 +151,14 @@ class Reporter:
         metrics = jax.device_get(metrics)
         self._check_finite(step, metrics, batch)
         self._bar.update(1)
+        self._metrics.append(metrics)
         counts = self._job.counts(batch)
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since = self._clock()
         else:
             self._counts = {name: self._counts.get(name, 0) + value for name, value in counts.items()}
         if self._config.log_every and due(step, self._config.log_every, self._config.steps):
-            self._report(step, metrics)
+            self._report(step)
 
     def _check_finite(self, step: int, metrics: dict, batch: dict) -> None:
         # A loss may be finite where its gradient is not; the norm shows that the update spoilt the parameters.
@@ -166,15 +169,29 @@ class Reporter:
                     f"{self._job.clip_ids(batch)}; the last good checkpoint is kept"
                 )
 
-    def _report(self, step: int, metrics: dict) -> None:
-        seconds = time.perf_counter() - self._since
+    def _report(self, step: int) -> None:
+        metrics = jax.tree.map(_mean, *self._metrics)
+        seconds = self._clock() - self._since
         rates = {f"{name}_per_second": value / seconds for name, value in self._counts.items() if name != "places"}
         if "places" in self._counts:
             rates["padding_share"] = 1 - self._counts["tokens"] / self._counts["places"]
         spent = {f"seconds/{cause}": value for cause, value in self._watch.seconds.items()}
         self._writer.write(step, metrics | rates | spent)
-        self._bar.set_postfix_str(f"loss {np.asarray(metrics['loss']):.4f}")
-        self._counts, self._since = {}, time.perf_counter()
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+        self._metrics, self._counts, self._since = [], {}, self._clock()
+
+    def _clock(self) -> float:
+        """Seconds that pass while steps are made; stands still during previews and saves."""
+        paused = sum(self._watch.seconds.get(cause, 0.0) for cause in ("preview", "save"))
+        return time.perf_counter() - paused
+
+
+def _mean(*values) -> np.ndarray:
+    """Mean over steps, entry by entry, of those that counted anything: the others are NaN."""
+    stacked = np.stack(values)
+    counted = np.isfinite(stacked)
+    with np.errstate(invalid="ignore"):
+        return np.where(counted, stacked, 0.0).sum(0) / counted.sum(0)
 
 
 @contextlib.contextmanager

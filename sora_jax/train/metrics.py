@@ -3,12 +3,13 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+
+from sora_jax.files import write_text
 
 
 class MetricsWriter:
@@ -23,7 +24,8 @@ class MetricsWriter:
 
         path = Path(workdir) / "metrics.jsonl"
         if path.exists():
-            _write_whole(path, [row for row in read_metrics(workdir) if row["step"] <= start])
+            kept = [row for row in read_metrics(workdir) if row["step"] <= start]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open(path, "a", encoding="utf-8"))
             self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1 if start else None)
@@ -48,12 +50,6 @@ class MetricsWriter:
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """A uint8 picture for TensorBoard."""
         self._board.add_image(name, image_HWC, step, dataformats="HWC")
-
-
-def _write_whole(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def flatten(metrics: dict) -> dict[str, float]:
