@@ -53,7 +53,7 @@ def transformer():
     config.batch = 8
     model = config.model
     model.depth, model.width, model.heads, model.latent_channels = 8, 256, 8, 16
-    model.patch, model.sincos_positions, model.rotary_theta = (1, 2, 2), True, 100.0
+    model.patch, model.sincos_positions, model.position_theta = (1, 2, 2), True, 100.0
     model.text.vocabulary, model.text.width, model.text.depth = 1024, 128, 2
     config.tokenizer.vocab, config.tokenizer.max_tokens = 1024, 48
     packing = config.packing

@@ -69,8 +69,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Examples as they stand, and after each option its default, where it has one."""
+
+    def _get_help_string(self, action):
+        bare = isinstance(action.default, bool) or action.default in (None, "", [])
+        return action.help if bare else super()._get_help_string(action)
+
+
 def _parser(make, *names, **options) -> argparse.ArgumentParser:
-    return make(*names, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    return make(*names, formatter_class=_Help, allow_abbrev=False, **options)
 
 
 def _quickstart(commands) -> None:
@@ -125,10 +133,10 @@ def _sample(commands) -> None:
     p.add_argument("--frames", type=int, help="default: as in the run's first preview; 1 for a .png")
     p.add_argument("--height", type=int, help="in pixels; default: as in the run's first preview")
     p.add_argument("--width", type=int, help="in pixels; default: as in the run's first preview")
-    p.add_argument("--steps", type=int, default=30, help="solver steps (default: 30)")
-    p.add_argument("--solver", default="euler", help="euler or heun (default: euler)")
+    p.add_argument("--steps", type=int, default=30, help="solver steps")
+    p.add_argument("--solver", default="euler", help="euler or heun")
     p.add_argument("--guidance", type=float, help="1 = none; default: as in the run's previews")
-    p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--fps", type=float, help="frames a second of the file; default: as in the run's previews")
     p.add_argument("--upscale", type=int, default=1, help="enlarge pixels by a whole factor, to watch tiny clips")
     p.add_argument("--out", type=Path, required=True, help=".mp4, .gif or .webp; .png for one frame; several: numbered")
@@ -156,7 +164,7 @@ def _data(commands) -> None:
     p.set_defaults(function=encode)
     example = "example:\n  sora-jax data inspect data/clips"
     p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog=example)
-    p.add_argument("folder", type=Path)
+    p.add_argument("folder", type=Path, help="dataset folder")
     p.set_defaults(function=inspect)
 
 

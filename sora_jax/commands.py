@@ -18,8 +18,10 @@ from sora_jax.files import write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config
 from sora_jax.generate.sampler import SampleConfig
+from sora_jax.models.autoencoder import autoencoder_specs
+from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
-from sora_jax.parallel.mesh import check_batch, make_mesh
+from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig, denoiser_job, prepare_tokenizer
 from sora_jax.train.encode import copy_autoencoder
@@ -54,9 +56,6 @@ def describe(config: AutoencoderRun | DenoiserRun) -> str:
 
 
 def _specs(config):
-    from sora_jax.models.autoencoder import autoencoder_specs
-    from sora_jax.models.transformer import transformer_specs
-
     return (autoencoder_specs if config.kind == "autoencoder" else transformer_specs)(config.model)
 
 
@@ -71,7 +70,9 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     """Trains on crops, then measures the latents and keeps the frozen autoencoder in workdir/frozen."""
     dataset = Dataset(config.data)
     for name, rows in config.rows.items():
-        check_batch(mesh, rows // config.loop.accumulate, f"the number of {name} in config.batch / loop.accumulate")
+        check_split(
+            mesh, "batch", rows // config.loop.accumulate, f"the number of {name} in config.batch / loop.accumulate"
+        )
     check_workdir(workdir, config)
     held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
     shown = _spread(held_out, PREVIEW_CLIPS)
@@ -98,7 +99,10 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     cache.check(autoencoder.fingerprint)
     if (Path(workdir) / FOLDER).is_dir():
         cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
-    check_batch(mesh, config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
+    param.check_splits(transformer_specs(config.model), mesh)
+    check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
+    check_split(mesh, "length", config.packing.length, "config.packing.length")
+    check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
     check_workdir(workdir, config)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)

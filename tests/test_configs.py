@@ -49,7 +49,7 @@ def test_previews_fit_the_autoencoder_and_a_pack(file):
     assert autoencoder.model.latent_channels == transformer.model.latent_channels
     for size in transformer.preview.sizes:
         t, h, w = latent_grid(autoencoder.model, *size)
-        pt, ph, pw = transformer.packing.patch
+        pt, ph, pw = transformer.model.patch
         assert h % ph == w % pw == t % pt == 0
         assert t * h * w // (pt * ph * pw) <= transformer.packing.length
 

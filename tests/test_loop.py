@@ -173,7 +173,7 @@ def test_a_vector_is_written_entry_by_entry_and_what_is_not_finite_as_null(tmp_p
 def test_the_report_of_a_denoiser_is_of_its_batches(chain):  # noqa: F811
     config, cache = read_run_config(chain.transformer), LatentCache(chain.latents)
     tokenizer = tokenizers.load(chain.transformer / "tokenizer.json")
-    batches = packed_batches(cache, tokenizer, config.packing, config.batch, config.seed, config.split)
+    batches = packed_batches(cache, tokenizer, config.packs, config.batch, config.seed, config.split)
     rows = read_metrics(chain.transformer)
     for row in rows[1:]:
         tokens = batches[row["step"] - 1]["grids_BS3"].prod(-1).sum()

@@ -16,9 +16,9 @@ from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.attention import blockwise_attention, dense_attention
 from sora_jax.nn.pack import Pack
-from sora_jax.nn.params import shardings
-from sora_jax.parallel.mesh import MeshConfig, batch_parts, check_batch, make_mesh, place_batch
-from sora_jax.parallel.rules import MESH_AXES, RULES, out_sharding, partition, reshard
+from sora_jax.nn.params import check_splits, shardings
+from sora_jax.parallel.mesh import MeshConfig, check_split, make_mesh, place_batch
+from sora_jax.parallel.rules import MESH_AXES, RULES, out_sharding, partition, parts, reshard
 from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
 from sora_jax.train.optim import OptimConfig, make_optimizer
 from sora_jax.train.state import TrainState
@@ -116,13 +116,20 @@ def test_attention_runs_on_a_split_sequence(attend):
 
 def test_a_batch_is_split_along_its_batch_axis():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert batch_parts(mesh) == 4
+    assert parts("batch", mesh) == 4
     placed = place_batch({"x": np.arange(2 * 8 * 3).reshape(2, 8, 3)}, mesh, leading=1)["x"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 3)}
     np.testing.assert_array_equal(placed, np.arange(48).reshape(2, 8, 3))
-    check_batch(mesh, 8)
-    with pytest.raises(UserError, match="packs is 6; .* multiple of 4"):
-        check_batch(mesh, 6, "packs")
+
+
+def test_what_cannot_be_split_evenly_is_refused_by_name():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    check_split(mesh, "batch", 8, "packs")
+    with pytest.raises(UserError, match="packs is 6; with a mesh of data=2 x fsdp=2 it must be a multiple of 4"):
+        check_split(mesh, "batch", 6, "packs")
+    check_splits(transformer_specs(MODEL), mesh)
+    with pytest.raises(UserError, match=r"axis 'heads' of parameter blocks/\w+/\w+ is 3; .* multiple of 2"):
+        check_splits(transformer_specs(dataclasses.replace(MODEL, heads=3)), mesh)
 
 
 def test_all_axes_exist_and_the_open_one_takes_the_rest():

@@ -252,4 +252,4 @@ def test_pack_refuses_what_does_not_fit():
     item = PackItem(np.zeros((1, 4, 4, 1), "f4"), 1, np.array([5, 6]))
     for limits in (dict(length=7), dict(slots=1), dict(text_length=3)):
         with pytest.raises(UserError, match=f"packing.{next(iter(limits))}"):
-            pack([item, item], PackingConfig(**limits))
+            pack([item, item], PackingConfig(patch=(1, 2, 2), **limits))

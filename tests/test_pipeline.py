@@ -129,10 +129,13 @@ def test_another_split_has_other_clips(cache):
         (lambda cache: batches(cache, batch=0), "batch is 0"),
         (lambda cache: batches(cache, batch=5, process_count=2), "5 rows"),
         (lambda cache: batches(cache, process_index=2, process_count=2), "process_index is 2"),
-        (lambda cache: packed_batches(cache, BYTES, PackingConfig(length=40), 4, 0), "packing.length is 40"),
+        (
+            lambda cache: packed_batches(cache, BYTES, PackingConfig(length=40, patch=(1, 2, 2)), 4, 0),
+            "packing.length is 40",
+        ),
         (lambda cache: packed_batches(cache, BYTES, PackingConfig(patch=(1, 4, 4)), 4, 0), "multiple"),
         (
-            lambda cache: packed_batches(cache, BYTES, PackingConfig(text_length=3), 4, 0)[0],
+            lambda cache: packed_batches(cache, BYTES, PackingConfig(text_length=3, patch=(1, 2, 2)), 4, 0)[0],
             "text_length is 3",
         ),
     ],

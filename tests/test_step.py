@@ -98,7 +98,7 @@ def packs(config) -> dict:
             number += 1
             latent = rng.standard_normal((*sizes[(number + i) % 3 if count < 3 else 1], 4), np.float32)
             items.append(PackItem(latent, number, rng.integers(2, 60, 1 + number % 5)))
-        rows.append(pack(items, config.packing))
+        rows.append(pack(items, config.packs))
     return stack(rows)
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.data.tokenizer import TokenizerConfig, train
+from sora_jax.data.tokenizer import NULL, TokenizerConfig, train
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig, encode_text, text_specs
-from sora_jax.nn.pack import NULL_TOKEN, drop_captions
+from sora_jax.nn.pack import drop_captions
 from sora_jax.nn.params import count
 
 # Compiles in half the time; the programs are too small to gain from the passes left out.
@@ -79,7 +79,7 @@ def test_a_dropped_caption_is_the_empty_caption(params, clips, packed, alone, le
     pack = packed([[clips[1], long, clips[2]]])
     dropped = encode(params, pack=drop_captions(pack, jnp.asarray([[False, True, False, False]])))
     empty = train(["a clip"], TokenizerConfig(kind="bytes")).encode("")
-    assert empty.tolist() == [NULL_TOKEN]
+    assert empty.tolist() == [NULL]
     expected = encode(params, pack=alone(with_caption(clips[0], *empty)))
     mine = dropped.tokens_BME[0, np.asarray(pack.text_segments_BM[0]) == 2]
     np.testing.assert_allclose(mine, jnp.broadcast_to(expected.tokens_BME[0], mine.shape), atol=2e-5)

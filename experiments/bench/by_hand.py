@@ -45,10 +45,10 @@ def tables(model, grid, words):
     coords = np.indices(grid).reshape(3, -1).T
     space = 2 * (model.head_width // 6)
     axes = (model.head_width - 2 * space, space, space)
-    turns = [coords[:, i, None] * model.rotary_theta ** (-np.arange(0, w, 2) / w) for i, w in enumerate(axes)]
+    turns = [coords[:, i, None] * model.position_theta ** (-np.arange(0, w, 2) / w) for i, w in enumerate(axes)]
     angles = np.concatenate(turns, 1)[:, None].astype(np.float32)
     each = 2 * (model.width // 6)
-    positions = np.concatenate([waves(coords[:, i], each, 10_000.0) for i in range(3)], 1)
+    positions = np.concatenate([waves(coords[:, i], each, model.position_theta) for i in range(3)], 1)
     positions = np.pad(positions, ((0, 0), (0, model.width - 3 * each))) * model.sincos_positions
     return np.cos(angles), np.sin(angles), positions, waves(np.arange(words), model.text.width, 100.0)
 
@@ -71,7 +71,7 @@ def denoise(params, model, constants, x, times, ids, dtype):
     angles = 1000 * times[:, None] * np.exp(-np.log(1e4) * np.arange(128) / 128).astype(np.float32)
     time = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1).astype(dtype)
     time = linear(params["time_out"], silu(linear(params["time_in"], time)))
-    condition = silu(time + linear(params["pooled"], text.mean(1)))[:, None]
+    condition = silu(time + linear(params["pooled"], norm(text.mean(1))))[:, None]
 
     def block(x, p):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(linear(p["modulation"], condition), 6, -1)
@@ -85,6 +85,6 @@ def denoise(params, model, constants, x, times, ids, dtype):
     if model.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[model.remat])
     x = linear(params["patch"], x.astype(dtype)) + positions.astype(dtype)
-    x, _ = jax.lax.scan(block, x, params["blocks"])
+    x, _ = jax.lax.scan(block, x, params["blocks"], unroll=model.unroll)
     shift, scale = jnp.split(linear(params["modulation"], condition), 2, -1)
     return linear(params["head"], norm(x) * (1 + scale) + shift).astype(jnp.float32)

@@ -93,13 +93,13 @@ def tokens(item: PackItem, patch: Sequence[int]) -> int:
 
 def layouts(mix: Mix, run: DenoiserRun, items: list[PackItem]) -> list[Layout]:
     """Packed and padded, with about the same number of places for tokens in a step."""
-    longest = max(tokens(item, run.packing.patch) for item in items)
+    longest = max(tokens(item, run.packs.patch) for item in items)
     wordiest = max(len(item.text) for item in items)
     words = mix.slots * float(np.mean([len(item.text) for item in items]))
     text = max(wordiest, int(np.ceil(words / 16)) * 16)  # enough for all slots, and a multiple of 16
-    packed = dataclasses.replace(run.packing, length=mix.length, slots=mix.slots, text_length=text)
-    padded = dataclasses.replace(run.packing, length=longest, slots=1, text_length=wordiest)
-    places = run.batch * run.packing.length
+    packed = dataclasses.replace(run.packs, length=mix.length, slots=mix.slots, text_length=text)
+    padded = dataclasses.replace(run.packs, length=longest, slots=1, text_length=wordiest)
+    places = run.batch * run.packs.length
     return [
         Layout("packed", packed, max(1, round(places / mix.length))),
         Layout("padded", padded, max(1, round(places / longest))),
@@ -176,7 +176,7 @@ def measure(mix: Mix, config: QuickstartConfig, count: int, rounds: int, mesh) -
         for layout, rows in zip(pair, members, strict=True)
     ]
     seconds = in_turns(runs, rounds)
-    real = [tokens(item, run.packing.patch) for item in items]
+    real = [tokens(item, run.packs.patch) for item in items]
     per_row = [sum(real) / len(rows) for rows in members]  # over all clips: shapes are fixed, so is the time of a step
     rates = [mean * layout.rows / median(s) for mean, layout, s in zip(per_row, pair, seconds, strict=True)]
     spread = [a / b * rates[0] / rates[1] for a, b in _shares(seconds)]
@@ -215,7 +215,7 @@ def main() -> None:
     measured_on = machine()
     config = frozen(QuickstartConfig, load(options.config))
     rounds, count = options.rounds, options.clips
-    chosen = mixes(config.world, config.transformer.packing)
+    chosen = mixes(config.world, config.transformer.packs)
     if options.quick:
         config, rounds, count, chosen = shrunk(config), 1, 200, chosen[:1]
     mesh = make_mesh()

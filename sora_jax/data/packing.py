@@ -24,16 +24,16 @@ class PackingConfig:
     length: int = 256  # L, tokens in a pack
     slots: int = 16  # S, clips in a pack at most
     text_length: int = 256  # M, text tokens in a pack
-    patch: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in one token
+    patch: tuple[int, int, int] | None = None  # latent frames, rows and columns in one token; None: the model's
     rows_per_clip: int = 1  # noise-level rows kept for each slot, R = slots * rows_per_clip
     window: int = 1024  # clips of the shuffled order that are planned together
 
     def __post_init__(self):
         for name in ("length", "slots", "text_length", "rows_per_clip", "window"):
             _positive(f"packing.{name}", getattr(self, name))
-        if len(self.patch) != 3:
+        if self.patch is not None and len(self.patch) != 3:
             raise UserError(f"packing.patch is {self.patch}; it needs three numbers: frames, rows, columns")
-        for size in self.patch:
+        for size in self.patch or ():
             _positive("packing.patch", size)
         if self.window > MAX_WINDOW:
             raise UserError(f"packing.window is {self.window}; at most {MAX_WINDOW} is allowed")

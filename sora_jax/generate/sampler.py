@@ -22,7 +22,8 @@ from sora_jax.models.text import encode_text
 from sora_jax.models.transformer import denoise
 from sora_jax.nn.layers import compute_dtype
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
-from sora_jax.parallel.mesh import batch_parts, place_batch
+from sora_jax.parallel.mesh import place_batch
+from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun
 
 
@@ -58,7 +59,7 @@ def sample_latents(
     (seed, clip), so what it is packed with changes it by float error at most.
     """
     items, packing = _pack_items(run, tokenizer, requests)
-    batch, places = _arrange(items, packing, batch_parts(mesh))
+    batch, places = _arrange(items, packing, parts("batch", mesh))
     guidance = None if config.guidance == 1.0 else jnp.float32(config.guidance)
     key = step_key(config.seed, 0, Purpose.SAMPLE)
     tokens_BLP = _solve(params, run, config.solver, config.steps, Pack(**place_batch(batch, mesh)), key, guidance)
@@ -76,13 +77,13 @@ def _pack_items(run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Reque
         PackItem(np.zeros((*r.size, channels), np.float32), np.uint32(r.clip), tokenizer.encode(r.prompt))
         for r in requests
     ]
-    longest = max(int(np.prod(grid_of(r.size, run.packing.patch))) for r in requests)
+    longest = max(int(np.prod(grid_of(r.size, run.packs.patch))) for r in requests)
     wordiest = max(len(item.text) for item in items)
     sizes = {
-        "length": max(run.packing.length, -(-longest // 128) * 128),
-        "text_length": max(run.packing.text_length, wordiest),
+        "length": max(run.packs.length, -(-longest // 128) * 128),
+        "text_length": max(run.packs.text_length, wordiest),
     }
-    return items, dataclasses.replace(run.packing, **sizes)
+    return items, dataclasses.replace(run.packs, **sizes)
 
 
 def _arrange(items: list, packing: PackingConfig, parts: int) -> tuple[dict, list[list[int]]]:

@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.params import ParamSpec, abstract
-from sora_jax.parallel.rules import batch_parts, reshard
+from sora_jax.parallel.rules import parts, reshard
 
 
 def train_flops(config: TransformerConfig, batch: dict) -> float:
@@ -64,7 +64,7 @@ def _text_lengths(batch: dict, slots: int) -> np.ndarray:
 
 def autoencoder_train_flops(config: AutoencoderConfig, frames: int, height: int, width: int) -> float:
     """FLOPs of one forward and backward pass over one clip: three times the products of encoder and decoder."""
-    clips = batch_parts()  # at least one for every part of the mesh
+    clips = parts("batch")  # at least one for every part of the mesh
     video = jax.ShapeDtypeStruct((clips, frames, height, width, 3), jnp.float32)
     grid = latent_grid(config, frames, height, width)
     latent = jax.ShapeDtypeStruct((clips, *grid, config.latent_channels), jnp.float32)

@@ -47,6 +47,8 @@ class TransformerConfig:
     """The denoiser. `patch` is (t, y, x) in latent positions; widths in channels.
 
     `sincos_positions` adds factorised sin-cos tables to the tokens, beside the rotary positions in every block.
+    Wavelengths of both run from 2 pi to `position_theta` times as many tokens: with far longer ones than the largest
+    clip most channels hardly tell its tokens apart, and a small model is slow to learn motion.
     `remat` names what the backward pass keeps: "none" everything, "dots" matrix products, "full" block inputs.
     """
 
@@ -56,7 +58,7 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
     patch: tuple[int, int, int] = (1, 2, 2)
     latent_channels: int = 16
-    rotary_theta: float = 10_000.0
+    position_theta: float = 10_000.0
     sincos_positions: bool = False
     text: TextConfig = TextConfig()
     attention: str = "auto"
@@ -97,7 +99,7 @@ def transformer_specs(config: TransformerConfig) -> dict:
         "patch": dense_specs(config.patch_values, width, (None, "embed")),
         "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
         "time_out": dense_specs(width, width, ("hidden", "embed"), small),
-        "pooled": dense_specs(text.width, width, (None, "embed"), small),
+        "pooled": dense_specs(text.width, width, (None, "embed")),
         "blocks": stack(block_specs(config), config.depth),
         "modulation": dense_specs(width, 2 * width, ("embed", None), zeros),
         "head": dense_specs(width, config.patch_values, ("embed", None), zeros),
@@ -115,10 +117,10 @@ def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR
     text = encode_text(params["text"], config.text, pack, dtype) if text is None else text
     condition_BRD = jax.nn.silu(_condition(params, pack, times_BR, text, dtype))
     rows_BLR = _one_hot(pack.rows_BL, times_BR.shape[1], dtype)
-    angles_BLK = rotary_angles(pack.coords_BL3, config.head_width, config.rotary_theta)
+    angles_BLK = rotary_angles(pack.coords_BL3, config.head_width, config.position_theta)
     x_BLD = dense(params["patch"], x_BLP.astype(dtype), ("batch", "length", "width"))
     if config.sincos_positions:
-        x_BLD += factorised_sincos(pack.coords_BL3, config.width).astype(dtype)
+        x_BLD += factorised_sincos(pack.coords_BL3, config.width, config.position_theta).astype(dtype)
 
     def layer(x_BLD, p):
         return block(p, config, x_BLD, condition_BRD, rows_BLR, angles_BLK, pack.segments_BL, text), None
@@ -170,7 +172,7 @@ def _condition(params, pack: Pack, times_BR, text: TextContext, dtype) -> jax.Ar
     axes = ("batch", None, None)
     features = time_features(times_BR, TIME_FEATURES).astype(dtype)
     time_BRD = dense(params["time_out"], jax.nn.silu(dense(params["time_in"], features, axes)), axes)
-    pooled_BSD = dense(params["pooled"], text.pooled_BSE, axes)
+    pooled_BSD = dense(params["pooled"], layer_norm(text.pooled_BSE), axes)  # a mean of many words is small
     return time_BRD + per_slot(pooled_BSD, pack.row_slots_BR)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-NULL_TOKEN = 1  # the token of the null caption; data/tokenizer.py uses the same number
+from sora_jax.data.tokenizer import NULL
 
 
 @struct.dataclass
@@ -59,6 +59,6 @@ def drop_captions(pack: Pack, drop_BS: jax.Array) -> Pack:
     """
     dropped_BM = per_slot(drop_BS, slot_of(pack.text_segments_BM)) & (pack.text_segments_BM > 0)
     return pack.replace(
-        text_BM=jnp.where(dropped_BM, NULL_TOKEN, pack.text_BM),
+        text_BM=jnp.where(dropped_BM, NULL, pack.text_BM),
         text_positions_BM=jnp.where(dropped_BM, 0, pack.text_positions_BM),
     )

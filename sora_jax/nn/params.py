@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from sora_jax.parallel.mesh import check_split
 from sora_jax.parallel.rules import partition
 
 zeros = jax.nn.initializers.zeros
@@ -92,6 +93,18 @@ def abstract_on(specs, mesh: Mesh):
 def shardings(specs, mesh: Mesh):
     """The tree of `NamedSharding` on `mesh`."""
     return _map(lambda _, spec: NamedSharding(mesh, partition(*spec.axes)), specs)
+
+
+def check_splits(specs, mesh: Mesh) -> None:
+    """UserError that names the first parameter which the mesh would split into unequal parts."""
+
+    def visit(path, spec):
+        name = "/".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+        for axis, size in zip(spec.axes, spec.shape, strict=True):
+            if axis:
+                check_split(mesh, axis, size, f"axis {axis!r} of parameter {name}")
+
+    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
 def count(specs) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from sora_jax.errors import UserError
-from sora_jax.parallel.rules import MESH_AXES, RULES, partition
+from sora_jax.parallel.rules import MESH_AXES, RULES, partition, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +39,11 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) ->
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the batch axis is split; a global batch must be a multiple of it."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
-
-
-def check_batch(mesh: Mesh, batch: int, option: str = "batch") -> None:
-    """Raises UserError unless `batch` can be split over the mesh."""
-    if batch % batch_parts(mesh):
-        raise UserError(f"{option} is {batch}; with this mesh it must be a multiple of {batch_parts(mesh)}")
+def check_split(mesh: Mesh, axis: str, size: int, option: str) -> None:
+    """Raises UserError unless `size` entries of a logical axis can be split over the mesh."""
+    if size % parts(axis, mesh):
+        wide = " x ".join(f"{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
+        raise UserError(f"{option} is {size}; with a mesh of {wide} it must be a multiple of {parts(axis, mesh)}")
 
 
 def place_batch(tree, mesh: Mesh, leading: int = 0):

@@ -7,7 +7,7 @@ into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so 
 import math
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 SLICE, DATA, FSDP, SEQUENCE, TENSOR = MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
@@ -59,15 +59,10 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def parts(name: str) -> int:
-    """Into how many parts a logical axis is split on the mesh that is set; 1 without a mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
+def parts(name: str, mesh: Mesh | None = None) -> int:
+    """Into how many parts a logical axis is split on `mesh`, or on the mesh that is set; 1 without a mesh."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape.get(axis, 1) for axis in RULES[name])
-
-
-def batch_parts() -> int:
-    """Into how many parts the batch axis is split on the mesh that is set."""
-    return parts("batch")
 
 
 def out_sharding(*axes: str | None) -> PartitionSpec | None:

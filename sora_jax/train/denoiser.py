@@ -92,9 +92,14 @@ class DenoiserRun:
             f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
         )
         check(
-            self.model.patch == self.packing.patch,
-            f"packing.patch is {self.packing.patch}; it must equal model.patch = {self.model.patch}",
+            self.packing.patch in (None, self.model.patch),
+            f"packing.patch is {self.packing.patch}; leave it out, or give model.patch = {self.model.patch}",
         )
+
+    @property
+    def packs(self) -> PackingConfig:
+        """`packing` with the model's patch."""
+        return dataclasses.replace(self.packing, patch=self.model.patch)
 
 
 def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array):
@@ -132,7 +137,7 @@ def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
 def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, preview=None) -> Job:
     """What the loop needs to train a denoiser on a latent cache."""
     share = (jax.process_index(), jax.process_count())
-    batches = packed_batches(cache, tokenizer, config.packing, config.batch, config.seed, config.split, *share)
+    batches = packed_batches(cache, tokenizer, config.packs, config.batch, config.seed, config.split, *share)
     return Job(
         name="transformer",
         specs=transformer_specs(config.model),

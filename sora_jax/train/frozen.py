@@ -19,7 +19,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import replacing, write_json
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
 from sora_jax.nn import params as param
-from sora_jax.parallel.rules import batch_parts, reshard
+from sora_jax.parallel.rules import parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
 
 FOLDER = "frozen"
@@ -77,7 +77,7 @@ def _decode(params, config, z):
 
 def _in_batches(function, arrays: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:
     """Applies `function` to runs of equal shape, filled up to `batch` so that each shape compiles once."""
-    batch = -(-batch // batch_parts()) * batch_parts()
+    batch = -(-batch // parts("batch")) * parts("batch")
     held: list[np.ndarray] = []
     for array in arrays:
         if held and (array.shape != held[0].shape or len(held) == batch):
