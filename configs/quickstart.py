@@ -34,7 +34,7 @@ def get_config(variant: str = ""):
     transformer(config.transformer)
     config.show.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.show.sizes = tuple(size for _, size in PROMPTS)
-    config.show.steps, config.show.guidance = 25, 4.0
+    config.show.steps, config.show.guidance = 25, 2.0
     variants = {"": lambda _: None, "short": short, "tiny": tiny}
     choose("variant of configs/quickstart.py", variant, variants)(config)
     return config
@@ -59,7 +59,7 @@ def autoencoder(config):
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps = 4e-3, "cosine", 100
     optim.b2, optim.ema = 0.95, (0.999,)
-    steps(config, 4000)
+    steps(config, 3500)
 
 
 def transformer(config):
@@ -76,10 +76,10 @@ def transformer(config):
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps = 2e-3, "cosine", 100
     optim.b2, optim.ema = 0.95, (0.995,)
-    steps(config, 2000)
+    steps(config, 1600, previews=5)
     config.preview.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.preview.sizes = tuple(size for _, size in PROMPTS)
-    config.preview.steps, config.preview.guidance = 12, 4.0
+    config.preview.steps, config.preview.guidance = 12, 2.0
 
 
 def steps(config, count, previews=6):
