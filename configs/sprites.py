@@ -41,16 +41,18 @@ def get_config(variant: str = "transformer"):
 
 def autoencoder():
     config = mutable(AutoencoderRun())
-    config.crop, config.batch, config.image_share = (9, 48, 48), 8, 0.0
+    config.crop, config.batch, config.image_share = (9, 32, 32), 8, 0.0
     model = config.model
     model.time_factor, model.space_factor, model.latent_channels = 4, 8, 16
     model.patch, model.width, model.multipliers = (4, 4), 96, (1, 2)
     model.kernels = ((1, 3, 3), (3, 1, 1))
     model.encoder_blocks, model.decoder_blocks = 2, 2
     optim = config.optim
-    optim.learning_rate, optim.schedule, optim.warmup_steps, optim.ema = 2e-3, "cosine", 50, (0.99,)
-    config.loop.steps = 1200
-    config.loop.save_every, config.loop.preview_every = 300, 300
+    model.l2_weight, model.kl_weight = 4.0, 1e-3
+    optim.learning_rate, optim.schedule, optim.warmup_steps = 4e-3, "cosine", 100
+    optim.b2, optim.ema = 0.95, (0.999,)
+    config.loop.steps = 2400
+    config.loop.save_every, config.loop.preview_every = 600, 600
     return config
 
 
