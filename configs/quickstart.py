@@ -2,7 +2,7 @@
 
     sora-jax quickstart                                       under ten minutes
     sora-jax quickstart --config=configs/quickstart.py:short  under three minutes: the same code, clips not yet right
-    sora-jax quickstart --config=configs/quickstart.py:tiny   under a minute: does every stage run?
+    sora-jax quickstart --config=configs/quickstart.py:tiny   a minute or so: does every stage run?
 
 Writes to runs/quickstart. What to expect, with the figures measured: experiments/quickstart/README.md.
 

@@ -6,7 +6,7 @@
     sora-jax train --config=configs/tiny.py:transformer --workdir=runs/tiny --config.latents=data/latents
     sora-jax sample --workdir=runs/tiny --prompt="a fox runs" --frames=9 --height=16 --width=24 --out=fox.gif
 
-Hardware: two CPU cores. Time: under a minute in all, most of it compilation. Expect grey noise that moves: too small
+Hardware: two CPU cores. Time: a minute or two in all, most of it compilation. Expect grey noise that moves: too small
 and too short to show anything else. Batches divide over 1, 2, 4 or 8 devices.
 """
 

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
-    if unknown or (changes and not getattr(options, "config", None)):
+    if unknown or (changes and not hasattr(options, "config")):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     options.changes = changes
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from sora_jax.config import check, choose, first_difference, frozen, plain, read_json
 from sora_jax.data.latents import LatentCache
@@ -25,10 +26,18 @@ from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig, denoiser_job, prepare_tokenizer
 from sora_jax.train.encode import copy_autoencoder
-from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, measure_statistics, save_autoencoder
+from sora_jax.train.frozen import (
+    FOLDER,
+    RECORD,
+    FrozenAutoencoder,
+    load_autoencoder,
+    measure_statistics,
+    save_autoencoder,
+)
 from sora_jax.train.loop import Job, fit
 
-MAY_CHANGE = ("loop", "preview", "mesh")  # a run may be made longer, watched otherwise, moved to another mesh
+# A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
+MAY_CHANGE = ("loop", "preview", "mesh", "data", "latents")
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
 PREVIEW_CLIPS = 8
@@ -68,20 +77,26 @@ def train(config: AutoencoderRun | DenoiserRun, workdir: Path) -> None:
 
 def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     """Trains on crops, then measures the latents and keeps the frozen autoencoder in workdir/frozen."""
+    check(bool(config.data), "--config.data is not given; it must be a folder made by `sora-jax data build`")
     dataset = Dataset(config.data)
     for name, rows in config.rows.items():
         check_split(
             mesh, "batch", rows // config.loop.accumulate, f"the number of {name} in config.batch / loop.accumulate"
         )
-    check_workdir(workdir, config)
+    check_workdir(workdir, config, dataset.digest)
     held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
     shown = _spread(held_out, PREVIEW_CLIPS)
     preview = reconstruction_preview(config, shown, workdir) if shown else None
+    if not held_out:
+        print("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured", flush=True)
     job = autoencoder_job(config, dataset, preview)
-    claim_workdir(workdir, config)
+    claim_workdir(workdir, config, dataset.digest)
     state = _fit(job, config, mesh, workdir)
+    if _finished_before(workdir, int(state.step)):
+        return  # written anew it could differ in a last bit, and caches made with it would no longer match
     params = jax.tree.map(np.asarray, state.ema[0])
-    mean, std = measure_statistics(params, config.model, _some(dataset, dataset.rows(config.split), STATISTICS_CLIPS))
+    measured = _some(dataset, dataset.rows(config.split), STATISTICS_CLIPS)
+    mean, std = measure_statistics(params, config.model, tqdm(measured, "latent statistics", unit="clip"))
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)
     notes = {"steps": int(state.step), "held_out_psnr": held_out_psnr(autoencoder, held_out) if held_out else None}
     save_autoencoder(autoencoder, workdir / FOLDER, notes)
@@ -89,6 +104,7 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
 
 def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     """Trains on a latent cache; the cache's autoencoder is kept in the run, which can then be used alone."""
+    check(bool(config.latents), "--config.latents is not given; it must be a folder made by `sora-jax data encode`")
     cache = LatentCache(config.latents)
     check(
         cache.channels == config.model.latent_channels,
@@ -97,24 +113,31 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
-    if (Path(workdir) / FOLDER).is_dir():
+    if (Path(workdir) / FOLDER / RECORD).exists():
         cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
     param.check_splits(transformer_specs(config.model), mesh)
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     check_split(mesh, "length", config.packing.length, "config.packing.length")
     check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
-    check_workdir(workdir, config)
+    check_workdir(workdir, config, cache.data)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)
     for size in config.preview.sizes:
         current(params={}).latent_size(*size)
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.prompts else None
+    if preview is None:
+        print("config.preview.prompts is empty: no samples are shown while training", flush=True)
     job = denoiser_job(config, cache, tokenizer, preview)
-    claim_workdir(workdir, config)
+    claim_workdir(workdir, config, cache.data)
     copy_autoencoder(config.latents, workdir)
     tokenizer.save(Path(workdir) / "tokenizer.json")
     print(job.note, flush=True)
     _fit(job, config, mesh, workdir)
+
+
+def _finished_before(workdir: Path, step: int) -> bool:
+    record = workdir / FOLDER / RECORD
+    return record.exists() and json.loads(record.read_text())["steps"] == step
 
 
 def _fit(job: Job, config, mesh, workdir: Path):
@@ -133,9 +156,12 @@ def _spread(items: list, most: int) -> list:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))] if items else []
 
 
-def check_workdir(workdir: Path, config) -> None:
-    """UserError unless the folder is empty, is yet to be made, or holds a run of this config."""
-    path = Path(workdir) / "config.json"
+def check_workdir(workdir: Path, config, data: str) -> None:
+    """UserError unless the folder is empty, is yet to be made, or holds a run of this config and of these clips.
+
+    `data` is the digest of the dataset: one built anew, under the same name, may hold out other clips.
+    """
+    path, learnt_from = Path(workdir) / "config.json", Path(workdir) / "data.json"
     if path.exists():
         old, new = read_json(path), plain(config)
         keep = [{k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (old, new)]
@@ -144,14 +170,20 @@ def check_workdir(workdir: Path, config) -> None:
             different is None,
             f"--workdir is {str(workdir)!r}; it holds a run with another config.{different}; take an empty folder",
         )
+        same = not learnt_from.exists() or read_json(learnt_from)["digest"] == data
+        check(
+            same,
+            f"--workdir is {str(workdir)!r}; it has learnt from other clips than are there now; take an empty folder",
+        )
     else:
         occupied = Path(workdir).is_dir() and any(Path(workdir).iterdir())
         check(not occupied, f"--workdir is {str(workdir)!r}; it is not empty and holds no run; take an empty folder")
 
 
-def claim_workdir(workdir: Path, config) -> None:
-    """Writes config.json, just before the first step: a config that was refused leaves no folder behind."""
+def claim_workdir(workdir: Path, config, data: str) -> None:
+    """Writes config.json and data.json just before the first step: what was refused leaves no folder behind."""
     write_json(Path(workdir) / "config.json", plain(config))
+    write_json(Path(workdir) / "data.json", {"digest": data})
 
 
 def sample(options) -> list[Path]:
@@ -165,7 +197,9 @@ def sample(options) -> list[Path]:
     config = read_run_config(options.workdir)
     options = _with_defaults(options, config.preview)
     check_ending(options.out, options.frames)
-    check(options.fps > 0, f"--fps is {options.fps}; it must be positive")
+    check(0.1 <= options.fps <= 240, f"--fps is {options.fps}; it must be from 0.1 to 240")
+    for path in paths:
+        check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
     settings = (options.steps, options.guidance, options.seed, options.solver)
     SampleConfig(options.solver, options.steps, options.guidance, options.seed)

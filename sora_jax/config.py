@@ -125,7 +125,11 @@ def _explain(arguments: Sequence[str], known, error: Exception) -> str:
                 allowed = ", ".join(node) if hasattr(node, "keys") else "nothing"
                 return f"{path} is not an option: there is no {name!r}; allowed there: {allowed}"
             node = node[name]
-    return f"{' '.join(arguments)}: {' '.join(str(error).split())}"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    reason = reason.split(" Other fields present")[0].removeprefix(
+        "'"
+    )  # the library lists them all, nested, in one line
+    return reason.removeprefix("flag ") if reason.startswith("flag ") else f"{arguments[0]}: {reason}"
 
 
 def first_difference(old: dict, new: dict, where: str = "") -> str | None:

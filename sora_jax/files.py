@@ -36,6 +36,11 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
+def unfinished(out: Path) -> Path:
+    """The hidden name under which a folder is filled; nobody else has a reason to use it."""
+    return out.with_name(f".{out.name}.sora_jax-unfinished")
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to fill; it gets the name `out` when the block ends well, and is removed when it does not.
@@ -46,7 +51,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} already exists: give another folder or remove this one.")
-    temporary = out.with_name(f"{out.name}.tmp")
+    temporary = unfinished(out)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

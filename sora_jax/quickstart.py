@@ -18,6 +18,7 @@ from sora_jax.data.build import BuildConfig, build
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import save_png, write_video
 from sora_jax.data.oracle import agreement
+from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import contact_sheet, gallery
 from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
@@ -26,6 +27,7 @@ from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, tr
 from sora_jax.files import write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
+from sora_jax.models.autoencoder import latent_grid
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
@@ -54,6 +56,10 @@ class QuickstartConfig:
 
     def __post_init__(self):
         check(0 < self.holdout < 1, f"holdout is {self.holdout}; it must be between 0 and 1")
+        check(
+            0 < round(self.clips * self.holdout) < self.clips,
+            f"clips is {self.clips}; with holdout = {self.holdout} no clip is held out, or none is left to train on",
+        )
         check(self.evaluate > 0, f"evaluate is {self.evaluate}; it must be positive")
         check(len(self.show.prompts) == len(self.show.sizes), "show.prompts and show.sizes must be of equal length")
 
@@ -63,8 +69,9 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     start = time.perf_counter()
     use_compilation_cache()
     config = frozen(QuickstartConfig, load(config_file or default_config(), changes))
+    check_sizes(config)
     dataset = render_world(config, workdir)
-    autoencoder_psnr = learn_autoencoder(config, workdir)
+    autoencoder_psnr = learn_autoencoder(config, dataset, workdir)
     print("3/5  latents: every clip through the autoencoder, once", flush=True)
     encode_dataset(workdir / "autoencoder", workdir / "world", workdir / "latents")
     learn_transformer(config, workdir)
@@ -77,6 +84,23 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     report = dataclasses.asdict(result) | {"autoencoder_psnr": autoencoder_psnr, "seconds": seconds}
     write_json(workdir / "report.json", report)
     print(f"{seconds / 60:.1f} minutes; everything is in {workdir}")
+
+
+def check_sizes(config: QuickstartConfig) -> None:
+    """UserError, before minutes are spent, where the parts of the config do not fit together."""
+    encoder, denoiser, world = config.autoencoder.model, config.transformer.model, config.world
+    check(
+        encoder.latent_channels == denoiser.latent_channels,
+        f"config.transformer.model.latent_channels is {denoiser.latent_channels}; "
+        f"it must equal config.autoencoder.model.latent_channels = {encoder.latent_channels}",
+    )
+    drawn = [(frames, *size) for frames in (1, *world.frames) for size in world.sizes]
+    for size in (*drawn, *config.show.sizes, *config.transformer.preview.sizes):
+        try:
+            grid_of(latent_grid(encoder, *size), denoiser.patch)
+        except UserError as error:
+            shown = " x ".join(map(str, size))
+            raise UserError(f"the config has clips of {shown} (frames x height x width): {error}") from error
 
 
 def default_config() -> str:
@@ -98,21 +122,25 @@ def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
         multiple=config.autoencoder.model.space_factor, max_pixels=None,
     )  # fmt: skip
     dataset = build(options)
+    check(
+        bool(held_out_prompts(dataset, 1)),
+        "no held-out clip moves and has a caption that no training clip has, so nothing can be scored: "
+        "give more clips, a larger holdout, or 'move' among world.motions",
+    )
     sheet = workdir / "world.png"
-    if not sheet.exists():
-        clips = [dataset[i] for i in range(12)]
-        save_png(sheet, contact_sheet([c.frames for c in clips], [c.caption for c in clips], columns=3, scale=3))
+    clips = [dataset[i] for i in range(12)]
+    save_png(sheet, contact_sheet([c.frames for c in clips], [c.caption for c in clips], columns=3, scale=3))
     print(f"     look at {sheet}", flush=True)
     return dataset
 
 
-def learn_autoencoder(config: QuickstartConfig, workdir: Path) -> float:
+def learn_autoencoder(config: QuickstartConfig, dataset: Dataset, workdir: Path) -> float:
     """Stage 2; returns the PSNR in dB on held-out clips."""
     print("2/5  autoencoder", flush=True)
     result = workdir / "autoencoder" / FOLDER / "autoencoder.json"
     options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
-    check_workdir(workdir / "autoencoder", options)
-    if not result.exists():
+    check_workdir(workdir / "autoencoder", options, dataset.digest)
+    if not result.exists() or json.loads(result.read_text())["steps"] < options.loop.steps:
         train_autoencoder(options, workdir / "autoencoder", make_mesh(options.mesh))
     found = json.loads(result.read_text())["held_out_psnr"]
     print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)
@@ -144,7 +172,9 @@ def table(prompts, clips: list[np.ndarray]) -> str:
     rows = [("prompt", "size", "the oracle reads", "agreement")]
     for prompt, clip in zip(prompts, clips, strict=True):
         size = "x".join(map(str, clip.shape[:3]))
-        rows.append((prompt, size, in_words(clip), "yes" if triple(agreement(prompt, clip)) else "no"))
+        found = agreement(prompt, clip)
+        verdict = "-" if found.kind is None else "yes" if triple(found) else "no"  # "-": it names no shape
+        rows.append((prompt, size, in_words(clip), verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

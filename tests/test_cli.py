@@ -123,7 +123,7 @@ def test_a_wrong_autoencoder_config_too(chain, tmp_path, capsys, change, words):
     if "time_factor" in change:
         dataset += ["crop=(6,16,16)"]
     message = refused(capsys, *train_options("autoencoder", tmp_path / "run", *dataset, change))
-    assert "time_factor" in change or all(word in message for word in words), message
+    assert all(word in message for word in words), message
     assert not (tmp_path / "run").exists()
 
 
@@ -214,7 +214,7 @@ def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, err
     with monkeypatch.context() as patch:
         patch.setattr(commands.os, "replace", full)
         message = refused(capsys, *train_options("transformer", tmp_path / "run", f"latents={chain.latents}"))
-    assert os.strerror(error) in message and "thing" in message
+    assert os.strerror(error) in message and "config.json" in message
     monkeypatch.setitem(media.WRITERS, ".gif", full)
     out = tmp_path / "new" / "clip.gif"
     options = ["--prompt=a red square", "--frames=5", "--height=16", "--width=24", "--steps=2", f"--out={out}"]

@@ -131,6 +131,16 @@ def test_a_complete_cache_is_kept_and_one_of_something_else_refused(chain, tmp_p
     fewer = [*build_options(chain.clips, tmp_path / "fewer"), "--limit=3"]
     assert run(*fewer) == 0 and encode(chain, out, data=tmp_path / "fewer") == 2
     assert "other clips" in capsys.readouterr().err
+    again = tmp_path / "again"  # the same ids and sizes, other pixels
+    assert run(*build_options(chain.clips, again), "--place=start") == 0 and encode(chain, out, data=again) == 2
+    assert "other clips" in capsys.readouterr().err
+
+
+def test_an_interrupted_copy_of_the_autoencoder_is_made_again(chain, tmp_path, autoencoder):  # noqa: F811
+    (tmp_path / "run" / "frozen").mkdir(parents=True)
+    (tmp_path / "run" / "frozen" / "weights.npz").write_bytes(b"half")
+    encoding.copy_autoencoder(chain.autoencoder, tmp_path / "run")
+    assert load_autoencoder(tmp_path / "run").fingerprint == autoencoder.fingerprint
 
 
 def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -28,7 +28,7 @@ def entry(number):
 
 
 def writer(path, fingerprint=PRINT, **options):
-    return LatentWriter(path, fingerprint, 4, (2, 4, 4), **options)
+    return LatentWriter(path, fingerprint, "data", 4, (2, 4, 4), **options)
 
 
 def write(path, numbers, **options):
@@ -157,7 +157,7 @@ from sora_jax.data.latents import LatentEntry, LatentWriter
 from sora_jax.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
-    with LatentWriter(sys.argv[1], "f", 4, (1, 1, 1)) as cache:
+    with LatentWriter(sys.argv[1], "f", "d", 4, (1, 1, 1)) as cache:
         for n in range(40):
             noise = np.random.default_rng(n).normal(size=(4, 16, 16, 4))
             cache.add(LatentEntry(str(n), 4, 16, 16, 8.0, ""), noise)

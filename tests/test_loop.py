@@ -20,9 +20,10 @@ from sora_jax.generate.run import read_run_config
 from sora_jax.models.flops import train_flops
 from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train import loop
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.loop import Job, LoopConfig, due, fit
-from sora_jax.train.metrics import MetricsWriter, read_metrics
+from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from sora_jax.train.optim import OptimConfig, make_optimizer
 from sora_jax.train.state import init_state
 
@@ -59,9 +60,9 @@ def toy_job(at=None, preview=None) -> Job:
     )
 
 
-def train(workdir, job=None, **loop):
+def train(workdir, job=None, **options):
     workdir.mkdir(exist_ok=True)
-    config = LoopConfig(**(dict(steps=10, log_every=1, save_every=2) | loop))
+    config = LoopConfig(**(dict(steps=10, log_every=1, save_every=2) | options))
     return fit(job or toy_job(), config, OPTIM, 0, make_mesh(devices=jax.devices()[:1]), workdir, {})
 
 
@@ -160,6 +161,42 @@ def test_rates_and_seconds(tmp_path):
         assert {"seconds/init", "seconds/compile", "seconds/data"} <= row.keys()
     totals = [sum(value for name, value in row.items() if name.startswith("seconds/")) for row in rows]
     assert totals == sorted(totals)
+
+
+def test_rates_leave_out_previews_and_saves(monkeypatch):
+    """One second a step of six tokens is six tokens a second, whatever comes between the steps."""
+    now, reports = [0.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    writer = types.SimpleNamespace(write=lambda step, row: reports.append(row))
+    bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
+    watch = Stopwatch()
+    reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2))
+    for step in range(1, 13):
+        now[0] += 1
+        reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {})
+        reporter.read_previous()
+        if step % 3 == 0:
+            with watch("save"):
+                now[0] += 50
+    assert [row["tokens_per_second"] for row in reports] == [6.0] * 6
+    assert [row["loss"] for row in reports] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]
+
+
+def test_means_go_on_after_a_stop():
+    rows = [{"loss": np.float32(x), "bins": np.array([x, np.nan if x > 2 else 1.0])} for x in (1, 2, 3, 4)]
+    whole, first = loop.Means(), loop.Means()
+    for row in rows[:3]:
+        first.add(row)
+    second = loop.Means(json.loads(json.dumps(first.state())))
+    second.add(rows[3])
+    for row in rows:
+        whole.add(row)
+    expected = whole.take()
+    assert expected["loss"] == 2.5 and expected["bins"].tolist() == [2.5, 1.0]
+    found = second.take()
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert second.state() == {}
 
 
 def test_a_vector_is_written_entry_by_entry_and_what_is_not_finite_as_null(tmp_path):

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from sora_jax.config import frozen, load
 from sora_jax.data import oracle
 from sora_jax.data.oracle import agree, agreement, read
 from sora_jax.data.world import FULL_WORLD, WorldConfig, captions, clip, scene, wanted
 from sora_jax.data.world.captions import COLOURS, MOTIONS, STYLES, TONES
 from sora_jax.data.world.render import render
 from sora_jax.evaluate.world import in_words, score
+from sora_jax.quickstart import QuickstartConfig
 
 SIMPLE = WorldConfig()
 TINY = WorldConfig(sizes=((24, 24),))
+QUICKSTART = frozen(QuickstartConfig, load(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))).world
 # One shape, every motion that one shape can make, every backdrop, from the smallest frame up.
 SOLO = WorldConfig(
     sizes=((24, 24), (24, 40), (40, 24), (32, 32), (48, 48), (64, 64)),
@@ -94,8 +97,9 @@ def rates(config, number, spoil):
         (FULL_WORLD, 60, lambda frames, index: jpeg(noisy(frames, index))),
         (FULL_WORLD, 40, lambda frames, index: x264(noisy(frames, index))),
         (TINY, 300, lambda frames, index: noisy(frames, index)),
+        (QUICKSTART, 300, lambda frames, index: jpeg(noisy(frames, index))),
     ],
-    ids=["one shape, JPEG", "simple world, x264", "full world, JPEG", "full world, x264", "24x24, noise"],
+    ids=["one shape, JPEG", "simple world, x264", "full world, JPEG", "full world, x264", "24x24, noise", "quickstart"],
 )
 def test_every_attribute_is_read_right_through_noise_and_compression(config, number, spoil):
     for name, rate in rates(config, number, spoil).items():

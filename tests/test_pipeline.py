@@ -25,7 +25,7 @@ CLIPS = 90
 def cache(tmp_path_factory):
     path = tmp_path_factory.mktemp("latents") / "cache"
     draws = np.random.default_rng(0)
-    with LatentWriter(path, "print", 2, (2, 4, 4), shard_clips=32) as writer:
+    with LatentWriter(path, "print", "data", 2, (2, 4, 4), shard_clips=32) as writer:
         for number in range(CLIPS):
             t, h, w = GRIDS[number % len(GRIDS)]
             split = "test" if number % 9 == 0 else "train"

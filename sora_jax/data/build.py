@@ -121,7 +121,10 @@ def build(config: BuildConfig, progress: bool = True) -> Dataset:
             else:
                 writer.add(result, entry.id, entry.split or hashed_split(config, entry.id))
         if not writer.rows:
-            raise UserError(f"path={config.path} holds nothing usable: {_tally(writer.refused)}.")
+            first = writer.refused[-1]
+            raise UserError(
+                f"path={config.path} holds nothing usable: {_tally(writer.refused)}; {first['file']}: {first['reason']}"
+            )
     return Dataset(config.out)
 
 

@@ -1,9 +1,10 @@
 """The latent cache: every clip encoded once, with the fingerprint of what encoded it.
 
 A folder L holds `latents-*.array_record` (one record a clip: raw float16 (t, h, w, C), normalised),
-`manifest.parquet` (one row a clip) and `cache.json` (format version, fingerprint, channels, factors, shards).
-It is written as `L.tmp`, shard by shard, and renamed when complete; a writer that was stopped goes on after
-its last complete shard.
+`manifest.parquet` (one row a clip) and `cache.json` (format version, fingerprint, digest of
+the dataset, channels, factors, shards).
+It is written under a hidden name beside L, shard by shard, and renamed when complete; a writer that was stopped goes
+on after its last complete shard.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import numpy as np
 
 from sora_jax.data.shards import ShardReader, shard_name
 from sora_jax.errors import UserError
-from sora_jax.files import write_json
+from sora_jax.files import unfinished, write_json
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = "latents"
 _OPTIONS = "group_size:1,uncompressed"  # one record a group: random reads; float16 noise does not compress
 
@@ -51,6 +52,8 @@ class LatentEntry:
 class LatentWriter:
     """Writes a cache; use as a context manager, which completes the folder if no error came.
 
+    `fingerprint` is of the autoencoder, `data` the digest of the dataset; shards of another pair are not gone on with.
+
     `done` holds the ids that an earlier, stopped writer left in complete shards: skip those. A cache that is
     already at `path` is replaced at the end. UserError if `path` is something else, or the disk is full.
     """
@@ -59,6 +62,7 @@ class LatentWriter:
         self,
         path: str | os.PathLike,
         fingerprint: str,
+        data: str,
         channels: int,
         factors: tuple[int, int, int],
         shard_clips: int = 1024,
@@ -66,10 +70,11 @@ class LatentWriter:
         self.path = Path(path)
         if self.path.exists() and not (self.path / "cache.json").exists():
             raise UserError(f"{self.path} exists and is not a latent cache; choose another folder")
-        self.partial = self.path.with_name(self.path.name + ".tmp")
+        self.partial = unfinished(self.path)
         self.header = {
             "format": FORMAT,
             "fingerprint": fingerprint,
+            "data": data,
             "latent_channels": channels,
             "factors": list(factors),
         }
@@ -208,6 +213,7 @@ class LatentCache:
         if header["format"] != FORMAT:
             raise UserError(f"{self.path} has cache format {header['format']}, this program reads {FORMAT}")
         self.fingerprint: str = header["fingerprint"]
+        self.data: str = header["data"]  # digest of the dataset
         self.channels: int = header["latent_channels"]
         self.factors: tuple[int, int, int] = tuple(header["factors"])
         self._shards = ShardReader(self.path, PREFIX, header["shards"])

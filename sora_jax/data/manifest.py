@@ -8,9 +8,11 @@
 ======================================  ==================================================================
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,13 @@ class Dataset:
             self._table = pq.read_table(self.path / "manifest.parquet")
         return self._table
 
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of what the clips are and how they were made; equal builds of equal files have an equal one."""
+        rows = [{name: value for name, value in row.items() if name not in ("source", "file")} for row in self.rows()]
+        options = {name: value for name, value in self.info["options"].items() if name != "path"}
+        return hashlib.sha256(json.dumps([options, rows], sort_keys=True).encode()).hexdigest()
+
     @property
     def refused(self) -> list[dict]:
         lines = (self.path / "refused.jsonl").read_text(encoding="utf-8").splitlines()
@@ -144,7 +153,7 @@ def read_info(path: Path) -> dict:
     try:
         info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"dataset={path} is none: a folder made by `sora-jax data build` is.") from error
+        raise UserError(f"{str(path)!r} is not a dataset folder: one made by `sora-jax data build` is.") from error
     if info.get("format") != FORMAT:
         raise UserError(f"dataset={path} has format {info.get('format')}: format {FORMAT} can be read.")
     return info

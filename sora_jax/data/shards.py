@@ -1,4 +1,4 @@
-"""Records on disk: shards of bytes with random access, and folders that appear whole or not at all."""
+"""Records on disk: shards of bytes with random access."""
 
 import os
 from collections.abc import Iterator

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from sora_jax.config import check, frozen, read_json
 from sora_jax.data import tokenizer as tokenizers
+from sora_jax.data.packing import grid_of
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
@@ -40,17 +41,19 @@ class Run:
         prompts: Sequence[str],
         sizes: Size | Sequence[Size],
         steps: int = 30,
-        guidance: float = 4.0,
+        guidance: float | None = None,
         seed: int = 0,
         solver: str = "euler",
         clips: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
         """One clip per prompt, uint8 (frames, height, width, 3), all sampled in packs together.
 
-        `sizes` is (frames, height, width), one for all or one per prompt; 1 frame is an image. `clips` are the
+        `sizes` is (frames, height, width), one for all or one per prompt; 1 frame is an image. `guidance` is that of
+        the run's previews where it is not given, 1 is none. `clips` are the
         identities that key the noise (default 1, 2, ...): the same (seed, identity, prompt, size) gives the same
         clip beside any others. UserError names the nearest sizes that are allowed.
         """
+        guidance = self.config.preview.guidance if guidance is None else guidance
         check(len(prompts) > 0, "there is no prompt; give at least one")
         check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
         sizes = [sizes] * len(prompts) if isinstance(sizes[0], int) else list(sizes)
@@ -78,7 +81,9 @@ class Run:
             below = max(value // step, 1) * step
             nearest = f"{below} or {below + step}"
             check(value == below, f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")
-        return latent_grid(self.autoencoder.config, frames, height, width)
+        latent = latent_grid(self.autoencoder.config, frames, height, width)
+        grid_of(latent, self.config.model.patch)  # UserError where the frames do not fill whole patches
+        return latent
 
 
 def load_run(folder: str | Path) -> Run:
@@ -109,7 +114,9 @@ def _mesh_here(config: MeshConfig) -> Mesh:
 def read_run_config(folder: Path) -> DenoiserRun:
     """The config that a run folder keeps; UserError if it is no run of a denoiser."""
     path = Path(folder) / "config.json"
-    check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder")
+    inside = Path(folder) / "transformer"
+    hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
+    check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder{hint}")
     config = read_json(path)
     check(
         config.get("kind") == "transformer",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -39,6 +40,7 @@ class SampleConfig:
     def __post_init__(self):
         solver_named(self.solver)
         check(self.steps > 0, f"--steps is {self.steps}; it must be positive")
+        check(math.isfinite(self.guidance), f"--guidance is {self.guidance}; it must be a finite number")
 
 
 @dataclasses.dataclass(frozen=True)

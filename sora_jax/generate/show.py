@@ -10,6 +10,7 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data.media import write_video
+from sora_jax.errors import UserError
 from sora_jax.generate.preview import scale_of
 
 FIGURE = (
@@ -25,8 +26,13 @@ def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps
     clips: uint8 (frames, height, width, 3) of any sizes; one frame becomes a picture, more a GIF at `fps`.
     UserError unless there is one caption for each clip, or none at all.
     """
-    from IPython.display import HTML
-
+    try:
+        from IPython.display import HTML
+    except ModuleNotFoundError as error:
+        message = (
+            "show() is for notebooks and needs IPython: `pip install ipython`, or write clips by `sora-jax sample`"
+        )
+        raise UserError(message) from error
     captions = [""] * len(clips) if captions is None else captions
     check(len(captions) == len(clips), f"there are {len(clips)} clips and {len(captions)} captions; give one for each")
     return HTML("".join(_figure(clip, caption, fps) for clip, caption in zip(clips, captions, strict=True)))

@@ -104,7 +104,7 @@ def check_splits(specs, mesh: Mesh) -> None:
             if axis:
                 check_split(mesh, axis, size, f"axis {axis!r} of parameter {name}")
 
-    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    _map(visit, specs)
 
 
 def count(specs) -> int:

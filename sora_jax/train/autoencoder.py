@@ -108,7 +108,9 @@ def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> J
         batches=batches.stream,
         to_device=lambda batch: {name: x for name, x in batch.items() if name.endswith("_BTHW3")},
         counts=functools.partial(_counts, config.model),
-        clip_ids=lambda batch: [int(i) for name in sorted(batch) if name.endswith("_clips_B") for i in batch[name]],
+        clip_ids=lambda batch: [
+            dataset.row(int(i))["id"] for name in sorted(batch) if name.endswith("_clips_B") for i in batch[name]
+        ],
         preview=preview,
     )
 

@@ -145,10 +145,15 @@ def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, 
         batches=batches.stream,
         to_device=lambda batch: Pack(**batch),
         counts=functools.partial(batch_counts, config.model),
-        clip_ids=lambda batch: batch["clips_BS"][batch["clips_BS"] > 0].tolist(),
+        clip_ids=lambda batch: _names(cache, batch["clips_BS"]),
         preview=preview,
         note=str(batches.report()),
     )
+
+
+def _names(cache: LatentCache, clips_BS) -> list[str]:
+    names = dict(zip(cache.uids.tolist(), cache.ids, strict=True))
+    return [names[uid] for uid in clips_BS[clips_BS > 0].tolist()]
 
 
 def _job_loss(config: DenoiserRun, params, pack: Pack, step, part):

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from sora_jax.config import check
 from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter
 from sora_jax.data.manifest import Dataset
+from sora_jax.files import replacing
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, load_autoencoder
 
@@ -24,26 +25,20 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, batch: int = 16
     check(batch > 0, f"--batch is {batch}; it must be positive")
     autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
     if (Path(out) / "cache.json").exists():
-        _check_complete(LatentCache(out), autoencoder.fingerprint, dataset)
+        cache = LatentCache(out)
+        cache.check(autoencoder.fingerprint)
+        same = cache.data == dataset.digest
+        check(same, f"--out is {str(out)!r}; it holds latents of other clips than --data={data}; remove it")
         return
     config = autoencoder.config
     check_sizes(config, dataset)
     factors = (config.time_factor, config.space_factor, config.space_factor)
-    with LatentWriter(out, autoencoder.fingerprint, config.latent_channels, factors) as writer:
-        strangers = writer.done - set(dataset.table["id"].to_pylist())
-        check(not strangers, f"{writer.partial} was begun with other clips than those of {data}; remove it")
+    with LatentWriter(out, autoencoder.fingerprint, dataset.digest, config.latent_channels, factors) as writer:
         rows = [row for row in _by_size(dataset) if row["id"] not in writer.done]
         latents = autoencoder.encode((dataset[row["index"]].frames for row in rows), batch)
         for row, latent in tqdm(zip(rows, latents, strict=True), "encode", len(rows), unit="clip"):
             writer.add(LatentEntry(**{name: row[name] for name in ENTRY}), latent)
         copy_autoencoder(autoencoder_run, writer.partial)
-
-
-def _check_complete(cache: LatentCache, fingerprint: str, dataset: Dataset) -> None:
-    cache.check(fingerprint)
-    held = sorted(zip(*(cache.manifest[name] for name in ENTRY), strict=True))
-    wanted = sorted(tuple(row[name] for name in ENTRY) for row in dataset.rows())
-    check(held == wanted, f"--out is {str(cache.path)!r}; it holds latents of other clips than --data; remove it")
 
 
 def _by_size(dataset: Dataset) -> list[dict]:
@@ -52,9 +47,15 @@ def _by_size(dataset: Dataset) -> list[dict]:
 
 
 def copy_autoencoder(run: Path, target: Path) -> None:
-    """Keeps the frozen autoencoder beside what was made with it, so that each folder can be used alone."""
+    """Keeps the frozen autoencoder beside what was made with it, so that each folder can be used alone.
+
+    A copy that is there stays as it is.
+    """
+    kept = Path(target) / FOLDER
+    if (kept / RECORD).exists():
+        return
     source = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
     check((source / RECORD).exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
-    (Path(target) / FOLDER).mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, RECORD):  # in this order: the record makes the copy valid
-        shutil.copyfile(source / name, Path(target) / FOLDER / name)
+        with replacing(kept / name) as temporary:
+            shutil.copyfile(source / name, temporary)

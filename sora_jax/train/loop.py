@@ -71,7 +71,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
     """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one; returns the TrainState.
 
     `run` (the plain config) is stored in each checkpoint. Raises Stopped after an orderly stop, UserError when a
-    step is not finite. Order inside a step: fetch, dispatch, read the step before, preview, save.
+    step is not finite. Order inside a step: fetch, dispatch, read the step before, save, preview.
     """
     watch = Stopwatch()
     optimizer = make_optimizer(dataclasses.replace(optim, decay_steps=optim.decay_steps or config.steps))
@@ -81,13 +81,16 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         stop = stack.enter_context(stop_signal())
         with watch("init"):
             state = init_state(job.specs, optimizer, len(optim.ema), seed, mesh)
+            saved = {}
             if checkpoints.latest() is not None:
-                state, _ = checkpoints.restore(state)
+                state, saved = checkpoints.restore(state)
         start = int(state.step)
         if start >= config.steps:
+            print(f"{job.name}: already at step {start} of {config.steps}", flush=True)
             return state
         writer = stack.enter_context(MetricsWriter(workdir, start))
         reporter = Reporter(job, writer, stack.enter_context(_bar(job.name, start, config.steps)), watch, config)
+        reporter.means = Means(saved.get("means"))
         step_function = make_step(job.loss, optimizer, optim.ema)
         batches = job.batches(start)
         for step in range(start + 1, config.steps + 1):
@@ -98,15 +101,19 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 state, metrics = step_function(state, placed)
                 reporter.read_previous()
             reporter.hold(step, metrics, batch)
-            if job.preview and due(step, config.preview_every, config.steps):
-                with watch("preview"):
-                    reporter.read_previous()
-                    job.preview(step, state.ema[0], writer)
             stopping = stop()  # asked once: a signal that comes after this line waits for the next step's save
-            if stopping or due(step, config.save_every, config.steps):
-                with watch("save"):
+            saving = stopping or due(step, config.save_every, config.steps)
+            previewing = job.preview and due(step, config.preview_every, config.steps)
+            if saving or previewing:
+                with watch("step"):  # what is waited for here is the step, not the save
                     reporter.read_previous()
-                    checkpoints.save(step, state, {"config": run, "step": step, "seed": seed})
+            if saving:
+                with watch("save"):
+                    means = reporter.means.state()
+                    checkpoints.save(step, state, {"config": run, "step": step, "seed": seed, "means": means})
+            if previewing:
+                with watch("preview"):
+                    job.preview(step, state.ema[0], writer)
             if stopping:
                 raise Stopped(step)
     return state
@@ -136,7 +143,7 @@ class Reporter:
     def __init__(self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, config: LoopConfig):
         self._job, self._writer, self._bar, self._watch, self._config = job, writer, bar, watch, config
         self._held = None
-        self._metrics: list[dict] = []
+        self.means = Means()
         self._counts: dict[str, float] = {}
         self._since: float | None = None
 
@@ -151,7 +158,7 @@ class Reporter:
         metrics = jax.device_get(metrics)
         self._check_finite(step, metrics, batch)
         self._bar.update(1)
-        self._metrics.append(metrics)
+        self.means.add(metrics)
         counts = self._job.counts(batch)
         if self._since is None:
             self._since = self._clock()
@@ -170,7 +177,7 @@ class Reporter:
                 )
 
     def _report(self, step: int) -> None:
-        metrics = jax.tree.map(_mean, *self._metrics)
+        metrics = self.means.take()
         seconds = self._clock() - self._since
         rates = {f"{name}_per_second": value / seconds for name, value in self._counts.items() if name != "places"}
         if "places" in self._counts:
@@ -178,7 +185,7 @@ class Reporter:
         spent = {f"seconds/{cause}": value for cause, value in self._watch.seconds.items()}
         self._writer.write(step, metrics | rates | spent)
         self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
-        self._metrics, self._counts, self._since = [], {}, self._clock()
+        self._counts, self._since = {}, self._clock()
 
     def _clock(self) -> float:
         """Seconds that pass while steps are made; stands still during previews and saves."""
@@ -186,12 +193,30 @@ class Reporter:
         return time.perf_counter() - paused
 
 
-def _mean(*values) -> np.ndarray:
-    """Mean over steps, entry by entry, of those that counted anything: the others are NaN."""
-    stacked = np.stack(values)
-    counted = np.isfinite(stacked)
-    with np.errstate(invalid="ignore"):
-        return np.where(counted, stacked, 0.0).sum(0) / counted.sum(0)
+class Means:
+    """Means of metrics over steps, entry by entry; an entry that is NaN in a step counted nothing in it.
+
+    `state` is for the checkpoint: after a stop a report is the same as without one.
+    """
+
+    def __init__(self, state: dict | None = None):
+        self._sums = {name: np.array(pair) for name, pair in (state or {}).items()}
+
+    def add(self, metrics: dict) -> None:
+        for name, value in metrics.items():
+            value = np.asarray(value, np.float64)
+            counted = np.isfinite(value)
+            self._sums[name] = self._sums.get(name, 0.0) + np.stack([np.where(counted, value, 0.0), counted])
+
+    def take(self) -> dict:
+        """The means since the last call."""
+        with np.errstate(invalid="ignore"):
+            means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def state(self) -> dict:
+        return {name: pair.tolist() for name, pair in self._sums.items()}
 
 
 @contextlib.contextmanager

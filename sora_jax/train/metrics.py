@@ -45,7 +45,8 @@ class MetricsWriter:
         self._file.write("\n")
         self._file.flush()
         for name, value in flat.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """A uint8 picture for TensorBoard."""

@@ -73,7 +73,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 def weights_only(params):
     """True for matrices and kernels, by the last name of their path in the parameter tree."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("weight", "kernel"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
 
 
 def update_ema(ema: tuple, params, decays: tuple[float, ...], step: jax.Array) -> tuple:

@@ -7,7 +7,6 @@ from flax import struct
 from jax.sharding import Mesh
 
 from sora_jax.diffusion.keys import Purpose, step_key
-from sora_jax.errors import UserError
 from sora_jax.nn import params as param
 
 
@@ -23,13 +22,9 @@ class TrainState:
 
 def init_state(specs, optimizer: optax.GradientTransformation, averages: int, seed: int, mesh: Mesh) -> TrainState:
     """The state before the first step; every array is born with its sharding."""
-    try:
-        shardings = param.shardings(specs, mesh)
-        params = jax.jit(lambda key: param.init(specs, key), out_shardings=shardings)(step_key(seed, 0, Purpose.INIT))
-    except ValueError as error:
-        if "evenly divide" in str(error):
-            raise UserError(f"the model does not divide over the mesh {dict(mesh.shape)}: {error}") from error
-        raise
+    param.check_splits(specs, mesh)
+    shardings = param.shardings(specs, mesh)
+    params = jax.jit(lambda key: param.init(specs, key), out_shardings=shardings)(step_key(seed, 0, Purpose.INIT))
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     ema = tuple(copy(params) for _ in range(averages))
     return TrainState(jnp.zeros((), jnp.int32), params, ema, jax.jit(optimizer.init)(params))
