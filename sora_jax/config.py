@@ -126,9 +126,8 @@ def _explain(arguments: Sequence[str], known, error: Exception) -> str:
                 return f"{path} is not an option: there is no {name!r}; allowed there: {allowed}"
             node = node[name]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-    reason = reason.split(" Other fields present")[0].removeprefix(
-        "'"
-    )  # the library lists them all, nested, in one line
+    # Of a field that is not there the library lists all others, nested, in one line.
+    reason = reason.split(" Other fields present")[0].removeprefix("'")
     return reason.removeprefix("flag ") if reason.startswith("flag ") else f"{arguments[0]}: {reason}"
 
 
