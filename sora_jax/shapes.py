@@ -18,17 +18,12 @@ M      text tokens in a pack
 E      width of the text encoder
 =====  ==========================================================================
 
-The aliases below are for annotations.
+The aliases below are for annotations; in tests those of the diffusion room are checked at every call (setup.cfg).
 """
 
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 TokensBLP = Float[Array, "B L P"]
-HiddenBLD = Float[Array, "B L D"]
 SegmentsBL = Int[Array, "B L"]
-CoordsBL3 = Float[Array, "B L 3"]
 TimesBR = Float[Array, "B R"]
 ClipsBS = UInt32[Array, "B S"]
-MaskBL = Bool[Array, "B L"]
-VideoBTHWC = Float[Array, "B T H W C"]
-LatentBthwC = Float[Array, "B t h w C"]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -179,3 +180,9 @@ def test_bad_options_are_user_errors():
         sampling_times(TimesConfig(), 0, jnp.ones((1, 1), jnp.int32))
     with pytest.raises(UserError, match="not -1"):
         step_key(-1, 0, Purpose.TIME)
+
+
+def test_shapes_are_checked_in_tests():
+    """setup.cfg has the shape annotations of the diffusion room checked at every call made by a test."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        per_token(jnp.zeros((2, 3)), jnp.zeros((1, 4), jnp.int32))
