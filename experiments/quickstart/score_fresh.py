@@ -2,9 +2,9 @@
 
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256
 
-The 64 prompts of the quickstart's own table also served to choose its settings. These are the captions of other clips
-of the same world, again only such as no training clip has. Prints what the oracle finds in the real clips, in
-the same clips through the autoencoder, and in clips generated from their captions.
+The 64 prompts that the quickstart scores also served to choose its settings. These are captions of other clips of the
+same world, only such as no clip of the run's dataset has, trained on or held out. Prints what the oracle finds in the
+real clips, in the same clips through the autoencoder, and in clips generated from their captions.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256)
     options = parser.parse_args()
     config = frozen(QuickstartConfig, load(options.config or default_config()))
-    seen = {row["caption"] for row in Dataset(options.workdir / "world").rows("train")}
+    seen = {row["caption"] for row in Dataset(options.workdir / "world").rows()}
     captions, clips = zip(*fresh_clips(config.world, seen, options.count), strict=True)
     print(f"{len(captions)} clips, {len(set(captions))} different captions")
     print(line("real clips", score(captions, clips)), flush=True)
