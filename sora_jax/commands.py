@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -204,6 +205,10 @@ def sample(options) -> list[Path]:
     settings = (options.steps, options.guidance, options.seed, options.solver)
     SampleConfig(options.solver, options.steps, options.guidance, options.seed)
     run = load_run(options.workdir)
+    most = run.tokenizer.config.max_tokens
+    for prompt in prompts:
+        if (length := run.tokenizer.length(prompt)) > most:
+            print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     clips = run.generate(prompts, (options.frames, options.height, options.width), *settings)
     for path, clip in zip(paths, clips, strict=True):
         write_video(path, clip, options.fps, options.upscale)

@@ -229,7 +229,7 @@ def test_open_readers_survive_a_fork(tmp_path, folder):
 
 
 def test_what_is_no_dataset_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="dataset="):
+    with pytest.raises(UserError, match="is not a dataset folder"):
         Dataset(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(UserError, match="format 99"):

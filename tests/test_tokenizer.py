@@ -90,6 +90,8 @@ def test_long_captions_are_cut(either):
     long = either.encode("red circle " * 50)
     assert len(long) == 32
     np.testing.assert_array_equal(long, either.encode("red circle " * 90))
+    assert either.length("red circle " * 50) == 10 * either.length("red circle " * 5) > 32
+    assert either.length("red") == len(either.encode("red"))
 
 
 def test_a_cut_leaves_no_half_character():

@@ -53,6 +53,10 @@ class Tokenizer:
         ids = self._word_ids(text) if self.config.kind == "words" else self._byte_ids(text)
         return np.array(ids[: self.config.max_tokens] or [NULL], np.int32)
 
+    def length(self, text: str) -> int:
+        """Tokens of a text before it is cut to max_tokens."""
+        return len(self._word_ids(text)) if self.config.kind == "words" else len(_encodable(text).encode())
+
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many captions; equal captions are encoded once and share an array."""
         once = {text: self.encode(text) for text in set(texts)}
