@@ -8,6 +8,7 @@ import pytest
 from fixtures_runs import chain, trained  # noqa: F401
 
 from sora_jax.errors import UserError
+from sora_jax.generate import sampler
 from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
 
 REQUESTS = [
@@ -52,6 +53,23 @@ def far(a, b):
 def test_shapes(together):
     assert [z.shape for z in together] == [(*r.size, 4) for r in REQUESTS]
     assert all(np.isfinite(z).all() for z in together)
+
+
+def test_calls_of_few_packs_are_one_call_of_all(latents, together, monkeypatch):
+    """One pack at a time, with a clip to a pack: the same clips, in the same order."""
+    monkeypatch.setattr(sampler, "PACKS_AT_ONCE", 1)
+    whole = sampler._pack_items
+
+    def one_slot(*arguments):
+        items, packing = whole(*arguments)
+        return items, dataclasses.replace(packing, slots=1)
+
+    monkeypatch.setattr(sampler, "_pack_items", one_slot)
+    solve, calls = sampler._solve, []
+    monkeypatch.setattr(sampler, "_solve", lambda *arguments: calls.append(1) or solve(*arguments))
+    for a, b in zip(latents(REQUESTS), together, strict=True):
+        near(a, b)
+    assert len(calls) == len(REQUESTS)
 
 
 @pytest.mark.parametrize("i", range(len(REQUESTS)))

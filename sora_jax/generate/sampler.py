@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from sora_jax.config import check
 from sora_jax.data.packing import PackingConfig, PackItem, grid_of, pack, stack, unpack, unstack
@@ -26,6 +27,8 @@ from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel.mesh import place_batch
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun
+
+PACKS_AT_ONCE = 8  # rounded up to the parts of the mesh; bounds the memory of a long list of prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +60,26 @@ def sample_latents(
 ) -> list[np.ndarray]:
     """Normalised latents (t, h, w, C), one per request, in order.
 
-    All requests travel in as few packs as they fit in and are sampled by one call; a clip's noise is keyed by
-    (seed, clip), so what it is packed with changes it by float error at most.
+    All requests travel in as few packs as they fit in, up to PACKS_AT_ONCE in a call of the compiled sampler, with a
+    progress bar where that takes more than one; a clip's noise is keyed by (seed, clip), so what it is packed with
+    changes it by float error at most.
     """
     items, packing = _pack_items(run, tokenizer, requests)
-    batch, places = _arrange(items, packing, parts("batch", mesh))
+    places = _arrange(items, packing)
+    split = parts("batch", mesh)
+    at_once = -(-min(len(places), PACKS_AT_ONCE) // split) * split
+    starts = range(0, len(places), at_once)
     guidance = None if config.guidance == 1.0 else jnp.float32(config.guidance)
     key = step_key(config.seed, 0, Purpose.SAMPLE)
-    tokens_BLP = _solve(params, run, config.solver, config.steps, Pack(**place_batch(batch, mesh)), key, guidance)
     latents: list[np.ndarray | None] = [None] * len(requests)
-    for row, members in zip(unstack(batch | {"tokens_BLP": np.asarray(tokens_BLP)}), places):
-        for member, latent in zip(members, unpack(row, packing.patch), strict=True):
-            latents[member] = latent
+    for start in tqdm(starts, "sampling", unit="batch", disable=len(starts) == 1):
+        members = places[start : start + at_once]
+        rows = [pack([items[i] for i in row], packing) for row in members]
+        batch = stack(rows + rows[-1:] * (at_once - len(rows)))  # the last row again, so that one program serves all
+        tokens_BLP = _solve(params, run, config.solver, config.steps, Pack(**place_batch(batch, mesh)), key, guidance)
+        for row, inside in zip(unstack(batch | {"tokens_BLP": np.asarray(tokens_BLP)}), members):
+            for member, latent in zip(inside, unpack(row, packing.patch), strict=True):
+                latents[member] = latent
     return latents
 
 
@@ -82,20 +93,18 @@ def _pack_items(run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Reque
     longest = max(int(np.prod(grid_of(r.size, run.packs.patch))) for r in requests)
     wordiest = max(len(item.text) for item in items)
     sizes = {
-        "length": max(run.packs.length, -(-longest // 128) * 128),
+        "length": run.packs.length if longest <= run.packs.length else -(-longest // 128) * 128,
         "text_length": max(run.packs.text_length, wordiest),
     }
     return items, dataclasses.replace(run.packs, **sizes)
 
 
-def _arrange(items: list, packing: PackingConfig, parts: int) -> tuple[dict, list[list[int]]]:
-    """A batch of packs, and which items each row holds, slot by slot; the last row is repeated to fill the mesh."""
+def _arrange(items: list, packing: PackingConfig) -> list[list[int]]:
+    """Which items each row holds, slot by slot."""
     lengths = np.array([np.prod(grid_of(item.latent.shape[:3], packing.patch)) for item in items])
     texts = np.array([len(item.text) for item in items])
     planned = plan(0, 0, lengths, texts, packing.length, packing.slots, packing.text_length, packing.window)
-    places = [list(map(int, planned[row])) for row in range(len(planned))]
-    rows = [pack([items[i] for i in members], packing) for members in places]
-    return stack(rows + rows[-1:] * (-len(rows) % parts)), places
+    return [list(map(int, planned[row])) for row in range(len(planned))]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
