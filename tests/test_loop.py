@@ -170,7 +170,7 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
     writer = types.SimpleNamespace(write=lambda step, row: reports.append(row))
     bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
     watch = Stopwatch()
-    reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2))
+    reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.Means())
     for step in range(1, 13):
         now[0] += 1
         reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {})

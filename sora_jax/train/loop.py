@@ -89,8 +89,8 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
             print(f"{job.name}: already at step {start} of {config.steps}", flush=True)
             return state
         writer = stack.enter_context(MetricsWriter(workdir, start))
-        reporter = Reporter(job, writer, stack.enter_context(_bar(job.name, start, config.steps)), watch, config)
-        reporter.means = Means(saved.get("means"))
+        bar = stack.enter_context(_bar(job.name, start, config.steps))
+        reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")))
         step_function = make_step(job.loss, optimizer, optim.ema)
         batches = job.batches(start)
         for step in range(start + 1, config.steps + 1):
@@ -140,10 +140,12 @@ class Reporter:
     neither does the time of previews and saves.
     """
 
-    def __init__(self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, config: LoopConfig):
+    def __init__(
+        self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, config: LoopConfig, means: "Means"
+    ):
         self._job, self._writer, self._bar, self._watch, self._config = job, writer, bar, watch, config
         self._held = None
-        self.means = Means()
+        self.means = means
         self._counts: dict[str, float] = {}
         self._since: float | None = None
 
