@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import sys
 from pathlib import Path
 
@@ -155,75 +156,152 @@ def _data(commands) -> None:
     p = _parser(commands.add_parser, "data", help="build, encode and inspect data", epilog=EXAMPLES)
     verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect")
     _build(verbs)
-    example = "example:\n  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents"
+    _encode(verbs)
+    example = "example:\n  sora-jax data inspect data/clips"
+    p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog=example)
+    p.add_argument("folder", type=Path, help="dataset folder")
+    p.add_argument("--pack-length", type=int, help="tokens of the packs whose fill is counted; default: two clips")
+    p.set_defaults(function=inspect)
+
+
+def _encode(verbs) -> None:
+    example = (
+        "example:\n  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents\n"
+        "  sora-jax data encode ... --shard=0/4     one of four machines; each runs it with its own number"
+    )
     p = _parser(verbs.add_parser, "encode", help="dataset folder -> latent cache", epilog=example)
     p.add_argument("--autoencoder", type=Path, required=True, help="run folder of a trained autoencoder")
     p.add_argument("--data", type=Path, required=True, help="dataset folder")
     p.add_argument("--out", type=Path, required=True, help="latent cache to write")
     p.add_argument("--batch", type=int, default=16, help="clips encoded at once")
+    p.add_argument("--shapes", type=int, default=4, help="compiled programs at most; clips of all sizes share them")
+    p.add_argument("--shard", default="0/1", help="i/n: the share of this process where n share the work")
+    p.add_argument("--text-encoder", help="name or folder of a T5, UMT5 or CLIP of transformers, to embed the captions")
+    p.add_argument("--text-tokens", type=int, default=128, help="most tokens of a caption for --text-encoder")
     p.set_defaults(function=encode)
-    example = "example:\n  sora-jax data inspect data/clips"
-    p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog=example)
-    p.add_argument("folder", type=Path, help="dataset folder")
-    p.set_defaults(function=inspect)
+
+
+SOURCE_FLAGS = dict(source="name", path="path", strip_frames="strip_frames", strip_fps="strip_fps", limit="limit")
 
 
 def _build(verbs) -> None:
     example = (
-        "example:\n  sora-jax data build --source=folder --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
-        "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world"
+        "example:\n  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
+        "  sora-jax data build --source=webdataset --path='shards/*.tar' --out=data/clips --workers=8\n"
+        "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
+        "  sora-jax data build --config=configs/data.py:mixed --out=data/mixed      several sources"
     )
     p = _parser(verbs.add_parser, "build", help="videos and pictures -> dataset folder", epilog=example)
     p.add_argument("--out", required=True, help="dataset folder to write")
-    p.add_argument("--source", default="folder", help="folder or world")
-    p.add_argument("--path", default="", help="folder of videos and pictures, with captions beside them")
-    p.add_argument("--world", default="simple", help="which world: simple or full")
-    p.add_argument("--max-frames", type=int, default=17, help="longest clip; cut to 1 + time_factor * k frames")
-    p.add_argument("--time-factor", type=int, default=4, help="compression in time of the autoencoder to come")
-    about = "cut to the next shorter allowed length, or pad to the next longer"
-    p.add_argument("--length-rule", default="cut", help=about)
-    p.add_argument("--min-frames", type=int, default=1, help="clips that end shorter are refused")
-    p.add_argument("--place", default="middle", help="part taken of a longer clip: start, middle or random")
-    p.add_argument("--multiple", type=int, default=16, help="height and width become multiples of this")
-    p.add_argument("--max-pixels", type=int, default=256 * 256, help="height x width at most; aspect ratio is kept")
-    p.add_argument("--max-fps", type=float, help="faster clips leave out frames")
-    p.add_argument("--missing-caption", default="refuse", help="refuse, or empty")
-    p.add_argument("--strip-frames", type=int, help="read each picture as so many frames from left to right")
-    p.add_argument("--strip-fps", type=float, default=8.0, help="frames a second of such strips")
-    p.add_argument("--holdout", type=float, default=0.05, help="share of clips held out")
-    p.add_argument("--limit", type=int, help="at most so many clips, evenly spread over all files")
-    p.add_argument("--seed", type=int, default=0, help="of the held-out split and of random places")
-    p.add_argument("--workers", type=int, default=1, help="processes that decode")
+    p.add_argument("--config", help="config file with a list of sources; what is given here changes it")
+    # Without defaults of their own: what is not given is that of the config, or of BuildConfig.
+    add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
+    add("--source", help="folder (the default), webdataset, tfds:NAME[:CONFIG], array_record or world")
+    add("--path", help="where it is: a folder, tar shards, ArrayRecord files")
+    add("--limit", type=int, help="at most so many entries of the source, evenly spread")
+    add("--strip-frames", type=int, help="read each picture as so many frames from left to right")
+    add("--strip-fps", type=float, help="frames a second of such strips (8)")
+    add("--world", help="which world: simple (the default) or full")
+    add("--max-frames", type=int, help="longest clip; cut to 1 + time_factor * k frames (17)")
+    add("--time-factor", type=int, help="compression in time of the autoencoder to come (4)")
+    add("--length-rule", help="cut to the next shorter allowed length, or pad to the next longer (cut)")
+    add("--min-frames", type=int, help="clips that end shorter are refused (1)")
+    add("--fps", type=float, help="frames a second of all clips, by their time stamps (as each file has)")
+    add("--max-fps", type=float, help="faster clips leave out frames")
+    add("--place", help="part taken of a longer clip: start, middle or random (middle)")
+    add("--clips-per-file", type=int, help="so many clips of a file that is long enough (1)")
+    add("--cuts", action="store_true", help="shorten clips to their longest part without a scene cut")
+    add("--multiple", type=int, help="height and width become multiples of this (16)")
+    add("--max-pixels", type=int, help="height x width at most; aspect ratio is kept (65536)")
+    add("--max-tokens", type=int, help="tokens of a clip at most: longer clips become smaller")
+    add("--resolution", help="largest that is allowed, or drawn at random: uniform or navit (largest)")
+    add("--min-pixels", type=int, help="smallest height x width that is drawn")
+    add("--framing", help="native, or square: crop to a square (native)")
+    add("--variants", type=int, help="sizes or places of each clip that epochs take in turn (1)")
+    add("--missing-caption", help="refuse, or empty (refuse)")
+    add("--holdout", type=float, help="share of clips held out (0.05)")
+    add("--seed", type=int, help="of the held-out split, places and sizes (0)")
+    add("--workers", type=int, help="processes that decode; 0: this one, unprotected from crashes (1)")
+    add("--seconds", type=float, help="a file that takes longer is refused (60)")
+    add("--shard", help="i/n: the share of this process where n share the work (0/1)")
+    p.add_argument("--beam", help="build by Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
     p.set_defaults(function=build)
 
 
 def build(options) -> None:
+    from sora_jax.data.build import build
+    from sora_jax.data.inspect import inspect
+
+    config = build_config(options)
+    if options.beam is None:
+        dataset = build(config)
+    else:
+        from sora_jax.data.beam import build_with_beam
+
+        dataset = build_with_beam(config, options.beam)
+    if dataset is None:
+        print(f"this share is done; {options.out} appears when the others are, too")
+        return
+    print(inspect(options.out).text)
+    if dataset.refused:
+        print(f"{len(dataset.refused)} files are not used: {Path(options.out) / 'refused.jsonl'} says why")
+
+
+def build_config(options):
+    """The BuildConfig of the command line: of the config file, or of one source, changed by what is given."""
+    import dataclasses
+
+    from sora_jax.config import check, frozen, load
+    from sora_jax.data.prepare import BuildConfig
+
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig) if hasattr(options, f.name)}
+    single = [name for name in (*SOURCE_FLAGS, "world") if hasattr(options, name)]
+    if options.config:
+        check(not single, f"--{single and single[0]} is given beside --config; change --config.sources[0] instead")
+        return dataclasses.replace(frozen(BuildConfig, load(options.config, options.changes)), **given)
+    check(not options.changes, "--config.NAME=VALUE is given without --config; give the file, or --NAME=VALUE")
+    return BuildConfig(
+        sources=(source_config(options, given.get("seed", 0), given.get("holdout")),), **{"workers": 1} | given
+    )
+
+
+def source_config(options, seed: int, holdout: float):
+    """The one source of the command line."""
     import dataclasses
 
     from sora_jax.config import choose
-    from sora_jax.data.build import BuildConfig, build, inspect
+    from sora_jax.data.sources import SourceConfig
     from sora_jax.data.world import FULL_WORLD, WorldConfig
 
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig)}
-    world = choose("--world", options.world, {"simple": WorldConfig(), "full": FULL_WORLD})
-    values["world"] = dataclasses.replace(world, seed=options.seed)
-    build(BuildConfig(**values))
-    print(inspect(options.out).text)
+    values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
+    if values.get("name") == "world":
+        world = choose("--world", getattr(options, "world", "simple"), {"simple": WorldConfig(), "full": FULL_WORLD})
+        share = BuildConfig.holdout if holdout is None else holdout
+        values |= {
+            "world": dataclasses.replace(world, seed=seed),
+            "world_held_out": round(values.get("limit", 0) * share),
+        }
+    return SourceConfig(**values)
 
 
 def encode(options) -> None:
     from sora_jax import commands
+    from sora_jax.data.parts import Share
+    from sora_jax.models.pretrained import PretrainedText
     from sora_jax.train.encode import encode_dataset
 
     commands.use_compilation_cache()
-    encode_dataset(options.autoencoder, options.data, options.out, options.batch)
+    text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
+    share = Share.parse(options.shard)
+    if not encode_dataset(options.autoencoder, options.data, options.out, options.batch, options.shapes, share, text):
+        print(f"this share is done; {options.out} appears when the others are, too")
 
 
 def inspect(options) -> None:
-    from sora_jax.data.build import inspect
+    from sora_jax.data.inspect import inspect
 
-    found = inspect(options.folder)
-    print(f"{found.text}\ncontact sheet    {found.sheet}")
+    found = inspect(options.folder, options.pack_length)
+    print(f"{found.text}\ncontact sheet    {found.sheet}\nhistogram        {found.histogram}")
 
 
 if __name__ == "__main__":

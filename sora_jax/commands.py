@@ -15,6 +15,7 @@ from sora_jax.config import check, choose, first_difference, frozen, plain, read
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
+from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.files import write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
@@ -38,7 +39,7 @@ from sora_jax.train.frozen import (
 from sora_jax.train.loop import Job, fit
 
 # A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
-MAY_CHANGE = ("loop", "preview", "mesh", "data", "latents")
+MAY_CHANGE = ("loop", "feed", "preview", "mesh", "data", "latents")
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
 PREVIEW_CLIPS = 8
@@ -114,13 +115,14 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
+    cache.check_text(config.model.text.pretrained, config.model.text.pretrained_width)
     if (Path(workdir) / FOLDER / RECORD).exists():
         cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
     param.check_splits(transformer_specs(config.model), mesh)
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     check_split(mesh, "length", config.packing.length, "config.packing.length")
     check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
-    check_workdir(workdir, config, cache.data)
+    check_workdir(workdir, config, cache.info.data)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)
     for size in config.preview.sizes:
@@ -128,10 +130,11 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.prompts else None
     if preview is None:
         print("config.preview.prompts is empty: no samples are shown while training", flush=True)
-    job = denoiser_job(config, cache, tokenizer, preview)
-    claim_workdir(workdir, config, cache.data)
+    job = denoiser_job(config, cache, tokenizer, preview, Path(workdir) / "captions")
+    claim_workdir(workdir, config, cache.info.data)
     copy_autoencoder(config.latents, workdir)
-    tokenizer.save(Path(workdir) / "tokenizer.json")
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(Path(workdir) / "tokenizer.json")
     print(job.note, flush=True)
     _fit(job, config, mesh, workdir)
 
@@ -205,7 +208,7 @@ def sample(options) -> list[Path]:
     settings = (options.steps, options.guidance, options.seed, options.solver)
     SampleConfig(options.solver, options.steps, options.guidance, options.seed)
     run = load_run(options.workdir)
-    most = run.tokenizer.config.max_tokens
+    most = run.tokenizer.max_tokens
     for prompt in prompts:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)

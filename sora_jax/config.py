@@ -39,6 +39,8 @@ def mutable(config):
     def convert(value):
         if dataclasses.is_dataclass(value):
             return ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            return tuple(map(convert, value))
         return value
 
     return convert(config).lock()

@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,15 +11,24 @@ from sora_jax.errors import UserError
 
 
 @contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Turns an OSError (a full disk, a folder without permission) into "WHAT cannot be written: ...", a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write under: on success it becomes `path`, else it goes. A full disk is a UserError."""
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    # Not by process number: processes of several machines may write into one folder.
+    temporary = path.with_name(f".{path.stem}.tmp-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+        with as_user_error(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -39,25 +48,3 @@ def write_json(path: str | Path, content) -> None:
 def unfinished(out: Path) -> Path:
     """The hidden name under which a folder is filled; nobody else has a reason to use it."""
     return out.with_name(f".{out.name}.sora_jax-unfinished")
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill; it gets the name `out` when the block ends well, and is removed when it does not.
-
-    What a killed process left under the temporary name is removed first. UserError where `out` is in use or the
-    disk is full.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} already exists: give another folder or remove this one.")
-    temporary = unfinished(out)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

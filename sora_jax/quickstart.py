@@ -14,12 +14,14 @@ import numpy as np
 
 from sora_jax.commands import check_workdir, train_autoencoder, train_denoiser, use_compilation_cache
 from sora_jax.config import check, frozen, load
-from sora_jax.data.build import BuildConfig, build
+from sora_jax.data.build import build
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import save_png, write_video
 from sora_jax.data.oracle import agreement
 from sora_jax.data.packing import grid_of
+from sora_jax.data.prepare import BuildConfig
 from sora_jax.data.sheets import contact_sheet, gallery
+from sora_jax.data.sources import SourceConfig
 from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
@@ -116,10 +118,11 @@ def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
     """Stage 1; its sheet of clips and captions is there within the first minute."""
     print("1/5  the embedded world", flush=True)
     frames = max(config.world.frames)
+    held_out = round(config.clips * config.holdout)
+    source = SourceConfig("world", world=config.world, limit=config.clips, world_held_out=held_out)
     options = BuildConfig(
-        out=str(workdir / "world"), source="world", world=config.world, limit=config.clips, holdout=config.holdout,
-        max_frames=frames, time_factor=config.autoencoder.model.time_factor, workers=config.workers,
-        multiple=config.autoencoder.model.space_factor, max_pixels=None,
+        out=str(workdir / "world"), sources=(source,), max_frames=frames, workers=config.workers, max_pixels=None,
+        time_factor=config.autoencoder.model.time_factor, multiple=config.autoencoder.model.space_factor,
     )  # fmt: skip
     dataset = build(options)
     check(

@@ -120,6 +120,21 @@ def test_a_shift_by_the_space_factor_shifts_the_latent():
     assert np.abs(moved[inside] - mean[inside]).max() > 1e-2
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_clip_on_a_larger_canvas_has_the_latent_it_has_alone(config):
+    """Two clips of different sizes on one canvas, junk around them, later frames of junk behind them."""
+    params, canvas = random_params(config), np.random.default_rng(1).uniform(-1, 1, (2, 9, 16, 12, 3)).astype("f4")
+    sizes = np.array([[8, 12], [12, 4]], np.int32)
+    run = jax.jit(functools.partial(encode, params, config))
+    mean, logvar = run(canvas, sizes)
+    for number, (frames, height, width) in enumerate(((9, 8, 12), (5, 12, 4))):
+        own = canvas[number : number + 1, :frames, :height, :width]
+        t, h, w = latent_grid(config, frames, height, width)
+        for whole, part in zip((mean, logvar), run(own), strict=True):
+            np.testing.assert_allclose(whole[number : number + 1, :t, :h, :w], part, atol=2e-5)
+    assert not np.allclose(mean, run(canvas, np.full_like(sizes, 12))[0], atol=1e-2)  # the sizes do matter
+
+
 @pytest.mark.parametrize(
     "size, message",
     [

@@ -3,20 +3,26 @@
 import json
 import multiprocessing
 import os
-import pickle
 import resource
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from sora_jax.data import build as building
-from sora_jax.data.build import BuildConfig, build, hashed_split, inspect, uniform
-from sora_jax.data.manifest import Dataset, write_dataset
+from sora_jax.data import prepare as preparing
+from sora_jax.data import sources
+from sora_jax.data.build import build
+from sora_jax.data.clips import Clip
+from sora_jax.data.inspect import aspect, duration, inspect
+from sora_jax.data.manifest import Dataset, add_clip, write_dataset
 from sora_jax.data.media import decode, save_png, write_video
-from sora_jax.data.sources import Clip, FolderSource
+from sora_jax.data.prepare import BuildConfig, hashed_split, uniform
+from sora_jax.data.sources import SourceConfig
+from sora_jax.data.sources.opened import FileMedia
 from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
 
@@ -37,8 +43,23 @@ def folder(tmp_path):
     return path
 
 
+SOURCE = ("name", "path", "limit", "weight", "world", "world_held_out", "strip_frames")
+
+
 def options(tmp_path, folder, **more) -> BuildConfig:
-    return BuildConfig(**({"out": str(tmp_path / "out"), "path": str(folder), "multiple": 8} | more))
+    """A build of one source; options of the source and of the build in one."""
+    source = {"path": str(folder)} | {name: more.pop(name) for name in SOURCE if name in more}
+    return BuildConfig(**({"out": str(tmp_path / "out"), "sources": (SourceConfig(**source),), "multiple": 8} | more))
+
+
+def world_options(out, limit, **more) -> BuildConfig:
+    config = more.pop("world", WorldConfig())
+    source = SourceConfig("world", limit=limit, world=config, world_held_out=more.pop("held_out", 0))
+    return BuildConfig(**({"out": str(out), "sources": (source,), "multiple": 8} | more))
+
+
+def files(dataset) -> list[str]:
+    return [row["file"] for row in dataset.rows()]
 
 
 def make(tmp_path, folder, **more) -> Dataset:
@@ -47,7 +68,7 @@ def make(tmp_path, folder, **more) -> Dataset:
 
 def test_clips_come_out_as_the_rules_say(tmp_path, folder):
     dataset = make(tmp_path, folder, place="start")
-    assert [clip.id for clip in dataset] == ["long.gif", "short.gif", "still.png"]
+    assert files(dataset) == ["long.gif", "short.gif", "still.png"]
     assert [clip.frames.shape for clip in dataset] == [(9, 40, 48, 3), (1, 40, 48, 3), (1, 40, 48, 3)]
     assert [clip.caption for clip in dataset] == ["a long clip", "a short clip", "a still clip"]
     native = decode(folder / "long.gif").frames[:9, :, 2:-2]  # the ratio costs two columns on each side
@@ -63,7 +84,10 @@ def test_rows_describe_the_clips(tmp_path, folder):
     for i, clip in enumerate(dataset):
         row = dataset.row(i)
         assert (row["frames"], row["height"], row["width"]) == clip.frames.shape[:3]
-        assert (row["index"], row["id"], row["fps"], row["caption"]) == (i, clip.id, clip.fps, clip.caption)
+        assert (row["index"], row["id"], row["fps"], row["captions"]) == (i, clip.id, clip.fps, [clip.caption])
+        t, h, w = 1 + (row["frames"] - 1) // 4, row["height"] // 8, row["width"] // 8
+        assert (row["tokens"], row["kinds"], row["label"], row["weight"]) == (t * h * w, ["original"], -1, 1.0)
+        assert clip.id == FileMedia(folder / row["file"]).content_id()
         assert row["split"] == hashed_split(options(tmp_path, folder), clip.id)
     with pytest.raises(IndexError):
         dataset[len(dataset)]
@@ -71,34 +95,54 @@ def test_rows_describe_the_clips(tmp_path, folder):
 
 def test_policies(tmp_path, folder):
     dataset = make(tmp_path, folder, length_rule="pad", min_frames=5, missing_caption="empty")
-    assert [(clip.id, len(clip.frames)) for clip in dataset] == [("long.gif", 13), ("short.gif", 5)]
+    assert files(dataset) == ["long.gif", "short.gif"] and [len(clip.frames) for clip in dataset] == [13, 5]
     np.testing.assert_array_equal(dataset[1].frames[3], dataset[1].frames[2])
     reasons = {entry["file"]: entry["reason"] for entry in dataset.refused}
     assert reasons["still.png"].startswith("too short") and reasons["silent.png"].startswith("too short")
 
 
 def test_workers_do_not_change_the_result(tmp_path, folder):
-    for name, more in {"folder": {"place": "random"}, "world": {"source": "world", "limit": 20}}.items():
-        one = make(tmp_path, folder, out=str(tmp_path / name), **more)
-        two = make(tmp_path, folder, out=str(tmp_path / f"{name} again"), workers=2, **more)
+    random = dict(place="random", variants=3, clips_per_file=2, max_frames=5)
+    drawn = dict(resolution="uniform", min_pixels=256, variants=2)
+    for number, more in enumerate((random, drawn, {"name": "world", "limit": 20, "path": ""})):
+        one = make(tmp_path, folder, out=str(tmp_path / f"{number}"), **more)
+        two = make(tmp_path, folder, out=str(tmp_path / f"{number} again"), workers=2, **more)
         assert one.table.equals(two.table) and one.refused == two.refused
         assert all(np.array_equal(a.frames, b.frames) for a, b in zip(one, two, strict=True))
 
 
-class Deadly(FolderSource):
-    """A source whose clip "short.gif" kills the process that reads it, as a decoder's crash does."""
+class Deadly(FileMedia):
+    """Media whose decoding kills the process, as a decoder's crash does."""
 
-    def read(self, index, **wanted):
-        if self.entry(index).id == "short.gif":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(index, **wanted)
+    def decode(self, rule, fit):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WithDeadly:
+    """A source whose clip "short.gif" is deadly."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "source":
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def open(self, index):
+        media = self.source.open(index)
+        return Deadly(media.file) if self.source.entry(index).file == "short.gif" else media
 
 
 def test_a_crash_of_the_decoder_costs_one_clip(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(building, "make_source", lambda config: Deadly(config.path))
+    monkeypatch.setattr(preparing, "make_source", lambda config: WithDeadly(sources.make_source(config)))
     dataset = make(tmp_path, folder, workers=2)
-    assert [clip.id for clip in dataset] == ["long.gif", "still.png"]
-    assert {"file": "short.gif", "reason": "crash: the decoder took its process down"} in dataset.refused
+    assert files(dataset) == ["long.gif", "still.png"]
+    reasons = {entry["file"]: entry["reason"] for entry in dataset.refused}
+    assert reasons["short.gif"].startswith("crash:")
 
 
 def test_the_same_build_again_is_reused_another_is_refused(tmp_path, folder):
@@ -126,62 +170,72 @@ def test_nothing_to_build_from_is_a_user_error(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
-        build(BuildConfig(out=str(tmp_path / "out"), source="world", limit=2, multiple=8), progress=False)
+        build(world_options(tmp_path / "out", 2), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(source="web"),
         dict(length_rule="stretch"),
         dict(max_frames=0),
         dict(holdout=1.0),
         dict(max_pixels=10),
+        dict(min_pixels=10),
+        dict(max_tokens=0),
+        dict(resolution="small"),
+        dict(framing="wide"),
         dict(place="end"),
         dict(max_fps=0.0),
-        dict(source="world"),
-        dict(path=""),
+        dict(fps=-1.0),
+        dict(seconds=0.0),
+        dict(clips_per_file=0),
+        dict(variants=2),
+        dict(sources=()),
     ],
 )
 def test_bad_options_are_user_errors(bad):
-    with pytest.raises(UserError, match=next(iter(bad)) if bad != dict(source="world") else "limit"):
-        BuildConfig(**({"out": "x", "path": "y"} | bad))
+    with pytest.raises(UserError, match=next(iter(bad))):
+        BuildConfig(**({"out": "x", "sources": (SourceConfig(path="y"),)} | bad))
 
 
 def test_world_dataset(tmp_path):
-    config = BuildConfig(str(tmp_path / "w"), "world", limit=20, multiple=8, holdout=0.25)
-    dataset = build(config, progress=False)
+    dataset = build(world_options(tmp_path / "w", 20, held_out=5), progress=False)
     assert dataset.table["split"].to_pylist() == ["train"] * 15 + ["held-out"] * 5
     assert {clip.frames.shape[1:3] for clip in dataset} <= set(WorldConfig().sizes)
     assert all((len(clip.frames) - 1) % 4 == 0 for clip in dataset)
 
 
 def test_the_world_is_part_of_the_options(tmp_path):
-    build(BuildConfig(str(tmp_path / "w"), "world", limit=3, multiple=8), progress=False)
-    with pytest.raises(UserError, match="world="):
-        build(BuildConfig(str(tmp_path / "w"), "world", world=WorldConfig(seed=1), limit=3, multiple=8))
+    build(world_options(tmp_path / "w", 3), progress=False)
+    with pytest.raises(UserError, match="sources="):
+        build(world_options(tmp_path / "w", 3, world=WorldConfig(seed=1)))
 
 
 def test_limit_is_spread_over_the_source(tmp_path, folder):
     dataset = make(tmp_path, folder, limit=2)  # of broken, long, short, silent, still
-    assert [clip.id for clip in dataset] == ["short.gif"]
+    assert files(dataset) == ["short.gif"]
     assert [entry["file"] for entry in dataset.refused] == ["broken.mp4"]
 
 
 def test_draws_depend_on_seed_purpose_and_id_only():
     draws = [uniform(seed, purpose, clip) for seed in (0, 1) for purpose in ("a", "b") for clip in ("x", "y")]
     assert len(set(draws)) == 8 and all(0 <= draw < 1 for draw in draws)
-    config = BuildConfig(out="x", path="y", holdout=0.25)
+    config = BuildConfig("x", (SourceConfig(path="y"),), holdout=0.25)
     share = np.mean([hashed_split(config, f"clip {i}") == "held-out" for i in range(2000)])
     assert abs(share - 0.25) < 0.04
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_no_dataset_and_the_next_one_is_whole(tmp_path):
+    clip = Clip("a", noise(0, 2, 8, 8), 8.0)
     with pytest.raises(RuntimeError), write_dataset(tmp_path / "out", {}) as writer:
-        writer.add(Clip("a", noise(0, 2, 8, 8), 8.0, "", "test"), "a", "train")
+        add_clip(writer, clip, "a", "train")
         raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    with write_dataset(tmp_path / "out", {}) as writer:
+        add_clip(writer, clip, "a", "train")
+    assert len(Dataset(tmp_path / "out")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def fill_the_disk(out: str) -> str:
@@ -191,30 +245,121 @@ def fill_the_disk(out: str) -> str:
     try:
         with write_dataset(out, {}) as writer:
             for i in range(50):
-                writer.add(Clip(str(i), noise(i, 5, 32, 32), 8.0, "", "test"), "a", "train")
+                add_clip(writer, Clip(str(i), noise(i, 5, 32, 32), 8.0), "a", "train")
     except UserError as error:
         return str(error)
     return ""
 
 
-def test_a_full_disk_is_a_user_error_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_a_user_error_and_leaves_no_dataset(tmp_path):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         message = pool.submit(fill_the_disk, str(tmp_path / "out")).result()
     assert "cannot be written" in message
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
-def test_shards_and_random_access(tmp_path):
-    clips = [Clip(str(i), noise(i, 1 + 4 * (i % 2), 8, 16), 8.0, f"clip {i}", "test") for i in range(7)]
-    with write_dataset(tmp_path / "out", {}, shard_bytes=4000) as writer:
-        for clip in clips:
-            writer.add(clip, "f", "train")
-    dataset = pickle.loads(pickle.dumps(Dataset(tmp_path / "out")))
-    assert dataset.info["shards"] > 1
-    assert len(list((tmp_path / "out").glob(f"clips-*-of-{dataset.info['shards']:05d}.array_record"))) > 1
-    for i in (6, 0, 3, 3, 5):
-        np.testing.assert_array_equal(dataset[i].frames, clips[i].frames)
-        assert dataset[i].caption == clips[i].caption
+def test_a_build_that_was_killed_goes_on_after_its_last_whole_part(tmp_path, folder, monkeypatch):
+    whole = make(tmp_path, folder, out=str(tmp_path / "whole"), clips_per_shard=2)  # 2 + 2 + 1 entries
+    asked = []
+
+    def stopping(mix, config, unit, at=2):
+        asked.append(unit.entry)
+        if unit.entry == at:
+            raise KeyboardInterrupt
+        return prepare(mix, config, unit)
+
+    prepare = preparing.prepare
+    monkeypatch.setattr(building, "prepare", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, folder, clips_per_shard=2)
+    assert not (tmp_path / "out").exists()
+    asked.clear()
+    monkeypatch.setattr(building, "prepare", partial(stopping, at=None))
+    again = make(tmp_path, folder, clips_per_shard=2)
+    assert asked == [2, 3, 4]
+    same_folder(whole.path, again.path)
+
+
+def same_folder(one, other) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_shares_of_two_processes_make_the_dataset_of_one(tmp_path, folder):
+    whole = make(tmp_path, folder, out=str(tmp_path / "whole"), clips_per_shard=1)
+    assert make(tmp_path, folder, clips_per_shard=1, shard="1/2") is None
+    assert not (tmp_path / "out").exists()
+    shared = make(tmp_path, folder, clips_per_shard=1, shard="0/2")
+    same_folder(whole.path, shared.path)
+    for wrong in ("2/2", "x", "1"):
+        with pytest.raises(UserError, match="shard="):
+            make(tmp_path, folder, out=str(tmp_path / "other"), shard=wrong)
+
+
+def test_equal_files_are_one_clip_and_the_other_is_listed(tmp_path, folder):
+    (folder / "twin.gif").write_bytes((folder / "long.gif").read_bytes())
+    (folder / "twin.txt").write_text("the same again")
+    dataset = make(tmp_path, folder)
+    assert files(dataset) == ["long.gif", "short.gif", "still.png"]
+    assert {"file": "twin.gif", "reason": "duplicate: the same content as long.gif"} in dataset.refused
+
+
+def test_a_long_file_gives_several_clips_that_do_not_overlap(tmp_path):
+    frames = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.full((1, 32, 32, 3), 5, np.uint8)
+    write_video(tmp_path / "in" / "count.gif", frames, 10)
+    found = make(tmp_path, tmp_path / "in", max_frames=9, clips_per_file=3, missing_caption="empty", place="start")
+    spans = [clip.frames[:, 0, 0, 0] // 5 for clip in found]
+    assert [span.tolist() for span in spans] == [list(range(s[0], s[0] + 9)) for s in spans]
+    assert all(a[-1] < b[0] for a, b in zip(spans, spans[1:])) and len(spans) == 3
+    assert [clip.start for clip in found] == pytest.approx([span[0] / 10 for span in spans])
+    assert len({clip.id for clip in found}) == 3 and len({row["split"] for row in found.rows()}) == 1
+    many = make(
+        tmp_path, tmp_path / "in", out=str(tmp_path / "m"), max_frames=9, clips_per_file=99, missing_caption="empty"
+    )
+    assert len(many) == 4 and not many.refused  # as many as fit
+
+
+def test_variants_differ_in_size_and_share_an_id(tmp_path, folder):
+    more = dict(resolution="uniform", min_pixels=8 * 8, multiple=8, variants=6, max_frames=1)
+    rows = make(tmp_path, folder, **more).rows()
+    assert [row["variant"] for row in rows] == list(range(6)) * 3
+    for clip in range(3):
+        mine = rows[6 * clip : 6 * clip + 6]
+        assert len({row["id"] for row in mine}) == 1 and len({(row["height"], row["width"]) for row in mine}) > 2
+    again = make(tmp_path, folder, out=str(tmp_path / "seed"), seed=1, **more).rows()
+    assert [row["height"] for row in again] != [row["height"] for row in rows]
+
+
+def test_sources_are_mixed_with_their_weights(tmp_path, folder):
+    world = SourceConfig("world", limit=4, world=WorldConfig(), weight=0.5)
+    made = options(tmp_path, folder, weight=2.0)
+    dataset = build(replace(made, sources=(*made.sources, world)), progress=False)
+    assert [row["weight"] for row in dataset.rows()] == [2.0] * 3 + [0.5] * 4
+    assert [row["source"].partition(":")[0] for row in dataset.rows()] == ["folder"] * 3 + ["world"] * 4
+
+
+def test_a_clip_is_never_made_square_unless_it_is_asked_for(tmp_path):
+    write_video(tmp_path / "in" / "wide.gif", noise(0, 5, 24, 96), 8)
+    native = make(tmp_path, tmp_path / "in", missing_caption="empty", max_pixels=1024)
+    square = make(
+        tmp_path, tmp_path / "in", out=str(tmp_path / "s"), missing_caption="empty", max_pixels=1024, framing="square"
+    )
+    assert native[0].frames.shape[1:3] == (16, 64) and square[0].frames.shape[1:3] == (24, 24)
+
+
+def test_the_token_budget_makes_longer_clips_smaller(tmp_path):
+    for frames in (1, 5, 17):
+        write_video(tmp_path / "in" / f"{frames}.webp", noise(frames, frames, 64, 96), 8)
+    common = dict(missing_caption="empty", max_tokens=24, multiple=8)
+    sizes = {len(clip.frames): clip.frames.shape[1:3] for clip in make(tmp_path, tmp_path / "in", **common)}
+    assert sizes == {1: (32, 48), 5: (24, 32), 17: (16, 16)}  # 24, 2 x 12 and 5 x 4 tokens
+    few = make(tmp_path, tmp_path / "in", out=str(tmp_path / "few"), **common | dict(max_tokens=4))
+    reasons = {entry["file"]: entry["reason"] for entry in few.refused}
+    assert reasons["17.webp"].startswith(
+        "too long: 17 frames have at least 5 tokens, max_tokens is 4; at most 13 frames"
+    )
 
 
 def test_open_readers_survive_a_fork(tmp_path, folder):
@@ -243,15 +388,28 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     assert report.summary["sizes"] == {"48x40": 3}
     assert report.summary["refused"] == {"unreadable": 1, "no caption": 1}
     assert "48x40 (3)" in report.text
-    sheet = decode(report.sheet).frames[0]
-    assert sheet.shape[0] > 40 and (sheet != 255).any()
+    assert report.summary["aspects"] == {"4:3": 3} and report.summary["durations"] == {"image": 2, "< 2 s": 1}
+    assert report.summary["tokens"] == "30 to 90, mean 50"
+    assert report.summary["fill"] == {"pack_length": 180, "packs": 1, "fill": round(150 / 180, 4)}
+    for picture in (report.sheet, report.histogram):
+        pixels = decode(picture).frames[0]
+        assert pixels.shape[0] > 40 and (pixels != 255).any()
+    with pytest.raises(UserError, match="pack_length=80 is not allowed: .* 90 tokens"):
+        inspect(tmp_path / "out", pack_length=80)
+
+
+def test_names_of_shapes_and_durations():
+    sizes = [(9, 16), (16, 9), (10, 10), (100, 133), (21, 9), (48, 32)]
+    assert [aspect(*size) for size in sizes] == ["16:9", "9:16", "1:1", "4:3", "9:21", "2:3"]
+    spans = [(1, 8.0), (7, 8.0), (8, 8.0), (31, 8.0), (4000, 8.0)]
+    assert [duration(*span) for span in spans] == ["image", "< 1 s", "< 2 s", "< 4 s", ">= 60 s"]
 
 
 def test_every_split_but_the_trained_one_is_held_out(tmp_path):
     names = ["train", "test", "held-out", "train", "val"]
     with write_dataset(tmp_path / "d", {}) as writer:
         for number, split in enumerate(names):
-            writer.add(Clip(f"{number}", np.zeros((1, 2, 2, 3), np.uint8), 8.0, "", "test"), "", split)
+            add_clip(writer, Clip(f"{number}", np.zeros((1, 2, 2, 3), np.uint8), 8.0), "", split)
     dataset = Dataset(tmp_path / "d")
     assert [row["split"] for row in dataset.held_out()] == ["test", "held-out", "val"]
     assert [row["index"] for row in dataset.held_out("val")] == [0, 1, 2, 3]
@@ -259,7 +417,7 @@ def test_every_split_but_the_trained_one_is_held_out(tmp_path):
 
 def test_the_world_comes_as_it_is_drawn_or_not_at_all(tmp_path):
     world = WorldConfig(sizes=((24, 40), (40, 24)), seed=3)
-    options = BuildConfig(str(tmp_path / "out"), "world", world=world, limit=8, multiple=8, max_pixels=256)
+    options = world_options(tmp_path / "out", 8, world=world, max_pixels=256)
     dataset = build(options, progress=False)
     assert {clip.frames.shape[1:3] for clip in dataset} == {(24, 40), (40, 24)}
     with pytest.raises(UserError, match="multiple=16 does not divide"):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sora_jax.errors import UserError
-from sora_jax.files import new_folder, replacing, write_json, write_text
+from sora_jax.files import replacing, write_json, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -28,29 +28,3 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, erro
             raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.ENOSPC, "disk full")])
-def test_a_folder_that_was_not_finished_goes(tmp_path, error):
-    with pytest.raises(UserError if isinstance(error, OSError) else ValueError):
-        with new_folder(tmp_path / "out") as folder:
-            (folder / "part").write_text("half")
-            raise error
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_a_killed_process_left_is_not_in_the_next_folder(tmp_path):
-    killed = new_folder(tmp_path / "out")
-    (killed.__enter__() / "stale").write_text("half")
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "fresh").write_text("whole")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "fresh"]
-
-
-def test_a_folder_in_use_is_refused(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    with pytest.raises(UserError, match="already exists"):
-        with new_folder(tmp_path / "out"):
-            pass
-    assert (tmp_path / "out" / "mine").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fixtures_runs import build_options, chain, run  # noqa: F401
 
-from sora_jax.data.latents import LatentCache, LatentWriter
+from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.train import encode as encoding
@@ -36,6 +36,10 @@ def test_clips_of_mixed_sizes_come_back_in_order(chain, autoencoder):  # noqa: F
     latents = list(autoencoder.encode(clips))
     for clip, latent in zip(clips, latents, strict=True):
         np.testing.assert_allclose(latent, next(autoencoder.encode([clip])), atol=1e-5)
+    shared = autoencoder.encode(clips, batch=4, canvases=[(9, 24, 24)])  # all by one program
+    for latent, other in zip(latents, shared, strict=True):
+        assert latent.shape == other.shape
+        np.testing.assert_allclose(other, latent, atol=1e-4)
     decoded = list(autoencoder.decode(latents, batch=4))
     assert [clip.shape for clip in decoded] == [clip.shape for clip in clips]
     assert all(clip.dtype == np.uint8 for clip in decoded)
@@ -44,11 +48,11 @@ def test_clips_of_mixed_sizes_come_back_in_order(chain, autoencoder):  # noqa: F
 def test_the_cache_holds_these_latents_and_the_autoencoder(chain, autoencoder):  # noqa: F811
     dataset, cache = Dataset(chain.dataset), LatentCache(chain.latents)
     rows = {row["id"]: row for row in dataset.rows()}
-    for i, name in enumerate(cache.ids):
+    for i, name in enumerate(cache.ids(range(len(cache)))):
         latent = next(autoencoder.encode([dataset[rows[name]["index"]].frames]))
         np.testing.assert_allclose(cache[i], latent, atol=2e-3)  # float16
     fingerprints = {load_autoencoder(chain.folder / name).fingerprint for name in ("latents", "transformer")}
-    assert fingerprints == {autoencoder.fingerprint, cache.fingerprint}
+    assert fingerprints == {autoencoder.fingerprint, cache.info.fingerprint}
 
 
 def changed(autoencoder: FrozenAutoencoder, what: str) -> FrozenAutoencoder:
@@ -144,27 +148,39 @@ def test_an_interrupted_copy_of_the_autoencoder_is_made_again(chain, tmp_path, a
 
 
 def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(encoding, "LatentWriter", functools.partial(LatentWriter, shard_clips=2))
+    options = dict(out=tmp_path / "latents", clips_per_shard=2)
     whole, encoded = FrozenAutoencoder.encode, []
 
-    def counted(self, clips, batch=16, stop=None):
+    def counted(self, clips, batch=16, canvases=None, stop=None):
         for number, clip in enumerate(clips):
             if number == stop:
                 raise KeyboardInterrupt
             encoded.append(clip.shape)
-            yield next(whole(self, [clip], batch))
+            yield next(whole(self, [clip], batch, canvases))
 
     monkeypatch.setattr(FrozenAutoencoder, "encode", functools.partialmethod(counted, stop=3))
-    assert encode(chain, tmp_path / "latents") == 130
-    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "latents").exists()
+    with pytest.raises(KeyboardInterrupt):
+        encoding.encode_dataset(chain.autoencoder, chain.dataset, **options)
+    assert not (tmp_path / "latents").exists()
     encoded.clear()
     monkeypatch.setattr(FrozenAutoencoder, "encode", counted)
-    assert encode(chain, tmp_path / "latents") == 0
+    assert encoding.encode_dataset(chain.autoencoder, chain.dataset, **options)
     assert len(encoded) == 6 - 2
     found, wanted = LatentCache(tmp_path / "latents"), LatentCache(chain.latents)
-    assert found.ids == wanted.ids
+    assert found.ids(range(6)) == wanted.ids(range(6))
     for i in range(len(wanted)):
         np.testing.assert_allclose(found[i], wanted[i], atol=2e-3)
+
+
+def test_shares_of_two_machines_make_the_cache_of_one(chain, tmp_path, capsys):  # noqa: F811
+    for number in range(2):
+        share = encoding.Share(number, 2)
+        done = encoding.encode_dataset(chain.autoencoder, chain.dataset, tmp_path / "l", share=share, clips_per_shard=2)
+        assert done == (number == 1) == (tmp_path / "l").exists()
+    assert load_autoencoder(tmp_path / "l").fingerprint == LatentCache(tmp_path / "l").info.fingerprint
+    assert encode(chain, tmp_path / "l") == 0  # complete: kept
+    for i, latent in enumerate(LatentCache(chain.latents)):
+        np.testing.assert_allclose(LatentCache(tmp_path / "l")[i], latent, atol=2e-3)
 
 
 def test_an_interrupted_build_leaves_nothing_and_can_be_given_again(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -172,14 +188,16 @@ def test_an_interrupted_build_leaves_nothing_and_can_be_given_again(chain, tmp_p
 
     prepare = build.prepare
 
-    def interrupted(source, config, index):
-        if index == 3:
+    def interrupted(mix, config, unit):
+        if unit.entry == 3:
             raise KeyboardInterrupt
-        return prepare(source, config, index)
+        return prepare(mix, config, unit)
 
+    options = [*build_options(chain.clips, tmp_path / "dataset"), "--workers=0"]
     monkeypatch.setattr(build, "prepare", interrupted)
-    assert run(*build_options(chain.clips, tmp_path / "dataset")) == 130
-    assert "interrupted" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert run(*options) == 130
+    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "dataset").exists()
     monkeypatch.setattr(build, "prepare", prepare)
-    assert run(*build_options(chain.clips, tmp_path / "dataset")) == 0
+    assert run(*options) == 0
     assert len(Dataset(tmp_path / "dataset")) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]

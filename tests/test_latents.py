@@ -1,166 +1,177 @@
-"""The latent cache: what is written is read, nothing half-written looks good, a stopped writer goes on."""
+"""The latent cache: what is written is read, nothing half-written looks good, shares and stops leave no trace."""
 
+import dataclasses
 import pickle
 import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, latent_of, write_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter, clip_uid
+from sora_jax.data.latents import LatentCache, add_latent, clip_uid, finish_cache, start_cache
+from sora_jax.data.parts import Share
 from sora_jax.errors import UserError
 
-PRINT = "0123456789abcdef"
+OTHER = dataclasses.replace(INFO, fingerprint="another")
 
 
-def latent(number, channels=4):
-    draws = np.random.default_rng(number)
-    return draws.normal(size=(*draws.integers(1, 5, 3), channels)).astype(np.float16)
+def rows(count):
+    draws = np.random.default_rng(0)
+    splits = ["test" if number % 5 == 0 else "train" for number in range(count)]
+    grids = draws.integers(1, 5, (count, 3)).tolist()
+    return [clip_row(n, grids[n], {"original": f"caption {n} 圆"}, split=splits[n], label=n % 3) for n in range(count)]
 
 
-def entry(number):
-    split = "test" if number % 5 == 0 else "train"
-    return LatentEntry(f"clip-{number}", 9, 32, 48 + number, 8.0, f"caption {number} 圆", split)
-
-
-def writer(path, fingerprint=PRINT, **options):
-    return LatentWriter(path, fingerprint, "data", 4, (2, 4, 4), **options)
-
-
-def write(path, numbers, **options):
-    with writer(path, **options) as cache:
-        for number in numbers:
-            if entry(number).id not in cache.done:
-                cache.add(entry(number), latent(number))
-    return LatentCache(path)
-
-
-def check(cache, numbers):
-    assert len(cache) == len(numbers)
-    for index, number in enumerate(numbers):
-        np.testing.assert_array_equal(cache[index], latent(number))
+def check(cache, expected):
+    assert len(cache) == len(expected)
+    assert cache.ids(range(len(cache))) == [row["id"] for row in expected]
+    for index, row in enumerate(expected):
+        np.testing.assert_array_equal(cache[index], latent_of(row))
         assert cache[index].dtype == np.float16
-        assert cache.ids[index] == entry(number).id and cache.captions[index] == entry(number).caption
-        assert cache.uids[index] == clip_uid(entry(number).id)
-        assert tuple(cache.grids[index]) == latent(number).shape[:3]
-        assert cache.manifest["width"][index] == 48 + number
+        assert cache.uids[index] == clip_uid(row["id"]) and cache.grids[index].tolist() == row["grid"]
+        for name in ("captions", "kinds", "label", "weight", "split", "frames", "height", "width", "fps"):
+            assert cache.column(name)[index].as_py() == row[name]
 
 
-@pytest.mark.parametrize("shard_clips", [1, 4, 7, 100])
-def test_what_is_written_is_read(tmp_path, shard_clips):
-    check(write(tmp_path / "cache", range(14), shard_clips=shard_clips), range(14))
+@pytest.mark.parametrize("each", [1, 4, 7, 100])
+def test_what_is_written_is_read(tmp_path, each):
+    check(write_cache(tmp_path / "cache", rows(14), each=each), rows(14))
     assert [folder.name for folder in tmp_path.iterdir()] == ["cache"]
+    assert not list((tmp_path / "cache").glob("part-*"))
 
 
 def test_header_and_splits(tmp_path):
-    cache = write(tmp_path / "cache", range(11))
-    assert (cache.fingerprint, cache.channels, cache.factors) == (PRINT, 4, (2, 4, 4))
+    cache = write_cache(tmp_path / "cache", rows(11))
+    assert cache.info == INFO
     np.testing.assert_array_equal(cache.indices("test"), [0, 5, 10])
     np.testing.assert_array_equal(np.union1d(cache.indices("train"), cache.indices("test")), np.arange(11))
     with pytest.raises(UserError, match="'valid'.*test, train"):
         cache.indices("valid")
 
 
-def test_the_fingerprint_is_checked(tmp_path):
-    cache = write(tmp_path / "cache", range(2))
-    cache.check(PRINT)
-    with pytest.raises(UserError, match="data encode"):
+def test_the_fingerprint_is_checked_and_the_way_out_is_told(tmp_path):
+    cache = write_cache(tmp_path / "cache", rows(2))
+    cache.check("print")
+    with pytest.raises(UserError, match="sora-jax data encode --autoencoder=.*--out="):
         cache.check("f" * 16)
 
 
-class Stop(Exception):
-    pass
+def test_text_embeddings_stand_beside_the_latents(tmp_path):
+    info = dataclasses.replace(INFO, text=TEXT)
+    captions = [{"original": "a b c", "synthetic": "d"}, {}, {"original": ""}, {"original": "e f"}]
+    made = [clip_row(n, (1, 2, 2), captions[n]) for n in range(4)]
+    cache = write_cache(tmp_path / "cache", made, info, each=3)
+    assert cache.info.text == TEXT
+    for index, row in enumerate(made):
+        for number, expected in enumerate(embeddings_of(row)):
+            np.testing.assert_array_equal(cache.text(index, number), expected)
+    cache.check_text("encoder", 3)
+    for name, width in (("", 0), ("other", 3), ("encoder", 4)):
+        with pytest.raises(UserError, match="text.pretrained is .* make it again"):
+            cache.check_text(name, width)
+    plain = write_cache(tmp_path / "plain", rows(1))
+    plain.check_text("", 0)
+    with pytest.raises(UserError, match="--text-encoder=encoder"):
+        plain.check_text("encoder", 3)
 
 
-def test_a_stopped_writer_goes_on(tmp_path):
-    with pytest.raises(Stop), writer(tmp_path / "cache", shard_clips=3) as first:
-        for number in range(8):
-            first.add(entry(number), latent(number))
-        raise Stop
-    with pytest.raises(UserError, match="not a latent cache"):
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_shares_of_several_processes_make_the_cache_of_one(tmp_path, order):
+    made = rows(23)
+    whole = write_cache(tmp_path / "whole", made, each=3)
+    for number, index in enumerate(order):
+        shared = write_cache(tmp_path / "shared", made, each=3, share=Share(index, 3))
+        assert (shared is None) == (number < 2) == (not (tmp_path / "shared").exists())
+    check(shared, made)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "shared").iterdir())
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "shared" / n).read_bytes() for n in files)
+    assert whole.column("shard").to_pylist() == [n // 3 for n in range(23)]
+
+
+def test_a_stopped_cache_is_none_and_goes_on_after_its_whole_parts(tmp_path):
+    made = rows(8)
+    parts = start_cache(tmp_path / "cache", INFO, 3)
+    with pytest.raises(KeyboardInterrupt):
+        for part in parts.missing():
+            with parts.write(part) as writer:
+                for row in made[3 * part : 3 * part + 3]:
+                    if part == 1 and row is made[5]:
+                        raise KeyboardInterrupt
+                    add_latent(writer, INFO, row, latent_of(row))
+    with pytest.raises(UserError, match="no complete latent cache"):
         LatentCache(tmp_path / "cache")
-    with writer(tmp_path / "cache", shard_clips=3) as second:
-        assert second.done == {entry(number).id for number in range(6)}  # the third shard was not complete
-    check(write(tmp_path / "again", range(8), shard_clips=3), range(8))
+    first = next(parts.folder.glob("latents-00000-*"))
+    written = first.stat().st_mtime_ns
+    assert start_cache(tmp_path / "cache", INFO, 3).missing() == [1, 2]
+    check(write_cache(tmp_path / "cache", made, each=3), made)
+    assert (tmp_path / "cache" / first.name).stat().st_mtime_ns == written  # kept, not made again
 
 
-def test_going_on_gives_the_whole_cache(tmp_path):
-    with pytest.raises(Stop), writer(tmp_path / "cache", shard_clips=3) as first:
-        for number in range(8):
-            first.add(entry(number), latent(number))
-        raise Stop
-    check(write(tmp_path / "cache", range(10), shard_clips=3), range(10))
+def test_another_fingerprint_starts_again_but_not_under_the_hands_of_others(tmp_path):
+    write_cache(tmp_path / "cache", rows(4), each=1, share=Share(0, 2))
+    with pytest.raises(UserError, match="other options"):
+        start_cache(tmp_path / "cache", OTHER, 4, Share(1, 2))
+    assert start_cache(tmp_path / "cache", INFO, 4).missing() == [1, 3]
+    assert start_cache(tmp_path / "cache", OTHER, 4).missing() == [0, 1, 2, 3]
 
 
-def test_another_fingerprint_starts_again(tmp_path):
-    with pytest.raises(Stop), writer(tmp_path / "cache", shard_clips=1) as first:
-        first.add(entry(0), latent(0))
-        raise Stop
-    assert writer(tmp_path / "cache", fingerprint="other").done == set()
-
-
-def test_a_new_cache_takes_the_place_of_the_old(tmp_path):
-    write(tmp_path / "cache", range(3))
-    check(write(tmp_path / "cache", range(5, 9), fingerprint="other"), range(5, 9))
-    assert [folder.name for folder in tmp_path.iterdir()] == ["cache"]
-
-
-def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
+def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="not a latent cache"):
-        writer(tmp_path / "home")
+    with pytest.raises(UserError, match="already exists"):
+        start_cache(tmp_path / "home", INFO, 1)
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
 
 
 def test_a_pickled_cache_and_many_threads_read_the_same(tmp_path):
-    cache = write(tmp_path / "cache", range(40), shard_clips=6)
+    made = rows(40)
+    cache = write_cache(tmp_path / "cache", made, each=6)
     cache[3]
     again = pickle.loads(pickle.dumps(cache))
     order = np.random.default_rng(0).integers(0, 40, 400)
     with ThreadPoolExecutor(8) as pool:
         for number, read in zip(order, pool.map(again.__getitem__, order), strict=True):
-            np.testing.assert_array_equal(read, latent(number))
+            np.testing.assert_array_equal(read, latent_of(made[number]))
 
 
 @pytest.mark.parametrize(
     "bad,word",
     [
         (np.zeros((1, 2, 2, 3)), "shape"),
-        (np.zeros((2, 2, 4)), "shape"),
-        (np.full((1, 2, 2, 4), np.nan), "float16"),
-        (np.full((1, 2, 2, 4), 1e6), "float16"),
+        (np.zeros((2, 2, 2)), "shape"),
+        (np.full((1, 2, 2, 2), np.nan), "float16"),
+        (np.full((1, 2, 2, 2), 1e6), "float16"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_bad_latents_are_refused(tmp_path, bad, word):
-    with pytest.raises(UserError, match=word):
-        writer(tmp_path / "cache").add(entry(0), bad)
+    with pytest.raises(UserError, match=word), start_cache(tmp_path / "c", INFO, 1).write(0) as writer:
+        add_latent(writer, INFO, rows(1)[0], bad)
 
 
-def test_equal_ids_and_an_empty_cache_are_refused(tmp_path):
-    cache = writer(tmp_path / "cache")
-    cache.add(entry(0), latent(0))
-    with pytest.raises(UserError, match="clip-0"):
-        cache.add(entry(0), latent(1))
+def test_equal_clips_are_kept_once_and_an_empty_cache_is_refused(tmp_path):
+    twice = rows(3) + rows(2)
+    assert write_cache(tmp_path / "cache", twice, each=2).ids(range(3)) == [row["id"] for row in rows(3)]
+    empty = start_cache(tmp_path / "empty", INFO, 0)
     with pytest.raises(UserError, match="no clip"):
-        write(tmp_path / "empty", [])
+        finish_cache(empty, INFO)
 
 
 FULL_DISK = """
-import resource, sys, numpy as np
-from sora_jax.data.latents import LatentEntry, LatentWriter
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from fixtures_caches import clip_row, write_cache
 from sora_jax.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
-    with LatentWriter(sys.argv[1], "f", "d", 4, (1, 1, 1)) as cache:
-        for n in range(40):
-            noise = np.random.default_rng(n).normal(size=(4, 16, 16, 4))
-            cache.add(LatentEntry(str(n), 4, 16, 16, 8.0, ""), noise)
+    write_cache(sys.argv[1], [clip_row(n, (4, 16, 32)) for n in range(40)])
 except UserError as error:
     print("told:", error)
 """
@@ -168,8 +179,9 @@ except UserError as error:
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
 def test_a_disk_that_fills_up_is_told_and_leaves_no_cache(tmp_path):
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "cache")], capture_output=True, text=True)
-    assert "told: cannot write the latent cache" in run.stdout, run.stderr
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "cache"), str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert "told: out=" in run.stdout and "cannot be written" in run.stdout, run.stderr
     assert not (tmp_path / "cache").exists()
 
 

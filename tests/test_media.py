@@ -6,61 +6,14 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from fixtures_media import corners, encode, flat, names, quadrants
 from PIL import Image
 
-from sora_jax.data import tracks
-from sora_jax.data.media import decode, sample, save_png, write_video
+from sora_jax.data import tracks, videos
+from sora_jax.data.media import SpanRule, decode, sample, save_png, write_video
 from sora_jax.data.sheets import contact_sheet, strip
 from sora_jax.data.tracks import MediaError
 from sora_jax.errors import UserError
-
-COLOURS = np.array([(230, 40, 40), (40, 200, 60), (50, 70, 230), (240, 220, 40), (200, 60, 200), (30, 200, 210)])
-
-
-def flat(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Frame k is one colour, by which it can be told."""
-    colours = COLOURS[np.arange(count) % len(COLOURS)].astype(np.uint8)
-    return np.broadcast_to(colours[:, None, None], (count, height, width, 3)).copy()
-
-
-def quadrants(height: int = 48, width: int = 64) -> np.ndarray:
-    """One frame with red, green, blue, yellow corners, clockwise from the top left."""
-    frame = np.empty((height, width, 3), np.uint8)
-    h, w = height // 2, width // 2
-    frame[:h, :w], frame[:h, w:], frame[h:, w:], frame[h:, :w] = COLOURS[:4]
-    return frame
-
-
-def corners(frame: np.ndarray) -> list[int]:
-    """Which colour stands in each corner, clockwise from the top left."""
-    points = frame[4, 4], frame[4, -5], frame[-5, -5], frame[-5, 4]
-    return [int(np.abs(COLOURS - point.astype(int)).sum(1).argmin()) for point in points]
-
-
-def names(frames: np.ndarray) -> list[int]:
-    """The number of each flat frame's colour."""
-    middle = frames[:, frames.shape[1] // 2, frames.shape[2] // 2].astype(int)
-    return [int(np.abs(COLOURS - pixel).sum(1).argmin()) for pixel in middle]
-
-
-def encode(path, frames, stamps=None, rate=10, codec="libx264", pix_fmt="yuv444p", sar=None, rotation=None, **options):
-    """Write frames with given time stamps (in 1/1000 s)."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
-        stream.options = {"crf": "10", **options} if codec.startswith("lib") else options
-        stream.codec_context.time_base = Fraction(1, 1000)
-        if sar:
-            stream.codec_context.sample_aspect_ratio = sar
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for k, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = int(stamps[k] if stamps is not None else k * 1000 / rate)
-            frame.time_base = Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".gif", ".webp"])
@@ -140,7 +93,7 @@ def test_rate_comes_from_stamps_not_from_the_header(tmp_path):
 
 
 def test_frames_that_are_promised_and_do_not_come_are_not_made_up():
-    images = [(k / 10, lambda k=k: (Image.fromarray(flat(6)[k]), (48, 64))) for k in range(6)]
+    images = [(k / 10, lambda fit, k=k: flat(6)[k]) for k in range(6)]
     promised = tracks.Track(np.arange(6) / 10, 0.6, lambda start: iter(images[:3]))
     assert names(sample(promised).frames) == [0, 1, 2]
     held = tracks.Track(np.arange(6) / 10, 1.0, lambda start: iter(images))
@@ -149,24 +102,24 @@ def test_frames_that_are_promised_and_do_not_come_are_not_made_up():
 
 def test_fps_and_max_fps(tmp_path):
     path = encode(tmp_path / "fast.mp4", flat(12), rate=20)
-    assert names(decode(path, fps=10).frames) == names(flat(12))[::2]
-    assert names(decode(path, max_fps=10).frames) == names(flat(12))[::2]
-    assert decode(path, max_fps=30).fps == 20
-    assert names(decode(path, fps=40).frames) == [n for n in names(flat(12)) for _ in range(2)]
+    assert names(decode(path, SpanRule(fps=10)).frames) == names(flat(12))[::2]
+    assert names(decode(path, SpanRule(max_fps=10)).frames) == names(flat(12))[::2]
+    assert decode(path, SpanRule(max_fps=30)).fps == 20
+    assert names(decode(path, SpanRule(fps=40)).frames) == [n for n in names(flat(12)) for _ in range(2)]
 
 
 @pytest.mark.parametrize(("place", "first"), [(0.0, 0), (0.4, 22), (1.0, 55)])
 def test_a_part_of_a_longer_file(tmp_path, place, first):
     path = encode(tmp_path / "long.mp4", flat(60), rate=10, g="12")
-    clip = decode(path, max_frames=5, place=place)
+    clip = decode(path, SpanRule(5, place=place))
     assert names(clip.frames) == names(flat(60))[first : first + 5]
 
 
 def test_only_the_part_wanted_is_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "long.mp4", flat(200), rate=10, g="10")
-    drawn, draw = [], tracks._upright
-    monkeypatch.setattr(tracks, "_upright", lambda *frame: drawn.append(frame) or draw(*frame))
-    assert len(decode(path, max_frames=3, place=0.5).frames) == len(drawn) == 3
+    drawn, draw = [], videos._draw
+    monkeypatch.setattr(videos, "_draw", lambda *frame: drawn.append(frame) or draw(*frame))
+    assert len(decode(path, SpanRule(3, place=0.5)).frames) == len(drawn) == 3
 
 
 def test_ten_bits(tmp_path):
@@ -195,8 +148,8 @@ def test_a_damaged_file_ends_at_the_damage_and_says_so(tmp_path):
     data[middle : middle + 9000] = bytes(9000)
     path.write_bytes(data)
     clip = decode(path)
-    assert 0 < len(clip.frames) < 20 and "damaged" in clip.note
-    assert decode(path, max_frames=5).note == ""
+    assert 0 < len(clip.frames) < 20 and clip.flags[0].startswith("partial: damaged")
+    assert decode(path, SpanRule(5)).flags == ()
 
 
 def junk() -> dict[str, bytes]:

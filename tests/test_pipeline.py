@@ -1,17 +1,16 @@
 """Streams: a pure function of (seed, step), the same for any threads, restarts and numbers of hosts."""
 
 import pickle
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import pytest
+from fixtures_caches import clip_row, write_cache
 
-from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter, clip_uid
-from sora_jax.data.manifest import Dataset, write_dataset
+from sora_jax.data.feed import FeedConfig, HostShare
+from sora_jax.data.latents import clip_uid
 from sora_jax.data.packing import PackingConfig, unpack, unstack
-from sora_jax.data.pipeline import CropConfig, HostShare, crop_batches, packed_batches, sizes_and_clips
-from sora_jax.data.sources import Clip
+from sora_jax.data.pipeline import packed_batches
 from sora_jax.data.tokenizer import TokenizerConfig, train
 from sora_jax.errors import UserError
 
@@ -23,16 +22,12 @@ CLIPS = 90
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    path = tmp_path_factory.mktemp("latents") / "cache"
-    draws = np.random.default_rng(0)
-    with LatentWriter(path, "print", "data", 2, (2, 4, 4), shard_clips=32) as writer:
-        for number in range(CLIPS):
-            t, h, w = GRIDS[number % len(GRIDS)]
-            split = "test" if number % 9 == 0 else "train"
-            words = "" if number % 7 == 0 else f"clip {number}"
-            entry = LatentEntry(f"clip-{number}", 2 * t - 1, 4 * h, 4 * w, 8.0, words, split)
-            writer.add(entry, draws.normal(size=(t, h, w, 2)))
-    return LatentCache(path)
+    rows = []
+    for number in range(CLIPS):
+        captions = {"original": "" if number % 7 == 0 else f"clip {number}"}
+        split = "test" if number % 9 == 0 else "train"
+        rows.append(clip_row(number, GRIDS[number % len(GRIDS)], captions, split=split))
+    return write_cache(tmp_path_factory.mktemp("latents") / "cache", rows)
 
 
 def batches(cache, seed=0, batch=4, **options):
@@ -58,7 +53,7 @@ def test_an_epoch_has_every_clip_of_the_split_once_with_its_latent_and_caption(c
             seen.append(clip)
             np.testing.assert_array_equal(latent, cache[clip])
             text = pack["text_M"][pack["text_segments_M"] == slot + 1]
-            np.testing.assert_array_equal(text, BYTES.encode(cache.captions[clip]))
+            np.testing.assert_array_equal(text, BYTES.encode(cache.column("captions")[clip].as_py()[0]))
     np.testing.assert_array_equal(np.sort(seen), train_clips)
 
 
@@ -88,8 +83,35 @@ def test_a_batch_depends_on_seed_and_step_only(cache):
 @pytest.mark.parametrize("start,threads", [(0, 0), (0, 3), (17, 2)])
 def test_the_stream_is_the_same_for_any_threads_and_start(cache, start, threads):
     expected = batches(cache)
-    for step, batch in enumerate(islice(batches(cache).stream(start, threads, ahead=3), 25), start):
+    feed = FeedConfig(threads=threads, ahead=3)
+    for step, (batch, position) in enumerate(islice(batches(cache).stream(start, feed), 25), start):
         same(batch, expected[step])
+        assert position == expected.position(step)
+
+
+def test_a_position_saves_the_count_and_changes_nothing(cache, monkeypatch):
+    expected = batches(cache, section=20)
+    position = expected.position(200)
+    assert position.section > 30 and position.row <= 200 * 4
+    late = batches(cache, section=20)
+    planned = []
+    monkeypatch.setattr(late._epochs, "_plan_of", lambda *which: planned.append(which) or late._plan(*which))
+    same(next(late.stream(201, FeedConfig(threads=0), position))[0], expected[201])
+    assert min(epoch * late._epochs.sections + section for epoch, section in planned) == position.section
+    same(late[3], expected[3])  # what lies before the hint is counted from the first
+
+
+@pytest.mark.parametrize("section", [7, 80, 1000])
+def test_sections_make_up_the_epoch(cache, section):
+    stream = batches(cache, section=section)
+    wanted = sorted(cache.uids[cache.indices("train")])
+    epochs: dict[int, list] = {}
+    for row in range(400):
+        uids = stream.row(row)["clips_S"]
+        epochs.setdefault(stream._epochs.epoch(row), []).extend(uids[uids > 0])
+    assert max(epochs) >= 3
+    orders = [epochs[epoch] for epoch in range(max(epochs))]
+    assert all(sorted(order) == wanted for order in orders) and orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -145,101 +167,6 @@ def test_mistakes(cache, make, word):
         make(cache)
 
 
-# Crops
-
-
-@dataclass
-class Frames:
-    frames: np.ndarray
-
-
-SIZES = [(1, 20, 30), (9, 20, 30), (12, 16, 24), (9, 12, 40), (5, 40, 40)]
-CROP = CropConfig(frames=8, height=16, width=20, batch=8, image_share=0.25)
-
-
-@pytest.fixture(scope="module")
-def clips():
-    """Clips whose every pixel tells its clip and place: (20 clip + t, y, x)."""
-    made = []
-    for number, size in enumerate(SIZES):
-        t, y, x = np.indices(size)
-        made.append(Frames(np.stack([20 * number + t, y, x], axis=-1).astype(np.uint8)))
-    return made
-
-
-def origin(crop):
-    """Clip, frame, row, column of the first pixel, after checking that the crop is one solid block."""
-    t, y, x = np.indices(crop.shape[:3])
-    first = crop[0, 0, 0].astype(int)
-    np.testing.assert_array_equal(crop, np.stack([t, y, x], -1) + first)
-    return first[0] // 20, first[0] % 20, first[1], first[2]
-
-
-def test_crops_are_solid_blocks_of_clips_that_are_large_enough(clips):
-    stream = crop_batches(clips, CROP, seed=0)
-    starts = set()
-    for step in range(60):
-        batch = stream[step]
-        assert batch["videos_BTHW3"].shape == (6, 8, 16, 20, 3) and batch["videos_BTHW3"].dtype == np.uint8
-        assert batch["images_BTHW3"].shape == (2, 1, 16, 20, 3)
-        for crop, clip in zip(batch["videos_BTHW3"], batch["videos_clips_B"], strict=True):
-            start = origin(crop)
-            assert start[0] == clip
-            starts.add(start)
-        assert set(batch["images_clips_B"]) <= {0, 1, 2, 4}
-    assert {start[0] for start in starts} == {1, 2}
-    for axis, most in zip((1, 2, 3), ((1, 4), (4, 0), (10, 4)), strict=True):
-        for clip in (1, 2):  # every start there is occurs, the first and the last of each axis among them
-            assert {start[axis] for start in starts if start[0] == clip} == set(range(most[clip - 1] + 1))
-
-
-def test_one_kind_only(clips):
-    assert set(crop_batches(clips, CropConfig(8, 16, 20, 4), 0)[0]) == {"videos_BTHW3", "videos_clips_B"}
-    images = crop_batches(clips, CropConfig(99, 16, 20, 4, image_share=1.0), 0)[0]
-    assert set(images) == {"images_BTHW3", "images_clips_B"}
-
-
-def test_crop_streams_are_pure_and_shared_by_hosts(clips):
-    expected = crop_batches(clips, CROP, seed=3)
-    for step, batch in enumerate(islice(crop_batches(clips, CROP, 3).stream(5, threads=3), 10), 5):
-        same(batch, expected[step])
-    halves = [crop_batches(clips, CROP, 3, process_index=host, process_count=2)[4] for host in (0, 1)]
-    same({name: np.concatenate([half[name] for half in halves]) for name in halves[0]}, expected[4])
-    other = crop_batches(clips, CROP, seed=4)[4]
-    assert not np.array_equal(other["videos_BTHW3"], expected[4]["videos_BTHW3"])
-    assert not np.array_equal(expected[5]["videos_BTHW3"], expected[4]["videos_BTHW3"])
-
-
-def test_crops_of_a_split_of_a_dataset_folder(clips, tmp_path):
-    with write_dataset(tmp_path / "data", {}) as writer:
-        for number, clip in enumerate(clips):
-            made = Clip(f"c{number}", clip.frames, 8.0, "", "test")
-            writer.add(made, f"c{number}", "test" if number == 1 else "train")
-    dataset = Dataset(tmp_path / "data")
-    sizes, train_clips = sizes_and_clips(dataset, "train")
-    np.testing.assert_array_equal(sizes, SIZES)
-    batch = crop_batches(dataset, CROP, 0, sizes, train_clips)[0]
-    assert set(batch["videos_clips_B"]) == {2}  # clip 1 is large enough, but in the other split
-    same(batch, crop_batches(clips, CROP, 0, clips=train_clips)[0])
-
-
-@pytest.mark.parametrize(
-    "make,words",
-    [
-        (lambda clips: crop_batches(clips, CropConfig(13, 16, 16), 0), ["13 x 16 x 16", "12 x 40 x 40"]),
-        (lambda clips: crop_batches([], CROP, 0), ["0 clips"]),
-        (lambda clips: crop_batches(clips, CROP, 0, process_count=4), ["6 rows", "4 processes"]),
-        (lambda clips: CropConfig(frames=0), ["crop.frames", "0"]),
-        (lambda clips: CropConfig(image_share=1.5), ["crop.image_share", "1.5"]),
-    ],
-)
-def test_crop_mistakes(clips, make, words):
-    with pytest.raises(UserError) as error:
-        make(clips)
-    for word in words:
-        assert word in str(error.value)
-
-
 def test_shares_part_the_rows():
     rows = [row for host in range(3) for row in HostShare(host, 3).rows(12)]
     assert rows == list(range(12))
@@ -247,3 +174,42 @@ def test_shares_part_the_rows():
 
 def test_uids_of_this_test_differ():
     assert len({clip_uid(f"clip-{number}") for number in range(CLIPS)}) == CLIPS
+
+
+WEIGHTS = {0: 0.25, 1: 1.0, 2: 2.0, 3: 2.5}
+
+
+def test_weights_say_how_often_a_clip_comes_in_an_epoch(tmp_path):
+    rows = [clip_row(n, (1, 2, 2), weight=WEIGHTS[n % 4]) for n in range(80)]
+    stream = batches(write_cache(tmp_path / "cache", rows), batch=1)
+    counts, epoch, row = [], 0, 0
+    while epoch < 40:
+        if epoch == len(counts):
+            counts.append(dict.fromkeys([row["id"] for row in rows], 0))
+        pack = stream.row(row)
+        for uid in pack["clips_S"][pack["clips_S"] > 0]:
+            counts[epoch][stream.cache.ids(np.flatnonzero(stream.cache.uids == uid))[0]] += 1
+        row += 1
+        epoch = stream._epochs.epoch(row)
+    counts = np.array([list(each.values()) for each in counts])  # (epochs, clips)
+    for number, weight in WEIGHTS.items():
+        mine = counts[:, number::4]
+        assert set(np.unique(mine)) == {int(np.floor(weight)), int(np.ceil(weight))}
+        assert mine.mean() == pytest.approx(weight, abs=0.06)  # five standard deviations of 800 draws
+
+
+def test_variants_of_a_clip_are_taken_in_turn(tmp_path):
+    rows = [clip_row(n, (1, 2, 2 + 2 * v), variant=v) for n in range(30) for v in range(3)]
+    stream = batches(write_cache(tmp_path / "cache", rows), batch=1)
+    taken, row = {}, 0
+    while (epoch := stream._epochs.epoch(row)) < 6:
+        pack = stream.row(row)
+        for uid, grid in zip(pack["clips_S"], pack["grids_S3"], strict=True):
+            if uid:
+                taken.setdefault(uid, {}).setdefault(epoch, []).append(int(grid[2]) - 1)
+        row += 1
+    assert len(taken) == 30
+    for epochs in taken.values():
+        turns = [variant for epoch in range(6) for (variant,) in [epochs[epoch]]]  # one in each epoch
+        assert sorted(turns[:3]) == [0, 1, 2] and turns[3:] == turns[:3]
+    assert len({tuple(epochs[0]) for epochs in taken.values()}) == 3  # not all begin with the same

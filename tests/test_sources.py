@@ -1,7 +1,7 @@
-"""Sources: folders, sidecar captions, zip files, strips, the world; and the rules of size and length."""
+"""What all sources have in common: options, labels, limits; the world; and the rules of size and length."""
 
 import pickle
-import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_jax.data.fit import FitError, SizeRule, crop_box, fit_length, fit_size, pad_frames
-from sora_jax.data.media import save_png, write_video
-from sora_jax.data.sources import Clip, FolderSource, WorldSource
-from sora_jax.data.tracks import MediaError
-from sora_jax.data.world import WorldConfig, clip, split
+from sora_jax.data.media import SpanRule, save_png
+from sora_jax.data.sources import SourceConfig, make_source
+from sora_jax.data.sources.captions import Fields, number_labels, words
+from sora_jax.data.sources.opened import FileMedia, Held, Part, fingerprint
+from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene, split
 from sora_jax.errors import UserError
 
 lengths = st.integers(1, 300)
@@ -24,8 +25,8 @@ def frame(shade: int, height: int = 8, width: int = 8) -> np.ndarray:
     return np.full((height, width, 3), shade, np.uint8)
 
 
-def reasons(source: FolderSource) -> dict[str, str]:
-    return dict(source.refused)
+def entries(source):
+    return [source.entry(i) for i in range(len(source))]
 
 
 @given(lengths, factors, lengths)
@@ -81,112 +82,163 @@ def test_padding_repeats_the_last_frame():
     assert len(pad_frames(frames, 2)) == 2
 
 
-def test_folder_is_read_in_order_with_captions_from_text_and_csv(tmp_path):
-    save_png(tmp_path / "b.png", frame(20))
-    save_png(tmp_path / "a/z.png", frame(10))
-    write_video(tmp_path / "c.mp4", np.stack([frame(30)] * 4), 8)
-    save_png(tmp_path / ".hidden.png", frame(0))
-    (tmp_path / "b.txt").write_text("  from\nthe text ")
-    (tmp_path / "README.md").write_text("no clip")
-    (tmp_path / "captions.csv").write_text(
-        '\ufefffile,split,caption\nb.png,test,from the list\na/z.png,,"one, two"\ngone.mp4,,nobody\n',
-        encoding="utf-8",
-    )
-    source = FolderSource(tmp_path)
-    entries = [source.entry(i) for i in range(len(source))]
-    assert [(e.id, e.caption, e.split) for e in entries] == [
-        ("b.png", "from the text", "test"),
-        ("c.mp4", None, None),
-        ("a/z.png", "one, two", None),
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(name="foldr"), "source='foldr'"),
+        (dict(name="tfds:"), "tfds:NAME"),
+        (dict(name="webdataset"), "path is not given.*tar"),
+        (dict(name="world"), "limit is not given"),
+        (dict(name="world", limit=3, strip_frames=2), "strip_frames=2"),
+        (dict(path="a", weight=0), "weight=0"),
+        (dict(path="a", weight=float("nan")), "weight=nan"),
+        (dict(path="a", strip_fps=0), "strip_fps=0"),
+        (dict(path="a", strip_frames=0), "strip_frames=0"),
+        (dict(path="a", limit=0), "limit=0"),
+        (dict(path="a", label="name"), "label='name'"),
+        (dict(path="a", label_caption="a digit"), "label_caption='a digit'"),
+        (dict(path="a", split="train"), "split='train'"),
+        (dict(path="a", world_held_out=1), "world_held_out=1"),
+        (dict(name="world", limit=3, world_held_out=4), "from 0 to 3"),
+    ],
+)
+def test_wrong_options_are_named(options, match):
+    with pytest.raises(UserError, match=match):
+        SourceConfig(**options)
+
+
+def test_the_world_is_a_source():
+    world = WorldConfig(seed=3)
+    source = make_source(SourceConfig("world", limit=6, world=world, world_held_out=2, weight=0.5))
+    assert source.name == "world" and len(source) == 6
+    numbers = [0, 1, 2, 3, HELD_OUT, HELD_OUT + 1]
+    for entry, number in zip(entries(source), numbers, strict=True):
+        assert entry.captions == {"original": scene(world, number).caption}
+        assert (entry.split, entry.weight) == (split(number), 0.5)
+    assert [source.open(i).content_id() for i in range(6)] == [f"world/3/{number}" for number in numbers]
+    frames, _ = clip(world, 2)
+    decoded = source.open(2).decode(SpanRule(), None)
+    np.testing.assert_array_equal(decoded.frames, frames)
+    assert decoded.fps == world.fps
+    assert entries(pickle.loads(pickle.dumps(source))) == entries(source)
+    for wrong in (6, -1):
+        with pytest.raises(IndexError):
+            source.entry(wrong)
+
+
+def test_limit_spreads_evenly_and_weight_is_every_entry_s(tmp_path):
+    for shade in range(10):
+        save_png(tmp_path / f"{shade}.png", frame(shade))
+    source = make_source(SourceConfig(path=str(tmp_path), limit=4, weight=2.5))
+    assert [entry.file for entry in entries(source)] == ["0.png", "2.png", "5.png", "7.png"]
+    assert {entry.weight for entry in entries(source)} == {2.5}
+    np.testing.assert_array_equal(source.open(2).decode(SpanRule(), None).frames[0], frame(5))
+    assert len(make_source(SourceConfig(path=str(tmp_path), limit=40))) == 10
+
+
+def test_labels_become_captions_numbers_or_both(tmp_path):
+    for name in "abc":
+        save_png(tmp_path / f"{name}.png", frame(1))
+    (tmp_path / "captions.csv").write_text("file,caption,label\na.png,mine,sea_lion\nb.png,,ape\nc.png,none,\n")
+    config = SourceConfig(path=str(tmp_path), label_caption="a photo of a {label}")
+    found = {label: entries(make_source(replace(config, label=label))) for label in ("caption", "class", "both")}
+    assert [entry.captions for entry in found["class"]] == [{"original": "mine"}, {}, {"original": "none"}]
+    assert [entry.label for entry in found["class"]] == [entry.label for entry in found["both"]] == [1, 0, None]
+    assert [entry.label for entry in found["caption"]] == [None] * 3
+    texts = [
+        {"original": "mine", "label": "a photo of a sea lion"},
+        {"label": "a photo of a ape"},
+        {"original": "none"},
     ]
-    assert [int(source[i].frames.mean().round()) // 10 for i in range(3)] == [2, 3, 1]
-    assert source[1].frames.shape == (4, 8, 8, 3) and source[1].caption == ""
-    assert list(reasons(source)) == ["gone.mp4"]
+    assert [entry.captions for entry in found["caption"]] == [entry.captions for entry in found["both"]] == texts
+    assert [entry.label_name for entry in found["caption"]] == ["sea_lion", "ape", None]
 
 
-def test_zip_members_are_read_in_place(tmp_path):
-    save_png(tmp_path / "one.png", frame(50))
-    data = (tmp_path / "one.png").read_bytes()
-    (tmp_path / "one.png").unlink()
-    (tmp_path / "set").mkdir()
-    with zipfile.ZipFile(tmp_path / "set/pack.zip", "w") as archive:
-        for name in ("train/x.png", "../out.png", "/abs.png", "train/notes.txt", "c:/x.png"):
-            archive.writestr(name, data)
-    (tmp_path / "set/captions.csv").write_text("file,caption\ntrain/x.png,a grey square\n")
-    (tmp_path / "bad.zip").write_bytes(b"PK not a zip")
-    source = pickle.loads(pickle.dumps(FolderSource(tmp_path)))
-    assert [source.entry(i).id for i in range(len(source))] == ["set/pack.zip/train/x.png"]
-    assert source.entry(0).caption == "a grey square"
-    assert (source[0].frames == 50).all()
-    assert {name: reason.split(":")[0] for name, reason in source.refused} == {
-        "set/pack.zip/../out.png": "unsafe",
-        "set/pack.zip//abs.png": "unsafe",
-        "set/pack.zip/c:/x.png": "unsafe",
-        "bad.zip": "unreadable",
-    }
+def test_a_source_pickles_small_and_sees_changes(tmp_path):
+    for shade in range(50):
+        save_png(tmp_path / f"{shade:02}.png", frame(shade))
+    source = make_source(SourceConfig(path=str(tmp_path)))
+    dumped = pickle.dumps(source)
+    again = pickle.loads(dumped)
+    assert len(dumped) < 1000 and entries(again) == entries(source) and pickle.loads(dumped) is again
+    assert again.digest() == make_source(SourceConfig(path=str(tmp_path), weight=3)).digest()
+    (tmp_path / "00.txt").write_text("words")
+    changed = make_source(SourceConfig(path=str(tmp_path)))
+    assert changed.digest() != source.digest()
+    dumped = pickle.dumps(changed)
+    save_png(tmp_path / "50.png", frame(50))
+    with pytest.raises(UserError, match="has changed"):
+        pickle.loads(dumped)
 
 
-def test_a_damaged_member_is_a_media_error(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("x.png", b"0123456789" * 20)
-    data = (tmp_path / "a.zip").read_bytes().replace(b"0123456789", b"9876543210", 1)
-    (tmp_path / "a.zip").write_bytes(data)
-    with pytest.raises(MediaError, match="CRC"):
-        FolderSource(tmp_path)[0]
+@given(st.lists(st.none() | st.integers(0, 99) | st.sampled_from(["ox", "ape", "7"])))
+def test_class_names_are_numbered_in_sorted_order(labels):
+    numbered = number_labels(labels)
+    assert [number is None for number, _ in numbered] == [label is None for label in labels]
+    if any(isinstance(label, str) for label in labels):
+        assert [name for _, name in numbered] == [None if label is None else str(label) for label in labels]
+        pairs = sorted({pair for pair in numbered if pair[0] is not None})
+        assert [number for number, _ in pairs] == list(range(len(pairs)))
+        assert [name for _, name in pairs] == sorted(name for _, name in pairs)
+    else:
+        assert [number for number, _ in numbered] == labels
 
 
-def test_strips_become_frames(tmp_path):
-    save_png(tmp_path / "strip.png", np.concatenate([frame(10 * k, 6, 4) for k in range(5)], axis=1))
-    save_png(tmp_path / "uneven.png", frame(0, 6, 21))
-    source = FolderSource(tmp_path, strip_frames=5, strip_fps=12.0)
-    assert source[0].fps == 12.0
-    np.testing.assert_array_equal(source[0].frames, np.stack([frame(10 * k, 6, 4) for k in range(5)]))
-    np.testing.assert_array_equal(source.read(0, max_frames=3, place=1.0).frames[:, 0, 0, 0], [20, 30, 40])
-    with pytest.raises(MediaError, match="21 pixels"):
-        source[1]
+def test_rows_say_captions_of_all_kinds():
+    row = {"caption_b": " two\n words", "captions": {"c": "three", "original": "x"}, "caption": "one", "label": 3.0}
+    said = words(row | {"split": "test", "file": "x"})
+    assert list(said.captions.items()) == [("original", "one"), ("b", "two words"), ("c", "three")]
+    assert (said.label, said.split) == (3, "test")
+    assert words({"captions": ["a", "", "c"]}).captions == {"original": "a", "3": "c"}
+    assert words({"captions": [("x", "a"), ("y", None)]}).captions == {"x": "a"}
+    assert words({"text": "t"}).captions == {"original": "t"}
+    assert words({"words": "w", "caption": "c", "no": "7"}, Fields("words", "no")) == words(
+        {"caption": "w", "label": 7}
+    )
+    assert [words({"label": label}).label for label in ("-1", -1, "", None, float("nan"), " 12 ")] == [None] * 5 + [12]
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("name,caption\na.png,x\n", "no file"),
-        ("file,split\na.png,x\n", "no caption"),
-        ("file,caption\n../a.png,x\n", "outside"),
-        (b"file,caption\na.png,\xff\xfe\n", "UTF-8"),
-    ],
+    "row", [{"caption": 5}, {"caption": "\ud800"}, {"label": 1.5}, {"label": 2**31}, {"label": True}, {"split": []}]
 )
-def test_unusable_lists_are_user_errors(tmp_path, text, match):
-    (tmp_path / "captions.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=match):
-        FolderSource(tmp_path)
+def test_rows_that_cannot_be_understood(row):
+    with pytest.raises(ValueError):
+        words(row)
 
 
-def test_captions_that_are_not_utf8_cost_one_clip(tmp_path):
+def test_a_part_of_a_file_is_a_file(tmp_path):
+    data = np.random.default_rng(0).bytes(200_000)
+    (tmp_path / "x").write_bytes(data)
+    with Part(tmp_path / "x", 1000, 150_000).open() as part:
+        assert part.read() == data[1000:151_000] and part.read() == b""
+        assert part.seek(-10, 2) == 149_990 and part.read(100) == data[150_990:151_000]
+        assert part.seek(70_000) and part.read(5) == data[71_000:71_005] and part.tell() == 70_005
+
+
+def test_content_ids_are_of_content(tmp_path):
     save_png(tmp_path / "a.png", frame(1))
-    save_png(tmp_path / "b.png", frame(2))
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    source = FolderSource(tmp_path)
-    assert [source.entry(i).id for i in range(len(source))] == ["b.png"]
-    assert list(reasons(source)) == ["a.png"]
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.bin").write_bytes(b"....." + data + b"..")
+    same = [FileMedia(tmp_path / "a.png"), FileMedia(Held(data)), FileMedia(Part(tmp_path / "b.bin", 5, len(data)))]
+    assert len({media.content_id() for media in same}) == 1
+    assert FileMedia(Held(data + b".")).content_id() != same[0].content_id()
+    assert len(same[0].content_id()) == 24
 
 
-def test_missing_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a folder"):
-        FolderSource(tmp_path / "nowhere")
+def test_large_files_are_known_by_size_and_blocks(tmp_path):
+    path = tmp_path / "large"
 
+    def made(size, *written):
+        with path.open("wb") as file:
+            for at in written:
+                file.seek(at)
+                file.write(b"x")
+            file.truncate(size)
+        with path.open("rb") as file:
+            return fingerprint(file)
 
-def test_world_source_is_the_world():
-    config = WorldConfig(seed=3)
-    source = WorldSource(config, train=4, held_out=2)
-    frames, caption = clip(config, 2)
-    np.testing.assert_array_equal(source[2].frames, frames)
-    assert source[2].caption == source.entry(2).caption == caption
-    assert [source.entry(i).split for i in range(6)] == [split(0)] * 4 + ["held-out"] * 2
-    assert len({source.entry(i).id for i in range(6)}) == 6
-    with pytest.raises(IndexError):
-        source[6]
-
-
-def test_clip_checks_its_frames():
-    with pytest.raises(ValueError, match="float"):
-        Clip("a", np.zeros((1, 8, 8, 3)), 8.0, "", "test")
+    size = 2**24 + 2**23
+    ids = [made(size), made(size + 1), made(size, 0), made(size, size - 1), made(size, 2**20 - 1)]
+    assert len(set(ids)) == 5
+    assert made(size, 2**20 + 1000) == ids[0]  # between the first two blocks
+    assert made(2**24, 2**20 + 1000) != made(2**24)

@@ -12,9 +12,10 @@ pad    the shortest 1 + f_t k >= n by repeating the last frame; with f_t = 4, 8 
 A factor that divides n - 1 loses nothing: 8 frames fit f_t = 7 and f_t = 1 as they are. A picture stays a
 picture under both rules, and a clip too short for 1 + f_t becomes one when cut.
 
-Size. The aspect ratio stays: a clip is scaled until its area is at most max_pixels (never enlarged), both
-sides are multiples of `multiple`, and only what the rounding of the ratio leaves over is cropped, evenly
-from both ends of one axis.
+Size. The aspect ratio stays: a clip is scaled until its area is at most what the rule allows (never enlarged), both
+sides are multiples of `multiple`, and only what the rounding of the ratio leaves over is cropped, evenly from both ends
+of one axis. The area is bounded by max_pixels, by the tokens that one clip may have, and, where sizes are drawn at
+random for each variant of a clip, by that draw.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ from itertools import product
 from math import sqrt
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from sora_jax.errors import UserError
 
 LENGTH_RULES = ("cut", "pad")
+RESOLUTIONS = ("largest", "uniform", "navit")
+FRAMINGS = ("native", "square")
+MAX_PIXELS = 2**40
 
 
 class FitError(Exception):
@@ -34,22 +39,74 @@ class FitError(Exception):
 
 @dataclass(frozen=True)
 class SizeRule:
-    """The options of `fit_size`: both sides are multiples of `multiple`, the area is at most `max_pixels`."""
+    """Which size a clip gets.
+
+    multiple: both sides are multiples of it. max_pixels: bounds height x width. max_tokens: bounds the tokens of a
+    clip, one for time_factor frames and multiple x multiple pixels: a picture may be larger than a film.
+    resolution: "largest" takes the largest size that is allowed; "uniform" and "navit" draw the side of the square
+    of equal area between the square roots of min_pixels and of the largest area, from the uniform distribution or
+    from the truncated normal N(-1/2, 1) on [-1, 1], which prefers small sizes (NaViT, 2307.06304, section 3.4).
+    framing: "native" keeps the aspect ratio, "square" crops to a square (to measure what that costs).
+    """
 
     multiple: int = 16
     max_pixels: int | None = None
+    max_tokens: int | None = None
+    time_factor: int = 4
+    resolution: str = "largest"
+    min_pixels: int | None = None
+    framing: str = "native"
 
     def __post_init__(self):
         if self.multiple < 1:
             raise UserError(f"multiple={self.multiple} is not allowed: a whole number of at least 1 is.")
-        if self.max_pixels is not None and self.max_pixels < self.multiple**2:
-            raise UserError(
-                f"max_pixels={self.max_pixels} is not allowed: with multiple={self.multiple} it is at least"
-                f" {self.multiple**2}."
-            )
+        for name in ("max_pixels", "min_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < self.multiple**2:
+                raise UserError(
+                    f"{name}={value} is not allowed: with multiple={self.multiple} it is at least {self.multiple**2}."
+                )
+        for name, allowed in (("resolution", RESOLUTIONS), ("framing", FRAMINGS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} is not allowed: {', '.join(allowed)} are.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens} is not allowed: at least 1 is.")
 
-    def __call__(self, height: int, width: int) -> tuple[int, int]:
-        return fit_size(height, width, self.multiple, self.max_pixels)
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Tokens of a clip of 1 + f_t k frames."""
+        return (1 + (frames - 1) // self.time_factor) * (height // self.multiple) * (width // self.multiple)
+
+    def __call__(self, height: int, width: int, frames: int = 1, draw: float = 1.0) -> tuple[int, int]:
+        """The (height, width) of a clip of that native size and length; draw in [0, 1) where sizes are random.
+
+        Raises FitError where there is none.
+        """
+        area = min(self._most(frames), height * width)
+        if self.resolution != "largest":
+            area = self._drawn(area, draw)
+        if self.framing == "square":
+            height = width = min(height, width)
+        return fit_size(height, width, self.multiple, area if area < height * width else None)
+
+    def _most(self, frames: int) -> int:
+        """Pixels that a frame of a clip of so many frames may have."""
+        most = self.max_pixels or MAX_PIXELS
+        if self.max_tokens is None:
+            return most
+        time = 1 + (frames - 1) // self.time_factor
+        if time > self.max_tokens:
+            raise FitError(
+                f"too long: {frames} frames have at least {time} tokens, max_tokens is {self.max_tokens}; at most "
+                f"{1 + self.time_factor * (self.max_tokens - 1)} frames of {self.multiple}x{self.multiple} would fit"
+            )
+        return min(most, self.max_tokens // time * self.multiple**2)
+
+    def _drawn(self, area: int, draw: float) -> int:
+        least = min(self.min_pixels or self.multiple**2, area)
+        if self.resolution == "navit":
+            low, high = ndtr(-0.5), ndtr(1.5)  # N(-1/2, 1) cut to [-1, 1]
+            draw = 0.5 * (float(ndtri(low + draw * (high - low))) - 0.5 + 1)
+        return max(int((sqrt(least) + draw * (sqrt(area) - sqrt(least))) ** 2), least)
 
 
 def longest_length(time_factor: int, max_frames: int) -> int:

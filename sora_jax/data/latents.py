@@ -1,34 +1,51 @@
 """The latent cache: every clip encoded once, with the fingerprint of what encoded it.
 
-A folder L holds `latents-*.array_record` (one record a clip: raw float16 (t, h, w, C), normalised),
-`manifest.parquet` (one row a clip) and `cache.json` (format version, fingerprint, digest of
-the dataset, channels, factors, shards).
-It is written under a hidden name beside L, shard by shard, and renamed when complete; a writer that was stopped goes
-on after its last complete shard.
+======================================  ==================================================================
+`manifest.parquet`                      one row a clip, the columns of `COLUMNS`, with shard and record
+`cache.json`                            format version, fingerprint of the autoencoder, digest of the dataset,
+                                        channels, factors, the text encoder if there is one
+`latents-*.array_record`                raw float16 (t, h, w, C), normalised
+`text-*.array_record`                   raw float16 (m, E): the embeddings of all captions of the clip, one after
+                                        the other; `text_tokens` has their lengths
+======================================  ==================================================================
 """
 
-from __future__ import annotations
-
-import errno
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from sora_jax.data.shards import ShardReader, shard_name
+from sora_jax.data.parts import Kind, Parts, PartWriter, Share, start
+from sora_jax.data.shards import FLOATS, ShardReader
 from sora_jax.errors import UserError
-from sora_jax.files import unfinished, write_json
 
-FORMAT = 2
-PREFIX = "latents"
-_OPTIONS = "group_size:1,uncompressed"  # one record a group: random reads; float16 noise does not compress
+FORMAT = 3
+LATENTS, TEXT = "latents", "text"
+COPIED = ("id", "variant", "frames", "height", "width", "fps", "captions", "kinds", "label", "weight", "split")
+COLUMNS = {
+    "id": "string",
+    "uid": "uint32",
+    "variant": "int32",
+    "t": "int32",
+    "h": "int32",
+    "w": "int32",
+    "frames": "int32",
+    "height": "int32",
+    "width": "int32",
+    "fps": "float64",
+    "captions": "string[]",
+    "kinds": "string[]",
+    "text_tokens": "int32[]",
+    "label": "int32",
+    "weight": "float32",
+    "split": "string",
+}
+KEY = ("id", "variant")
 
 
 def clip_uid(id: str) -> int:
@@ -37,202 +54,111 @@ def clip_uid(id: str) -> int:
 
 
 @dataclass(frozen=True)
-class LatentEntry:
-    """What the manifest says of one clip; sizes in pixels."""
+class TextInfo:
+    """The pretrained text encoder of a cache: name or folder, fingerprint of its weights, width E, most tokens."""
 
-    id: str
-    frames: int
-    height: int
+    name: str
+    fingerprint: str
     width: int
-    fps: float
-    caption: str
-    split: str = "train"
+    max_tokens: int
 
 
-class LatentWriter:
-    """Writes a cache; use as a context manager, which completes the folder if no error came.
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache was made with, beside its clips. data: digest of the dataset; factors: (time, height, width)."""
 
-    `fingerprint` is of the autoencoder, `data` the digest of the dataset; shards of another pair are not gone on with.
+    fingerprint: str
+    data: str
+    latent_channels: int
+    factors: tuple[int, int, int]
+    text: TextInfo | None = None
 
-    `done` holds the ids that an earlier, stopped writer left in complete shards: skip those. A cache that is
-    already at `path` is replaced at the end. UserError if `path` is something else, or the disk is full.
+    def plain(self) -> dict:
+        text = None if self.text is None else dict(vars(self.text))
+        return {**vars(self), "factors": list(self.factors), "text": text, "format": FORMAT}
+
+
+def start_cache(out: str | os.PathLike, info: CacheInfo, count: int, share: Share = Share()) -> Parts:
+    """The unfinished cache of `count` parts, as an earlier call with the same `info` left it."""
+    files = {LATENTS: FLOATS} | ({TEXT: FLOATS} if info.text else {})
+    return start(out, Kind(files, COLUMNS, "cache.json"), info.plain(), count, share)
+
+
+def add_latent(
+    writer: PartWriter, info: CacheInfo, row: Mapping, latent: np.ndarray, texts: Sequence[np.ndarray] | None = None
+) -> None:
+    """Append a clip to a part of a cache.
+
+    row: the dataset's, of which `COPIED` is kept. latent (t, h, w, C), kept as float16. texts: an embedding (m, E) for
+    each caption, where the cache has a text encoder. UserError if not finite or of another C.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        fingerprint: str,
-        data: str,
-        channels: int,
-        factors: tuple[int, int, int],
-        shard_clips: int = 1024,
-    ):
-        self.path = Path(path)
-        if self.path.exists() and not (self.path / "cache.json").exists():
-            raise UserError(f"{self.path} exists and is not a latent cache; choose another folder")
-        self.partial = unfinished(self.path)
-        self.header = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "data": data,
-            "latent_channels": channels,
-            "factors": list(factors),
-        }
-        self.shard_clips = shard_clips
-        self._resume()
-        self.done = {row["id"] for row in self._rows}
-        self._pending: list[tuple[dict, bytes]] = []
-
-    def add(self, entry: LatentEntry, latent: np.ndarray) -> None:
-        """Append one clip; latent (t, h, w, C), kept as float16. UserError if not finite or of another C."""
-        if latent.ndim != 4 or latent.shape[-1] != self.header["latent_channels"]:
-            channels = self.header["latent_channels"]
-            raise UserError(f"clip {entry.id!r}: latent shape {latent.shape} is not (t, h, w, {channels})")
-        stored = latent.astype(np.float16)
-        if not np.isfinite(stored).all():
-            raise UserError(f"clip {entry.id!r}: its latent has values that float16 cannot hold")
-        if entry.id in self.done:
-            raise UserError(f"clip {entry.id!r} is already in the cache; ids must differ")
-        self.done.add(entry.id)
-        t, h, w, _ = latent.shape
-        row = {**asdict(entry), "uid": clip_uid(entry.id), "t": t, "h": h, "w": w}
-        self._pending.append((row, stored.tobytes()))
-        if len(self._pending) >= self.shard_clips:
-            self._write_shard()
-
-    def __enter__(self) -> LatentWriter:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._complete()
-
-    def _resume(self) -> None:
-        self._rows, self._shards = [], 0
-        with _disk_errors(self.partial):
-            if self.partial.exists() and _read_json(self.partial / "cache.json") != self.header:
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True, exist_ok=True)
-            write_json(self.partial / "cache.json", self.header)
-        while (rows := _read_json(self.partial / f"{_partial(self._shards)}.json")) is not None:
-            self._rows += rows
-            self._shards += 1
-
-    def _write_shard(self) -> None:
-        name = _partial(self._shards)
-        places = [{"shard": self._shards, "record": record} for record in range(len(self._pending))]
-        rows = [row | place for (row, _), place in zip(self._pending, places, strict=True)]
-        with _disk_errors(self.partial):
-            _write_records(self.partial / name, [data for _, data in self._pending])
-            write_json(self.partial / f"{name}.json", rows)  # its presence says that the shard is complete
-        self._rows += rows
-        self._shards += 1
-        self._pending = []
-
-    def _complete(self) -> None:
-        if self._pending:
-            self._write_shard()
-        if not self._rows:
-            raise UserError(f"no clip was encoded for the latent cache {self.path}")
-        with _disk_errors(self.partial):
-            _write_manifest(self.partial / "manifest.parquet", self._rows)
-            write_json(self.partial / "cache.json", self.header | {"shards": self._shards})
-            for number in range(self._shards):
-                final = shard_name(PREFIX, number, self._shards)
-                (self.partial / _partial(number)).rename(self.partial / final)
-                (self.partial / f"{_partial(number)}.json").unlink()
-            _replace_folder(self.partial, self.path)
+    if latent.ndim != 4 or latent.shape[-1] != info.latent_channels:
+        raise UserError(f"clip {row['id']!r}: latent shape {latent.shape} is not (t, h, w, {info.latent_channels})")
+    stored = latent.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise UserError(f"clip {row['id']!r}: its latent has values that float16 cannot hold")
+    t, h, w, _ = latent.shape
+    kept = {name: row[name] for name in COPIED} | {"uid": clip_uid(row["id"]), "t": t, "h": h, "w": w}
+    records = [stored.tobytes()]
+    if info.text:
+        records.append(b"".join(text.astype(np.float16).tobytes() for text in texts))
+    writer.add(kept | {"text_tokens": [len(text) for text in texts or ()]}, *records)
 
 
-def _partial(number: int) -> str:
-    return f"{PREFIX}-{number:05d}.partial"
-
-
-def _write_records(path: Path, records: list[bytes]) -> None:
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-
-    try:
-        writer = ArrayRecordWriter(str(path), _OPTIONS)
-        for record in records:
-            writer.write(record)
-        writer.close()
-        reader = ArrayRecordReader(str(path))
-        kept = reader.num_records()
-        reader.close()
-    except (RuntimeError, ValueError) as error:  # how the library says that a write or the footer failed
-        raise OSError(errno.EIO, str(error)) from error
-    if kept != len(records):
-        raise OSError(errno.EIO, f"{kept} of {len(records)} records were kept")
-
-
-def _write_manifest(path: Path, rows: list[dict]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist([{"index": index, **row} for index, row in enumerate(rows)])
-    uid = table.schema.get_field_index("uid")
-    pq.write_table(table.set_column(uid, "uid", table["uid"].cast(pa.uint32())), path)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write the latent cache {path}: {error.strerror or error}") from error
+def finish_cache(parts: Parts, info: CacheInfo) -> bool:
+    """Complete the cache if all its parts are there."""
+    return parts.finish(info.plain(), KEY, lambda refused: f"no clip was encoded for the latent cache {parts.out}")
 
 
 class LatentCache:
-    """A complete cache: `cache[i]` is latent i (t, h, w, C) float16; columns of the manifest as attributes.
+    """A complete cache: `len`, `[i]` -> latent (t, h, w, C), and the manifest's columns. May be pickled and forked.
 
-    Readers open at the first read of each process, so a cache travels to worker processes, and any number of
-    threads may read. UserError if `path` is no complete cache.
+    UserError where the folder is missing or of another format.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        header = _read_json(self.path / "cache.json")
-        if header is None or not (self.path / "manifest.parquet").exists():
-            raise UserError(f"{self.path} is not a latent cache; make one with `sora-jax data encode`")
-        if header["format"] != FORMAT:
-            raise UserError(f"{self.path} has cache format {header['format']}, this program reads {FORMAT}")
-        self.fingerprint: str = header["fingerprint"]
-        self.data: str = header["data"]  # digest of the dataset
-        self.channels: int = header["latent_channels"]
-        self.factors: tuple[int, int, int] = tuple(header["factors"])
-        self._shards = ShardReader(self.path, PREFIX, header["shards"])
+        header = _read_header(self.path)
+        text = header["text"] and TextInfo(**header["text"])
+        names = ("fingerprint", "data", "latent_channels")
+        self.info = CacheInfo(*(header[name] for name in names), tuple(header["factors"]), text)
+        self._latents = ShardReader(self.path, LATENTS, header["parts"])
+        self._texts = ShardReader(self.path, TEXT, header["parts"])
+        self._count = header["clips"]
+        self._columns = {}
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self._count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        shard, record = self.manifest["shard"][index], self.manifest["record"][index]
-        data = self._shards.read(shard, record)
+        data = self._latents.read(*self._place(index))
         return np.frombuffer(data, np.float16).reshape(*self.grids[index], self.channels)
+
+    def text(self, index: int, caption: int) -> np.ndarray:
+        """The embedding (m, E) float16 of a clip's caption, by its number."""
+        ends = np.cumsum(self.column("text_tokens")[index].as_py())
+        whole = np.frombuffer(self._texts.read(*self._place(index)), np.float16).reshape(-1, self.info.text.width)
+        return whole[ends[caption - 1] if caption else 0 : ends[caption]]
 
     def check(self, fingerprint: str) -> None:
         """UserError unless the cache was made by the autoencoder and preprocessing of this fingerprint."""
-        if fingerprint != self.fingerprint:
+        if fingerprint != self.info.fingerprint:
             raise UserError(
                 f"the latent cache {self.path} was made by another autoencoder (fingerprint "
-                f"{self.fingerprint[:12]}, this run has {fingerprint[:12]}); rebuild it with "
-                f"`sora-jax data encode --out={self.path}` or use the autoencoder that made it"
+                f"{self.info.fingerprint[:12]}, this run has {fingerprint[:12]}); remove it and make it again with "
+                f"`sora-jax data encode --autoencoder=RUN --data=DATASET --out={self.path}`, or use the autoencoder "
+                "that made it"
+            )
+
+    def check_text(self, name: str, width: int) -> None:
+        """UserError unless the cache has text of this encoder (none for the empty name) and width."""
+        have = ("", width) if self.info.text is None else (self.info.text.name, self.info.text.width)
+        if have != (name, width):
+            made = f"has text of {have[0]!r}, width {have[1]}" if have[0] else "has no text of a pretrained encoder"
+            wanted = f"--text-encoder={name}" if name else "no --text-encoder"
+            raise UserError(
+                f"config.model.text.pretrained is {name!r}, width {width}; the latent cache {self.path} {made}: make "
+                f"it again with {wanted}, or change the config"
             )
 
     def indices(self, split: str) -> np.ndarray:
@@ -243,34 +169,79 @@ class LatentCache:
             raise UserError(f"split is {split!r} but the latent cache {self.path} has {have}")
         return found
 
-    @cached_property
-    def manifest(self) -> Mapping[str, list]:
-        """All columns: index, id, uid, t, h, w, frames, height, width, fps, caption, split, shard, record."""
-        import pyarrow.parquet as pq
+    def column(self, name: str):
+        """A column of the manifest, an Arrow array; read from the disk when it is first asked for."""
+        if name not in self._columns:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / "manifest.parquet").to_pydict()
+            column = pq.read_table(self.path / "manifest.parquet", columns=[name])[name].combine_chunks()
+            self._columns[name] = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        return self._columns[name]
+
+    def ids(self, indices: Sequence[int]) -> list[str]:
+        """Ids of some clips."""
+        return self.column("id").take(np.asarray(indices, np.int64)).to_pylist()
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return self.column(name).to_numpy()
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._numbers("shard"), self._numbers("record")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        shards, records = self._places
+        return int(shards[index]), int(records[index])
 
     @cached_property
     def grids(self) -> np.ndarray:
         """Latent sizes (n, 3) int64: t, h, w."""
-        return np.stack([self.manifest[side] for side in "thw"], axis=1)
+        return np.stack([self._numbers(side) for side in "thw"], axis=1).astype(np.int64)
 
     @cached_property
     def uids(self) -> np.ndarray:
-        """Clip uids (n,) uint32."""
-        return np.array(self.manifest["uid"], np.uint32)
+        """Clip uids (n,) uint32, the same for all variants of a clip."""
+        return self._numbers("uid")
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """How often each clip comes in an epoch, on average (n,) float64."""
+        return self._numbers("weight").astype(np.float64)
+
+    @cached_property
+    def has_variants(self) -> bool:
+        """Whether some clip is there in several sizes or places."""
+        return bool(self._numbers("variant").any())
 
     @cached_property
     def splits(self) -> np.ndarray:
         """Split names (n,)."""
-        return np.array(self.manifest["split"])
+        names = self.column("split").dictionary_encode()
+        return np.array(names.dictionary.to_pylist())[names.indices.to_numpy()]
 
     @property
-    def ids(self) -> list[str]:
-        """Clip ids."""
-        return self.manifest["id"]
+    def channels(self) -> int:
+        """C."""
+        return self.info.latent_channels
 
-    @property
-    def captions(self) -> list[str]:
-        """Captions."""
-        return self.manifest["caption"]
+    def __getstate__(self):
+        return self.path
+
+    def __setstate__(self, path):
+        self.__init__(path)
+
+
+def _read_header(path: Path) -> dict:
+    try:
+        header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no complete latent cache at {path}; make one with `sora-jax data encode --out={path}`"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"the latent cache {path} has format {header.get('format')}, which this version does not read: remove it "
+            "and make it again with `sora-jax data encode`"
+        )
+    return header

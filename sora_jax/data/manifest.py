@@ -1,11 +1,16 @@
 """The dataset folder: clips with their captions, and the list of what was refused.
 
 ======================================  ==================================================================
-`manifest.parquet`                      one row a clip, the columns of `COLUMNS`
+`manifest.parquet`                      one row a clip, the columns of `COLUMNS`, with shard and record
 `refused.jsonl`                         {"file", "reason"} for every file that was not used
-`dataset.json`                          format version, options of the build, counts
+`dataset.json`                          format version, options of the build, counts, digest of the rows
 `clips-00000-of-000NN.array_record`     raw uint8 frames (T, H, W, 3), the row tells the shape
 ======================================  ==================================================================
+
+`id` names the content, `variant` tells apart the sizes or parts of one clip that epochs take in turn, `start` is in
+seconds of the file, `tokens` counts one for `time_factor` frames and `multiple` x `multiple` pixels (the options of the
+build). `kinds` names each of the `captions`; `label` is -1 where there is none; `weight` says how often the clip comes
+in an epoch, on average; `flags` are notes such as "partial: ...".
 """
 
 import hashlib
@@ -17,76 +22,54 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.data.shards import ShardReader, ShardWriter
-from sora_jax.data.sources import Clip
+from sora_jax.data.clips import Clip
+from sora_jax.data.parts import Kind, PartWriter, start
+from sora_jax.data.shards import PIXELS, ShardReader
 from sora_jax.errors import UserError
-from sora_jax.files import new_folder
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = "clips"
 COLUMNS = {
-    "index": "int64",
     "id": "string",
+    "variant": "int32",
     "source": "string",
     "file": "string",
+    "start": "float64",
     "frames": "int32",
     "height": "int32",
     "width": "int32",
     "fps": "float64",
-    "caption": "string",
+    "tokens": "int32",
+    "captions": "string[]",
+    "kinds": "string[]",
+    "label": "int32",
+    "weight": "float32",
     "split": "string",
-    "note": "string",
-    "shard": "int32",
-    "record": "int32",
+    "flags": "string[]",
 }
+KIND = Kind({PREFIX: PIXELS}, COLUMNS, "dataset.json")
+KEY = ("id", "variant")
+
+
+def add_clip(
+    writer: PartWriter, clip: Clip, file: str, split: str, tokens: int = 0, variant: int = 0, weight: float = 1.0
+) -> None:
+    """Append a clip to a part; `file` is where people find it."""
+    frames, height, width, _ = clip.frames.shape
+    row = dict(id=clip.id, variant=variant, source=clip.source, file=file, start=clip.start, split=split)
+    row |= dict(frames=frames, height=height, width=width, fps=clip.fps, tokens=tokens, weight=weight)
+    row |= dict(captions=list(clip.captions.values()), kinds=list(clip.captions), flags=list(clip.flags))
+    row |= dict(label=-1 if clip.label is None else clip.label)
+    writer.add(row, np.ascontiguousarray(clip.frames).tobytes())
 
 
 @contextmanager
-def write_dataset(out: str | Path, options: dict, shard_bytes: int = 2**28) -> Iterator["DatasetWriter"]:
-    """A writer for the folder `out`, which appears when the block ends well, and only then.
-
-    options: kept in `dataset.json`. Raises UserError where `out` is in use or the disk is full.
-    """
-    with new_folder(out) as folder:
-        writer = DatasetWriter(folder, shard_bytes)
+def write_dataset(out: str | Path, options: dict) -> Iterator[PartWriter]:
+    """A writer (`add_clip`, `refuse`) for a dataset of one part; the folder appears when the block ends well."""
+    parts = start(out, KIND, {"options": options}, 1)
+    with parts.write(0) as writer:
         yield writer
-        writer.finish(options)
-
-
-class DatasetWriter:
-    """Takes the clips and refusals of a dataset one by one; made by `write_dataset`."""
-
-    def __init__(self, folder: Path, shard_bytes: int):
-        self._folder, self._shards = folder, ShardWriter(folder, PREFIX, shard_bytes)
-        self.rows: list[dict] = []
-        self.refused: list[dict] = []
-
-    def add(self, clip: Clip, file: str, split: str) -> None:
-        """Append a clip; `file` is where it came from."""
-        shard, record = self._shards.write(np.ascontiguousarray(clip.frames).tobytes())
-        frames, height, width, _ = clip.frames.shape
-        size = dict(frames=frames, height=height, width=width, fps=clip.fps)
-        words = dict(caption=clip.caption, split=split, note=clip.note)
-        row = dict(index=len(self.rows), id=clip.id, source=clip.source, file=file)
-        self.rows.append(row | size | words | dict(shard=shard, record=record))
-
-    def refuse(self, file: str, reason: str) -> None:
-        """List a file that is not used."""
-        self.refused.append({"file": file, "reason": reason})
-
-    def finish(self, options: dict) -> None:
-        """Close the shards and write the tables."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        shards = self._shards.close()
-        schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
-        pq.write_table(pa.Table.from_pylist(self.rows, schema), self._folder / "manifest.parquet")
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.refused)
-        (self._folder / "refused.jsonl").write_text(lines, encoding="utf-8")
-        counts = {"clips": len(self.rows), "refused": len(self.refused), "shards": shards}
-        info = {"format": FORMAT} | counts | {"options": options}
-        (self._folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    parts.finish({"format": FORMAT, "options": options}, KEY)
 
 
 class Dataset:
@@ -99,7 +82,7 @@ class Dataset:
         self.path = Path(path)
         self.info = read_info(self.path)
         self._table = None
-        self._shards = ShardReader(self.path, PREFIX, self.info["shards"])
+        self._shards = ShardReader(self.path, PREFIX, self.info["parts"])
 
     def __len__(self) -> int:
         return self.info["clips"]
@@ -112,14 +95,13 @@ class Dataset:
             self._table = pq.read_table(self.path / "manifest.parquet")
         return self._table
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Hex digest of what the clips are and how they were made; equal builds of equal files have an equal one."""
-        rows = [{name: value for name, value in row.items() if name not in ("source", "file")} for row in self.rows()]
-        options = {name: value for name, value in self.info["options"].items() if name != "path"}
-        return hashlib.sha256(json.dumps([options, rows], sort_keys=True).encode()).hexdigest()
+        options = {k: v for k, v in self.info["options"].items() if k not in ("sources", "digests")}
+        return hashlib.sha256(json.dumps([options, self.info["digest"]], sort_keys=True).encode()).hexdigest()
 
-    @property
+    @cached_property
     def refused(self) -> list[dict]:
         lines = (self.path / "refused.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
@@ -144,8 +126,26 @@ class Dataset:
     def __getitem__(self, index: int) -> Clip:
         row = self.row(index)
         pixels = np.frombuffer(self._shards.read(row["shard"], row["record"]), np.uint8)
-        frames = pixels.reshape(row["frames"], row["height"], row["width"], 3)
-        return Clip(row["id"], frames, row["fps"], row["caption"], row["source"], row["note"])
+        return Clip(
+            id=row["id"],
+            frames=pixels.reshape(row["frames"], row["height"], row["width"], 3),
+            fps=row["fps"],
+            captions=captions_of(row),
+            source=row["source"],
+            label=None if row["label"] < 0 else row["label"],
+            start=row["start"],
+            flags=tuple(row["flags"]),
+        )
+
+
+def captions_of(row: dict) -> dict[str, str]:
+    """kind -> text of a manifest's row."""
+    return dict(zip(row["kinds"], row["captions"], strict=True))
+
+
+def caption_of(row: dict) -> str:
+    """The first caption of a manifest's row, or the empty one."""
+    return row["captions"][0] if row["captions"] else ""
 
 
 def read_info(path: Path) -> dict:
@@ -155,5 +155,7 @@ def read_info(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not a dataset folder: one made by `sora-jax data build` is.") from error
     if info.get("format") != FORMAT:
-        raise UserError(f"dataset={path} has format {info.get('format')}: format {FORMAT} can be read.")
+        raise UserError(
+            f"{str(path)!r} has format {info.get('format')}, which this version does not read: build it again."
+        )
     return info

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -120,51 +121,142 @@ def _times(sides: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class PackItem:
-    """One clip on its way into a pack: latent (t, h, w, C) float, uid > 0, text token ids (m,)."""
+    """One clip on its way into a pack: latent (t, h, w, C) float, uid > 0, text token ids (m,).
+
+    embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption.
+    """
 
     latent: np.ndarray
     uid: int
     text: np.ndarray
+    embedding: np.ndarray | None = None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(t, h, w)."""
+        return self.latent.shape[:3]
 
 
 def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarray]:
     """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
 
-    Returns tokens_LP float32, segments_L, coords_L3 float32, index_L (token in its clip), rows_L (row of the
-    conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, grids_S3, text_M,
-    text_segments_M, text_positions_M; int32 where not said. UserError if the clips do not fit.
+    Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
+    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, grids_S3,
+    text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them; int32 where not
+    said. UserError if the clips do not fit.
     """
-    if not 0 < len(items) <= config.slots:
-        raise UserError(f"a pack got {len(items)} clips; packing.slots allows 1 to {config.slots}")
-    grids = [grid_of(item.latent.shape[:3], config.patch) for item in items]
-    for grid in grids:
-        check_fits(grid, config.length)
-    segments = np.repeat(np.arange(1, len(items) + 1), [math.prod(grid) for grid in grids])
-    texts = [np.asarray(item.text) for item in items]
-    text_segments = np.repeat(np.arange(1, len(items) + 1), [len(text) for text in texts])
-    tokens = np.concatenate([patchify(item.latent, config.patch) for item in items])
-    L, S, M = config.length, config.slots, config.text_length
-    return {
-        "tokens_LP": _pad("length", tokens, L, np.float32),
-        "segments_L": _pad("length", segments, L),
-        "coords_L3": _pad("length", np.concatenate([coords_of(grid) for grid in grids]), L, np.float32),
-        "index_L": _pad("length", np.concatenate([np.arange(math.prod(grid)) for grid in grids]), L),
-        "rows_L": _pad("length", (segments - 1) * config.rows_per_clip, L),
-        "row_slots_R": np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip),
-        "clips_S": _pad("slots", np.array([item.uid for item in items]), S, np.uint32),
-        "grids_S3": _pad("slots", np.array(grids), S),
-        "text_M": _pad("text_length", np.concatenate(texts), M),
-        "text_segments_M": _pad("text_length", text_segments, M),
-        "text_positions_M": _pad("text_length", np.concatenate([np.arange(len(t)) for t in texts]), M),
+    return unstack(pack_batch([items], config))[0]
+
+
+def pack_batch(rows: Sequence[Sequence[PackItem]], config: PackingConfig) -> dict[str, np.ndarray]:
+    """Packs of several lists of clips, stacked: the arrays of `pack` with a B in front (tokens_BLP, ...).
+
+    This is what feeds the accelerator: one copy of each latent, and a few array operations for all clips together.
+    """
+    items = [item for row in rows for item in row]
+    clips = np.array([len(row) for row in rows])
+    if not 0 < clips.min() or clips.max() > config.slots:
+        wrong = clips[(clips == 0) | (clips > config.slots)][0]
+        raise UserError(f"a pack got {wrong} clips; packing.slots allows 1 to {config.slots}")
+    B, L, S, M = len(rows), config.length, config.slots, config.text_length
+    grids, coords = zip(*(_layout(item.size, config.patch) for item in items))
+    at = _Runs.of(clips, np.array([len(c) for c in coords]), L)
+    _check_length(at, items, config)
+    said = _Runs.of(clips, np.array([len(item.text) for item in items]), M)
+    if max(said.used) > M:
+        raise UserError(f"the clips of a pack need packing.text_length of {max(said.used)}; it is {M}")
+    clip = _Runs.of(clips, np.ones(len(items), np.int64), S)
+    slots = clip.starts - clip.row * S
+    batch = {
+        "tokens_BLP": _tokens(items, grids, at, (B, L), config.patch),
+        "segments_BL": at.spread(slots + 1, L),
+        "coords_BL3": at.place(np.concatenate(coords), L),
+        "index_BL": at.place(at.within, L),
+        "rows_BL": at.spread(slots * config.rows_per_clip, L),
+        "row_slots_BR": np.tile(np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip), (B, 1)),
+        "clips_BS": clip.place(np.array([item.uid for item in items], np.uint32), S),
+        "grids_BS3": clip.place(np.array(grids, np.int32), S),
+        "text_BM": said.place(np.concatenate([item.text for item in items]).astype(np.int32, copy=False), M),
+        "text_segments_BM": said.spread(slots + 1, M),
+        "text_positions_BM": said.place(said.within, M),
     }
+    if items[0].embedding is not None:
+        embeddings = np.concatenate([item.embedding for item in items])
+        batch["embeddings_BME"] = said.place(embeddings.astype(np.float16, copy=False), M)
+    return batch
 
 
-def _pad(option: str, values: np.ndarray, size: int, dtype: type = np.int32) -> np.ndarray:
-    if len(values) > size:
-        raise UserError(f"the clips of a pack need packing.{option} of {len(values)}; it is {size}")
-    padded = np.zeros((size, *values.shape[1:]), dtype)
-    padded[: len(values)] = values
-    return padded
+def _tokens(items: Sequence[PackItem], grids: Sequence, at: _Runs, shape: tuple[int, int], patch) -> np.ndarray:
+    """The patches of all latents (B, L, P), each written once; only what is left over of a row is set to zero."""
+    tokens = flat = None
+    for item, grid, start, length in zip(items, grids, at.starts.tolist(), at.lengths.tolist()):
+        latent = item.latent  # read now, and still in the processor's cache when it is copied
+        if tokens is None:
+            tokens = np.empty((*shape, math.prod(patch) * latent.shape[-1]), latent.dtype)
+            flat = tokens.reshape(-1, tokens.shape[-1])
+        _write_patches(flat[start : start + length], latent, grid, patch)
+    for row, used in zip(tokens, at.used):
+        row[used:] = 0
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of values, one for each clip, that follow each other from the start of rows of a fixed width.
+
+    row, starts (flat), lengths: of each run. within: place in its run of each value. used: values in each row.
+    """
+
+    row: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    within: np.ndarray
+    used: list[int]
+
+    @staticmethod
+    def of(counts: np.ndarray, lengths: np.ndarray, width: int) -> _Runs:
+        """From the number of runs in each row, and the length of each run."""
+        row = np.repeat(np.arange(len(counts)), counts)
+        ends = np.cumsum(lengths)
+        before = ends - lengths  # values before each run, of all rows
+        row_starts = before[np.cumsum(counts) - counts]
+        within = np.arange(ends[-1], dtype=np.int32) - np.repeat(before.astype(np.int32), lengths)
+        used = np.diff(row_starts, append=ends[-1]).tolist()
+        return _Runs(row, row * width + before - row_starts[row], lengths, within, used)
+
+    def place(self, values: np.ndarray, width: int) -> np.ndarray:
+        """(rows, width, ...) with all values in their rows, 0 after them."""
+        out = np.zeros((len(self.used), width, *values.shape[1:]), values.dtype)
+        at = 0
+        for row, used in zip(out, self.used):
+            row[:used] = values[at : at + used]
+            at += used
+        return out
+
+    def spread(self, values: np.ndarray, width: int) -> np.ndarray:
+        """(rows, width) int32 with each run's value on all its places, 0 after them."""
+        return self.place(np.repeat(values.astype(np.int32), self.lengths), width)
+
+
+def _check_length(at: _Runs, items: Sequence[PackItem], config: PackingConfig) -> None:
+    if max(at.used) > config.length:
+        for item in items:
+            check_fits(grid_of(item.size, config.patch), config.length)
+        raise UserError(f"the clips of a pack need packing.length of {max(at.used)}; it is {config.length}")
+
+
+@lru_cache(maxsize=4096)
+def _layout(size: tuple[int, int, int], patch: tuple[int, int, int]):
+    """Token grid and coordinates (n, 3) of a latent of this size."""
+    grid = grid_of(size, patch)
+    return grid, coords_of(grid)
+
+
+def _write_patches(out: np.ndarray, latent: np.ndarray, grid: Sequence[int], patch: Sequence[int]) -> None:
+    """`out[:] = patchify(latent, patch)` in one copy."""
+    (gt, gh, gw), (pt, ph, pw), c = grid, patch, latent.shape[-1]
+    apart = latent.reshape(gt, pt, gh, ph, gw, pw, c).transpose(0, 2, 4, 1, 3, 5, 6)
+    out.reshape(gt, gh, gw, pt, ph, pw, c)[...] = apart
 
 
 def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarray]:

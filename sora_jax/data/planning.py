@@ -57,8 +57,9 @@ def plan(
     S: int,
     M: int,
     window: int = 1024,
+    section: int = 0,
 ) -> Plan:
-    """Packs for one epoch, a pure function of its arguments.
+    """Packs for one epoch, or for one section of an epoch; a pure function of its arguments.
 
     `lengths` (clips,) are token counts and `text_lengths` (clips,) text token counts. Every clip is in one
     pack; a pack holds at most L tokens, S clips and M text tokens. Packs come in random order.
@@ -69,7 +70,7 @@ def plan(
     _check_each("text_length", text_lengths, M, "text token(s)", least=0)
     if not 1 <= window <= MAX_WINDOW:
         raise UserError(f"packing.window is {window}; it must be 1 to {MAX_WINDOW}")
-    draws = generator(seed, "plan", epoch)
+    draws = generator(seed, "plan", epoch, section)
     if not len(lengths):
         return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
     clips = _Clips.of(lengths, text_lengths, L, S, M)

@@ -59,8 +59,22 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many captions; equal captions are encoded once and share an array."""
-        once = {text: self.encode(text) for text in set(texts)}
+        distinct = sorted(set(texts))
+        if self.config.kind == "words":  # a batch is encoded by all cores
+            found = self._pieces.encode_batch([_encodable(t) for t in distinct], add_special_tokens=False)
+            ids = [np.array(each.ids[: self.config.max_tokens] or [NULL], np.int32) for each in found]
+        else:
+            ids = [self.encode(text) for text in distinct]
+        once = dict(zip(distinct, ids, strict=True))
         return [once[text] for text in texts]
+
+    def embed(self, text: str) -> None:
+        """No embedding: the model learns its own from the ids. (A pretrained encoder gives one.)"""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most ids of a caption."""
+        return self.config.max_tokens
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text: exact for whole captions in bytes, lower-case pieces parted by spaces for words."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.manifest import Dataset, caption_of
 from sora_jax.data.oracle import Agreement, agreement, read
 
 MOST_SHAPES = 3  # named in words
@@ -67,10 +67,10 @@ def in_words(clip: np.ndarray) -> str:
 
 def held_out_prompts(dataset: Dataset, count: int) -> list[tuple[str, tuple[int, int, int]]]:
     """Captions and sizes of held-out moving clips whose caption no training clip has; the first `count` of them."""
-    seen = {row["caption"] for row in dataset.rows("train")}
+    seen = {caption_of(row) for row in dataset.rows("train")}
     found = [
-        (row["caption"], (row["frames"], row["height"], row["width"]))
+        (caption_of(row), (row["frames"], row["height"], row["width"]))
         for row in dataset.held_out()
-        if row["frames"] > 1 and row["caption"] not in seen and "moves" in row["caption"]
+        if row["frames"] > 1 and caption_of(row) not in seen and "moves" in caption_of(row)
     ]
     return found[:count]

@@ -9,17 +9,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax.config import check, frozen, read_json
-from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.packing import grid_of
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
 from sora_jax.models.autoencoder import latent_grid
+from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
 
 Size = tuple[int, int, int]
@@ -31,7 +31,7 @@ class Run:
 
     config: DenoiserRun
     params: dict
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PretrainedText
     autoencoder: FrozenAutoencoder
     mesh: Mesh
     step: int = 0
@@ -99,8 +99,7 @@ def load_run(folder: str | Path) -> Run:
         step = checkpoints.latest()
         check(step is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
         params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
-    tokenizer = tokenizers.load(folder / "tokenizer.json")
-    return Run(config, params, tokenizer, load_autoencoder(folder), mesh, step)
+    return Run(config, params, load_tokenizer(config, folder), load_autoencoder(folder), mesh, step)
 
 
 def _mesh_here(config: MeshConfig) -> Mesh:

@@ -20,6 +20,7 @@ from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.solvers import Problem, solver_named
 from sora_jax.diffusion.times import sampling_times
+from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.text import encode_text
 from sora_jax.models.transformer import denoise
 from sora_jax.nn.layers import compute_dtype
@@ -56,7 +57,12 @@ class Request:
 
 
 def sample_latents(
-    params, run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Request], config: SampleConfig, mesh: Mesh
+    params,
+    run: DenoiserRun,
+    tokenizer: Tokenizer | PretrainedText,
+    requests: Sequence[Request],
+    config: SampleConfig,
+    mesh: Mesh,
 ) -> list[np.ndarray]:
     """Normalised latents (t, h, w, C), one per request, in order.
 
@@ -83,11 +89,13 @@ def sample_latents(
     return latents
 
 
-def _pack_items(run: DenoiserRun, tokenizer: Tokenizer, requests: Sequence[Request]):
+def _pack_items(run: DenoiserRun, text: Tokenizer | PretrainedText, requests: Sequence[Request]):
     """Requests as items to pack, and the run's pack sizes, grown if a single request needs more."""
     channels = run.model.latent_channels
     items = [
-        PackItem(np.zeros((*r.size, channels), np.float32), np.uint32(r.clip), tokenizer.encode(r.prompt))
+        PackItem(
+            np.zeros((*r.size, channels), np.float32), np.uint32(r.clip), text.encode(r.prompt), text.embed(r.prompt)
+        )
         for r in requests
     ]
     longest = max(int(np.prod(grid_of(r.size, run.packs.patch))) for r in requests)

@@ -5,6 +5,7 @@ on no later frame, and a decoded frame on no later latent.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -137,20 +138,37 @@ def encoder_specs(config: AutoencoderConfig) -> dict:
     }
 
 
-def encode(params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def encode(
+    params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Mean and log variance of the posterior, float32, each (B, t, h, w, C).
 
     video (B, T, H, W, 3) in [-1, 1]; T = 1 + f_t (t - 1), H = f_s h, W = f_s w, other sizes raise UserError.
+    sizes (B, 2): each clip's own height and width, in the top left corner of its frames, so that clips of many sizes
+    share one compiled program; what lies outside is as the zeros that convolutions see beyond the edge, so the latent
+    in the clip's own part is that of the clip alone.
     """
     latent_grid(config, *video_BTHWC.shape[1:4])
     p = params["encoder"]
-    x = fold(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block)
-    x = _blocks(p["levels"][0], config, causal_conv3d(p["stem"], x))
+    inside = functools.partial(_inside, sizes_B2, video_BTHWC.shape[2:4])
+    x = inside(fold(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block))
+    x = _blocks(p["levels"][0], config, inside(causal_conv3d(p["stem"], x)), inside)
     for step, down, blocks in zip(config.steps, p["downs"], p["levels"][1:], strict=True):
-        x = _blocks(blocks, config, causal_conv3d(down, fold(x, step)))
+        x = _blocks(blocks, config, inside(causal_conv3d(down, fold(x, step))), inside)
     x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
     mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+
+def _inside(sizes_B2: jax.Array | None, canvas: tuple[int, int], x_BTHWC: jax.Array) -> jax.Array:
+    """x, with zeros outside of the clips' own sizes, which count pixels of the canvas (height, width)."""
+    if sizes_B2 is None:
+        return x_BTHWC
+    rows, columns = (
+        jnp.arange(side) * whole < sizes_B2[:, axis, None] * side
+        for axis, (side, whole) in enumerate(zip(x_BTHWC.shape[2:4], canvas, strict=True))
+    )
+    return jnp.where(rows[:, None, :, None, None] & columns[:, None, None, :, None], x_BTHWC, 0)
 
 
 def decoder_specs(config: AutoencoderConfig) -> dict:
@@ -190,16 +208,20 @@ def block_specs(config: AutoencoderConfig, width: int) -> list[dict]:
     return [{"norm": rms_norm_specs(width, ("channels",)), "conv": conv} for conv in convs]
 
 
-def block(p: list[dict], x_BTHWC: jax.Array) -> jax.Array:
-    """x plus a chain of norm, SiLU, convolution; the norm is over the channels of a position, so causal."""
+def block(p: list[dict], x_BTHWC: jax.Array, inside=lambda y: y) -> jax.Array:
+    """x plus a chain of norm, SiLU, convolution; the norm is over the channels of a position, so causal.
+
+    inside: applied to what each convolution makes.
+    """
     y = x_BTHWC
     for part in p:
-        y = causal_conv3d(part["conv"], jax.nn.silu(rms_norm(part["norm"], y)))
+        y = inside(causal_conv3d(part["conv"], jax.nn.silu(rms_norm(part["norm"], y))))
     return x_BTHWC + y
 
 
-def _blocks(parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array) -> jax.Array:
-    run = jax.checkpoint(block) if config.remat else block
+def _blocks(parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array, inside=lambda y: y) -> jax.Array:
+    run = functools.partial(block, inside=inside)
+    run = jax.checkpoint(run) if config.remat else run
     for p in parts:
         x_BTHWC = run(p, x_BTHWC)
     return x_BTHWC

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from sora_jax.config import check
+from sora_jax.data.tokenizer import NULL
 from sora_jax.nn.attention import attention
 from sora_jax.nn.layers import (
+    dense,
+    dense_specs,
     embed,
     embedding_specs,
     heads_specs,
@@ -26,15 +29,26 @@ from sora_jax.nn.positions import sincos
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Text encoder: `vocabulary` ids, `depth` blocks of `width` with heads of `head_width`."""
+    """Text encoder: `vocabulary` ids, `depth` blocks of `width` with heads of `head_width`.
+
+    pretrained: name or folder of a `transformers` encoder whose embeddings, of `pretrained_width`, take the place of
+    the learnt table; "" learns it. The blocks stand on top of either.
+    """
 
     vocabulary: int = 512
+    pretrained: str = ""
+    pretrained_width: int = 0
     width: int = 128
     depth: int = 2
     head_width: int = 32
 
     def __post_init__(self):
         check(self.vocabulary >= 3, f"text.vocabulary is {self.vocabulary}; it must be at least 3")
+        check(
+            (self.pretrained_width > 0) == bool(self.pretrained),
+            f"text.pretrained is {self.pretrained!r} and text.pretrained_width {self.pretrained_width}; "
+            "give the encoder and its width, or neither",
+        )
         check(
             self.width % self.head_width == 0,
             f"text.width is {self.width}; it must be a multiple of text.head_width = {self.head_width}",
@@ -57,13 +71,15 @@ def text_specs(config: TextConfig) -> dict:
         "merge": merge_specs(width // config.head_width, config.head_width, width),
         "mlp": mlp_specs(width, 4 * width),
     }
-    return {"table": embedding_specs(config.vocabulary, width, std=1.0), "blocks": stack(block, config.depth)}
+    words = embedding_specs(NULL + 1 if config.pretrained else config.vocabulary, width, std=1.0)
+    project = {"project": dense_specs(config.pretrained_width, width)} if config.pretrained else {}
+    return {"table": words, **project, "blocks": stack(block, config.depth)}
 
 
 def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32) -> TextContext:
     """Captions of all clips of the packs, each attending to itself alone: text_BM -> TextContext."""
     segments_BM = pack.text_segments_BM
-    x_BME = embed(params["table"], pack.text_BM, ("batch", "length", "width"))
+    x_BME = _words(params, config, pack)
     x_BME = (x_BME + sincos(pack.text_positions_BM, config.width, theta=100.0)).astype(dtype)
 
     def block(x_BME, p):
@@ -75,6 +91,19 @@ def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32)
         x_BME, _ = jax.lax.scan(block, x_BME, params["blocks"])
         x_BME = layer_norm(x_BME)
         return TextContext(x_BME, segments_BM, _mean_per_slot(x_BME, segments_BM, pack.slots))
+
+
+def _words(params: dict, config: TextConfig, pack: Pack) -> jax.Array:
+    """Vectors of the text tokens: from the learnt table, or of the pretrained encoder, projected to the width.
+
+    The null caption is learnt in both cases, so that dropping a caption is one thing.
+    """
+    axes = ("batch", "length", "width")
+    if not config.pretrained:
+        return embed(params["table"], pack.text_BM, axes)
+    null_BME = embed(params["table"], jnp.minimum(pack.text_BM, NULL), axes)
+    given_BME = dense(params["project"], pack.embeddings_BME.astype(jnp.float32), axes)
+    return jnp.where(pack.text_BM[..., None] > NULL, given_BME, null_BME)
 
 
 def _mean_per_slot(x_BME: jax.Array, segments_BM: jax.Array, slots: int) -> jax.Array:

@@ -22,6 +22,8 @@ class Pack:
     text_BM           text token ids
     text_segments_BM  clip slot + 1 of each text token, 0 = padding
     text_positions_BM position of each text token inside its caption
+    embeddings_BME    embedding of each text token by a pretrained encoder, where there is one; text_BM then only marks
+                      the null caption
     """
 
     tokens_BLP: jax.Array
@@ -35,6 +37,7 @@ class Pack:
     text_BM: jax.Array
     text_segments_BM: jax.Array
     text_positions_BM: jax.Array
+    embeddings_BME: jax.Array | None = None
 
     @property
     def slots(self) -> int:

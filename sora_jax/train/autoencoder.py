@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
+from sora_jax.data.feed import FeedConfig
 from sora_jax.data.manifest import Dataset
-from sora_jax.data.pipeline import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, latent_grid, reconstruction_loss
@@ -36,6 +37,7 @@ class AutoencoderRun:
     model: AutoencoderConfig = AutoencoderConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
+    feed: FeedConfig = FeedConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -105,7 +107,7 @@ def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> J
         name="autoencoder",
         specs=autoencoder_specs(config.model),
         loss=functools.partial(autoencoder_loss, config),
-        batches=batches.stream,
+        batches=lambda start, position: ((batch, None) for batch in batches.stream(start, config.feed)),
         to_device=lambda batch: {name: x for name, x in batch.items() if name.endswith("_BTHW3")},
         counts=functools.partial(_counts, config.model),
         clip_ids=lambda batch: [

@@ -10,6 +10,9 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data import tokenizer as tokenizers
+from sora_jax.data.captions import captions_in_order, parse_mix
+from sora_jax.data.epochs import Position
+from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
@@ -20,6 +23,7 @@ from sora_jax.diffusion.prediction import check_kind
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.times import TimesConfig, draw_times
 from sora_jax.models.flops import train_flops
+from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel.mesh import MeshConfig
@@ -67,7 +71,8 @@ class PreviewConfig:
 class DenoiserRun:
     """A whole training run of the denoiser. `latents` is a folder made by `sora-jax data encode`.
 
-    `batch` counts packs in a step over all devices, gradient accumulation included.
+    `batch` counts packs in a step over all devices, gradient accumulation included. `captions` says which of several
+    captions a clip has in an epoch: first, any, dalle3, sd3, or shares such as original=1,synthetic=3.
     """
 
     kind: str = "transformer"
@@ -75,18 +80,21 @@ class DenoiserRun:
     seed: int = 0
     batch: int = 8
     split: str = "train"
+    captions: str = "first"
     model: TransformerConfig = TransformerConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     packing: PackingConfig = PackingConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
+    feed: FeedConfig = FeedConfig()
     mesh: MeshConfig = MeshConfig()
     preview: PreviewConfig = PreviewConfig()
 
     def __post_init__(self):
         check(self.kind == "transformer", f"kind is {self.kind!r}; a DenoiserRun is of kind 'transformer'")
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
+        parse_mix(self.captions)
         check(
             self.batch > 0 and self.batch % self.loop.accumulate == 0,
             f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
@@ -134,15 +142,23 @@ def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
     return draw_BS < share
 
 
-def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, preview=None) -> Job:
-    """What the loop needs to train a denoiser on a latent cache."""
-    share = (jax.process_index(), jax.process_count())
-    batches = packed_batches(cache, tokenizer, config.packs, config.batch, config.seed, config.split, *share)
+def denoiser_job(
+    config: DenoiserRun,
+    cache: LatentCache,
+    tokenizer: Tokenizer | PretrainedText,
+    preview=None,
+    folder: Path | None = None,
+) -> Job:
+    """What the loop needs to train a denoiser on a latent cache; `folder` keeps the tokens of its captions."""
+    batches = packed_batches(
+        cache, tokenizer if isinstance(tokenizer, Tokenizer) else None, config.packs, config.batch, config.seed,
+        config.split, jax.process_index(), jax.process_count(), config.captions, folder,
+    )  # fmt: skip
     return Job(
         name="transformer",
         specs=transformer_specs(config.model),
         loss=functools.partial(_job_loss, config),
-        batches=batches.stream,
+        batches=lambda start, position: batches.stream(start, config.feed, Position(*position or ())),
         to_device=lambda batch: Pack(**batch),
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: _names(cache, batch["clips_BS"]),
@@ -152,8 +168,7 @@ def denoiser_job(config: DenoiserRun, cache: LatentCache, tokenizer: Tokenizer, 
 
 
 def _names(cache: LatentCache, clips_BS) -> list[str]:
-    names = dict(zip(cache.uids.tolist(), cache.ids, strict=True))
-    return [names[uid] for uid in clips_BS[clips_BS > 0].tolist()]
+    return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.uids, clips_BS[clips_BS > 0])))))
 
 
 def _job_loss(config: DenoiserRun, params, pack: Pack, step, part):
@@ -172,13 +187,18 @@ def batch_counts(model: TransformerConfig, batch: dict) -> dict[str, float]:
     }
 
 
-def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer:
-    """The run's tokenizer: the one in `workdir`, or one learnt from the captions."""
-    path = Path(workdir) / "tokenizer.json"
-    if path.exists():
-        return tokenizers.load(path)
-    captions = [cache.captions[i] for i in cache.indices(config.split)]
-    tokenizer = tokenizers.train(captions, config.tokenizer)
+def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | PretrainedText:
+    """What turns captions into what the model of a run takes; UserError where its file is missing."""
+    if name := config.model.text.pretrained:
+        return PretrainedText(name, config.tokenizer.max_tokens)
+    return tokenizers.load(Path(workdir) / "tokenizer.json")
+
+
+def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer | PretrainedText:
+    """The run's tokenizer: the pretrained one, the one in `workdir`, or one learnt from the captions."""
+    if config.model.text.pretrained or (Path(workdir) / "tokenizer.json").exists():
+        return load_tokenizer(config, workdir)
+    tokenizer = tokenizers.train(captions_in_order(cache, cache.indices(config.split)), config.tokenizer)
     check(
         tokenizer.vocab_size <= config.model.text.vocabulary,
         f"config.model.text.vocabulary is {config.model.text.vocabulary}; the tokenizer has {tokenizer.vocab_size} ids",

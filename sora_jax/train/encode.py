@@ -1,49 +1,97 @@
 """Dataset folder -> latent cache: every clip through the frozen autoencoder, once."""
 
-import dataclasses
 import shutil
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.latents import LatentCache, LatentEntry, LatentWriter
+from sora_jax.data.canvases import canvas_of, choose_canvases
+from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
+from sora_jax.data.parts import Share
 from sora_jax.files import replacing
+from sora_jax.models.pretrained import PretrainedText
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, load_autoencoder
 
-ENTRY = tuple(field.name for field in dataclasses.fields(LatentEntry))
+CLIPS_PER_SHARD = 1024
 
 
-def encode_dataset(autoencoder_run: Path, data: Path, out: Path, batch: int = 16) -> None:
+def encode_dataset(
+    autoencoder_run: Path,
+    data: Path,
+    out: Path,
+    batch: int = 16,
+    shapes: int = 4,
+    share: Share = Share(),
+    text: PretrainedText | None = None,
+    clips_per_shard: int = CLIPS_PER_SHARD,
+) -> bool:
     """Writes the latent cache `out`, with a copy of the autoencoder inside; a complete one is kept as it is.
 
-    UserError if `out` holds latents of another autoencoder or of other clips. Nothing that looks complete is left
-    by a crash; the same call goes on after the last complete shard.
+    batch: clips encoded at once. shapes: so many programs are compiled at most for clips of all sizes. share: of the
+    shards, where several processes share the work. text: embeds the captions too. False where others still work on
+    their shards. UserError if `out` holds latents of another autoencoder, text encoder or of other clips. Nothing that
+    looks complete is left by a crash; the same call goes on after the last complete shard.
     """
-    check(batch > 0, f"--batch is {batch}; it must be positive")
+    for name, value in (("batch", batch), ("shapes", shapes)):
+        check(value > 0, f"--{name} is {value}; it must be positive")
     autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
-    if (Path(out) / "cache.json").exists():
-        cache = LatentCache(out)
-        cache.check(autoencoder.fingerprint)
-        same = cache.data == dataset.digest
-        check(same, f"--out is {str(out)!r}; it holds latents of other clips than --data={data}; remove it")
-        return
     config = autoencoder.config
-    check_sizes(config, dataset)
     factors = (config.time_factor, config.space_factor, config.space_factor)
-    with LatentWriter(out, autoencoder.fingerprint, dataset.digest, config.latent_channels, factors) as writer:
-        rows = [row for row in _by_size(dataset) if row["id"] not in writer.done]
-        latents = autoencoder.encode((dataset[row["index"]].frames for row in rows), batch)
-        for row, latent in tqdm(zip(rows, latents, strict=True), "encode", len(rows), unit="clip"):
-            writer.add(LatentEntry(**{name: row[name] for name in ENTRY}), latent)
-        copy_autoencoder(autoencoder_run, writer.partial)
+    info = CacheInfo(
+        autoencoder.fingerprint, dataset.digest, config.latent_channels, factors, text.info if text else None
+    )
+    if (Path(out) / "cache.json").exists():
+        _check_same(LatentCache(out), info, data)
+        return True
+    check_sizes(config, dataset)
+    rows = dataset.rows()
+    canvases = choose_canvases(map(_size, rows), shapes)
+    rows.sort(key=lambda row: (canvases.index(canvas_of(_size(row), canvases)), row["index"]))
+    parts = start_cache(out, info, -(-len(rows) // clips_per_shard), share)
+    missing = parts.missing(share)
+    if missing:
+        copy_autoencoder(autoencoder_run, parts.folder)
+    work = [rows[part * clips_per_shard : (part + 1) * clips_per_shard] for part in missing]
+    clips = (dataset[row["index"]].frames for row in chain(*work))
+    latents = autoencoder.encode(clips, batch, canvases)
+    latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
+    for part, members in zip(missing, work, strict=True):
+        with parts.write(part) as writer:
+            for row, texts in zip(members, _texts(text, members), strict=True):
+                add_latent(writer, info, row, next(latents), texts)
+    return finish_cache(parts, info)
 
 
-def _by_size(dataset: Dataset) -> list[dict]:
-    """Manifest rows, equal sizes together, so that each size is compiled once and fills its batches."""
-    return sorted(dataset.rows(), key=lambda row: (row["frames"], row["height"], row["width"], row["index"]))
+def _size(row: dict) -> tuple[int, int, int]:
+    return row["frames"], row["height"], row["width"]
+
+
+def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
+    cache.check(info.fingerprint)
+    same = cache.info.data == info.data
+    check(same, f"--out is {str(cache.path)!r}; it holds latents of other clips than --data={data}; remove it")
+    name = info.text.name if info.text else ""
+    check(
+        cache.info.text == info.text,
+        f"--text-encoder is {name!r}; the cache {str(cache.path)!r} has text of "
+        f"{cache.info.text.name if cache.info.text else 'no encoder'!r}; remove it, or give another --out",
+    )
+
+
+def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray] | None]:
+    """For each clip the embeddings of all its captions; of the empty one where it has none."""
+    if text is None:
+        yield from (None for _ in rows)
+        return
+    captions = [row["captions"] or [""] for row in rows]
+    found = iter(text.embed_all(list(chain(*captions))))
+    yield from ([next(found) for _ in each] for each in captions)
 
 
 def copy_autoencoder(run: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -15,9 +15,10 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from sora_jax.config import check, frozen, plain
+from sora_jax.data.canvases import Size, canvas_of
 from sora_jax.errors import UserError
 from sora_jax.files import replacing, write_json
-from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
@@ -46,14 +47,31 @@ class FrozenAutoencoder:
             digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
 
-    def encode(self, clips: Iterable[np.ndarray], batch: int = 16) -> Iterator[np.ndarray]:
-        """uint8 clips (T, H, W, 3) of any sizes -> normalised float32 latents (t, h, w, C), in order."""
+    def encode(
+        self, clips: Iterable[np.ndarray], batch: int = 16, canvases: Sequence[Size] | None = None
+    ) -> Iterator[np.ndarray]:
+        """uint8 clips (T, H, W, 3) of any sizes -> normalised float32 latents (t, h, w, C), in order.
+
+        canvases: the shapes that programs are compiled for, each clip taking the smallest that holds it; default its
+        own. The latent is the same to float error: later frames do not reach earlier ones, and what lies beside the
+        clip is masked.
+        """
+        sizes: list[Size] = []  # of the clips that are on their way
+
+        def placed():
+            for clip in clips:
+                sizes.append(clip.shape[:3])
+                yield clip if canvases is None else _on_canvas(clip, canvas_of(clip.shape[:3], canvases))
 
         def run(video_BTHWC):
-            mean, _ = _encode(self.params, self.config, video_BTHWC)
+            own = [size[1:] for size in sizes[: len(video_BTHWC)]]
+            own += own[-1:] * (len(video_BTHWC) - len(own))  # the filler, whose latents are dropped
+            mean, _ = _encode(self.params, self.config, video_BTHWC, np.array(own, np.int32))
             return (np.asarray(mean) - self.mean_C) / self.std_C
 
-        return _in_batches(run, clips, batch)
+        for latent in _in_batches(run, placed(), batch):
+            t, h, w = latent_grid(self.config, *sizes.pop(0))
+            yield latent[:t, :h, :w]
 
     def decode(self, latents: Iterable[np.ndarray], batch: int = 16) -> Iterator[np.ndarray]:
         """Normalised latents of any sizes -> uint8 clips, in order."""
@@ -65,9 +83,15 @@ class FrozenAutoencoder:
         return _in_batches(run, latents, batch)
 
 
+def _on_canvas(clip: np.ndarray, canvas: Size) -> np.ndarray:
+    """The clip in the first corner of a larger shape."""
+    return np.pad(clip, [(0, whole - own) for whole, own in zip(canvas, clip.shape)] + [(0, 0)])
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _encode(params, config, frames):
-    return encode(params, config, to_float(reshard(frames, "batch", None, None, None, None)))
+def _encode(params, config, frames, sizes_B2):
+    frames = to_float(reshard(frames, "batch", None, None, None, None))
+    return encode(params, config, frames, reshard(sizes_B2, "batch", None))
 
 
 @functools.partial(jax.jit, static_argnums=1)

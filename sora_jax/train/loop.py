@@ -49,8 +49,10 @@ class LoopConfig:
 class Job:
     """What a run trains, as functions; the loop knows nothing else of it.
 
-    specs: the parameters. loss: see `make_step`. batches(step): host batches from a step on, pure in (seed, step);
-    every array has the batch as its first axis. to_device: a dict of placed arrays -> what `loss` takes.
+    specs: the parameters. loss: see `make_step`. batches(step, position): host batches from a step on, pure in
+    (seed, step), every array with the batch as its first axis; each comes with its position, JSON that is kept with
+    the checkpoint and finds the next one faster (None: no hint). to_device: a dict of placed arrays -> what `loss`
+    takes.
     counts(batch): what to add up for the report ("clips", "tokens", "places", "flops"). clip_ids(batch): for the
     message when a loss is not finite. preview(step, ema_params, writer): looks at the model now and then.
     note: what to print before the first step.
@@ -59,7 +61,7 @@ class Job:
     name: str
     specs: dict
     loss: LossFunction
-    batches: Callable[[int], Iterator[dict]]
+    batches: Callable[[int, object], Iterator[tuple[dict, object]]]
     to_device: Callable[[dict], object]
     counts: Callable[[dict], dict[str, float]]
     clip_ids: Callable[[dict], list]
@@ -92,10 +94,10 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")))
         step_function = make_step(job.loss, optimizer, optim.ema)
-        batches = job.batches(start)
+        batches = job.batches(start, saved.get("position"))
         for step in range(start + 1, config.steps + 1):
             with watch("data"):
-                batch = next(batches)
+                batch, position = next(batches)
                 placed = job.to_device(place_batch(split_batch(batch, config.accumulate), mesh, leading=1))
             with watch("step" if step > start + 1 else "compile"):
                 state, metrics = step_function(state, placed)
@@ -110,7 +112,8 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
             if saving:
                 with watch("save"):
                     means = reporter.means.state()
-                    checkpoints.save(step, state, {"config": run, "step": step, "seed": seed, "means": means})
+                    notes = {"config": run, "step": step, "seed": seed, "means": means, "position": position}
+                    checkpoints.save(step, state, notes)
             if previewing:
                 with watch("preview"):
                     job.preview(step, state.ema[0], writer)

@@ -1,0 +1,42 @@
+"""A few shapes for clips of many sizes, so that few programs are compiled."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+Size = tuple[int, int, int]
+
+
+def choose_canvases(sizes: Iterable[Size], most: int) -> list[Size]:
+    """At most `most` shapes (frames, height, width), smallest first, such that each size fits into one of them.
+
+    From one shape for each size, the two are merged that add least volume to the clips in them, until few enough are
+    left.
+    """
+    counts = Counter(tuple(int(side) for side in size) for size in sizes)
+    shapes = np.array(list(counts), np.int64).reshape(-1, 3)
+    clips = np.array(list(counts.values()), np.float64)
+    cost = np.stack([_costs(shapes, clips, i) for i in range(len(shapes))]) if len(shapes) > most else None
+    while len(shapes) > most:
+        one, other = sorted(divmod(int(cost.argmin()), len(shapes)))
+        shapes[one] = np.maximum(shapes[one], shapes[other])
+        clips[one] += clips[other]
+        shapes, clips = np.delete(shapes, other, 0), np.delete(clips, other)
+        cost = np.delete(np.delete(cost, other, 0), other, 1)
+        cost[one] = cost[:, one] = _costs(shapes, clips, one)
+    shapes = sorted({tuple(shape) for shape in shapes.tolist()}, key=np.prod)
+    return [shape for shape in shapes if any(canvas_of(size, shapes) == shape for size in counts)]
+
+
+def _costs(shapes: np.ndarray, clips: np.ndarray, one: int) -> np.ndarray:
+    """Volume added by merging shape `one` with each; infinite with itself."""
+    merged = np.maximum(shapes, shapes[one]).prod(1)
+    added = clips * (merged - shapes.prod(1)) + clips[one] * (merged - shapes[one].prod())
+    added[one] = np.inf
+    return added
+
+
+def canvas_of(size: Size, canvases: Iterable[Size]) -> Size:
+    """The smallest of the shapes that holds a clip of this size."""
+    return min((c for c in canvases if all(np.greater_equal(c, size))), key=np.prod)

@@ -1,0 +1,120 @@
+"""Random crops of fixed size from a dataset, for the autoencoder: batch n is a pure function of (seed, n)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sora_jax.data.feed import Batch, FeedConfig, HostShare, read_ahead
+from sora_jax.data.manifest import Dataset
+from sora_jax.data.planning import generator
+from sora_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """Crops (pixels) that the autoencoder trains on; a share of the rows are single frames."""
+
+    frames: int = 17
+    height: int = 64
+    width: int = 64
+    batch: int = 8  # rows over all hosts, videos and images together
+    image_share: float = 0.0  # of the rows, rounded to whole rows
+
+    def __post_init__(self):
+        for name in ("frames", "height", "width", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"crop.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0.0 <= self.image_share <= 1.0:
+            raise UserError(f"crop.image_share is {self.image_share}; it must be 0 to 1")
+
+    @property
+    def images(self) -> int:
+        """Rows of a batch that are single frames."""
+        return round(self.batch * self.image_share)
+
+
+class CropBatches:
+    """Batches of crops: `batches[step]` is batch `step` (this host's rows), made by `crop_batches`."""
+
+    def __init__(
+        self,
+        dataset: Sequence,
+        config: CropConfig,
+        seed: int,
+        sizes: np.ndarray,
+        clips: np.ndarray,
+        share: HostShare,
+    ):
+        self.dataset, self.config, self.seed = dataset, config, seed
+        self.sizes, self.clips = sizes, clips
+        self.groups = [
+            ("videos", config.frames, share.rows(config.batch - config.images)),
+            ("images", 1, share.rows(config.images)),
+        ]
+        self.eligible = {frames: self._large_enough(frames) for _, frames, rows in self.groups if len(rows)}
+
+    def __getitem__(self, step: int) -> Batch:
+        batch: Batch = {}
+        for name, frames, rows in self.groups:
+            if len(rows):
+                crops = [self._crop(name, frames, step, row) for row in rows]
+                batch[f"{name}_BTHW3"] = np.stack([pixels for _, pixels in crops])
+                batch[f"{name}_clips_B"] = np.array([clip for clip, _ in crops], np.int32)
+        return batch
+
+    def stream(self, start: int = 0, feed: FeedConfig = FeedConfig()) -> Iterator[Batch]:
+        """`self[start]`, `self[start + 1]`, ... without end, read ahead."""
+        return read_ahead(self.__getitem__, start, feed)
+
+    def _crop(self, name: str, frames: int, step: int, row: int) -> tuple[int, np.ndarray]:
+        draws = generator(self.seed, f"crop {name}", step, row)
+        clip = int(draws.choice(self.eligible[frames]))
+        crop = np.array([frames, self.config.height, self.config.width])
+        t, y, x = draws.integers(0, self.sizes[clip] - crop + 1)
+        pixels = self.dataset[clip].frames
+        return clip, pixels[t : t + crop[0], y : y + crop[1], x : x + crop[2]]
+
+    def _large_enough(self, frames: int) -> np.ndarray:
+        crop = (frames, self.config.height, self.config.width)
+        found = self.clips[(self.sizes[self.clips] >= crop).all(axis=1)]
+        if not len(found):
+            largest = " x ".join(str(side) for side in self.sizes[self.clips].max(axis=0, initial=0))
+            raise UserError(
+                f"crop is {' x '.join(map(str, crop))} (frames x height x width) but no clip is that large; "
+                f"the largest frames, height and width among {len(self.clips)} clips are {largest}"
+            )
+        return found
+
+
+def crop_batches(
+    dataset: Sequence,
+    config: CropConfig,
+    seed: int,
+    sizes: np.ndarray | None = None,
+    clips: np.ndarray | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> CropBatches:
+    """Random crops of clips, anywhere in space and time, drawn with replacement for each (seed, step, row).
+
+    `dataset[i].frames` is uint8 (T, H, W, 3); `sizes` (N, 3) are their (T, H, W), read from the clips when
+    not given; `clips` are the indices to draw from, default all (`sizes_and_clips` reads both from a dataset
+    folder). Clips smaller than the crop in any side are never padded or scaled: a row draws from the clips
+    that are large enough. A batch has videos_BTHW3 and images_BTHW3 (T = 1), each with ..._clips_B (index in
+    the dataset), absent where it would have no row. Pixels stay uint8, a quarter of the bytes to the device.
+    UserError if no clip is large enough.
+    """
+    if sizes is None:
+        sizes = [dataset[index].frames.shape[:3] for index in range(len(dataset))]
+    sizes = np.asarray(sizes, np.int64).reshape(-1, 3)
+    clips = np.arange(len(sizes)) if clips is None else np.asarray(clips)
+    return CropBatches(dataset, config, seed, sizes, clips, HostShare(process_index, process_count))
+
+
+def sizes_and_clips(dataset: Dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes (N, 3) of all clips of a dataset folder and the indices (n,) of a split, from its manifest."""
+    sizes = np.stack([dataset.table[side].to_numpy() for side in ("frames", "height", "width")], axis=1)
+    return sizes, np.flatnonzero(np.array(dataset.table["split"].to_pylist()) == split)

@@ -1,0 +1,147 @@
+"""`data inspect`: what a dataset folder holds, in numbers and in pictures."""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sora_jax.data.build import kind
+from sora_jax.data.manifest import Dataset, caption_of
+from sora_jax.data.media import save_png
+from sora_jax.data.planning import plan
+from sora_jax.data.sheets import contact_sheet
+from sora_jax.errors import UserError
+from sora_jax.files import replacing
+
+ASPECTS = {"9:21": 9 / 21, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0}
+DURATIONS = (1, 2, 4, 8, 16, 32, 60)
+SLOTS = 64  # clips in a pack, for the fill
+
+
+class Inspection(NamedTuple):
+    """What `inspect` found: counts as a dict, the same as text, and the files of the pictures."""
+
+    summary: dict
+    text: str
+    sheet: Path
+    histogram: Path
+
+
+def inspect(
+    path: str | Path, pack_length: int | None = None, sheet: str | Path | None = None, clips: int = 12
+) -> Inspection:
+    """Count what a dataset folder holds, draw `clips` of its clips on a sheet (default: inside it), and histograms.
+
+    pack_length: L of the packs whose fill is counted; default twice the tokens of the longest clip.
+    """
+    dataset = Dataset(path)
+    summary = summarise(dataset, pack_length)
+    shown = [i * len(dataset) // min(clips, len(dataset)) for i in range(min(clips, len(dataset)))]
+    drawn = [dataset[i] for i in shown]
+    scale = max(1, 96 // max(clip.frames.shape[1] for clip in drawn))
+    picture = contact_sheet([c.frames for c in drawn], [c.caption for c in drawn], columns=2, scale=scale)
+    sheet_file = save_png(sheet or Path(path, "contact_sheet.png"), picture)
+    return Inspection(summary, _text(summary), sheet_file, draw_histograms(dataset, Path(path, "histogram.png")))
+
+
+def summarise(dataset: Dataset, pack_length: int | None = None) -> dict:
+    """Counts by source, size, aspect ratio, duration, rate, split and reason of refusal; the fill of a plan."""
+    rows = dataset.rows()
+    films = [row for row in rows if row["frames"] > 1]
+    return {
+        "clips": len(rows),
+        "images": len(rows) - len(films),
+        "seconds": round(sum(row["frames"] / row["fps"] for row in films), 1),
+        "megabytes": round(sum(3 * row["frames"] * row["height"] * row["width"] for row in rows) / 1e6, 1),
+        "sources": _counts(row["source"] for row in rows),
+        "sizes": _counts(f"{row['width']}x{row['height']}" for row in rows),
+        "aspects": _counts(aspect(row["height"], row["width"]) for row in rows),
+        "durations": _counts(duration(row["frames"], row["fps"]) for row in rows),
+        "frames": _counts(row["frames"] for row in rows),
+        "fps": _counts(round(row["fps"]) for row in films),
+        "tokens": _range(row["tokens"] for row in rows),
+        "splits": _counts(row["split"] for row in rows),
+        "captions": _counts(kind for row in rows for kind in row["kinds"]),
+        "without_caption": sum(not caption_of(row) for row in rows),
+        "labels": len({row["label"] for row in rows} - {-1}),
+        "fill": plan_fill(np.array([row["tokens"] for row in rows]), pack_length),
+        "flagged": [{"file": row["file"], "flags": row["flags"]} for row in rows if row["flags"]],
+        "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
+    }
+
+
+def aspect(height: int, width: int) -> str:
+    """The named ratio, width to height, that is nearest to that of a picture."""
+    ratio = min(height, width) / max(height, width)
+    name = min(ASPECTS, key=lambda name: abs(np.log(ratio / ASPECTS[name])))
+    return name if width <= height else ":".join(reversed(name.split(":")))
+
+
+def duration(frames: int, fps: float) -> str:
+    """The span of seconds that a clip falls into, or "image"."""
+    if frames == 1:
+        return "image"
+    longer = [bound for bound in DURATIONS if frames / fps < bound]
+    return f"< {longer[0]} s" if longer else f">= {DURATIONS[-1]} s"
+
+
+def plan_fill(tokens: np.ndarray, pack_length: int | None) -> dict:
+    """What share of packs of that length is filled when all clips are planned once."""
+    length = pack_length or 2 * int(tokens.max())
+    if tokens.max() > length:
+        raise UserError(
+            f"pack_length={length} is not allowed: the longest clip has {tokens.max()} tokens, at least that many are."
+        )
+    planned = plan(0, 0, tokens, np.zeros_like(tokens), length, SLOTS, 1)
+    return {"pack_length": length, "packs": len(planned), "fill": round(tokens.sum() / (len(planned) * length), 4)}
+
+
+def draw_histograms(dataset: Dataset, path: Path) -> Path:
+    """Durations, aspect ratios, areas and tokens of all clips as one PNG."""
+    from matplotlib.figure import Figure
+
+    frames, height, width, fps, tokens = (
+        dataset.table[name].to_numpy() for name in ("frames", "height", "width", "fps", "tokens")
+    )
+    panels = [
+        ("seconds of the videos", (frames / fps)[frames > 1]),
+        ("width / height", width / height),
+        ("megapixels of a frame", height * width / 1e6),
+        ("tokens of a clip", tokens),
+    ]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        axes.hist(values, bins=30, color="#4477aa")
+        axes.set(xlabel=title, ylabel="clips")
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+    return path
+
+
+def _counts(values) -> dict[str, int]:
+    return {str(value): n for value, n in Counter(values).most_common()}
+
+
+def _range(values) -> str:
+    values = list(values)
+    return f"{min(values)} to {max(values)}, mean {np.mean(values):.0f}"
+
+
+def _text(summary: dict) -> str:
+    lines = []
+    for name, value in summary.items():
+        if name == "fill":
+            value = f"{value['fill']:.1%} of {value['packs']} packs of {value['pack_length']} tokens"
+        elif isinstance(value, dict):
+            value = _shortened([f"{key} ({n})" for key, n in value.items()], ", ")
+        elif isinstance(value, list):
+            value = _shortened([f"{entry['file']}: {', '.join(entry['flags'])}" for entry in value], "; ")
+        lines.append(f"{name.replace('_', ' '):<16} {value}")
+    return "\n".join(lines)
+
+
+def _shortened(parts: list[str], between: str) -> str:
+    more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
+    return between.join(parts[:8] + more) or "none"

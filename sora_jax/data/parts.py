@@ -1,0 +1,250 @@
+"""Folders that are made part by part: by one process or by many, at once or after an interruption.
+
+A folder of n parts is filled under a hidden name beside its own (`files.unfinished`):
+
+=========================================  ===============================================================
+`started.json`                             what is being made; another content does not go on with it
+`PREFIX-0000k-of-0000n.array_record`       the records of part k
+`part-0000k.jsonl`                         what was refused in part k: {"file", "reason"}
+`part-0000k.parquet`                       a row for each record; written last: its presence says that part k
+                                           is whole
+=========================================  ===============================================================
+
+What is in part k depends on k alone, so it does not matter who makes it, and when. Once all parts are there the
+rows are joined to `manifest.parquet`, and the folder gets its name. A half-written part is made again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sora_jax.data.shards import RecordWriter, shard_name
+from sora_jax.errors import UserError
+from sora_jax.files import as_user_error, replacing, unfinished, write_json
+
+PLACES = {"shard": "int32", "record": "int32"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of one process in a work of many: process `index` of `count`, every count-th part."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise UserError(f"shard={self.index}/{self.count} is not allowed: 0/n to (n-1)/n are.")
+
+    @staticmethod
+    def parse(text: str) -> "Share":
+        """From "i/n", as on the command line."""
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit()):
+            raise UserError(f"shard={text} is not allowed: i/n is, such as 0/4.")
+        return Share(int(index), int(count))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds. files: prefix of a record file -> ArrayRecord options. columns: of a row, name -> type.
+
+    info: name of the file that makes the folder valid.
+    """
+
+    files: Mapping[str, str]
+    columns: Mapping[str, str]
+    info: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A folder in the making; `start` opens it."""
+
+    out: Path
+    kind: Kind
+    count: int
+
+    @property
+    def folder(self) -> Path:
+        return unfinished(self.out)
+
+    def missing(self, share: Share = Share()) -> list[int]:
+        """The parts of this process that are not there yet."""
+        return [k for k in range(share.index, self.count, share.count) if not self._rows(k).exists()]
+
+    @contextmanager
+    def write(self, part: int) -> Iterator["PartWriter"]:
+        """A writer for one part, which counts as made when the block ends well."""
+        with as_user_error(f"out={self.out}"):
+            writer = PartWriter(self, part)
+            try:
+                yield writer
+                writer.finish()
+            finally:
+                writer.close()
+
+    def finish(self, info: dict, unique: Sequence[str] = ("id",), empty: Callable[[list[dict]], str] = str) -> bool:
+        """Join the parts if all are there, give the folder its name; False if others still work on theirs.
+
+        info: what the info file holds beside "clips", "refused", "parts" (their numbers) and "digest" (of the rows).
+        unique: columns that tell rows apart; a row that repeats an earlier one is refused as a duplicate.
+        empty(refused): the message of the UserError that is raised where there is no row at all.
+        """
+        if self.missing():
+            return False
+        try:
+            with as_user_error(f"out={self.out}"):
+                counts = _join(self, unique)
+                if not counts["clips"]:
+                    message = empty(_read_lines(self.folder / "refused.jsonl"))
+                    shutil.rmtree(self.folder)
+                    raise UserError(message)
+                write_json(self.folder / self.kind.info, info | counts)
+                _remove_empty(self.out)
+                os.rename(self.folder, self.out)
+        except (UserError, FileNotFoundError):
+            if not (self.out / self.kind.info).exists():  # else another process was faster
+                raise
+        for leftover in (*self.out.glob("part-*"), self.out / "started.json"):
+            leftover.unlink(missing_ok=True)
+        return True
+
+    def _rows(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.parquet"
+
+    def _refused(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.jsonl"
+
+
+def start(out: str | Path, kind: Kind, header: dict, count: int, share: Share = Share()) -> Parts:
+    """The unfinished folder of `out`, new or as an earlier call with the same `header` left it.
+
+    header: JSON of all that decides what is in the parts. Raises UserError where `out` is in use, or others have
+    started something else there.
+    """
+    parts = Parts(Path(out), kind, count)
+    if parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
+        raise UserError(f"out={out} already exists: give another folder or remove this one.")
+    header = json.loads(json.dumps(header | {"parts": count}))
+    with as_user_error(f"out={out}"):
+        if parts.folder.exists() and _read_json(parts.folder / "started.json") != header:
+            if share.count > 1 and (parts.folder / "started.json").exists():
+                raise UserError(f"out={out} was started with other options: remove {parts.folder} to start anew.")
+            shutil.rmtree(parts.folder)
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        write_json(parts.folder / "started.json", header)
+    return parts
+
+
+class PartWriter:
+    """Takes the rows of one part with their records, and what is refused; made by `Parts.write`."""
+
+    def __init__(self, parts: Parts, part: int):
+        self._parts, self._part = parts, part
+        self._writers = {
+            prefix: RecordWriter(parts.folder / shard_name(prefix, part, parts.count), options)
+            for prefix, options in parts.kind.files.items()
+        }
+        self._table: list[dict] = []
+        self._refusals: list[dict] = []
+
+    def add(self, row: dict, *records: bytes) -> None:
+        """Append a row, with one record for each kind of file in their order."""
+        for writer, record in zip(self._writers.values(), records, strict=True):
+            writer.write(record)
+        self._table.append(row | {"shard": self._part, "record": len(self._table)})
+
+    def refuse(self, file: str, reason: str) -> None:
+        """List a file that is not used."""
+        self._refusals.append({"file": file, "reason": reason})
+
+    def finish(self) -> None:
+        """Check what is on the disk, then say that the part is whole."""
+        for writer in self._writers.values():
+            writer.finish()
+        _write_lines(self._parts._refused(self._part), self._refusals)
+        with replacing(self._parts._rows(self._part)) as temporary:
+            _write_table(temporary, self._table, self._parts.kind.columns | PLACES)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            with suppress(OSError):
+                writer.close()
+
+
+def _join(parts: Parts, unique: Sequence[str]) -> dict:
+    """All rows in one table, all refusals in one file; a part at a time, so memory holds only the keys."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    digest, seen, index = hashlib.sha256(), {}, 0
+    refused = []
+    columns = {"index": "int64"} | dict(parts.kind.columns) | PLACES
+    with replacing(parts.folder / "manifest.parquet") as temporary:
+        with pq.ParquetWriter(temporary, _schema(columns)) as writer:
+            for part in range(parts.count):
+                refused += _read_lines(parts._refused(part))
+                rows = []
+                for row in pq.read_table(parts._rows(part)).to_pylist():
+                    key = tuple(row[name] for name in unique)
+                    file = row.get("file", "")
+                    if key in seen:
+                        refused.append({"file": file, "reason": f"duplicate: the same content as {seen[key]}"})
+                        continue
+                    seen[key] = file
+                    rows.append({"index": index} | row)
+                    digest.update(_canonical(row))
+                    index += 1
+                if rows:
+                    writer.write_table(pa.Table.from_pylist(rows, _schema(columns)))
+    refused = list({json.dumps(entry): entry for entry in refused}.values())  # one for all spans of a file
+    _write_lines(parts.folder / "refused.jsonl", refused)
+    return {"clips": index, "refused": len(refused), "parts": parts.count, "digest": digest.hexdigest()}
+
+
+def _canonical(row: dict) -> bytes:
+    """What a clip is, wherever it came from."""
+    return json.dumps({k: v for k, v in row.items() if k not in ("source", "file")}, sort_keys=True).encode()
+
+
+def _schema(columns: Mapping[str, str]):
+    import pyarrow as pa
+
+    def kind(name: str):
+        return pa.list_(kind(name[:-2])) if name.endswith("[]") else pa.type_for_alias(name)
+
+    return pa.schema([(name, kind(type_)) for name, type_ in columns.items()])
+
+
+def _write_table(path: Path, rows: list[dict], columns: Mapping[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows, _schema(columns)), path)
+
+
+def _write_lines(path: Path, entries: Sequence[dict]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
+
+
+def _read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _remove_empty(out: Path) -> None:
+    with suppress(OSError):
+        out.rmdir()  # an empty folder of that name may be filled

@@ -1,0 +1,58 @@
+"""Prepared datasets with a Video feature, which TFDS itself declares through TensorFlow only.
+
+A Video is stored as the sequence of its pictures. So such a dataset is opened as one that says so: a temporary folder
+of links to its files, with features that read Sequence(Image) where they read Video.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+VIDEO = "tensorflow_datasets.core.features.video_feature.Video"
+SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+IMAGE = "tensorflow_datasets.core.features.image_feature.Image"
+FEATURES = "features.json"
+
+
+def prepared_folder(name: str, data_dir: str) -> Path | None:
+    """The folder of a dataset name[/config][:version], of its newest version; None where it is not at once found."""
+    name, _, version = name.partition(":")
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / name
+    folders = [file.parent for file in root.glob(f"{version or '*'}/{FEATURES}")]
+    return max((f for f in folders if re.fullmatch(r"\d+\.\d+\.\d+", f.name)), key=_version, default=None)
+
+
+def _version(folder: Path) -> list[int]:
+    return [int(part) for part in folder.name.split(".")]
+
+
+def has_video(folder: Path) -> bool:
+    """Whether the dataset of a folder has a Video feature."""
+    return f'"{VIDEO}"' in (folder / FEATURES).read_text(encoding="utf-8")
+
+
+def as_sequences(folder: Path) -> TemporaryDirectory:
+    """A folder of the same dataset with sequences of pictures for Videos; it goes when the object goes."""
+    made = TemporaryDirectory(prefix="sora_jax-tfds-")
+    for file in folder.iterdir():
+        if file.name != FEATURES:
+            Path(made.name, file.name).symlink_to(file.resolve())
+    features = json.loads((folder / FEATURES).read_text(encoding="utf-8"))
+    Path(made.name, FEATURES).write_text(json.dumps(_replaced(features)), encoding="utf-8")
+    return made
+
+
+def _replaced(node):
+    if isinstance(node, list):
+        return [_replaced(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("pythonClassName") != VIDEO:
+        return {name: _replaced(value) for name, value in node.items()}
+    video = node.get("video", {})
+    length, *frame = video.get("shape", {}).get("dimensions") or ["-1", "-1", "-1", "3"]
+    image = {"dtype": video.get("dtype", "uint8"), "shape": {"dimensions": frame}}
+    picture = {"pythonClassName": IMAGE, "image": image}
+    return {"pythonClassName": SEQUENCE, "sequence": {"feature": picture, "length": length}}

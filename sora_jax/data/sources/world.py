@@ -1,0 +1,51 @@
+"""The embedded world as a source."""
+
+from dataclasses import dataclass
+
+from sora_jax.data import world
+from sora_jax.data.media import DecodedClip, Fit, SpanRule
+from sora_jax.data.sources.config import SourceConfig
+from sora_jax.data.sources.entries import Entry
+from sora_jax.data.sources.opened import FramesMedia
+
+
+@dataclass(frozen=True)
+class WorldMedia:
+    """Clip `number` of the world; drawn when decoded."""
+
+    config: world.WorldConfig
+    number: int
+
+    def content_id(self) -> str:
+        return f"world/{self.config.seed}/{self.number}"
+
+    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+        frames, _ = world.clip(self.config, self.number)
+        return FramesMedia(frames, self.config.fps).decode(rule, fit)
+
+
+class WorldReader:
+    """`limit` clips: the first from the world's training indices, `world_held_out` from its held-out ones."""
+
+    def __init__(self, config: SourceConfig):
+        self._world, self._count = config.world or world.WorldConfig(), config.limit
+        self._train = config.limit - config.world_held_out
+        self.refused = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _number(self, index: int) -> int:
+        return index if index < self._train else world.HELD_OUT + index - self._train
+
+    def entry(self, index: int) -> Entry:
+        number = self._number(index)
+        caption = world.scene(self._world, number).caption
+        name = f"world/{self._world.seed}/{number}"
+        return Entry(name, {"original": caption}, split=world.split(number))
+
+    def open(self, index: int) -> WorldMedia:
+        return WorldMedia(self._world, self._number(index))
+
+    def digest(self) -> str:
+        return repr((self._world, self._count, self._train))

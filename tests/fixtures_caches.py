@@ -1,0 +1,45 @@
+"""Small latent caches with chosen clips."""
+
+import numpy as np
+
+from sora_jax.data.latents import CacheInfo, LatentCache, TextInfo, add_latent, finish_cache, start_cache
+from sora_jax.data.parts import Share
+
+INFO = CacheInfo("print", "data", 2, (2, 4, 4))
+TEXT = TextInfo("encoder", "weights", 3, 16)
+
+
+def clip_row(number: int, grid, captions=None, **changes) -> dict:
+    """A dataset's row of clip `number` whose latent has the size `grid`."""
+    t, h, w = grid
+    captions = {"original": f"clip {number}"} if captions is None else captions
+    row = dict(id=f"clip-{number}", variant=0, frames=2 * t - 1, height=4 * h, width=4 * w, fps=8.0, label=-1)
+    row |= dict(captions=list(captions.values()), kinds=list(captions), weight=1.0, split="train", grid=grid)
+    return row | changes
+
+
+def latent_of(row: dict, channels: int = 2) -> np.ndarray:
+    """Noise that belongs to the row's id and variant."""
+    name = f"{row['id']}/{row['variant']}".encode()
+    draws = np.random.default_rng(list(name))
+    return draws.normal(size=(*row["grid"], channels)).astype(np.float16)
+
+
+def embeddings_of(row: dict) -> list[np.ndarray]:
+    """For each caption as many vectors as it has words (the empty one: one), all of its own value."""
+    captions = row["captions"] or [""]
+    return [np.full((max(1, len(c.split())), TEXT.width), hash_of(c), np.float16) for c in captions]
+
+
+def hash_of(caption: str) -> float:
+    return float(sum(caption.encode()) % 97)
+
+
+def write_cache(path, rows, info: CacheInfo = INFO, each: int = 32, share: Share = Share()) -> LatentCache | None:
+    """A cache of these rows in parts of `each` clips, or the parts of one share; None where others are missing."""
+    parts = start_cache(path, info, -(-len(rows) // each), share)
+    for part in parts.missing(share):
+        with parts.write(part) as writer:
+            for row in rows[part * each : (part + 1) * each]:
+                add_latent(writer, info, row, latent_of(row), embeddings_of(row) if info.text else None)
+    return LatentCache(path) if finish_cache(parts, info) else None

@@ -1,0 +1,110 @@
+"""Crops for the autoencoder: solid blocks of clips, a pure function of (seed, step)."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from sora_jax.data.clips import Clip
+from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
+from sora_jax.data.feed import FeedConfig
+from sora_jax.data.manifest import Dataset, add_clip, write_dataset
+from sora_jax.errors import UserError
+
+
+def same(one, other):
+    assert set(one) == set(other)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@dataclass
+class Frames:
+    frames: np.ndarray
+
+
+SIZES = [(1, 20, 30), (9, 20, 30), (12, 16, 24), (9, 12, 40), (5, 40, 40)]
+CROP = CropConfig(frames=8, height=16, width=20, batch=8, image_share=0.25)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Clips whose every pixel tells its clip and place: (20 clip + t, y, x)."""
+    made = []
+    for number, size in enumerate(SIZES):
+        t, y, x = np.indices(size)
+        made.append(Frames(np.stack([20 * number + t, y, x], axis=-1).astype(np.uint8)))
+    return made
+
+
+def origin(crop):
+    """Clip, frame, row, column of the first pixel, after checking that the crop is one solid block."""
+    t, y, x = np.indices(crop.shape[:3])
+    first = crop[0, 0, 0].astype(int)
+    np.testing.assert_array_equal(crop, np.stack([t, y, x], -1) + first)
+    return first[0] // 20, first[0] % 20, first[1], first[2]
+
+
+def test_crops_are_solid_blocks_of_clips_that_are_large_enough(clips):
+    stream = crop_batches(clips, CROP, seed=0)
+    starts = set()
+    for step in range(60):
+        batch = stream[step]
+        assert batch["videos_BTHW3"].shape == (6, 8, 16, 20, 3) and batch["videos_BTHW3"].dtype == np.uint8
+        assert batch["images_BTHW3"].shape == (2, 1, 16, 20, 3)
+        for crop, clip in zip(batch["videos_BTHW3"], batch["videos_clips_B"], strict=True):
+            start = origin(crop)
+            assert start[0] == clip
+            starts.add(start)
+        assert set(batch["images_clips_B"]) <= {0, 1, 2, 4}
+    assert {start[0] for start in starts} == {1, 2}
+    for axis, most in zip((1, 2, 3), ((1, 4), (4, 0), (10, 4)), strict=True):
+        for clip in (1, 2):  # every start there is occurs, the first and the last of each axis among them
+            assert {start[axis] for start in starts if start[0] == clip} == set(range(most[clip - 1] + 1))
+
+
+def test_one_kind_only(clips):
+    assert set(crop_batches(clips, CropConfig(8, 16, 20, 4), 0)[0]) == {"videos_BTHW3", "videos_clips_B"}
+    images = crop_batches(clips, CropConfig(99, 16, 20, 4, image_share=1.0), 0)[0]
+    assert set(images) == {"images_BTHW3", "images_clips_B"}
+
+
+def test_crop_streams_are_pure_and_shared_by_hosts(clips):
+    expected = crop_batches(clips, CROP, seed=3)
+    for step, batch in enumerate(islice(crop_batches(clips, CROP, 3).stream(5, FeedConfig(threads=3)), 10), 5):
+        same(batch, expected[step])
+    halves = [crop_batches(clips, CROP, 3, process_index=host, process_count=2)[4] for host in (0, 1)]
+    same({name: np.concatenate([half[name] for half in halves]) for name in halves[0]}, expected[4])
+    other = crop_batches(clips, CROP, seed=4)[4]
+    assert not np.array_equal(other["videos_BTHW3"], expected[4]["videos_BTHW3"])
+    assert not np.array_equal(expected[5]["videos_BTHW3"], expected[4]["videos_BTHW3"])
+
+
+def test_crops_of_a_split_of_a_dataset_folder(clips, tmp_path):
+    with write_dataset(tmp_path / "data", {}) as writer:
+        for number, clip in enumerate(clips):
+            add_clip(writer, Clip(f"c{number}", clip.frames, 8.0), f"c{number}", "test" if number == 1 else "train")
+    dataset = Dataset(tmp_path / "data")
+    sizes, train_clips = sizes_and_clips(dataset, "train")
+    np.testing.assert_array_equal(sizes, SIZES)
+    batch = crop_batches(dataset, CROP, 0, sizes, train_clips)[0]
+    assert set(batch["videos_clips_B"]) == {2}  # clip 1 is large enough, but in the other split
+    same(batch, crop_batches(clips, CROP, 0, clips=train_clips)[0])
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda clips: crop_batches(clips, CropConfig(13, 16, 16), 0), ["13 x 16 x 16", "12 x 40 x 40"]),
+        (lambda clips: crop_batches([], CROP, 0), ["0 clips"]),
+        (lambda clips: crop_batches(clips, CROP, 0, process_count=4), ["6 rows", "4 processes"]),
+        (lambda clips: CropConfig(frames=0), ["crop.frames", "0"]),
+        (lambda clips: CropConfig(image_share=1.5), ["crop.image_share", "1.5"]),
+    ],
+)
+def test_crop_mistakes(clips, make, words):
+    with pytest.raises(UserError) as error:
+        make(clips)
+    for word in words:
+        assert word in str(error.value)
