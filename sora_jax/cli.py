@@ -167,7 +167,7 @@ def _data(commands) -> None:
 def _encode(verbs) -> None:
     example = (
         "example:\n  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents\n"
-        "  sora-jax data encode ... --shard=0/4     one of four machines; each runs it with its own number"
+        "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --shard=0/4"
     )
     p = _parser(verbs.add_parser, "encode", help="dataset folder -> latent cache", epilog=example)
     p.add_argument("--autoencoder", type=Path, required=True, help="run folder of a trained autoencoder")

@@ -61,3 +61,19 @@ def test_the_blocks_of_a_size_are_those_of_dit_and_its_cross_attention(size):
     cross = sum(count(specs[name]) for name in ("cross_q", "cross_kv", "cross_merge", "q_norm", "k_norm"))
     # DiT, 2212.09748: attention 4 D^2 + 4 D, MLP 8 D^2 + 5 D, adaLN-Zero 6 D^2 + 6 D
     assert count(specs) - cross == model.depth * (18 * model.width**2 + 15 * model.width)
+
+
+def test_the_data_configs_are_valid_and_changed_by_the_command_line():
+    from sora_jax.config import frozen
+    from sora_jax.data.prepare import BuildConfig
+
+    path = CONFIGS / "data.py"
+    for variant in ("video", "mixed", "navit", "labels"):
+        config = frozen(BuildConfig, load(f"{path}:{variant}"))
+        assert config.sources and f"configs/data.py:{variant}" in path.read_text()
+    changes = ["sources[1].path=elsewhere", "sources[2].weight=0.25", "max_tokens=99"]
+    config = frozen(BuildConfig, load(f"{path}:mixed", changes))
+    assert [source.name for source in config.sources] == ["folder", "webdataset", "folder"]
+    assert (config.sources[1].path, config.sources[2].weight, config.max_tokens) == ("elsewhere", 0.25, 99)
+    with pytest.raises(UserError, match="sources"):
+        load(f"{path}:mixed", ["sources[7].path=x"])

@@ -14,10 +14,10 @@ from sora_jax.train.metrics import read_metrics
 
 def test_every_stage_leaves_what_it_promises(chain):  # noqa: F811
     dataset, cache = Dataset(chain.dataset), LatentCache(chain.latents)
-    assert sorted(row["caption"] for row in dataset.rows()) == sorted(clip[2] for clip in CLIPS)
-    sizes = {clip[0]: clip[1] for clip in CLIPS}
-    for row, grid in zip((cache.manifest[n][i] for i in range(len(cache)) for n in ["id"]), cache.grids, strict=True):
-        frames, height, width = sizes[row.removesuffix(".mp4")]
+    assert sorted(row["captions"][0] for row in dataset.rows()) == sorted(clip[2] for clip in CLIPS)
+    sizes, names = {clip[0]: clip[1] for clip in CLIPS}, {row["id"]: row["file"] for row in dataset.rows()}
+    for row, grid in zip(cache.ids(range(len(cache))), cache.grids, strict=True):
+        frames, height, width = sizes[names[row].removesuffix(".mp4")]
         assert tuple(grid) == (1 + (frames - 1) // 4, height // 4, width // 4)
     for name in ("autoencoder", "transformer"):
         workdir = chain.folder / name

@@ -148,7 +148,10 @@ def test_a_section_that_ends_finds_the_next_one_planned(cache):
     assert asked == [(0, 0), (0, 1)]  # the second one before a row of it was asked for
 
 
-@pytest.mark.parametrize("feed", [FeedConfig(threads=0), FeedConfig(threads=3, ahead=1), FeedConfig(threads=1, ahead=9)])
+FEEDS = [FeedConfig(threads=0), FeedConfig(threads=3, ahead=1), FeedConfig(threads=1, ahead=9)]
+
+
+@pytest.mark.parametrize("feed", FEEDS)
 def test_steps_come_in_order(feed):
     assert list(islice(read_ahead(lambda step: step * step, 7, feed), 30)) == [n * n for n in range(7, 37)]
 

@@ -19,7 +19,7 @@ CONFIG = TransformerConfig(
 
 
 def arrays(pack) -> dict:
-    return {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
+    return {name: values for name, values in vars(pack).items() if values is not None}
 
 
 def by_hand(tokens, words, rows, D=128, F=512, P=8, E=64, depth=2):

@@ -40,13 +40,14 @@ def toy_loss(params, batch, step, part):
 def toy_job(at=None, preview=None) -> Job:
     """`at` maps a step to what happens while its batch is made: changes to the batch, or None."""
 
-    def batches(start):
+    def batches(start, position):
         step = start
+        assert position == (start or None)  # what was saved with the step before
         while True:
             x = np.random.default_rng(step).standard_normal((2, 4)).astype(np.float32)
             batch = {"x": x, "root": np.ones(2, np.float32), "clip": np.array([100 + step, 200 + step])}
             step += 1
-            yield batch | ((at or {}).get(step, dict)() or {})
+            yield batch | ((at or {}).get(step, dict)() or {}), step
 
     return Job(
         name="toy",

@@ -246,7 +246,7 @@ def test_fit_scales_to_cover_and_crops_evenly(tmp_path):
     frame = np.zeros((40, 80, 3), np.uint8)
     frame[:, 20:60] = 255  # the middle square
     save_png(tmp_path / "a.png", frame)
-    read = decode(tmp_path / "a.png", fit=lambda height, width: (20, 20)).frames[0]
+    read = decode(tmp_path / "a.png", fit=lambda height, width, frames: (20, 20)).frames[0]
     assert read.shape == (20, 20, 3)
     assert (read > 127).all() and (read[:, 2:-2] > 250).all()
 

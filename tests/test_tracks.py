@@ -73,7 +73,7 @@ def test_stretches_are_equal_and_spans_lie_in_them_by_place(frames, count, spans
 
 
 def test_frames_in_memory_follow_the_same_rules_as_a_file(tmp_path):
-    path, fit = encode(tmp_path / "a.mkv", moving(30), codec="ffv1", pix_fmt="bgr0"), lambda height, width: (24, 32)
+    path, fit = encode(tmp_path / "a.mkv", moving(30), codec="ffv1", pix_fmt="bgr0"), lambda *size: (24, 32)
     for rule in (SpanRule(fps=4), SpanRule(max_fps=5), SpanRule(8, place=1.0), SpanRule(4, number=2, count=3)):
         memory, file = sample_frames(moving(30), 10, rule, fit), decode(path, rule, fit)
         assert memory.fps == file.fps and memory.start == file.start
@@ -126,7 +126,7 @@ def test_colours_by_tag(tmp_path, tag, size, full):
             frame.pts, frame.time_base, frame.colorspace, frame.color_range = k, Fraction(1, 10), tag, 1 + full
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    for fit in (None, lambda height, width: (16, 16)):
+    for fit in (None, lambda height, width, frames: (16, 16)):
         read = decode(tmp_path / "a.mkv", fit=fit).frames[:, 8, 8].astype(int)
         assert np.abs(read - WORDS).max() <= 2
 
@@ -142,7 +142,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 def test_scaling_is_as_good_as_pillow(tmp_path, codec, pix_fmt):
     frame, options = smooth(240, 320), dict(crf="0") if codec == "libx264" else {}
     path = encode(tmp_path / "a.mkv", frame[None].repeat(2, 0), codec=codec, pix_fmt=pix_fmt, **options)
-    read = decode(path, fit=lambda height, width: (90, 120)).frames[0]
+    read = decode(path, fit=lambda height, width, frames: (90, 120)).frames[0]
     expected = np.asarray(Image.fromarray(frame).resize((120, 90), Image.Resampling.LANCZOS))
     error = ((read.astype(float) - expected) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 32
@@ -154,7 +154,7 @@ def test_crop_is_centred(tmp_path):
     frame = np.zeros((60, 100, 3), np.uint8)
     frame[:, 45:55] = 255
     path = encode(tmp_path / "a.mp4", frame[None].repeat(2, 0), crf="0")
-    read = decode(path, fit=lambda height, width: (30, 30)).frames[0].astype(int)
+    read = decode(path, fit=lambda height, width, frames: (30, 30)).frames[0].astype(int)
     np.testing.assert_allclose(read[15], read[15][::-1], atol=4)
     assert read[15, 15].min() > 240 and read[15, 9].max() < 40
 
@@ -169,7 +169,7 @@ def test_a_transparent_video_lies_on_white(tmp_path):
         for rgba in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
         container.mux(stream.encode())
-    for fit in (None, lambda height, width: (16, 16)):
+    for fit in (None, lambda height, width, frames: (16, 16)):
         read = decode(tmp_path / "a.webm", fit=fit).frames.astype(int)
         side = read.shape[1] // 4
         assert np.abs(read[:, side, side] - (200, 0, 0)).max() < 16 and read[:, side, -side].min() > 240

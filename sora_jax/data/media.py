@@ -25,6 +25,9 @@ from sora_jax.files import replacing
 MAX_CLIP_BYTES = 2**32
 MAX_CLIP_FRAMES = 2**22
 
+# Upright (height, width) of a clip and its number of frames -> the (height, width) wanted.
+FitClip = Callable[[int, int, int], tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class SpanRule:
@@ -59,11 +62,12 @@ class DecodedClip:
     flags: tuple[str, ...] = ()
 
 
-def decode(file: File, rule: SpanRule = SpanRule(), fit: Fit | None = None) -> DecodedClip | None:
+def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
     """Decode a part of a video or a picture (one frame; animated GIF, WebP, PNG: several); None: no such span.
 
     Frames are upright (rotation tags, EXIF), with square pixels, 8 bits, transparency over white. `fit` maps the
-    upright (height, width) to the size wanted: the frame is scaled to cover it and the rest cropped evenly.
+    upright (height, width) and the number of frames to the size wanted: a frame is scaled to cover it and the rest
+    cropped evenly.
 
     Raises MediaError for anything that gives no frame.
     """
@@ -79,7 +83,7 @@ def decode(file: File, rule: SpanRule = SpanRule(), fit: Fit | None = None) -> D
 
 
 def sample_frames(
-    frames: np.ndarray, fps: float, rule: SpanRule = SpanRule(), fit: Fit | None = None
+    frames: np.ndarray, fps: float, rule: SpanRule = SpanRule(), fit: FitClip | None = None
 ) -> DecodedClip | None:
     """`decode` for frames in memory, uint8 (T, H, W, 3) at `fps` frames a second."""
 
@@ -102,7 +106,7 @@ def open_track(file: File) -> Iterator[Track]:
         yield track
 
 
-def sample(track: Track, rule: SpanRule = SpanRule(), fit: Fit | None = None) -> DecodedClip | None:
+def sample(track: Track, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
     """`decode` for an open track."""
     period = usual_period(track.times, track.end)
     rate = float(rule.fps or min(1 / period, rule.max_fps or np.inf))
@@ -111,7 +115,7 @@ def sample(track: Track, rule: SpanRule = SpanRule(), fit: Fit | None = None) ->
         return None
     slack = 0.49 * period
     grid, flags = _without_cuts(track, grid, slack) if rule.cuts and len(grid) > 1 else (grid, ())
-    frames, damage = _drawn(track, grid, slack, fit)
+    frames, damage = _drawn(track, grid, slack, fit and (lambda height, width: fit(height, width, len(grid))))
     if damage:
         flags += (f"partial: damaged: {damage}, after {len(frames)} of {len(grid)} frames",)
     return DecodedClip(np.stack(frames), round(rate, 3), round(float(grid[0] - track.times[0]), 6), flags)

@@ -7,19 +7,24 @@ longest. How well a pack can still be filled is a table (slots left, tokens left
 from the distinct lengths. Taking the longest waiting keeps packs mixed in size: no window ends with a heap of
 what nobody wanted. What a window holds when its order is used up is handed to a later round, so only the very
 last packs of an epoch are short.
+
+Windows that see less than all lengths, or lengths that few combinations fill, leave gaps; such plans are also made
+from the histogram of lengths (`patterns.py`), and the one with fewer packs is taken.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 
+from sora_jax.data.patterns import by_patterns
 from sora_jax.errors import UserError
 
 LOOKAHEAD = 128, 256  # least and most; as many as there are distinct lengths packs well, at a cost
+FULL = 0.995  # a plan that is less full than this is made in the other way too
 MAX_WINDOW = 1 << 20  # the age of a clip in its window takes the low 20 bits of a score
 _LOST = 1023  # losses from here on count as equal, so that a score fits 31 bits
 _NEVER = np.int32(1 << 30)  # above every score of a clip that fits
@@ -73,14 +78,33 @@ def plan(
     draws = generator(seed, "plan", epoch, section)
     if not len(lengths):
         return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
-    clips = _Clips.of(lengths, text_lengths, L, S, M)
-    left = draws.permutation(len(lengths))
-    orders, sizes = [], []
+    by_windows = partial(_by_windows, lengths, text_lengths, L, S, M, window, draws)
+    ways = [by_windows, partial(_by_patterns, lengths, text_lengths, L, S, M, by_windows, draws)]
+    if len(np.unique(lengths)) > LOOKAHEAD[1]:
+        ways.reverse()  # a window cannot see all lengths at once
+    order, sizes = ways[0]()
+    if len(sizes) * L * FULL > lengths.sum():
+        order, sizes = min((order, sizes), ways[1](), key=lambda made: len(made[1]))
+    return _shuffled(order, sizes, draws)
+
+
+def _by_windows(lengths, texts, L, S, M, window, draws, left=None) -> tuple[np.ndarray, np.ndarray]:
+    """Clips (those of `left`, default all) in pack order and the number in each pack; packs are mixed in size."""
+    clips = _Clips.of(lengths, texts, L, S, M)
+    left = draws.permutation(len(lengths)) if left is None else left
+    orders, sizes = [left[:0]], [left[:0]]
     while len(left):
         order, size, left = _Windows(clips, left, window).run()
         orders.append(order)
         sizes.append(size)
-    return _shuffled(np.concatenate(orders), np.concatenate(sizes), draws)
+    return np.concatenate(orders), np.concatenate(sizes)
+
+
+def _by_patterns(lengths, texts, L, S, M, by_windows, draws) -> tuple[np.ndarray, np.ndarray]:
+    """The same with fewer packs where lengths are many or awkward; packs are less mixed in size."""
+    order, sizes, left = by_patterns(lengths, texts, L, S, M, draws)
+    rest, rest_sizes = by_windows(left=draws.permutation(left))
+    return np.concatenate([order, rest]), np.concatenate([sizes, rest_sizes])
 
 
 def _check_each(option: str, counts: np.ndarray, most: int, unit: str, least: int) -> None:

@@ -196,7 +196,12 @@ def _span(config: BuildConfig, unit: Unit, clip_id: str) -> SpanRule:
 def _fit(config: BuildConfig, unit: Unit, source: Source, clip_id: str):
     if source.name.startswith("world"):
         return None  # it comes as it is drawn
-    return partial(config.size_rule, draw=uniform(config.seed, f"size/{unit.variant}", clip_id))
+    return partial(_size, config, uniform(config.seed, f"size/{unit.variant}", clip_id))
+
+
+def _size(config: BuildConfig, draw: float, height: int, width: int, frames: int) -> tuple[int, int]:
+    length = fit_length(frames, config.time_factor, config.max_frames, config.length_rule)
+    return config.size_rule(height, width, length, draw)
 
 
 def _to_length(clip: Clip, config: BuildConfig, place: float) -> Clip | Refusal:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from sora_jax.data.media import DecodedClip, Fit, SpanRule
+from sora_jax.data.media import DecodedClip, FitClip, SpanRule
 from sora_jax.data.shards import open_reader
 from sora_jax.data.sources.captions import READERS, Fields, number_labels, table_rows
 from sora_jax.data.sources.config import SourceConfig
@@ -67,7 +67,7 @@ class DatasetMedia:
         row = _dataset(self.path, os.getpid()).row(self.number)
         return f"{row['id']}.v{row['variant']}" if row["variant"] else row["id"]
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         clip = _dataset(self.path, os.getpid())[self.number]
         part = FramesMedia(clip.frames, clip.fps).decode(rule, fit)
         return part and replace(part, start=clip.start + part.start, flags=(*clip.flags, *part.flags))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Protocol
 
-from sora_jax.data.media import DecodedClip, Fit, SpanRule
+from sora_jax.data.media import DecodedClip, FitClip, SpanRule
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Media(Protocol):
     def content_id(self) -> str:
         """Stable, of the content: equal files have equal ids wherever they lie."""
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         """The span of `rule`; None where the media has none of that number."""
 
 

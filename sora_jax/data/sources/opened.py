@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from sora_jax.data.fit import FitError
-from sora_jax.data.media import DecodedClip, Fit, SpanRule, decode, sample_frames
+from sora_jax.data.media import DecodedClip, FitClip, SpanRule, decode, sample_frames
 from sora_jax.data.sources.entries import Media
 from sora_jax.data.tracks import MediaError, reason
 
@@ -57,7 +57,7 @@ class FileMedia:
         except OSError as error:
             raise MediaError(f"unreadable: {reason(error)}") from error
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         if isinstance(self.file, Path):
             return decode(self.file, rule, fit)
         with self._open() as stream:
@@ -86,7 +86,7 @@ class FramesMedia:
         digest.update(np.ascontiguousarray(self.frames))
         return digest.hexdigest()
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         try:
             return sample_frames(self.frames, self.fps, rule, fit)
         except FitError as error:
@@ -104,7 +104,7 @@ class StripMedia:
     def content_id(self) -> str:
         return self.picture.content_id()
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         strip = self.picture.decode(SpanRule(max_frames=1), None).frames[0]
         return FramesMedia(_unroll(strip, self.frames), self.fps).decode(rule, fit)
 

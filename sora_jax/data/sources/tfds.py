@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sora_jax.data.media import DecodedClip, Fit, SpanRule
+from sora_jax.data.media import DecodedClip, FitClip, SpanRule
 from sora_jax.data.sources.captions import Fields, Words, words
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
@@ -107,7 +107,7 @@ class TfdsMedia:
     def content_id(self) -> str:
         return self._media().content_id()
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         return self._media().decode(rule, fit)
 
     def _media(self) -> FileMedia | FramesMedia:

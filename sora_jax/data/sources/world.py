@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sora_jax.data import world
-from sora_jax.data.media import DecodedClip, Fit, SpanRule
+from sora_jax.data.media import DecodedClip, FitClip, SpanRule
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FramesMedia
@@ -19,7 +19,7 @@ class WorldMedia:
     def content_id(self) -> str:
         return f"world/{self.config.seed}/{self.number}"
 
-    def decode(self, rule: SpanRule, fit: Fit | None) -> DecodedClip | None:
+    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         frames, _ = world.clip(self.config, self.number)
         return FramesMedia(frames, self.config.fps).decode(rule, fit)
 
