@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, choose, first_difference, frozen, plain, read_json
-from sora_jax.data.latents import LatentCache
+from sora_jax.data.latents import LatentCache, TextInfo
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
 from sora_jax.data.tokenizer import Tokenizer
@@ -115,14 +115,15 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
-    cache.check_text(config.model.text.pretrained, config.model.text.pretrained_width)
+    text = config.model.text
+    cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
     if (Path(workdir) / FOLDER / RECORD).exists():
         cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
     param.check_splits(transformer_specs(config.model), mesh)
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     check_split(mesh, "length", config.packing.length, "config.packing.length")
     check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
-    check_workdir(workdir, config, cache.info.data)
+    check_workdir(workdir, config, cache.digest)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)
     for size in config.preview.sizes:
@@ -131,7 +132,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     if preview is None:
         print("config.preview.prompts is empty: no samples are shown while training", flush=True)
     job = denoiser_job(config, cache, tokenizer, preview, Path(workdir) / "captions")
-    claim_workdir(workdir, config, cache.info.data)
+    claim_workdir(workdir, config, cache.digest, cache.info.text)
     copy_autoencoder(config.latents, workdir)
     if isinstance(tokenizer, Tokenizer):
         tokenizer.save(Path(workdir) / "tokenizer.json")
@@ -184,10 +185,10 @@ def check_workdir(workdir: Path, config, data: str) -> None:
         check(not occupied, f"--workdir is {str(workdir)!r}; it is not empty and holds no run; take an empty folder")
 
 
-def claim_workdir(workdir: Path, config, data: str) -> None:
+def claim_workdir(workdir: Path, config, data: str, text: TextInfo | None = None) -> None:
     """Writes config.json and data.json just before the first step: what was refused leaves no folder behind."""
     write_json(Path(workdir) / "config.json", plain(config))
-    write_json(Path(workdir) / "data.json", {"digest": data})
+    write_json(Path(workdir) / "data.json", {"digest": data, "text": text and text.fingerprint})
 
 
 def sample(options) -> list[Path]:

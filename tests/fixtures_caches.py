@@ -37,7 +37,7 @@ def hash_of(caption: str) -> float:
 
 def write_cache(path, rows, info: CacheInfo = INFO, each: int = 32, share: Share = Share()) -> LatentCache | None:
     """A cache of these rows in parts of `each` clips, or the parts of one share; None where others are missing."""
-    parts = start_cache(path, info, -(-len(rows) // each), share)
+    parts = start_cache(path, info, -(-len(rows) // each))
     for part in parts.missing(share):
         with parts.write(part) as writer:
             for row in rows[part * each : (part + 1) * each]:

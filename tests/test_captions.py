@@ -61,6 +61,11 @@ def test_the_choice_belongs_to_seed_epoch_and_clip(cache):
         assert 0.4 < (other != numbers).mean() < 0.6
 
 
+def test_a_kind_that_no_clip_has_is_told(cache):
+    with pytest.raises(UserError, match="captions is 'synthetc=1'.*label, original, other, synthetic"):
+        CaptionChoice(cache, "synthetc=1")
+
+
 @pytest.mark.parametrize("mix", ["original", "a=b", "a=-1,b=2", "a=0", ""])
 def test_a_mix_that_cannot_be_is_told(mix):
     with pytest.raises(UserError, match="captions is .*first, any, dalle3, sd3"):

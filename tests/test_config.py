@@ -9,6 +9,7 @@ import pytest
 
 from sora_jax.commands import run_config
 from sora_jax.config import first_difference, frozen, load, mutable, plain
+from sora_jax.data.prepare import BuildConfig
 from sora_jax.errors import UserError
 from sora_jax.quickstart import QuickstartConfig
 
@@ -102,7 +103,9 @@ FILES = [name for path in sorted(CONFIGS.glob("*.py")) for name in variants(path
 @pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).name)
 def test_every_config_and_variant_is_valid(file):
     values = load(file)
-    config = frozen(QuickstartConfig, values) if "kind" not in values else run_config(values)
+    kinds = {"sources": BuildConfig, "evaluate": QuickstartConfig}
+    found = [cls for name, cls in kinds.items() if name in values]
+    config = frozen(found[0], values) if found else run_config(values)
     assert frozen(type(config), plain(config)) == config
 
 

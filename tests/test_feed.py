@@ -74,7 +74,8 @@ def host(tmp_path, cache, index, hosts, start=0, position=(0, 0), workers=0, pau
     """A process that prints (step, digests of its rows, position) line by line, without end."""
     script = tmp_path / "host.py"
     tests = Path(__file__).parent
-    script.write_text(HOST.format(tests=str(tests), root=str(tests.parent)))
+    if not script.exists():  # another host may be reading it
+        script.write_text(HOST.format(tests=str(tests), root=str(tests.parent)))
     arguments = json.dumps([str(cache.path), index, hosts, start, list(position), workers, pause])
     command = [sys.executable, str(script), arguments]
     # A group of its own, so that its workers can be ended with it.

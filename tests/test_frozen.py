@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from fixtures_runs import build_options, chain, run  # noqa: F401
@@ -12,7 +13,10 @@ from fixtures_runs import build_options, chain, run  # noqa: F401
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
+from sora_jax.nn.params import abstract
 from sora_jax.train import encode as encoding
+from sora_jax.train import frozen
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, save_autoencoder
 
 
@@ -70,6 +74,23 @@ def changed(autoencoder: FrozenAutoencoder, what: str) -> FrozenAutoencoder:
 @pytest.mark.parametrize("what", ["config", "weight", "mean_C", "std_C"])
 def test_the_fingerprint_is_of_all_that_latents_depend_on(autoencoder, what):
     assert changed(autoencoder, what).fingerprint != autoencoder.fingerprint
+
+
+def test_the_latents_of_known_weights_are_those_of_this_version_of_the_code():
+    """If this fails, a latent has changed for the same weights: change `frozen.CODE`, then the numbers here."""
+    config = AutoencoderConfig(
+        time_factor=2, space_factor=4, patch=(1, 2), multipliers=(1, 2), width=4, latent_channels=2, encoder_blocks=1,
+        decoder_blocks=1, dtype="float32",
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten(abstract(autoencoder_specs(config)))
+    waves = [0.3 * np.sin(np.arange(np.prod(x.shape), dtype=np.float32) + i) for i, x in enumerate(leaves)]
+    params = jax.tree.unflatten(tree, [wave.reshape(x.shape) for wave, x in zip(waves, leaves, strict=True)])
+    statistics = np.array([0.1, -0.2], np.float32), np.array([2.0, 0.5], np.float32)
+    clip = (np.arange(3 * 8 * 8 * 3) * 7 % 256).reshape(3, 8, 8, 3).astype(np.uint8)
+    latent = next(FrozenAutoencoder(config, params, *statistics).encode([clip]))
+    first_rows = [[[-0.1145, 0.4435], [-0.0245, -0.5331]], [[0.0392, 0.5596], [0.0109, 0.0911]]]
+    np.testing.assert_allclose(latent[:, :, 0], first_rows, atol=2e-4)
+    assert frozen.CODE.endswith("version 1")
 
 
 def damage_cut(folder):

@@ -5,6 +5,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, latent_of, writ
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sora_jax.data import shards
 from sora_jax.data.latents import LatentCache, add_latent, clip_uid, finish_cache, start_cache
 from sora_jax.data.parts import Share
 from sora_jax.errors import UserError
@@ -71,14 +73,14 @@ def test_text_embeddings_stand_beside_the_latents(tmp_path):
     for index, row in enumerate(made):
         for number, expected in enumerate(embeddings_of(row)):
             np.testing.assert_array_equal(cache.text(index, number), expected)
-    cache.check_text("encoder", 3)
-    for name, width in (("", 0), ("other", 3), ("encoder", 4)):
+    cache.check_text("encoder", 3, 16)
+    for name, width, most in (("", 0, 64), ("other", 3, 16), ("encoder", 4, 16), ("encoder", 3, 8)):
         with pytest.raises(UserError, match="text.pretrained is .* make it again"):
-            cache.check_text(name, width)
+            cache.check_text(name, width, most)
     plain = write_cache(tmp_path / "plain", rows(1))
-    plain.check_text("", 0)
-    with pytest.raises(UserError, match="--text-encoder=encoder"):
-        plain.check_text("encoder", 3)
+    plain.check_text("", 0, 64)
+    with pytest.raises(UserError, match="--text-encoder=encoder --text-tokens=16"):
+        plain.check_text("encoder", 3, 16)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -114,12 +116,56 @@ def test_a_stopped_cache_is_none_and_goes_on_after_its_whole_parts(tmp_path):
     assert (tmp_path / "cache" / first.name).stat().st_mtime_ns == written  # kept, not made again
 
 
-def test_another_fingerprint_starts_again_but_not_under_the_hands_of_others(tmp_path):
+def test_what_was_started_is_never_gone_on_with_as_something_else(tmp_path):
     write_cache(tmp_path / "cache", rows(4), each=1, share=Share(0, 2))
-    with pytest.raises(UserError, match="other options"):
-        start_cache(tmp_path / "cache", OTHER, 4, Share(1, 2))
+    for info, count, layout in ((OTHER, 4, None), (INFO, 2, None), (INFO, 4, {"canvases": []})):
+        with pytest.raises(UserError, match="was started with another .*: remove .* to start anew"):
+            start_cache(tmp_path / "cache", info, count, layout)
     assert start_cache(tmp_path / "cache", INFO, 4).missing() == [1, 3]
-    assert start_cache(tmp_path / "cache", OTHER, 4).missing() == [0, 1, 2, 3]
+
+
+def test_processes_that_start_at_once_work_on_one_folder(tmp_path):
+    """Twelve at a barrier: all get the same folder, and none removes what another has made."""
+    barrier = threading.Barrier(12)
+
+    def work(index):
+        barrier.wait()
+        return write_cache(tmp_path / "cache", rows(24), each=2, share=Share(index, 12))
+
+    with ThreadPoolExecutor(12) as pool:
+        made = list(pool.map(work, range(12)))
+    assert any(cache is not None for cache in made)
+    check(LatentCache(tmp_path / "cache"), rows(24))
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith((".", "part-"))]
+
+
+def test_a_part_that_is_made_again_and_not_finished_stays_whole(tmp_path):
+    made = rows(4)
+    write_cache(tmp_path / "cache", made, each=2, share=Share(0, 2))
+    parts = start_cache(tmp_path / "cache", INFO, 2)
+    with pytest.raises(KeyboardInterrupt), parts.write(0) as writer:
+        add_latent(writer, INFO, made[3], latent_of(made[3]))
+        raise KeyboardInterrupt
+    check(write_cache(tmp_path / "cache", made, each=2), made)
+
+
+def test_equal_clips_in_another_order_are_another_cache(tmp_path):
+    one, other = (write_cache(tmp_path / name, order) for name, order in (("a", rows(4)), ("b", rows(4)[::-1])))
+    assert one.digest != other.digest
+    assert one.digest == write_cache(tmp_path / "c", rows(4)).digest
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_NOFILE"), reason="needs a limit on open files")
+def test_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN", 8)
+    made = rows(60)
+    cache = write_cache(tmp_path / "cache", made, each=1)
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    for index in range(60):
+        np.testing.assert_array_equal(cache[index], latent_of(made[index]))
+    if before:
+        assert len(list(Path("/proc/self/fd").iterdir())) - before < 30
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

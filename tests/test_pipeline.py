@@ -176,6 +176,21 @@ def test_uids_of_this_test_differ():
     assert len({clip_uid(f"clip-{number}") for number in range(CLIPS)}) == CLIPS
 
 
+def test_a_caption_too_long_is_told_before_the_first_step_whatever_the_epoch_takes(tmp_path):
+    rows = [clip_row(n, (1, 2, 2), {"original": "short", "synthetic": "long " * 5}) for n in range(3)]
+    config = PackingConfig(length=8, slots=4, text_length=8, patch=(1, 2, 2))
+    with pytest.raises(UserError, match="text_length is 8; a caption of clip 'clip-0' has 24 text tokens"):
+        packed_batches(write_cache(tmp_path / "cache", rows), BYTES, config, 1, 0, captions="first")
+
+
+def test_weights_that_empty_the_epochs_are_told(tmp_path):
+    cache = write_cache(tmp_path / "cache", [clip_row(n, (1, 2, 2), weight=0.01) for n in range(2)])
+    with pytest.raises(UserError, match="an epoch of 0.02 clips"):
+        batches(cache)
+    rare = batches(write_cache(tmp_path / "rare", [clip_row(n, (1, 2, 2), weight=0.1) for n in range(12)]), batch=1)
+    assert "clips in" in str(rare.report()) and (rare.row(30)["clips_S"] > 0).any()
+
+
 WEIGHTS = {0: 0.25, 1: 1.0, 2: 2.0, 3: 2.5}
 
 

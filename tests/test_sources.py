@@ -115,7 +115,10 @@ def test_the_world_is_a_source():
     for entry, number in zip(entries(source), numbers, strict=True):
         assert entry.captions == {"original": scene(world, number).caption}
         assert (entry.split, entry.weight) == (split(number), 0.5)
-    assert [source.open(i).content_id() for i in range(6)] == [f"world/3/{number}" for number in numbers]
+    ids = [source.open(i).content_id() for i in range(6)]
+    assert [name.rpartition("/")[2] for name in ids] == [str(number) for number in numbers]
+    other = make_source(SourceConfig("world", limit=1, world=replace(world, fps=world.fps + 1)))
+    assert other.open(0).content_id().rpartition("/")[0] != ids[0].rpartition("/")[0]  # another world, other clips
     frames, _ = clip(world, 2)
     decoded = source.open(2).decode(SpanRule(), None)
     np.testing.assert_array_equal(decoded.frames, frames)

@@ -1,9 +1,10 @@
 """Packs from a latent cache against reading the same bytes with ArrayRecord alone; the plan; the resume.
 
-    python experiments/bench/feed.py [--clips=20000] [--rounds=7] [--plan-clips=1000000]
+    python experiments/bench/feed.py [--clips=20000] [--plan-clips=1000000] [--rounds=7] [--quick]
 
-A cache of random latents is written to a temporary folder. Its sizes are those of configs/video.py: mixed aspect
-ratios of at most 16,384 pixels, 1 to 17 frames, 16 channels, packs of 512 tokens.
+Caches of random latents are written to a temporary folder. "small": the sizes of configs/video.py, mixed aspect ratios
+of at most 16,384 pixels, 1 to 17 frames, packs of 512 tokens. "large": twice the sides, three times the frames, packs
+of 8,192 tokens.
 """
 
 import argparse
@@ -12,41 +13,45 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from timing import in_turns, machine, middle_half, milliseconds, report, table
+from timing import in_turns, machine, middle_half, report, table
 
-from sora_jax.data.epochs import SECTION
 from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.packing import PackingConfig
-from sora_jax.data.parts import Share
 from sora_jax.data.pipeline import PackedBatches, packed_batches
 from sora_jax.data.planning import plan
 from sora_jax.data.shards import open_reader
 from sora_jax.data.tokenizer import TokenizerConfig, train
 
 CHANNELS, BATCH = 16, 8
-PACKING = PackingConfig(length=512, slots=16, text_length=2048, patch=(1, 2, 2))
+SMALL = PackingConfig(length=512, slots=16, text_length=2048, patch=(1, 2, 2))
+LARGE = replace(SMALL, length=8192, slots=64, text_length=4096)
 INFO = CacheInfo("bench", "bench", CHANNELS, (4, 8, 8))
 SIZES = [(12, 18), (18, 12), (16, 16), (10, 20), (14, 16), (12, 12), (8, 20)]
-STEP = 100_000
+FEEDS = {
+    "packs, no thread": FeedConfig(threads=0),
+    "packs, two threads": FeedConfig(threads=2, ahead=8),
+    "packs, two worker processes": FeedConfig(workers=2, threads=1, ahead=8),
+}
 
 
-def grids_of(count: int) -> np.ndarray:
-    """Latent sizes (n, 3): a third pictures, the others of 2 to 5 latent frames."""
+def grids_of(count: int, large: bool = False) -> np.ndarray:
+    """Latent sizes (n, 3): a third pictures, the others of 2 to 5 latent frames (three times as many, if large)."""
     draws = np.random.default_rng(0)
-    t = np.where(draws.random(count) < 1 / 3, 1, draws.integers(2, 6, count))
-    return np.column_stack([t, np.array(SIZES)[draws.integers(0, len(SIZES), count)]])
+    t = np.where(draws.random(count) < 1 / 3, 1, draws.integers(2, 6, count) * (3 if large else 1))
+    return np.column_stack([t, np.array(SIZES)[draws.integers(0, len(SIZES), count)] * (2 if large else 1)])
 
 
-def write_cache(path: Path, count: int) -> None:
-    grids, draws = grids_of(count), np.random.default_rng(1)
+def write_cache(path: Path, count: int, large: bool = False) -> LatentCache:
+    grids, draws = grids_of(count, large), np.random.default_rng(1)
     parts = start_cache(path, INFO, -(-count // 1024))
-    for part in parts.missing(Share()):
+    for part in parts.missing():
         with parts.write(part) as writer:
             for n in range(part * 1024, min(count, (part + 1) * 1024)):
                 t, h, w = grids[n].tolist()
@@ -54,50 +59,38 @@ def write_cache(path: Path, count: int) -> None:
                 row |= dict(captions=[f"a caption of clip {n}"], kinds=["original"], weight=1.0, split="train")
                 add_latent(writer, INFO, row, draws.standard_normal((t, h, w, CHANNELS), np.float32))
     finish_cache(parts, INFO)
+    return LatentCache(path)
 
 
-def batches_of(cache: LatentCache, folder: Path | None = None) -> PackedBatches:
+def batches_of(cache: LatentCache, packing: PackingConfig = SMALL, folder: Path | None = None) -> PackedBatches:
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=64))
-    return packed_batches(cache, tokenizer, PACKING, BATCH, 0, folder=folder)
+    return packed_batches(cache, tokenizer, packing, BATCH, 0, folder=folder)
 
 
-def throughput(cache: LatentCache, rounds: int) -> list[list[str]]:
-    """Seconds for the same clips: packs, as training gets them, and the bare records in the same order."""
-    batches = batches_of(cache)
+def throughput(name: str, cache: LatentCache, packing: PackingConfig, rounds: int) -> list[list[str]]:
+    """Seconds for the packs of an epoch, and for the bare records of the same clips in the same order."""
+    batches = batches_of(cache, packing)
     steps = batches.report().packs // BATCH
-    order = [item for row in range(steps * BATCH) for item in clips_of_row(batches, row)]
-    places = list(zip(cache.column("shard").to_numpy()[order], cache.column("record").to_numpy()[order]))
-    size = sum(cache[clip].nbytes for clip in order)
+    order = [clip for row in range(steps * BATCH) for clip in batches.clips(row)]
+    shards, records = cache.column("shard").to_numpy()[order], cache.column("record").to_numpy()[order]
+    places = list(zip(shards.tolist(), records.tolist()))
+    paths = sorted(cache.path.glob("latents-*.array_record"))
+    readers = [open_reader(path) for path in paths]
+    size = sum(readers[shard].read([record])[0].__len__() for shard, record in places)
 
-    def packs():
-        for _ in islice(batches.stream(0, FeedConfig(threads=2)), steps):
-            pass
-
-    def one_by_one():
-        for step in range(steps):
-            batches[step]
-
-    def records():
-        readers = {}
+    def alone():
         for shard, record in places:
-            if shard not in readers:
-                name = f"latents-{shard:05d}-of-{cache._latents._count:05d}.array_record"
-                readers[shard] = open_reader(cache.path / name)
-            readers[shard].read([int(record)])
+            readers[shard].read([record])
 
-    alone, threads, plain = in_turns([records, packs, one_by_one], rounds)
+    streams = [batches.stream(0, feed) for feed in FEEDS.values()]
+    runs = [alone, *(lambda stream=stream: [None for _ in islice(stream, steps)] for stream in streams)]
+    base, *others = in_turns(runs, rounds)
     rows = []
-    for name, taken in (("ArrayRecord alone", alone), ("packs, two threads", threads), ("packs, no thread", plain)):
-        ratios = [a / b for a, b in zip(alone, taken, strict=True)]
-        rate = steps * BATCH / median(taken)
-        rows.append([name, milliseconds(taken), f"{rate:.0f}", f"{size / median(taken) / 1e6:.0f}"])
-        rows[-1] += [f"{median(ratios):.2f}", middle_half(ratios)]
+    for label, taken in zip(("ArrayRecord alone", *FEEDS), (base, *others)):
+        ratios = [a / b for a, b in zip(base, taken, strict=True)]
+        speed = [f"{steps * BATCH / median(taken):.0f}", f"{size / median(taken) / 1e6:.0f}"]
+        rows.append([name, label, *speed, f"{median(ratios):.2f}", middle_half(ratios)])
     return rows
-
-
-def clips_of_row(batches: PackedBatches, row: int) -> list[int]:
-    planned, place = batches._epochs.locate(row)
-    return planned.clips[planned.plan[place]].tolist()
 
 
 def plans(count: int) -> list[list[str]]:
@@ -128,28 +121,28 @@ import json, sys, time
 start = time.perf_counter()
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from feed import batches_of, STEP
+from feed import batches_of
 from sora_jax.data.epochs import Position
 from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import LatentCache
-cache, folder, position = json.loads(sys.argv[1])
+import grain
+cache, folder, step, position = json.loads(sys.argv[1])
 imported = time.perf_counter()
-stream = batches_of(LatentCache(cache), Path(folder)).stream(STEP, FeedConfig(), Position(*position))
-next(stream)
+batches = batches_of(LatentCache(cache), folder=Path(folder))
+next(batches.stream(step, FeedConfig(), Position(*position)))
 print(json.dumps([imported - start, time.perf_counter() - imported]))
 """
 
 
-def resume(cache: LatentCache, folder: Path, rounds: int) -> list[list[str]]:
-    """Seconds to the first batch of step 100,000 in a fresh process, with the position of the checkpoint."""
-    batches = batches_of(cache, folder)
+def resume(cache: LatentCache, folder: Path, step: int, rounds: int) -> list[list[str]]:
+    """Seconds to the first batch of a step in a fresh process, with the position of the checkpoint."""
+    batches = batches_of(cache, folder=folder)
     batches.texts.keep()
-    position = batches.position(STEP)
-    arguments = json.dumps([str(cache.path), str(folder), list(position)])
+    position = batches.position(step)
+    arguments = json.dumps([str(cache.path), str(folder), step, list(position)])
     command = [sys.executable, "-c", RESUME.format(here=str(Path(__file__).parent)), arguments]
     taken = np.array([json.loads(subprocess.check_output(command)) for _ in range(rounds)])
-    epoch = batches.epoch(STEP)
-    name = f"{len(cache):,} clips, epoch {epoch}, section {position.section}"
+    name = f"step {step:,} of {len(cache):,} clips, epoch {batches.epoch(step)}"
     return [[name, f"{np.median(taken[:, 0]):.2f}", f"{np.median(taken[:, 1]):.2f}", f"{taken[:, 1].max():.2f}"]]
 
 
@@ -157,19 +150,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--plan-clips", type=int, default=1_000_000)
+    parser.add_argument("--step", type=int, default=100_000, help="where to resume")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="the same in a tiny form, which says nothing about speed")
     options = parser.parse_args()
+    if options.quick:
+        options.clips, options.plan_clips, options.step, options.rounds = 600, 5_000, 500, 1
     measured_on = machine()
     with tempfile.TemporaryDirectory() as folder:
-        write_cache(Path(folder, "cache"), options.clips)
-        cache = LatentCache(Path(folder, "cache"))
-        speed = throughput(cache, options.rounds)
-        again = resume(cache, Path(folder, "captions"), options.rounds)
-    header = ["reading", "ms an epoch", "packs a second", "MB a second", "of ArrayRecord", "middle half"]
+        small = write_cache(Path(folder, "small"), options.clips)
+        large = write_cache(Path(folder, "large"), options.clips // 10, large=True)
+        speed = throughput("small", small, SMALL, options.rounds) + throughput("large", large, LARGE, options.rounds)
+        again = resume(small, Path(folder, "captions"), options.step, options.rounds)
+    header = ["latents", "reading", "packs a second", "MB a second", "of ArrayRecord", "middle half"]
     planned = table(["lengths", "clips", "seconds", "million clips a second", "fill"], plans(options.plan_clips))
-    resumed = table(["first batch of step 100,000", "imports, s", "to the batch, s", "longest, s"], again)
-    notes = f"An epoch of more than {SECTION:,} clips is planned in sections of at most that many."
-    print(report(header, speed, f"{planned}\n\n{resumed}\n\n{notes}", measured_on))
+    resumed = table(["first batch", "imports, s", "to the batch, s", "longest, s"], again)
+    notes = "Medians of rounds in turn. ArrayRecord alone reads in one thread and drops what it reads."
+    print(report(header, speed, f"{notes}\n\n{planned}\n\n{resumed}", measured_on))
 
 
 if __name__ == "__main__":

@@ -33,13 +33,19 @@ def build_with_beam(config: BuildConfig, options: str = "") -> Dataset:
         return made
     check_not_empty(config, mix)
     parts = start(config.out, KIND, {"options": build_options(config, mix)}, count_parts(config, mix))
-    with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
-        numbers = pipeline | "parts" >> beam.Create(parts.missing()) | beam.Reshuffle()
-        _ = numbers | "make" >> beam.Map(_make, config, parts)
+    try:
+        with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+            numbers = pipeline | "parts" >> beam.Create(parts.missing()) | beam.Reshuffle()
+            _ = numbers | "make" >> beam.Map(_make, config, parts)
+    except Exception as error:  # a runner wraps what its workers raise in one of many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--beam={options!r} ended early, the same command goes on: {reason}") from error
     return finish(parts, config, mix)
 
 
 def _make(part: int, config: BuildConfig, parts: Parts) -> None:
+    if parts.is_made(part):  # by a worker that was thought lost
+        return
     make_parts(config, _sources(config, os.getpid()), parts, [part], progress=False)
 
 

@@ -34,7 +34,7 @@ def build(config: BuildConfig, progress: bool = True) -> Dataset | None:
         return made
     check_not_empty(config, mix)
     share = Share.parse(config.shard)
-    parts = start(config.out, KIND, {"options": build_options(config, mix)}, count_parts(config, mix), share)
+    parts = start(config.out, KIND, {"options": build_options(config, mix)}, count_parts(config, mix))
     make_parts(config, mix, parts, parts.missing(share), progress)
     return finish(parts, config, mix)
 

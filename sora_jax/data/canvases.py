@@ -1,20 +1,20 @@
 """A few shapes for clips of many sizes, so that few programs are compiled."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 Size = tuple[int, int, int]
 
 
-def choose_canvases(sizes: Iterable[Size], most: int) -> list[Size]:
+def choose_canvases(sizes: Iterable[Size] | Mapping[Size, int], most: int) -> list[Size]:
     """At most `most` shapes (frames, height, width), smallest first, such that each size fits into one of them.
 
-    From one shape for each size, the two are merged that add least volume to the clips in them, until few enough are
-    left.
+    sizes: of all clips, or the number of clips of each. From one shape for each size, the two are merged that add least
+    volume to the clips in them, until few enough are left.
     """
-    counts = Counter(tuple(int(side) for side in size) for size in sizes)
+    counts = Counter(sizes)
     shapes = np.array(list(counts), np.int64).reshape(-1, 3)
     clips = np.array(list(counts.values()), np.float64)
     cost = np.stack([_costs(shapes, clips, i) for i in range(len(shapes))]) if len(shapes) > most else None

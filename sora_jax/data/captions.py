@@ -58,12 +58,18 @@ class CaptionChoice:
     """
 
     def __init__(self, cache: LatentCache, mix: str):
+        import pyarrow as pa
         import pyarrow.compute as pc
 
-        joined = pc.binary_join(cache.column("kinds"), "\n").dictionary_encode()
+        kinds = cache.column("kinds").cast(pa.list_(pa.string()))  # the join knows no lists of 64 bits
+        joined = pc.binary_join(kinds, "\n").dictionary_encode()
         kinds = [text.split("\n") if text else [] for text in joined.dictionary.to_pylist()]
         self._which = joined.indices.to_numpy()
         shares = parse_mix(mix)
+        there = {name for names in kinds for name in names}
+        if shares and not there & set(shares):
+            have = ", ".join(sorted(there)) or "none"
+            raise UserError(f"captions is {mix!r}, but no clip of {cache.path} has such a kind; there are: {have}")
         self._single = shares is None or max(map(len, kinds), default=0) <= 1
         self._ends = np.ones((len(kinds), max(map(len, kinds), default=0) or 1))
         for row, names in enumerate(kinds):
@@ -89,6 +95,9 @@ def _shares(names: Sequence[str], mix: Mapping[str, float] | None) -> np.ndarray
 
 class Texts(Protocol):
     """The text of every caption of a cache, as the model takes it."""
+
+    def most(self, clips: np.ndarray) -> np.ndarray:
+        """Text tokens of the longest caption of each clip, (n,) int64."""
 
     def lengths(self, clips: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """Text tokens of caption `captions[i]` of clip `clips[i]`, (n,) int64."""
@@ -116,6 +125,9 @@ class TokenTexts:
         if self._folder and not self._kept:
             _save(self._folder, self._ids, self._ends, self._stamp)
             self._kept, (self._ids, self._ends) = True, _load(self._folder)
+
+    def most(self, clips):
+        return np.maximum.reduceat(np.diff(self._ends), self._starts[:-1])[clips]
 
     def lengths(self, clips, captions):
         flat = self._starts[clips] + captions
@@ -149,6 +161,9 @@ class EmbeddedTexts:
         self._null = np.ones(len(given), bool)  # a clip without a caption has the empty one
         blank = pc.equal(pc.utf8_trim_whitespace(cache.column("captions").values), "")
         self._null[given] = blank.to_numpy(zero_copy_only=False)
+
+    def most(self, clips):
+        return np.maximum.reduceat(self._lengths, self._starts[:-1])[clips]
 
     def lengths(self, clips, captions):
         return self._lengths[self._starts[clips] + captions]
@@ -202,7 +217,7 @@ def _tokenize(cache: LatentCache, tokenizer: Tokenizer) -> tuple[np.ndarray, np.
 
 
 def _stamp(cache: LatentCache, tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(f"{cache.info.data}/{tokenizer!r}".encode()).hexdigest()
+    return hashlib.sha256(f"{cache.digest}/{tokenizer!r}".encode()).hexdigest()
 
 
 def _is_made(folder: Path, stamp: str) -> bool:

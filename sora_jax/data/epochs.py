@@ -1,10 +1,11 @@
 """The endless stream of packs: which clips are in pack r, for any r, without a list of all.
 
 An epoch has every clip of a split once (a clip of weight w on average w times). Its shuffled order is cut into
-*sections* of at most `SECTION` clips, and each section is planned by itself (`planning.plan`), so what is held in
-memory and what is computed before the first batch does not grow with the data set: at 10^9 clips an epoch is 954
-sections, the order is a permutation that is computed and not stored (`shuffle.Permutation`), and a plan takes about a
-second. The packs of all sections of all epochs are laid end to end.
+*sections* of at most `SECTION` clips, and each section is planned by itself (`planning.plan`), so the plan, and what is
+computed before the first batch, do not grow with the data set: at 10^9 clips an epoch is 954 sections, the order is a
+permutation that is computed and not stored (`shuffle.Permutation`), and a plan takes about a second. The packs of all
+sections of all epochs are laid end to end. (Columns of the manifest, such as sizes and uids, are still held whole, some
+60 bytes a clip: past 10^8 clips they want memory-mapped files.)
 
 How many packs a section has is known only once it is planned. So a position in the stream is kept beside the step:
 the number of a section and the first row of it (`Position`). It is a hint that saves time and changes nothing:
@@ -44,6 +45,8 @@ class Planned(NamedTuple):
 @dataclass(frozen=True)
 class Subjects:
     """The clips of a split, each with its variants.
+
+    Copies of a clip whose weight is above 1 have one uid, so two of them in one step would get the same noise.
 
     rows: (rows,) their places in the manifest, the variants of a clip next to each other; starts: (n + 1,) where each
     clip begins; uids (n,); weights (n,).

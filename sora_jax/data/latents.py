@@ -10,6 +10,7 @@
 ======================================  ==================================================================
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.data.parts import Kind, Parts, PartWriter, Share, start
+from sora_jax.data.parts import Kind, Parts, PartWriter, start
 from sora_jax.data.shards import FLOATS, ShardReader
 from sora_jax.errors import UserError
 
@@ -78,10 +79,13 @@ class CacheInfo:
         return {**vars(self), "factors": list(self.factors), "text": text, "format": FORMAT}
 
 
-def start_cache(out: str | os.PathLike, info: CacheInfo, count: int, share: Share = Share()) -> Parts:
-    """The unfinished cache of `count` parts, as an earlier call with the same `info` left it."""
+def start_cache(out: str | os.PathLike, info: CacheInfo, count: int, layout: dict | None = None) -> Parts:
+    """The unfinished cache of `count` parts, as an earlier call with the same `info` left it.
+
+    layout: all that decides which clips are in which part.
+    """
     files = {LATENTS: FLOATS} | ({TEXT: FLOATS} if info.text else {})
-    return start(out, Kind(files, COLUMNS, "cache.json"), info.plain(), count, share)
+    return start(out, Kind(files, COLUMNS, "cache.json"), info.plain() | {"layout": layout}, count)
 
 
 def add_latent(
@@ -125,6 +129,9 @@ class LatentCache:
         self._latents = ShardReader(self.path, LATENTS, header["parts"])
         self._texts = ShardReader(self.path, TEXT, header["parts"])
         self._count = header["clips"]
+        identity = json.dumps([self.info.plain(), header["digest"]], sort_keys=True)
+        # Of what is in it, and in which order: an epoch of another cache of the same clips is another one.
+        self.digest = hashlib.sha256(identity.encode()).hexdigest()
         self._columns = {}
 
     def __len__(self) -> int:
@@ -150,16 +157,21 @@ class LatentCache:
                 "that made it"
             )
 
-    def check_text(self, name: str, width: int) -> None:
-        """UserError unless the cache has text of this encoder (none for the empty name) and width."""
-        have = ("", width) if self.info.text is None else (self.info.text.name, self.info.text.width)
-        if have != (name, width):
-            made = f"has text of {have[0]!r}, width {have[1]}" if have[0] else "has no text of a pretrained encoder"
-            wanted = f"--text-encoder={name}" if name else "no --text-encoder"
-            raise UserError(
-                f"config.model.text.pretrained is {name!r}, width {width}; the latent cache {self.path} {made}: make "
-                f"it again with {wanted}, or change the config"
-            )
+    def check_text(self, name: str, width: int, max_tokens: int) -> None:
+        """UserError unless the cache has text of this encoder (none for the empty name), width and length."""
+        if not name and self.info.text is None:
+            return
+        text = self.info.text
+        have = "no text of a pretrained encoder"
+        if text is not None:
+            if (text.name, text.width, text.max_tokens) == (name, width, max_tokens):
+                return
+            have = f"text of {text.name!r}, width {text.width}, at most {text.max_tokens} tokens"
+        wanted = f"--text-encoder={name} --text-tokens={max_tokens}" if name else "no --text-encoder"
+        raise UserError(
+            f"config.model.text.pretrained is {name!r}, pretrained_width {width}, config.tokenizer.max_tokens "
+            f"{max_tokens}; the latent cache {self.path} has {have}: make it again with {wanted}, or change the config"
+        )
 
     def indices(self, split: str) -> np.ndarray:
         """Indices (n,) of the clips of a split; UserError, naming the splits there are, if it has none."""

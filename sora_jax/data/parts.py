@@ -18,16 +18,21 @@ import hashlib
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_jax.config import first_difference
 from sora_jax.data.shards import RecordWriter, shard_name
 from sora_jax.errors import UserError
-from sora_jax.files import as_user_error, replacing, unfinished, write_json
+from sora_jax.files import as_user_error, replacing, unfinished
 
 PLACES = {"shard": "int32", "record": "int32"}
+CLAIM_TRIES = 50
+WIDE = {"string": "large_string"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,11 @@ class Parts:
 
     def missing(self, share: Share = Share()) -> list[int]:
         """The parts of this process that are not there yet."""
-        return [k for k in range(share.index, self.count, share.count) if not self._rows(k).exists()]
+        return [k for k in range(share.index, self.count, share.count) if not self.is_made(k)]
+
+    def is_made(self, part: int) -> bool:
+        """Whether a part is there, whole."""
+        return self._rows(part).exists()
 
     @contextmanager
     def write(self, part: int) -> Iterator["PartWriter"]:
@@ -96,6 +105,8 @@ class Parts:
         unique: columns that tell rows apart; a row that repeats an earlier one is refused as a duplicate.
         empty(refused): the message of the UserError that is raised where there is no row at all.
         """
+        if (self.out / self.kind.info).exists():
+            return True
         if self.missing():
             return False
         try:
@@ -105,13 +116,15 @@ class Parts:
                     message = empty(_read_lines(self.folder / "refused.jsonl"))
                     shutil.rmtree(self.folder)
                     raise UserError(message)
-                write_json(self.folder / self.kind.info, info | counts)
+                with _inside(self.folder / self.kind.info) as temporary:
+                    temporary.write_text(json.dumps(info | counts, ensure_ascii=False, indent=1) + "\n")
                 _remove_empty(self.out)
                 os.rename(self.folder, self.out)
         except (UserError, FileNotFoundError):
             if not (self.out / self.kind.info).exists():  # else another process was faster
                 raise
-        for leftover in (*self.out.glob("part-*"), self.out / "started.json"):
+        # Hidden files are of attempts that were stopped, or of another process that has joined the same parts.
+        for leftover in (*self.out.glob("part-*"), *self.out.glob(".*"), self.out / "started.json"):
             leftover.unlink(missing_ok=True)
         return True
 
@@ -122,24 +135,37 @@ class Parts:
         return self.folder / f"part-{part:05d}.jsonl"
 
 
-def start(out: str | Path, kind: Kind, header: dict, count: int, share: Share = Share()) -> Parts:
+def start(out: str | Path, kind: Kind, header: dict, count: int) -> Parts:
     """The unfinished folder of `out`, new or as an earlier call with the same `header` left it.
 
-    header: JSON of all that decides what is in the parts. Raises UserError where `out` is in use, or others have
-    started something else there.
+    header: JSON of all that decides what is in the parts. Raises UserError where `out` is in use, or something else
+    was started there: other options, or the same from other files.
     """
     parts = Parts(Path(out), kind, count)
     if parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
         raise UserError(f"out={out} already exists: give another folder or remove this one.")
     header = json.loads(json.dumps(header | {"parts": count}))
     with as_user_error(f"out={out}"):
-        if parts.folder.exists() and _read_json(parts.folder / "started.json") != header:
-            if share.count > 1 and (parts.folder / "started.json").exists():
-                raise UserError(f"out={out} was started with other options: remove {parts.folder} to start anew.")
-            shutil.rmtree(parts.folder)
         parts.folder.mkdir(parents=True, exist_ok=True)
-        write_json(parts.folder / "started.json", header)
+        started = _claim(parts.folder / "started.json", header)
+    if started != header:
+        what = first_difference(started or {}, header) or "options"
+        raise UserError(f"out={out} was started with another {what}: remove {parts.folder} to start anew.")
     return parts
+
+
+def _claim(path: Path, header: dict) -> dict | None:
+    """What is started here: `header`, unless another process was first."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(header, file)
+        return header
+    except FileExistsError:
+        for _ in range(CLAIM_TRIES):  # until the other process has written it
+            if (found := _read_json(path)) is not None:
+                return found
+            time.sleep(0.1)
+        return None
 
 
 class PartWriter:
@@ -186,7 +212,7 @@ def _join(parts: Parts, unique: Sequence[str]) -> dict:
     digest, seen, index = hashlib.sha256(), {}, 0
     refused = []
     columns = {"index": "int64"} | dict(parts.kind.columns) | PLACES
-    with replacing(parts.folder / "manifest.parquet") as temporary:
+    with _inside(parts.folder / "manifest.parquet") as temporary:
         with pq.ParquetWriter(temporary, _schema(columns)) as writer:
             for part in range(parts.count):
                 refused += _read_lines(parts._refused(part))
@@ -204,7 +230,8 @@ def _join(parts: Parts, unique: Sequence[str]) -> dict:
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, _schema(columns)))
     refused = list({json.dumps(entry): entry for entry in refused}.values())  # one for all spans of a file
-    _write_lines(parts.folder / "refused.jsonl", refused)
+    with _inside(parts.folder / "refused.jsonl") as temporary:
+        temporary.write_text(_lines(refused), encoding="utf-8")
     return {"clips": index, "refused": len(refused), "parts": parts.count, "digest": digest.hexdigest()}
 
 
@@ -217,7 +244,8 @@ def _schema(columns: Mapping[str, str]):
     import pyarrow as pa
 
     def kind(name: str):
-        return pa.list_(kind(name[:-2])) if name.endswith("[]") else pa.type_for_alias(name)
+        # Of 64 bits: a column of a data set may hold more than 2 GiB.
+        return pa.large_list(kind(name[:-2])) if name.endswith("[]") else pa.type_for_alias(WIDE.get(name, name))
 
     return pa.schema([(name, kind(type_)) for name, type_ in columns.items()])
 
@@ -231,7 +259,22 @@ def _write_table(path: Path, rows: list[dict], columns: Mapping[str, str]) -> No
 
 def _write_lines(path: Path, entries: Sequence[dict]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
+        temporary.write_text(_lines(entries), encoding="utf-8")
+
+
+def _lines(entries: Sequence[dict]) -> str:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+@contextmanager
+def _inside(path: Path) -> Iterator[Path]:
+    """As `replacing`, in a folder that another process may have renamed: it is not made again."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -31,7 +31,7 @@ class PackReport:
     @property
     def fill(self) -> float:
         """Share of the packed tokens that are real."""
-        return self.tokens / (self.packs * self.length)
+        return self.tokens / max(1, self.packs * self.length)
 
     @property
     def padding(self) -> float:
@@ -41,7 +41,7 @@ class PackReport:
     def __str__(self) -> str:
         return (
             f"{self.clips} clips in {self.packs} packs of {self.length} tokens, "
-            f"{self.clips / self.packs:.1f} clips a pack, padding {self.padding:.2%}"
+            f"{self.clips / max(1, self.packs):.1f} clips a pack, padding {self.padding:.2%}"
         )
 
 
@@ -79,6 +79,7 @@ class PackedBatches:
         self.batch, self.seed, self.split, self.share, self.section = batch, seed, split, share, section
         self._rows = share.rows(batch)
         self._prepare()
+        self._check()
         self._epochs = Epochs(section_count(len(self.subjects), section), self._plan)
 
     def _prepare(self) -> None:
@@ -87,6 +88,19 @@ class PackedBatches:
         self.tokens = _token_counts(cache.grids, self.config, rows)
         ids = cache.column("id").take(rows) if cache.has_variants else None
         self.subjects = Subjects.of(rows, ids, cache.uids[rows], cache.weights[rows])
+
+    def _check(self) -> None:
+        """UserError, before the first step, for what would end the run in some later epoch."""
+        rows = self.subjects.rows
+        words = self.texts.most(rows)
+        if words.max() > self.config.text_length:
+            longest = self.cache.ids(rows[[words.argmax()]])[0]
+            raise UserError(
+                f"packing.text_length is {self.config.text_length}; a caption of clip {longest!r} has {words.max()} "
+                f"text tokens: set it to at least that, or tokenizer.max_tokens to at most {self.config.text_length}"
+            )
+        if (expected := self.subjects.weights.sum()) < 1:
+            raise UserError(f"the sources' weights give an epoch of {expected:.2g} clips; make them larger")
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "subjects")}
@@ -101,6 +115,11 @@ class PackedBatches:
     def row(self, row: int) -> Batch:
         """One pack: row `row` of the endless stream that all hosts share."""
         return pack(self._items(row), self.config)
+
+    def clips(self, row: int) -> list[int]:
+        """The clips of a row, by their places in the cache."""
+        planned, place = self._epochs.locate(row)
+        return planned.clips[planned.plan[place]].tolist()
 
     def _items(self, row: int) -> list[CachedItem]:
         planned, place = self._epochs.locate(row)

@@ -14,7 +14,8 @@ from sora_jax.data.clips import Clip
 from sora_jax.data.fit import LENGTH_RULES, SizeRule, fit_length, longest_length, pad_frames
 from sora_jax.data.media import SpanRule
 from sora_jax.data.sources import Entry, Source, SourceConfig, make_source
-from sora_jax.data.tracks import MediaError
+from sora_jax.data.tracks import MediaError, reason
+from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
 
 PLACES = {"start": 0.0, "middle": 0.5, "random": None}
@@ -137,7 +138,7 @@ class Mix:
 def open_sources(config: BuildConfig) -> Mix:
     """The sources that the options name. UserError where one is missing, or its sizes do not fit."""
     for source in config.sources:
-        for size in source.world.sizes if source.name == "world" and source.world else ():
+        for size in (source.world or WorldConfig()).sizes if source.name == "world" else ():
             if any(side % config.multiple for side in size):
                 raise UserError(f"multiple={config.multiple} does not divide the world's size {size}: 4 or 8 does.")
     return Mix(tuple(make_source(source) for source in config.sources))
@@ -170,8 +171,12 @@ def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
         clip_id = media.content_id() + (f".{unit.number}" if config.clips_per_file > 1 else "")
         span = _span(config, unit, clip_id)
         decoded = media.decode(span, _fit(config, unit, source, clip_id))
+    except UserError:
+        raise
     except MediaError as error:
         return Refusal(str(error))
+    except Exception as error:  # a damaged archive or dataset raises one of many types
+        return Refusal(f"unreadable: {reason(error)}")
     if decoded is None:
         return None
     clip = Clip(

@@ -1,6 +1,9 @@
 """Records on disk: ArrayRecord files with random access."""
 
 import os
+import threading
+import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 # One record a group, so that reading one clip does not unpack its neighbours; level 1 is as fast as the disk.
 PIXELS = "group_size:1,zstd:1"
 FLOATS = "group_size:1,uncompressed"  # float16 noise does not compress
+MAX_OPEN = 128  # files of a folder
 # Readers serve shuffled look-ups: reading ahead would only fetch clips that nobody asked for.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -17,25 +21,31 @@ class RecordWriter:
 
     def __init__(self, path: Path, options: str):
         self._path, self._options = path, options
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
         self._writer, self._count = None, 0
-        path.unlink(missing_ok=True)  # of an attempt that was stopped
 
     def write(self, record: bytes) -> None:
         with _as_os_error():
             if self._writer is None:
                 from array_record.python.array_record_module import ArrayRecordWriter
 
-                self._writer = ArrayRecordWriter(str(self._path), self._options)
+                self._writer = ArrayRecordWriter(str(self._temporary), self._options)
             self._writer.write(record)
         self._count += 1
 
     def finish(self) -> None:
-        """Close the file and check that all records can be read back: a full disk can go unnoticed until then."""
-        self.close()
+        """Check that all records can be read back, as a full disk can go unnoticed until then, and name the file."""
+        self._end()
         if self._count:
-            _check(self._path, self._count)
+            _check(self._temporary, self._count)
+            os.replace(self._temporary, self._path)
 
     def close(self) -> None:
+        """Close the file; what was not finished goes."""
+        self._end()
+        self._temporary.unlink(missing_ok=True)
+
+    def _end(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
             with _as_os_error():
@@ -78,15 +88,24 @@ class ShardReader:
 
     def __init__(self, folder: str | Path, prefix: str, count: int):
         self._folder, self._prefix, self._count = Path(folder), prefix, count
-        self._readers, self._process = {}, os.getpid()
+        self._readers, self._process, self._lock = OrderedDict(), os.getpid(), threading.Lock()
 
     def read(self, shard: int, record: int) -> bytes:
         """One record, as it was written."""
         if self._process != os.getpid():  # a forked child must not share its parent's files and threads
-            self._readers, self._process = {}, os.getpid()
-        if shard not in self._readers:
-            self._readers[shard] = open_reader(self._folder / shard_name(self._prefix, shard, self._count))
-        return self._readers[shard].read([record])[0]
+            self._readers, self._process, self._lock = OrderedDict(), os.getpid(), threading.Lock()
+        return self._reader(shard).read([record])[0]
+
+    def _reader(self, shard: int):
+        """An open file; the one that was not used for longest is let go, as processes may open only so many."""
+        with self._lock:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                reader = open_reader(self._folder / shard_name(self._prefix, shard, self._count))
+            self._readers[shard] = reader
+            if len(self._readers) > MAX_OPEN:
+                self._readers.popitem(last=False)
+            return reader
 
     def __getstate__(self):
         return self._folder, self._prefix, self._count

@@ -28,11 +28,12 @@ class PretrainedText:
     """A text encoder by its name on a hub, or its folder: captions to embeddings (m, E), m <= max_tokens.
 
     It stands where a tokenizer stands; its ids only tell the null caption (of a caption without content) from others.
-    UserError where the library or the model is not there.
+    fingerprint: of the weights that are expected. UserError where the library or the model is not there, or is another.
     """
 
     name: str
     max_tokens: int
+    fingerprint: str | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (m,) int32: NULL for a caption without content, else UNKNOWN."""
@@ -58,20 +59,13 @@ class PretrainedText:
     @property
     def info(self) -> TextInfo:
         """What a cache keeps of it; the fingerprint is of the weights."""
-        return TextInfo(self.name, self._fingerprint, self.width, self.max_tokens)
+        return TextInfo(self.name, _fingerprint(self._model), self.width, self.max_tokens)
 
     @property
     def width(self) -> int:
         """E."""
         config = self._model.config
         return getattr(config, "d_model", None) or config.hidden_size
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self._model.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()
 
     def _run(self, texts: Sequence[str]) -> list[np.ndarray]:
         import torch
@@ -80,8 +74,8 @@ class PretrainedText:
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         with torch.inference_mode():
-            hidden = self._model(**inputs).last_hidden_state.float().numpy()
-        values = [row[mask > 0] for row, mask in zip(hidden, inputs["attention_mask"].numpy(), strict=True)]
+            hidden = self._model(**inputs.to(self._model.device)).last_hidden_state.float().cpu().numpy()
+        values = [row[mask > 0] for row, mask in zip(hidden, inputs["attention_mask"].cpu().numpy(), strict=True)]
         check(
             all(np.isfinite(v).all() for v in values),
             f"--text-encoder is {self.name!r}; it gave values that are not finite",
@@ -92,7 +86,14 @@ class PretrainedText:
     def _model(self):
         transformers = _library()
         config = self._load(transformers.AutoConfig)
-        return self._load(getattr(transformers, CLASSES.get(config.model_type, "AutoModel"))).eval()
+        model = self._load(getattr(transformers, CLASSES.get(config.model_type, "AutoModel"))).eval()
+        check(
+            self.fingerprint in (None, _fingerprint(model)),
+            f"the text encoder {self.name!r} has other weights than those that this run has learnt from",
+        )
+        import torch
+
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def _tokenizer(self):
@@ -104,6 +105,13 @@ class PretrainedText:
         except (OSError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--text-encoder is {self.name!r}; it cannot be loaded: {first}") from error
+
+
+def _fingerprint(model) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _library():

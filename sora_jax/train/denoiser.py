@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.config import check
+from sora_jax.config import check, read_json
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.captions import captions_in_order, parse_mix
 from sora_jax.data.epochs import Position
@@ -190,7 +190,9 @@ def batch_counts(model: TransformerConfig, batch: dict) -> dict[str, float]:
 def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | PretrainedText:
     """What turns captions into what the model of a run takes; UserError where its file is missing."""
     if name := config.model.text.pretrained:
-        return PretrainedText(name, config.tokenizer.max_tokens)
+        data = Path(workdir) / "data.json"
+        learnt_from = read_json(data)["text"] if data.exists() else None
+        return PretrainedText(name, config.tokenizer.max_tokens, learnt_from)
     return tokenizers.load(Path(workdir) / "tokenizer.json")
 
 

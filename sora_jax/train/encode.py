@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.canvases import canvas_of, choose_canvases
+from sora_jax.data.canvases import Size, canvas_of, choose_canvases
 from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.parts import Share
@@ -50,26 +50,32 @@ def encode_dataset(
         _check_same(LatentCache(out), info, data)
         return True
     check_sizes(config, dataset)
-    rows = dataset.rows()
-    canvases = choose_canvases(map(_size, rows), shapes)
-    rows.sort(key=lambda row: (canvases.index(canvas_of(_size(row), canvases)), row["index"]))
-    parts = start_cache(out, info, -(-len(rows) // clips_per_shard), share)
+    order, canvases = _by_canvas(dataset, shapes)
+    layout = {"canvases": canvases, "clips_per_shard": clips_per_shard}
+    parts = start_cache(out, info, -(-len(order) // clips_per_shard), layout)
     missing = parts.missing(share)
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)
-    work = [rows[part * clips_per_shard : (part + 1) * clips_per_shard] for part in missing]
-    clips = (dataset[row["index"]].frames for row in chain(*work))
+    work = [order[part * clips_per_shard : (part + 1) * clips_per_shard] for part in missing]
+    clips = (dataset[index].frames for index in chain(*work))
     latents = autoencoder.encode(clips, batch, canvases)
     latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer:
-            for row, texts in zip(members, _texts(text, members), strict=True):
+            rows = [dataset.row(index) for index in members]
+            for row, texts in zip(rows, _texts(text, rows), strict=True):
                 add_latent(writer, info, row, next(latents), texts)
     return finish_cache(parts, info)
 
 
-def _size(row: dict) -> tuple[int, int, int]:
-    return row["frames"], row["height"], row["width"]
+def _by_canvas(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
+    """The clips with those of one canvas together, each in the dataset's order; and the canvases."""
+    sides = np.stack([dataset.table[name].to_numpy() for name in ("frames", "height", "width")], axis=1)
+    sizes, which, counts = np.unique(sides, axis=0, return_inverse=True, return_counts=True)
+    sizes = [tuple(size) for size in sizes.tolist()]
+    canvases = choose_canvases(dict(zip(sizes, counts.tolist(), strict=True)), shapes)
+    canvas = np.array([canvases.index(canvas_of(size, canvases)) for size in sizes])
+    return np.argsort(canvas[which.ravel()], kind="stable").tolist(), canvases
 
 
 def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:

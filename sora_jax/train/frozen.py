@@ -26,7 +26,8 @@ from sora_jax.train.autoencoder import to_float, to_uint8
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
 SMALLEST_STD = 0.01  # of the largest channel
-PREPROCESSING = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
+# To be changed with whatever changes a latent of the same weights; tests/test_frozen.py knows when.
+CODE = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class FrozenAutoencoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of config, weights, statistics and preprocessing: what a latent depends on."""
-        digest = hashlib.sha256(PREPROCESSING.encode())
+        """Hex digest of config, weights, statistics, preprocessing and code version: what a latent depends on."""
+        digest = hashlib.sha256(CODE.encode())
         digest.update(json.dumps(plain(self.config), sort_keys=True).encode())
         for name, value in sorted(_flat(self).items()):
             digest.update(name.encode() + np.ascontiguousarray(value).tobytes())

@@ -102,7 +102,7 @@ class StripMedia:
     fps: float
 
     def content_id(self) -> str:
-        return self.picture.content_id()
+        return f"{self.picture.content_id()}-{self.frames}"
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         strip = self.picture.decode(SpanRule(max_frames=1), None).frames[0]

@@ -1,5 +1,6 @@
 """The embedded world as a source."""
 
+import hashlib
 from dataclasses import dataclass
 
 from sora_jax.data import world
@@ -17,7 +18,8 @@ class WorldMedia:
     number: int
 
     def content_id(self) -> str:
-        return f"world/{self.config.seed}/{self.number}"
+        drawn = hashlib.blake2b(repr(self.config).encode(), digest_size=4).hexdigest()
+        return f"world/{drawn}/{self.number}"
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         frames, _ = world.clip(self.config, self.number)
