@@ -41,3 +41,12 @@ def test_the_installation_is_measured():
     text = run_quick("install.py")
     assert re.search(r"site-packages \| \d+ MiB", text)
     assert "jax, flax, av, matplotlib imported by it | 0 of 4" in text  # `import sora_jax` stays cheap
+
+
+def test_the_feed_is_measured_against_the_bare_records():
+    text = run_quick("feed.py")
+    rates = re.findall(r"^\| (small|large) \| (.*?) \| (\d+) \|", text, re.MULTILINE)
+    assert len(rates) == 8 and all(int(packs) > 0 for _, _, packs in rates)
+    fills = [float(value) for value in re.findall(r"(\d+\.\d+)% \|$", text, re.MULTILINE)]
+    assert len(fills) == 5 and all(97 < fill <= 100 for fill in fills)  # 5,000 clips: the last packs are short
+    assert "step 500 of 600 clips" in text

@@ -349,6 +349,15 @@ def test_a_clip_is_never_made_square_unless_it_is_asked_for(tmp_path):
     assert native[0].frames.shape[1:3] == (16, 64) and square[0].frames.shape[1:3] == (24, 24)
 
 
+def test_a_world_clip_over_the_token_budget_is_refused_with_what_would_fit(tmp_path):
+    world = WorldConfig(sizes=((24, 40),), frames=(5, 17), image_share=0.0)
+    dataset = build(world_options(tmp_path / "w", 12, world=world, max_tokens=40), progress=False)
+    assert set(row["tokens"] for row in dataset.rows()) == {30}  # 2 x 3 x 5
+    why = "too long: 17 frames of 40x24 have 75 tokens, max_tokens is 40"
+    fits = "5 frames of that size or 17 frames of 16x16 would fit"
+    assert {entry["reason"] for entry in dataset.refused} == {f"{why}; {fits}"}
+
+
 def test_the_token_budget_makes_longer_clips_smaller(tmp_path):
     for frames in (1, 5, 17):
         write_video(tmp_path / "in" / f"{frames}.webp", noise(frames, frames, 64, 96), 8)

@@ -35,7 +35,10 @@ def build(config: BuildConfig, progress: bool = True) -> Dataset | None:
     check_not_empty(config, mix)
     share = Share.parse(config.shard)
     parts = start(config.out, KIND, {"options": build_options(config, mix)}, count_parts(config, mix))
-    make_parts(config, mix, parts, parts.missing(share), progress)
+    missing = parts.missing(share)
+    if progress and (there := parts.count - len(parts.missing())):
+        print(f"{there} of {parts.count} parts are there, {len(missing)} are made here", flush=True)
+    make_parts(config, mix, parts, missing, progress)
     return finish(parts, config, mix)
 
 

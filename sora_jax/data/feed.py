@@ -45,7 +45,15 @@ def read_ahead(batch_at: Callable[[int], Batch], start: int, feed: FeedConfig) -
     if feed.workers:
         _parse_flags()
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(feed.workers, per_worker_buffer_size=feed.ahead))
-    return iter(steps)
+    return _closing(iter(steps))
+
+
+def _closing(iterator) -> Iterator[Batch]:
+    """What a Grain iterator gives; its processes and their shared memory go with the generator."""
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _parse_flags() -> None:

@@ -43,9 +43,10 @@ class SizeRule:
 
     multiple: both sides are multiples of it. max_pixels: bounds height x width. max_tokens: bounds the tokens of a
     clip, one for time_factor frames and multiple x multiple pixels: a picture may be larger than a film.
-    resolution: "largest" takes the largest size that is allowed; "uniform" and "navit" draw the side of the square
-    of equal area between the square roots of min_pixels and of the largest area, from the uniform distribution or
-    from the truncated normal N(-1/2, 1) on [-1, 1], which prefers small sizes (NaViT, 2307.06304, section 3.4).
+    resolution: "largest" takes the largest size that is allowed; "uniform" and "navit" draw the side of the square of
+    equal area between the square roots of min_pixels (default: four multiples a side) and of the largest area, from the
+    uniform distribution or from the truncated normal N(-1/2, 1) on [-1, 1], which prefers small sizes (NaViT,
+    2307.06304, section 3.4).
     framing: "native" keeps the aspect ratio, "square" crops to a square (to measure what that costs).
     """
 
@@ -102,7 +103,7 @@ class SizeRule:
         return min(most, self.max_tokens // time * self.multiple**2)
 
     def _drawn(self, area: int, draw: float) -> int:
-        least = min(self.min_pixels or self.multiple**2, area)
+        least = min(self.min_pixels or (4 * self.multiple) ** 2, area)
         if self.resolution == "navit":
             low, high = ndtr(-0.5), ndtr(1.5)  # N(-1/2, 1) cut to [-1, 1]
             draw = 0.5 * (float(ndtri(low + draw * (high - low))) - 0.5 + 1)

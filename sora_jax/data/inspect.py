@@ -66,7 +66,7 @@ def summarise(dataset: Dataset, pack_length: int | None = None) -> dict:
         "without_caption": sum(not caption_of(row) for row in rows),
         "labels": len({row["label"] for row in rows} - {-1}),
         "fill": plan_fill(np.array([row["tokens"] for row in rows]), pack_length),
-        "flagged": [{"file": row["file"], "flags": row["flags"]} for row in rows if row["flags"]],
+        "flagged": _counts(kind(flag) for row in rows for flag in row["flags"]),
         "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
     }
 
@@ -135,13 +135,11 @@ def _text(summary: dict) -> str:
         if name == "fill":
             value = f"{value['fill']:.1%} of {value['packs']} packs of {value['pack_length']} tokens"
         elif isinstance(value, dict):
-            value = _shortened([f"{key} ({n})" for key, n in value.items()], ", ")
-        elif isinstance(value, list):
-            value = _shortened([f"{entry['file']}: {', '.join(entry['flags'])}" for entry in value], "; ")
+            value = _shortened([f"{key} ({n})" for key, n in value.items()])
         lines.append(f"{name.replace('_', ' '):<16} {value}")
     return "\n".join(lines)
 
 
-def _shortened(parts: list[str], between: str) -> str:
+def _shortened(parts: list[str]) -> str:
     more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
-    return between.join(parts[:8] + more) or "none"
+    return ", ".join(parts[:8] + more) or "none"

@@ -24,6 +24,7 @@ from sora_jax.files import replacing
 
 MAX_CLIP_BYTES = 2**32
 MAX_CLIP_FRAMES = 2**22
+REPEATS = 1.5  # times the file's own rate: above, many frames are shown twice
 
 # Upright (height, width) of a clip and its number of frames -> the (height, width) wanted.
 FitClip = Callable[[int, int, int], tuple[int, int]]
@@ -116,6 +117,8 @@ def sample(track: Track, rule: SpanRule = SpanRule(), fit: FitClip | None = None
     slack = 0.49 * period
     grid, flags = _without_cuts(track, grid, slack) if rule.cuts and len(grid) > 1 else (grid, ())
     frames, damage = _drawn(track, grid, slack, fit and (lambda height, width: fit(height, width, len(grid))))
+    if rule.fps and len(grid) > 1 and rule.fps * period > REPEATS:
+        flags += (f"repeated: {1 / period:.3g} frames a second are shown at {rule.fps:g}",)
     if damage:
         flags += (f"partial: damaged: {damage}, after {len(frames)} of {len(grid)} frames",)
     return DecodedClip(np.stack(frames), round(rate, 3), round(float(grid[0] - track.times[0]), 6), flags)

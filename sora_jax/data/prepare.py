@@ -6,6 +6,7 @@ All choices are functions of (seed, variant, clip id), so they do not depend on 
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ class BuildConfig:
     workers: int = 0
     seconds: float = 60.0
     shard: str = "0/1"
-    clips_per_shard: int = 256
+    clips_per_shard: int = 128
 
     def __post_init__(self):
         self.size_rule  # noqa: B018 - raises where the sizes contradict each other
@@ -217,7 +218,23 @@ def _to_length(clip: Clip, config: BuildConfig, place: float) -> Clip | Refusal:
         return Refusal(f"too short: {have} frames give {length}, min_frames is {config.min_frames}{damage}")
     first = round(place * max(0, have - length))
     frames = pad_frames(clip.frames[first : first + length], length)
-    return replace(clip, frames=frames, start=clip.start + first / clip.fps)
+    return _within_budget(replace(clip, frames=frames, start=clip.start + first / clip.fps), config)
+
+
+def _within_budget(clip: Clip, config: BuildConfig) -> Clip | Refusal:
+    """The clip, unless it comes as it is (the world does) and has more tokens than are allowed."""
+    frames, height, width, _ = clip.frames.shape
+    tokens, most = config.size_rule.tokens(frames, height, width), config.max_tokens
+    if most is None or tokens <= most:
+        return clip
+    each = config.size_rule.tokens(1, height, width)
+    shorter = f"{1 + config.time_factor * (most // each - 1)} frames of that size" if each <= most else ""
+    side = config.multiple * isqrt(most * each // tokens)
+    smaller = f"{frames} frames of {side}x{side}" if side else ""
+    fits = " or ".join(filter(None, (shorter, smaller)))
+    return Refusal(
+        f"too long: {frames} frames of {width}x{height} have {tokens} tokens, max_tokens is {most}; {fits} would fit"
+    )
 
 
 def hashed_split(config: BuildConfig, clip_id: str) -> str:
