@@ -332,6 +332,15 @@ def test_variants_differ_in_size_and_share_an_id(tmp_path, folder):
     assert [row["height"] for row in again] != [row["height"] for row in rows]
 
 
+def test_a_rate_for_all_keeps_pictures_and_flags_frames_that_are_repeated(tmp_path, folder):
+    dataset = make(tmp_path, folder, fps=24.0, max_frames=33)  # the files have 8 frames a second
+    lengths = {row["file"]: row["frames"] for row in dataset.rows()}
+    assert lengths["long.gif"] == 33 and lengths["short.gif"] > 3 and lengths["still.png"] == 1
+    flags = {row["file"]: [flag.split(":")[0] for flag in row["flags"]] for row in dataset.rows()}
+    assert flags == {"long.gif": ["repeated"], "short.gif": ["repeated"], "still.png": []}
+    np.testing.assert_array_equal(dataset[0].frames[0], dataset[0].frames[2])
+
+
 def test_sources_are_mixed_with_their_weights(tmp_path, folder):
     world = SourceConfig("world", limit=4, world=WorldConfig(), weight=0.5)
     made = options(tmp_path, folder, weight=2.0)

@@ -6,7 +6,7 @@ where the decoder reports damage. A frame is held in full size only until it has
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,8 @@ def open_track(file: File) -> Iterator[Track]:
 def sample(track: Track, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
     """`decode` for an open track."""
     period = usual_period(track.times, track.end)
+    if len(track.times) == 1:
+        rule = replace(rule, fps=None)  # a picture stays a picture
     rate = float(rule.fps or min(1 / period, rule.max_fps or np.inf))
     grid = _grid(track, rate, rule)
     if grid is None:
