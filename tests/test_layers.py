@@ -104,6 +104,7 @@ def test_head_projections_equal_flax(randomised):
     [
         (dense_specs(300, 500), (300, 500)),
         (heads_specs(300, 3, 10, 40), (300, 400)),  # each of q, k and v counts as a layer of its own
+        (heads_specs(300, 3, 10, 40, joint=True), (300, 1200)),
         (merge_specs(10, 40, 300), (400, 300)),
     ],
 )

@@ -1,5 +1,6 @@
 """Dense, norms, MLP and embeddings as functions; each `*_specs` stands above the function that uses it."""
 
+import functools
 import math
 
 import jax
@@ -49,9 +50,13 @@ def rms_norm(gain: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
-def heads_specs(inputs: int, parts: int, heads: int, head_width: int) -> dict:
-    """Weights of `parts` projections onto attention heads (3 for q, k, v; 2 for k, v), done as one product."""
-    init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", 0, (-2, -1), batch_axis=(1,))
+def heads_specs(inputs: int, parts: int, heads: int, head_width: int, joint: bool = False) -> dict:
+    """Weights of `parts` projections onto attention heads (3 for q, k, v; 2 for k, v), done as one product.
+
+    Xavier uniform: each projection counts as a layer of its own, or with `joint` all of them as one matrix (DiT's).
+    """
+    xavier_of = functools.partial(jax.nn.initializers.variance_scaling, 1.0, "fan_avg", "uniform", 0)
+    init = xavier_of((-3, -2, -1)) if joint else xavier_of((-2, -1), batch_axis=(1,))
     axes = ("embed", None, "heads", "head")
     return {
         "weight": ParamSpec((inputs, parts, heads, head_width), axes, init),
