@@ -84,7 +84,7 @@ def randomised():
         rng = np.random.default_rng(seed)
 
         def value(path, spec):
-            middle = 0.0 if path and path[-1].key in ("weight", "bias", "table") else 1.0
+            middle = 0.0 if path and path[-1].key in ("weight", "bias", "table", "classes") else 1.0
             return jnp.asarray(middle + scale * rng.standard_normal(spec.shape), spec.dtype)
 
         return jax.tree_util.tree_map_with_path(value, abstract(specs))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.nn.positions import axis_widths, factorised_sincos, rotary_angles, rotate, sincos
+from sora_jax.nn.positions import axis_widths, sincos_table, rotary_angles, rotate, sincos
 
 THETA = 10_000.0
 B, L, N, K = 2, 7, 3, 20
@@ -88,9 +88,9 @@ def test_sincos_of_a_sum_is_a_rotation_of_the_parts():
     np.testing.assert_allclose(sincos(jnp.asarray(a + b), 16), expected, atol=1e-5)
 
 
-def test_factorised_sincos_is_one_table_per_axis():
+def test_sincos_table_is_one_table_per_axis():
     coords = coordinates()
-    table = np.asarray(factorised_sincos(jnp.asarray(coords), 20))
+    table = np.asarray(sincos_table(jnp.asarray(coords), 20))
     assert table.shape == (B, L, 20) and not table[..., 18:].any()
     for axis in range(3):
         angles = coords[..., axis, None] * THETA ** (-np.arange(3) / 3)

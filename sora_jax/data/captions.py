@@ -179,6 +179,25 @@ class EmbeddedTexts:
         pass
 
 
+class NullTexts:
+    """Texts of a model that reads none: one null token for each clip."""
+
+    def most(self, clips):
+        return np.ones(len(clips), np.int64)
+
+    def lengths(self, clips, captions):
+        return np.ones(len(clips), np.int64)
+
+    def ids(self, clip, caption):
+        return np.array([NULL], np.int32)
+
+    def embedding(self, clip, caption):
+        return None
+
+    def keep(self):
+        pass
+
+
 def caption_starts(cache: LatentCache) -> np.ndarray:
     """Where the captions of each clip begin in the flat list, (n + 1,); a clip without any has one, the empty."""
     return np.concatenate([[0], np.cumsum(np.maximum(_counts(cache), 1), dtype=np.int64)])

@@ -217,6 +217,22 @@ class LatentCache:
         return self._numbers("uid")
 
     @cached_property
+    def labels(self) -> np.ndarray:
+        """Class of each clip (n,) int32, -1 = none."""
+        return self._numbers("label")
+
+    def check_labels(self, classes: int, split: str) -> None:
+        """UserError unless every clip of the split has one of so many classes."""
+        labels = self.labels[self.indices(split)]
+        if labels.min() < 0 or labels.max() >= classes:
+            have = f"classes up to {labels.max()}" if labels.max() >= 0 else "no class"
+            have = "clips without a class" if labels.min() < 0 <= labels.max() else have
+            raise UserError(
+                f"config.model.classes is {classes}; the latent cache {self.path} has {have}: every clip needs one "
+                f"of 0 to {classes - 1}"
+            )
+
+    @cached_property
     def weights(self) -> np.ndarray:
         """How often each clip comes in an epoch, on average (n,) float64."""
         return self._numbers("weight").astype(np.float64)

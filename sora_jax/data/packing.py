@@ -123,13 +123,14 @@ def _times(sides: Sequence[int]) -> str:
 class PackItem:
     """One clip on its way into a pack: latent (t, h, w, C) float, uid > 0, text token ids (m,).
 
-    embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption.
+    embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption. label: class, -1 = none.
     """
 
     latent: np.ndarray
     uid: int
     text: np.ndarray
     embedding: np.ndarray | None = None
+    label: int = -1
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -141,7 +142,7 @@ def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarr
     """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
 
     Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
-    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, grids_S3,
+    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, labels_S, grids_S3,
     text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them; int32 where not
     said. UserError if the clips do not fit.
     """
@@ -175,6 +176,7 @@ def pack_batch(rows: Sequence[Sequence[PackItem]], config: PackingConfig) -> dic
         "rows_BL": at.spread(slots * config.rows_per_clip, L),
         "row_slots_BR": np.tile(np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip), (B, 1)),
         "clips_BS": clip.place(np.array([item.uid for item in items], np.uint32), S),
+        "labels_BS": clip.place(np.array([item.label + 1 for item in items], np.int32), S),
         "grids_BS3": clip.place(np.array(grids, np.int32), S),
         "text_BM": said.place(np.concatenate([item.text for item in items]).astype(np.int32, copy=False), M),
         "text_segments_BM": said.spread(slots + 1, M),

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, Texts, TokenTexts
+from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, NullTexts, Texts, TokenTexts
 from sora_jax.data.epochs import SECTION, Epochs, Planned, Position, Subjects, section_count
 from sora_jax.data.feed import Batch, FeedConfig, HostShare, read_ahead
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig, check_fits, grid_of, pack, pack_batch
 from sora_jax.data.planning import plan
-from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.data.tokenizer import NoText, Tokenizer
 from sora_jax.errors import UserError
 
 
@@ -54,6 +54,7 @@ class CachedItem(NamedTuple):
     uid: int
     text: np.ndarray
     embedding: np.ndarray | None
+    label: int
 
     @property
     def latent(self) -> np.ndarray:
@@ -86,6 +87,7 @@ class PackedBatches:
         """What is read off the manifest: it is not pickled."""
         cache, rows = self.cache, self.cache.indices(self.split)
         self.tokens = _token_counts(cache.grids, self.config, rows)
+        self.labels = cache.labels
         ids = cache.column("id").take(rows) if cache.has_variants else None
         self.subjects = Subjects.of(rows, ids, cache.uids[rows], cache.weights[rows])
 
@@ -103,7 +105,7 @@ class PackedBatches:
             raise UserError(f"the sources' weights give an epoch of {expected:.2g} clips; make them larger")
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "subjects")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "labels", "subjects")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -164,13 +166,13 @@ class PackedBatches:
     def _item(self, clip: int, caption: int) -> CachedItem:
         t, h, w = self.cache.grids[clip].tolist()
         uid = int(self.cache.uids[clip])
-        texts = self.texts
-        return CachedItem(self.cache, clip, (t, h, w), uid, texts.ids(clip, caption), texts.embedding(clip, caption))
+        said = self.texts.ids(clip, caption), self.texts.embedding(clip, caption)
+        return CachedItem(self.cache, clip, (t, h, w), uid, *said, int(self.labels[clip]))
 
 
 def packed_batches(
     cache: LatentCache,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | NoText | None,
     config: PackingConfig,
     batch: int,
     seed: int,
@@ -183,7 +185,7 @@ def packed_batches(
 ) -> PackedBatches:
     """Packed batches of a split of a latent cache, `batch` packs over all hosts; epochs follow each other.
 
-    tokenizer: None takes the embeddings that the cache holds. captions: the mix, see `captions.parse_mix`. folder:
+    tokenizer: None takes the embeddings that the cache holds, NoText leaves all captions out. captions: the mix, see `captions.parse_mix`. folder:
     keeps the tokens of all captions for the next start. section: clips that are planned at once at most.
     UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the
     split is empty.
@@ -191,7 +193,10 @@ def packed_batches(
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")
     share = HostShare(process_index, process_count)
-    texts = EmbeddedTexts(cache) if tokenizer is None else TokenTexts(cache, tokenizer, folder)
+    if isinstance(tokenizer, NoText):
+        texts = NullTexts()
+    else:
+        texts = EmbeddedTexts(cache) if tokenizer is None else TokenTexts(cache, tokenizer, folder)
     return PackedBatches(cache, texts, CaptionChoice(cache, captions), config, batch, seed, split, share, section)
 
 

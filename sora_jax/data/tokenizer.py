@@ -102,6 +102,23 @@ class Tokenizer:
         return [byte + len(_SPECIAL) for byte in whole]
 
 
+class NoText:
+    """The text of a model that reads none: every caption is the null caption."""
+
+    max_tokens = 1
+
+    def encode(self, text: str) -> np.ndarray:
+        """The null caption, [1]."""
+        return np.array([NULL], np.int32)
+
+    def embed(self, text: str) -> None:
+        """No embedding."""
+
+    def length(self, text: str) -> int:
+        """0: no text is ever cut."""
+        return 0
+
+
 def _encodable(text: str) -> str:
     """Lone surrogates, which file names and broken sidecars bring, become question marks."""
     return text.encode("utf-8", "replace").decode()

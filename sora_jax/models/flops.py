@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
+from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.params import ParamSpec, abstract
 from sora_jax.parallel.rules import parts, reshard
@@ -25,14 +25,26 @@ def train_flops(config: TransformerConfig, batch: dict) -> float:
 def forward_flops(config: TransformerConfig, batch: dict) -> float:
     """FLOPs (two per multiply-add) of one forward pass over the clips of a host batch."""
     lengths = batch["grids_BS3"].astype(np.int64).prod(-1)
-    text_lengths = _text_lengths(batch, lengths.shape[1])
-    rows = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
-    uses = {"token": lengths.sum(), "text": text_lengths.sum(), "row": rows.sum(), "clip": (lengths > 0).sum()}
+    rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
+    rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
+    context = 2 * rows_BS if config.conditioning == "in_context" else 0 * rows_BS
+    text_lengths = _text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
+    uses = {
+        "ends": lengths.sum(),
+        "token": (lengths + context).sum(),
+        "text": text_lengths.sum(),
+        "row": rows_BR.sum(),
+        "pair": 2 * rows_BR.sum(),
+        "clip": (lengths > 0).sum(),
+    }
     products = sum(2 * size * uses[user] for user, size in _weights(config))
-    pairs = (lengths**2).sum() + (lengths * text_lengths).sum()
+    pairs = ((lengths + context) ** 2).sum() + (lengths * text_lengths).sum()
+    if config.conditioning == "cross_attention":
+        pairs += 2 * lengths.sum()  # a token reads the noise level and the label of its own row
     attention = 4 * config.depth * config.width * pairs
-    text_attention = 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
-    return float(products + attention + text_attention)
+    if config.text:
+        attention += 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
+    return float(products + attention)
 
 
 def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
@@ -54,6 +66,10 @@ def _user(names: list[str]) -> str:
         return "text"
     if "pooled" in names:
         return "clip"
+    if "pair_kv" in names:
+        return "pair"
+    if {"patch", "head"} & set(names):
+        return "ends"
     return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
 
 
@@ -62,7 +78,7 @@ def _text_lengths(batch: dict, slots: int) -> np.ndarray:
     return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)
 
 
-def autoencoder_train_flops(config: AutoencoderConfig, frames: int, height: int, width: int) -> float:
+def autoencoder_train_flops(config: FirstStageConfig, frames: int, height: int, width: int) -> float:
     """FLOPs of one forward and backward pass over one clip: three times the products of encoder and decoder."""
     clips = parts("batch")  # at least one for every part of the mesh
     video = jax.ShapeDtypeStruct((clips, frames, height, width, 3), jnp.float32)

@@ -1,4 +1,7 @@
-"""The denoiser: DiT blocks with adaLN-Zero over packed spacetime patches of any size (2212.09748, 2307.06304)."""
+"""The denoiser: DiT blocks over packed spacetime patches of any size (2212.09748, 2307.06304).
+
+One transformer for images and video, classes and captions: DiT is a configuration of it (`configs/dit.py`).
+"""
 
 import dataclasses
 
@@ -6,6 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, choose
+from sora_jax.errors import UserError
+from sora_jax.models.conditioning import (
+    MODULATED,
+    Condition,
+    block_modulation,
+    condition,
+    condition_specs,
+    context_segments,
+    modulation,
+    modulation_specs,
+    pair_attention,
+    pair_attention_specs,
+)
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
 from sora_jax.nn.attention import BACKENDS, attention
 from sora_jax.nn.layers import (
@@ -20,15 +36,13 @@ from sora_jax.nn.layers import (
     mlp_specs,
     rms_norm,
     rms_norm_specs,
-    time_features,
     to_heads,
 )
-from sora_jax.nn.pack import Pack, per_slot
-from sora_jax.nn.params import normal, stack, zeros
-from sora_jax.nn.positions import axis_widths, factorised_sincos, rotary_angles, rotate
-from sora_jax.parallel.rules import out_sharding
+from sora_jax.nn.pack import Pack
+from sora_jax.nn.params import stack, zeros
+from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos_table
+from sora_jax.parallel.rules import parts
 
-TIME_FEATURES = 256
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -46,9 +60,18 @@ SIZES = {  # depth, width, heads (DiT, table 1)
 class TransformerConfig:
     """The denoiser. `patch` is (t, y, x) in latent positions; widths in channels.
 
-    `sincos_positions` adds factorised sin-cos tables to the tokens, beside the rotary positions in every block.
-    Wavelengths of both run from 2 pi to `position_theta` times as many tokens: with far longer ones than the largest
-    clip most channels hardly tell its tokens apart, and a small model is slow to learn motion.
+    text: captions by cross-attention and, pooled, beside the noise level; None leaves them out. classes: how many
+    there are, 0 for none. conditioning: one of `models.conditioning`.
+
+    rotary: positions in every block. sincos_positions: factorised sin-cos tables added to the tokens; sincos_axes
+    says which share of the width each axis has, in which order: "tyx", or "xy" for DiT's. Wavelengths of both run
+    from 2 pi to `position_theta` times as many tokens: with far longer ones than the largest clip most channels
+    hardly tell its tokens apart, and a small model is slow to learn motion. qk_norm: RMS norm of queries and keys.
+
+    learned_variance: a second half of the output says where the variance of a step lies between its bounds.
+    step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's. joint_qkv_init: queries, keys and
+    values are one matrix to Xavier, as in DiT, not three.
+
     `remat` names what the backward pass keeps: "none" everything, "dots" matrix products, "full" block inputs.
     """
 
@@ -58,9 +81,17 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
     patch: tuple[int, int, int] = (1, 2, 2)
     latent_channels: int = 16
-    position_theta: float = 10_000.0
+    text: TextConfig | None = TextConfig()
+    classes: int = 0
+    conditioning: str = "adaln_zero"
+    rotary: bool = True
     sincos_positions: bool = False
-    text: TextConfig = TextConfig()
+    sincos_axes: str = "tyx"
+    position_theta: float = 10_000.0
+    qk_norm: bool = True
+    learned_variance: bool = False
+    step_times: bool = False
+    joint_qkv_init: bool = False
     attention: str = "auto"
     remat: str = "full"
     unroll: int = 1
@@ -74,7 +105,17 @@ class TransformerConfig:
         for name in ("depth", "mlp_ratio", "unroll"):
             check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
         check(all(p > 0 for p in self.patch), f"model.patch is {self.patch}; its entries must be positive")
-        check(axis_widths(self.head_width)[1] > 0, f"model.width / model.heads is {self.head_width}; at least 6")
+        check(
+            not self.rotary or axis_widths(self.head_width)[1] > 0,
+            f"model.width / model.heads is {self.head_width}; with model.rotary it must be at least 6",
+        )
+        axes = self.sincos_axes
+        check(
+            bool(axes) and set(axes) <= set("tyx") and len(set(axes)) == len(axes),
+            f"model.sincos_axes is {axes!r}; it must be some of the letters t, y and x, in any order",
+        )
+        check(self.classes >= 0, f"model.classes is {self.classes}; it must be 0 (none) or more")
+        choose("model.conditioning", self.conditioning, MODULATED)
         choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
         choose("model.remat", self.remat, REMAT)
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
@@ -93,16 +134,15 @@ class TransformerConfig:
 def transformer_specs(config: TransformerConfig) -> dict:
     """All parameters. Zero at the start: every modulation and gate, cross-attention's way out, the last layer."""
     width, text = config.width, config.text
-    small = normal(0.02)
+    outputs = config.patch_values * (2 if config.learned_variance else 1)
+    last = 2 if MODULATED[config.conditioning] else 0
     return {
-        "text": text_specs(text),
+        **({"text": text_specs(text)} if text else {}),
         "patch": dense_specs(config.patch_values, width, (None, "embed")),
-        "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
-        "time_out": dense_specs(width, width, ("hidden", "embed"), small),
-        "pooled": dense_specs(text.width, width, (None, "embed")),
+        **condition_specs(width, text.width if text else 0, config.classes),
         "blocks": stack(block_specs(config), config.depth),
-        "modulation": dense_specs(width, 2 * width, ("embed", None), zeros),
-        "head": dense_specs(width, config.patch_values, ("embed", None), zeros),
+        **modulation_specs(width, last),
+        "head": dense_specs(width, outputs, ("embed", None), zeros),
     }
 
 
@@ -110,81 +150,98 @@ def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR
     """Predicts for every token of a pack, in whatever kind the model is trained for (velocity, noise...).
 
     x_BLP are the noisy tokens, times_BR in [0, 1] the noise level of each row, `text` the encoded captions (from
-    `encode_text`; computed here when None). Returns (B, L, P) float32. A token attends to its own clip alone and
-    depends on its coordinates, not on its place in the pack; with initial parameters the result is exactly 0.
+    `encode_text`; computed here when None). Returns (B, L, P) float32, or (B, L, 2 P) where the variance is learned,
+    too: predictions, then variance values. A token attends to its own clip alone and depends on its coordinates, not
+    on its place in the pack; with initial parameters the result is exactly 0.
     """
     dtype = compute_dtype(config.dtype)
-    text = encode_text(params["text"], config.text, pack, dtype) if text is None else text
-    condition_BRD = jax.nn.silu(_condition(params, pack, times_BR, text, dtype))
-    rows_BLR = _one_hot(pack.rows_BL, times_BR.shape[1], dtype)
-    angles_BLK = rotary_angles(pack.coords_BL3, config.head_width, config.position_theta)
+    if config.text and text is None:
+        text = encode_text(params["text"], config.text, pack, dtype)
+    known = condition(params, pack, times_BR, text, config.step_times, dtype)
     x_BLD = dense(params["patch"], x_BLP.astype(dtype), ("batch", "length", "width"))
     if config.sincos_positions:
-        x_BLD += factorised_sincos(pack.coords_BL3, config.width, config.position_theta).astype(dtype)
+        table = sincos_table(pack.coords_BL3, config.width, config.position_theta, config.sincos_axes)
+        x_BLD += table.astype(dtype)
+    segments_BL, coords_BL3 = pack.segments_BL, pack.coords_BL3
+    if config.conditioning == "in_context":
+        x_BLD, segments_BL, coords_BL3 = _with_context(pack, known, x_BLD)
+    angles_BLK = rotary_angles(coords_BL3, config.head_width, config.position_theta) if config.rotary else None
 
     def layer(x_BLD, p):
-        return block(p, config, x_BLD, condition_BRD, rows_BLR, angles_BLK, pack.segments_BL, text), None
+        return block(p, config, x_BLD, known, pack.rows_BL, angles_BLK, segments_BL, text), None
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[config.remat])
     x_BLD, _ = jax.lax.scan(layer, x_BLD, params["blocks"], unroll=config.unroll)
+    x_BLD = x_BLD[:, : x_BLP.shape[1]]
     with jax.named_scope("head"):
-        shift, scale = _modulation(params["modulation"], condition_BRD, rows_BLR, 2)
+        shift, scale = modulation(params, known, 2) if "modulation" in params else (0.0, 0.0)
         x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
         return dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
 
 
+def _with_context(pack: Pack, known: Condition, x_BLD):
+    """Tokens, segments and coordinates with noise level and label of each row as two more tokens of their clip."""
+    if parts("length") > 1:
+        raise UserError("model.conditioning is 'in_context'; its tokens cannot be split: mesh.sequence must be 1")
+    context_BX = context_segments(pack)
+    coords_BX3 = jnp.zeros((*context_BX.shape, 3), pack.coords_BL3.dtype)
+    return (
+        jnp.concatenate([x_BLD, known.pair_BXD], axis=1),
+        jnp.concatenate([pack.segments_BL, context_BX], axis=1),
+        jnp.concatenate([pack.coords_BL3, coords_BX3], axis=1),
+    )
+
+
 def block_specs(config: TransformerConfig) -> dict:
     width, heads, head_width = config.width, config.heads, config.head_width
+    norms = {"q_norm": rms_norm_specs(head_width), "k_norm": rms_norm_specs(head_width)} if config.qk_norm else {}
     return {
-        "modulation": dense_specs(width, 6 * width, ("embed", None), zeros),
-        "qkv": heads_specs(width, 3, heads, head_width),
-        "q_norm": rms_norm_specs(head_width),
-        "k_norm": rms_norm_specs(head_width),
+        **modulation_specs(width, MODULATED[config.conditioning]),
+        "qkv": heads_specs(width, 3, heads, head_width, joint=config.joint_qkv_init),
+        **norms,
         "merge": merge_specs(heads, head_width, width),
-        "cross_q": heads_specs(width, 1, heads, head_width),
-        "cross_kv": heads_specs(config.text.width, 2, heads, head_width),
-        "cross_merge": merge_specs(heads, head_width, width, zeros),
+        **(pair_attention_specs(width, heads) if config.conditioning == "cross_attention" else {}),
+        **(caption_attention_specs(config) if config.text else {}),
         "mlp": mlp_specs(width, int(config.mlp_ratio * width)),
     }
 
 
-def block(p, config, x_BLD, condition_BRD, rows_BLR, angles_BLK, segments_BL, text: TextContext) -> jax.Array:
-    """One DiT block: modulated self-attention, cross-attention to the caption, modulated MLP; (B, L, D) -> same."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(p["modulation"], condition_BRD, rows_BLR, 6)
+def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, text: TextContext | None) -> jax.Array:
+    """One DiT block: self-attention, attention to what is known of the clip, MLP; (B, L, D) -> same."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block_modulation(p, known, config.conditioning)
     with jax.named_scope("self_attention"):
         q, k, v = to_heads(p["qkv"], layer_norm(x_BLD) * (1 + scale1) + shift1)
-        q = rotate(rms_norm(p["q_norm"], q), angles_BLK)
-        k = rotate(rms_norm(p["k_norm"], k), angles_BLK)
+        q, k = _placed(p.get("q_norm"), q, angles_BLK), _placed(p.get("k_norm"), k, angles_BLK)
         out = attention(q, k, v, segments_BL, segments_BL, config.attention)
         x_BLD += gate1 * merge_heads(p["merge"], out)
-    with jax.named_scope("cross_attention"):
-        (q,) = to_heads(p["cross_q"], layer_norm(x_BLD))
-        k, v = to_heads(p["cross_kv"], text.tokens_BME)
-        out = attention(q, k, v, segments_BL, text.segments_BM, config.attention)
-        x_BLD += merge_heads(p["cross_merge"], out)
+    if config.conditioning == "cross_attention":
+        with jax.named_scope("pair_attention"):
+            x_BLD += pair_attention(p, x_BLD, known, rows_BL, config.attention)
+    if text is not None:
+        with jax.named_scope("cross_attention"):
+            x_BLD += caption_attention(p, x_BLD, segments_BL, text, config.attention)
     with jax.named_scope("mlp"):
         return x_BLD + gate2 * mlp(p["mlp"], layer_norm(x_BLD) * (1 + scale2) + shift2)
 
 
-def _condition(params, pack: Pack, times_BR, text: TextContext, dtype) -> jax.Array:
-    """Noise level plus pooled caption of each row: (B, R, D)."""
-    axes = ("batch", None, None)
-    features = time_features(times_BR, TIME_FEATURES).astype(dtype)
-    time_BRD = dense(params["time_out"], jax.nn.silu(dense(params["time_in"], features, axes)), axes)
-    pooled_BSD = dense(params["pooled"], layer_norm(text.pooled_BSE), axes)  # a mean of many words is small
-    return time_BRD + per_slot(pooled_BSD, pack.row_slots_BR)
+def _placed(gain, x_BLNK, angles_BLK) -> jax.Array:
+    """Queries or keys, normalised where there is a gain, turned by their positions where there are angles."""
+    x_BLNK = x_BLNK if gain is None else rms_norm(gain, x_BLNK)
+    return x_BLNK if angles_BLK is None else rotate(x_BLNK, angles_BLK)
 
 
-def _modulation(p: dict, condition_BRD, rows_BLR, parts: int) -> list[jax.Array]:
-    """`parts` tables over rows, spread to tokens: a list of (B, L, D).
+def caption_attention_specs(config: TransformerConfig) -> dict:
+    heads, head_width = config.heads, config.head_width
+    return {
+        "cross_q": heads_specs(config.width, 1, heads, head_width),
+        "cross_kv": heads_specs(config.text.width, 2, heads, head_width),
+        "cross_merge": merge_specs(heads, head_width, config.width, zeros),
+    }
 
-    The spread is a product with one-hot rows: a gather's gradient is a scatter, slow on every backend.
-    """
-    table_BRX = dense(p, condition_BRD, ("batch", None, None))
-    tokens_BLX = jnp.einsum("blr,brx->blx", rows_BLR, table_BRX, out_sharding=out_sharding("batch", "length", None))
-    return jnp.split(tokens_BLX, parts, axis=-1)
 
-
-def _one_hot(rows_BL, rows: int, dtype) -> jax.Array:
-    return (rows_BL[..., None] == jnp.arange(rows)).astype(dtype)
+def caption_attention(p, x_BLD, segments_BL, text: TextContext, backend: str) -> jax.Array:
+    """Every token reads the caption of its clip: (B, L, D) -> same."""
+    (q,) = to_heads(p["cross_q"], layer_norm(x_BLD))
+    k, v = to_heads(p["cross_kv"], text.tokens_BME)
+    return merge_heads(p["cross_merge"], attention(q, k, v, segments_BL, text.segments_BM, backend))

@@ -18,6 +18,7 @@ class Pack:
     rows_BL           row of the conditioning table that each token reads
     row_slots_BR      clip slot that each row belongs to
     clips_BS          identity of each clip, 0 = empty slot
+    labels_BS         class of each clip + 1, 0 = none
     grids_BS3         token grid (t, h, w) of each clip, 0 = empty slot
     text_BM           text token ids
     text_segments_BM  clip slot + 1 of each text token, 0 = padding
@@ -33,6 +34,7 @@ class Pack:
     rows_BL: jax.Array
     row_slots_BR: jax.Array
     clips_BS: jax.Array
+    labels_BS: jax.Array
     grids_BS3: jax.Array
     text_BM: jax.Array
     text_segments_BM: jax.Array
@@ -55,13 +57,14 @@ def per_slot(values_BS: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def drop_captions(pack: Pack, drop_BS: jax.Array) -> Pack:
-    """Replaces the captions of the clips marked in `drop_BS` by the null caption.
+    """Replaces the captions of the clips marked in `drop_BS` by the null caption, and their classes by none.
 
     A dropped caption is the null token repeated at position 0; attention over equal tokens is attention over
     one, so this equals the caption "" whatever the length of the dropped one.
     """
     dropped_BM = per_slot(drop_BS, slot_of(pack.text_segments_BM)) & (pack.text_segments_BM > 0)
     return pack.replace(
+        labels_BS=jnp.where(drop_BS, 0, pack.labels_BS),
         text_BM=jnp.where(dropped_BM, NULL, pack.text_BM),
         text_positions_BM=jnp.where(dropped_BM, 0, pack.text_positions_BM),
     )

@@ -38,9 +38,12 @@ def sincos(positions: jax.Array, width: int, theta: float = 10_000.0) -> jax.Arr
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def factorised_sincos(coords_BL3: jax.Array, width: int, theta: float = 10_000.0) -> jax.Array:
-    """The three axes' sincos side by side, zero-filled to `width`: (B, L, 3) -> (B, L, width)."""
-    each = 2 * (width // 6)
-    parts = [sincos(coords_BL3[..., axis], each, theta) for axis in range(3)]
+def sincos_table(coords_BL3: jax.Array, width: int, theta: float = 10_000.0, axes: str = "tyx") -> jax.Array:
+    """`sincos` of each of the axes, side by side, zero-filled to `width`: (B, L, 3) -> (B, L, width).
+
+    axes "xy" is the table of DiT, whose first half is that of x (2212.09748, official code).
+    """
+    each = 2 * (width // (2 * len(axes)))
+    parts = [sincos(coords_BL3[..., "tyx".index(axis)], each, theta) for axis in axes]
     table = jnp.concatenate(parts, axis=-1)
-    return jnp.pad(table, ((0, 0), (0, 0), (0, width - 3 * each)))
+    return jnp.pad(table, ((0, 0), (0, 0), (0, width - each * len(axes))))

@@ -16,7 +16,7 @@ from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
 from sora_jax.diffusion.prediction import check_kind
@@ -35,7 +35,10 @@ NOISE_BINS = 10
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise process, what is predicted, how times are drawn, and the share of dropped captions."""
+    """The noise process, what is predicted, how times are drawn.
+
+    caption_dropout: the share of clips that are trained on without their caption and class, for guidance.
+    """
 
     process: str = "linear_flow"
     prediction: str = "velocity"
@@ -106,14 +109,15 @@ class DenoiserRun:
 
     @property
     def packs(self) -> PackingConfig:
-        """`packing` with the model's patch."""
-        return dataclasses.replace(self.packing, patch=self.model.patch)
+        """`packing` with the model's patch; a model without text has one null token for each clip."""
+        text_length = self.packing.text_length if self.model.text else self.packing.slots
+        return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
 
 
 def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array):
     """Sum of the denoising loss over the real tokens of a batch, (weight, means): see `make_step`.
 
-    Times, noise and caption dropout are functions of (seed, step, clip), wherever the clip is packed.
+    Times, noise and what is dropped of captions and classes are functions of (seed, step, clip) alone.
     """
     diffusion = config.diffusion
     key = functools.partial(step_key, config.seed, step)
@@ -145,13 +149,13 @@ def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
 def denoiser_job(
     config: DenoiserRun,
     cache: LatentCache,
-    tokenizer: Tokenizer | PretrainedText,
+    tokenizer: Tokenizer | PretrainedText | NoText,
     preview=None,
     folder: Path | None = None,
 ) -> Job:
     """What the loop needs to train a denoiser on a latent cache; `folder` keeps the tokens of its captions."""
     batches = packed_batches(
-        cache, tokenizer if isinstance(tokenizer, Tokenizer) else None, config.packs, config.batch, config.seed,
+        cache, None if isinstance(tokenizer, PretrainedText) else tokenizer, config.packs, config.batch, config.seed,
         config.split, jax.process_index(), jax.process_count(), config.captions, folder,
     )  # fmt: skip
     return Job(
@@ -187,8 +191,10 @@ def batch_counts(model: TransformerConfig, batch: dict) -> dict[str, float]:
     }
 
 
-def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | PretrainedText:
+def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | PretrainedText | NoText:
     """What turns captions into what the model of a run takes; UserError where its file is missing."""
+    if config.model.text is None:
+        return NoText()
     if name := config.model.text.pretrained:
         data = Path(workdir) / "data.json"
         learnt_from = read_json(data)["text"] if data.exists() else None
@@ -196,9 +202,9 @@ def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | Pretrained
     return tokenizers.load(Path(workdir) / "tokenizer.json")
 
 
-def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer | PretrainedText:
-    """The run's tokenizer: the pretrained one, the one in `workdir`, or one learnt from the captions."""
-    if config.model.text.pretrained or (Path(workdir) / "tokenizer.json").exists():
+def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer | PretrainedText | NoText:
+    """The run's tokenizer: none, the pretrained one, the one in `workdir`, or one learnt from the captions."""
+    if config.model.text is None or config.model.text.pretrained or (Path(workdir) / "tokenizer.json").exists():
         return load_tokenizer(config, workdir)
     tokenizer = tokenizers.train(captions_in_order(cache, cache.indices(config.split)), config.tokenizer)
     check(

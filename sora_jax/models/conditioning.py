@@ -1,0 +1,140 @@
+"""How the noise level, the class and the caption of a clip reach the blocks: the four ways of DiT (2212.09748, 3.2).
+
+name               noise level and label                                                     a block has
+adaln_zero         modulate every norm and gate every residual, closed at the start          6 D of modulation
+adaln              modulate every norm                                                       4 D of modulation
+cross_attention    are a sequence of two, which a cross-attention of its own reads           4 D^2 more weights
+in_context         are two more tokens of the clip, taken away after the last block          nothing
+
+All of it is kept by row of the pack's conditioning table (a clip at a noise level), so that it costs a token nothing
+but a look-up. "Label" is the sum of what is known of the clip: its class, its pooled caption.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sora_jax.models.text import TextContext
+from sora_jax.nn.attention import attention
+from sora_jax.nn.layers import (
+    dense,
+    dense_specs,
+    embed,
+    embedding_specs,
+    heads_specs,
+    layer_norm,
+    merge_heads,
+    merge_specs,
+    time_features,
+    to_heads,
+)
+from sora_jax.nn.pack import Pack, per_slot
+from sora_jax.nn.params import normal, zeros
+from sora_jax.parallel.rules import out_sharding
+
+TIME_FEATURES = 256
+MODULATED = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}  # widths of modulation in a block
+
+
+@struct.dataclass
+class Condition:
+    """What tokens are told: time_BRD and label_BRD of each row, and spread_BLR, one-hot, the row of each token."""
+
+    time_BRD: jax.Array
+    label_BRD: jax.Array
+    spread_BLR: jax.Array
+
+    @property
+    def pair_BXD(self) -> jax.Array:
+        """Noise levels, then labels, of all rows as a sequence: X = 2 R."""
+        return jnp.concatenate([self.time_BRD, self.label_BRD], axis=1)
+
+
+def condition_specs(width: int, text_width: int, classes: int) -> dict:
+    """Embeddings of noise level, class (one row more: no class) and pooled caption; 0 leaves the last two out."""
+    small = normal(0.02)
+    return {
+        "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
+        "time_out": dense_specs(width, width, ("hidden", "embed"), small),
+        **({"classes": embedding_specs(classes + 1, width)} if classes else {}),
+        **({"pooled": dense_specs(text_width, width, (None, "embed"))} if text_width else {}),
+    }
+
+
+def condition(params: dict, pack: Pack, times_BR, text: TextContext | None, step_times: bool, dtype) -> Condition:
+    """The embeddings of all rows. step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's."""
+    axes = ("batch", None, None)
+    features = time_features(_step_number(times_BR) if step_times else times_BR, TIME_FEATURES).astype(dtype)
+    time_BRD = dense(params["time_out"], jax.nn.silu(dense(params["time_in"], features, axes)), axes)
+    label_BRD = jnp.zeros_like(time_BRD)
+    if "classes" in params:
+        table = params["classes"].astype(dtype)
+        none = table.shape[0] - 1
+        classes_BS = jnp.where(pack.labels_BS > 0, pack.labels_BS - 1, none)
+        label_BRD += per_slot(embed(table, classes_BS, axes), pack.row_slots_BR)
+    if text is not None:
+        pooled_BSD = dense(params["pooled"], layer_norm(text.pooled_BSE), axes)  # a mean of many words is small
+        label_BRD += per_slot(pooled_BSD, pack.row_slots_BR)
+    return Condition(time_BRD, label_BRD, _one_hot(pack.rows_BL, times_BR.shape[1], dtype))
+
+
+def _step_number(times_BR) -> jax.Array:
+    """(1000 t - 1) / 1000: a whole number of thousandths where t is that of a step, as float32 would not give it."""
+    number = 1000.0 * times_BR - 1.0
+    whole = jnp.round(number)
+    return jnp.where(jnp.abs(number - whole) < 1e-3, whole, number) / 1000.0
+
+
+def modulation_specs(width: int, parts: int) -> dict:
+    """The layer that turns a row into `parts` shifts, scales and gates; zero at the start."""
+    return {"modulation": dense_specs(width, parts * width, ("embed", None), zeros)} if parts else {}
+
+
+def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array]:
+    """`parts` tables over rows, spread to tokens: a list of (B, L, D).
+
+    The spread is a product with one-hot rows: a gather's gradient is a scatter, slow on every backend.
+    """
+    rows_BRD = jax.nn.silu(condition.time_BRD + condition.label_BRD)
+    table_BRX = dense(params["modulation"], rows_BRD, ("batch", None, None))
+    sharding = out_sharding("batch", "length", None)
+    tokens_BLX = jnp.einsum("blr,brx->blx", condition.spread_BLR, table_BRX, out_sharding=sharding)
+    return jnp.split(tokens_BLX, parts, axis=-1)
+
+
+def block_modulation(params: dict, condition: Condition, kind: str) -> list:
+    """(shift, scale, gate) of attention, then of the MLP; neutral numbers where the kind has none."""
+    parts = MODULATED[kind]
+    if parts == 0:
+        return [0.0, 0.0, 1.0] * 2
+    values = modulation(params, condition, parts)
+    return values if parts == 6 else [*values[:2], 1.0, *values[2:], 1.0]
+
+
+def pair_attention_specs(width: int, heads: int) -> dict:
+    """Cross-attention to noise level and label."""
+    head_width = width // heads
+    return {
+        "pair_q": heads_specs(width, 1, heads, head_width),
+        "pair_kv": heads_specs(width, 2, heads, head_width),
+        "pair_merge": merge_specs(heads, head_width, width),
+    }
+
+
+def pair_attention(params: dict, x_BLD, condition: Condition, rows_BL, backend: str) -> jax.Array:
+    """Every token reads the noise level and the label of its own row, a sequence of two: (B, L, D) -> same."""
+    rows = condition.time_BRD.shape[1]
+    own_BX = jnp.broadcast_to(jnp.tile(jnp.arange(rows, dtype=rows_BL.dtype), 2), (rows_BL.shape[0], 2 * rows))
+    (q,) = to_heads(params["pair_q"], layer_norm(x_BLD))
+    k, v = to_heads(params["pair_kv"], condition.pair_BXD)
+    return merge_heads(params["pair_merge"], attention(q, k, v, rows_BL, own_BX, backend))
+
+
+def context_segments(pack: Pack) -> jax.Array:
+    """Segments (B, 2 R) of the two tokens that each row adds to its clip; rows of empty slots are padding."""
+    slots_BR = jnp.where(per_slot(pack.clips_BS, pack.row_slots_BR) > 0, pack.row_slots_BR + 1, 0)
+    return jnp.tile(slots_BR, (1, 2)).astype(pack.segments_BL.dtype)
+
+
+def _one_hot(rows_BL, rows: int, dtype) -> jax.Array:
+    return (rows_BL[..., None] == jnp.arange(rows)).astype(dtype)
