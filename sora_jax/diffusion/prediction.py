@@ -1,23 +1,21 @@
-"""What a model predicts, and how any prediction becomes any other.
+"""What a model predicts, and how any prediction becomes any other: equations (6) and (7) of `process`.
 
-Every kind of prediction y is a linear form in the clean data and the noise, and so is the model's input:
+Every kind of prediction y is a linear form c x_0 + d eps, and so is the model's input a x_0 + b eps:
 
-    x_t = a x_0 + b eps                                                                  (1)
-    y   = c x_0 + d eps                                                                  (2)
+    kind        c        d
+    x0          1        0
+    eps         0        1
+    v          -b        a        Salimans and Ho 2202.00512; a rotation of (x_0, eps) when a^2 + b^2 = 1
+    velocity    a'       b'       dx/dt along the path; eps - x_0 for the linear flow
+    score       0       -1 / b    equation (5)
+    edm         b / r   -a / r    r^2 = a^2 + b^2; the network output of Karras et al. 2206.00364, equation 7, for
+                                  data of unit variance
 
-    kind        c     d
-    x0          1     0
-    eps         0     1
-    v          -b     a     Salimans and Ho 2202.00512; a rotation of (x_0, eps) when a^2 + b^2 = 1
-    velocity    a'    b'    dx/dt along the path; eps - x_0 for the linear flow
-
-A conversion solves (1) and (2) for (x_0, eps) and writes the wanted form of the solution:
-
-    x_0 = (d x_t - b y) / (a d - b c),    eps = (a y - c x_t) / (a d - b c)              (3)
-
-Where (3) has no solution the unknown half is given as 0, its mean for normalised data: x_0 from eps where
-a = 0 (t = 1 of linear_flow and cosine), eps from x_0 where b = 0 (t = 0). The kinds v and velocity lose
-nothing at either end, except velocity under vp_linear at t = 0, where b' is infinite.
+A conversion solves (1) and (6) for (x_0, eps) and writes the wanted form of the solution. Where there is none, the
+unknown half is given as 0, its mean for normalised data: x_0 from eps or score where a = 0 (t = 1 of linear_flow,
+trigonometric and the processes without terminal signal), eps from x_0 where b = 0 (t = 0). The kinds v, edm and
+velocity lose nothing at either end, except velocity at t = 0 where b' is 0 (edm) or infinite (the discrete
+processes, vp).
 """
 
 from collections.abc import Callable
@@ -29,18 +27,34 @@ from sora_jax.diffusion.process import Process, derivatives
 from sora_jax.errors import UserError
 from sora_jax.shapes import TimesBR, TokensBLP
 
-# A model with everything but its input and noise levels bound: (x_BLP, t_BR) -> prediction_BLP.
+# A model with everything but its input and noise levels bound: (x_BLP, t_BR) -> prediction_BLP, x_BLP being x_t
+# itself. Where it learns its variance the output is twice as wide: the prediction, then the variance values.
 Denoise = Callable[[TokensBLP, TimesBR], TokensBLP]
 Form = Callable[[Process, Array], tuple[Array, Array]]
 
-# Below this determinant the rounding of x_t alone (6e-8) would be magnified to more than half a per cent.
+# The sine of the angle between two linear forms under which they are taken for parallel: there the rounding of x_t
+# alone (6e-8) would be magnified to more than half a per cent.
 _SINGULAR = 1e-5
+
+
+def _score(process: Process, t: Array) -> tuple[Array, Array]:
+    b = process.b(t)
+    return jnp.zeros_like(t), jnp.where(b > 0, -1.0 / jnp.where(b > 0, b, 1.0), 0.0)
+
+
+def _edm(process: Process, t: Array) -> tuple[Array, Array]:
+    a, b = process.a(t), process.b(t)
+    norm = jnp.sqrt(a * a + b * b)
+    return b / norm, -a / norm
+
 
 FORMS: dict[str, Form] = {
     "x0": lambda process, t: (jnp.ones_like(t), jnp.zeros_like(t)),
     "eps": lambda process, t: (jnp.zeros_like(t), jnp.ones_like(t)),
     "v": lambda process, t: (-process.b(t), process.a(t)),
     "velocity": derivatives,
+    "score": _score,
+    "edm": _edm,
 }
 
 
@@ -56,7 +70,7 @@ def check_kind(kind: str) -> str:
 
 
 def express(process: Process, kind: str, x0: Array, eps: Array, t: Array) -> Array:
-    """The prediction of this kind that a perfect model would make: equation (2).
+    """The prediction of this kind that a perfect model would make: equation (6).
 
     x0 and eps have one shape; t has their rank and broadcasts to it.
     """
@@ -65,12 +79,19 @@ def express(process: Process, kind: str, x0: Array, eps: Array, t: Array) -> Arr
 
 
 def solve(process: Process, kind: str, y: Array, x_t: Array, t: Array) -> tuple[Array, Array]:
-    """(x_0, eps) from a prediction y at x_t: equation (3). Shapes as in `express`; always finite."""
+    """(x_0, eps) from a prediction y at x_t: equation (7). Shapes as in `express`; always finite."""
     a, b = process.a(t), process.b(t)
     c, d = FORMS[check_kind(kind)](process, t)
+    # The form of y at unit length, so that one threshold serves all kinds; it vanishes only with the form itself.
+    length = jnp.sqrt(c * c + d * d)
+    known = length > 0
+    scale = jnp.where(known, 1.0 / jnp.where(known, length, 1.0), 0.0)
+    c, d, unit_y = c * scale, d * scale, y * scale
     determinant = a * d - b * c
-    x0 = y if kind == "x0" else _divide(d * x_t - b * y, determinant)
-    eps = y if kind == "eps" else _divide(a * y - c * x_t, determinant)
+    singular = jnp.abs(determinant) < _SINGULAR * jnp.sqrt(a * a + b * b)
+    inverse = jnp.where(singular, 0.0, 1.0 / jnp.where(singular, 1.0, determinant))
+    x0 = y if kind == "x0" else (d * x_t - b * unit_y) * inverse
+    eps = y if kind == "eps" else (a * unit_y - c * x_t) * inverse
     return x0, eps
 
 
@@ -79,8 +100,3 @@ def convert(process: Process, source: str, target: str, y: Array, x_t: Array, t:
     if check_kind(source) == check_kind(target):
         return y
     return express(process, target, *solve(process, source, y, x_t, t), t)
-
-
-def _divide(numerator: Array, determinant: Array) -> Array:
-    singular = jnp.abs(determinant) < _SINGULAR
-    return jnp.where(singular, 0.0, numerator / jnp.where(singular, 1.0, determinant))
