@@ -218,6 +218,7 @@ def _build(verbs) -> None:
     add("--min-pixels", type=int, help="smallest height x width that is drawn (four multiples a side)")
     add("--framing", help="native, or square: crop to a square (native)")
     add("--variants", type=int, help="sizes or places of each clip that epochs take in turn (1)")
+    add("--mirror", action="store_true", help="of each clip also the mirror image, which epochs take in turn")
     add("--missing-caption", help="refuse, or empty (refuse)")
     add("--holdout", type=float, help="share of clips held out (0.05)")
     add("--seed", type=int, help="of the held-out split, places and sizes (0)")

@@ -332,6 +332,17 @@ def test_variants_differ_in_size_and_share_an_id(tmp_path, folder):
     assert [row["height"] for row in again] != [row["height"] for row in rows]
 
 
+def test_mirror_images_follow_their_clips(tmp_path, folder):
+    dataset = make(tmp_path, folder, mirror=True, variants=2, place="random", max_frames=5)
+    assert [row["variant"] for row in dataset.rows()] == list(range(4)) * 3
+    for clip in range(3):
+        for variant in range(2):
+            one, other = dataset[4 * clip + variant], dataset[4 * clip + 2 + variant]
+            assert one.id == other.id and one.captions == other.captions
+            np.testing.assert_array_equal(one.frames[:, :, ::-1], other.frames)
+            assert (one.frames != other.frames).any()
+
+
 def test_a_rate_for_all_keeps_pictures_and_flags_frames_that_are_repeated(tmp_path, folder):
     dataset = make(tmp_path, folder, fps=24.0, max_frames=33)  # the files have 8 frames a second
     lengths = {row["file"]: row["frames"] for row in dataset.rows()}

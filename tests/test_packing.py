@@ -134,7 +134,7 @@ def test_unstack_inverts_stack(case):
     other = row | {"tokens_LP": row["tokens_LP"] + 1}
     batch = stack([row, other])
     assert set(batch) == {
-        "tokens_BLP", "segments_BL", "coords_BL3", "index_BL", "rows_BL", "row_slots_BR", "clips_BS",
+        "tokens_BLP", "segments_BL", "coords_BL3", "index_BL", "rows_BL", "row_slots_BR", "clips_BS", "labels_BS",
         "grids_BS3", "text_BM", "text_segments_BM", "text_positions_BM",
     }  # fmt: skip
     for got, expected in zip(unstack(batch), (row, other), strict=True):

@@ -76,7 +76,7 @@ def count_parts(config: BuildConfig, mix: Mix) -> int:
 def units_of(config: BuildConfig, mix: Mix, part: int) -> list[Unit]:
     """The units of a part, in order."""
     first = part * config.clips_per_shard
-    each = config.clips_per_file * config.variants
+    each = config.clips_per_file * config.versions
     last = min(first + config.clips_per_shard, len(mix))
     return [unit_at(config, index) for index in range(first * each, last * each)]
 
@@ -95,7 +95,8 @@ def write_part(
             frames, height, width, _ = result.frames.shape
             tokens = rule.tokens(frames, height, width)
             split = entry.split or hashed_split(config, result.id)
-            add_clip(writer, result, entry.file, split, tokens, unit.variant, entry.weight)
+            version = unit.variant + config.variants * unit.mirrored
+            add_clip(writer, result, entry.file, split, tokens, version, entry.weight)
         elif result is not None:
             writer.refuse(entry.file, result.reason)
 

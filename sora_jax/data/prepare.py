@@ -32,7 +32,8 @@ class BuildConfig:
     function of seed, variant and clip. clips_per_file: so many clips from a file that is long enough. cuts: shorten a
     clip to its longest part without a scene cut (PySceneDetect). multiple, max_pixels, max_tokens, resolution,
     min_pixels, framing: sizes, see `data/fit.py`. variants: so many sizes or places of each clip, which epochs take in
-    turn. missing_caption: "refuse" the clip, or let the caption be "empty". holdout: share of the clips without a given
+    turn. mirror: of each of these also the mirror image, left for right, whatever the caption says of it; epochs take
+    it in turn, too. missing_caption: "refuse" the clip, or let the caption be "empty". holdout: share of the clips without a given
     split that get the split "held-out", by a hash of seed and id. workers: processes that decode; 0 decodes in this
     one, without protection from crashes. seconds: a file that takes longer is refused. shard: "i/n", the share of
     this process where n share the work; they must see the same files. clips_per_shard: entries to a part of the work.
@@ -56,6 +57,7 @@ class BuildConfig:
     min_pixels: int | None = None
     framing: str = "native"
     variants: int = 1
+    mirror: bool = False
     missing_caption: str = "refuse"
     holdout: float = 0.05
     seed: int = 0
@@ -84,6 +86,11 @@ class BuildConfig:
                 f"variants={self.variants} would all be equal: with resolution=uniform or navit, or place=random, "
                 "they differ."
             )
+
+    @property
+    def versions(self) -> int:
+        """How many clips are made of one: its variants, and their mirror images."""
+        return self.variants * (2 if self.mirror else 1)
 
     @property
     def size_rule(self) -> SizeRule:
@@ -146,17 +153,19 @@ def open_sources(config: BuildConfig) -> Mix:
 
 
 class Unit(NamedTuple):
-    """What is prepared at once: clip `number` of an entry, in its size and place number `variant`."""
+    """What is prepared at once: clip `number` of an entry, in its size and place number `variant`, mirrored or not."""
 
     entry: int
     number: int
     variant: int
+    mirrored: bool = False
 
 
 def unit_at(config: BuildConfig, index: int) -> Unit:
     """Unit `index` of a build; variants of a clip, and clips of a file, follow each other."""
-    rest, variant = divmod(index, config.variants)
-    return Unit(*divmod(rest, config.clips_per_file), variant)
+    rest, version = divmod(index, config.versions)
+    mirrored, variant = divmod(version, config.variants)
+    return Unit(*divmod(rest, config.clips_per_file), variant, bool(mirrored))
 
 
 def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
@@ -180,8 +189,9 @@ def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
         return Refusal(f"unreadable: {reason(error)}")
     if decoded is None:
         return None
+    frames = decoded.frames[:, :, ::-1] if unit.mirrored else decoded.frames
     clip = Clip(
-        clip_id, decoded.frames, decoded.fps, entry.captions, source.name, entry.label, decoded.start, decoded.flags
+        clip_id, frames, decoded.fps, entry.captions, source.name, entry.label, decoded.start, decoded.flags
     )
     return _to_length(clip, config, span.place)
 
