@@ -32,8 +32,8 @@ from sora_jax.shapes import TimesBR, TokensBLP
 Denoise = Callable[[TokensBLP, TimesBR], TokensBLP]
 Form = Callable[[Process, Array], tuple[Array, Array]]
 
-# The sine of the angle between two linear forms under which they are taken for parallel: there the rounding of x_t
-# alone (6e-8) would be magnified to more than half a per cent.
+# The determinant of two forms of unit size under which they are taken for parallel: there the rounding of x_t alone
+# (6e-8) would be magnified to more than half a per cent.
 _SINGULAR = 1e-5
 
 
@@ -82,13 +82,13 @@ def solve(process: Process, kind: str, y: Array, x_t: Array, t: Array) -> tuple[
     """(x_0, eps) from a prediction y at x_t: equation (7). Shapes as in `express`; always finite."""
     a, b = process.a(t), process.b(t)
     c, d = FORMS[check_kind(kind)](process, t)
-    # The form of y at unit length, so that one threshold serves all kinds; it vanishes only with the form itself.
-    length = jnp.sqrt(c * c + d * d)
-    known = length > 0
-    scale = jnp.where(known, 1.0 / jnp.where(known, length, 1.0), 0.0)
+    # The form of y at unit size, so that one threshold serves all kinds. It vanishes where velocity is given as 0.
+    size = jnp.abs(c) + jnp.abs(d)
+    known = size > 0
+    scale = jnp.where(known, 1.0 / jnp.where(known, size, 1.0), 0.0)
     c, d, unit_y = c * scale, d * scale, y * scale
     determinant = a * d - b * c
-    singular = jnp.abs(determinant) < _SINGULAR * jnp.sqrt(a * a + b * b)
+    singular = jnp.abs(determinant) < _SINGULAR * (a + b)
     inverse = jnp.where(singular, 0.0, 1.0 / jnp.where(singular, 1.0, determinant))
     x0 = y if kind == "x0" else (d * x_t - b * unit_y) * inverse
     eps = y if kind == "eps" else (a * unit_y - c * x_t) * inverse

@@ -209,31 +209,33 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
     """
     first = time_of_step(0, steps)
 
+    def ends(t: Array) -> tuple[Array, Array]:
+        return process.a(jnp.asarray(first, t.dtype)), process.a(jnp.asarray(1.0, t.dtype))
+
+    def missing(t: Array) -> Array:
+        # 1 - a: with u = b^2 / (1 + a), equation (19) reads u -> (u a_0 - u_0 a_1) / (a_0 - a_1).
+        u, u_0 = (jnp.square(process.b(x)) / (1.0 + process.a(x)) for x in (t, jnp.asarray(first, t.dtype)))
+        a_0, a_1 = ends(t)
+        return (u * a_0 - u_0 * a_1) / (a_0 - a_1)
+
     def a(t: Array) -> Array:
-        a_0, a_1 = _ends(process, first, t)
-        rescaled = (process.a(t) - a_1) * a_0 / (a_0 - a_1)
-        return jnp.where(t < first, process.a(t), jnp.where(t < 1.0, rescaled, 0.0))
+        a_0, a_1 = ends(t)
+        # a - a(1) as a(1) (exp(..) - 1): exactly 0 at t = 1, without losing its slope there.
+        signal = a_1 * jnp.expm1(-process.log_alpha(t, jnp.ones_like(t))) * a_0 / (a_0 - a_1)
+        return jnp.where(t < first, process.a(t), jnp.where(signal > 0.5, 1.0 - missing(t), signal))
 
     def b(t: Array) -> Array:
-        a_0, a_1 = _ends(process, first, t)
-        # With u = 1 - a, equation (19) reads u -> (u a_0 - u_0 a_1) / (a_0 - a_1), which keeps its digits at t_0.
-        u, u_0 = (jnp.square(process.b(x)) / (1.0 + process.a(x)) for x in (t, jnp.asarray(first, t.dtype)))
-        rescaled = (u * a_0 - u_0 * a_1) / (a_0 - a_1)
-        return jnp.where(t < first, process.b(t), _root(rescaled * (2.0 - rescaled)))
+        variance = missing(t) * (2.0 - missing(t))
+        return jnp.where(t < first, process.b(t), _root(variance))
 
     def log_alpha(s: Array, t: Array) -> Array:
-        a_s, a_1 = process.a(s), _ends(process, first, t)[1]
-        moved = jnp.expm1(process.log_alpha(s, t)) * a_s / jnp.where(s < 1.0, a_s - a_1, 1.0)
-        inside = jnp.log1p(jnp.where(t < 1.0, moved, jnp.where(s < 1.0, -1.0, 0.0)))
-        before = process.log_alpha(s, jnp.minimum(t, first))
-        later = jnp.log(a(t) / process.a(jnp.asarray(first, t.dtype)))
-        return jnp.where(s < first, before + jnp.where(t < first, 0.0, later), inside)
+        late_s, late_t = jnp.maximum(s, first), jnp.maximum(t, first)
+        a_s, a_1 = process.a(late_s), ends(t)[1]
+        fall = a_s * jnp.expm1(process.log_alpha(late_s, late_t)) / jnp.where(s < 1.0, a_s - a_1, 1.0)
+        late = jnp.log1p(jnp.where(t < 1.0, fall, jnp.where(s < 1.0, -1.0, 0.0)))
+        return process.log_alpha(jnp.minimum(s, first), jnp.minimum(t, first)) + late
 
     return Process(f"{process.name}_zero_snr", a, b, log_alpha)
-
-
-def _ends(process: Process, first: float, t: Array) -> tuple[Array, Array]:
-    return process.a(jnp.asarray(first, t.dtype)), process.a(jnp.asarray(1.0, t.dtype))
 
 
 def _norm(process: Process, t: Array) -> Array:
@@ -248,9 +250,10 @@ def _root(variance: Array) -> Array:
 
 def _gap(s: Array, t: Array) -> Array:
     """t - s; the rounding of two neighbouring steps to float32, 6e-5 of their difference, is undone."""
-    steps = (t - s) * DDPM_STEPS
-    whole = jnp.round(steps)
-    return jnp.where(jnp.abs(steps - whole) < 1e-4, whole, steps) / DDPM_STEPS
+    gap = t - s
+    whole = jnp.round(gap * DDPM_STEPS) / DDPM_STEPS
+    # The correction is a constant: the derivatives are those of t - s.
+    return gap + jax.lax.stop_gradient(jnp.where(jnp.abs(gap - whole) < 1e-7, whole - gap, 0.0))
 
 
 def _polynomial(name: str, ascending: np.ndarray) -> Process:
