@@ -47,13 +47,24 @@ def mutable(config):
 
 
 def frozen(cls, values, where: str = "config"):
-    """Builds dataclass `cls` from a mapping; unknown names and wrong types are UserErrors naming the field."""
+    """Builds dataclass `cls` from a mapping; unknown names and wrong types are UserErrors naming the field.
+
+    Of a union of dataclasses it is the first that has all the names.
+    """
+    cls = _fitting(typing.get_args(cls) or (cls,), values)
     types_ = typing.get_type_hints(cls)
     check(hasattr(values, "items"), f"{where} is {values!r}; it must hold the fields of {cls.__name__}")
     unknown = [name for name in values if name not in types_]
     check(not unknown, f"{where}.{unknown and unknown[0]} is not an option; allowed: {', '.join(types_)}")
     arguments = {name: _coerce(types_[name], value, f"{where}.{name}") for name, value in values.items()}
     return cls(**arguments)
+
+
+def _fitting(classes, values):
+    """The first of the dataclasses that has all names of a mapping; the first of all where none has."""
+    fields = ({field.name for field in dataclasses.fields(cls)} for cls in classes)
+    fit = (cls for cls, names in zip(classes, fields) if hasattr(values, "items") and names.issuperset(values))
+    return next(fit, classes[0])
 
 
 def _coerce(kind, value, where: str):
@@ -75,7 +86,9 @@ def _coerce_union(kinds, value, where: str):
         check(type(None) in kinds, f"{where} is None; it must have a value")
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
-    return _coerce(rest[0], value, where)
+    if type(value) in rest:
+        return value
+    return _coerce(_fitting(rest, value) if all(map(dataclasses.is_dataclass, rest)) else rest[0], value, where)
 
 
 def _coerce_tuple(kinds, value, where: str):

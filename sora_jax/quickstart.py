@@ -29,7 +29,7 @@ from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, tr
 from sora_jax.files import write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
-from sora_jax.models.autoencoder import latent_grid
+from sora_jax.models.first_stage import latent_grid
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig

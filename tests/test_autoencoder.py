@@ -12,17 +12,8 @@ import scipy.integrate
 import scipy.stats
 
 from sora_jax.errors import UserError
-from sora_jax.models.autoencoder import (
-    AutoencoderConfig,
-    autoencoder_specs,
-    decode,
-    encode,
-    kl_to_standard_normal,
-    latent_grid,
-    psnr,
-    reconstruction_loss,
-    sample_posterior,
-)
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
+from sora_jax.models.first_stage import kl_to_standard_normal, psnr, reconstruction_loss, sample_posterior
 from sora_jax.nn.params import abstract, count, init, shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.parallel.rules import partition

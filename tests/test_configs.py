@@ -7,13 +7,13 @@ import pytest
 from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.errors import UserError
-from sora_jax.models.autoencoder import latent_grid
+from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.transformer import SIZES, transformer_specs
 from sora_jax.nn.params import count
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
-    "autoencoder.py": ["base"],
+    "autoencoder.py": ["base", "kl4", "kl16"],
     "transformer.py": list(SIZES),
     "video.py": ["autoencoder", "transformer"],
     "sprites.py": ["autoencoder", "transformer"],

@@ -15,7 +15,6 @@ from sora_jax.config import check, choose
 from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, unfold
 from sora_jax.nn.layers import compute_dtype, rms_norm, rms_norm_specs
 from sora_jax.nn.params import zeros
-from sora_jax.parallel.rules import out_sharding
 
 POINT = (1, 1, 1)
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp(logvar) finite, as in latent diffusion (2112.10752, official code)
@@ -225,37 +224,3 @@ def _blocks(parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array, inside=l
     for p in parts:
         x_BTHWC = run(p, x_BTHWC)
     return x_BTHWC
-
-
-def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
-    """mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
-    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=out_sharding("batch", None, None, None, None))
-    return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
-
-
-def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each element, in nats (1312.6114, appendix B)."""
-    return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-
-
-def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
-    """Peak signal to noise ratio of each clip in dB, (B,), for values in [-1, 1], peak 2; at most 100."""
-    error_B = jnp.square(video_BTHWC - reference_BTHWC).mean(axis=(1, 2, 3, 4))
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
-
-
-def reconstruction_loss(params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array, key: jax.Array):
-    """The training loss of a batch, and its parts as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
-
-    Latents are drawn from the posterior with `key`; PSNR is that of the clipped result, a mean over clips.
-    """
-    mean, logvar = encode(params, config, video_BTHWC)
-    decoded = decode(params, config, sample_posterior(key, mean, logvar))
-    error = decoded - video_BTHWC
-    parts = {
-        "l1": jnp.abs(error).mean(),
-        "l2": jnp.square(error).mean(),
-        "kl": kl_to_standard_normal(mean, logvar).mean(),
-    }
-    loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"] + config.kl_weight * parts["kl"]
-    return loss, parts | {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video_BTHWC).mean()}

@@ -13,7 +13,8 @@ from sora_jax.data.feed import FeedConfig
 from sora_jax.data.manifest import Dataset
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.errors import UserError
-from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, latent_grid, reconstruction_loss
+from sora_jax.models.autoencoder import AutoencoderConfig
+from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, latent_grid, reconstruction_loss
 from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.train.loop import Job, LoopConfig
@@ -34,7 +35,7 @@ class AutoencoderRun:
     split: str = "train"
     crop: tuple[int, int, int] = (9, 64, 64)
     image_share: float = 0.1
-    model: AutoencoderConfig = AutoencoderConfig()
+    model: FirstStageConfig = AutoencoderConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     feed: FeedConfig = FeedConfig()
@@ -85,7 +86,7 @@ def autoencoder_loss(config: AutoencoderRun, params: dict, batch: dict, step, pa
     return total, (count, means)
 
 
-def check_sizes(config: AutoencoderConfig, dataset: Dataset) -> None:
+def check_sizes(config: FirstStageConfig, dataset: Dataset) -> None:
     """UserError unless the autoencoder takes every clip of the dataset whole, as encoding them will."""
     columns = (dataset.table[side].to_pylist() for side in ("frames", "height", "width"))
     for size in sorted(set(zip(*columns, strict=True))):
@@ -117,7 +118,7 @@ def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> J
     )
 
 
-def _counts(model: AutoencoderConfig, batch: dict) -> dict[str, float]:
+def _counts(model: FirstStageConfig, batch: dict) -> dict[str, float]:
     shapes = [x.shape[:4] for name, x in batch.items() if name.endswith("_BTHW3")]
     return {
         "clips": sum(clips for clips, *_ in shapes),

@@ -18,7 +18,7 @@ from sora_jax.config import check, frozen, plain
 from sora_jax.data.canvases import Size, canvas_of
 from sora_jax.errors import UserError
 from sora_jax.files import replacing, write_json
-from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
+from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
@@ -34,7 +34,7 @@ CODE = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
 class FrozenAutoencoder:
     """An autoencoder to use, not to train: latents in and out of it are normalised by its own statistics."""
 
-    config: AutoencoderConfig
+    config: FirstStageConfig
     params: dict
     mean_C: np.ndarray
     std_C: np.ndarray
@@ -118,7 +118,7 @@ def _flush(function, held: list[np.ndarray], batch: int) -> np.ndarray:
     return function(np.stack(filled))[: len(held)]
 
 
-def measure_statistics(params, config: AutoencoderConfig, clips: Iterable[np.ndarray], batch: int = 16):
+def measure_statistics(params, config: FirstStageConfig, clips: Iterable[np.ndarray], batch: int = 16):
     """Mean and standard deviation of each latent channel over clips, each position counting once.
 
     No deviation is taken for less than SMALLEST_STD times the largest.
@@ -163,7 +163,7 @@ def load_autoencoder(run: Path) -> FrozenAutoencoder:
 
 def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     record = json.loads((folder / RECORD).read_text())
-    config = frozen(AutoencoderConfig, record["config"])
+    config = frozen(FirstStageConfig, record["config"])
     with np.load(folder / WEIGHTS) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")

@@ -1,0 +1,238 @@
+"""The image autoencoder of latent diffusion: pictures to small Gaussian latents and back (2112.10752, appendix G).
+
+A clip is as many pictures as it has frames: nothing is compressed or mixed in time. With 4 latent channels it is the
+autoencoder of Stable Diffusion and DiT, with 16 and without convolutions around the latent that of SD3 (2403.03206).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.config import check, choose
+from sora_jax.models.autoencoder import LOGVAR_RANGE
+from sora_jax.nn.images import conv2d, conv2d_specs, enlarge, group_norm, group_norm_specs
+from sora_jax.nn.layers import compute_dtype, dense, dense_specs
+from sora_jax.parallel.rules import out_sharding
+
+QUERIES_AT_ONCE = 1024  # of the attention in the middle: bounds its memory for large pictures
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """Sizes and loss of the image autoencoder.
+
+    Level i has `widths[i]` channels, finest first, and half the height and width of the one before; the encoder has
+    `blocks` residual blocks on each, the decoder one more. Group normalisation has `groups` groups. `quant`: whether
+    convolutions of one pixel stand behind the encoder and before the decoder. The loss is that of AutoencoderConfig.
+    """
+
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    groups: int = 32
+    quant: bool = True
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    kl_weight: float = 1e-6
+    remat: bool = False
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        for name in ("latent_channels", "blocks", "groups"):
+            value = getattr(self, name)
+            check(value > 0, f"autoencoder.{name} is {value}; it must be positive")
+        for name in ("l1_weight", "l2_weight", "kl_weight"):
+            value = getattr(self, name)
+            check(value >= 0, f"autoencoder.{name} is {value}; it must not be negative")
+        check(
+            bool(self.widths) and all(width > 0 and width % self.groups == 0 for width in self.widths),
+            f"autoencoder.widths is {self.widths}; each must be a multiple of autoencoder.groups = {self.groups}",
+        )
+        choose("autoencoder.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+
+    @property
+    def time_factor(self) -> int:
+        return 1
+
+    @property
+    def space_factor(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+
+def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(t, h, w) of a clip's latent: t = frames, height = f h and width = f w; else UserError with the nearest."""
+    check(frames > 0, f"frames is {frames}; it must be positive")
+    factor = config.space_factor
+    for name, size in (("height", height), ("width", width)):
+        below = size - size % factor
+        nearest = f"{below} or {below + factor}" if below else str(factor)
+        check(size == below > 0, f"{name} is {size}; it must be a positive multiple of {factor}, such as {nearest}")
+    return frames, height // factor, width // factor
+
+
+def autoencoder_specs(config: KLConfig) -> dict:
+    """All parameters: {"encoder", "decoder"}, and {"quant", "post_quant"} where the config has them."""
+    latent = config.latent_channels
+    quant = {"quant": conv2d_specs(2 * latent, 2 * latent, 1), "post_quant": conv2d_specs(latent, latent, 1)}
+    return {"encoder": encoder_specs(config), "decoder": decoder_specs(config)} | (quant if config.quant else {})
+
+
+def encoder_specs(config: KLConfig) -> dict:
+    widths = config.widths
+    return {
+        "stem": conv2d_specs(3, widths[0]),
+        "levels": [level_specs(*pair, config.blocks) for pair in zip((widths[0], *widths), widths)],
+        "downs": [conv2d_specs(width, width) for width in widths[:-1]],
+        "middle": middle_specs(widths[-1]),
+        "norm": group_norm_specs(widths[-1]),
+        "head": conv2d_specs(widths[-1], 2 * config.latent_channels),
+    }
+
+
+def encode(
+    params: dict, config: KLConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and log variance of the posterior, float32, each (B, T, h, w, C).
+
+    video (B, T, H, W, 3) in [-1, 1]; H = f h, W = f w, other sizes raise UserError. sizes (B, 2): each clip's own
+    height and width, in the top left corner of its frames; what lies outside reaches neither convolutions nor norms
+    nor attention, so the latent in the clip's own part is that of the clip alone.
+    """
+    latent_grid(config, *video_BTHWC.shape[1:4])
+    p, canvas = params["encoder"], video_BTHWC.shape[2:4]
+    sizes_I2 = None if sizes_B2 is None else _frames(sizes_B2[:, None].repeat(video_BTHWC.shape[1], 1))
+    x = _frames(video_BTHWC.astype(compute_dtype(config.dtype)))
+    mask = _mask(sizes_I2, canvas, x)
+    x = conv2d(p["stem"], x, mask)
+    for number, blocks in enumerate(p["levels"]):
+        if number:
+            x = conv2d(p["downs"][number - 1], x, mask, stride=2)
+            mask = _mask(sizes_I2, canvas, x)
+        x = _level(blocks, config, x, mask)
+    x = _middle(p["middle"], config, x, mask)
+    x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups, mask)), mask)
+    x = conv2d(params["quant"], x) if config.quant else x
+    mean, logvar = jnp.split(_clips(x, video_BTHWC.shape[:2]).astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+
+def decoder_specs(config: KLConfig) -> dict:
+    widths = config.widths[::-1]
+    return {
+        "stem": conv2d_specs(config.latent_channels, widths[0]),
+        "middle": middle_specs(widths[0]),
+        "levels": [level_specs(*pair, config.blocks + 1) for pair in zip((widths[0], *widths), widths)],
+        "ups": [conv2d_specs(width, width) for width in widths[:-1]],
+        "norm": group_norm_specs(widths[-1]),
+        "head": conv2d_specs(widths[-1], 3),
+    }
+
+
+def decode(params: dict, config: KLConfig, z_BthwC: jax.Array) -> jax.Array:
+    """(B, T, h, w, C) -> (B, T, f h, f w, 3) float32, about [-1, 1] but not clipped."""
+    channels = z_BthwC.shape[-1]
+    check(
+        channels == config.latent_channels,
+        f"latents have {channels} channels; this autoencoder decodes {config.latent_channels}",
+    )
+    p, x = params["decoder"], _frames(z_BthwC.astype(compute_dtype(config.dtype)))
+    x = conv2d(params["post_quant"], x) if config.quant else x
+    x = _middle(p["middle"], config, conv2d(p["stem"], x))
+    for number, blocks in enumerate(p["levels"]):
+        if number:
+            x = conv2d(p["ups"][number - 1], enlarge(x))
+        x = _level(blocks, config, x)
+    x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups)))
+    return _clips(x, z_BthwC.shape[:2]).astype(jnp.float32)
+
+
+def level_specs(inputs: int, outputs: int, blocks: int) -> list[dict]:
+    """Residual blocks, the first of which changes the width."""
+    return [block_specs(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
+
+
+def _level(blocks: list[dict], config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    run = functools.partial(block, groups=config.groups)
+    run = jax.checkpoint(run) if config.remat else run
+    for p in blocks:
+        x_IHWD = run(p, x_IHWD, mask)
+    return x_IHWD
+
+
+def block_specs(inputs: int, outputs: int) -> dict:
+    specs = {
+        "norm1": group_norm_specs(inputs),
+        "conv1": conv2d_specs(inputs, outputs),
+        "norm2": group_norm_specs(outputs),
+        "conv2": conv2d_specs(outputs, outputs),
+    }
+    return specs if inputs == outputs else specs | {"shortcut": conv2d_specs(inputs, outputs, 1)}
+
+
+def block(p: dict, x_IHWD: jax.Array, mask: jax.Array | None = None, *, groups: int) -> jax.Array:
+    """x, brought to the new width where that changes, plus twice norm, SiLU, convolution."""
+    y = conv2d(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x_IHWD, groups, mask)), mask)
+    y = conv2d(p["conv2"], jax.nn.silu(group_norm(p["norm2"], y, groups, mask)), mask)
+    return (conv2d(p["shortcut"], x_IHWD) if "shortcut" in p else x_IHWD) + y
+
+
+def middle_specs(width: int) -> dict:
+    projections = {name: dense_specs(width, width, ("conv_in", "conv_out")) for name in ("q", "k", "v", "merge")}
+    attention = {"norm": group_norm_specs(width), **projections}
+    return {"first": block_specs(width, width), "attention": attention, "second": block_specs(width, width)}
+
+
+def _middle(p: dict, config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Block, attention of one head among all positions of a picture, block."""
+    x_IHWD = _level([p["first"]], config, x_IHWD, mask)
+    with jax.named_scope("attention"):
+        y = group_norm(p["attention"]["norm"], x_IHWD, config.groups, mask)
+        axes = ("batch", None, None, None)
+        q, k, v = (dense(p["attention"][name], y, axes) for name in ("q", "k", "v"))
+        x_IHWD += dense(p["attention"]["merge"], _attend(q, k, v, mask), axes)
+    return _level([p["second"]], config, x_IHWD, mask)
+
+
+def _attend(q_IHWD: jax.Array, k_IHWD: jax.Array, v_IHWD: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax attention with one head of full width, so many rows of queries at once that memory stays bounded."""
+    images, height, width, channels = q_IHWD.shape
+    rows = next(n for n in range(height, 0, -1) if height % n == 0 and (n == 1 or n * width <= QUERIES_AT_ONCE))
+    bias = None if mask is None else jnp.where(mask[:, None, None, :, :, 0], 0.0, MASKED)
+
+    @jax.checkpoint
+    def some(q_IrWD):
+        scores = jnp.einsum("irwd,ihud->irwhu", q_IrWD, k_IHWD, preferred_element_type=jnp.float32) * channels**-0.5
+        weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=(-2, -1)).astype(v_IHWD.dtype)
+        return jnp.einsum("irwhu,ihud->irwd", weights, v_IHWD)
+
+    if rows == height:
+        return some(q_IHWD)
+    apart = (images, height // rows, rows, width, channels)
+    parts = jnp.reshape(q_IHWD, apart, out_sharding=out_sharding("batch", *(None,) * 4))
+    out = jnp.moveaxis(jax.lax.map(some, jnp.moveaxis(parts, 1, 0)), 0, 1)
+    return jnp.reshape(out, q_IHWD.shape, out_sharding=out_sharding("batch", *(None,) * 3))
+
+
+def _mask(sizes_I2: jax.Array | None, canvas: tuple[int, int], x_IHWD: jax.Array) -> jax.Array | None:
+    """(I, H, W, 1): which pixels of x belong to the pictures, whose sizes count pixels of the canvas."""
+    if sizes_I2 is None:
+        return None
+    rows, columns = (
+        jnp.arange(side) * whole < sizes_I2[:, axis, None] * side
+        for axis, (side, whole) in enumerate(zip(x_IHWD.shape[1:3], canvas, strict=True))
+    )
+    return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+
+def _frames(x: jax.Array) -> jax.Array:
+    """(B, T, ...) -> (B T, ...)."""
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    return jnp.reshape(x, shape, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
+
+
+def _clips(x_IHWD: jax.Array, clips: tuple[int, int]) -> jax.Array:
+    """(B T, H, W, D) -> (B, T, H, W, D)."""
+    return jnp.reshape(x_IHWD, (*clips, *x_IHWD.shape[1:]), out_sharding=out_sharding("batch", *(None,) * 4))

@@ -1,0 +1,76 @@
+"""Every autoencoder there is behind one set of functions; what training one needs.
+
+The class of the config says which module does the work. Each has the same functions: `autoencoder_specs`,
+`latent_grid`, `encode`, `decode`.
+"""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.models import autoencoder, autoencoder_kl
+from sora_jax.models.autoencoder import AutoencoderConfig
+from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.parallel.rules import out_sharding
+
+FirstStageConfig = AutoencoderConfig | KLConfig
+MODULES: dict[type, ModuleType] = {AutoencoderConfig: autoencoder, KLConfig: autoencoder_kl}
+
+
+def autoencoder_specs(config: FirstStageConfig) -> dict:
+    """All parameters."""
+    return MODULES[type(config)].autoencoder_specs(config)
+
+
+def latent_grid(config: FirstStageConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(t, h, w) of a clip's latent; UserError with the nearest sizes that are allowed where there is none."""
+    return MODULES[type(config)].latent_grid(config, frames, height, width)
+
+
+def encode(params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None):
+    """Mean and log variance of the posterior, float32, each (B, t, h, w, C), of video (B, T, H, W, 3) in [-1, 1].
+
+    sizes (B, 2): each clip's own height and width, in the top left corner of its frames; its latent is that of the
+    clip alone.
+    """
+    return MODULES[type(config)].encode(params, config, video_BTHWC, sizes_B2)
+
+
+def decode(params: dict, config: FirstStageConfig, z_BthwC: jax.Array) -> jax.Array:
+    """(B, t, h, w, C) -> (B, T, H, W, 3) float32, about [-1, 1] but not clipped."""
+    return MODULES[type(config)].decode(params, config, z_BthwC)
+
+
+def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
+    """mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
+    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=out_sharding("batch", None, None, None, None))
+    return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
+
+
+def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each element, in nats (1312.6114, appendix B)."""
+    return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+
+
+def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
+    """Peak signal to noise ratio of each clip in dB, (B,), for values in [-1, 1], peak 2; at most 100."""
+    error_B = jnp.square(video_BTHWC - reference_BTHWC).mean(axis=(1, 2, 3, 4))
+    return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
+
+
+def reconstruction_loss(params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, key: jax.Array):
+    """The training loss of a batch, and its parts as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
+
+    Latents are drawn from the posterior with `key`; PSNR is that of the clipped result, a mean over clips.
+    """
+    mean, logvar = encode(params, config, video_BTHWC)
+    decoded = decode(params, config, sample_posterior(key, mean, logvar))
+    error = decoded - video_BTHWC
+    parts = {
+        "l1": jnp.abs(error).mean(),
+        "l2": jnp.square(error).mean(),
+        "kl": kl_to_standard_normal(mean, logvar).mean(),
+    }
+    loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"] + config.kl_weight * parts["kl"]
+    return loss, parts | {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video_BTHWC).mean()}
