@@ -22,6 +22,7 @@ class Purpose(enum.IntEnum):
     NOISE = 2
     CAPTION_DROPOUT = 3
     SAMPLE = 4
+    SOLVER = 5
 
 
 def step_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:

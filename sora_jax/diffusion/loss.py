@@ -1,28 +1,44 @@
-"""The denoising loss, as sums that add up over micro-batches and devices."""
+"""The denoising loss, as sums that add up over micro-batches and devices.
 
+A model that learns its variance adds the bound to the squared error (Nichol and Dhariwal 2102.09672, equation 16;
+DiT 2212.09748): equation (12) of `process` at the drawn step, in bits per value, with the mean held constant, so
+that the squared error alone trains the mean and the bound alone the variance.
+"""
+
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sora_jax.diffusion.prediction import Denoise, express
-from sora_jax.diffusion.process import Process, corrupt
+from sora_jax.diffusion.posterior import learned_log_variance, log_variance_bounds
+from sora_jax.diffusion.prediction import Denoise, express, solve
+from sora_jax.diffusion.process import Process, corrupt, lost_snr, step_before
 from sora_jax.diffusion.times import per_token
+from sora_jax.diffusion.weights import WeightConfig, loss_scale
 from sora_jax.shapes import SegmentsBL, TimesBR, TokensBLP
+
+# Data in [-1, 1] in 256 steps: half a bin, and where the outermost bins, which have no outer edge, begin.
+_HALF_BIN = 1.0 / 255.0
+_LAST_BIN = 0.999
+_LEAST_PROBABILITY = 1e-12
 
 
 class LossSums(NamedTuple):
-    """Float32 sums over tokens. Add them up first, then divide loss by weight: every token counts the same.
+    """Float32 sums over tokens. Add them up first, then divide by weight: every token counts the same.
 
-    loss and weight are scalars; loss_bins and weight_bins hold the same sums by noise level, bin i for
-    i / bins <= t < (i + 1) / bins.
+    loss = mse + vlb is what is trained: the squared error, weighted by noise level if so configured, and the bound in
+    bits per value (0 unless the model learns its variance). loss_bins and weight_bins hold loss and weight by noise
+    level, bin i for i / bins <= t < (i + 1) / bins.
     """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
     loss_bins: Float[Array, " bins"]
     weight_bins: Float[Array, " bins"]
+    mse: Float[Array, ""]
+    vlb: Float[Array, ""]
 
 
 def denoising_loss(
@@ -35,27 +51,78 @@ def denoising_loss(
     rows_BL: Int[Array, "B L"],
     weight_BL: Float[Array, "B L"],
     bins: int = 10,
+    scale: WeightConfig = WeightConfig(),
+    learned_variance: bool = False,
 ) -> LossSums:
-    """Weighted sum over tokens of the mean squared error of the prediction (2006.11239, equation 14).
+    """Weighted sum over tokens of the mean squared error of the prediction, and of the bound.
 
-    `denoise(x_BLP, t_BR)` predicts the given kind; rows_BL points every token at its noise-level row.
-    weight_BL is 0 where there is nothing to learn (`loss_weight`): those tokens add neither loss nor
-    gradient, not even where their error is infinite.
+    `denoise(x_BLP, t_BR)` predicts the given kind, then its variance values if it learns them; rows_BL points every
+    token at its noise-level row. `scale` weighs the squared error by noise level. weight_BL is 0 where there is
+    nothing to learn (`loss_weight`): those tokens add neither loss nor gradient, not even where their error is
+    infinite.
     """
     t_BL1 = per_token(t_BR, rows_BL)[:, :, None]
     x_BLP = corrupt(process, x0_BLP, eps_BLP, t_BL1)
     target_BLP = express(process, kind, x0_BLP, eps_BLP, t_BL1)
-    error_BLP = denoise(x_BLP, t_BR).astype(jnp.float32) - target_BLP
     # Select, not multiply: 0 times an infinite error would be a NaN, in the loss or in its gradient.
-    error_BLP = jnp.where(weight_BL[:, :, None] > 0, error_BLP, 0.0)
-    loss_BL = weight_BL * jnp.mean(jnp.square(error_BLP), axis=2)
-    in_bin_BLN = jax.nn.one_hot(_noise_bin(t_BL1[:, :, 0], bins), bins)
-    return LossSums(
-        loss=jnp.sum(loss_BL),
-        weight=jnp.sum(weight_BL),
-        loss_bins=jnp.sum(loss_BL[:, :, None] * in_bin_BLN, axis=(0, 1)),
-        weight_bins=jnp.sum(weight_BL[:, :, None] * in_bin_BLN, axis=(0, 1)),
-    )
+    learns_BL1 = weight_BL[:, :, None] > 0
+    out_BLP = jnp.where(learns_BL1, denoise(x_BLP, t_BR).astype(jnp.float32), 0.0)
+    width = x0_BLP.shape[2]
+    error_BLP = jnp.where(learns_BL1, out_BLP[:, :, :width] - target_BLP, 0.0)
+    scale_BL1 = jnp.where(learns_BL1, loss_scale(scale, process, kind, t_BL1), 0.0)
+    mse_BL = weight_BL * jnp.mean(scale_BL1 * jnp.square(error_BLP), axis=2)
+    vlb_BL = jnp.zeros_like(mse_BL)
+    if learned_variance:
+        bits_BLP = bound_bits(process, kind, out_BLP, x0_BLP, x_BLP, step_before(t_BL1), t_BL1)
+        vlb_BL = weight_BL * jnp.mean(jnp.where(learns_BL1, bits_BLP, 0.0), axis=2)
+    return _sums(mse_BL, vlb_BL, weight_BL, t_BL1[:, :, 0], bins)
+
+
+def bound_bits(
+    process: Process,
+    kind: str,
+    out_BLP: Float[Array, "B L 2P"],
+    x0_BLP: TokensBLP,
+    x_BLP: TokensBLP,
+    s_BL1: Float[Array, "B L 1"],
+    t_BL1: Float[Array, "B L 1"],
+) -> TokensBLP:
+    """Equation (12) of `process` for the step from t to s, in bits per value, differentiable in the variance alone.
+
+    `out_BLP` is the model's output at x_BLP, predictions then variance values. Where s = 0 it is the likelihood of
+    the data in its bin, else the divergence of the step; finite for every t in [0, 1].
+    """
+    y_BLP, v_BLP = jnp.split(out_BLP, 2, axis=2)
+    model_x0_BLP = solve(process, kind, jax.lax.stop_gradient(y_BLP), x_BLP, t_BL1)[0]
+    log_variance_BLP = learned_log_variance(process, v_BLP, s_BL1, t_BL1)
+    # Both means are equation (10): what they differ by is the x_0 term. At s = 0 the mean is x_0 itself.
+    off_BLP = process.a(s_BL1) * lost_snr(process, s_BL1, t_BL1) * (x0_BLP - model_x0_BLP)
+    true_log_variance_BL1 = log_variance_bounds(process, s_BL1, t_BL1)[0]
+    divergence_BLP = normal_divergence(off_BLP, true_log_variance_BL1, log_variance_BLP)
+    likelihood_BLP = bin_log_likelihood(x0_BLP, model_x0_BLP, 0.5 * log_variance_BLP)
+    return jnp.where(s_BL1 > 0, divergence_BLP, -likelihood_BLP) / math.log(2.0)
+
+
+def normal_divergence(offset: Array, log_variance: Array, model_log_variance: Array) -> Array:
+    """KL in nats of N(0, exp(log_variance)) from N(offset, exp(model_log_variance)); the shapes broadcast."""
+    wider = model_log_variance - log_variance
+    return 0.5 * (jnp.expm1(-wider) + wider + jnp.square(offset) * jnp.exp(-model_log_variance))
+
+
+def bin_log_likelihood(x: Array, mean: Array, log_std: Array) -> Array:
+    """log P of the bin of x under N(mean, exp(2 log_std)), in nats: equation 13 of 2006.11239; shapes broadcast.
+
+    Bins are 2/255 wide around x; the first and the last of [-1, 1] reach to infinity. Not below log 1e-12. The normal
+    distribution is exact here; the code of DDPM and of DiT takes a tanh for it, which is off by up to 2e-4.
+    """
+    inverse_std = jnp.exp(-log_std)
+    upper = jnp.where(x > _LAST_BIN, jnp.inf, (x + _HALF_BIN - mean) * inverse_std)
+    lower = jnp.where(x < -_LAST_BIN, -jnp.inf, (x - _HALF_BIN - mean) * inverse_std)
+    # Reflected into the lower tail, where the distribution function keeps its digits.
+    reflects = lower + upper > 0
+    low, high = jnp.where(reflects, -upper, lower), jnp.where(reflects, -lower, upper)
+    probability = jax.scipy.special.ndtr(high) - jax.scipy.special.ndtr(low)
+    return jnp.log(jnp.maximum(probability, _LEAST_PROBABILITY))
 
 
 def loss_weight(segments_BL: SegmentsBL, t_BR: TimesBR, rows_BL: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -64,5 +131,14 @@ def loss_weight(segments_BL: SegmentsBL, t_BR: TimesBR, rows_BL: Int[Array, "B L
     return ((segments_BL > 0) & unknown_BL).astype(jnp.float32)
 
 
-def _noise_bin(t_BL: Array, bins: int) -> Array:
-    return jnp.minimum((t_BL * bins).astype(jnp.int32), bins - 1)
+def _sums(mse_BL: Array, vlb_BL: Array, weight_BL: Array, t_BL: Array, bins: int) -> LossSums:
+    in_bin_BLN = jax.nn.one_hot(jnp.minimum((t_BL * bins).astype(jnp.int32), bins - 1), bins)
+    mse, vlb = jnp.sum(mse_BL), jnp.sum(vlb_BL)
+    return LossSums(
+        loss=mse + vlb,
+        weight=jnp.sum(weight_BL),
+        loss_bins=jnp.sum((mse_BL + vlb_BL)[:, :, None] * in_bin_BLN, axis=(0, 1)),
+        weight_bins=jnp.sum(weight_BL[:, :, None] * in_bin_BLN, axis=(0, 1)),
+        mse=mse,
+        vlb=vlb,
+    )

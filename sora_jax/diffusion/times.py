@@ -4,45 +4,100 @@ Both pass through the same size-dependent shift: more tokens average noise away 
 needs more of it to lose as much (Esser et al. 2403.03206, section 5.3.2),
 
     shift(t) = alpha t / (1 + (alpha - 1) t),    alpha = sqrt(tokens / base_tokens)       (1)
+
+A training time is a quantile function at a uniform number u: one draw per clip, or, `stratified`, points that
+fill [0, 1) evenly over the whole batch (the low-discrepancy sampler of Kingma et al. 2107.00630):
+
+    u_i = frac(u_0 + i / n),    clip i of n, one u_0 for the step                         (2)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
 from sora_jax.diffusion.keys import clip_keys
+from sora_jax.diffusion.process import DDPM_STEPS, Process, edm, time_of_half_log_snr, time_of_step
 from sora_jax.errors import UserError
 from sora_jax.shapes import ClipsBS
 
-DISTRIBUTIONS = ("uniform", "logit_normal")
-
 # Time 0 is kept for tokens that are given; a clip in training always has at least this much noise.
 MIN_TIME = 1e-5
+# Beyond this scale the quantile function of `mode` is not monotonic (2403.03206, section 3.1).
+MAX_MODE_SCALE = 1.7519
 
 
 @dataclass(frozen=True)
 class TimesConfig:
-    """How training times are drawn and how clip size moves all times.
+    """How training times are drawn and how clip size moves all times; n ~ N(0, 1) and u ~ U[0, 1) below.
 
-    `logit_normal` draws t = sigmoid(mean + std n), n ~ N(0, 1); `uniform` ignores mean and std.
+    distribution    time
+    uniform         u
+    logit_normal    sigmoid(mean + std n); 2403.03206, equation 19
+    mode            1 - u - mode_scale (cos^2(pi u / 2) - 1 + u); 2403.03206, equation 20
+    cosmap          1 - 1 / (1 + tan(pi u / 2)), the noise levels of `trigonometric`; 2403.03206, equation 21
+    log_sigma       where b / a = exp(mean + std n); Karras et al. 2206.00364, table 1, has mean -1.2 and std 1.2
+    steps           one of the thousand discrete steps, each as often; DDPM and DiT
+
     A clip of `base_tokens` tokens is not shifted; base_tokens = 0 shifts no clip.
     """
 
     distribution: str = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
+    mode_scale: float = 1.29
     base_tokens: int = 256
+    stratified: bool = False
 
     def __post_init__(self):
-        if self.distribution not in DISTRIBUTIONS:
-            allowed = ", ".join(DISTRIBUTIONS)
+        if self.distribution not in QUANTILES:
+            allowed = ", ".join(QUANTILES)
             raise UserError(f"times.distribution must be one of {allowed}, not {self.distribution!r}.")
         if not self.std > 0:
             raise UserError(f"times.std must be above 0, not {self.std}.")
+        if not -1.0 <= self.mode_scale <= MAX_MODE_SCALE:
+            raise UserError(f"times.mode_scale must be from -1 to {MAX_MODE_SCALE}, not {self.mode_scale}.")
         if self.base_tokens < 0:
             raise UserError(f"times.base_tokens must be 0 (no shift) or more, not {self.base_tokens}.")
+
+
+def _normal(config: TimesConfig, u: Array) -> Array:
+    return config.mean + config.std * jnp.sqrt(2.0) * jax.lax.erf_inv(2.0 * u - 1.0)
+
+
+def _logit_normal(config: TimesConfig, process: Process, u: Array) -> Array:
+    return jax.nn.sigmoid(_normal(config, u))
+
+
+def _mode(config: TimesConfig, process: Process, u: Array) -> Array:
+    return 1.0 - u - config.mode_scale * (jnp.square(jnp.cos(0.5 * jnp.pi * u)) - 1.0 + u)
+
+
+def _cosmap(config: TimesConfig, process: Process, u: Array) -> Array:
+    # tan / (1 + tan) with both multiplied by the cosine: finite up to u = 1.
+    sine, cosine = jnp.sin(0.5 * jnp.pi * u), jnp.cos(0.5 * jnp.pi * u)
+    return sine / (sine + cosine)
+
+
+def _log_sigma(config: TimesConfig, process: Process, u: Array) -> Array:
+    return time_of_half_log_snr(process, -_normal(config, u))
+
+
+def _steps(config: TimesConfig, process: Process, u: Array) -> Array:
+    return time_of_step(jnp.minimum(jnp.floor(u * DDPM_STEPS), DDPM_STEPS - 1.0))
+
+
+# Quantile functions: time from a uniform number.
+QUANTILES: dict[str, Callable[[TimesConfig, Process, Array], Array]] = {
+    "uniform": lambda config, process, u: u,
+    "logit_normal": _logit_normal,
+    "mode": _mode,
+    "cosmap": _cosmap,
+    "log_sigma": _log_sigma,
+    "steps": _steps,
+}
 
 
 def shift(config: TimesConfig, t: Float[Array, "..."], tokens: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -56,29 +111,62 @@ def shift(config: TimesConfig, t: Float[Array, "..."], tokens: Int[Array, "..."]
 
 
 def draw_times(
-    config: TimesConfig, key: Key[Array, ""], clips_BS: ClipsBS, tokens_BS: Int[Array, "B S"]
+    config: TimesConfig,
+    key: Key[Array, ""],
+    clips_BS: ClipsBS,
+    tokens_BS: Int[Array, "B S"],
+    ranks_BS: Float[Array, "B S"] | None = None,
+    process: Process = edm,
 ) -> Float[Array, "B S"]:
-    """One training time per clip, in [MIN_TIME, 1], float32: a function of (key, clip id, clip size)."""
-    draw = jax.random.uniform if config.distribution == "uniform" else jax.random.normal
-    drawn_BS = jax.vmap(jax.vmap(lambda clip_key: draw(clip_key, (), jnp.float32)))(clip_keys(key, clips_BS))
-    if config.distribution == "logit_normal":
-        drawn_BS = jax.nn.sigmoid(config.mean + config.std * drawn_BS)
-    return jnp.clip(shift(config, drawn_BS, tokens_BS), MIN_TIME, 1.0)
+    """One training time per clip, in [MIN_TIME, 1], float32: a function of (key, clip id, clip size).
+
+    Stratified times are a function of (key, rank, clip size). `ranks_BS` is then needed if clips_BS is not the whole
+    batch but a part of it: the part's slice of the whole's `batch_ranks`. `process` is needed for log_sigma alone.
+    """
+    if config.stratified:
+        ranks_BS = batch_ranks(clips_BS) if ranks_BS is None else ranks_BS
+        # No clip has id 0: the step's own number is nobody else's.
+        drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0))
+        uniform_BS = drawn_BS - jnp.floor(drawn_BS)
+    else:
+        keys_BS = clip_keys(key, clips_BS)
+        uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(keys_BS)
+    times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
+    return jnp.clip(shift(config, times_BS, tokens_BS), MIN_TIME, 1.0)
 
 
-def sampling_times(config: TimesConfig, steps: int, tokens_BR: Int[Array, "B R"]) -> Float[Array, "K B R"]:
-    """The steps + 1 times from 1 to 0 of every row, evenly spaced before the shift, float32.
+def batch_ranks(clips: UInt32[Array, "*slots"]) -> Float[Array, "*slots"]:
+    """i / n of equation (2) for every clip of the batch, in [0, 1); 0 for empty slots. Any shape of clip ids.
+
+    The order i is that of the scrambled clip ids: the same wherever the clips are packed and however the batch lies
+    on a mesh (the ids are gathered: four bytes per slot). Under gradient accumulation call it on the whole batch.
+    """
+    sharding = jax.typeof(clips).sharding
+    if sharding.mesh.empty:
+        return _ranks(clips)
+    gathered = jax.sharding.reshard(clips, jax.P(*[None] * clips.ndim))
+    return jax.sharding.reshard(_ranks(gathered), sharding.spec)
+
+
+def _ranks(clips: Array) -> Array:
+    ids = clips.ravel()
+    # Ids that follow each other often belong to like clips; an odd factor scrambles the order and keeps ids apart.
+    place = jnp.argsort(jnp.argsort(ids * jnp.uint32(2654435761)))
+    empty = jnp.sum(ids == 0)
+    count = jnp.maximum(ids.size - empty, 1).astype(jnp.float32)
+    return jnp.maximum(place - empty, 0).astype(jnp.float32).reshape(clips.shape) / count
+
+
+def sampling_times(
+    config: TimesConfig, base_K: Float[Array, " K"], tokens_BR: Int[Array, "B R"]
+) -> Float[Array, "K B R"]:
+    """The times of every row, float32: the decreasing grid base_K (`spacing.base_times`), shifted by the row's size.
 
     tokens_BR counts the tokens of the clip that a row serves. To hold a row of given tokens, set all its
     times to 0.
-
-    Raises:
-        UserError: fewer than one step.
     """
-    if steps < 1:
-        raise UserError(f"steps must be 1 or more, not {steps}.")
-    even_K = jnp.linspace(1.0, 0.0, steps + 1, dtype=jnp.float32)
-    return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR))(even_K)
+    base_K = jnp.asarray(base_K, jnp.float32)
+    return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR))(base_K)
 
 
 def per_token(values_BR: Num[Array, "B R"], rows_BL: Int[Array, "B L"]) -> Num[Array, "B L"]:

@@ -1,0 +1,80 @@
+"""How much the error of a prediction counts at each noise level.
+
+Each weight is defined once, on the squared error of x_0 or of eps, and carried to whatever the model predicts: by
+equation (7) of `process`, an error e of the prediction c x_0 + d eps at a known x_t is one of
+
+    -b e / (a d - b c)  in x_0,      a e / (a d - b c)  in eps                            (1)
+
+    name       weight of the squared error
+    uniform    1 on the model's own prediction
+    eps        1 on eps: DDPM's simple loss, Ho et al. 2006.11239, equation 14
+    elbo       -d log snr / dt on eps: twice the bound on the likelihood, Kingma et al. 2107.00630
+    min_snr    min(snr, gamma) on x_0; Hang et al. 2303.09556
+    sigmoid    sigmoid(bias - log snr) (-d log snr / dt) on eps; Kingma and Gao 2303.00848; Hoogeboom et al.
+               2410.19324
+    edm        (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on x_0, sigma = b / a; Karras et al. 2206.00364,
+               table 1. With sigma_data = 1 it is 1 on the prediction `edm`, and on v where variance is preserved
+
+The slope of log snr makes `elbo` and `sigmoid` mean the same on every process, for uniform times.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sora_jax.diffusion.prediction import FORMS, check_kind
+from sora_jax.diffusion.process import Process, half_log_snr, half_log_snr_slope
+from sora_jax.errors import UserError
+
+# Beyond these lambda a model cannot tell data from noise; the weights stay finite in float32.
+_MAX_HALF_LOG_SNR = 15.0
+# Without signal at t = 1 lambda falls ever faster: the last of a thousand steps weighs what its start does.
+_LATEST = 0.999
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """A weight by name; gamma is of min_snr, bias of sigmoid, sigma_data of edm."""
+
+    name: str = "uniform"
+    gamma: float = 5.0
+    bias: float = 2.0
+    sigma_data: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in WEIGHTS:
+            raise UserError(f"weight.name must be one of {', '.join(WEIGHTS)}, not {self.name!r}.")
+        for name in ("gamma", "sigma_data"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"weight.{name} must be above 0, not {getattr(self, name)}.")
+
+
+# (config, lambda, d log snr / dt) -> weight, and the space it is defined in ("" for the model's own).
+WEIGHTS: dict[str, tuple[str, Callable[[WeightConfig, Array, Array], Array]]] = {
+    "uniform": ("", lambda config, half, slope: jnp.ones_like(half)),
+    "eps": ("eps", lambda config, half, slope: jnp.ones_like(half)),
+    "elbo": ("eps", lambda config, half, slope: -slope),
+    "min_snr": ("x0", lambda config, half, slope: jnp.minimum(jnp.exp(2.0 * half), config.gamma)),
+    "sigmoid": ("eps", lambda config, half, slope: -slope * jax.nn.sigmoid(config.bias - 2.0 * half)),
+    "edm": ("x0", lambda config, half, slope: config.sigma_data**-2 + jnp.exp(2.0 * half)),
+}
+
+
+def loss_scale(config: WeightConfig, process: Process, kind: str, t: Array) -> Array:
+    """The factor on the squared error of predictions of this kind, float32, shaped like t; for 0 < t."""
+    space, weight = WEIGHTS[config.name]
+    t = jnp.minimum(t, _LATEST)
+    half = jnp.clip(half_log_snr(process, t), -_MAX_HALF_LOG_SNR, _MAX_HALF_LOG_SNR)
+    value = weight(config, half, 2.0 * half_log_snr_slope(process, t))
+    return value * jnp.square(_gain(process, check_kind(kind), space, half, t)) if space else value
+
+
+def _gain(process: Process, kind: str, space: str, half: Array, t: Array) -> Array:
+    """Equation (1) for e = 1, divided through by a or b so that neither end is lost."""
+    c, d = FORMS[kind](process, t)
+    if space == "x0":
+        return 1.0 / (c - jnp.exp(half) * d)
+    return 1.0 / (d - jnp.exp(-half) * c)
