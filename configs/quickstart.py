@@ -79,7 +79,7 @@ def transformer(config):
     steps(config, 1600, previews=5)
     config.preview.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.preview.sizes = tuple(size for _, size in PROMPTS)
-    config.preview.steps, config.preview.guidance = 12, 2.0
+    config.preview.steps, config.sampling.guidance.scale = "12", 2.0
 
 
 def steps(config, count, previews=6):
@@ -103,4 +103,4 @@ def tiny(config):
     model.depth, model.width, model.heads, model.text.width = 2, 48, 2, 32
     config.transformer.batch = 2
     steps(config.transformer, 6, previews=1)
-    config.show.steps = config.transformer.preview.steps = 2
+    config.show.steps, config.transformer.preview.steps = 2, "2"

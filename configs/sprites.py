@@ -74,5 +74,5 @@ def transformer():
     config.loop.steps = 2500
     config.loop.save_every, config.loop.preview_every = 250, 500
     config.preview.prompts, config.preview.sizes = PREVIEW, ((9, 64, 64),)
-    config.preview.steps = 15
+    config.preview.steps, config.sampling.guidance.scale = "15", 3.0
     return config

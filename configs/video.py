@@ -65,4 +65,5 @@ def transformer():
     config.loop.save_every, config.loop.preview_every = 500, 1000
     config.preview.prompts = tuple(prompt for prompt, _ in PREVIEW)
     config.preview.sizes = tuple(size for _, size in PREVIEW)
+    config.preview.steps, config.sampling.guidance.scale = "20", 3.0
     return config

@@ -29,11 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; 0 = done, 2 = a user's mistake (one sentence on stderr), 130 = stopped, all saved."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
-    unknown = [a for a in rest if not a.startswith("--config.")]
-    if unknown or (changes and not hasattr(options, "config")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    options.changes = changes
+    for prefix, name in (("--config.", "changes"), ("--sampling.", "sampling")):
+        if hasattr(options, name):
+            setattr(options, name, [a.removeprefix(prefix) for a in rest if a.startswith(prefix)])
+            rest = [a for a in rest if not a.startswith(prefix)]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return run(options)
     except UserError as error:
@@ -88,7 +89,7 @@ def _quickstart(commands) -> None:
     p = _parser(commands.add_parser, "quickstart", help=about, epilog=example)
     p.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
     p.add_argument("--config", help="a config file such as configs/quickstart.py:short (default: the full form)")
-    p.set_defaults(function=quickstart)
+    p.set_defaults(function=quickstart, changes=[])
 
 
 def quickstart(options) -> None:
@@ -107,7 +108,7 @@ def _train(commands) -> None:
     p.add_argument("--config", required=True, help=about)
     p.add_argument("--workdir", type=Path, required=True, help="run folder; a run found there goes on")
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, and end")
-    p.set_defaults(function=train)
+    p.set_defaults(function=train, changes=[])
 
 
 def train(options) -> None:
@@ -124,24 +125,31 @@ def train(options) -> None:
 
 def _sample(commands) -> None:
     example = (
-        'example:\n  sora-jax sample --workdir=runs/quickstart/transformer --prompt="a red circle moves left"'
-        " --frames=9 --height=24 --width=36 --out=circle.gif"
+        'examples:\n  sora-jax sample --workdir=runs/quickstart/transformer --prompt="a red circle moves left"'
+        " --frames=9 --height=24 --width=36 --out=circle.gif\n"
+        "  sora-jax sample --workdir=runs/dit --class=207,360 --size=256 --steps=250 --guidance=4 --out=grid.png\n"
+        "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
+        "--sampling.NAME=VALUE changes any field of the run's config.sampling"
     )
-    p = _parser(commands.add_parser, "sample", help="generate clips from prompts", epilog=example)
+    p = _parser(commands.add_parser, "sample", help="generate clips from prompts or classes", epilog=example)
     p.add_argument("--workdir", type=Path, required=True, help="run folder of a trained transformer")
     p.add_argument("--prompt", action="append", default=[], help="what to generate; may be given several times")
     p.add_argument("--prompts-file", type=Path, help="a text file with one prompt a line")
+    p.add_argument("--class", dest="classes", metavar="N,N..", help="class numbers; all go side by side into one file")
+    p.add_argument("--negative", default="", help="a prompt that guidance leads away from")
+    p.add_argument("--size", type=int, help="height and width of a square, in pixels")
     p.add_argument("--frames", type=int, help="default: as in the run's first preview; 1 for a .png")
     p.add_argument("--height", type=int, help="in pixels; default: as in the run's first preview")
     p.add_argument("--width", type=int, help="in pixels; default: as in the run's first preview")
-    p.add_argument("--steps", type=int, default=30, help="solver steps")
-    p.add_argument("--solver", default="euler", help="euler or heun")
-    p.add_argument("--guidance", type=float, help="1 = none; default: as in the run's previews")
+    p.add_argument("--steps", help="solver steps; with respaced spacing also 10,15,20 or ddim50; default: the run's")
+    p.add_argument("--solver", help="euler, heun, ddpm, ddim, dpm2, dpm3, unipc...; default: the run's")
+    p.add_argument("--guidance", type=float, help="1 = none; default: the run's")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--fps", type=float, help="frames a second of the file; default: as in the run's previews")
     p.add_argument("--upscale", type=int, default=1, help="enlarge pixels by a whole factor, to watch tiny clips")
-    p.add_argument("--out", type=Path, required=True, help=".mp4, .gif or .webp; .png for one frame; several: numbered")
-    p.set_defaults(function=sample)
+    p.add_argument("--autoencoder", type=Path, help="run of an autoencoder, where the run holds none")
+    p.add_argument("--out", type=Path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
+    p.set_defaults(function=sample, sampling=[])
 
 
 def sample(options) -> None:
@@ -226,7 +234,7 @@ def _build(verbs) -> None:
     add("--seconds", type=float, help="a file that takes longer is refused (60)")
     add("--shard", help="i/n: make every n-th part of 128 files; who is last joins them (0/1)")
     p.add_argument("--beam", help="build by Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
-    p.set_defaults(function=build)
+    p.set_defaults(function=build, changes=[])
 
 
 def build(options) -> None:

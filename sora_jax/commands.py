@@ -11,22 +11,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sora_jax.config import check, choose, first_difference, frozen, plain, read_json
+from sora_jax.config import check, choose, first_difference, frozen, override, plain, read_json
 from sora_jax.data.latents import LatentCache, TextInfo
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
+from sora_jax.data.sheets import grid
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.files import write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
-from sora_jax.generate.run import Run, load_run, read_run_config
-from sora_jax.generate.sampler import SampleConfig
-from sora_jax.models.autoencoder import autoencoder_specs
+from sora_jax.generate.run import Run, changed, load_run, read_run_config
+from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
-from sora_jax.train.denoiser import DenoiserRun, PreviewConfig, denoiser_job, prepare_tokenizer
+from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import (
     FOLDER,
@@ -39,7 +39,7 @@ from sora_jax.train.frozen import (
 from sora_jax.train.loop import Job, fit
 
 # A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
-MAY_CHANGE = ("loop", "feed", "preview", "mesh", "data", "latents")
+MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "data", "latents")
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
 PREVIEW_CLIPS = 8
@@ -115,8 +115,10 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     )
     autoencoder = load_autoencoder(config.latents)
     cache.check(autoencoder.fingerprint)
-    text = config.model.text
-    cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
+    if text := config.model.text:
+        cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
+    if config.model.classes:
+        cache.check_labels(config.model.classes, config.split)
     if (Path(workdir) / FOLDER / RECORD).exists():
         cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
     param.check_splits(transformer_specs(config.model), mesh)
@@ -128,9 +130,9 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)
     for size in config.preview.sizes:
         current(params={}).latent_size(*size)
-    preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.prompts else None
+    preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.any else None
     if preview is None:
-        print("config.preview.prompts is empty: no samples are shown while training", flush=True)
+        print("config.preview names no prompts or classes: no samples are shown while training", flush=True)
     job = denoiser_job(config, cache, tokenizer, preview, Path(workdir) / "captions")
     claim_workdir(workdir, config, cache.digest, cache.info.text)
     copy_autoencoder(config.latents, workdir)
@@ -192,28 +194,30 @@ def claim_workdir(workdir: Path, config, data: str, text: TextInfo | None = None
 
 
 def sample(options) -> list[Path]:
-    """Generates the prompts of the command line; returns the files written.
+    """Generates the prompts or classes of the command line; returns the files written.
 
-    What the command line leaves open is taken from the run's previews: size, guidance, frames a second. All that
-    can be refused is refused before anything is loaded.
+    What the command line leaves open is taken from the run's config: size, steps, solver, guidance, frames a second.
+    All that can be refused is refused before anything is loaded. Pictures of classes go into one file, side by side.
     """
-    prompts = _prompts(options)
-    paths = _numbered(options.out, len(prompts))
+    prompts, classes = _prompts(options), _classes(options.classes)
     config = read_run_config(options.workdir)
-    options = _with_defaults(options, config.preview)
+    options = _with_defaults(options, config)
+    paths = [options.out] if classes else _numbered(options.out, len(prompts))
     check_ending(options.out, options.frames)
     check(0.1 <= options.fps <= 240, f"--fps is {options.fps}; it must be from 0.1 to 240")
     for path in paths:
         check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
-    settings = (options.steps, options.guidance, options.seed, options.solver)
-    SampleConfig(options.solver, options.steps, options.guidance, options.seed)
-    run = load_run(options.workdir)
+    sampling = changed(override(config.sampling, options.sampling, "sampling"), options.steps, options.solver)
+    run = load_run(options.workdir, options.autoencoder)
     most = run.tokenizer.max_tokens
     for prompt in prompts:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
-    clips = run.generate(prompts, (options.frames, options.height, options.width), *settings)
+    size = (options.frames, options.height, options.width)
+    more = dict(guidance=options.guidance, seed=options.seed, sampling=sampling, negative=options.negative)
+    clips = run.generate(prompts, size, classes=classes, **more)
+    clips = [grid(clips)] if classes else clips
     for path, clip in zip(paths, clips, strict=True):
         write_video(path, clip, options.fps, options.upscale)
     return paths
@@ -229,18 +233,32 @@ def _prompts(options) -> list[str]:
             message = f"--prompts-file is {str(options.prompts_file)!r}; it must be UTF-8 text: {error}"
             raise UserError(message) from error
         prompts += [line.strip() for line in lines if line.strip()]
-    check(bool(prompts), "there is no prompt; give --prompt or --prompts-file")
+    check(bool(prompts or options.classes), "there is no prompt; give --prompt or --prompts-file, or --class")
+    check(not (prompts and options.classes), "--prompt and --class are both given; give one of them")
     return prompts
 
 
-def _with_defaults(options, preview: PreviewConfig):
+def _classes(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"--class is {text!r}; it must be numbers with commas between, such as 207,360") from None
+
+
+def _with_defaults(options, config: DenoiserRun):
     """The options with gaps filled in; under a name that ends in .png the clip is an image."""
+    preview = config.preview
     frames, height, width = preview.sizes[0] if preview.sizes else DEFAULT_SIZE
+    if options.size is not None:
+        height = width = options.size
+    if options.out is None:
+        check(bool(options.classes), "--out is not given; it is the name of the file to write")
+        options.out = Path(options.workdir) / "samples" / "classes.png"
     if options.out.suffix.lower() == ".png":
         frames = 1
-    known = dict(frames=frames, height=height, width=width, guidance=preview.guidance, fps=preview.fps)
+    known = dict(frames=frames, height=height, width=width, fps=preview.fps)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    return argparse.Namespace(**(known | given))
+    return argparse.Namespace(**(dict.fromkeys(vars(options)) | known | given))
 
 
 def _numbered(out: Path, count: int) -> list[Path]:

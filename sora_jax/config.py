@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sora_jax.errors import UserError
@@ -120,22 +120,37 @@ def load(file: str, overrides: Sequence[str] = ()):
     values = flags.FlagValues()
     arguments = [f"--config={file}", *(f"--config.{change}" for change in overrides)]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["sora-jax", *arguments])
+    _parse(values, arguments, lambda: load(file) if overrides else None)
+    return values.config
+
+
+def override(config, changes: Sequence[str], name: str):
+    """The dataclass changed by `path.to.field=value` strings, as the command line gives them under `--NAME.`."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values, arguments = flags.FlagValues(), [f"--{name}.{change}" for change in changes]
+    config_flags.DEFINE_config_dict(name, mutable(config), flag_values=values, sys_argv=["sora-jax", *arguments])
+    _parse(values, arguments, lambda: mutable(config))
+    return frozen(type(config), values[name].value, name)
+
+
+def _parse(values, arguments: Sequence[str], known: Callable[[], object]) -> None:
+    """Sets the flags; UserError of one sentence where that fails. `known` gives the config before the changes."""
     try:
         values(["sora-jax", *arguments])
     except Exception as error:  # of the library, or of the user's own file, which may raise anything
         if isinstance(error, UserError):
             raise
-        known = load(file) if overrides else None
-        raise UserError(_explain(arguments, known, error)) from error
-    return values.config
+        raise UserError(_explain(arguments, known(), error)) from error
 
 
 def _explain(arguments: Sequence[str], known, error: Exception) -> str:
     """One sentence for the first override that names no field, else the library's own reason."""
-    for argument in arguments[1:]:
+    for argument in arguments:
         path = argument.partition("=")[0]
         node = known
-        for name in path.removeprefix("--config.").split("."):
+        for name in path.split(".")[1:]:
             if not hasattr(node, "keys") or name not in node:
                 allowed = ", ".join(node) if hasattr(node, "keys") else "nothing"
                 return f"{path} is not an option: there is no {name!r}; allowed there: {allowed}"

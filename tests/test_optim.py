@@ -76,6 +76,14 @@ def test_updates_are_adamw_behind_clipping():
     np.testing.assert_allclose(params["weight"], adamw(config, weight, gradients), rtol=2e-5)
 
 
+def test_without_clipping_and_decay_it_is_the_adam_of_optax():
+    ours = make_optimizer(OptimConfig(1e-3, warmup_steps=0, clip_norm=0.0, b2=0.999))
+    params, large = {"weight": jnp.ones(3)}, {"weight": jnp.array([1e4, -3.0, 1e-4])}
+    other = optax.adam(1e-3, 0.9, 0.999)
+    first, second = (o.update(large, o.init(params), params)[0]["weight"] for o in (ours, other))
+    np.testing.assert_allclose(first, second, rtol=1e-6)
+
+
 def test_clipping_is_by_the_norm_of_the_whole_tree():
     optimizer = make_optimizer(OptimConfig(clip_norm=1.0, b1=0.0))
     gradient = {"a": {"weight": jnp.array([30.0])}, "b": {"bias": jnp.array([40.0])}}
@@ -110,7 +118,7 @@ def test_decay_acts_on_every_matrix_and_kernel_and_on_nothing_else(specs):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("schedule", "step"), ("learning_rate", 0.0), ("clip_norm", 0.0), ("ema", ()), ("ema", (1.0,))],
+    [("schedule", "step"), ("learning_rate", 0.0), ("clip_norm", -1.0), ("ema", ()), ("ema", (1.0,))],
 )
 def test_wrong_settings_are_named(field, value):
     with pytest.raises(UserError, match=f"optim.{field}"):

@@ -142,9 +142,9 @@ def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarr
     """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
 
     Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
-    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, labels_S, grids_S3,
-    text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them; int32 where not
-    said. UserError if the clips do not fit.
+    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, labels_S
+    (class + 1), grids_S3, text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have
+    them; int32 where not said. UserError if the clips do not fit.
     """
     return unstack(pack_batch([items], config))[0]
 

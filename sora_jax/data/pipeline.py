@@ -185,10 +185,10 @@ def packed_batches(
 ) -> PackedBatches:
     """Packed batches of a split of a latent cache, `batch` packs over all hosts; epochs follow each other.
 
-    tokenizer: None takes the embeddings that the cache holds, NoText leaves all captions out. captions: the mix, see `captions.parse_mix`. folder:
-    keeps the tokens of all captions for the next start. section: clips that are planned at once at most.
-    UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the
-    split is empty.
+    tokenizer: None takes the embeddings that the cache holds, NoText leaves all captions out. captions: the mix, see
+    `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are planned
+    at once at most. UserError if a clip or a caption is over the pack's size, a latent does not divide into patches,
+    or the split is empty.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")

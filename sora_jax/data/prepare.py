@@ -33,10 +33,11 @@ class BuildConfig:
     clip to its longest part without a scene cut (PySceneDetect). multiple, max_pixels, max_tokens, resolution,
     min_pixels, framing: sizes, see `data/fit.py`. variants: so many sizes or places of each clip, which epochs take in
     turn. mirror: of each of these also the mirror image, left for right, whatever the caption says of it; epochs take
-    it in turn, too. missing_caption: "refuse" the clip, or let the caption be "empty". holdout: share of the clips without a given
-    split that get the split "held-out", by a hash of seed and id. workers: processes that decode; 0 decodes in this
-    one, without protection from crashes. seconds: a file that takes longer is refused. shard: "i/n", the share of
-    this process where n share the work; they must see the same files. clips_per_shard: entries to a part of the work.
+    it in turn, too. missing_caption: "refuse" the clip, or let the caption be "empty". holdout: share of the clips
+    without a given split that get the split "held-out", by a hash of seed and id. workers: processes that decode; 0
+    decodes in this one, without protection from crashes. seconds: a file that takes longer is refused. shard: "i/n",
+    the share of this process where n share the work; they must see the same files. clips_per_shard: entries to a part
+    of the work.
     """
 
     out: str = ""

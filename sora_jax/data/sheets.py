@@ -1,5 +1,6 @@
 """Clips as one picture: a strip of frames for each, its caption below."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,15 @@ def contact_sheet(
     cells = [_cell(s, caption, width, font_size) for s, caption in zip(strips, captions, strict=True)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return np.concatenate([_row(row, columns) for row in rows])
+
+
+def grid(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """Clips of one size (T, H, W, 3) side by side as one clip, uint8; as many columns as rows unless said."""
+    columns = columns or math.isqrt(len(clips) - 1) + 1
+    padded = [np.pad(clip, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for clip in clips]
+    padded += [np.full_like(padded[0], 255)] * (-len(clips) % columns)
+    rows = [np.concatenate(padded[i : i + columns], axis=2) for i in range(0, len(padded), columns)]
+    return np.concatenate(rows, axis=1)[:, :-GAP, :-GAP]
 
 
 def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:

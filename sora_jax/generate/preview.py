@@ -33,17 +33,19 @@ def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], 
     return preview
 
 
-def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview | None:
-    """Samples the config's preview prompts: clips of the step, a sheet, and the strip that grows as training goes on.
+def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
+    """Samples the config's previews: clips of the step, a sheet, and the strip that grows as training goes on.
 
-    `run` makes a usable Run of the averaged parameters. None if the config names no prompts.
+    `run` makes a usable Run of the averaged parameters.
     """
 
     def preview(step: int, params: dict, writer: MetricsWriter) -> None:
         current = run(params)
         config = current.config.preview
-        sizes = [config.sizes[i % len(config.sizes)] for i in range(len(config.prompts))]
-        clips = current.generate(config.prompts, sizes, config.steps, config.guidance, current.config.seed)
+        count = len(config.prompts or config.classes)
+        sizes = [config.sizes[i % len(config.sizes)] for i in range(count)]
+        seed = current.config.seed
+        clips = current.generate(config.prompts, sizes, config.steps or None, seed=seed, classes=config.classes)
         folder = workdir / "samples" / f"step_{step:06d}"
         for i, clip in enumerate(clips):
             ending = "png" if len(clip) == 1 else "mp4"

@@ -1,6 +1,7 @@
 """A trained run, ready to use: `load_run(folder).generate(prompts, sizes)`."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +11,39 @@ from jax.sharding import Mesh
 
 from sora_jax.config import check, frozen, read_json
 from sora_jax.data.packing import grid_of
-from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.data.tokenizer import NoText, Tokenizer
+from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
-from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
-from sora_jax.models.autoencoder import latent_grid
+from sora_jax.generate.sampler import Request, sample_latents
+from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
-from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
+from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
 
 Size = tuple[int, int, int]
+
+
+def changed(sampling: SamplingConfig, steps: int | str | None, solver: str | None) -> SamplingConfig:
+    """`sampling` with other steps and another solver, where they are given."""
+    if steps is not None:
+        sampling = dataclasses.replace(sampling, steps=str(steps))
+    if solver is not None:
+        sampling = dataclasses.replace(sampling, solver=dataclasses.replace(sampling.solver, name=solver))
+    return sampling
+
+
+def each(name: str, values, count: int) -> list:
+    """One value for each clip, from one for all or a list; UserError where there are too many or too few."""
+    if isinstance(values, (int, float, str)):
+        return [values] * count
+    check(
+        len(values) == count, f"there are {len(values)} values of {name} for {count} clips; give one, or one for each"
+    )
+    return list(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,41 +52,61 @@ class Run:
 
     config: DenoiserRun
     params: dict
-    tokenizer: Tokenizer | PretrainedText
+    tokenizer: Tokenizer | PretrainedText | NoText
     autoencoder: FrozenAutoencoder
     mesh: Mesh
     step: int = 0
 
     def generate(
         self,
-        prompts: Sequence[str],
-        sizes: Size | Sequence[Size],
-        steps: int = 30,
-        guidance: float | None = None,
+        prompts: Sequence[str] = (),
+        sizes: Size | Sequence[Size] = (),
+        steps: int | str | None = None,
+        guidance: float | Sequence[float] | None = None,
         seed: int = 0,
-        solver: str = "euler",
+        solver: str | None = None,
         clips: Sequence[int] | None = None,
+        classes: Sequence[int] = (),
+        negative: str | Sequence[str] = "",
+        sampling: SamplingConfig | None = None,
     ) -> list[np.ndarray]:
-        """One clip per prompt, uint8 (frames, height, width, 3), all sampled in packs together.
+        """One clip per prompt, or per class, uint8 (frames, height, width, 3), all sampled in packs together.
 
-        `sizes` is (frames, height, width), one for all or one per prompt; 1 frame is an image. `guidance` is that of
-        the run's previews where it is not given, 1 is none. `clips` are the
-        identities that key the noise (default 1, 2, ...): the same (seed, identity, prompt, size) gives the same
-        clip beside any others. UserError names the nearest sizes that are allowed.
+        `sizes` is (frames, height, width), one for all or one each; 1 frame is an image. `sampling` says how, by
+        default as the run's config does; steps, guidance (1 is none; one for all or one each) and solver change it.
+        `negative` is what guidance leads away from. `clips` are the identities that key the noise (default 1, 2, ...):
+        the same (seed, identity, prompt, size) gives the same clip beside any others. UserError names the nearest
+        sizes that are allowed.
         """
-        guidance = self.config.preview.guidance if guidance is None else guidance
-        check(len(prompts) > 0, "there is no prompt; give at least one")
+        sampling = changed(sampling or self.config.sampling, steps, solver)
+        prompts, classes = self._told(prompts, classes)
+        count = len(prompts)
+        scales = each("guidance", sampling.guidance.scale if guidance is None else guidance, count)
+        check(all(map(math.isfinite, scales)), f"guidance is {guidance}; it must be a finite number")
+        check(0 <= seed < 2**32, f"seed is {seed}; it must be from 0 to 4294967295")
         check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
-        sizes = [sizes] * len(prompts) if isinstance(sizes[0], int) else list(sizes)
-        check(len(sizes) == len(prompts), f"there are {len(prompts)} prompts and {len(sizes)} sizes; give one for each")
-        clips = range(1, len(prompts) + 1) if clips is None else clips
-        requests = [
-            Request(prompt, self.latent_size(*size), clip)
-            for prompt, size, clip in zip(prompts, sizes, clips, strict=True)
-        ]
-        config = SampleConfig(solver, steps, float(guidance), seed)
+        sizes = [sizes] * count if isinstance(sizes[0], int) else list(sizes)
+        check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
+        clips = range(1, count + 1) if clips is None else clips
+        latent_sizes = [self.latent_size(*size) for size in sizes]
+        told = zip(prompts, latent_sizes, clips, classes, scales, each("negative", negative, count), strict=True)
+        requests = [Request(*one) for one in told]
         with jax.set_mesh(self.mesh):
-            return self.decode(sample_latents(self.params, self.config, self.tokenizer, requests, config, self.mesh))
+            latents = sample_latents(self.params, self.config, self.tokenizer, requests, sampling, seed, self.mesh)
+            return self.decode(latents)
+
+    def _told(self, prompts: Sequence[str], classes: Sequence[int]) -> tuple[list[str], list[int]]:
+        """Prompt and class of each clip, where the model takes both or either; UserError where it does not."""
+        count, known = max(len(prompts), len(classes)), self.config.model.classes
+        check(count > 0, "there is no prompt; give at least one, or a class")
+        check(bool(self.config.model.text) or not prompts, "this run takes classes, not prompts; give classes")
+        check(bool(known) or not len(classes), "this run takes prompts, not classes; give prompts")
+        for label in classes:
+            check(0 <= label < known, f"class is {label}; it must be from 0 to {known - 1}")
+        prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
+        same = len(prompts) == len(classes)
+        check(same, f"there are {len(prompts)} prompts and {len(classes)} classes; give one for each")
+        return prompts, classes
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Clips of latents, decoded in groups of equal size, given back in order."""
@@ -86,10 +127,11 @@ class Run:
         return latent
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, autoencoder: str | Path | None = None) -> Run:
     """A run of the denoiser from its folder: newest checkpoint, first weight average.
 
-    UserError if the folder holds no denoiser, or no checkpoint yet.
+    autoencoder: a run of one, for a run that holds none (a converted checkpoint). UserError if the folder holds no
+    denoiser, no checkpoint yet, or no autoencoder.
     """
     folder = Path(folder)
     config = read_run_config(folder)
@@ -99,7 +141,14 @@ def load_run(folder: str | Path) -> Run:
         step = checkpoints.latest()
         check(step is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
         params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
-    return Run(config, params, load_tokenizer(config, folder), load_autoencoder(folder), mesh, step)
+    return Run(config, params, load_tokenizer(config, folder), _autoencoder_of(folder, autoencoder), mesh, step)
+
+
+def _autoencoder_of(folder: Path, other: str | Path | None) -> FrozenAutoencoder:
+    own = (folder / FOLDER).exists()
+    check(own or other is not None, f"--workdir is {str(folder)!r}; it holds no autoencoder, give one by --autoencoder")
+    check(not own or other is None, f"--autoencoder is {str(other)!r}; {str(folder)!r} has its own, leave it out")
+    return load_autoencoder(folder if own else other)
 
 
 def _mesh_here(config: MeshConfig) -> Mesh:

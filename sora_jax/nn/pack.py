@@ -25,6 +25,7 @@ class Pack:
     text_positions_BM position of each text token inside its caption
     embeddings_BME    embedding of each text token by a pretrained encoder, where there is one; text_BM then only marks
                       the null caption
+    ranks_BS          place of each clip among all of a batch, in [0, 1), where times are stratified
     """
 
     tokens_BLP: jax.Array
@@ -40,6 +41,7 @@ class Pack:
     text_segments_BM: jax.Array
     text_positions_BM: jax.Array
     embeddings_BME: jax.Array | None = None
+    ranks_BS: jax.Array | None = None
 
     @property
     def slots(self) -> int:

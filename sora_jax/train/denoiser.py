@@ -17,13 +17,17 @@ from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
 from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
+from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
-from sora_jax.diffusion.prediction import check_kind
-from sora_jax.diffusion.process import process_named
-from sora_jax.diffusion.times import TimesConfig, draw_times
+from sora_jax.diffusion.prediction import Denoise, check_kind
+from sora_jax.diffusion.process import input_scale, process_named
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
+from sora_jax.diffusion.weights import WeightConfig
 from sora_jax.models.flops import train_flops
 from sora_jax.models.pretrained import PretrainedText
+from sora_jax.models.text import TextContext
 from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel.mesh import MeshConfig
@@ -35,7 +39,7 @@ NOISE_BINS = 10
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise process, what is predicted, how times are drawn.
+    """The noise process, what is predicted, how times are drawn and how much the error counts at each.
 
     caption_dropout: the share of clips that are trained on without their caption and class, for guidance.
     """
@@ -43,6 +47,7 @@ class DiffusionConfig:
     process: str = "linear_flow"
     prediction: str = "velocity"
     times: TimesConfig = TimesConfig()
+    weight: WeightConfig = WeightConfig()
     caption_dropout: float = 0.1
 
     def __post_init__(self):
@@ -56,18 +61,26 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewConfig:
-    """Sample clips written while training: prompts and sizes (frames, height, width) are paired in turn."""
+    """Sample clips written while training: prompts or classes and sizes (frames, height, width) are paired in turn.
+
+    steps: of the solver, "" for as many as `sampling` has.
+    """
 
     prompts: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int, int], ...] = ()
-    steps: int = 20
-    guidance: float = 3.0
+    steps: str = ""
     fps: float = 8.0
 
     def __post_init__(self):
-        check(bool(self.sizes) or not self.prompts, "preview.sizes is empty; preview.prompts need at least one size")
-        check(self.steps > 0, f"preview.steps is {self.steps}; it must be positive")
+        check(not (self.prompts and self.classes), "preview.prompts and preview.classes are both given; give one")
+        check(bool(self.sizes) or not self.any, "preview.sizes is empty; previews need at least one size")
         check(self.fps > 0, f"preview.fps is {self.fps}; it must be positive")
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.prompts or self.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +88,8 @@ class DenoiserRun:
     """A whole training run of the denoiser. `latents` is a folder made by `sora-jax data encode`.
 
     `batch` counts packs in a step over all devices, gradient accumulation included. `captions` says which of several
-    captions a clip has in an epoch: first, any, dalle3, sd3, or shares such as original=1,synthetic=3.
+    captions a clip has in an epoch: first, any, dalle3, sd3, or shares such as original=1,synthetic=3. `sampling` is
+    how the model is sampled unless it is asked otherwise.
     """
 
     kind: str = "transformer"
@@ -93,6 +107,7 @@ class DenoiserRun:
     feed: FeedConfig = FeedConfig()
     mesh: MeshConfig = MeshConfig()
     preview: PreviewConfig = PreviewConfig()
+    sampling: SamplingConfig = SamplingConfig(guidance=GuidanceConfig(3.0))
 
     def __post_init__(self):
         check(self.kind == "transformer", f"kind is {self.kind!r}; a DenoiserRun is of kind 'transformer'")
@@ -122,14 +137,15 @@ def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array
     diffusion = config.diffusion
     key = functools.partial(step_key, config.seed, step)
     tokens_BS = pack.grids_BS3.prod(-1)
-    times_BS = draw_times(diffusion.times, key(Purpose.TIME), pack.clips_BS, tokens_BS)
+    process = process_named(diffusion.process)
+    times_BS = draw_times(diffusion.times, key(Purpose.TIME), pack.clips_BS, tokens_BS, pack.ranks_BS, process)
     times_BR = per_slot(times_BS, pack.row_slots_BR)
     clips_BL = per_slot(pack.clips_BS, slot_of(pack.segments_BL))
     eps_BLP = token_noise(key(Purpose.NOISE), clips_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clips_BS))
     sums = denoising_loss(
-        functools.partial(denoise, params, config.model, captions),
-        process_named(diffusion.process),
+        network(params, config, captions),
+        process,
         diffusion.prediction,
         pack.tokens_BLP.astype(jnp.float32),
         eps_BLP,
@@ -137,8 +153,24 @@ def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array
         pack.rows_BL,
         loss_weight(pack.segments_BL, times_BR, pack.rows_BL),
         NOISE_BINS,
+        diffusion.weight,
+        config.model.learned_variance,
     )
-    return sums.loss, (sums.weight, {"loss_by_noise": (sums.loss_bins, sums.weight_bins)})
+    means = {"loss_by_noise": (sums.loss_bins, sums.weight_bins)}
+    if config.model.learned_variance:
+        means |= {"mse": (sums.mse, sums.weight), "vlb_bits": (sums.vlb, sums.weight)}
+    return sums.loss, (sums.weight, means)
+
+
+def network(params: dict, config: DenoiserRun, pack: Pack, text: TextContext | None = None) -> Denoise:
+    """The model with everything but noisy tokens and noise levels bound, its input scaled as the process asks."""
+    process = process_named(config.diffusion.process)
+
+    def predict(x_BLP, t_BR):
+        scale_BL1 = input_scale(process, per_token(t_BR, pack.rows_BL))[:, :, None]
+        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, text)
+
+    return predict
 
 
 def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
@@ -163,12 +195,17 @@ def denoiser_job(
         specs=transformer_specs(config.model),
         loss=functools.partial(_job_loss, config),
         batches=lambda start, position: batches.stream(start, config.feed, Position(*position or ())),
-        to_device=lambda batch: Pack(**batch),
+        to_device=functools.partial(_to_device, config.diffusion.times),
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: _names(cache, batch["clips_BS"]),
         preview=preview,
         note=str(batches.report()),
     )
+
+
+def _to_device(times: TimesConfig, batch: dict) -> Pack:
+    """The batch as a Pack; stratified times need the place of each clip in the whole of it, all micro-batches."""
+    return Pack(**batch, ranks_BS=jax.jit(batch_ranks)(batch["clips_BS"]) if times.stratified else None)
 
 
 def _names(cache: LatentCache, clips_BS) -> list[str]:

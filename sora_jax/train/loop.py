@@ -93,7 +93,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         writer = stack.enter_context(MetricsWriter(workdir, start))
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")))
-        step_function = make_step(job.loss, optimizer, optim.ema)
+        step_function = make_step(job.loss, optimizer, optim.ema, optim.ema_warmup)
         batches = job.batches(start, saved.get("position"))
         for step in range(start + 1, config.steps + 1):
             with watch("data"):

@@ -14,7 +14,9 @@ Means = dict[str, tuple[jax.Array, jax.Array]]
 LossFunction = Callable[..., tuple[jax.Array, tuple[jax.Array, Means]]]
 
 
-def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, decays: tuple[float, ...]) -> Callable:
+def make_step(
+    loss: LossFunction, optimizer: optax.GradientTransformation, decays: tuple[float, ...], ema_warmup: bool = True
+) -> Callable:
     """Builds `step(state, batches) -> (state, metrics)`.
 
     `loss(params, batch, step)` returns (sum, (weight, means)): sums over what is counted (tokens, clips), never
@@ -35,7 +37,7 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, decay
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
         }
-        ema = update_ema(state.ema, params, decays, state.step)
+        ema = update_ema(state.ema, params, decays, state.step, ema_warmup)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step

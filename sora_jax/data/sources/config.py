@@ -38,7 +38,7 @@ class SourceConfig:
     media_field: str = ""
     caption_field: str = ""
     label_field: str = ""
-    label: str = "caption"
+    label: str = "both"
     label_caption: str = "{label}"
     strip_frames: int | None = None
     strip_fps: float = 8.0

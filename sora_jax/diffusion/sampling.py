@@ -1,0 +1,44 @@
+"""From noise to data: a grid of times, a solver and a guidance rule, put together."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Int
+
+from sora_jax.diffusion.guidance import GuidanceConfig
+from sora_jax.diffusion.process import initial
+from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
+from sora_jax.diffusion.spacing import base_times
+from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
+from sora_jax.shapes import TokensBLP
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a model is sampled: number of steps and how they are spaced (see `spacing`), solver, guidance.
+
+    steps is a text, since DDPM's spacing takes more than a number: "250", "ddim50", "10,15,20".
+    """
+
+    steps: str = "30"
+    spacing: str = "even"
+    solver: SolverConfig = SolverConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+
+    def __post_init__(self):
+        base_times("linear_flow", self.steps, self.spacing)  # UserError where they contradict each other
+
+
+def sample(
+    config: SamplingConfig,
+    times: TimesConfig,
+    problem: Problem,
+    eps_BLP: TokensBLP,
+    tokens_BR: Int[Array, "B R"],
+) -> TokensBLP:
+    """Data tokens (B, L, P) from standard normal noise; `times` shifts the grid of a row by its clip's tokens."""
+    with jax.ensure_compile_time_eval():  # the grid before its shift is host code
+        base_K = base_times(problem.process, config.steps, config.spacing)
+    times_KBR = sampling_times(times, base_K, tokens_BR)
+    start_BL1 = per_token(times_KBR[0], problem.rows_BL)[:, :, None]
+    return solve(config.solver, problem, initial(problem.process, eps_BLP, start_BL1), times_KBR)
