@@ -11,11 +11,11 @@ Every kind of prediction y is a linear form c x_0 + d eps, and so is the model's
     edm         b / r   -a / r    r^2 = a^2 + b^2; the network output of Karras et al. 2206.00364, equation 7, for
                                   data of unit variance
 
-A conversion solves (1) and (6) for (x_0, eps) and writes the wanted form of the solution. Where there is none, the
-unknown half is given as 0, its mean for normalised data: x_0 from eps or score where a = 0 (t = 1 of linear_flow,
-trigonometric and the processes without terminal signal), eps from x_0 where b = 0 (t = 0). The kinds v, edm and
-velocity lose nothing at either end, except velocity at t = 0 where b' is 0 (edm) or infinite (the discrete
-processes, vp).
+A conversion solves (1) and (6) for (x_0, eps) and writes the wanted form of the solution. Where (1) and (6) say the
+same, both halves are given their means for data of unit variance, (a, b) x_t / (a^2 + b^2): x_0 from eps or score is 0
+where a = 0 (t = 1 of linear_flow, trigonometric and the processes without terminal signal), eps from x_0 is 0 where
+b = 0 (t = 0). The kinds v, edm and velocity lose nothing at either end, except velocity at t = 0 where b' is 0 (edm)
+or infinite (the discrete processes, vp): there x_0 is x_t and eps is 0.
 """
 
 from collections.abc import Callable
@@ -89,9 +89,10 @@ def solve(process: Process, kind: str, y: Array, x_t: Array, t: Array) -> tuple[
     c, d, unit_y = c * scale, d * scale, y * scale
     determinant = a * d - b * c
     singular = jnp.abs(determinant) < _SINGULAR * (a + b)
-    inverse = jnp.where(singular, 0.0, 1.0 / jnp.where(singular, 1.0, determinant))
-    x0 = y if kind == "x0" else (d * x_t - b * unit_y) * inverse
-    eps = y if kind == "eps" else (a * unit_y - c * x_t) * inverse
+    inverse = 1.0 / jnp.where(singular, 1.0, determinant)
+    mean = x_t / (a * a + b * b)
+    x0 = y if kind == "x0" else jnp.where(singular, a * mean, (d * x_t - b * unit_y) * inverse)
+    eps = y if kind == "eps" else jnp.where(singular, b * mean, (a * unit_y - c * x_t) * inverse)
     return x0, eps
 
 

@@ -65,6 +65,7 @@ running sum.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -209,33 +210,38 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
     """
     first = time_of_step(0, steps)
 
-    def ends(t: Array) -> tuple[Array, Array]:
-        return process.a(jnp.asarray(first, t.dtype)), process.a(jnp.asarray(1.0, t.dtype))
-
     def missing(t: Array) -> Array:
         # 1 - a: with u = b^2 / (1 + a), equation (19) reads u -> (u a_0 - u_0 a_1) / (a_0 - a_1).
-        u, u_0 = (jnp.square(process.b(x)) / (1.0 + process.a(x)) for x in (t, jnp.asarray(first, t.dtype)))
-        a_0, a_1 = ends(t)
+        (a_0, b_0), (a_1, _) = _constants(process, first), _constants(process, 1.0)
+        u, u_0 = jnp.square(process.b(t)) / (1.0 + process.a(t)), b_0**2 / (1.0 + a_0)
         return (u * a_0 - u_0 * a_1) / (a_0 - a_1)
 
     def a(t: Array) -> Array:
-        a_0, a_1 = ends(t)
+        a_0, a_1 = _constants(process, first)[0], _constants(process, 1.0)[0]
         # a - a(1) as a(1) (exp(..) - 1): exactly 0 at t = 1, without losing its slope there.
         signal = a_1 * jnp.expm1(-process.log_alpha(t, jnp.ones_like(t))) * a_0 / (a_0 - a_1)
         return jnp.where(t < first, process.a(t), jnp.where(signal > 0.5, 1.0 - missing(t), signal))
 
     def b(t: Array) -> Array:
-        variance = missing(t) * (2.0 - missing(t))
-        return jnp.where(t < first, process.b(t), _root(variance))
+        lost = missing(t)
+        return jnp.where(t < first, process.b(t), _root(lost * (2.0 - lost)))
 
     def log_alpha(s: Array, t: Array) -> Array:
         late_s, late_t = jnp.maximum(s, first), jnp.maximum(t, first)
-        a_s, a_1 = process.a(late_s), ends(t)[1]
+        a_s, a_1 = process.a(late_s), _constants(process, 1.0)[0]
         fall = a_s * jnp.expm1(process.log_alpha(late_s, late_t)) / jnp.where(s < 1.0, a_s - a_1, 1.0)
         late = jnp.log1p(jnp.where(t < 1.0, fall, jnp.where(s < 1.0, -1.0, 0.0)))
         return process.log_alpha(jnp.minimum(s, first), jnp.minimum(t, first)) + late
 
     return Process(f"{process.name}_zero_snr", a, b, log_alpha)
+
+
+@functools.cache
+def _constants(process: Process, time: float) -> tuple[float, float]:
+    """a and b at one time as numbers; computed when first used, so that an import starts no device."""
+    with jax.ensure_compile_time_eval():
+        t = jnp.float32(time)
+        return float(process.a(t)), float(process.b(t))
 
 
 def _norm(process: Process, t: Array) -> Array:
