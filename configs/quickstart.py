@@ -34,7 +34,7 @@ def get_config(variant: str = ""):
     transformer(config.transformer)
     config.show.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.show.sizes = tuple(size for _, size in PROMPTS)
-    config.show.steps, config.show.guidance = 25, 2.0
+    config.show.steps = "25"
     variants = {"": lambda _: None, "short": short, "tiny": tiny}
     choose("variant of configs/quickstart.py", variant, variants)(config)
     return config
@@ -103,4 +103,4 @@ def tiny(config):
     model.depth, model.width, model.heads, model.text.width = 2, 48, 2, 32
     config.transformer.batch = 2
     steps(config.transformer, 6, previews=1)
-    config.show.steps, config.transformer.preview.steps = 2, "2"
+    config.show.steps = config.transformer.preview.steps = "2"

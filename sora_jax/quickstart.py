@@ -160,7 +160,7 @@ def learn_transformer(config: QuickstartConfig, workdir: Path) -> None:
 def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
     """All prompts of `show` in one packed call: files, a sheet, a gallery, and what the oracle reads in them."""
     show = config.show
-    clips = run.generate(show.prompts, list(show.sizes), show.steps, show.guidance)
+    clips = run.generate(show.prompts, list(show.sizes), show.steps or None)
     for i, (prompt, clip) in enumerate(zip(show.prompts, clips, strict=True)):
         name = f"{i:02d}_{prompt.replace(' ', '_')[:60]}"
         for ending in ("png",) if len(clip) == 1 else ("mp4", "gif"):
@@ -187,7 +187,7 @@ def evaluate(config: QuickstartConfig, run: Run, dataset: Dataset, workdir: Path
     chosen = held_out_prompts(dataset, config.evaluate)
     prompts, sizes = [p for p, _ in chosen], [s for _, s in chosen]
     show = config.show
-    clips = run.generate(prompts, sizes, show.steps, show.guidance, seed=1)
+    clips = run.generate(prompts, sizes, show.steps or None, seed=1)
     save_png(workdir / "held_out.png", contact_sheet(clips[:24], prompts[:24], columns=4, scale=2))
     found = score(prompts, clips)
     print(

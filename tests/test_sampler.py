@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from fixtures_runs import chain, trained  # noqa: F401
 
+from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.generate import sampler
-from sora_jax.generate.sampler import Request, SampleConfig, sample_latents
+from sora_jax.generate.sampler import Request, sample_latents
 
 REQUESTS = [
     Request("a red square moves right", (3, 4, 6), 11),
@@ -17,7 +18,7 @@ REQUESTS = [
     Request("a blue square moves down", (2, 6, 4), 33),
     Request("", (1, 4, 6), 44),
 ]
-SETTINGS = SampleConfig(steps=2, guidance=3.0, seed=5)
+SETTINGS = SamplingConfig(steps="2")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,10 @@ def model(trained):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def latents(model):
-    def draw(requests, config=SETTINGS):
+    def draw(requests, seed=5, guidance=3.0):
+        requests = [dataclasses.replace(request, guidance=guidance) for request in requests]
         with jax.set_mesh(model.mesh):
-            return sample_latents(model.params, model.config, model.tokenizer, requests, config, model.mesh)
+            return sample_latents(model.params, model.config, model.tokenizer, requests, SETTINGS, seed, model.mesh)
 
     return draw
 
@@ -61,8 +63,8 @@ def test_calls_of_few_packs_are_one_call_of_all(latents, together, monkeypatch):
     whole = sampler._pack_items
 
     def one_slot(*arguments):
-        items, packing = whole(*arguments)
-        return items, dataclasses.replace(packing, slots=1)
+        items, negatives, packing = whole(*arguments)
+        return items, negatives, dataclasses.replace(packing, slots=1)
 
     monkeypatch.setattr(sampler, "_pack_items", one_slot)
     solve, calls = sampler._solve, []
@@ -92,14 +94,14 @@ def test_the_same_request_is_the_same_to_the_bit_and_each_part_of_it_matters(lat
     first = REQUESTS[0]
     for a, b in zip(latents(REQUESTS), together, strict=True):
         np.testing.assert_array_equal(a, b)
-    far(latents(REQUESTS, dataclasses.replace(SETTINGS, seed=6))[0], together[0])
+    far(latents(REQUESTS, seed=6)[0], together[0])
     far(latents([dataclasses.replace(first, clip=12)])[0], together[0])
     far(latents([dataclasses.replace(first, prompt="a blue square")])[0], together[0])
 
 
 def test_guidance_1_is_the_conditional_model(latents, together):
-    conditional = latents(REQUESTS, dataclasses.replace(SETTINGS, guidance=1.0))
-    almost = latents(REQUESTS, dataclasses.replace(SETTINGS, guidance=1 + 2.0**-23))  # through the guided program
+    conditional = latents(REQUESTS, guidance=1.0)
+    almost = latents(REQUESTS, guidance=1 + 2.0**-23)  # through the guided program
     for a, b in zip(conditional, almost, strict=True):
         near(a, b)
     far(conditional[0], together[0])
@@ -131,7 +133,26 @@ def test_a_size_that_cannot_be_names_those_that_can(model, size, message):
         model.generate(["a red square"], size, steps=2)
 
 
-@pytest.mark.parametrize("change, message", [(dict(steps=0), "--steps is 0"), (dict(solver="magic"), "euler, heun")])
-def test_settings_are_checked(change, message):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=0), "steps .*'0'"),
+        (dict(solver="magic"), "'euler', 'heun'|euler, heun"),
+        (dict(guidance=float("nan")), "guidance is nan"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(classes=[0]), "takes prompts, not classes"),
+    ],
+)
+def test_settings_are_checked(model, change, message):
     with pytest.raises(UserError, match=message):
-        SampleConfig(**change)
+        model.generate([] if "classes" in change else ["a red square"], (9, 16, 24), **change)
+
+
+def test_a_negative_prompt_is_what_guidance_leads_away_from(model):
+    """At scale 0 the sample is that of the negative prompt alone; the empty one is no prompt."""
+    away = dict(sizes=(1, 16, 16), steps=2, clips=[5])
+    plain = model.generate(["a red square"], guidance=1.0, **away)[0].astype(int)
+    swapped = model.generate(["a blue square"], guidance=0.0, negative="a red square", **away)[0]
+    assert np.abs(swapped - plain).max() <= 1
+    one, other = (model.generate(["a red square"], guidance=3.0, negative=n, **away)[0] for n in ("", "a blue square"))
+    assert np.abs(one.astype(int) - other).max() > 5

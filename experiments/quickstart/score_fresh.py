@@ -56,7 +56,7 @@ def main() -> None:
         order = sorted(range(len(clips)), key=lambda i: clips[i].shape)
         decoded = list(run.autoencoder.decode(run.autoencoder.encode(clips[i] for i in order)))
     print(line("through the autoencoder", score([captions[i] for i in order], decoded)), flush=True)
-    generated = run.generate(captions, [c.shape[:3] for c in clips], config.show.steps, config.show.guidance, seed=1)
+    generated = run.generate(captions, [c.shape[:3] for c in clips], config.show.steps or None, seed=1)
     print(line("generated from the captions", score(captions, generated)))
 
 
