@@ -70,8 +70,8 @@ def guided(
     unconditional: Denoise,
     scale_BS: ScaleBS,
     segments_BL: SegmentsBL,
+    rows_BL: Int[Array, "B L"],
     channels: int,
-    rows_BL: Int[Array, "B L"] | None = None,
 ) -> Denoise:
     """A denoise function that guides every clip by the scale of its slot: equations (1), (3) and (4), float32.
 
@@ -85,7 +85,7 @@ def guided(
         # Equation (1) as a weighted mean, the form that rounding leaves exact at 0 and 1.
         return w_BL1 * outputs[0] + (1.0 - w_BL1) * outputs[1], w_BL1 == 1.0
 
-    return _guided(config, (conditional, unconditional), combine, segments_BL, channels, rows_BL, scale_BS.shape[1])
+    return _guided(config, (conditional, unconditional), combine, segments_BL, rows_BL, channels, scale_BS.shape[1])
 
 
 def guided_by_two(
@@ -96,8 +96,8 @@ def guided_by_two(
     text_scale_BS: ScaleBS,
     frames_scale_BS: ScaleBS,
     segments_BL: SegmentsBL,
+    rows_BL: Int[Array, "B L"],
     channels: int,
-    rows_BL: Int[Array, "B L"] | None = None,
 ) -> Denoise:
     """As `guided`, by equation (2): given both conditions, frames alone, and neither.
 
@@ -111,7 +111,7 @@ def guided_by_two(
         return out_BLP, (text_BL1 == 1.0) & (frames_BL1 == 1.0)
 
     slots = text_scale_BS.shape[1]
-    return _guided(config, (both, frames, neither), combine, segments_BL, channels, rows_BL, slots)
+    return _guided(config, (both, frames, neither), combine, segments_BL, rows_BL, channels, slots)
 
 
 def rescaled(
@@ -128,13 +128,11 @@ def _guided(
     functions: Sequence[Denoise],
     combine: Callable[[Sequence[Array], Array], tuple[Array, Array]],
     segments_BL: Array,
+    rows_BL: Array,
     channels: int,
-    rows_BL: Array | None,
     slots: int,
 ) -> Denoise:
     """What both rules share: `combine` takes predictions and times to the guided prediction and where it is none."""
-
-    rows_BL = jnp.maximum(segments_BL - 1, 0) if rows_BL is None else rows_BL
 
     def denoise(x_BLP: TokensBLP, t_BR: TimesBR) -> Float[Array, "B L out"]:
         t_BL1 = per_token(t_BR, rows_BL)[:, :, None]
