@@ -1,0 +1,71 @@
+"""Steps that jump by the posterior of the process: ancestral DDPM sampling and DDIM.
+
+Both hold for every process and s < t. A share of the noise is kept and the rest drawn anew:
+
+    x_s = a(s) x_0 + sqrt(b(s)^2 - sigma^2) eps + sigma z                                (1)
+    sigma = eta b(s) sqrt(1 - snr(t) / snr(s))                                           (2)
+
+(Song et al. 2010.02502, equations 12 and 16, for any a and b.) For eta = 1, (2) is the lower bound of the
+posterior's variance and (1) the ancestral step; for eta = 0 nothing is drawn.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sora_jax.diffusion.posterior import learned_log_variance, log_variance_bounds, posterior_mean
+from sora_jax.diffusion.prediction import solve
+from sora_jax.diffusion.process import lost_snr
+from sora_jax.diffusion.solvers.problem import (
+    Problem,
+    Step,
+    TimesKBR,
+    draw,
+    evaluate,
+    predict_ends,
+    token_times,
+    walk,
+)
+from sora_jax.shapes import TokensBLP
+
+
+def ddpm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+    """Ancestral sampling (Ho et al. 2006.11239, algorithm 2) on any grid of times; K - 1 evaluations, as many draws.
+
+    The variance is `problem.variance`. The step to time 0 is the mean alone, which is the model's x_0.
+    """
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        s_BL1, t_BL1 = token_times(problem, step.s_BR), token_times(problem, step.t_BR)
+        y_BLP, values_BLP = evaluate(problem, x_BLP, step.t_BR)
+        x0_BLP, _ = solve(problem.process, problem.kind, y_BLP, x_BLP, t_BL1)
+        mean_BLP = posterior_mean(problem.process, x0_BLP, x_BLP, s_BL1, t_BL1)
+        deviation = jnp.exp(0.5 * _log_variance(problem, values_BLP, s_BL1, t_BL1))
+        return mean_BLP + jnp.where(s_BL1 > 0, deviation, 0.0) * draw(problem, step)
+
+    return walk(problem, advance, x_BLP, times_KBR)
+
+
+def ddim(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, eta: float = 0.0) -> TokensBLP:
+    """Steps of equation (1); K - 1 evaluations for K times, and as many draws unless eta is 0.
+
+    With eta = 0 this is Euler's method for x / a in b / a, which is how Karras et al. (2206.00364) write it.
+    """
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        s_BL1, t_BL1 = token_times(problem, step.s_BR), token_times(problem, step.t_BR)
+        x0_BLP, eps_BLP = predict_ends(problem, x_BLP, step.t_BR)
+        clean_BLP, b_BL1 = problem.process.a(s_BL1) * x0_BLP, problem.process.b(s_BL1)
+        if eta == 0:
+            return clean_BLP + b_BL1 * eps_BLP
+        fresh_BL1 = eta**2 * lost_snr(problem.process, s_BL1, t_BL1)
+        drawn_BLP = b_BL1 * jnp.sqrt(fresh_BL1) * draw(problem, step)
+        return clean_BLP + b_BL1 * jnp.sqrt(1.0 - fresh_BL1) * eps_BLP + drawn_BLP
+
+    return walk(problem, advance, x_BLP, times_KBR)
+
+
+def _log_variance(problem: Problem, values_BLP: Array, s_BL1: Array, t_BL1: Array) -> Array:
+    if problem.variance == "learned":
+        return learned_log_variance(problem.process, values_BLP, s_BL1, t_BL1)
+    lower, upper = log_variance_bounds(problem.process, s_BL1, t_BL1)
+    return lower if problem.variance == "lower" else upper

@@ -1,0 +1,86 @@
+"""Runge-Kutta solvers of the probability-flow ODE dx/dt = u(x, t), evenly accurate in time t.
+
+They suit processes whose velocity is bounded (linear_flow, trigonometric). Variance-preserving processes of the
+DDPM family move as the square root of t near t = 0, where a step in t is of order 1/2 only: solve those with
+`ddim`, `dpm2`, `unipc` or `edm`, whose formulas know a(t) and b(t).
+"""
+
+from sora_jax.diffusion.solvers.problem import (
+    Problem,
+    Step,
+    TimesKBR,
+    first_order,
+    keep_held,
+    last_interval,
+    predict,
+    token_times,
+    walk,
+)
+from sora_jax.shapes import TokensBLP
+
+
+def euler(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+    """First-order steps along the velocity; K - 1 evaluations for K times."""
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        return x_BLP + _length(problem, step) * predict(problem, "velocity", x_BLP, step.t_BR)
+
+    return walk(problem, advance, x_BLP, times_KBR)
+
+
+def heun(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+    """Second-order steps: the mean of the velocities at both ends; 2 K - 3 evaluations for K times.
+
+    The last step is of first order, since at t = 0 the velocity of some predictions is undefined; one such step
+    leaves the second order of the whole (Karras et al. 2206.00364, algorithm 1).
+    """
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        h_BL1 = _length(problem, step)
+        first_BLP = predict(problem, "velocity", x_BLP, step.t_BR)
+        second_BLP = predict(problem, "velocity", x_BLP + h_BL1 * first_BLP, step.s_BR)
+        return x_BLP + h_BL1 * 0.5 * (first_BLP + second_BLP)
+
+    x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
+    return first_order(problem, x_BLP, last_interval(times_KBR))
+
+
+def midpoint(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+    """Second-order steps along the velocity half-way; 2 K - 2 evaluations for K times."""
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        return x_BLP + _length(problem, step) * _velocities(problem, x_BLP, step, (0.0, 1 / 2))[-1]
+
+    return walk(problem, advance, x_BLP, times_KBR)
+
+
+def rk4(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+    """The classical fourth-order steps; 4 K - 5 evaluations for K times.
+
+    The last step is Heun's method of third order, whose stages lie at 0, 1/3 and 2/3 of it and so never at
+    t = 0; one such step leaves the fourth order of the whole (Hairer, Norsett and Wanner, table II.1.1).
+    """
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        first, second, third, fourth = _velocities(problem, x_BLP, step, (0.0, 1 / 2, 1 / 2, 1.0))
+        return x_BLP + _length(problem, step) / 6 * (first + 2 * second + 2 * third + fourth)
+
+    x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
+    step = last_interval(times_KBR)
+    first, _, third = _velocities(problem, x_BLP, step, (0.0, 1 / 3, 2 / 3))
+    return keep_held(problem, step, x_BLP, x_BLP + _length(problem, step) / 4 * (first + 3 * third))
+
+
+def _velocities(problem: Problem, x_BLP: TokensBLP, step: Step, nodes: tuple[float, ...]) -> list[TokensBLP]:
+    """Velocities at fractions of the step, each reached from x along the velocity before it."""
+    velocities, before_BLP = [], 0.0
+    for node in nodes:
+        t_BR = step.t_BR + node * (step.s_BR - step.t_BR) if node < 1 else step.s_BR
+        at_BLP = x_BLP + node * _length(problem, step) * before_BLP if node else x_BLP
+        before_BLP = predict(problem, "velocity", at_BLP, t_BR)
+        velocities.append(before_BLP)
+    return velocities
+
+
+def _length(problem: Problem, step: Step):
+    return token_times(problem, step.s_BR - step.t_BR)

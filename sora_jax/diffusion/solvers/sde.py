@@ -1,0 +1,89 @@
+"""Solvers of reverse-time stochastic equations that share the marginals of the probability-flow ODE.
+
+For every w(t) >= 0 (Ma et al. 2401.08740, equation 5)
+
+    dx = (u(x, t) - w(t) / 2 * score(x, t)) dt + sqrt(w(t)) dW,  t from 1 down to 0,  score = -eps / b     (1)
+
+The coefficient w is free even after training: `sigma` b, `sine` sin(pi t)^2, `linear` t, `constant` 1, or
+`reverse` 2 b b' - 2 b^2 a' / a, that of the process's own reversal (Song et al. 2011.13456, equation 6), taken as
+0 where a = 0 makes it infinite. The last step draws nothing and is of first order, since (1) has no score at t = 0.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sora_jax.diffusion.prediction import express
+from sora_jax.diffusion.process import Process, derivatives
+from sora_jax.diffusion.solvers.problem import (
+    Problem,
+    Step,
+    TimesKBR,
+    draw,
+    first_order,
+    last_interval,
+    predict_ends,
+    token_times,
+    walk,
+)
+from sora_jax.shapes import TimesBR, TokensBLP
+
+
+def _reverse(process: Process, t: Array) -> Array:
+    a, b = process.a(t), process.b(t)
+    da, db = derivatives(process, t)
+    return jnp.where(a > 0, 2.0 * b * (db - b * da / jnp.where(a > 0, a, 1.0)), 0.0)
+
+
+COEFFICIENTS: dict[str, Callable[[Process, Array], Array]] = {
+    "sigma": lambda process, t: process.b(t),
+    "sine": lambda process, t: jnp.square(jnp.sin(jnp.pi * t)),
+    "linear": lambda process, t: t,
+    "constant": lambda process, t: jnp.ones_like(t),
+    "reverse": _reverse,
+}
+
+
+def euler_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "sigma") -> TokensBLP:
+    """Euler and Maruyama's steps of (1), of weak order 1; K - 1 evaluations and K - 2 draws for K times."""
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        h_BL1 = token_times(problem, step.s_BR - step.t_BR)
+        spread_BL1 = jnp.sqrt(-h_BL1 * _coefficient(problem, coefficient, step.t_BR))
+        drift_BLP = _drift(problem, coefficient, x_BLP, step.t_BR)
+        return x_BLP + h_BL1 * drift_BLP + spread_BL1 * draw(problem, step)
+
+    x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
+    return first_order(problem, x_BLP, last_interval(times_KBR))
+
+
+def heun_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "sigma") -> TokensBLP:
+    """Heun's steps of (1), of weak order 2; 2 K - 3 evaluations and K - 2 draws for K times.
+
+    The drift is averaged over both ends and the one draw has the mean variance (Kloeden and Platen 1992, section
+    15.1, for noise that does not depend on x).
+    """
+
+    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        h_BL1 = token_times(problem, step.s_BR - step.t_BR)
+        w_BL1 = 0.5 * sum(_coefficient(problem, coefficient, time_BR) for time_BR in (step.t_BR, step.s_BR))
+        noisy_BLP = x_BLP + jnp.sqrt(-h_BL1 * w_BL1) * draw(problem, step)
+        first_BLP = _drift(problem, coefficient, x_BLP, step.t_BR)
+        second_BLP = _drift(problem, coefficient, noisy_BLP + h_BL1 * first_BLP, step.s_BR)
+        return noisy_BLP + h_BL1 * 0.5 * (first_BLP + second_BLP)
+
+    x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
+    return first_order(problem, x_BLP, last_interval(times_KBR))
+
+
+def _drift(problem: Problem, coefficient: str, x_BLP: TokensBLP, t_BR: TimesBR) -> TokensBLP:
+    t_BL1 = token_times(problem, t_BR)
+    x0_BLP, eps_BLP = predict_ends(problem, x_BLP, t_BR)
+    b_BL1 = problem.process.b(t_BL1)
+    pull_BL1 = 0.5 * _coefficient(problem, coefficient, t_BR) / jnp.where(b_BL1 > 0, b_BL1, 1.0)
+    return express(problem.process, "velocity", x0_BLP, eps_BLP, t_BL1) + pull_BL1 * eps_BLP
+
+
+def _coefficient(problem: Problem, name: str, t_BR: TimesBR) -> Array:
+    return COEFFICIENTS[name](problem.process, token_times(problem, t_BR))

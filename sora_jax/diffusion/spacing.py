@@ -1,0 +1,108 @@
+"""The grid of times along which a sampler walks, before it is shifted by clip size: host code.
+
+    spacing    times of n steps, then 0
+    even       1, 1 - 1/n, .. 1/n
+    trailing   every (1000 / n)th discrete step, counted back from the last, 999
+    leading    every (1000 // n)th discrete step, counted up from the first, 0
+    linspace   n steps evenly from the last to the first, both included
+    respaced   steps such as "250", "ddim50" or "10,15,20" as in `respaced_steps`
+    karras     noise levels sigma = b / a, even in sigma^(1/7), from the largest to the smallest
+
+The first three discrete spacings are those of Lin et al. (2305.08891, table 2); step i is at time (i + 1) / 1000.
+`leading` and `respaced` grids for continuous processes are as legitimate as `even`. In `karras` (2206.00364,
+equation 5) the ends are those of the discrete steps, within 0.002 and 80 where a process has no finite end.
+"""
+
+import numpy as np
+
+from sora_jax.diffusion.process import (
+    DDPM_STEPS,
+    EDM_RHO,
+    EDM_SIGMA_MAX,
+    Process,
+    half_log_snr,
+    process_named,
+    time_of_half_log_snr,
+    time_of_step,
+)
+from sora_jax.errors import UserError
+
+SPACINGS = ("even", "respaced", "leading", "trailing", "linspace", "karras")
+SIGMA_MIN = 0.002
+
+
+def base_times(process: str | Process, steps: int | str, spacing: str = "even") -> np.ndarray:
+    """Times (K,) float64, strictly decreasing to 0: one for each of the K - 1 steps, and the end.
+
+    `steps` is a number; for `respaced` also a text.
+
+    Raises:
+        UserError: an unknown spacing, a number of steps that the spacing cannot make, or a text it cannot read.
+    """
+    if spacing not in SPACINGS:
+        raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}.")
+    if spacing == "respaced":
+        return _times_of(respaced_steps(str(steps)))
+    count = _count(steps, most=None if spacing in ("even", "karras") else DDPM_STEPS)
+    if spacing == "even":
+        return np.linspace(1.0, 0.0, count + 1)
+    if spacing == "karras":
+        return _karras(process_named(process) if isinstance(process, str) else process, count)
+    if spacing == "leading":
+        return _times_of(np.arange(count) * (DDPM_STEPS // count))
+    if spacing == "trailing":
+        return _times_of(np.round(DDPM_STEPS - np.arange(count) * DDPM_STEPS / count) - 1)
+    return _times_of(np.round(np.linspace(0, DDPM_STEPS - 1, count)) if count > 1 else [DDPM_STEPS - 1])
+
+
+def respaced_steps(sections: str, steps: int = DDPM_STEPS) -> list[int]:
+    """The discrete steps, ascending, that a text keeps (the convention of Dhariwal and Nichol's code, and DiT's).
+
+    "250" keeps that many, evenly from the first step to the last; "10,15,20" cuts the steps into as many equal
+    sections and keeps that many of each; "ddim50" keeps every k-th from the first, k the smallest whole stride
+    that gives just so many.
+
+    Raises:
+        UserError: the text cannot be read, a section has fewer steps than it should keep, or no stride fits.
+    """
+    if sections.startswith("ddim"):
+        count = _count(sections.removeprefix("ddim"), steps)
+        strides = [stride for stride in range(1, steps) if len(range(0, steps, stride)) == count]
+        if not strides:
+            raise UserError(f"steps is {sections!r}; no whole stride keeps {count} of {steps} steps.")
+        return list(range(0, steps, strides[0]))
+    parts = sections.split(",")
+    sizes = [steps // len(parts) + (part < steps % len(parts)) for part in range(len(parts))]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    counts = [_count(part, size) for part, size in zip(parts, sizes, strict=True)]
+    return [i for start, size, count in zip(starts, sizes, counts, strict=True) for i in _spread(start, size, count)]
+
+
+def _spread(start: int, size: int, count: int) -> list[int]:
+    # Python's rounding of the running sum is part of the convention: it decides between two steps at halves.
+    stride, place, kept = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0, []
+    for _ in range(count):
+        kept.append(int(start) + round(place))
+        place += stride
+    return kept
+
+
+def _count(text: int | str, most: int | None) -> int:
+    allowed = "a whole number of 1 or more" if most is None else f"a whole number from 1 to {most}"
+    digits = str(text).strip()
+    if not (digits.isascii() and digits.isdigit() and 1 <= int(digits) <= (most or int(digits))):
+        raise UserError(f"steps must be {allowed}, not {text!r}.")
+    return int(digits)
+
+
+def _times_of(steps) -> np.ndarray:
+    return np.array([*time_of_step(np.sort(np.asarray(steps, np.float64))[::-1]), 0.0])
+
+
+def _karras(process: Process, count: int) -> np.ndarray:
+    ends = np.array([1.0, time_of_step(0)], np.float32)
+    largest, smallest = np.exp(-np.asarray(half_log_snr(process, ends), np.float64))
+    largest = largest if np.isfinite(largest) and process.a(ends)[0] > 1e-5 else EDM_SIGMA_MAX
+    roots = np.linspace(largest ** (1 / EDM_RHO), max(smallest, SIGMA_MIN) ** (1 / EDM_RHO), count)
+    levels = -EDM_RHO * np.log(roots)
+    return np.array([*np.asarray(time_of_half_log_snr(process, levels.astype(np.float32)), np.float64), 0.0])
