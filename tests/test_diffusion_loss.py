@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from sora_jax.diffusion.loss import denoising_loss, loss_weight
+from sora_jax.diffusion.loss import bin_log_likelihood, bound_bits, denoising_loss, loss_weight, normal_divergence
 from sora_jax.diffusion.prediction import FORMS
-from sora_jax.diffusion.process import PROCESSES, cosine, linear_flow, process_named
+from sora_jax.diffusion.process import PROCESSES, corrupt, linear_flow, process_named, trigonometric, vp_linear
+from sora_jax.diffusion.weights import WeightConfig, loss_scale
 
 B, L, P, R = 4, 12, 3, 5
 GIVEN_ROW = 4
@@ -33,12 +35,12 @@ def batch():
     return {name: jnp.asarray(value) for name, value in locals().items() if name != "rng"}
 
 
-def sums(data, denoise, process=linear_flow, kind="velocity", weight_BL=None, bins=10):
+def sums(data, denoise, process=linear_flow, kind="velocity", weight_BL=None, bins=10, **options):
     if weight_BL is None:
         weight_BL = loss_weight(data["segments_BL"], data["t_BR"], data["rows_BL"])
     fields = (data[name] for name in ("x0_BLP", "eps_BLP", "t_BR", "rows_BL"))
-    loss = jax.jit(denoising_loss, static_argnums=(0, 1, 2, 8))
-    return loss(denoise, process, kind, *fields, weight_BL, bins)
+    loss = jax.jit(denoising_loss, static_argnums=(0, 1, 2, 8), static_argnames=("scale", "learned_variance"))
+    return loss(denoise, process, kind, *fields, weight_BL, bins, **options)
 
 
 def tanh_denoise(x_BLP, t_BR):
@@ -68,30 +70,40 @@ def test_matches_numpy():
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("kind", FORMS)
-def test_only_the_right_prediction_has_no_loss(process, kind):
+def test_only_the_right_prediction_has_no_loss(process):
     """A denoiser told the answer scores 0, and one that is off by 0.5 everywhere scores 0.25 a token."""
     data, process = batch(), process_named(process)
     t_BL1 = jnp.take_along_axis(data["t_BR"], data["rows_BL"], 1)[:, :, None]
-    c, d = FORMS[kind](process, t_BL1)
-    answer_BLP = c * data["x0_BLP"] + d * data["eps_BLP"]
-    np.testing.assert_allclose(sums(data, lambda x, t: answer_BLP, process, kind).loss, 0.0, atol=1e-5)
-    off = sums(data, lambda x, t: answer_BLP + 0.5, process, kind)
-    np.testing.assert_allclose(off.loss / off.weight, 0.25, rtol=1e-4)
+    weight_BL = loss_weight(data["segments_BL"], data["t_BR"], data["rows_BL"])
+    fields = [*(data[name] for name in ("x0_BLP", "eps_BLP", "t_BR", "rows_BL")), weight_BL]
+    for kind in ("eps", "v", "edm", "velocity", "x0"):
+        c, d = FORMS[kind](process, t_BL1)
+        answer_BLP = c * data["x0_BLP"] + d * data["eps_BLP"]
+        size = 1 + float(jnp.max(jnp.abs(answer_BLP)))
+        right = denoising_loss(lambda x, t, answer=answer_BLP: answer, process, kind, *fields)
+        np.testing.assert_allclose(right.loss, 0.0, atol=1e-5 * size)
+        off = denoising_loss(lambda x, t, answer=answer_BLP: answer + 0.5, process, kind, *fields)
+        np.testing.assert_allclose(off.loss / off.weight, 0.25, rtol=1e-5 * size)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_padding_and_given_tokens_get_exactly_no_gradient(process):
-    """Even when the prediction there is infinite; every other token gets some."""
+@pytest.mark.parametrize("learned", [False, True])
+def test_padding_and_given_tokens_get_exactly_no_gradient(process, learned):
+    """Even when the prediction there is infinite; every other token gets some. Prediction and variance alike."""
     data = batch()
     unknown_BL = np.asarray(loss_weight(data["segments_BL"], data["t_BR"], data["rows_BL"])) > 0
     assert unknown_BL.any(1).all() and not unknown_BL.all(1).any()
 
     def loss(x0_BLP, eps_BLP, offset_BLP):
         given = {**data, "x0_BLP": x0_BLP, "eps_BLP": eps_BLP}
-        return sums(given, lambda x, t: jnp.tanh(x) + offset_BLP, process_named(process)).loss
 
-    offset_BLP = jnp.where(jnp.asarray(unknown_BL)[:, :, None], 0.1, jnp.inf) * jnp.ones((B, L, P))
+        def denoise(x, t):
+            return jnp.tile(jnp.tanh(x), (1, 1, 1 + learned)) + offset_BLP
+
+        return sums(given, denoise, process_named(process), "v", learned_variance=learned, scale=scale).loss
+
+    scale = WeightConfig("min_snr")
+    offset_BLP = jnp.where(jnp.asarray(unknown_BL)[:, :, None], 0.1, jnp.inf) * jnp.ones((B, L, P * (1 + learned)))
     for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(data["x0_BLP"], data["eps_BLP"], offset_BLP):
         np.testing.assert_array_equal(np.asarray(gradient)[~unknown_BL], 0.0)
         assert np.all(np.isfinite(gradient)) and np.all(np.abs(np.asarray(gradient)[unknown_BL]).max(-1) > 0)
@@ -126,7 +138,7 @@ def test_weights_scale_tokens_and_the_last_bin_holds_time_one():
 
 
 def test_float32_whatever_the_model_computes_in():
-    found = sums(batch(), lambda x, t: x.astype(jnp.bfloat16), cosine, "v")
+    found = sums(batch(), lambda x, t: x.astype(jnp.bfloat16), trigonometric, "v")
     assert {leaf.dtype for leaf in found} == {jnp.dtype("float32")}
 
 
@@ -141,3 +153,148 @@ def test_jit_grad_and_vmap():
     np.testing.assert_allclose(values, [loss(scale) for scale in scales], rtol=1e-5)
     differences = [(loss(scale + 0.01) - loss(scale - 0.01)) / 0.02 for scale in scales]
     np.testing.assert_allclose(slopes, differences, rtol=1e-3)
+
+
+def test_weight_by_noise_level_scales_the_squared_error_alone():
+    """Token by token; the variance's share of the loss stays as it was."""
+    data, config = batch(), WeightConfig("min_snr", gamma=2.0)
+    rng = np.random.default_rng(5)
+    out_BLP = jnp.asarray(rng.normal(size=(B, L, 2 * P)), jnp.float32)
+    found = sums(data, lambda x, t: out_BLP, scale=config, learned_variance=True)
+    plain = sums(data, lambda x, t: out_BLP, learned_variance=True)
+    t_BL = jnp.take_along_axis(data["t_BR"], data["rows_BL"], 1)
+    learns = np.asarray(loss_weight(data["segments_BL"], data["t_BR"], data["rows_BL"]))
+    error = np.mean((np.asarray(out_BLP)[..., :P] - np.asarray(data["eps_BLP"] - data["x0_BLP"])) ** 2, axis=2)
+    weight = np.where(learns > 0, loss_scale(config, linear_flow, "velocity", t_BL), 0.0)
+    np.testing.assert_allclose(plain.mse, np.sum(learns * error), rtol=1e-5)
+    np.testing.assert_allclose(found.mse, np.sum(weight * error), rtol=1e-5)
+    np.testing.assert_allclose(found.vlb, plain.vlb, rtol=1e-6)
+    for each in (found, plain):
+        np.testing.assert_allclose(each.loss, each.mse + each.vlb, rtol=1e-6)
+        np.testing.assert_allclose(np.sum(each.loss_bins), each.loss, rtol=1e-5)
+
+
+def ddpm_bits(x0, eps, y, v, step):
+    """DDPM's bound at one step in bits, float64, from the betas: 2006.11239, equations 5 to 7 and 13; 2102.09672."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - betas)
+    before = np.append(1.0, abar[:-1])
+    variances = betas * (1 - before) / (1 - abar)
+    variances[0] = variances[1]
+    x_t = np.sqrt(abar[step]) * x0 + np.sqrt(1 - abar[step]) * eps
+    model_x0 = (x_t - np.sqrt(1 - abar[step]) * y) / np.sqrt(abar[step])
+
+    def mean(clean):
+        first = np.sqrt(before[step]) * betas[step] / (1 - abar[step])
+        return first * clean + np.sqrt(1 - betas[step]) * (1 - before[step]) / (1 - abar[step]) * x_t
+
+    log_variance = (v + 1) / 2 * np.log(betas[step]) + (1 - v) / 2 * np.log(variances[step])
+    if step == 0:
+        cdf = stats.norm(mean(model_x0), np.exp(log_variance / 2)).cdf
+        high = np.where(x0 > 0.999, 1.0, cdf(x0 + 1 / 255))
+        low = np.where(x0 < -0.999, 0.0, cdf(x0 - 1 / 255))
+        return -np.log2(np.maximum(high - low, 1e-12))
+    log_ratio = log_variance - np.log(variances[step])
+    square = (mean(x0) - mean(model_x0)) ** 2
+    nats = 0.5 * (-1 + log_ratio + np.exp(-log_ratio) + square * np.exp(-log_variance))
+    return nats / np.log(2)
+
+
+def all_steps(width=16):
+    """One pack of a thousand tokens, each at its own step, and a model's output; data a little beyond [-1, 1]."""
+    rng = np.random.default_rng(6)
+    x0, eps = np.clip(rng.normal(size=(1000, width)), -1.2, 1.2), rng.normal(size=(1000, width))
+    y, v = eps + 0.3 * rng.normal(size=eps.shape), rng.uniform(-1.5, 1.5, eps.shape)
+    y[0] = eps[0] + rng.uniform(-3, 3, width)
+    return [values.astype(np.float32) for values in (x0, eps, y, v)], (np.arange(1000, dtype=np.float32) + 1) / 1000
+
+
+def test_bound_is_that_of_ddpm_at_every_step():
+    arrays, t = all_steps()
+    wanted = np.stack([ddpm_bits(*(np.float64(values[step]) for values in arrays), step) for step in range(1000)])
+    x0, eps, y, v = (jnp.asarray(values)[None] for values in arrays)
+    t_BL1, s_BL1 = (
+        jnp.asarray(t)[None, :, None],
+        jnp.asarray((np.arange(1000) / 1000).astype(np.float32))[None, :, None],
+    )
+    x_t = corrupt(vp_linear, x0, eps, t_BL1)
+    bits = jax.jit(bound_bits, static_argnums=(0, 1))
+    found = np.asarray(bits(vp_linear, "eps", jnp.concatenate([y, v], axis=2), x0, x_t, s_BL1, t_BL1))[0]
+    assert np.all(np.isfinite(found)) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0], wanted[0], rtol=2e-3)  # x_0 and x_t differ by a hundredth: their digits
+    np.testing.assert_allclose(found[1:], wanted[1:], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found.mean(1), wanted.mean(1), rtol=2e-4)
+
+
+def hybrid(kind="eps", process=vp_linear, scale=1.0):
+    """The two terms of the loss of a pack over all steps, as a function of predictions and variance values."""
+    (x0, eps, y, v), t = all_steps(4)
+    rows_BL = jnp.arange(1000, dtype=jnp.int32)[None]
+    places = jnp.asarray(t)[None], rows_BL, jnp.ones((1, 1000))
+
+    def terms(y, v):
+        out = jnp.concatenate([y, v], axis=2)
+        clean, noise = jnp.asarray(x0)[None] * scale, jnp.asarray(eps)[None]
+        return denoising_loss(lambda x, t: out, process, kind, clean, noise, *places, learned_variance=True)
+
+    return terms, jnp.asarray(y)[None], jnp.asarray(v)[None]
+
+
+def test_hybrid_loss_trains_the_mean_by_the_error_and_the_variance_by_the_bound():
+    """Gradients by term: exactly none of the bound to the predictions, none of the error to the variance."""
+    terms, y, v = hybrid()
+    mse_y, mse_v = jax.jit(jax.grad(lambda *outputs: terms(*outputs).mse, (0, 1)))(y, v)
+    vlb_y, vlb_v = jax.jit(jax.grad(lambda *outputs: terms(*outputs).vlb, (0, 1)))(y, v)
+    np.testing.assert_array_equal(vlb_y, 0.0)
+    np.testing.assert_array_equal(mse_v, 0.0)
+    assert np.all(np.isfinite(vlb_v)) and np.all(np.abs(np.asarray(vlb_v))[:, 1:].max(2) > 0)
+    assert np.all(np.abs(np.asarray(mse_y)).max(2) > 0)
+
+
+@pytest.mark.parametrize("process", [name for name in PROCESSES if name != "edm"])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_hybrid_loss_is_finite_at_every_step(process, kind):
+    """Also for data far from [-1, 1] and a process without signal at its end."""
+    terms, y, v = hybrid(kind, process_named(process), 20.0)
+    found, gradient = jax.jit(jax.value_and_grad(lambda *a: terms(*a).loss, (0, 1)))(y, v)
+    assert np.isfinite(found) and all(np.all(np.isfinite(part)) for part in gradient)
+
+
+def test_best_variance_of_a_perfect_mean_is_the_posterior():
+    """The bound is least at the lower end when nothing is wrong with the mean: v = -1."""
+    (x0, eps, _, _), t = all_steps(1)
+    t_BL1, x0, eps = jnp.asarray(t)[None, 1:, None], jnp.asarray(x0)[None, 1:], jnp.asarray(eps)[None, 1:]
+
+    def total(v):
+        out = jnp.concatenate([eps, v], axis=2)
+        bits = bound_bits(vp_linear, "eps", out, x0, corrupt(vp_linear, x0, eps, t_BL1), t_BL1 - 1e-3, t_BL1)
+        return jnp.sum(bits[:, :200])
+
+    at_best = -jnp.ones_like(eps)
+    np.testing.assert_allclose(jax.grad(total)(at_best), 0.0, atol=1e-4)
+    assert total(at_best) < min(total(at_best + 0.1), total(at_best - 0.1))
+
+
+def test_divergence_of_normal_distributions_by_quadrature():
+    """KL(p || q) as the mean of log p - log q under p."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    for offset, std, other in ((0.0, 1.0, 1.0), (0.3, 0.5, 0.8), (-2.0, 1.5, 1.1)):
+        x = std * nodes
+        wanted = np.sum(weights * (stats.norm.logpdf(x, 0, std) - stats.norm.logpdf(x, offset, other)))
+        wanted /= np.sqrt(2 * np.pi)
+        found = normal_divergence(*map(jnp.float32, (offset, 2 * np.log(std), 2 * np.log(other))))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_bins_share_all_the_probability():
+    """The 256 bins of [-1, 1] add up to one for any mean and width, and each is SciPy's difference."""
+    bins = np.linspace(-1, 1, 256)
+    for mean, std in ((0.0, 0.01), (0.9, 0.3), (-3.0, 1.0), (0.99, 0.005)):
+        log_std = jnp.log(jnp.full((256,), std))
+        found = np.asarray(bin_log_likelihood(jnp.asarray(bins, jnp.float32), jnp.full((256,), mean), log_std))
+        np.testing.assert_allclose(np.sum(np.exp(np.float64(found))), 1.0, rtol=1e-4)
+        inside = stats.norm.cdf(bins + 1 / 255, mean, std) - stats.norm.cdf(bins - 1 / 255, mean, std)
+        likely = (inside > 1e-6) & (np.abs(bins) < 0.999)
+        np.testing.assert_allclose(found[likely], np.log(inside[likely]), atol=5e-4)
+    tail = bin_log_likelihood(jnp.float32(1.0), jnp.float32(-5.0), jnp.float32(-3.0))
+    np.testing.assert_allclose(tail, np.log(1e-12), rtol=1e-6)

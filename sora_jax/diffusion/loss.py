@@ -81,7 +81,7 @@ def denoising_loss(
 def bound_bits(
     process: Process,
     kind: str,
-    out_BLP: Float[Array, "B L 2P"],
+    out_BLP: Float[Array, "B L out"],
     x0_BLP: TokensBLP,
     x_BLP: TokensBLP,
     s_BL1: Float[Array, "B L 1"],
