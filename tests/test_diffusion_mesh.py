@@ -12,34 +12,52 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sora_jax.diffusion.guidance import guided
+from sora_jax.diffusion.guidance import GuidanceConfig, guided, guided_by_two
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
-from sora_jax.diffusion.process import linear_flow
-from sora_jax.diffusion.solvers import Problem, heun
-from sora_jax.diffusion.times import TimesConfig, draw_times, per_token, sampling_times
+from sora_jax.diffusion.process import linear_flow, vp_linear
+from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
+from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token, sampling_times
+from sora_jax.diffusion.weights import WeightConfig
 
-B, L, S, P = 8, 16, 3, 4
+B, L, S, P, C = 8, 16, 3, 4, 2
 
 
 def room(segments_BL, index_BL, clips_BS, tokens_BS):
     """Everything in the diffusion room that a train step and a sampler call."""
     rows_BL = jnp.maximum(segments_BL - 1, 0)
     clips_BL = jnp.where(segments_BL > 0, per_token(clips_BS, rows_BL), 0)
+    key = step_key(0, 3, Purpose.TIME)
     noise_BLP = token_noise(step_key(0, 3, Purpose.NOISE), clips_BL, index_BL, P)
-    t_BR = draw_times(TimesConfig(), step_key(0, 3, Purpose.TIME), clips_BS, tokens_BS)
-    weight_BL = loss_weight(segments_BL, t_BR, rows_BL)
+    t_BR = draw_times(TimesConfig(), key, clips_BS, tokens_BS)
+    steps_BR = draw_times(TimesConfig("steps", base_tokens=0, stratified=True), key, clips_BS, tokens_BS)
+    ranks_BS = batch_ranks(clips_BS)
+    sigma_BR = draw_times(TimesConfig("log_sigma", -1.2, 1.2), key, clips_BS, tokens_BS, process=vp_linear)
+    tokens = jnp.sin(noise_BLP), noise_BLP
 
-    def loss(scale):
-        tokens = jnp.sin(noise_BLP), noise_BLP, t_BR, rows_BL, weight_BL
-        sums = denoising_loss(lambda x, t: scale * x, linear_flow, "velocity", *tokens)
+    def flow(scale):
+        where = t_BR, rows_BL, loss_weight(segments_BL, t_BR, rows_BL)
+        sums = denoising_loss(lambda x, t: scale * x, linear_flow, "velocity", *tokens, *where)
         return sums.loss, sums
 
-    sums, slope = jax.value_and_grad(loss, has_aux=True)(jnp.float32(0.7))
-    model = guided(lambda x, t: jnp.tanh(x), lambda x, t: -x, 4.0 * t_BR, segments_BL)
-    times_KBR = sampling_times(TimesConfig(), 4, tokens_BS)
-    samples_BLP = heun(Problem(model, "velocity", linear_flow, rows_BL), noise_BLP, times_KBR)
-    return noise_BLP, t_BR, sums, slope, samples_BLP
+    def hybrid(scale):
+        where = steps_BR, rows_BL, loss_weight(segments_BL, steps_BR, rows_BL)
+        model = lambda x, t: scale * jnp.tile(x, (1, 1, 2))  # noqa: E731
+        options = {"scale": WeightConfig("min_snr"), "learned_variance": True}
+        sums = denoising_loss(model, vp_linear, "eps", *tokens, *where, **options)
+        return sums.loss, sums
+
+    losses = [jax.value_and_grad(loss, has_aux=True)(jnp.float32(0.7)) for loss in (flow, hybrid)]
+    layout = segments_BL, rows_BL, C
+    models = jnp.tanh, jnp.negative, jnp.sin
+    models = [lambda x, t, model=model: model(x) for model in models]
+    config = GuidanceConfig(channels=1, rescale=0.5, start=0.1, power=2.0)
+    model = guided(config, *models[:2], 4.0 * t_BR, *layout)
+    two = guided_by_two(config, *models, 4.0 * t_BR, 2.0 * t_BR, *layout)(noise_BLP, t_BR)
+    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 5), tokens_BS)
+    problem = Problem(model, "velocity", linear_flow, rows_BL)
+    samples_BLP = solve(SolverConfig("heun"), problem, noise_BLP, times_KBR)
+    return noise_BLP, t_BR, steps_BR, ranks_BS, sigma_BR, losses, two, samples_BLP
 
 
 def inputs():

@@ -8,18 +8,37 @@ import pytest
 from scipy import special, stats
 
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
-from sora_jax.diffusion.process import linear_flow, snr
-from sora_jax.diffusion.times import MIN_TIME, TimesConfig, draw_times, per_token, sampling_times, shift
+from sora_jax.diffusion.process import (
+    edm,
+    half_log_snr,
+    linear_flow,
+    snr,
+    time_of_step,
+    trigonometric,
+    vp_linear,
+)
+from sora_jax.diffusion.times import (
+    MAX_MODE_SCALE,
+    MIN_TIME,
+    QUANTILES,
+    TimesConfig,
+    batch_ranks,
+    draw_times,
+    per_token,
+    sampling_times,
+    shift,
+)
 from sora_jax.errors import UserError
 
 KEY = step_key(0, 7, Purpose.TIME)
-draw = jax.jit(draw_times, static_argnums=0)
-QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+draw = jax.jit(draw_times, static_argnums=(0, 5))
+QUANTILES_AT = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 
 
-def many_draws(config, tokens=256, count=40_000):
+def many_draws(config, tokens=256, count=40_000, process=edm):
     clips_BS = jnp.arange(1, count + 1, dtype=jnp.uint32).reshape(4, -1)
-    return np.asarray(draw(config, KEY, clips_BS, jnp.full(clips_BS.shape, tokens, jnp.int32))).ravel()
+    tokens_BS = jnp.full(clips_BS.shape, tokens, jnp.int32)
+    return np.asarray(draw(config, KEY, clips_BS, tokens_BS, None, process)).ravel()
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +50,8 @@ def strict():
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 1.4)])
 def test_logit_normal_quantiles(mean, std):
     drawn = many_draws(TimesConfig("logit_normal", mean, std))
-    wanted = special.expit(stats.norm.ppf(QUANTILES, mean, std))
-    np.testing.assert_allclose(np.quantile(drawn, QUANTILES), wanted, atol=0.01)
+    wanted = special.expit(stats.norm.ppf(QUANTILES_AT, mean, std))
+    np.testing.assert_allclose(np.quantile(drawn, QUANTILES_AT), wanted, atol=0.01)
 
 
 def test_logit_normal_published_values():
@@ -46,11 +65,113 @@ def test_uniform_is_uniform():
     assert stats.kstest(many_draws(TimesConfig("uniform")), "uniform").pvalue > 0.01
 
 
+@pytest.mark.parametrize("scale", [-1.0, 0.8, 1.29, MAX_MODE_SCALE])
+def test_mode_is_monotonic_and_its_density_that_of_its_quantiles(scale):
+    """2403.03206, equation 20: the middle is favoured by a positive scale, the ends by a negative one."""
+    drawn = many_draws(TimesConfig("mode", mode_scale=scale))
+    u = np.linspace(0, 1, 2001)
+    t = 1 - u - scale * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    assert np.all(np.diff(t) < 1e-6) and t[0] == 1.0 and abs(t[-1]) < 1e-12
+    np.testing.assert_allclose(np.quantile(drawn, QUANTILES_AT), np.interp(1 - QUANTILES_AT, u, t), atol=0.01)
+    assert (np.mean(np.abs(drawn - 0.5) < 0.1) > 0.2) == (scale > 0)
+
+
+def test_cosmap_has_the_noise_levels_of_the_trigonometric_path():
+    """2403.03206, equation 21: density 2 / (pi - 2 pi t + 2 pi t^2), here as its quantiles and as levels."""
+    drawn = many_draws(TimesConfig("cosmap"))
+    grid = np.linspace(0, 1, 20_001)
+    density = 2 / (np.pi - 2 * np.pi * grid + 2 * np.pi * grid**2)
+    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(grid))])
+    np.testing.assert_allclose(np.quantile(drawn, QUANTILES_AT), np.interp(QUANTILES_AT, cumulative, grid), atol=0.01)
+    u = jnp.linspace(0.01, 0.99, 99)
+    mapped = QUANTILES["cosmap"](TimesConfig("cosmap"), edm, u)
+    np.testing.assert_allclose(half_log_snr(linear_flow, mapped), half_log_snr(trigonometric, u), atol=1e-5)
+
+
+@pytest.mark.parametrize("process", [edm, linear_flow, vp_linear], ids=lambda process: process.name)
+def test_log_sigma_is_normal_on_every_process(process):
+    """Karras et al. 2206.00364, table 1: log of noise over signal has mean -1.2 and deviation 1.2."""
+    drawn = many_draws(TimesConfig("log_sigma", -1.2, 1.2, base_tokens=0), process=process)
+    log_sigma = -np.asarray(half_log_snr(process, jnp.asarray(drawn)))
+    assert stats.kstest(log_sigma, stats.norm(-1.2, 1.2).cdf).pvalue > 0.01
+
+
+def test_steps_are_the_thousand_of_ddpm_each_as_often():
+    drawn = many_draws(TimesConfig("steps", base_tokens=0))
+    step = np.rint(drawn * 1000).astype(int) - 1
+    np.testing.assert_allclose(drawn, time_of_step(step), rtol=2e-7)
+    counts = np.bincount(step, minlength=1000)
+    assert counts.size == 1000 and stats.chisquare(counts).pvalue > 0.01
+
+
+def test_quantile_functions_start_and_end_in_time():
+    """Also at the numbers next to 0 and 1, where logarithms and tangents would leave [0, 1]."""
+    u = jnp.array([0.0, 1e-7, 0.5, 1.0 - 6e-8])
+    for name, quantile in QUANTILES.items():
+        t = np.asarray(quantile(TimesConfig(name), linear_flow, u))
+        assert np.all(np.isfinite(t)) and t.min() >= 0 and t.max() <= 1, name
+        assert name in ("mode",) or np.all(np.diff(t) >= 0), name
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "steps"])
+def test_stratified_times_fill_the_distribution_evenly(distribution):
+    """One clip in every n-th of the probability; the marginal of a single clip stays the distribution itself."""
+    clips_BS = jnp.asarray(np.random.default_rng(3).permutation(np.arange(1, 97)).reshape(4, 24), jnp.uint32)
+    clips_BS = clips_BS.at[1, 5:].set(0)
+    real = np.asarray(clips_BS) > 0
+    config = TimesConfig(distribution, base_tokens=0, stratified=True)
+    tokens_BS = jnp.full((4, 24), 9, jnp.int32)
+    drawn = np.asarray(draw(config, KEY, clips_BS, tokens_BS))[real]
+    u = stats.norm.cdf(special.logit(drawn)) if distribution == "logit_normal" else drawn
+    count = real.sum()
+    gaps = np.diff(np.sort(u))
+    grain = 2e-3 if distribution == "steps" else 1e-5
+    np.testing.assert_allclose(gaps, 1 / count, atol=grain)
+    keys = jax.vmap(lambda step: step_key(0, step, Purpose.TIME))(jnp.arange(2000))
+    times = jax.jit(jax.vmap(lambda key: draw_times(config, key, clips_BS[:1], tokens_BS[:1])[0, 3]))(keys)
+    plain = stats.norm.cdf(special.logit(np.asarray(times))) if distribution == "logit_normal" else times
+    assert stats.kstest(np.asarray(plain), "uniform").pvalue > 0.01
+
+
+def test_stratified_times_do_not_depend_on_the_layout():
+    """Other packs, other slots, empty slots in other places: a clip of a batch keeps its time to the bit."""
+    rng = np.random.default_rng(1)
+    clips = rng.choice(2**32 - 1, 20, replace=False).astype(np.uint32) + 1
+    config = TimesConfig(stratified=True)
+    seen = []
+    for shape in ((4, 6), (3, 9), (20, 1)):
+        slots = np.zeros(shape, np.uint32).ravel()
+        slots[rng.permutation(slots.size)[:20]] = clips
+        tokens = jnp.full(shape, 300, jnp.int32)
+        drawn = np.asarray(draw(config, KEY, jnp.asarray(slots.reshape(shape)), tokens)).ravel()
+        seen.append({clip: drawn[slots == clip].item() for clip in clips})
+    assert seen[0] == seen[1] == seen[2] and len(set(seen[0].values())) == 20
+
+
+def test_stratified_micro_batches_are_slices_of_the_whole():
+    clips = jnp.arange(5, 53, dtype=jnp.uint32).reshape(4, 2, 6)
+    tokens = jnp.arange(48, dtype=jnp.int32).reshape(4, 2, 6)
+    config = TimesConfig(stratified=True)
+    ranks = batch_ranks(clips)
+    np.testing.assert_allclose(np.sort(np.asarray(ranks).ravel()), np.arange(48) / 48, atol=1e-7)
+    whole = draw(config, KEY, clips.reshape(8, 6), tokens.reshape(8, 6))
+    parts = [draw(config, KEY, *part) for part in zip(clips, tokens, ranks, strict=True)]
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-6)
+    assert not np.array_equal(draw(config, KEY, clips[0], tokens[0]), whole[:2])
+
+
+def test_ranks_of_empty_and_repeated_clips():
+    np.testing.assert_array_equal(batch_ranks(jnp.zeros((2, 3), jnp.uint32)), 0.0)
+    ranks = np.asarray(batch_ranks(jnp.array([[7, 0, 7], [7, 9, 0]], jnp.uint32)))
+    assert set(ranks[[0, 0, 1, 1], [0, 2, 0, 1]].tolist()) == {0.0, 0.25, 0.5, 0.75}
+    assert ranks[0, 1] == ranks[1, 2] == 0.0
+
+
 def test_training_times_are_shifted_by_clip_size():
     """Sixteen times the base tokens: alpha = 4, every quantile moves along the shift."""
-    wanted = special.expit(stats.norm.ppf(QUANTILES))
+    wanted = special.expit(stats.norm.ppf(QUANTILES_AT))
     wanted = 4 * wanted / (1 + 3 * wanted)
-    found = np.quantile(many_draws(TimesConfig(), tokens=16 * 256), QUANTILES)
+    found = np.quantile(many_draws(TimesConfig(), tokens=16 * 256), QUANTILES_AT)
     np.testing.assert_allclose(found, wanted, atol=0.01)
 
 
@@ -87,13 +208,22 @@ def test_shift_is_exact_at_both_ends_and_can_be_off():
 
 def test_sampling_grid():
     tokens_BR = jnp.array([[256, 1024, 0], [17, 256, 40_000]], jnp.int32)
-    times_KBR = sampling_times(TimesConfig(), 10, tokens_BR)
+    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 11), tokens_BR)
     assert times_KBR.shape == (11, 2, 3) and times_KBR.dtype == jnp.float32
     np.testing.assert_array_equal(times_KBR[0], 1.0)
     np.testing.assert_array_equal(times_KBR[-1], 0.0)
     assert bool(jnp.all(jnp.diff(times_KBR, axis=0) < 0))
     np.testing.assert_allclose(times_KBR[:, 0, 0], np.linspace(1, 0, 11), atol=1e-6)
     np.testing.assert_allclose(times_KBR[5, 0, 1], 2 * 0.5 / 1.5, rtol=1e-6)
+
+
+def test_training_and_sampling_shift_alike():
+    """A grid of quantiles is sampled at the very times at which a clip of that size is trained."""
+    tokens = 1600
+    drawn = many_draws(TimesConfig("uniform"), tokens=tokens)
+    base_K = jnp.asarray(np.append(np.linspace(0.99, 0.01, 50), 0.0), jnp.float32)
+    times_KBR = sampling_times(TimesConfig("uniform"), base_K, jnp.full((1, 1), tokens, jnp.int32))
+    np.testing.assert_allclose(np.quantile(drawn, base_K[:-1]), times_KBR[:-1, 0, 0], atol=0.01)
 
 
 def test_times_follow_the_clip_not_its_slot():
@@ -170,14 +300,13 @@ def test_per_token_is_indexing(dtype):
 
 def test_bad_options_are_user_errors():
     for options, said in (
-        ({"distribution": "beta"}, "uniform, logit_normal, not 'beta'"),
+        ({"distribution": "beta"}, "uniform, logit_normal, mode, cosmap, log_sigma, steps, not 'beta'"),
         ({"std": 0.0}, "times.std must be above 0, not 0.0"),
+        ({"mode_scale": 2.0}, "times.mode_scale must be from -1 to 1.7519, not 2.0"),
         ({"base_tokens": -1}, "not -1"),
     ):
         with pytest.raises(UserError, match=said):
             TimesConfig(**options)
-    with pytest.raises(UserError, match="steps must be 1 or more, not 0"):
-        sampling_times(TimesConfig(), 0, jnp.ones((1, 1), jnp.int32))
     with pytest.raises(UserError, match="not -1"):
         step_key(-1, 0, Purpose.TIME)
 
