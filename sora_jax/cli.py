@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     _train(commands)
     _sample(commands)
     _data(commands)
+    _convert(commands)
     return parser
 
 
@@ -304,6 +305,41 @@ def encode(options) -> None:
     share = Share.parse(options.shard)
     if not encode_dataset(options.autoencoder, options.data, options.out, options.batch, options.shapes, share, text):
         print(f"this share is done; {options.out} appears when the others are, too")
+
+
+def _convert(commands) -> None:
+    example = (
+        "example:\n  sora-jax convert --from=diffusers-vae --weights=sd-vae-ft-ema --out=runs/kl4\n"
+        "  sora-jax convert --from=dit --weights=DiT-XL-2-256x256.safetensors --autoencoder=runs/kl4 --out=runs/dit\n"
+        "  sora-jax convert --to=diffusers-dit --workdir=runs/dit --out=DiT-XL-2-256"
+    )
+    p = _parser(commands.add_parser, "convert", help="published weights -> run folder, and back", epilog=example)
+    about = "dit (official checkpoint), diffusers-dit or diffusers-vae (folders)"
+    way = p.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="source", metavar="FORMAT", help=f"read {about}, into a run folder")
+    way.add_argument("--to", metavar="FORMAT", help=f"write {about}, of a run folder")
+    p.add_argument("--weights", type=Path, help="for --from: file, or folder with config.json")
+    p.add_argument("--autoencoder", type=Path, help="for --from: the run whose frozen autoencoder belongs to it")
+    p.add_argument("--heads", type=int, help="for --from=dit: attention heads, of a network of none of DiT's sizes")
+    p.add_argument("--workdir", type=Path, help="for --to: run folder")
+    p.add_argument("--out", type=Path, required=True, help="run folder, file or folder to write")
+    p.set_defaults(function=convert)
+
+
+def convert(options) -> None:
+    from sora_jax.config import check
+    from sora_jax.convert.command import convert_from, convert_to
+
+    needed, spare = ("weights", ("workdir",)) if options.source else ("workdir", ("weights", "autoencoder", "heads"))
+    way = "--from" if options.source else "--to"
+    check(getattr(options, needed) is not None, f"--{needed} is not given; {way} needs it")
+    for name in spare:
+        check(getattr(options, name) is None, f"--{name} is {str(getattr(options, name))!r}; {way} takes none")
+    if options.source:
+        said = convert_from(options.source, options.weights, options.out, options.autoencoder, options.heads)
+    else:
+        said = convert_to(options.to, options.workdir, options.out)
+    print("\n".join([*said, str(options.out)]))
 
 
 def inspect(options) -> None:

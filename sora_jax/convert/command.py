@@ -1,0 +1,181 @@
+"""`sora-jax convert`: weights of others -> a run folder, and back."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.config import check, choose, plain
+from sora_jax.convert.dit import Network, read_diffusers, read_dit, write_diffusers, write_dit
+from sora_jax.convert.vae import read_vae, write_vae
+from sora_jax.data.packing import PackingConfig
+from sora_jax.diffusion.guidance import GuidanceConfig
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.solvers import SolverConfig
+from sora_jax.diffusion.times import TimesConfig
+from sora_jax.files import write_json
+from sora_jax.generate.run import read_run_config
+from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.models.first_stage import autoencoder_specs
+from sora_jax.models.transformer import transformer_specs
+from sora_jax.nn import params as param
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.checkpoint import Checkpoints
+from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig
+from sora_jax.train.encode import copy_autoencoder
+from sora_jax.train.frozen import FOLDER, RECORD, load_autoencoder, save_autoencoder
+from sora_jax.train.loop import LoopConfig
+from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.state import TrainState
+
+FACTOR = 8  # pixels to a latent position, of the autoencoder that DiT was trained with
+SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)  # of configs/dit.py
+
+
+def convert_from(
+    kind: str, weights: Path, out: Path, autoencoder: Path | None = None, heads: int | None = None
+) -> list[str]:
+    """Makes the run folder `out` of published weights: a checkpoint at step 0, and what else a run needs.
+
+    kind: "dit", "diffusers-dit" or "diffusers-vae". autoencoder: the run whose frozen autoencoder a DiT decodes with.
+    Returns what is to be said of it. UserError where a tensor is missing, not known or of another shape.
+    """
+    read = choose("--from", kind, READERS)
+    out = Path(out)
+    check(not out.exists() or not any(out.iterdir()), f"--out is {str(out)!r}; that folder is not empty")
+    check(autoencoder is None or kind != VAE, f"--autoencoder is given; --from={VAE} makes one itself")
+    check(heads is None or kind == OFFICIAL, f"--heads is {heads}; --from={kind} says itself how many there are")
+    return read(Path(weights), out, autoencoder, heads)
+
+
+def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
+    """Writes the averaged weights of a run, or its frozen autoencoder, in the format `kind`: the inverse."""
+    write = choose("--to", kind, WRITERS)
+    occupied = Path(out).is_file() or (Path(out).is_dir() and any(Path(out).iterdir()))
+    check(not occupied, f"--out is {str(out)!r}; it is there already")
+    return write(Path(workdir), Path(out))
+
+
+def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
+    vae = read_vae(_part(weights, "vae"))
+    config = autoencoder_run(vae.config)
+    _save_run(out, config, vae.params, autoencoder_specs(vae.config))
+    save_autoencoder(vae, out / FOLDER, {"steps": 0, "held_out_psnr": None})
+    return [f"latents are normalised by mean {vae.mean_C.tolist()} and deviation {vae.std_C.tolist()}"]
+
+
+def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
+    factor, channels = FACTOR, None
+    if autoencoder is not None:
+        config = load_autoencoder(autoencoder).config
+        factor, channels = config.space_factor, config.latent_channels
+    network: Network = read(weights, heads)
+    found = network.config.latent_channels
+    check(
+        channels in (None, found),
+        f"--autoencoder is {str(autoencoder)!r}; its latents have {channels} channels, those of the weights {found}",
+    )
+    _save_run(out, denoiser_run(network, factor), network.params, transformer_specs(network.config))
+    said = ["its table of positions is computed, not kept"]
+    if autoencoder is None:
+        return [*said, f"to sample, a frozen autoencoder is needed in {out / FOLDER}: convert again with --autoencoder"]
+    copy_autoencoder(autoencoder, out)
+    return said
+
+
+def denoiser_run(network: Network, factor: int = FACTOR) -> DenoiserRun:
+    """The run of a DiT at its own size of images, by the recipe of the paper: that of configs/dit.py.
+
+    factor: pixels to a latent position.
+    """
+    model, side = network.config, network.side
+    channels = model.latent_channels - 1  # the official code guides 3 of 4
+    return DenoiserRun(
+        batch=256,
+        model=model,
+        packing=PackingConfig(length=(side // model.patch[1]) ** 2, slots=1),
+        diffusion=DiffusionConfig("vp_linear", "eps", TimesConfig("steps", base_tokens=0), caption_dropout=0.1),
+        optim=OptimConfig(warmup_steps=0, clip_norm=0.0, b2=0.999, ema=(0.9999,), ema_warmup=False),
+        loop=LoopConfig(steps=400_000, log_every=100, save_every=5000),
+        preview=PreviewConfig(
+            classes=tuple(c for c in SHOWN if c < model.classes), sizes=((1, side * factor, side * factor),)
+        ),
+        sampling=SamplingConfig("250", "respaced", SolverConfig("ddpm"), GuidanceConfig(4.0, channels)),
+    )
+
+
+def autoencoder_run(model: KLConfig) -> AutoencoderRun:
+    """The run of an image autoencoder, by the recipe of configs/autoencoder.py:kl4."""
+    return AutoencoderRun(
+        batch=16,
+        crop=(1, 256, 256),
+        image_share=0.0,
+        model=model,
+        optim=OptimConfig(schedule="cosine", warmup_steps=1000),
+        loop=LoopConfig(steps=200_000, log_every=50, save_every=2000, preview_every=2000),
+    )
+
+
+def _save_run(out: Path, config: DenoiserRun | AutoencoderRun, params, specs) -> None:
+    """config.json and a checkpoint of step 0, as training would have left them; averages equal the weights."""
+    mesh = make_mesh()
+    optim = config.optim
+    optimizer = make_optimizer(dataclasses.replace(optim, decay_steps=optim.decay_steps or config.loop.steps))
+    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", config.loop.keep) as checkpoints:
+        placed = jax.device_put(params, param.shardings(specs, mesh))
+        averages = (placed,) * len(optim.ema)
+        state = TrainState(jnp.zeros((), jnp.int32), placed, averages, jax.jit(optimizer.init)(placed))
+        notes = {"config": plain(config), "step": 0, "seed": config.seed, "means": {}, "position": None}
+        checkpoints.save(0, state, notes)
+    write_json(out / "config.json", plain(config))
+
+
+def _part(folder: Path, name: str) -> Path:
+    """The model's own folder, also where that of a whole pipeline is named."""
+    return folder / name if (folder / "model_index.json").exists() else folder
+
+
+def _write_autoencoder(workdir: Path, out: Path) -> list[str]:
+    write_vae(load_autoencoder(workdir), out)
+    return []
+
+
+def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
+    config = read_run_config(workdir)
+    factor = load_autoencoder(workdir).config.space_factor if (workdir / FOLDER / RECORD).exists() else FACTOR
+    frames, height, width = config.preview.sizes[0] if config.preview.sizes else (0, 0, 0)
+    check(
+        frames == 1 and height == width and height % (factor * config.model.patch[1]) == 0,
+        f"config.preview.sizes is {config.preview.sizes}; the first must be that of one square image: the format has a "
+        "table of positions for it",
+    )
+    process, prediction = config.diffusion.process, config.diffusion.prediction
+    check(
+        (process, prediction) == ("vp_linear", "eps"),
+        f"config.diffusion has process {process!r} and prediction {prediction!r}; the format holds only models of "
+        "'vp_linear' and 'eps'",
+    )
+    mesh = make_mesh()
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        check(checkpoints.latest() is not None, f"--workdir is {str(workdir)!r}; it has no checkpoint yet")
+        specs = transformer_specs(config.model)
+        params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
+    write(Network(config.model, params, height // factor), out)
+    return [f"the average of decay {config.optim.ema[0]} was written"]
+
+
+OFFICIAL, FOLDERS, VAE = "dit", "diffusers-dit", "diffusers-vae"
+READERS: dict[str, Callable] = {
+    OFFICIAL: functools.partial(_read_denoiser, read_dit),
+    FOLDERS: functools.partial(_read_denoiser, lambda path, heads: read_diffusers(_part(path, "transformer"))),
+    VAE: _read_autoencoder,
+}
+WRITERS: dict[str, Callable] = {
+    OFFICIAL: functools.partial(_write_denoiser, write_dit),
+    FOLDERS: functools.partial(_write_denoiser, write_diffusers),
+    VAE: _write_autoencoder,
+}

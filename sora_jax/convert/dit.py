@@ -1,0 +1,326 @@
+"""DiT's weights by the names of its official checkpoint and of diffusers' DiTTransformer2DModel, and back.
+
+Both hold the same network, with two differences in what diffusers computes from it: its time features have the
+frequencies 10000^(-i/127), the official code and we 10000^(-i/128); and its norm before the MLP takes `norm_eps` of
+config.json, 1e-5 for the published folder, where the weights were trained with 1e-6. Here they run as trained.
+"""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.convert.links import MATRIX, Form, Link, form, layer_links, read_tree, write_tree
+from sora_jax.convert.tensors import WEIGHTS, read_record, read_tensors, write_tensors
+from sora_jax.files import write_json
+from sora_jax.models.transformer import SIZES, TransformerConfig, transformer_specs
+
+DIT = TransformerConfig(
+    latent_channels=4,
+    text=None,
+    classes=1000,
+    rotary=False,
+    sincos_positions=True,
+    sincos_axes="xy",
+    qk_norm=False,
+    learned_variance=True,
+    step_times=True,
+    joint_qkv_init=True,
+)
+# What the formats leave open; in all else a model must be as DIT.
+OPEN = (
+    "depth", "width", "heads", "mlp_ratio", "patch", "latent_channels", "classes", "learned_variance",
+    "joint_qkv_init", "attention", "remat", "unroll", "dtype",
+)  # fmt: skip
+POSITIONS = "pos_embed"
+TABLE = "pos_embed.pos_embed"  # in folders that older versions of diffusers wrote
+POSITION_ERROR = 1e-5
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A DiT: config, weights, and the side of the latents that its table of positions is for."""
+
+    config: TransformerConfig
+    params: dict
+    side: int
+
+
+def read_dit(path: Path, heads: int | None = None) -> Network:
+    """The network of an official checkpoint; `heads` where depth and width are not those of one of DiT's sizes."""
+    source, tensors = str(path), read_tensors(path)
+    config = _infer(tensors, heads, source)
+    tokens = tensors[POSITIONS].size // config.width if POSITIONS in tensors else 0
+    grid = math.isqrt(tokens)
+    check(
+        grid > 0 and tensors[POSITIONS].shape == (1, grid**2, config.width),
+        f"the tensors of {source!r} are not those of this model: {POSITIONS} must have shape (1, grid^2, width)",
+    )
+    _check_positions(POSITIONS, tensors.pop(POSITIONS), config.width, grid, source)
+    params = read_tree(official_links(config), transformer_specs(config), tensors, source)
+    return Network(config, params, grid * config.patch[1])
+
+
+def write_dit(network: Network, path: Path) -> None:
+    """A safetensors file with the names of the official checkpoint, its table of positions among them."""
+    config = network.config
+    check(Path(path).suffix == ".safetensors", f"--out is {str(path)!r}; for --to=dit it must end in .safetensors")
+    _check_fits(config, "dit")
+    table = position_table(config.width, network.side // config.patch[1])
+    write_tensors(path, {POSITIONS: table[None]} | write_tree(official_links(config), network.params))
+
+
+def read_diffusers(folder: Path) -> Network:
+    """The network of a folder; its blocks hold copies of the embeddings, which must be equal."""
+    record, source = read_record(Path(folder) / "config.json"), str(folder)
+    config = _from_record(record, source)
+    tensors = read_tensors(folder)
+    side = record.get("sample_size", 32)
+    if TABLE in tensors:
+        _check_positions(TABLE, tensors.pop(TABLE)[0], config.width, side // config.patch[1], source)
+    tensors = _without_copies(tensors, config.depth, source)
+    params = read_tree(diffusers_links(config), transformer_specs(config), tensors, source)
+    return Network(config, params, side)
+
+
+def write_diffusers(network: Network, folder: Path) -> None:
+    """Writes config.json and weights as diffusers reads them."""
+    config = network.config
+    _check_fits(config, "diffusers-dit")
+    ratio = config.mlp_ratio
+    check(ratio == 4, f"config.model.mlp_ratio is {ratio}; the format 'diffusers-dit' holds only models with 4")
+    channels = config.latent_channels
+    record = {
+        "_class_name": CLASSES[0],
+        **FIXED,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_width,
+        "in_channels": channels,
+        "out_channels": channels * (2 if config.learned_variance else 1),
+        "num_layers": config.depth,
+        "sample_size": network.side,
+        "patch_size": config.patch[1],
+        "num_embeds_ada_norm": config.classes,
+        "norm_eps": 1e-6,
+    }
+    tensors = write_tree(diffusers_links(config), network.params)
+    tensors |= {name: tensors[first] for name, first in _copies(config.depth, tensors).items()}
+    write_tensors(Path(folder) / f"{WEIGHTS}.safetensors", tensors)
+    write_json(Path(folder) / "config.json", record)
+
+
+def position_table(width: int, grid: int) -> np.ndarray:
+    """The fixed table of a square grid of tokens, row by row: (grid^2, width) float32, first half of x, then of y."""
+    frequencies = 1 / 10_000.0 ** (np.arange(width // 4) / (width / 4))
+    angles = np.arange(grid)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    columns, rows = np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)
+    return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+def _check_positions(name: str, found: np.ndarray, width: int, grid: int, source: str) -> None:
+    # It is computed and not learnt: what is left out here must be what is computed.
+    error = np.abs(found.reshape(grid**2, width) - position_table(width, grid)).max()
+    check(
+        bool(error < POSITION_ERROR),
+        f"{name} of {source!r} differs by {error:.2g} from DiT's table of positions; learnt ones are not known here",
+    )
+
+
+def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> TransformerConfig:
+    """The config that the shapes of an official checkpoint imply."""
+    shapes = {name: x.shape for name, x in tensors.items()}
+    needed = {
+        "x_embedder.proj.weight": 4,
+        "y_embedder.embedding_table.weight": 2,
+        "blocks.0.mlp.fc1.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
+    missing = [name for name, axes in needed.items() if len(shapes.get(name, ())) != axes]
+    check(not missing, f"{source!r} is no checkpoint of DiT; missing, or of another shape: {', '.join(missing)}")
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if m)
+    known = {(d, w): n for d, w, n in SIZES.values()}.get((depth, width))
+    check(
+        bool(heads or known),
+        f"--heads is not given; {source!r} has {depth} blocks of width {width}, which is none of DiT's sizes, and its "
+        f"shapes do not tell the number of attention heads",
+    )
+    return dataclasses.replace(
+        DIT,
+        depth=depth,
+        width=width,
+        heads=heads or known,
+        mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        patch=(1, patch, patch),
+        latent_channels=channels,
+        classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+        learned_variance=shapes["final_layer.linear.weight"][0] == 2 * patch**2 * channels,
+    )
+
+
+def _from_record(record: dict, source: str) -> TransformerConfig:
+    kind = record.get("_class_name", CLASSES[0])
+    check(kind in CLASSES, f"--weights is {source!r}; it holds a {kind}, not a {CLASSES[0]}")
+    for name, value in FIXED.items():
+        found = record.get(name, value)
+        check(found == value, f"--weights is {source!r}; its {name} is {found!r}, and only {value!r} is known here")
+    channels, patch = record.get("in_channels", 4), record.get("patch_size", 2)
+    outputs = record.get("out_channels") or channels
+    check(
+        outputs in (channels, 2 * channels),
+        f"--weights is {source!r}; its out_channels is {outputs}; it must be in_channels = {channels}, or twice that",
+    )
+    heads = record.get("num_attention_heads", 16)
+    return dataclasses.replace(
+        DIT,
+        depth=record.get("num_layers", 28),
+        width=heads * record.get("attention_head_dim", 72),
+        heads=heads,
+        patch=(1, patch, patch),
+        latent_channels=channels,
+        classes=record.get("num_embeds_ada_norm", 1000),
+        learned_variance=outputs == 2 * channels,
+    )
+
+
+def _check_fits(config: TransformerConfig, kind: str) -> None:
+    for field in dataclasses.fields(TransformerConfig):
+        found, wanted = (getattr(c, field.name) for c in (config, DIT))
+        check(
+            field.name in OPEN or found == wanted,
+            f"config.model.{field.name} is {found!r}; the format {kind!r} holds only models with {wanted!r}",
+        )
+    time, rows, columns = config.patch
+    check(
+        time == 1 and rows == columns and config.classes > 0,
+        f"config.model.patch is {config.patch} and classes {config.classes}; the format {kind!r} holds only models of "
+        f"images with square patches and with classes",
+    )
+
+
+def _copies(depth: int, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    """The names of the later blocks' embeddings, and of what of the first block each of them is a copy."""
+    first = "transformer_blocks.0.norm1.emb."
+    shared = [name for name in tensors if name.startswith(first)]
+    return {name.replace(".0.", f".{block}.", 1): name for name in shared for block in range(1, depth)}
+
+
+def _without_copies(tensors: dict[str, np.ndarray], depth: int, source: str) -> dict[str, np.ndarray]:
+    """The tensors with the embeddings once; UserError with the names of copies that are missing or differ."""
+    copies = _copies(depth, tensors)
+    differ = [
+        name
+        for name, first in copies.items()
+        if name not in tensors or not np.array_equal(tensors[name], tensors[first])
+    ]
+    check(not differ, f"all blocks of {source!r} must hold equal embeddings; missing, or others: {', '.join(differ)}")
+    return {name: x for name, x in tensors.items() if name not in copies}
+
+
+def official_links(config: TransformerConfig) -> list[Link]:
+    """Every tensor of the official checkpoint but the table of positions."""
+    found = _patch("x_embedder.proj", config)
+    found += layer_links(("time_in",), "t_embedder.mlp.0", MATRIX)
+    found += layer_links(("time_out",), "t_embedder.mlp.2", MATRIX)
+    found += [Link(("classes",), ("y_embedder.embedding_table.weight",))]
+    found += layer_links(("modulation",), "final_layer.adaLN_modulation.1", MATRIX)
+    found += _head("final_layer.linear", config)
+    for i in range(config.depth):
+        name = f"blocks.{i}"
+        found += _block_links(i, config, f"{name}.adaLN_modulation.1", f"{name}.attn.proj", f"{name}.mlp.fc")
+        found += [
+            Link(("blocks", "qkv", "weight"), (f"{name}.attn.qkv.weight",), _joint(config), i),
+            Link(("blocks", "qkv", "bias"), (f"{name}.attn.qkv.bias",), _joint(config), i),
+        ]
+    return found
+
+
+def diffusers_links(config: TransformerConfig) -> list[Link]:
+    """Every tensor of diffusers' folder, the embeddings once, under the first block."""
+    first = "transformer_blocks.0.norm1.emb"
+    found = _patch("pos_embed.proj", config)
+    found += layer_links(("time_in",), f"{first}.timestep_embedder.linear_1", MATRIX)
+    found += layer_links(("time_out",), f"{first}.timestep_embedder.linear_2", MATRIX)
+    found += [Link(("classes",), (f"{first}.class_embedder.embedding_table.weight",))]
+    found += layer_links(("modulation",), "proj_out_1", MATRIX) + _head("proj_out_2", config)
+    for i in range(config.depth):
+        name = f"transformer_blocks.{i}"
+        names = [f"{name}.attn1.to_{part}" for part in "qkv"]
+        found += _block_links(i, config, f"{name}.norm1.linear", f"{name}.attn1.to_out.0", f"{name}.ff.net")
+        found += [
+            Link(("blocks", "qkv", kind), tuple(f"{part}.{kind}" for part in names), _separate(config), i)
+            for kind in ("weight", "bias")
+        ]
+    return found
+
+
+def _block_links(i: int, config: TransformerConfig, modulation: str, merge: str, mlp: str) -> list[Link]:
+    heads, head_width, width = config.heads, config.head_width, config.width
+    to_width = form(lambda w: w.transpose(1, 0).reshape(heads, head_width, width), lambda w: w.reshape(-1, width).T)
+    up, down = (f"{mlp}1", f"{mlp}2") if mlp.endswith("fc") else (f"{mlp}.0.proj", f"{mlp}.2")
+    return [
+        *layer_links(("blocks", "modulation"), modulation, MATRIX, i),
+        *layer_links(("blocks", "merge"), merge, to_width, i),
+        *layer_links(("blocks", "mlp", "up"), up, MATRIX, i),
+        *layer_links(("blocks", "mlp", "down"), down, MATRIX, i),
+    ]
+
+
+def _patch(name: str, config: TransformerConfig) -> list[Link]:
+    """A convolution of (width, channels, rows, columns); a token runs row, column, channel."""
+    _, rows, columns = config.patch
+    shape = (rows, columns, config.latent_channels, config.width)
+    kernel = form(
+        lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]), lambda w: w.reshape(shape).transpose(3, 2, 0, 1)
+    )
+    return layer_links(("patch",), name, kernel)
+
+
+def _head(name: str, config: TransformerConfig) -> list[Link]:
+    """Outputs run row, column, (prediction or variance), channel; ours has all predictions first."""
+    halves, channels = (2 if config.learned_variance else 1), config.latent_channels
+    theirs, ours = (-1, halves, channels), (halves, -1, channels)
+    weight = form(
+        lambda w: w.reshape(*theirs, config.width).transpose(3, 1, 0, 2).reshape(config.width, -1),
+        lambda w: w.reshape(config.width, *ours).transpose(2, 1, 3, 0).reshape(-1, config.width),
+    )
+    bias = form(
+        lambda b: b.reshape(theirs).transpose(1, 0, 2).reshape(-1),
+        lambda b: b.reshape(ours).transpose(1, 0, 2).reshape(-1),
+    )
+    return [Link(("head", "weight"), (f"{name}.weight",), weight), Link(("head", "bias"), (f"{name}.bias",), bias)]
+
+
+def _joint(config: TransformerConfig) -> Form:
+    """Queries, keys and values of all heads in one tensor: weight (3 D, D) or bias (3 D)."""
+    parts = (3, config.heads, config.head_width)
+
+    def write(x):
+        return x.reshape(-1) if x.ndim == 3 else x.transpose(1, 2, 3, 0).reshape(-1, config.width)
+
+    def read(w):
+        return w.reshape(parts) if w.ndim == 1 else w.reshape(*parts, -1).transpose(3, 0, 1, 2)
+
+    return form(read, write)
+
+
+def _separate(config: TransformerConfig) -> Form:
+    """The same as a tensor each."""
+    joint, width = _joint(config), config.width
+
+    def write(x):
+        (whole,) = joint.write(x)
+        return [whole[i * width : (i + 1) * width] for i in range(3)]
+
+    return Form(lambda *parts: joint.read(np.concatenate(parts)), write)

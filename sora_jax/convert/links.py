@@ -1,0 +1,110 @@
+"""Which tensors of a file are which of our parameters, said once and used in both directions."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.errors import UserError
+from sora_jax.nn.params import ParamSpec, abstract
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How tensors are laid out: `read` makes our parameter of the file's tensors, `write` is its inverse."""
+
+    read: Callable[..., np.ndarray]
+    write: Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+def form(read: Callable, write: Callable) -> Form:
+    """Of one tensor."""
+    return Form(read, lambda x: (write(x),))
+
+
+# PyTorch: (outputs, inputs) and (outputs, inputs, height, width). Here: inputs first, outputs last.
+SAME = form(lambda w: w, lambda w: w)
+MATRIX = form(lambda w: w.transpose(1, 0), lambda w: w.transpose(1, 0))
+KERNEL = form(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """One of our parameters, or one layer of a stacked one, and the names of the tensors that hold it."""
+
+    path: tuple
+    names: tuple[str, ...]
+    form: Form = SAME
+    layer: int | None = None
+
+
+def layer_links(path: tuple, name: str, weight: Form, layer: int | None = None) -> list[Link]:
+    """Weight and bias of one module."""
+    return [
+        Link((*path, "weight"), (f"{name}.weight",), weight, layer),
+        Link((*path, "bias"), (f"{name}.bias",), SAME, layer),
+    ]
+
+
+def read_tree(links: Iterable[Link], specs, tensors: dict[str, np.ndarray], source: str):
+    """The tree of parameters that the tensors hold.
+
+    UserError that lists by name every tensor which is missing, is not known, or is of another shape.
+    """
+    grouped: dict[tuple, list[Link]] = {}
+    for link in links:
+        grouped.setdefault(link.path, []).append(link)
+    _check_names(_shapes(grouped, specs), {name: x.shape for name, x in tensors.items()}, source)
+
+    def value(path, _):
+        members = grouped[_keys(path)]
+        layers = [link.form.read(*(tensors[name] for name in link.names)) for link in members]
+        return jnp.asarray(layers[0] if members[0].layer is None else np.stack(layers))
+
+    return jax.tree_util.tree_map_with_path(value, abstract(specs))
+
+
+def write_tree(links: Iterable[Link], params) -> dict[str, np.ndarray]:
+    """The tensors that hold a tree of parameters; the inverse of `read_tree`."""
+    values = {_keys(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    tensors = {}
+    for link in links:
+        x = values[link.path]
+        parts = link.form.write(x if link.layer is None else x[link.layer])
+        tensors |= dict(zip(link.names, parts, strict=True))
+    return tensors
+
+
+def _shapes(grouped: dict[tuple, list[Link]], specs) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a file must hold, by its name."""
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    specs = {_keys(path): spec for path, spec in leaves}
+    if set(specs) != set(grouped):
+        raise ValueError(f"parameters without a tensor, or the other way: {set(specs) ^ set(grouped)}")
+    shapes = {}
+    for path, members in grouped.items():
+        for link in members:
+            own = specs[path].shape[0 if link.layer is None else 1 :]
+            parts = jax.eval_shape(link.form.write, jax.ShapeDtypeStruct(own, np.float32))
+            shapes |= {name: part.shape for name, part in zip(link.names, parts, strict=True)}
+    return shapes
+
+
+def _check_names(wanted: dict, found: dict, source: str) -> None:
+    shared = [name for name in wanted if name in found]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "not known": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} {found[name]} instead of {wanted[name]}" for name in shared if found[name] != wanted[name]
+        ],
+    }
+    said = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+    if said:
+        raise UserError(f"the tensors of {source!r} are not those of this model: {said}")
+
+
+def _keys(path) -> tuple:
+    return tuple(getattr(entry, "key", getattr(entry, "idx", None)) for entry in path)

@@ -1,0 +1,151 @@
+"""Folders of diffusers' AutoencoderKL (config.json and weights) to frozen autoencoders and back."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.convert.links import KERNEL, MATRIX, SAME, Link, layer_links, read_tree, write_tree
+from sora_jax.convert.tensors import WEIGHTS, read_record, read_tensors, write_tensors
+from sora_jax.files import write_json
+from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.models.first_stage import autoencoder_specs
+from sora_jax.train.frozen import FrozenAutoencoder
+
+CLASS = "AutoencoderKL"
+# What the format leaves open and ours does not.
+FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True}
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_vae(folder: Path) -> FrozenAutoencoder:
+    """The autoencoder of a folder; latents are normalised by what its config.json says of them.
+
+    UserError for an architecture that is not ours, and with the names of all tensors that do not fit.
+    """
+    record = read_record(Path(folder) / "config.json")
+    config = _config(record, folder)
+    tensors = {_new_name(name): x for name, x in read_tensors(folder).items()}
+    params = read_tree(links(config), autoencoder_specs(config), tensors, str(folder))
+    channels = config.latent_channels
+    scale = np.float32(record.get("scaling_factor", 0.18215))
+    mean = np.asarray(record.get("latents_mean") or [record.get("shift_factor") or 0.0] * channels, np.float32)
+    std = np.asarray(record.get("latents_std") or [1.0] * channels, np.float32) / scale
+    check(
+        mean.shape == std.shape == (channels,) and bool(np.all(std > 0)),
+        f"--weights is {str(folder)!r}; its latents_mean and latents_std must have {channels} entries each, and the "
+        "last be positive",
+    )
+    return FrozenAutoencoder(config, params, mean, std)
+
+
+def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
+    """Writes config.json and weights as diffusers reads them; UserError if it is no image autoencoder of this kind."""
+    config = autoencoder.config
+    check(
+        isinstance(config, KLConfig),
+        f"--to is 'diffusers-vae'; this autoencoder is a {type(config).__name__}, and the format holds only a KLConfig",
+    )
+    levels = len(config.widths)
+    record = {
+        "_class_name": CLASS,
+        **FIXED,
+        **{name: [block] * levels for name, block in BLOCKS.items()},
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.blocks,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "use_quant_conv": config.quant,
+        "use_post_quant_conv": config.quant,
+        **_statistics(autoencoder.mean_C, autoencoder.std_C),
+    }
+    tensors = write_tree(links(config), autoencoder.params)
+    write_tensors(Path(folder) / f"{WEIGHTS}.safetensors", tensors)
+    write_json(Path(folder) / "config.json", record)
+
+
+def _config(record: dict, folder: Path) -> KLConfig:
+    kind = record.get("_class_name", CLASS)
+    check(kind == CLASS, f"--weights is {str(folder)!r}; it holds a {kind}, not an {CLASS}")
+    levels = len(record.get("block_out_channels", ()))
+    wanted = FIXED | {name: [block] * levels for name, block in BLOCKS.items()}
+    wanted |= {"use_post_quant_conv": record.get("use_quant_conv", True)}
+    defaults = {"use_post_quant_conv": True, **FIXED}
+    for name, value in wanted.items():
+        found = record.get(name, defaults.get(name))
+        check(found == value, f"--weights is {str(folder)!r}; its {name} is {found}, and only {value} is known here")
+    return KLConfig(
+        latent_channels=record.get("latent_channels", 4),
+        widths=tuple(record["block_out_channels"]),
+        blocks=record.get("layers_per_block", 1),
+        groups=record.get("norm_num_groups", 32),
+        quant=record.get("use_quant_conv", True),
+        remat=True,
+    )
+
+
+def _statistics(mean_C: np.ndarray, std_C: np.ndarray) -> dict:
+    """Shift and scale as the format says them: one for all channels, or one for each."""
+    if len(set(mean_C.tolist())) == len(set(std_C.tolist())) == 1:
+        shift = _shortest(lambda x: np.float32(x), mean_C[0])
+        return {"scaling_factor": _shortest(lambda x: 1 / np.float32(x), std_C[0]), "shift_factor": shift or None}
+    return {"scaling_factor": 1.0, "latents_mean": mean_C.tolist(), "latents_std": std_C.tolist()}
+
+
+def _shortest(function, wanted: np.float32) -> float:
+    """The number with fewest digits for which `function` gives the wanted float32: 0.18215, not 0.18215000629425049."""
+    near = float(function(wanted))
+    candidates = (float(f"{near:.{digits}g}") for digits in range(1, 18))
+    return next(x for x in candidates if x == near or np.float32(function(x)) == wanted)
+
+
+def _new_name(name: str) -> str:
+    """The names that attention has had since 2023, for those it had before."""
+    head, _, rest = name.partition(".attentions.0.")
+    module, _, kind = rest.rpartition(".")
+    return f"{head}.attentions.0.{OLD_NAMES.get(module, module)}.{kind}" if rest else name
+
+
+def links(config: KLConfig) -> list[Link]:
+    """Every tensor of the folder."""
+    count = len(config.widths)
+    widths = config.widths
+    found = _middle("encoder") + _middle("decoder")
+    for side, level, blocks, sizes in (
+        ("encoder", "down_blocks", config.blocks, widths),
+        ("decoder", "up_blocks", config.blocks + 1, widths[::-1]),
+    ):
+        steps, sampler = ("downs", "downsamplers") if side == "encoder" else ("ups", "upsamplers")
+        found += layer_links((side, "stem"), f"{side}.conv_in", KERNEL)
+        for i in range(count):
+            name = f"{side}.{level}.{i}"
+            for j in range(blocks):
+                changes = j == 0 and i > 0 and sizes[i] != sizes[i - 1]
+                found += _block((side, "levels", i, j), f"{name}.resnets.{j}", changes)
+            if i < count - 1:
+                found += layer_links((side, steps, i), f"{name}.{sampler}.0.conv", KERNEL)
+        found += _norm((side, "norm"), f"{side}.conv_norm_out")
+        found += layer_links((side, "head"), f"{side}.conv_out", KERNEL)
+    if config.quant:
+        found += layer_links(("quant",), "quant_conv", KERNEL) + layer_links(("post_quant",), "post_quant_conv", KERNEL)
+    return found
+
+
+def _middle(side: str) -> list[Link]:
+    name, path = f"{side}.mid_block", (side, "middle")
+    found = _block((*path, "first"), f"{name}.resnets.0") + _block((*path, "second"), f"{name}.resnets.1")
+    found += _norm((*path, "attention", "norm"), f"{name}.attentions.0.group_norm")
+    for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("merge", "to_out.0")):
+        found += layer_links((*path, "attention", ours), f"{name}.attentions.0.{theirs}", MATRIX)
+    return found
+
+
+def _block(path: tuple, name: str, changes_width: bool = False) -> list[Link]:
+    found = [link for part in ("norm1", "norm2") for link in _norm((*path, part), f"{name}.{part}")]
+    found += [link for part in ("conv1", "conv2") for link in layer_links((*path, part), f"{name}.{part}", KERNEL)]
+    return found + (layer_links((*path, "shortcut"), f"{name}.conv_shortcut", KERNEL) if changes_width else [])
+
+
+def _norm(path: tuple, name: str) -> list[Link]:
+    return [Link((*path, "gain"), (f"{name}.weight",), SAME), Link((*path, "bias"), (f"{name}.bias",), SAME)]
