@@ -5,6 +5,7 @@ Each file of the package that can be configured has its dataclass on top. A file
 """
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -112,37 +113,36 @@ def load(file: str, overrides: Sequence[str] = ()):
 
     Reading, typing and overriding are `ml_collections.config_flags`; its errors become UserErrors.
     """
-    from absl import flags
     from ml_collections import config_flags
 
     path = file.partition(":")[0]
     check(Path(path).is_file(), f"--config is {file!r}; there is no file {path!r}")
-    values = flags.FlagValues()
     arguments = [f"--config={file}", *(f"--config.{change}" for change in overrides)]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["sora-jax", *arguments])
-    _parse(values, arguments, lambda: load(file) if overrides else None)
-    return values.config
+    return _parsed(config_flags.DEFINE_config_file, "config", arguments, lambda: load(file) if overrides else None)
 
 
 def override(config, changes: Sequence[str], name: str):
     """The dataclass changed by `path.to.field=value` strings, as the command line gives them under `--NAME.`."""
-    from absl import flags
     from ml_collections import config_flags
 
-    values, arguments = flags.FlagValues(), [f"--{name}.{change}" for change in changes]
-    config_flags.DEFINE_config_dict(name, mutable(config), flag_values=values, sys_argv=["sora-jax", *arguments])
-    _parse(values, arguments, lambda: mutable(config))
-    return frozen(type(config), values[name].value, name)
+    arguments = [f"--{name}.{change}" for change in changes]
+    define = functools.partial(config_flags.DEFINE_config_dict, config=mutable(config))
+    return frozen(type(config), _parsed(define, name, arguments, lambda: mutable(config)), name)
 
 
-def _parse(values, arguments: Sequence[str], known: Callable[[], object]) -> None:
-    """Sets the flags; UserError of one sentence where that fails. `known` gives the config before the changes."""
+def _parsed(define: Callable, name: str, arguments: Sequence[str], known: Callable[[], object]):
+    """The ConfigDict of a flag after reading the arguments; `known` gives it before the changes, to explain errors."""
+    from absl import flags
+
+    values = flags.FlagValues()
     try:
+        define(name, flag_values=values, sys_argv=["sora-jax", *arguments])
         values(["sora-jax", *arguments])
     except Exception as error:  # of the library, or of the user's own file, which may raise anything
         if isinstance(error, UserError):
             raise
         raise UserError(_explain(arguments, known(), error)) from error
+    return values[name].value
 
 
 def _explain(arguments: Sequence[str], known, error: Exception) -> str:

@@ -25,8 +25,8 @@ class Purpose(enum.IntEnum):
     SOLVER = 5
 
 
-def step_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:
-    """The key of one purpose at one training step; `step` may be traced.
+def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:
+    """The key of one purpose at one training step; both numbers may be traced.
 
     Raises:
         UserError: the seed does not fit in 32 bits, where two seeds could give one key.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sora_jax.diffusion.guidance import GuidanceConfig
@@ -38,7 +39,7 @@ def sample(
 ) -> TokensBLP:
     """Data tokens (B, L, P) from standard normal noise; `times` shifts the grid of a row by its clip's tokens."""
     with jax.ensure_compile_time_eval():  # the grid before its shift is host code
-        base_K = base_times(problem.process, config.steps, config.spacing)
+        base_K = jnp.asarray(base_times(problem.process, config.steps, config.spacing), jnp.float32)
     times_KBR = sampling_times(times, base_K, tokens_BR)
     start_BL1 = per_token(times_KBR[0], problem.rows_BL)[:, :, None]
     return solve(config.solver, problem, initial(problem.process, eps_BLP, start_BL1), times_KBR)

@@ -145,7 +145,5 @@ def _denoiser(params, run: DenoiserRun, sampling: SamplingConfig, batch: Pack, n
 
     if negative is None:
         return conditioned(batch)
-    places = batch.segments_BL, batch.rows_BL
-    return guided(
-        sampling.guidance, conditioned(batch), conditioned(negative), scale_BS, *places, model.latent_channels
-    )
+    both = conditioned(batch), conditioned(negative)
+    return guided(sampling.guidance, *both, scale_BS, batch.segments_BL, batch.rows_BL, model.latent_channels)
