@@ -197,11 +197,20 @@ def test_shift_moves_log_snr_by_the_size_ratio():
     np.testing.assert_allclose(fall, np.log(10.0), rtol=1e-4)
 
 
+def test_exponential_shift_of_flux():
+    """exp(mu) / (exp(mu) + 1 / t - 1), mu = 0.5 at 256 tokens and 1.15 at 4096, linear between and beyond."""
+    t = np.array([0.1, 0.5, 0.9, 0.5])
+    tokens, mu = np.array([256, 4096, 2176, 7936]), np.array([0.5, 1.15, 0.825, 1.8])
+    found = shift(TimesConfig(shift_rule="exponential"), jnp.asarray(t, jnp.float32), jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_allclose(found, np.exp(mu) / (np.exp(mu) + 1 / t - 1), rtol=1e-6)
+
+
 def test_shift_is_exact_at_both_ends_and_can_be_off():
     tokens = jnp.arange(0, 100_000, 37, dtype=jnp.int32)
-    for end in (0.0, 1.0):
-        t = jnp.full(tokens.shape, end)
-        np.testing.assert_array_equal(shift(TimesConfig(), t, tokens), t)
+    for rule in ("root", "exponential"):
+        for end in (0.0, 1.0):
+            t = jnp.full(tokens.shape, end)
+            np.testing.assert_array_equal(shift(TimesConfig(shift_rule=rule), t, tokens), t)
     t = jnp.linspace(0.0, 1.0, tokens.size)
     np.testing.assert_array_equal(shift(TimesConfig(base_tokens=0), t, tokens), t)
 
@@ -304,6 +313,7 @@ def test_bad_options_are_user_errors():
         ({"std": 0.0}, "times.std must be above 0, not 0.0"),
         ({"mode_scale": 2.0}, "times.mode_scale must be from -1 to 1.7519, not 2.0"),
         ({"base_tokens": -1}, "not -1"),
+        ({"shift_rule": "linear"}, "times.shift_rule must be one of root, exponential, not 'linear'"),
     ):
         with pytest.raises(UserError, match=said):
             TimesConfig(**options)

@@ -342,7 +342,6 @@ vp_cosine = _cosine("vp_cosine")
 vp_linear_zero_snr = zero_terminal_snr(vp_linear)
 vp_scaled_linear_zero_snr = zero_terminal_snr(vp_scaled_linear)
 edm = _edm("edm")
-cosine = trigonometric
 
 PROCESSES = {
     process.name: process

@@ -5,6 +5,8 @@ needs more of it to lose as much (Esser et al. 2403.03206, section 5.3.2),
 
     shift(t) = alpha t / (1 + (alpha - 1) t),    alpha = sqrt(tokens / base_tokens)       (1)
 
+(The released FLUX models take log alpha linear in the tokens, from 0.5 at 256 to 1.15 at 4096.)
+
 A training time is a quantile function at a uniform number u: one draw per clip, or, `stratified`, points that
 fill [0, 1) evenly over the whole batch (the low-discrepancy sampler of Kingma et al. 2107.00630):
 
@@ -25,6 +27,8 @@ from sora_jax.shapes import ClipsBS
 
 # Time 0 is kept for tokens that are given; a clip in training always has at least this much noise.
 MIN_TIME = 1e-5
+SHIFT_RULES = ("root", "exponential")
+FLUX_TOKENS, FLUX_LOG_SHIFTS = (256, 4096), (0.5, 1.15)
 # Beyond this scale the quantile function of `mode` is not monotonic (2403.03206, section 3.1).
 MAX_MODE_SCALE = 1.7519
 
@@ -41,7 +45,8 @@ class TimesConfig:
     log_sigma       where b / a = exp(mean + std n); Karras et al. 2206.00364, table 1, has mean -1.2 and std 1.2
     steps           one of the thousand discrete steps, each as often; DDPM and DiT
 
-    A clip of `base_tokens` tokens is not shifted; base_tokens = 0 shifts no clip.
+    shift_rule: `root` is equation (1), `exponential` that of FLUX. By `root` a clip of `base_tokens` tokens is not
+    shifted; base_tokens = 0 shifts no clip, whatever the rule.
     """
 
     distribution: str = "logit_normal"
@@ -49,6 +54,7 @@ class TimesConfig:
     std: float = 1.0
     mode_scale: float = 1.29
     base_tokens: int = 256
+    shift_rule: str = "root"
     stratified: bool = False
 
     def __post_init__(self):
@@ -59,6 +65,8 @@ class TimesConfig:
             raise UserError(f"times.std must be above 0, not {self.std}.")
         if not -1.0 <= self.mode_scale <= MAX_MODE_SCALE:
             raise UserError(f"times.mode_scale must be from -1 to {MAX_MODE_SCALE}, not {self.mode_scale}.")
+        if self.shift_rule not in SHIFT_RULES:
+            raise UserError(f"times.shift_rule must be one of {', '.join(SHIFT_RULES)}, not {self.shift_rule!r}.")
         if self.base_tokens < 0:
             raise UserError(f"times.base_tokens must be 0 (no shift) or more, not {self.base_tokens}.")
 
@@ -105,9 +113,15 @@ def shift(config: TimesConfig, t: Float[Array, "..."], tokens: Int[Array, "..."]
     if config.base_tokens == 0:
         return t
     # An empty slot has no tokens: any positive count keeps its time finite.
-    alpha = jnp.sqrt(jnp.maximum(tokens, 1).astype(jnp.float32) / config.base_tokens)
+    count = jnp.maximum(tokens, 1).astype(jnp.float32)
+    alpha = jnp.sqrt(count / config.base_tokens) if config.shift_rule == "root" else _flux_alpha(count)
     # Equation (1) with the denominator in the order that rounds to exactly alpha at t = 1.
     return alpha * t / (alpha * t + (1.0 - t))
+
+
+def _flux_alpha(count: Array) -> Array:
+    (small, large), (low, high) = FLUX_TOKENS, FLUX_LOG_SHIFTS
+    return jnp.exp(low + (high - low) * (count - small) / (large - small))
 
 
 def draw_times(
