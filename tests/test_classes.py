@@ -1,4 +1,4 @@
-"""Pictures with classes, from files to a grid, by the commands; and what guidance, classes and solvers do to samples."""
+"""Pictures with classes, from files to a grid, by the commands; what guidance, classes and solvers do to samples."""
 
 import dataclasses
 
@@ -40,7 +40,8 @@ def latents(tmp_path_factory, chain):  # noqa: F811
     build = ["data", "build", f"--path={pictures}", f"--out={folder / 'data'}", "--multiple=8", "--max-pixels=384"]
     assert run(*build, "--holdout=0.1") == 0
     made = folder / "latents"
-    assert run("data", "encode", f"--autoencoder={chain.autoencoder}", f"--data={folder / 'data'}", f"--out={made}") == 0
+    encode = ["data", "encode", f"--autoencoder={chain.autoencoder}", f"--data={folder / 'data'}", f"--out={made}"]
+    assert run(*encode) == 0
     return made
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.nn.positions import axis_widths, sincos_table, rotary_angles, rotate, sincos
+from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos, sincos_table
 
 THETA = 10_000.0
 B, L, N, K = 2, 7, 3, 20
