@@ -47,7 +47,7 @@ def sums(data, denoise, process=linear_flow, kind="velocity", weight_BL=None, bi
     if weight_BL is None:
         weight_BL = loss_weight(data["segments_BL"], data["t_BR"], data["rows_BL"])
     fields = (data[name] for name in ("x0_BLP", "eps_BLP", "t_BR", "rows_BL"))
-    loss = jax.jit(denoising_loss, static_argnums=(0, 1, 2, 8), static_argnames=("scale", "learned_variance"))
+    loss = jax.jit(denoising_loss, static_argnums=(0, 1, 2, 8), static_argnames=("weighting", "learned_variance"))
     return loss(denoise, process, kind, *fields, weight_BL, bins, **options)
 
 
@@ -108,9 +108,9 @@ def test_padding_and_given_tokens_get_exactly_no_gradient(process, learned):
         def denoise(x, t):
             return jnp.tile(jnp.tanh(x), (1, 1, 1 + learned)) + offset_BLP
 
-        return sums(given, denoise, process_named(process), "v", learned_variance=learned, scale=scale).loss
+        return sums(given, denoise, process_named(process), "v", learned_variance=learned, weighting=weighting).loss
 
-    scale = WeightConfig("min_snr")
+    weighting = WeightConfig("min_snr")
     offset_BLP = jnp.where(jnp.asarray(unknown_BL)[:, :, None], 0.1, jnp.inf) * jnp.ones((B, L, P * (1 + learned)))
     for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(data["x0_BLP"], data["eps_BLP"], offset_BLP):
         np.testing.assert_array_equal(np.asarray(gradient)[~unknown_BL], 0.0)
@@ -168,7 +168,7 @@ def test_weight_by_noise_level_scales_the_squared_error_alone():
     data, config = batch(), WeightConfig("min_snr", gamma=2.0)
     rng = np.random.default_rng(5)
     out_BLP = jnp.asarray(rng.normal(size=(B, L, 2 * P)), jnp.float32)
-    found = sums(data, lambda x, t: out_BLP, scale=config, learned_variance=True)
+    found = sums(data, lambda x, t: out_BLP, weighting=config, learned_variance=True)
     plain = sums(data, lambda x, t: out_BLP, learned_variance=True)
     t_BL = jnp.take_along_axis(data["t_BR"], data["rows_BL"], 1)
     learns = np.asarray(loss_weight(data["segments_BL"], data["t_BR"], data["rows_BL"]))

@@ -43,7 +43,7 @@ def room(segments_BL, index_BL, clips_BS, tokens_BS):
     def hybrid(scale):
         where = steps_BR, rows_BL, loss_weight(segments_BL, steps_BR, rows_BL)
         model = lambda x, t: scale * jnp.tile(x, (1, 1, 2))  # noqa: E731
-        options = {"scale": WeightConfig("min_snr"), "learned_variance": True}
+        options = {"weighting": WeightConfig("min_snr"), "learned_variance": True}
         sums = denoising_loss(model, vp_linear, "eps", *tokens, *where, **options)
         return sums.loss, sums
 

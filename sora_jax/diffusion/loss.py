@@ -51,13 +51,13 @@ def denoising_loss(
     rows_BL: Int[Array, "B L"],
     weight_BL: Float[Array, "B L"],
     bins: int = 10,
-    scale: WeightConfig = WeightConfig(),
+    weighting: WeightConfig = WeightConfig(),
     learned_variance: bool = False,
 ) -> LossSums:
     """Weighted sum over tokens of the mean squared error of the prediction, and of the bound.
 
     `denoise(x_BLP, t_BR)` predicts the given kind, then its variance values if it learns them; rows_BL points every
-    token at its noise-level row. `scale` weighs the squared error by noise level. weight_BL is 0 where there is
+    token at its noise-level row. `weighting` weighs the squared error by noise level. weight_BL is 0 where there is
     nothing to learn (`loss_weight`): those tokens add neither loss nor gradient, not even where their error is
     infinite.
     """
@@ -69,7 +69,7 @@ def denoising_loss(
     out_BLP = jnp.where(learns_BL1, denoise(x_BLP, t_BR).astype(jnp.float32), 0.0)
     width = x0_BLP.shape[2]
     error_BLP = jnp.where(learns_BL1, out_BLP[:, :, :width] - target_BLP, 0.0)
-    scale_BL1 = jnp.where(learns_BL1, loss_scale(scale, process, kind, t_BL1), 0.0)
+    scale_BL1 = jnp.where(learns_BL1, loss_scale(weighting, process, kind, t_BL1), 0.0)
     mse_BL = weight_BL * jnp.mean(scale_BL1 * jnp.square(error_BLP), axis=2)
     vlb_BL = jnp.zeros_like(mse_BL)
     if learned_variance:
