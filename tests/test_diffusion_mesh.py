@@ -76,6 +76,7 @@ def compare(shape, token_spec):
         placed = zip(inputs(), specs, strict=True)
         sharded = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in placed]
         found = jax.jit(room)(*sharded)
+    np.testing.assert_array_equal(jax.jit(batch_ranks)(sharded[2]), reference[3])  # no mesh is set here
     assert jax.typeof(found[0]).sharding.spec == PartitionSpec(*token_spec, *[None] * (3 - len(token_spec)))
     np.testing.assert_array_equal(found[0], reference[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, reference)

@@ -158,8 +158,9 @@ def batch_ranks(clips: UInt32[Array, "*slots"]) -> Float[Array, "*slots"]:
     sharding = jax.typeof(clips).sharding
     if sharding.mesh.empty:
         return _ranks(clips)
-    gathered = jax.sharding.reshard(clips, jax.P(*[None] * clips.ndim))
-    return jax.sharding.reshard(_ranks(gathered), sharding.spec)
+    # The array's own mesh, not one that is set: batches are ranked where they are placed, too.
+    everywhere = jax.NamedSharding(sharding.mesh, jax.P(*[None] * clips.ndim))
+    return jax.sharding.reshard(_ranks(jax.sharding.reshard(clips, everywhere)), sharding)
 
 
 def _ranks(clips: Array) -> Array:
