@@ -64,7 +64,8 @@ def condition_specs(width: int, text_width: int, classes: int) -> dict:
 def condition(params: dict, pack: Pack, times_BR, text: TextContext | None, step_times: bool, dtype) -> Condition:
     """The embeddings of all rows. step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's."""
     axes = ("batch", None, None)
-    features = time_features(step_number(times_BR) if step_times else times_BR, TIME_FEATURES).astype(dtype)
+    number_BR = step_number(times_BR) if step_times else 1000.0 * times_BR
+    features = time_features(number_BR, TIME_FEATURES).astype(dtype)
     time_BRD = dense(params["time_out"], jax.nn.silu(dense(params["time_in"], features, axes)), axes)
     label_BRD = jnp.zeros_like(time_BRD)
     if "classes" in params:
@@ -79,10 +80,10 @@ def condition(params: dict, pack: Pack, times_BR, text: TextContext | None, step
 
 
 def step_number(times_BR) -> jax.Array:
-    """t - 1 / 1000, of the shape of t: exactly i / 1000 at the time (i + 1) / 1000 of step i, rounding aside."""
+    """1000 t - 1: the number of a discrete step, whole at its time, which float32 alone would not give."""
     number = 1000.0 * times_BR - 1.0
     whole = jnp.round(number)
-    return jnp.where(jnp.abs(number - whole) < 1e-3, whole, number) / 1000.0
+    return jnp.where(jnp.abs(number - whole) < 1e-3, whole, number)
 
 
 def modulation_specs(width: int, parts: int) -> dict:

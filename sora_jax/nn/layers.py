@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sora_jax.nn.params import ParamSpec, normal, ones, xavier, zeros
 from sora_jax.parallel.rules import out_sharding, reshard
@@ -110,12 +111,18 @@ def embed(table: jax.Array, ids: jax.Array, axes: tuple) -> jax.Array:
     return table.at[ids].get(out_sharding=out_sharding(*axes))
 
 
-def time_features(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of a time in [0, 1] counted in thousandths: (...,) -> (..., width), cosines first.
+def time_features(n: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of a time n counted in thousandths: (...,) -> (..., width), cosines first.
 
-    DiT's timestep embedding (2212.09748, official code), continuous in t: frequency i is max_period^(-2i/width).
+    DiT's timestep embedding (2212.09748, official code), continuous in n: frequency i is max_period^(-2i/width).
+    Angles go up to 1000, where float32 has lost four digits of their sines: they are taken in turns, whose whole part
+    is dropped while the product with the first 12 bits of the frequency is still exact.
     """
     half = width // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = 1000.0 * t[..., None].astype(jnp.float32) * frequencies
+    turns = np.exp(-math.log(max_period) * np.arange(half) / half) / (2 * math.pi)
+    mantissa, exponent = np.frexp(turns)
+    coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
+    n = n[..., None].astype(jnp.float32)
+    whole = n * coarse.astype(np.float32)
+    angles = 2 * math.pi * (whole - jnp.floor(whole) + n * (turns - coarse).astype(np.float32))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
