@@ -62,9 +62,9 @@ class Likelihood(NamedTuple):
 
 def ascending_times(process: Process, steps: int, first: float = 1e-3) -> np.ndarray:
     """steps + 1 times (K,) float64 from `first` to 1, even in the angle theta: the grid for `log_likelihood`."""
-    ends = np.array([first, 1.0], np.float32)
+    ends = jnp.asarray([first, 1.0], jnp.float32)
     angles = np.arctan2(np.asarray(process.b(ends), np.float64), np.asarray(process.a(ends), np.float64))
-    inner = np.linspace(*angles, steps + 1)[1:-1].astype(np.float32)
+    inner = jnp.asarray(np.linspace(*angles, steps + 1)[1:-1], jnp.float32)
     return np.array([first, *np.asarray(time_of_half_log_snr(process, _log_cotangent(inner)), np.float64), 1.0])
 
 

@@ -8,11 +8,12 @@
     respaced   steps such as "250", "ddim50" or "10,15,20" as in `respaced_steps`
     karras     noise levels sigma = b / a, even in sigma^(1/7), from the largest to the smallest
 
-The first three discrete spacings are those of Lin et al. (2305.08891, table 2); step i is at time (i + 1) / 1000.
-`leading` and `respaced` grids for continuous processes are as legitimate as `even`. In `karras` (2206.00364,
-equation 5) the ends are those of the discrete steps, within 0.002 and 80 where a process has no finite end.
+`trailing`, `leading` and `linspace` are those of Lin et al. (2305.08891, table 2); step i is at time (i + 1) / 1000.
+The ends of `karras` (2206.00364, equation 5) are the levels of the first and the last step, but at least 0.002, and
+80 where the last is infinite.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.diffusion.process import (
@@ -29,6 +30,7 @@ from sora_jax.errors import UserError
 
 SPACINGS = ("even", "respaced", "leading", "trailing", "linspace", "karras")
 SIGMA_MIN = 0.002
+_INFINITE = 1e4  # no process with a signal at t = 1 has so high a noise level
 
 
 def base_times(process: str | Process, steps: int | str, spacing: str = "even") -> np.ndarray:
@@ -100,9 +102,9 @@ def _times_of(steps) -> np.ndarray:
 
 
 def _karras(process: Process, count: int) -> np.ndarray:
-    ends = np.array([1.0, time_of_step(0)], np.float32)
+    ends = jnp.asarray([1.0, time_of_step(0)], jnp.float32)
     largest, smallest = np.exp(-np.asarray(half_log_snr(process, ends), np.float64))
-    largest = largest if np.isfinite(largest) and process.a(ends)[0] > 1e-5 else EDM_SIGMA_MAX
+    largest = largest if largest < _INFINITE else EDM_SIGMA_MAX
     roots = np.linspace(largest ** (1 / EDM_RHO), max(smallest, SIGMA_MIN) ** (1 / EDM_RHO), count)
-    levels = -EDM_RHO * np.log(roots)
-    return np.array([*np.asarray(time_of_half_log_snr(process, levels.astype(np.float32)), np.float64), 0.0])
+    levels = jnp.asarray(-EDM_RHO * np.log(roots), jnp.float32)
+    return np.array([*np.asarray(time_of_half_log_snr(process, levels), np.float64), 0.0])

@@ -123,7 +123,7 @@ def _stretch(problem: Problem, memory: Memory, step: Step, allowed: Int[Array, "
         usable_BL1 = jnp.isfinite(h_BL1) & jnp.isfinite(lambda_BL1)
         ratio_BL1 = jnp.where(usable_BL1, lambda_BL1 - start_BL1, 0.0) / jnp.where(usable_BL1, h_BL1, 1.0)
         ratios_BL1.append(jnp.where(usable_BL1, ratio_BL1, -float(place)))
-        order_BL1 += usable_BL1
+        order_BL1 += usable_BL1.astype(jnp.int32)
     b_BL1 = process.b(t_BL1)
     shrink_BL1 = process.b(s_BL1) / jnp.where(b_BL1 > 0, b_BL1, 1.0)
     return Stretch(shrink_BL1, process.a(s_BL1), h_BL1, ratios_BL1, jnp.minimum(order_BL1, allowed))
@@ -159,20 +159,27 @@ def _advanced(
 
 def _moments(h_BL1: Nodes, count: int, curvature: float) -> list[Nodes]:
     """c_1 .. c_count of equation (3); the second times `curvature`."""
+    if count == 0:
+        return []
     # An infinite step has order 1, or 2 with the weight 1/2: any finite length will do for what is not taken.
     h_BL1 = jnp.where(jnp.isfinite(h_BL1), h_BL1, 1.0)
     gain_BL1 = -jnp.expm1(-h_BL1)
-    moments, last_BL1 = [], gain_BL1
-    for power in range(1, count + 1):
-        last_BL1 = jnp.where(h_BL1 < 0.5, _short_moment(h_BL1, power), 1.0 - power / h_BL1 * last_BL1)
-        moments.append(last_BL1 / gain_BL1 * (curvature if power == 2 else 1.0))
-    return moments
+    # I_j = 1 - j / h I_(j - 1), by parts: upwards it cancels on a short step, downwards on a long one.
+    up, down = [gain_BL1], [_last_moment(h_BL1, count)]
+    for j in range(1, count + 1):
+        up.append(1.0 - j / h_BL1 * up[-1])
+    for j in range(count, 1, -1):
+        down.insert(0, (1.0 - down[0]) * h_BL1 / j)
+    moments = [jnp.where(h_BL1 < 1.0, *pair) / gain_BL1 for pair in zip(down, up[1:], strict=True)]
+    return [c * curvature if j == 2 else c for j, c in enumerate(moments, start=1)]
 
 
-def _short_moment(h_BL1: Nodes, power: int) -> Nodes:
-    """The integral of exp(u - h) (u / h)^power over 0 .. h < 1/2 by its series: parts would cancel there."""
-    terms = [h_BL1 ** (n + 1) / (math.factorial(n) * (n + power + 1)) for n in range(12)]
-    return jnp.exp(-h_BL1) * sum(terms)
+def _last_moment(h_BL1: Nodes, power: int) -> Nodes:
+    """I_power, the integral of exp(u - h) (u / h)^power over 0 .. h, by its series; for h up to 1."""
+    sum_BL1 = jnp.zeros_like(h_BL1)
+    for n in reversed(range(16)):
+        sum_BL1 = sum_BL1 * h_BL1 + 1.0 / (math.factorial(n) * (n + power + 1))
+    return h_BL1 * jnp.exp(-h_BL1) * sum_BL1
 
 
 def _weights(nodes: list[Nodes], moments: list[Nodes]) -> list[Nodes]:

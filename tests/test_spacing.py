@@ -1,0 +1,88 @@
+"""Grids of times: the conventions' own examples, and what every grid keeps."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.diffusion.process import PROCESSES, half_log_snr, process_named
+from sora_jax.diffusion.spacing import SPACINGS, base_times, respaced_steps
+from sora_jax.errors import UserError
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 250])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("process", ["linear_flow", "vp_linear", "edm"])
+def test_grids_descend_to_zero(process, spacing, steps):
+    times = base_times(process, steps, spacing)
+    assert times.shape == (steps + 1,) and times[-1] == 0 and times[0] <= 1
+    assert np.all(np.diff(times.astype(np.float32)) < 0)
+
+
+def test_even_times():
+    np.testing.assert_allclose(base_times("vp", 4), [1, 0.75, 0.5, 0.25, 0])
+
+
+def test_discrete_spacings_of_ten_steps():
+    """Table 2 of 2305.08891, whose steps count from 1."""
+    leading, trailing, linspace = (base_times("vp", 10, s)[:-1] * 1000 for s in ("leading", "trailing", "linspace"))
+    np.testing.assert_allclose(leading, np.arange(901, 0, -100))
+    np.testing.assert_allclose(trailing, np.arange(1000, 0, -100))
+    np.testing.assert_allclose(linspace, [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1])
+
+
+def test_respacing_to_250_steps():
+    """DiT's sampler: 999/249 of a step at a time, rounded."""
+    steps = respaced_steps("250")
+    assert steps[:7] == [0, 4, 8, 12, 16, 20, 24] and steps[-4:] == [987, 991, 995, 999] and len(set(steps)) == 250
+    np.testing.assert_allclose(base_times("vp_linear", "250", "respaced"), [*(np.array(steps[::-1]) + 1) / 1000, 0])
+
+
+def test_respacing_keeps_whole_strides_and_sections():
+    assert respaced_steps("ddim50") == list(range(0, 1000, 20))
+    assert respaced_steps("ddim250") == list(range(0, 1000, 4))
+    assert respaced_steps("1000") == list(range(1000))
+    # The example in the words of the convention: sections of a hundred each, strided by 10, 15 and 20 counts.
+    sections = respaced_steps("10,15,20", 300)
+    assert [sum(start <= i < start + 100 for i in sections) for start in (0, 100, 200)] == [10, 15, 20]
+    assert sections[0] == 0 and sections[9] == 99 and sections[10] == 100 and sections[-1] == 299
+    assert respaced_steps("1,1,2", 10) == [0, 4, 7, 9]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_karras_levels_are_even_in_their_seventh_root(name):
+    times = base_times(name, 12, "karras")
+    levels = half_log_snr(process_named(name), jnp.asarray(times[:-1], jnp.float32))
+    sigma = np.exp(-np.asarray(levels, np.float64))
+    roots = sigma ** (1 / 7)
+    np.testing.assert_allclose(roots, np.linspace(roots[0], roots[-1], 12), rtol=1e-3)
+    ends = {
+        "linear_flow": (80, 0.002),
+        "edm": (80, 0.002),
+        "vp_linear": (157.4, 0.01),
+        "vp_scaled_linear": (14.61, 0.0292),
+    }
+    if name in ends:
+        np.testing.assert_allclose(sigma[[0, -1]], ends[name], rtol=5e-3)
+
+
+def test_karras_levels_of_edm_are_even_in_time():
+    """The process was made so: sigma = 80 t^7."""
+    times = base_times("edm", 9, "karras")[:-1]
+    np.testing.assert_allclose(times, np.linspace(1.0, (0.002 / 80) ** (1 / 7), 9), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "steps, spacing, message",
+    [
+        (10, "cubic", "spacing must be one of even, respaced, .*, not 'cubic'"),
+        (0, "even", "steps must be a whole number of 1 or more, not 0"),
+        ("ddim50", "even", "steps must be a whole number of 1 or more, not 'ddim50'"),
+        (1001, "trailing", "steps must be a whole number from 1 to 1000, not 1001"),
+        ("10,x", "respaced", "steps must be a whole number from 1 to 500, not 'x'"),
+        ("ddim300", "respaced", "no whole stride keeps 300 of 1000"),
+        ("600,10", "respaced", "steps must be a whole number from 1 to 500, not '600'"),
+    ],
+)
+def test_mistakes_are_told(steps, spacing, message):
+    with pytest.raises(UserError, match=message):
+        base_times("vp", steps, spacing)
