@@ -1,0 +1,123 @@
+"""What is compared with the schedulers of diffusers: the cases, a small model in NumPy, and the committed numbers.
+
+The model is a random two-layer network of a token and the time; its weights, the starting noise and the draws lie
+in the golden file with every state at which the peer evaluated it, and the end.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.diffusion.solvers import SolverConfig
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "solvers.npz"
+TOKENS, VALUES, HIDDEN, LONGEST = 6, 4, 16, 20
+FREQUENCIES = np.arange(1, 5, dtype=np.float32)
+
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+ZERO_SNR = {"rescale_betas_zero_snr": True}
+SPACED = {"timestep_spacing": "trailing"}
+FIXED = {"clip_sample": False, "timestep_spacing": "leading"}
+KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A scheduler of the peer with its arguments, and what it is called here.
+
+    `shift` is the peer's factor on sigma / (1 - sigma) in flow matching; `dynamic` gives it as its logarithm.
+    """
+
+    scheduler: str
+    arguments: dict
+    solver: SolverConfig
+    process: str
+    kind: str = "eps"
+    steps: int = 10
+    spacing: str = "trailing"
+    variance: str = "lower"
+    shift: float = 1.0
+    dynamic: bool = False
+
+    @property
+    def peer_arguments(self) -> dict:
+        known = {} if self.scheduler.startswith("FlowMatch") else {"prediction_type": KINDS[self.kind]}
+        return {**self.arguments, **known}
+
+
+def _dpm(order: int, steps: int, kind: str = "eps") -> Case:
+    # The peer gives the second derivative half its weight at order 3 (test_halved_curvature_costs_an_order).
+    solver = SolverConfig(f"dpm{order}", halved_curvature=order == 3)
+    arguments = {**SCALED, **SPACED, "solver_order": order, "algorithm_type": "dpmsolver++"}
+    return Case("DPMSolverMultistepScheduler", arguments, solver, "vp_scaled_linear", kind, steps)
+
+
+def _unipc(order: int, kind: str) -> Case:
+    arguments = {**SCALED, **SPACED, "solver_order": order, "solver_type": "bh2"}
+    solver = SolverConfig("unipc" if order == 2 else "unipc3")
+    return Case("UniPCMultistepScheduler", arguments, solver, "vp_scaled_linear", kind)
+
+
+def _ddpm(schedule: dict, process: str, kind: str, peer_variance: str, variance: str) -> Case:
+    # Leading steps end at the peer's step 0, the only one at which it draws nothing for every kind of variance.
+    arguments = {**schedule, **FIXED, "variance_type": peer_variance}
+    return Case("DDPMScheduler", arguments, SolverConfig("ddpm"), process, kind, 10, "leading", variance)
+
+
+# The peer's other choice for the last step of DDIM, set_alpha_to_one=False, ends at the noise of its first step.
+CASES = {
+    "ddpm, lower variance": _ddpm(LINEAR, "vp_linear", "eps", "fixed_small", "lower"),
+    "ddpm, upper variance": _ddpm(SCALED, "vp_scaled_linear", "x0", "fixed_large", "upper"),
+    "ddpm, learned variance": _ddpm(LINEAR, "vp_linear", "eps", "learned_range", "learned"),
+    "ddpm, cosine": _ddpm(COSINE, "vp_cosine", "v", "fixed_small", "lower"),
+    "ddim": Case("DDIMScheduler", {**SCALED, **FIXED}, SolverConfig("ddim"), "vp_scaled_linear", spacing="leading"),
+    "ddim, eta": Case(
+        "DDIMScheduler", {**LINEAR, **FIXED}, SolverConfig("ddim", eta=0.6), "vp_linear", "v", 10, "leading"
+    ),
+    "ddim, zero SNR, v, trailing": Case(
+        "DDIMScheduler", {**SCALED, **FIXED, **SPACED, **ZERO_SNR}, SolverConfig("ddim"),
+        "vp_scaled_linear_zero_snr", "v",
+    ),
+    **{f"dpm{order}, {steps} steps": _dpm(order, steps) for order in (1, 2, 3) for steps in (10, 20)},
+    "dpm2, v": _dpm(2, 10, "v"),
+    **{f"unipc order {order}, {kind}": _unipc(order, kind) for order in (2, 3) for kind in ("eps", "v")},
+    **{
+        f"euler, {kind}": Case(
+            "EulerDiscreteScheduler", {**SCALED, **SPACED}, SolverConfig("ddim"), "vp_scaled_linear", kind
+        )
+        for kind in ("eps", "v")
+    },
+    "flow euler": Case(
+        "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, SolverConfig("euler"), "linear_flow", "velocity", 10, "even"
+    ),
+    "flow euler, shift 3": Case(
+        "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, SolverConfig("euler"), "linear_flow", "velocity", 10, "even",
+        shift=3.0,
+    ),
+    "flow euler, dynamic shift": Case(
+        "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, SolverConfig("euler"), "linear_flow",
+        "velocity", 10, "even", shift=2.5, dynamic=True,
+    ),
+}  # fmt: skip
+
+
+def fixed_inputs() -> dict[str, np.ndarray]:
+    """Weights, starting noise (1, L, P) and draws (steps, 1, L, P), float32."""
+    rng = np.random.default_rng(20)
+    shapes = {
+        "token": (VALUES, HIDDEN), "time": (2 * len(FREQUENCIES), HIDDEN), "out": (HIDDEN, 2 * VALUES),
+        "start": (1, TOKENS, VALUES), "draws": (LONGEST, 1, TOKENS, VALUES),
+    }  # fmt: skip
+    fan_in = {"token": VALUES, "time": 2 * len(FREQUENCIES), "out": HIDDEN}
+    return {k: (rng.normal(size=s) / np.sqrt(fan_in.get(k, 1))).astype(np.float32) for k, s in shapes.items()}
+
+
+def network(weights, x, t, learned: bool, xp=np):
+    """Predictions (B, L, P), or (B, L, 2 P) with variance values in (-1, 1), of tokens x at one time t."""
+    angles = FREQUENCIES * t
+    features = xp.concatenate([xp.cos(angles), xp.sin(angles)])
+    y = xp.tanh(x @ weights["token"] + (features @ weights["time"])[None, None]) @ weights["out"]
+    return xp.concatenate([y[..., :VALUES], xp.tanh(y[..., VALUES:])], axis=-1) if learned else y[..., :VALUES]

@@ -1,0 +1,57 @@
+"""Our solvers against the schedulers of diffusers: the same states on the same noise, to 1e-5 of their scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peers.solver_cases import CASES, GOLDENS, network
+
+from sora_jax.diffusion.process import process_named
+from sora_jax.diffusion.solvers import Problem, solve
+from sora_jax.diffusion.spacing import base_times
+from sora_jax.diffusion.times import TimesConfig, sampling_times
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    with np.load(GOLDENS) as stored:
+        return dict(stored)
+
+
+def times_of(case):
+    """Our grid; the shift comes from the size of a clip, as many times the base as the square of the factor."""
+    base_tokens = 100
+    tokens_BR = jnp.full((1, 1), round(base_tokens * case.shift**2), jnp.int32)
+    base_K = jnp.asarray(base_times(case.process, case.steps, case.spacing), jnp.float32)
+    return sampling_times(TimesConfig(base_tokens=base_tokens), base_K, tokens_BR)
+
+
+def states(case, inputs):
+    """What our solver lets the model see, step by step, and the end."""
+    seen = []
+
+    def denoise(x_BLP, t_BR):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x_BLP, ordered=True)
+        return network(inputs, x_BLP, t_BR[0, 0], case.variance == "learned", jnp)
+
+    rows_BL = jnp.zeros(inputs["start"].shape[:2], jnp.int32)
+    draws = jnp.asarray(inputs["draws"])
+    problem = Problem(denoise, case.kind, process_named(case.process), rows_BL, lambda step: draws[step], case.variance)
+    end = jax.jit(lambda x, t: solve(case.solver, problem, x, t))(jnp.asarray(inputs["start"]), times_of(case))
+    jax.effects_barrier()
+    return np.stack([*seen, end])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_times_are_those_of_the_peer(name, goldens):
+    np.testing.assert_allclose(times_of(CASES[name])[:-1, 0, 0], goldens[f"{name}/times"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trajectories_are_those_of_the_peer(name, goldens):
+    wanted = goldens[f"{name}/states"]
+    found = states(CASES[name], goldens)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+    # A golden file of states that hardly move would pass anything.
+    assert np.abs(wanted[-1] - wanted[0]).max() > 0.3
