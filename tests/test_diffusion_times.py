@@ -102,6 +102,8 @@ def test_steps_are_the_thousand_of_ddpm_each_as_often():
     np.testing.assert_allclose(drawn, time_of_step(step), rtol=2e-7)
     counts = np.bincount(step, minlength=1000)
     assert counts.size == 1000 and stats.chisquare(counts).pvalue > 0.01
+    ends = QUANTILES["steps"](TimesConfig("steps"), edm, jnp.array([0.0, 0.0009, 0.0011, 0.9989, 0.9991, 1.0]))
+    np.testing.assert_allclose(ends, [0.001, 0.001, 0.002, 0.999, 1.0, 1.0], rtol=1e-6)
 
 
 def test_quantile_functions_start_and_end_in_time():
