@@ -7,8 +7,8 @@
     sora-jax sample --workdir=runs/pictures --class=0,1,2,3,4,5,6,7,8,9 --size=28
 
 Pictures of about 28 pixels a side, of any sizes and aspect ratios, with a class each (`--config.model.classes`, 10).
-autoencoder: 4 x 4 pixels to 4 channels. transformer (also the default): DiT with adaLN-Zero, depth 6, width 192, each
-latent position a token, 12 pictures of 28 x 28 in a pack of 588 tokens; `fixed` is the same with one picture of
+autoencoder: 4 x 4 pixels to 4 channels. transformer (also the default): DiT with adaLN-Zero, depth 4, width 128, each
+latent position a token, six pictures of 28 x 28 in a pack of 294 tokens, eight packs a step; `fixed` is the same with one picture of
 28 x 28 in a pack, as DiT trains. Rectified flow, Heun. For two cores; times and samples: experiments/images/README.md.
 """
 
@@ -38,17 +38,17 @@ def autoencoder():
 
 def transformer():
     config = mutable(DenoiserRun())
-    config.batch = 6
+    config.batch = 8
     model = config.model
-    model.depth, model.width, model.heads, model.patch = 6, 192, 6, (1, 1, 1)
+    model.depth, model.width, model.heads, model.patch = 4, 128, 4, (1, 1, 1)
     model.latent_channels, model.text, model.classes = 4, None, 10
     model.sincos_positions, model.sincos_axes, model.position_theta = True, "xy", 100.0
-    config.packing.length, config.packing.slots = 588, 24
+    config.packing.length, config.packing.slots = 294, 16
     diffusion = config.diffusion
     diffusion.times.distribution, diffusion.times.base_tokens = "logit_normal", 0
     optim = config.optim
     optim.learning_rate, optim.schedule, optim.warmup_steps, optim.ema = 2e-3, "cosine", 100, (0.999,)
-    config.loop.steps, config.loop.save_every, config.loop.preview_every = 2500, 500, 500
+    config.loop.steps, config.loop.save_every, config.loop.preview_every = 2000, 500, 500
     config.preview.classes, config.preview.sizes, config.preview.steps = tuple(range(10)), ((1, 28, 28),), "15"
     config.sampling.solver.name, config.sampling.steps, config.sampling.guidance.scale = "heun", "30", 2.0
     return config
@@ -56,6 +56,6 @@ def transformer():
 
 def fixed():
     config = transformer()
-    config.batch = 72
+    config.batch = 48
     config.packing.length, config.packing.slots = 49, 1
     return config

@@ -82,7 +82,7 @@ def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path |
     _save_run(out, denoiser_run(network, factor), network.params, transformer_specs(network.config))
     said = ["its table of positions is computed, not kept"]
     if autoencoder is None:
-        return [*said, f"to sample, a frozen autoencoder is needed in {out / FOLDER}: convert again with --autoencoder"]
+        return [*said, "it holds no autoencoder: give one to `sora-jax sample` by --autoencoder"]
     copy_autoencoder(autoencoder, out)
     return said
 
