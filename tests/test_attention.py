@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax.errors import UserError
-from sora_jax.nn.attention import attention, blockwise_attention, dense_attention
+from sora_jax.nn.attention import OUTPUT, attention, blockwise_attention, dense_attention
 
 B, L, M, N, K = 2, 24, 10, 2, 8
 BACKENDS = {
@@ -111,6 +111,16 @@ def test_auto_takes_blocks_for_long_queries(length, loops):
     q, one = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
     program = jax.make_jaxpr(attention)(q, q, q, one, one)
     assert sum(equation.primitive.name == "scan" for equation in program.eqns) == loops
+
+
+@pytest.mark.parametrize("kept, products", [((), 8), ((OUTPUT,), 7)])
+def test_a_checkpoint_that_keeps_the_output_repeats_one_product_less(kept, products):
+    """Forward scores and values; backward scores again, values again unless kept, and four gradients."""
+    *arrays, queries, keys = inputs()
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    run = jax.checkpoint(lambda *arrays: dense_attention(*arrays, queries, keys), policy=policy)
+    program = jax.jit(jax.grad(lambda *arrays: jnp.square(run(*arrays)).sum(), (0, 1, 2))).lower(*arrays)
+    assert program.as_text().count("stablehlo.dot_general") == products
 
 
 def test_an_unknown_backend_is_named():

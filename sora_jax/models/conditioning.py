@@ -94,10 +94,13 @@ def modulation_specs(width: int, parts: int) -> dict:
 def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array]:
     """`parts` tables over rows, spread to tokens: a list of (B, L, D).
 
-    The spread is a product with one-hot rows: a gather's gradient is a scatter, slow on every backend.
+    The spread is a product with one-hot rows: a gather's gradient is a scatter, slow on every backend. A single row
+    needs no spread: its tables are (B, 1, D).
     """
     rows_BRD = jax.nn.silu(condition.time_BRD + condition.label_BRD)
     table_BRX = dense(params["modulation"], rows_BRD, ("batch", None, None))
+    if table_BRX.shape[1] == 1:
+        return jnp.split(table_BRX, parts, axis=-1)
     sharding = out_sharding("batch", "length", None)
     tokens_BLX = jnp.einsum("blr,brx->blx", condition.spread_BLR, table_BRX, out_sharding=sharding)
     return jnp.split(tokens_BLX, parts, axis=-1)

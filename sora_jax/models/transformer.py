@@ -23,7 +23,7 @@ from sora_jax.models.conditioning import (
     pair_attention_specs,
 )
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
-from sora_jax.nn.attention import BACKENDS, attention
+from sora_jax.nn.attention import BACKENDS, OUTPUT, attention
 from sora_jax.nn.layers import (
     compute_dtype,
     dense,
@@ -46,7 +46,9 @@ from sora_jax.parallel.rules import parts
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(OUTPUT)
+    ),
 }
 SIZES = {  # depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -72,7 +74,8 @@ class TransformerConfig:
     step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's. joint_qkv_init: queries, keys and
     values are one matrix to Xavier, as in DiT, not three.
 
-    `remat` names what the backward pass keeps: "none" everything, "dots" matrix products, "full" block inputs.
+    `remat` names what the backward pass keeps: "none" everything, "dots" matrix products and attention's outputs,
+    "full" block inputs.
     """
 
     depth: int = 12
@@ -171,7 +174,7 @@ def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR
         return block(p, config, x_BLD, known, pack.rows_BL, angles_BLK, segments_BL, text), None
 
     if config.remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT[config.remat])
+        layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=False)  # a scan is barrier enough
     x_BLD, _ = jax.lax.scan(layer, x_BLD, params["blocks"], unroll=config.unroll)
     x_BLD = x_BLD[:, : x_BLP.shape[1]]
     with jax.named_scope("head"):

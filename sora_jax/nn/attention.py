@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax.config import choose
 from sora_jax.parallel.rules import out_sharding, parts, reshard
 
+OUTPUT = "attention_output"  # for `jax.checkpoint` policies: small, and spares the backward pass a product
 MASKED = -1e30  # finite: a token that may attend to nothing gets an average, not NaN
 
 
@@ -42,6 +44,7 @@ def dense_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM) -> jax
     total_BNL1 = weights_BNLM.sum(-1, keepdims=True)
     sharding = out_sharding("batch", "heads", "length", None)
     out_BNLK = jnp.einsum("bnlm,bnmk->bnlk", weights_BNLM.astype(v_BMNK.dtype), v_BNMK, out_sharding=sharding)
+    out_BNLK, total_BNL1 = checkpoint_name((out_BNLK, total_BNL1), OUTPUT)
     return jnp.swapaxes(out_BNLK / total_BNL1.astype(out_BNLK.dtype), 1, 2)
 
 

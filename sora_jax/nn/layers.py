@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.nn.params import ParamSpec, normal, ones, xavier, zeros
-from sora_jax.parallel.rules import out_sharding, reshard
+from sora_jax.parallel.rules import one_device, out_sharding, reshard
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -27,7 +27,13 @@ def dense_specs(inputs: int, outputs: int, axes=("embed", "hidden"), init=None, 
 def dense(params: dict, x: jax.Array, axes: tuple) -> jax.Array:
     """x (..., inputs) -> (..., outputs) in the dtype of x; `axes` are the logical axes of the result."""
     weight = params["weight"].astype(x.dtype)
-    y = jnp.einsum("...i,io->...o", x, weight, out_sharding=out_sharding(*axes))
+    if one_device():
+        # Tokens as the rows of one matrix: XLA transposes a copy for the weight's gradient where they have two axes.
+        rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=out_sharding(axes[0], None))
+        y = jnp.matmul(rows, weight, out_sharding=out_sharding(axes[0], axes[-1]))
+        y = jnp.reshape(y, (*x.shape[:-1], -1), out_sharding=out_sharding(*axes))
+    else:
+        y = jnp.einsum("...i,io->...o", x, weight, out_sharding=out_sharding(*axes))
     if "bias" not in params:
         return y
     return y + reshard(params["bias"].astype(x.dtype), axes[-1])
@@ -70,7 +76,7 @@ def to_heads(params: dict, x_BLD: jax.Array) -> list[jax.Array]:
     sharding = out_sharding("batch", "length", None, "heads", None)
     weight, bias = params["weight"].astype(x_BLD.dtype), params["bias"].astype(x_BLD.dtype)
     y = jnp.einsum("bld,dcnk->blcnk", x_BLD, weight, out_sharding=sharding) + bias
-    return [y[:, :, part] for part in range(y.shape[2])]
+    return [jnp.squeeze(part, 2) for part in jnp.split(y, y.shape[2], axis=2)]  # its gradient is one concatenation
 
 
 def merge_specs(heads: int, head_width: int, outputs: int, init=None) -> dict:

@@ -65,6 +65,11 @@ def parts(name: str, mesh: Mesh | None = None) -> int:
     return math.prod(shape.get(axis, 1) for axis in RULES[name])
 
 
+def one_device() -> bool:
+    """Whether nothing can be split: no mesh is set, or one of a single device."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1
+
+
 def out_sharding(*axes: str | None) -> PartitionSpec | None:
     """`partition(*axes)` for an `out_sharding=` argument, or None where no mesh is set."""
     return partition(*axes) if on_mesh() else None
