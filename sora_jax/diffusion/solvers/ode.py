@@ -1,15 +1,18 @@
-"""Runge-Kutta solvers of the probability-flow ODE dx/dt = u(x, t), evenly accurate in time t.
+"""Runge-Kutta solvers of the probability-flow ODE dx/dt = u(x, t), in steps of time t.
 
-They suit processes whose velocity is bounded (linear_flow, trigonometric). Variance-preserving processes of the
-DDPM family move as the square root of t near t = 0, where a step in t is of order 1/2 only: solve those with
-`ddim`, `dpm2`, `unipc` or `edm`, whose formulas know a(t) and b(t).
+The velocity of a smooth density is bounded for every process, and the orders are those of the textbook. Where data
+are finer than the noise b of the last step, so that the model sees them as a point, a step in t is right only if b
+is linear in t (linear_flow, trigonometric): the variance-preserving processes of the DDPM family have b like the
+square root of t and keep half of the last noise. Solve those with `ddim`, `dpm2`, `unipc` or `edm`, which end at the
+model's x_0.
 """
+
+import functools
 
 from sora_jax.diffusion.solvers.problem import (
     Problem,
     Step,
     TimesKBR,
-    first_order,
     keep_held,
     last_interval,
     predict,
@@ -22,16 +25,13 @@ from sora_jax.shapes import TokensBLP
 def euler(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
     """First-order steps along the velocity; K - 1 evaluations for K times."""
 
-    def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
-        return x_BLP + _length(problem, step) * predict(problem, "velocity", x_BLP, step.t_BR)
-
-    return walk(problem, advance, x_BLP, times_KBR)
+    return walk(problem, functools.partial(_euler_step, problem), x_BLP, times_KBR)
 
 
 def heun(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
     """Second-order steps: the mean of the velocities at both ends; 2 K - 3 evaluations for K times.
 
-    The last step is of first order, since at t = 0 the velocity of some predictions is undefined; one such step
+    The last step is Euler's, since at t = 0 the velocity of some predictions is undefined; one step of first order
     leaves the second order of the whole (Karras et al. 2206.00364, algorithm 1).
     """
 
@@ -42,7 +42,7 @@ def heun(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
         return x_BLP + h_BL1 * 0.5 * (first_BLP + second_BLP)
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return first_order(problem, x_BLP, last_interval(times_KBR))
+    return _euler_step(problem, x_BLP, last_interval(times_KBR))
 
 
 def midpoint(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
@@ -69,6 +69,10 @@ def rk4(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
     step = last_interval(times_KBR)
     first, _, third = _velocities(problem, x_BLP, step, (0.0, 1 / 3, 2 / 3))
     return keep_held(problem, step, x_BLP, x_BLP + _length(problem, step) / 4 * (first + 3 * third))
+
+
+def _euler_step(problem: Problem, x_BLP: TokensBLP, step: Step) -> TokensBLP:
+    return x_BLP + _length(problem, step) * predict(problem, "velocity", x_BLP, step.t_BR)
 
 
 def _velocities(problem: Problem, x_BLP: TokensBLP, step: Step, nodes: tuple[float, ...]) -> list[TokensBLP]:

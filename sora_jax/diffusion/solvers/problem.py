@@ -110,8 +110,8 @@ def predict_ends(problem: Problem, x_BLP: TokensBLP, t_BR: TimesBR) -> tuple[Tok
 def first_order(problem: Problem, x_BLP: TokensBLP, step: Step) -> TokensBLP:
     """a(s) x_0 + b(s) eps: the exact step for a prediction that stays as it is (DDIM), x_0 itself at s = 0.
 
-    Its error is of second order in the length, and down to s = 0 of second order in b: it is how solvers end
-    that must not look at time 0, whatever the process does there.
+    Its error is of second order in the length, and at s = 0 of second order in b(t), however fine the data: it is
+    how solvers end whose formulas do not reach s = 0.
     """
     x0_BLP, eps_BLP = predict_ends(problem, x_BLP, step.t_BR)
     s_BL1 = token_times(problem, step.s_BR)
