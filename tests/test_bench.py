@@ -37,6 +37,22 @@ def test_a_benchmark_runs_and_its_sides_have_the_same_loss(script, comparisons):
     assert f"`python experiments/bench/{script} --quick`" in text  # the table names its command
 
 
+@pytest.mark.parametrize("script, comparisons", [("dit_versus_torch.py", 2), ("mixed_sizes_versus_torch.py", 1)])
+def test_a_comparison_with_pytorch_has_the_same_loss_on_both_sides(script, comparisons):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torch")
+    found = losses(run_quick(script))
+    assert len(found) == comparisons
+    for ours, theirs in found:
+        assert ours > 0.1
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_compile_times_are_measured():
+    rows = re.findall(r"^\| (\d) blocks \| \1 \| ([\d.]+) \| ([\d.]+) \|", run_quick("compile_time.py"), re.MULTILINE)
+    assert [row[0] for row in rows] == ["2", "4"] and all(float(row[2]) > 0 for row in rows)
+
+
 def test_the_installation_is_measured():
     text = run_quick("install.py")
     assert re.search(r"site-packages \| \d+ MiB", text)
