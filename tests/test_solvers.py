@@ -19,7 +19,9 @@ from sora_jax.errors import UserError
 # Every solver, and again with the options that make it draw.
 CONFIGS = {name: SolverConfig(name) for name in SOLVERS}
 CONFIGS |= {"ddim, eta": SolverConfig("ddim", eta=0.7), "edm, churn": SolverConfig("edm", churn=3.0)}
-every_solver = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+# One of each kind of step: those left out differ by a number from one that is in.
+STEPS = {name: config for name, config in CONFIGS.items() if name not in ("dpm1", "dpm2", "unipc")}
+every_solver = pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
 
 
 @pytest.fixture(autouse=True)
@@ -180,9 +182,9 @@ def test_a_model_that_learns_its_variance_is_solved_by_its_first_half():
     wide = Problem(
         lambda x, t: jnp.concatenate([plain.denoise(x, t), 9 * x], axis=2), "eps", plain.process, plain.rows_BL
     )
-    for solver in ("heun", "dpm2", "ddim"):
-        ends = [run(SolverConfig(solver), problem, x_BLP, grid(down(5))) for problem in (plain, wide)]
-        np.testing.assert_array_equal(*ends)
+    np.testing.assert_array_equal(
+        *[run(SolverConfig("dpm2"), problem, x_BLP, grid(down(5))) for problem in (plain, wide)]
+    )
 
 
 @pytest.mark.parametrize(
