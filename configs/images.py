@@ -7,10 +7,10 @@
     sora-jax sample --workdir=runs/pictures --class=0,1,2,3,4,5,6,7,8,9 --size=28
 
 Pictures of about 28 pixels a side, of any sizes and aspect ratios, with a class each (`--config.model.classes`, 10).
-autoencoder: 4 x 4 pixels to 4 channels. transformer (also the default): DiT with adaLN-Zero, depth 4, width 128, each
-latent position a token, six pictures of 28 x 28 in a pack of 294 tokens, eight packs a step; `fixed` is the same with
-one picture of 28 x 28 in a pack, as DiT trains. Rectified flow, Heun. For two cores; times and samples:
-experiments/images/README.md.
+autoencoder: 4 x 4 pixels to 4 channels. transformer (also the default): DiT blocks with adaLN-Zero, rotary and sin-cos
+positions, depth 4, width 128, each latent position a token, six pictures of 28 x 28 in a pack of 294 tokens, eight
+packs a step; `fixed` is the same with one picture of 28 x 28 in a pack, as DiT trains. Rectified flow, Heun. For two
+cores; times and samples: experiments/images/README.md.
 """
 
 from sora_jax.config import choose, mutable

@@ -58,5 +58,6 @@ def sit(depth: int, width: int, heads: int, patch: int, pixels: int, process: st
     optim.b1, optim.b2, optim.weight_decay, optim.ema, optim.ema_warmup = 0.9, 0.999, 0.0, (0.9999,), False
     config.loop.steps, config.loop.log_every, config.loop.save_every = 400_000, 100, 5000
     config.preview.classes, config.preview.sizes = SHOWN, ((1, pixels, pixels),)
-    config.sampling.solver.name, config.sampling.steps, config.sampling.guidance.scale = "heun", "125", 4.0
+    config.sampling.solver.name, config.sampling.steps = "heun", "125"
+    config.sampling.guidance.scale, config.sampling.guidance.channels = 4.0, 3  # of 4, as the official code does
     return config

@@ -280,6 +280,7 @@ def source_config(options, seed: int, holdout: float):
     import dataclasses
 
     from sora_jax.config import choose
+    from sora_jax.data.prepare import BuildConfig
     from sora_jax.data.sources import SourceConfig
     from sora_jax.data.world import FULL_WORLD, WorldConfig
 

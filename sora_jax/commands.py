@@ -20,13 +20,13 @@ from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.files import write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
-from sora_jax.generate.run import Run, changed, load_run, read_run_config
+from sora_jax.generate.run import Run, load_run, read_run_config, told
 from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
-from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer
+from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer, upgraded
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import (
     FOLDER,
@@ -170,7 +170,7 @@ def check_workdir(workdir: Path, config, data: str) -> None:
     """
     path, learnt_from = Path(workdir) / "config.json", Path(workdir) / "data.json"
     if path.exists():
-        old, new = read_json(path), plain(config)
+        old, new = plain(run_config(upgraded(read_json(path)))), plain(config)
         keep = [{k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (old, new)]
         different = first_difference(*keep)
         check(
@@ -208,7 +208,10 @@ def sample(options) -> list[Path]:
     for path in paths:
         check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
-    sampling = changed(override(config.sampling, options.sampling, "sampling"), options.steps, options.solver)
+    given = {"steps": options.steps, "solver.name": options.solver}
+    changes = [*options.sampling, *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    sampling = override(config.sampling, changes, "sampling")
+    told(config, prompts, classes, options.guidance, options.negative, options.seed, sampling)
     run = load_run(options.workdir, options.autoencoder)
     most = run.tokenizer.max_tokens
     for prompt in prompts:

@@ -1,6 +1,8 @@
 """Pictures with classes, from files to a grid, by the commands; what guidance, classes and solvers do to samples."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sora_jax.data.latents import LatentCache
 from sora_jax.data.sheets import grid
 from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
+from sora_jax.generate.run import read_run_config as load_config
 
 IMAGES = ROOT / "configs" / "images.py"
 SMALL = [
@@ -21,7 +24,9 @@ SMALL = [
 
 
 def train(latents, workdir, *changes) -> int:
-    changes = [f"--config.{change}" for change in (f"latents={latents}", *SMALL, *changes)]
+    given = {change.split("=")[0] for change in changes}
+    small = [change for change in SMALL if change.split("=")[0] not in given]
+    changes = [f"--config.{change}" for change in (f"latents={latents}", *small, *changes)]
     return run("train", f"--config={IMAGES}:transformer", f"--workdir={workdir}", *changes)
 
 
@@ -79,6 +84,7 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
         (["--class=0", "--solver=magic"], "'magic'"),
         (["--class=0", "--steps=many"], "'many'"),
         (["--class=0", "--sampling.guidance.nonsense=1"], "there is no 'nonsense'"),
+        (["--class=0", "--negative=blurred"], "reads no text"),
         (["--class=0", "--autoencoder=elsewhere"], "has its own"),
     ],
 )
@@ -86,6 +92,27 @@ def test_mistakes_are_told_in_one_sentence(trained, tmp_path, capsys, arguments,
     assert run("sample", f"--workdir={trained}", f"--out={tmp_path / 'x.png'}", *arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "change", ["preview.classes=(0,3)", "preview.steps=abc", "preview.classes=() preview.prompts=('a',)"]
+)
+def test_previews_that_cannot_be_are_refused_before_the_first_step(latents, tmp_path, capsys, change):
+    assert train(latents, tmp_path / "run", *change.split()) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_of_an_earlier_version_samples_and_goes_on(trained, latents, tmp_path):
+    """Its previews had a guidance of their own and a number of steps, and later fields were not there."""
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["sampling"], config["model"]["learned_variance"]
+    config["preview"] |= {"guidance": 2.5, "steps": 2}
+    (old / "config.json").write_text(json.dumps(config))
+    assert load_config(old).sampling.guidance.scale == 2.5 and load_config(old).preview.steps == "2"
+    assert train(latents, old, "loop.steps=5") == 0
+    assert run("sample", f"--workdir={old}", "--class=0", "--steps=2") == 0
 
 
 def test_clips_without_the_classes_of_the_model_are_refused(chain, latents, tmp_path, capsys):  # noqa: F811

@@ -244,3 +244,10 @@ def test_dry_run_prints_the_config_and_the_parameters_and_makes_nothing(tmp_path
     printed = capsys.readouterr().out
     assert '"seed": 41' in printed and re.search(r"total +[\d,]+", printed)
     assert not (tmp_path / "run").exists() and TINY.exists()
+
+
+def test_the_world_may_be_built_without_a_share_that_is_held_out(tmp_path):
+    from fixtures_runs import run
+
+    command = ["data", "build", "--source=world", "--limit=3", "--multiple=8", f"--out={tmp_path / 'world'}"]
+    assert run(*command) == 0 and (tmp_path / "world" / "manifest.parquet").exists()

@@ -14,9 +14,10 @@ from sora_jax.config import load
 from sora_jax.models.conditioning import MODULATED
 from sora_jax.models.flops import forward_flops
 from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
-from sora_jax.nn.pack import drop_captions, per_slot
-from sora_jax.nn.params import count, init
+from sora_jax.nn.pack import Pack, drop_captions, per_slot
+from sora_jax.nn.params import count, init, shardings
 from sora_jax.nn.positions import sincos_table
+from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TABLE = {  # 2212.09748, table 4: Gflops (multiply-adds) and exact parameters, the class table and variance included
@@ -78,7 +79,7 @@ def labelled(clips):
 
 
 def times_of(pack):
-    return per_slot((pack.clips_BS % 7 + 1) / 10, pack.row_slots_BR).astype(np.float32)
+    return per_slot((pack.clips_BS % 7 + 1) / 10, pack.row_slots_BR).astype(jnp.float32)
 
 
 def of_clip(output_BLP, pack, uid):
@@ -107,6 +108,24 @@ def test_packed_equals_one_by_one_and_the_class_and_time_are_read(
     for changed in (run(relabelled, times_of(pack)), run(pack, later)):
         assert np.abs(of_clip(changed - together, pack, labelled[0].uid)).max() > 1e-2
         np.testing.assert_array_equal(of_clip(changed, pack, labelled[1].uid), of_clip(together, pack, labelled[1].uid))
+
+
+@pytest.mark.parametrize("conditioning", MODULATED)
+def test_every_way_of_conditioning_runs_on_a_mesh(conditioning, labelled, packed, randomised):
+    config = dataclasses.replace(SMALL, conditioning=conditioning)
+    params, pack = randomised(transformer_specs(config)), packed([labelled[:2], labelled[2:]] * 2)
+
+    def loss(params, pack):
+        return jnp.square(denoise(params, config, pack, pack.tokens_BLP, times_of(pack))).sum()
+
+    expected = quick_jit(jax.value_and_grad(loss))(params, pack)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(transformer_specs(config), mesh))
+        arrays = {name: values for name, values in vars(pack).items() if values is not None}
+        found = quick_jit(jax.value_and_grad(loss))(placed, Pack(**place_batch(arrays, mesh)))
+    for one, other in zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-5 * max(np.abs(other).max(), 1e-2))
 
 
 def test_a_dropped_class_is_the_row_of_none(labelled, packed, randomised):

@@ -93,7 +93,7 @@ def denoiser_run(network: Network, factor: int = FACTOR) -> DenoiserRun:
     factor: pixels to a latent position.
     """
     model, side = network.config, network.side
-    channels = model.latent_channels - 1  # the official code guides 3 of 4
+    channels = min(3, model.latent_channels)  # as the official code does
     return DenoiserRun(
         batch=256,
         model=model,

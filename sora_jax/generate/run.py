@@ -21,7 +21,7 @@ from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
+from sora_jax.train.denoiser import DenoiserRun, load_tokenizer, upgraded
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
 
 Size = tuple[int, int, int]
@@ -36,9 +36,33 @@ def changed(sampling: SamplingConfig, steps: int | str | None, solver: str | Non
     return sampling
 
 
+def told(config: DenoiserRun, prompts, classes, guidance, negative, seed: int, sampling: SamplingConfig):
+    """Prompts, classes, guidance scales and negative prompts, one for each clip; UserError where a run takes no such.
+
+    It needs no weights, so it can be asked before they are loaded.
+    """
+    count, known = max(len(prompts), len(classes)), config.model.classes
+    check(count > 0, "there is no prompt; give at least one, or a class")
+    check(bool(config.model.text) or not len(prompts), "this run takes classes, not prompts; give classes")
+    check(bool(known) or not len(classes), "this run takes prompts, not classes; give prompts")
+    for label in classes:
+        check(0 <= label < known, f"class is {label}; it must be from 0 to {known - 1}")
+    check(0 <= seed < 2**32, f"seed is {seed}; it must be from 0 to 4294967295")
+    prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
+    same = len(prompts) == len(classes)
+    check(same, f"there are {len(prompts)} prompts and {len(classes)} classes; give one for each")
+    scales = each("guidance", sampling.guidance.scale if guidance is None else guidance, count)
+    check(all(map(math.isfinite, scales)), f"guidance is {guidance}; it must be a finite number")
+    negatives = each("negative", negative, count)
+    if any(negatives):
+        check(bool(config.model.text), f"negative is {negative!r}; this run reads no text, leave it out")
+        check(any(scale != 1 for scale in scales), f"negative is {negative!r}; it needs a guidance other than 1")
+    return prompts, classes, scales, negatives
+
+
 def each(name: str, values, count: int) -> list:
     """One value for each clip, from one for all or a list; UserError where there are too many or too few."""
-    if isinstance(values, (int, float, str)):
+    if np.ndim(values) == 0:
         return [values] * count
     check(
         len(values) == count, f"there are {len(values)} values of {name} for {count} clips; give one, or one for each"
@@ -79,34 +103,19 @@ class Run:
         sizes that are allowed.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
-        prompts, classes = self._told(prompts, classes)
+        prompts, classes, scales, negatives = told(self.config, prompts, classes, guidance, negative, seed, sampling)
         count = len(prompts)
-        scales = each("guidance", sampling.guidance.scale if guidance is None else guidance, count)
-        check(all(map(math.isfinite, scales)), f"guidance is {guidance}; it must be a finite number")
-        check(0 <= seed < 2**32, f"seed is {seed}; it must be from 0 to 4294967295")
         check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
         sizes = [sizes] * count if isinstance(sizes[0], int) else list(sizes)
         check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
         clips = range(1, count + 1) if clips is None else clips
+        check(len(clips) == count, f"there are {count} prompts and {len(clips)} clips; give one for each")
+        check(all(0 < clip < 2**32 for clip in clips), f"clips is {list(clips)}; each must be from 1 to 4294967295")
         latent_sizes = [self.latent_size(*size) for size in sizes]
-        told = zip(prompts, latent_sizes, clips, classes, scales, each("negative", negative, count), strict=True)
-        requests = [Request(*one) for one in told]
+        requests = [Request(*one) for one in zip(prompts, latent_sizes, clips, classes, scales, negatives, strict=True)]
         with jax.set_mesh(self.mesh):
             latents = sample_latents(self.params, self.config, self.tokenizer, requests, sampling, seed, self.mesh)
             return self.decode(latents)
-
-    def _told(self, prompts: Sequence[str], classes: Sequence[int]) -> tuple[list[str], list[int]]:
-        """Prompt and class of each clip, where the model takes both or either; UserError where it does not."""
-        count, known = max(len(prompts), len(classes)), self.config.model.classes
-        check(count > 0, "there is no prompt; give at least one, or a class")
-        check(bool(self.config.model.text) or not prompts, "this run takes classes, not prompts; give classes")
-        check(bool(known) or not len(classes), "this run takes prompts, not classes; give prompts")
-        for label in classes:
-            check(0 <= label < known, f"class is {label}; it must be from 0 to {known - 1}")
-        prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
-        same = len(prompts) == len(classes)
-        check(same, f"there are {len(prompts)} prompts and {len(classes)} classes; give one for each")
-        return prompts, classes
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Clips of latents, decoded in groups of equal size, given back in order."""
@@ -170,4 +179,4 @@ def read_run_config(folder: Path) -> DenoiserRun:
         config.get("kind") == "transformer",
         f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and only a transformer samples",
     )
-    return frozen(DenoiserRun, config)
+    return frozen(DenoiserRun, upgraded(config))

@@ -129,7 +129,7 @@ def _solve(params, run: DenoiserRun, sampling: SamplingConfig, seed, batch: Pack
         process_named(run.diffusion.process),
         batch.rows_BL,
         lambda step: noise(step_key(seed, step, Purpose.SOLVER)),
-        "learned" if run.model.learned_variance else "lower",
+        "learned" if run.model.learned_variance else sampling.solver.variance,
     )
     tokens_BR = per_slot(batch.grids_BS3.prod(-1), batch.row_slots_BR)
     return sample(sampling, run.diffusion.times, problem, noise(step_key(seed, 0, Purpose.SAMPLE)), tokens_BR)

@@ -41,7 +41,7 @@ from sora_jax.nn.layers import (
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import stack, zeros
 from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos_table
-from sora_jax.parallel.rules import parts
+from sora_jax.parallel.rules import parts, reshard
 
 REMAT = {
     "none": None,
@@ -189,10 +189,15 @@ def _with_context(pack: Pack, known: Condition, x_BLD):
         raise UserError("model.conditioning is 'in_context'; its tokens cannot be split: mesh.sequence must be 1")
     context_BX = context_segments(pack)
     coords_BX3 = jnp.zeros((*context_BX.shape, 3), pack.coords_BL3.dtype)
+
+    def joined(tokens, context, *axes):
+        context = reshard(context, "batch", "length", *axes)  # one part, but with the name of the axis it joins
+        return jnp.concatenate([reshard(tokens, "batch", "length", *axes), context], axis=1)
+
     return (
-        jnp.concatenate([x_BLD, known.pair_BXD], axis=1),
-        jnp.concatenate([pack.segments_BL, context_BX], axis=1),
-        jnp.concatenate([pack.coords_BL3, coords_BX3], axis=1),
+        joined(x_BLD, known.pair_BXD, "width"),
+        joined(pack.segments_BL, context_BX),
+        joined(pack.coords_BL3, coords_BX3, None),
     )
 
 

@@ -117,16 +117,40 @@ class DenoiserRun:
             self.batch > 0 and self.batch % self.loop.accumulate == 0,
             f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
         )
+        self._check_preview()
         check(
             self.packing.patch in (None, self.model.patch),
             f"packing.patch is {self.packing.patch}; leave it out, or give model.patch = {self.model.patch}",
         )
+
+    def _check_preview(self) -> None:
+        """What the first preview would otherwise tell, hours into the training."""
+        preview, known = self.preview, self.model.classes
+        check(
+            bool(self.model.text) or not preview.prompts, "preview.prompts are given; a model without text has classes"
+        )
+        for label in preview.classes:
+            check(
+                0 <= label < known, f"preview.classes has {label}; with model.classes = {known} it must be below that"
+            )
+        if preview.steps:
+            dataclasses.replace(self.sampling, steps=preview.steps)
 
     @property
     def packs(self) -> PackingConfig:
         """`packing` with the model's patch; a model without text has one null token for each clip."""
         text_length = self.packing.text_length if self.model.text else self.packing.slots
         return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
+
+
+def upgraded(values: dict) -> dict:
+    """A plain config as earlier versions wrote it, as this one reads it: previews once had a guidance of their own."""
+    preview = dict(values.get("preview", {}))
+    if "guidance" not in preview and not isinstance(preview.get("steps"), int):
+        return values
+    scale = preview.pop("guidance", SamplingConfig().guidance.scale)
+    preview["steps"] = str(preview.get("steps", ""))
+    return values | {"preview": preview, "sampling": {"guidance": {"scale": scale}}}
 
 
 def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array):
