@@ -30,7 +30,7 @@ from sora_jax.nn.layers import (
 )
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import normal, zeros
-from sora_jax.parallel.rules import out_sharding
+from sora_jax.parallel.rules import one_device, out_sharding, reshard
 
 TIME_FEATURES = 256
 MODULATED = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}  # widths of modulation in a block
@@ -38,10 +38,11 @@ MODULATED = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}
 
 @struct.dataclass
 class Condition:
-    """What tokens are told: time_BRD and label_BRD of each row, and spread_BLR, one-hot, the row of each token."""
+    """What tokens are told: time_BRD and label_BRD of each row; rows_BL, the row of each token, spread_BLR one-hot."""
 
     time_BRD: jax.Array
     label_BRD: jax.Array
+    rows_BL: jax.Array
     spread_BLR: jax.Array
 
     @property
@@ -76,7 +77,7 @@ def condition(params: dict, pack: Pack, times_BR, text: TextContext | None, step
     if text is not None:
         pooled_BSD = dense(params["pooled"], layer_norm(text.pooled_BSE), axes)  # a mean of many words is small
         label_BRD += per_slot(pooled_BSD, pack.row_slots_BR)
-    return Condition(time_BRD, label_BRD, _one_hot(pack.rows_BL, times_BR.shape[1], dtype))
+    return Condition(time_BRD, label_BRD, pack.rows_BL, _one_hot(pack.rows_BL, times_BR.shape[1], dtype))
 
 
 def step_number(times_BR) -> jax.Array:
@@ -92,18 +93,32 @@ def modulation_specs(width: int, parts: int) -> dict:
 
 
 def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array]:
-    """`parts` tables over rows, spread to tokens: a list of (B, L, D).
-
-    The spread is a product with one-hot rows: a gather's gradient is a scatter, slow on every backend. A single row
-    needs no spread: its tables are (B, 1, D).
-    """
+    """`parts` tables over rows, spread to tokens: a list of (B, L, D), of (B, 1, D) where there is a single row."""
     rows_BRD = jax.nn.silu(condition.time_BRD + condition.label_BRD)
     table_BRX = dense(params["modulation"], rows_BRD, ("batch", None, None))
+    tables = jnp.split(table_BRX, parts, axis=-1)
     if table_BRX.shape[1] == 1:
-        return jnp.split(table_BRX, parts, axis=-1)
+        return tables
+    spread = _look_up if one_device() else _product
+    return [spread(table_BRD, condition.rows_BL, condition.spread_BLR) for table_BRD in tables]
+
+
+def _product(table_BRD, _rows_BL, spread_BLR) -> jax.Array:
+    """The row of each token, (B, L, D), by a product with one-hot rows, which every mesh can split."""
     sharding = out_sharding("batch", "length", None)
-    tokens_BLX = jnp.einsum("blr,brx->blx", condition.spread_BLR, table_BRX, out_sharding=sharding)
-    return jnp.split(tokens_BLX, parts, axis=-1)
+    return jnp.einsum("blr,brd->bld", spread_BLR, table_BRD, out_sharding=sharding)
+
+
+@jax.custom_jvp
+def _look_up(table_BRD, rows_BL, _spread_BLR) -> jax.Array:
+    """The same by reading: it fuses with what uses it. Its derivative is the product: a gather's would be a scatter."""
+    rows = jax.vmap(lambda table, row: table.at[row].get(mode="promise_in_bounds"))(table_BRD, rows_BL)
+    return reshard(rows, "batch", "length", None)
+
+
+@_look_up.defjvp
+def _look_up_jvp(primals, tangents):
+    return _look_up(*primals), _product(tangents[0], *primals[1:])
 
 
 def block_modulation(params: dict, condition: Condition, kind: str) -> list:
