@@ -133,6 +133,18 @@ def test_rescale_takes_its_spread_from_the_clip_alone():
     np.testing.assert_allclose(spread, MODELS[0, 0, 1:3, :P].std(), rtol=1e-5)
 
 
+def test_rescale_knows_of_the_guided_channels_alone():
+    """The others stay conditional to the bit, however large they are, and do not count for the spread."""
+    out, plain = run(GuidanceConfig(rescale=0.7, channels=3)), run(GuidanceConfig(channels=3))
+    guided_P, conditional = np.tile(np.arange(C) < 3, P // C), MODELS[0, ..., :P].astype(np.float32)
+    np.testing.assert_array_equal(out[..., ~guided_P], conditional[..., ~guided_P])
+    mine = (SEGMENTS[0] == 1) & (TIMES[0][ROWS[0]] > 0)
+    before, after = plain[0, mine][:, guided_P], out[0, mine][:, guided_P]
+    ratio = conditional[0, mine][:, guided_P].std() / before.std()
+    np.testing.assert_allclose(after, before * (0.7 * ratio + 0.3), rtol=2e-5)
+    assert abs(ratio - 1) > 0.1
+
+
 def test_two_conditions():
     """Equation (2) token by token, and the cases in which one of the conditions is not guided."""
     frames = np.array([[1.5, 2.0, 1.0], [3.0, 1.0, 0.0]], np.float32)

@@ -29,10 +29,11 @@ def room(segments_BL, index_BL, clips_BS, tokens_BS):
     clips_BL = jnp.where(segments_BL > 0, per_token(clips_BS, rows_BL), 0)
     key = step_key(0, 3, Purpose.TIME)
     noise_BLP = token_noise(step_key(0, 3, Purpose.NOISE), clips_BL, index_BL, P)
-    t_BR = draw_times(TimesConfig(), key, clips_BS, tokens_BS)
-    steps_BR = draw_times(TimesConfig("steps", base_tokens=0, stratified=True), key, clips_BS, tokens_BS)
+    t_BR = draw_times(TimesConfig(), key, clips_BS, tokens_BS, None, linear_flow)
+    steps = TimesConfig("steps", base_tokens=0, stratified=True)
+    steps_BR = draw_times(steps, key, clips_BS, tokens_BS, None, vp_linear)
     ranks_BS = batch_ranks(clips_BS)
-    sigma_BR = draw_times(TimesConfig("log_sigma", -1.2, 1.2), key, clips_BS, tokens_BS, process=vp_linear)
+    sigma_BR = draw_times(TimesConfig("log_sigma", -1.2, 1.2), key, clips_BS, tokens_BS, None, vp_linear)
     tokens = jnp.sin(noise_BLP), noise_BLP
 
     def flow(scale):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.diffusion.prediction import FORMS, convert, express, solve
+from sora_jax.diffusion.prediction import FORMS, check_pair, convert, express, solve
 from sora_jax.diffusion.process import (
     PROCESSES,
     corrupt,
@@ -156,3 +156,25 @@ def test_gradients_are_finite_on_the_whole_interval(process):
 def test_unknown_names_are_user_errors():
     with pytest.raises(UserError, match="x0, eps, v, velocity, score, edm, not 'mean'"):
         express(trigonometric, "mean", *clean_and_noise(), jnp.ones((COUNT, 1)))
+
+
+def test_pairs_that_cannot_work_are_user_errors():
+    """The rest can: what is refused is told with what may stand in its place."""
+    refused = {(name, kind) for name in PROCESSES for kind in FORMS if not works(name, kind)}
+    zero = ("vp_linear_zero_snr", "vp_scaled_linear_zero_snr")
+    assert refused == {("edm", "velocity"), *itertools.product(zero, ("eps", "score"))}
+    with pytest.raises(UserError, match="one of x0, v, velocity, edm with the process vp_linear_zero_snr, not 'eps'"):
+        check_pair("vp_linear_zero_snr", "eps")
+    with pytest.raises(UserError, match="one of x0, eps, v, score, edm with the process edm, not 'velocity'"):
+        check_pair("edm", "velocity")
+    for pair in (("vp_cubic", "v"), ("vp", "noise")):
+        with pytest.raises(UserError, match="must be one of"):
+            check_pair(*pair)
+
+
+def works(name, kind):
+    try:
+        check_pair(name, kind)
+    except UserError:
+        return False
+    return True

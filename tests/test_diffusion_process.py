@@ -244,6 +244,18 @@ def test_lost_signal_to_noise_ratio(process):
     np.testing.assert_allclose(lost_snr(process, s, t), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("process", ALL, ids=name_of)
+def test_lost_signal_to_noise_ratio_is_a_share(process):
+    """Not a rounding error below 0 or above 1, where its root or that of 1 - g would be a NaN."""
+    times = np.linspace(0, 1, 1001, dtype=np.float32)
+    tiny = np.geomspace(1e-5, 1e-3, 20, dtype=np.float32)
+    times = np.sort(np.concatenate([times, tiny, np.nextafter(times[1:], np.float32(0))]))
+    g = np.asarray(jax.jit(lambda s, t: lost_snr(process, jnp.minimum(s, t), jnp.maximum(s, t)))(
+        *(jnp.asarray(axis) for axis in np.meshgrid(times, times))
+    ))  # fmt: skip
+    assert np.all((g >= 0) & (g <= 1)) and np.any(g > 0.9) and np.any(g < 0.1)
+
+
 def test_zero_terminal_snr_is_a_change_of_any_process():
     """Of the VP-SDE: no signal at the end, the first step as it was, signal linear in the old one between them."""
     changed = zero_terminal_snr(vp)

@@ -31,8 +31,12 @@ from sora_jax.diffusion.times import (
 from sora_jax.errors import UserError
 
 KEY = step_key(0, 7, Purpose.TIME)
-draw = jax.jit(draw_times, static_argnums=(0, 5))
+_draw = jax.jit(draw_times, static_argnums=(0, 5))
 QUANTILES_AT = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+
+
+def draw(config, key, clips_BS, tokens_BS, ranks_BS=None, process=edm):
+    return _draw(config, key, clips_BS, tokens_BS, ranks_BS, process)
 
 
 def many_draws(config, tokens=256, count=40_000, process=edm):
@@ -130,7 +134,7 @@ def test_stratified_times_fill_the_distribution_evenly(distribution):
     grain = 2e-3 if distribution == "steps" else 1e-5
     np.testing.assert_allclose(gaps, 1 / count, atol=grain)
     keys = jax.vmap(lambda step: step_key(0, step, Purpose.TIME))(jnp.arange(2000))
-    times = jax.jit(jax.vmap(lambda key: draw_times(config, key, clips_BS[:1], tokens_BS[:1])[0, 3]))(keys)
+    times = jax.jit(jax.vmap(lambda key: draw_times(config, key, clips_BS[:1], tokens_BS[:1], None, edm)[0, 3]))(keys)
     plain = stats.norm.cdf(special.logit(np.asarray(times))) if distribution == "logit_normal" else times
     assert stats.kstest(np.asarray(plain), "uniform").pvalue > 0.01
 

@@ -19,11 +19,11 @@ def goldens():
 
 
 def times_of(case):
-    """Our grid; the shift comes from the size of a clip, as many times the base as the square of the factor."""
-    base_tokens = 100
-    tokens_BR = jnp.full((1, 1), round(base_tokens * case.shift**2), jnp.int32)
+    """Our grid, shifted by the size of a clip: the case's own by FLUX's rule, or one that gives the case's factor."""
+    config = TimesConfig(base_tokens=100, shift_rule="exponential" if case.tokens else "root")
+    tokens_BR = jnp.full((1, 1), case.tokens or round(config.base_tokens * case.shift**2), jnp.int32)
     base_K = jnp.asarray(base_times(case.process, case.steps, case.spacing), jnp.float32)
-    return sampling_times(TimesConfig(base_tokens=base_tokens), base_K, tokens_BR)
+    return sampling_times(config, base_K, tokens_BR)
 
 
 def states(case, inputs):

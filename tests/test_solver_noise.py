@@ -14,6 +14,7 @@ from fixtures_mixtures import PLANE, down, gaussian, one_row, perfect
 from sora_jax.diffusion.mixture import draw_data
 from sora_jax.diffusion.process import initial, process_named
 from sora_jax.diffusion.solvers import COEFFICIENTS, Problem, SolverConfig, solve
+from sora_jax.diffusion.spacing import base_times
 
 
 def variance(config, name, times, deviation, scale=1.0, **fields):
@@ -88,6 +89,17 @@ def test_the_lower_variance_is_exact_for_a_point(name, steps):
     assert variance(SolverConfig("ddpm"), name, down(steps, 0.9, 0.2), 1e-6, variance="upper") > found + 1e-3
 
 
+def test_the_variance_is_the_problems_or_else_the_solvers():
+    def found(option, own):
+        config = SolverConfig("ddpm", variance=option)
+        return variance(config, "vp_linear", down(3, 0.9, 0.2), 0.6, variance=own)
+
+    lower, upper = found("lower", None), found("upper", None)
+    assert upper > lower + 1e-3
+    assert found("upper", "lower") == lower and found("lower", "upper") == upper
+    assert variance(SolverConfig("ddpm"), "vp_linear", down(3, 0.9, 0.2), 0.6) == lower
+
+
 def test_a_learned_variance_lies_where_the_model_says():
     x_BLP, noise_BLP = jnp.zeros((1, 3, 1)), jnp.ones((1, 3, 1))
     process, rows_BL = process_named("vp_linear"), one_row(3)
@@ -101,6 +113,16 @@ def test_a_learned_variance_lies_where_the_model_says():
     lower, upper = (ends(variance, lambda x, t: 0 * x)[0] for variance in ("lower", "upper"))
     learned = ends("learned", lambda x, t: jnp.concatenate([0 * x, values_BL1], axis=2))
     np.testing.assert_allclose(learned, [lower, upper, np.sqrt(lower * upper)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["respaced", "linspace"])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_ddim_with_eta_one_is_finite_on_the_longest_steps(spacing, steps):
+    """All but a rounding error of the noise is drawn anew: what is kept is the root of nearly nothing."""
+    for name in ("vp_linear", "vp_scaled_linear", "vp_cosine", "vp"):
+        problem = perfect(name, "v", one_row(2), gaussian(0.0, 0.6), noise=lambda step: jnp.ones((1, 2, 1)))
+        times_KBR = jnp.asarray(base_times(name, steps, spacing), jnp.float32)[:, None, None]
+        assert np.all(np.isfinite(solve(SolverConfig("ddim", eta=1.0), problem, jnp.ones((1, 2, 1)), times_KBR)))
 
 
 def test_ddim_with_eta_one_is_ancestral():

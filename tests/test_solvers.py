@@ -194,6 +194,7 @@ def test_a_model_that_learns_its_variance_is_solved_by_its_first_half():
         (lambda: SolverConfig("ddim", eta=1.5), "eta must be between 0 and 1, not 1.5"),
         (lambda: SolverConfig(coefficient="cubic"), "coefficient must be one of sigma, .*, not 'cubic'"),
         (lambda: SolverConfig(churn=-1.0), "churn must be 0 or more and finite, not -1.0"),
+        (lambda: SolverConfig("ddpm", variance="learned"), "variance must be one of lower, upper, not 'learned'"),
         (lambda: Problem(jnp.sin, "v", linear_flow, one_row(1), variance="both"), "variance must be one of lower"),
         (
             lambda: run(SolverConfig("ddpm"), perfect("vp", "v", one_row(2)), jnp.ones((1, 2, 2)), grid(down(2))),

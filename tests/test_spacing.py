@@ -1,11 +1,17 @@
 """Grids of times: the conventions' own examples, and what every grid keeps."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sora_jax.diffusion.process import PROCESSES, half_log_snr, process_named
-from sora_jax.diffusion.spacing import SPACINGS, base_times, respaced_steps
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.spacing import SPACINGS, base_times, check_spacing, respaced_steps
 from sora_jax.errors import UserError
 
 
@@ -16,6 +22,7 @@ def test_grids_descend_to_zero(process, spacing, steps):
     times = base_times(process, steps, spacing)
     assert times.shape == (steps + 1,) and times[-1] == 0 and times[0] <= 1
     assert np.all(np.diff(times.astype(np.float32)) < 0)
+    assert check_spacing(steps, spacing) == steps
 
 
 def test_even_times():
@@ -86,3 +93,14 @@ def test_karras_levels_of_edm_are_even_in_time():
 def test_mistakes_are_told(steps, spacing, message):
     with pytest.raises(UserError, match=message):
         base_times("vp", steps, spacing)
+    with pytest.raises(UserError, match=message):
+        check_spacing(steps, spacing)
+    with pytest.raises(UserError, match=message.replace("not 0", "not '0'").replace("not 1001", "not '1001'")):
+        SamplingConfig(str(steps), spacing)
+
+
+def test_a_configuration_is_checked_without_a_device():
+    """A file of options is read before it is known where it runs; asking for a device fails here."""
+    program = "from sora_jax.diffusion.sampling import SamplingConfig; SamplingConfig('12', 'karras')"
+    environment = os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

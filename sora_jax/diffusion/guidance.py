@@ -17,13 +17,16 @@ Guidance makes predictions larger; they may be scaled back to the spread of the 
 mixed (Lin et al. 2305.08891, equations 15 and 16):
 
     out <- (1 - rescale) out + rescale out std(u_cond) / std(out)                        (4)
+
+Where only some channels are guided, (4) is measured over these and applied to these alone.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.times import per_token
@@ -115,10 +118,18 @@ def guided_by_two(
 
 
 def rescaled(
-    out_BLP: TokensBLP, conditional_BLP: TokensBLP, share: float, members_BLS: Float[Array, "B L S"]
+    out_BLP: TokensBLP,
+    conditional_BLP: TokensBLP,
+    share: float,
+    members_BLS: Float[Array, "B L S"],
+    values_P: Bool[np.ndarray, " P"],
 ) -> TokensBLP:
-    """Equation (4); members_BLS is 1 for the tokens of a clip that its standard deviations are taken over."""
-    ratio_BS = _spread(conditional_BLP, members_BLS) / _spread(out_BLP, members_BLS)
+    """Equation (4), every value scaled by the factor of its clip.
+
+    The standard deviations are taken over the values of a token that values_P chooses, at least one, in the tokens of
+    the clip for which members_BLS is 1.
+    """
+    ratio_BS = _spread(conditional_BLP, members_BLS, values_P) / _spread(out_BLP, members_BLS, values_P)
     factor_BL1 = jnp.sum(members_BLS * (1.0 + share * (ratio_BS - 1.0))[:, None, :], axis=2)[:, :, None]
     return jnp.where(factor_BL1 > 0, factor_BL1 * out_BLP, out_BLP)
 
@@ -139,12 +150,12 @@ def _guided(
         outputs = [function(x_BLP, t_BR).astype(jnp.float32) for function in functions]
         predictions = [output[:, :, : x_BLP.shape[2]] for output in outputs]
         out_BLP, same_BL1 = combine(predictions, t_BL1)
-        out_BLP = _first_channels(config.channels, channels, out_BLP, predictions[0])
+        guided_P = _first_channels(config.channels, channels, x_BLP.shape[2])
         if config.rescale:
             # Tokens that are given, at time 0, have predictions without a meaning.
             members_BLS = _members(jnp.where(t_BL1[:, :, 0] > 0, segments_BL, 0), slots)
-            out_BLP = rescaled(out_BLP, predictions[0], config.rescale, members_BLS)
-        out_BLP = jnp.where(same_BL1, predictions[0], out_BLP)
+            out_BLP = rescaled(out_BLP, predictions[0], config.rescale, members_BLS, guided_P)
+        out_BLP = jnp.where(same_BL1 | ~guided_P[None, None, :], predictions[0], out_BLP)
         return jnp.concatenate([out_BLP, outputs[0][:, :, x_BLP.shape[2] :]], axis=2)
 
     return denoise
@@ -158,11 +169,9 @@ def _scale_at(config: GuidanceConfig, scale_BS: Array, segments_BL: Array, t_BL1
     return jnp.where((t_BL1 >= config.start) & (t_BL1 <= config.end), scale_BL1, 1.0)
 
 
-def _first_channels(first: int, channels: int, out_BLP: Array, conditional_BLP: Array) -> Array:
-    if not 0 < first < channels:
-        return out_BLP
-    channel_11P = (jnp.arange(out_BLP.shape[2]) % channels)[None, None, :]
-    return jnp.where(channel_11P < first, out_BLP, conditional_BLP)
+def _first_channels(first: int, channels: int, values: int) -> np.ndarray:
+    """Which values (P,) of a token are guided; all where `first` is 0."""
+    return np.arange(values) % channels < (first or channels)
 
 
 def _members(segments_BL: Array, slots: int) -> Array:
@@ -171,14 +180,15 @@ def _members(segments_BL: Array, slots: int) -> Array:
     return (segments_BL[:, :, None] == slots_11S).astype(jnp.float32)
 
 
-def _spread(values_BLP: Array, members_BLS: Array) -> Array:
-    """The standard deviation over all values of every clip; 1 where there is none, (B, S)."""
-    count_BS = jnp.maximum(jnp.sum(members_BLS, axis=1) * values_BLP.shape[2], 1.0)
-    mean_BS = _clip_sums(values_BLP, members_BLS) / count_BS
+def _spread(values_BLP: Array, members_BLS: Array, chosen_P: np.ndarray) -> Array:
+    """The standard deviation over the chosen values of every clip; 1 where there is none, (B, S)."""
+    count_BS = jnp.maximum(jnp.sum(members_BLS, axis=1) * float(chosen_P.sum()), 1.0)
+    mean_BS = _clip_sums(values_BLP, members_BLS, chosen_P) / count_BS
     mean_BL = jnp.sum(mean_BS[:, None, :] * members_BLS, axis=2)
-    variance_BS = _clip_sums(jnp.square(values_BLP - mean_BL[:, :, None]), members_BLS) / count_BS
+    variance_BS = _clip_sums(jnp.square(values_BLP - mean_BL[:, :, None]), members_BLS, chosen_P) / count_BS
     return jnp.where(variance_BS > 0, jnp.sqrt(jnp.where(variance_BS > 0, variance_BS, 1.0)), 1.0)
 
 
-def _clip_sums(values_BLP: Array, members_BLS: Array) -> Array:
-    return jnp.sum(jnp.sum(values_BLP, axis=2)[:, :, None] * members_BLS, axis=1)
+def _clip_sums(values_BLP: Array, members_BLS: Array, chosen_P: np.ndarray) -> Array:
+    chosen_BLP = jnp.where(chosen_P[None, None, :], values_BLP, 0.0)
+    return jnp.sum(jnp.sum(chosen_BLP, axis=2)[:, :, None] * members_BLS, axis=1)

@@ -23,6 +23,8 @@ from sora_jax.shapes import SegmentsBL, TimesBR, TokensBLP
 _HALF_BIN = 1.0 / 255.0
 _LAST_BIN = 0.999
 _LEAST_PROBABILITY = 1e-12
+# Standard deviations beyond which float32 has no probability left.
+_EVERYTHING = 20.0
 
 
 class LossSums(NamedTuple):
@@ -113,16 +115,23 @@ def bin_log_likelihood(x: Array, mean: Array, log_std: Array) -> Array:
     """log P of the bin of x under N(mean, exp(2 log_std)), in nats: equation 13 of 2006.11239; shapes broadcast.
 
     Bins are 2/255 wide around x; the first and the last of [-1, 1] reach to infinity. Not below log 1e-12. The normal
-    distribution is exact here; the code of DDPM and of DiT takes a tanh for it, which is off by up to 2e-4.
+    distribution function is the tanh form of DDPM's code and DiT's, so that losses compare number by number. It is off
+    by up to 1.8e-4; the result by up to 0.001 nats for x within one standard deviation of the mean, 0.04 within three,
+    and by whole nats from five on.
     """
     inverse_std = jnp.exp(-log_std)
-    upper = jnp.where(x > _LAST_BIN, jnp.inf, (x + _HALF_BIN - mean) * inverse_std)
-    lower = jnp.where(x < -_LAST_BIN, -jnp.inf, (x - _HALF_BIN - mean) * inverse_std)
+    upper = jnp.where(x > _LAST_BIN, _EVERYTHING, (x + _HALF_BIN - mean) * inverse_std)
+    lower = jnp.where(x < -_LAST_BIN, -_EVERYTHING, (x - _HALF_BIN - mean) * inverse_std)
     # Reflected into the lower tail, where the distribution function keeps its digits.
     reflects = lower + upper > 0
     low, high = jnp.where(reflects, -upper, lower), jnp.where(reflects, -lower, upper)
-    probability = jax.scipy.special.ndtr(high) - jax.scipy.special.ndtr(low)
-    return jnp.log(jnp.maximum(probability, _LEAST_PROBABILITY))
+    return jnp.log(jnp.maximum(_normal_cdf(high) - _normal_cdf(low), _LEAST_PROBABILITY))
+
+
+def _normal_cdf(z: Array) -> Array:
+    """(1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2, with its digits in the lower tail."""
+    z = jnp.clip(z, -_EVERYTHING, _EVERYTHING)
+    return jax.nn.sigmoid(math.sqrt(8.0 / math.pi) * (z + 0.044715 * z**3))
 
 
 def loss_weight(segments_BL: SegmentsBL, t_BR: TimesBR, rows_BL: Int[Array, "B L"]) -> Float[Array, "B L"]:

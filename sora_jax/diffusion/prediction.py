@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sora_jax.diffusion.process import Process, derivatives
+from sora_jax.diffusion.process import Process, derivatives, process_named
 from sora_jax.errors import UserError
 from sora_jax.shapes import TimesBR, TokensBLP
 
@@ -67,6 +67,23 @@ def check_kind(kind: str) -> str:
     if kind not in FORMS:
         raise UserError(f"prediction must be one of {', '.join(FORMS)}, not {kind!r}.")
     return kind
+
+
+def check_pair(process_name: str, kind: str) -> None:
+    """Whether a model that predicts this kind can be trained on and sampled from this process.
+
+    Raises:
+        UserError: an unknown name, or a pair that cannot work: eps or score where the process is made to begin without
+            signal, so that the first step down from t = 1 would know nothing of x_0, and velocity of `edm`, whose size
+            7 sigma / t spans nine decades.
+    """
+    process_named(process_name), check_kind(kind)
+    if kind in ("eps", "score") and process_name.endswith("_zero_snr"):
+        allowed = ", ".join(other for other in FORMS if other not in ("eps", "score"))
+        raise UserError(f"prediction must be one of {allowed} with the process {process_name}, not {kind!r}.")
+    if kind == "velocity" and process_name == "edm":
+        allowed = ", ".join(other for other in FORMS if other != "velocity")
+        raise UserError(f"prediction must be one of {allowed} with the process edm, not 'velocity'.")
 
 
 def express(process: Process, kind: str, x0: Array, eps: Array, t: Array) -> Array:

@@ -163,13 +163,15 @@ def input_scale(process: Process, t: Array) -> Array:
 
 def lost_snr(process: Process, s: Array, t: Array) -> Array:
     """g = 1 - snr(t) / snr(s) of equation (9), for s <= t of one shape: 1 from s = 0 or to a = 0, 0 where s = t."""
+    # Rounding may go beyond either end, and roots of g and of 1 - g are taken.
     if process.log_alpha is not None:
         variance, noise = -jnp.expm1(2.0 * process.log_alpha(s, t)), jnp.square(process.b(t))
+        share = jnp.clip(variance / jnp.where(noise > 0, noise, 1.0), 0.0, 1.0)
         # From s = 0 the two are one number by two formulas.
-        return jnp.where(s <= 0, (t > 0).astype(t.dtype), variance / jnp.where(noise > 0, noise, 1.0))
+        return jnp.where(s <= 0, (t > 0).astype(t.dtype), share)
     moves = s < t
     fall = half_log_snr(process, jnp.where(moves, t, 1.0)) - half_log_snr(process, jnp.where(moves, s, 0.0))
-    return jnp.where(moves, -jnp.expm1(2.0 * fall), 0.0)
+    return jnp.where(moves, -jnp.expm1(2.0 * jnp.minimum(fall, 0.0)), 0.0)
 
 
 def transition(process: Process, s: Array, t: Array) -> tuple[Array, Array]:
@@ -228,9 +230,11 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
 
     def log_alpha(s: Array, t: Array) -> Array:
         late_s, late_t = jnp.maximum(s, first), jnp.maximum(t, first)
-        a_s, a_1 = process.a(late_s), _constants(process, 1.0)[0]
-        fall = a_s * jnp.expm1(process.log_alpha(late_s, late_t)) / jnp.where(s < 1.0, a_s - a_1, 1.0)
-        late = jnp.log1p(jnp.where(t < 1.0, fall, jnp.where(s < 1.0, -1.0, 0.0)))
+        # What is left of the signal at s, a(s) - a(1), as in `a`: none from a rounding error before the end.
+        left = _constants(process, 1.0)[0] * jnp.expm1(-process.log_alpha(late_s, jnp.ones_like(s)))
+        silent = left <= 0
+        fall = process.a(late_s) * jnp.expm1(process.log_alpha(late_s, late_t)) / jnp.where(silent, 1.0, left)
+        late = jnp.log1p(jnp.where(silent, 0.0, jnp.where(t < 1.0, jnp.maximum(fall, -1.0), -1.0)))
         return process.log_alpha(jnp.minimum(s, first), jnp.minimum(t, first)) + late
 
     return Process(f"{process.name}_zero_snr", a, b, log_alpha)

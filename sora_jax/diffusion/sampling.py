@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import initial
 from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
-from sora_jax.diffusion.spacing import base_times
+from sora_jax.diffusion.spacing import base_times, check_spacing
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TokensBLP
 
@@ -27,7 +27,7 @@ class SamplingConfig:
     guidance: GuidanceConfig = GuidanceConfig()
 
     def __post_init__(self):
-        base_times("linear_flow", self.steps, self.spacing)  # UserError where they contradict each other
+        check_spacing(self.steps, self.spacing)
 
 
 def sample(

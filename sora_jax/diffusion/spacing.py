@@ -41,11 +41,9 @@ def base_times(process: str | Process, steps: int | str, spacing: str = "even") 
     Raises:
         UserError: an unknown spacing, a number of steps that the spacing cannot make, or a text it cannot read.
     """
-    if spacing not in SPACINGS:
-        raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}.")
+    count = check_spacing(steps, spacing)
     if spacing == "respaced":
         return _times_of(respaced_steps(str(steps)))
-    count = _count(steps, most=None if spacing in ("even", "karras") else DDPM_STEPS)
     if spacing == "even":
         return np.linspace(1.0, 0.0, count + 1)
     if spacing == "karras":
@@ -55,6 +53,19 @@ def base_times(process: str | Process, steps: int | str, spacing: str = "even") 
     if spacing == "trailing":
         return _times_of(np.round(DDPM_STEPS - np.arange(count) * DDPM_STEPS / count) - 1)
     return _times_of(np.round(np.linspace(0, DDPM_STEPS - 1, count)) if count > 1 else [DDPM_STEPS - 1])
+
+
+def check_spacing(steps: int | str, spacing: str) -> int:
+    """How many steps `base_times` makes of these, for any process; reads texts alone and starts no device.
+
+    Raises:
+        UserError: as `base_times`.
+    """
+    if spacing not in SPACINGS:
+        raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}.")
+    if spacing == "respaced":
+        return len(respaced_steps(str(steps)))
+    return _count(steps, most=None if spacing in ("even", "karras") else DDPM_STEPS)
 
 
 def respaced_steps(sections: str, steps: int = DDPM_STEPS) -> list[int]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
 from sora_jax.diffusion.keys import clip_keys
-from sora_jax.diffusion.process import DDPM_STEPS, Process, edm, time_of_half_log_snr, time_of_step
+from sora_jax.diffusion.process import DDPM_STEPS, Process, time_of_half_log_snr, time_of_step
 from sora_jax.errors import UserError
 from sora_jax.shapes import ClipsBS
 
@@ -129,13 +129,14 @@ def draw_times(
     key: Key[Array, ""],
     clips_BS: ClipsBS,
     tokens_BS: Int[Array, "B S"],
-    ranks_BS: Float[Array, "B S"] | None = None,
-    process: Process = edm,
+    ranks_BS: Float[Array, "B S"] | None,
+    process: Process,
 ) -> Float[Array, "B S"]:
     """One training time per clip, in [MIN_TIME, 1], float32: a function of (key, clip id, clip size).
 
     Stratified times are a function of (key, rank, clip size). `ranks_BS` is then needed if clips_BS is not the whole
-    batch but a part of it: the part's slice of the whole's `batch_ranks`. `process` is needed for log_sigma alone.
+    batch but a part of it: the part's slice of the whole's `batch_ranks`. Else it may be None. Of `process`, log_sigma
+    takes the time at which a noise level is reached.
     """
     if config.stratified:
         ranks_BS = batch_ranks(clips_BS) if ranks_BS is None else ranks_BS

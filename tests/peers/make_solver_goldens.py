@@ -1,6 +1,6 @@
 """Trajectories of the schedulers of diffusers, for `tests/test_peers.py`.
 
-pip install -e '.[test-peers]'
+pip install -e '.[test-peers,text]'
 python tests/peers/make_solver_goldens.py            # writes tests/goldens/solvers.npz
 python tests/peers/make_solver_goldens.py --check    # compares the file with the installed peer
 """
@@ -13,6 +13,7 @@ from unittest import mock
 import diffusers
 import numpy as np
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from solver_cases import CASES, GOLDENS, Case, fixed_inputs, network
 
 TOLERANCE = 1e-6
@@ -24,7 +25,7 @@ def trajectory(case: Case, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, n
     flow = case.scheduler.startswith("FlowMatch")
     if flow:
         sigmas = np.linspace(1.0, 1.0 / case.steps, case.steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=float(np.log(case.shift)) if case.dynamic else None)
+        scheduler.set_timesteps(sigmas=sigmas, mu=_log_shift(scheduler.config, case.tokens))
     else:
         scheduler.set_timesteps(case.steps)
     draws = (_channels_first(draw) for draw in inputs["draws"])
@@ -66,6 +67,14 @@ def check(arrays: dict[str, np.ndarray]) -> bool:
         print(f"missing  {name}")
     print("the same" if good else "DIFFERENT")
     return good
+
+
+def _log_shift(options, tokens: int) -> float | None:
+    """The logarithm of the shift by which the pipelines of FLUX sample so many tokens; None for no tokens."""
+    if not tokens:
+        return None
+    sizes = options.base_image_seq_len, options.max_image_seq_len
+    return calculate_shift(tokens, *sizes, options.base_shift, options.max_shift)
 
 
 def _channels_first(tokens: np.ndarray) -> torch.Tensor:

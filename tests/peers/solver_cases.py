@@ -28,7 +28,8 @@ KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 class Case:
     """A scheduler of the peer with its arguments, and what it is called here.
 
-    `shift` is the peer's factor on sigma / (1 - sigma) in flow matching; `dynamic` gives it as its logarithm.
+    `shift` is the peer's factor on sigma / (1 - sigma) in flow matching; where `tokens` is not 0 the factor is the one
+    that the peer takes for so many.
     """
 
     scheduler: str
@@ -40,7 +41,7 @@ class Case:
     spacing: str = "trailing"
     variance: str = "lower"
     shift: float = 1.0
-    dynamic: bool = False
+    tokens: int = 0
 
     @property
     def peer_arguments(self) -> dict:
@@ -97,10 +98,13 @@ CASES = {
         "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, SolverConfig("euler"), "linear_flow", "velocity", 10, "even",
         shift=3.0,
     ),
-    "flow euler, dynamic shift": Case(
-        "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, SolverConfig("euler"), "linear_flow",
-        "velocity", 10, "even", shift=2.5, dynamic=True,
-    ),
+    **{
+        f"flow euler, shift of {tokens} tokens": Case(
+            "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, SolverConfig("euler"), "linear_flow",
+            "velocity", 10, "even", tokens=tokens,
+        )
+        for tokens in (64, 1024, 4096)
+    },
 }  # fmt: skip
 
 

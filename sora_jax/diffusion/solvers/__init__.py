@@ -9,15 +9,15 @@ from sora_jax.diffusion.solvers.ancestral import ddim, ddpm
 from sora_jax.diffusion.solvers.edm import edm
 from sora_jax.diffusion.solvers.multistep import dpm_solver, unipc
 from sora_jax.diffusion.solvers.ode import euler, heun, midpoint, rk4
-from sora_jax.diffusion.solvers.problem import Noise, Problem, TimesKBR, predict
+from sora_jax.diffusion.solvers.problem import FIXED_VARIANCES, Noise, Problem, TimesKBR, predict
 from sora_jax.diffusion.solvers.sde import COEFFICIENTS, euler_sde, heun_sde
 from sora_jax.errors import UserError
 from sora_jax.shapes import TokensBLP
 
 __all__ = [
-    "COEFFICIENTS", "SOLVERS", "Method", "Noise", "Problem", "SolverConfig", "TimesKBR", "ddim", "ddpm",
-    "dpm_solver", "draws", "edm", "euler", "euler_sde", "evaluations", "heun", "heun_sde", "midpoint", "predict",
-    "rk4", "solve", "solver_named", "unipc",
+    "COEFFICIENTS", "FIXED_VARIANCES", "SOLVERS", "Method", "Noise", "Problem", "SolverConfig", "TimesKBR", "ddim",
+    "ddpm", "dpm_solver", "draws", "edm", "euler", "euler_sde", "evaluations", "heun", "heun_sde", "midpoint",
+    "predict", "rk4", "solve", "solver_named", "unipc",
 ]  # fmt: skip
 
 Solver = Callable[..., TokensBLP]
@@ -27,14 +27,16 @@ Solver = Callable[..., TokensBLP]
 class SolverConfig:
     """Which solver, and the options of those that have some.
 
-    eta: `ddim`'s share of noise drawn anew, 0 none to 1 ancestral. coefficient: of `euler_sde` and `heun_sde`, a key
-    of COEFFICIENTS. churn ..: those of `edm`, of the whole grid, and the noise levels b / a it is confined to.
+    eta: `ddim`'s share of noise drawn anew, 0 none to 1 ancestral. variance: of `ddpm`, one of FIXED_VARIANCES, where
+    the problem does not say (`Problem.variance`). coefficient: of `euler_sde` and `heun_sde`, a key of COEFFICIENTS.
+    churn ..: those of `edm`, of the whole grid, and the noise levels b / a it is confined to.
     lower_order_final: `dpm2`, `dpm3`, `unipc` and `unipc3` end grids of fewer steps than this with orders 2 and 1.
     halved_curvature: `dpm3` as in the authors' code and diffusers.
     """
 
     name: str = "euler"
     eta: float = 0.0
+    variance: str = "lower"
     coefficient: str = "sigma"
     churn: float = 0.0
     churn_from: float = 0.0
@@ -47,6 +49,8 @@ class SolverConfig:
         _method(self.name)
         if not 0.0 <= self.eta <= 1.0:
             raise UserError(f"eta must be between 0 and 1, not {self.eta}.")
+        if self.variance not in FIXED_VARIANCES:
+            raise UserError(f"variance must be one of {', '.join(FIXED_VARIANCES)}, not {self.variance!r}.")
         if self.coefficient not in COEFFICIENTS:
             raise UserError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {self.coefficient!r}.")
         for option in (*_CHURN, *_MULTISTEP):
@@ -72,7 +76,7 @@ SOLVERS: dict[str, Method] = {
     "heun": Method(heun, each=2),
     "midpoint": Method(midpoint, each=2, last=2),
     "rk4": Method(rk4, each=4, last=3),
-    "ddpm": Method(ddpm),
+    "ddpm": Method(ddpm, ("variance",)),
     "ddim": Method(ddim, ("eta",)),
     "dpm1": Method(functools.partial(dpm_solver, order=1)),
     "dpm2": Method(functools.partial(dpm_solver, order=2), _MULTISTEP),

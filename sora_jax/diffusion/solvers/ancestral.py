@@ -28,10 +28,11 @@ from sora_jax.diffusion.solvers.problem import (
 from sora_jax.shapes import TokensBLP
 
 
-def ddpm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+def ddpm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, variance: str = "lower") -> TokensBLP:
     """Ancestral sampling (Ho et al. 2006.11239, algorithm 2) on any grid of times; K - 1 evaluations, as many draws.
 
-    The variance is `problem.variance`. The step to time 0 is the mean alone, which is the model's x_0.
+    The variance is `problem.variance`, or `variance` where that is None. The step to time 0 is the mean alone, which
+    is the model's x_0.
     """
 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
@@ -39,7 +40,7 @@ def ddpm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
         y_BLP, values_BLP = evaluate(problem, x_BLP, step.t_BR)
         x0_BLP, _ = solve(problem.process, problem.kind, y_BLP, x_BLP, t_BL1)
         mean_BLP = posterior_mean(problem.process, x0_BLP, x_BLP, s_BL1, t_BL1)
-        deviation = jnp.exp(0.5 * _log_variance(problem, values_BLP, s_BL1, t_BL1))
+        deviation = jnp.exp(0.5 * _log_variance(problem, problem.variance or variance, values_BLP, s_BL1, t_BL1))
         return mean_BLP + jnp.where(s_BL1 > 0, deviation, 0.0) * draw(problem, step)
 
     return walk(problem, advance, x_BLP, times_KBR)
@@ -64,8 +65,8 @@ def ddim(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, eta: float = 0
     return walk(problem, advance, x_BLP, times_KBR)
 
 
-def _log_variance(problem: Problem, values_BLP: Array, s_BL1: Array, t_BL1: Array) -> Array:
-    if problem.variance == "learned":
+def _log_variance(problem: Problem, variance: str, values_BLP: Array, s_BL1: Array, t_BL1: Array) -> Array:
+    if variance == "learned":
         return learned_log_variance(problem.process, values_BLP, s_BL1, t_BL1)
     lower, upper = log_variance_bounds(problem.process, s_BL1, t_BL1)
-    return lower if problem.variance == "lower" else upper
+    return lower if variance == "lower" else upper

@@ -23,7 +23,8 @@ TimesKBR = Float[Array, "K B R"]
 Noise = Callable[[Int[Array, ""]], TokensBLP]
 State = TypeVar("State")
 
-VARIANCES = ("lower", "upper", "learned")
+FIXED_VARIANCES = ("lower", "upper")
+VARIANCES = (*FIXED_VARIANCES, "learned")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Problem:
     `noise(step)` gives the standard normal draw of step 0 .. K - 2 to solvers that draw; keyed by clip, it keeps
     packed equal to alone. `variance` is that of ancestral steps: `lower` and `upper` are the variance of the
     posterior for data known exactly and for data of unit variance, `learned` lies between them where the second
-    half of the model's output says.
+    half of the model's output says; None leaves it to the solver's option.
     """
 
     denoise: Denoise
@@ -41,10 +42,10 @@ class Problem:
     process: Process
     rows_BL: Int[Array, "B L"]
     noise: Noise | None = None
-    variance: str = "lower"
+    variance: str | None = None
 
     def __post_init__(self):
-        if self.variance not in VARIANCES:
+        if self.variance is not None and self.variance not in VARIANCES:
             raise UserError(f"variance must be one of {', '.join(VARIANCES)}, not {self.variance!r}.")
 
 
