@@ -20,7 +20,7 @@ from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
-from sora_jax.diffusion.prediction import Denoise, check_kind
+from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
@@ -51,8 +51,7 @@ class DiffusionConfig:
     caption_dropout: float = 0.1
 
     def __post_init__(self):
-        process_named(self.process)
-        check_kind(self.prediction)
+        check_pair(self.process, self.prediction)
         check(
             0 <= self.caption_dropout < 1,
             f"diffusion.caption_dropout is {self.caption_dropout}; it must be in [0, 1)",
