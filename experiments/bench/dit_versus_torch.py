@@ -17,7 +17,7 @@ from statistics import median
 
 import numpy as np
 from timing import machine, middle_half, milliseconds, report
-from workers import Worker, alternate, environment_note, serve
+from workers import Worker, alternate, conditions, prepare, serve
 
 SIZES = {"S/2": (12, 384, 6, 2), "B/4": (12, 768, 12, 4), "tiny": (2, 48, 2, 2)}
 BATCH, SIDE = 8, 32
@@ -37,12 +37,13 @@ def make_data() -> dict[str, np.ndarray]:
     }
 
 
-def torch_side(size: str, folder: Path, compiled: bool) -> None:
+def torch_side(size: str, folder: Path, compiled: bool, processor_time: bool) -> None:
     """Saves the weights, then serves forward and step, eager and compiled."""
+    threads = prepare(processor_time)
     import torch
     from torch_dit import Tables, adamw, hybrid_loss, make_model, save
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     model = make_model(*SIZES[size], SIDE)
     save(model, folder)
     tables, optimizer = Tables(), adamw(model)
@@ -64,11 +65,13 @@ def torch_side(size: str, folder: Path, compiled: bool) -> None:
     networks = {"eager": model} | ({"compiled": torch.compile(model)} if compiled else {})
     runs = {f"forward-{name}": functools.partial(forward, network) for name, network in networks.items()}
     first = {"first-forward": constant(forward(model)), "first-step": constant(step(model))}
-    serve(first | runs | {f"step-{name}": functools.partial(step, network) for name, network in networks.items()})
+    runs |= {f"step-{name}": functools.partial(step, network) for name, network in networks.items()}
+    serve(first | runs, processor_time)
 
 
-def jax_side(folder: Path, remat: str) -> None:
+def jax_side(folder: Path, remat: str, processor_time: bool) -> None:
     """Reads the weights, then serves forward and step: the package's own model, loss and `make_step`."""
+    prepare(processor_time)
     import dataclasses
 
     from jax_dit import make_runs
@@ -91,17 +94,24 @@ def jax_side(folder: Path, remat: str) -> None:
         "times_BR": ((data["steps"] + 1) / 1000).astype(np.float32)[:, None],
     }
     forward, step = make_runs(config, network.params, [host])
-    serve({"first-forward": constant(forward()), "first-step": constant(step()), "forward": forward, "step": step})
+    first = {"first-forward": constant(forward()), "first-step": constant(step())}
+    serve(first | {"forward": forward, "step": step}, processor_time)
+
+
+def flags(options) -> list[str]:
+    """What both sides need to know."""
+    named = {"--eager-only": options.quick or options.eager_only, "--processor-time": options.processor_time}
+    return [f"--remat={options.remat}", *(name for name, on in named.items() if on)]
 
 
 def constant(value: float):
     return lambda: value
 
 
-def measure(size: str, rounds: int, remat: str, compiled: bool) -> list[list[str]]:
+def measure(size: str, rounds: int, flags: list[str]) -> list[list[str]]:
     """Two rows of the table; AssertionError where the sides do not compute the same."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = f"--size={size}", f"--folder={folder}", f"--remat={remat}", *([] if compiled else ["--eager-only"])
+        arguments = f"--size={size}", f"--folder={folder}", *flags
         workers = {"torch": Worker("torch", *arguments)}
         workers["jax"] = Worker("jax", *arguments)
         for what in ("forward", "step"):
@@ -134,23 +144,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", default="S/2,B/4")
     parser.add_argument("--remat", default="dots", help="what the backward pass of sora_jax keeps: none, dots, full")
+    parser.add_argument("--processor-time", action="store_true", help="one thread a side; for a busy machine")
     parser.add_argument("--eager-only", action="store_true", help="without torch.compile")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds, without torch.compile")
     for internal in ("--side", "--size", "--folder"):
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side == "torch":
-        return torch_side(options.size, Path(options.folder), not options.eager_only)
+        return torch_side(options.size, Path(options.folder), not options.eager_only, options.processor_time)
     if options.side == "jax":
-        return jax_side(Path(options.folder), options.remat)
+        return jax_side(Path(options.folder), options.remat, options.processor_time)
     measured_on = machine()
     sizes, rounds = ("tiny", 2) if options.quick else (options.sizes, options.rounds)
     rows = []
     for size in sizes.split(","):
-        rows += measure(size, rounds, options.remat, not (options.quick or options.eager_only))
+        rows += measure(size, rounds, flags(options))
     notes = (
-        f"8 latents of 32 x 32 x 4, float32, two threads. Medians of {rounds} rounds, a call of each in turn; in"
-        f" brackets the middle half of the ratios of single rounds. remat {options.remat!r}.{environment_note()}"
+        f"8 latents of 32 x 32 x 4, float32, {conditions(options.processor_time)}. Medians of {rounds} rounds, a call of"
+        f" each in turn; in brackets the middle half of the ratios of single rounds. remat {options.remat!r}."
     )
     print(report(HEADER, rows, notes, measured_on))
 

@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 from timing import machine, middle_half, report
-from workers import Worker, alternate, environment_note, serve
+from workers import Worker, alternate, conditions, prepare, serve
 
 MODELS = {"S/2": (12, 384, 6, 2), "tiny": (2, 48, 2, 2)}
 LARGEST, PACKS, ROWS, SLOTS = 32, 16, 8, 16
@@ -48,11 +48,12 @@ def image(draws, sides) -> dict:
     return {"x0": x0, "eps": eps, "step": int(draws.integers(1, 1000)), "class": int(draws.integers(0, 1000))}
 
 
-def torch_side(size: str, folder: Path, compiled: bool) -> None:
+def torch_side(size: str, folder: Path, compiled: bool, processor_time: bool) -> None:
+    threads = prepare(processor_time)
     import torch
     from torch_dit import Tables, adamw, hybrid_loss, make_model, save, token_outputs, tokens_of
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     model = make_model(*MODELS[size], LARGEST)
     save(model, folder)
     tables, optimizer = Tables(), adamw(model)
@@ -101,7 +102,7 @@ def torch_side(size: str, folder: Path, compiled: bool) -> None:
         runs[f"train:padded-{name}"] = functools.partial(train, network, padded, True)
     runs["forward:per-size-eager"] = functools.partial(forward, token_outputs, by_size)
     runs["train:per-size-eager"] = functools.partial(train, token_outputs, by_size, False)
-    serve(runs)
+    serve(runs, processor_time)
 
 
 def equal_sizes(images: list[dict]) -> list[list[dict]]:
@@ -125,7 +126,8 @@ def stacked(images: list[dict], side: int = 0) -> dict[str, np.ndarray]:
     return batch | numbers | {"real": real.reshape(len(images), -1)}
 
 
-def jax_side(folder: Path, remat: str) -> None:
+def jax_side(folder: Path, remat: str, processor_time: bool) -> None:
+    prepare(processor_time)
     import dataclasses
 
     from jax_dit import make_runs
@@ -156,18 +158,25 @@ def jax_side(folder: Path, remat: str) -> None:
             "first": first,
             "forward:packed": lambda: sum(forward(i) for i in range(len(hosts))),
             "train:packed": lambda: sum(step(i) for i in range(len(hosts))),
-        }
+        },
+        processor_time,
     )
+
+
+def flags(options) -> list[str]:
+    """What both sides need to know."""
+    named = {"--eager-only": options.quick or options.eager_only, "--processor-time": options.processor_time}
+    return [f"--remat={options.remat}", *(name for name, on in named.items() if on)]
 
 
 def constant(value: float):
     return lambda: value
 
 
-def measure(size: str, rounds: int, remat: str, compiled: bool) -> tuple[list[list[str]], str]:
+def measure(size: str, rounds: int, flags: list[str]) -> tuple[list[list[str]], str]:
     """Rows of the table and a line on the images; AssertionError where packs and single sizes have other losses."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = f"--size={size}", f"--folder={folder}", f"--remat={remat}", *([] if compiled else ["--eager-only"])
+        arguments = f"--size={size}", f"--folder={folder}", *flags
         workers = {"torch": Worker("torch", *arguments)}
         workers["jax"] = Worker("jax", *arguments)
         ours, theirs = (workers[side].ask("first")[1] for side in ("jax", "torch"))
@@ -215,21 +224,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--remat", default="dots", help="what the backward pass of sora_jax keeps: none, dots, full")
+    parser.add_argument("--processor-time", action="store_true", help="one thread a side; for a busy machine")
     parser.add_argument("--eager-only", action="store_true", help="without torch.compile")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds, without torch.compile")
     for internal in ("--side", "--size", "--folder"):
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side == "torch":
-        return torch_side(options.size, Path(options.folder), not options.eager_only)
+        return torch_side(options.size, Path(options.folder), not options.eager_only, options.processor_time)
     if options.side == "jax":
-        return jax_side(Path(options.folder), options.remat)
+        return jax_side(Path(options.folder), options.remat, options.processor_time)
     measured_on = machine()
     size, rounds = ("tiny", 2) if options.quick else ("S/2", options.rounds)
-    rows, images = measure(size, rounds, options.remat, not (options.quick or options.eager_only))
+    rows, images = measure(size, rounds, flags(options))
     notes = (
-        f"DiT-{size}, float32, two threads. {images} Medians of {rounds} rounds, a call of each in turn; in brackets"
-        f" the middle half of the ratios of single rounds. remat {options.remat!r}.{environment_note()}"
+        f"DiT-{size}, float32, {conditions(options.processor_time)}. {images} Medians of {rounds} rounds, a"
+        f" call of each in turn; in brackets the middle half of the ratios of single rounds. remat {options.remat!r}."
     )
     print(report(HEADER, rows, notes, measured_on))
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-THREADS = "2"
+THREADS = 2
 
 
 class Worker:
@@ -18,7 +18,7 @@ class Worker:
 
     def __init__(self, side: str, *arguments: str):
         command = [sys.executable, sys.argv[0], f"--side={side}", *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": THREADS, "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
         )
@@ -41,15 +41,28 @@ class Worker:
         raise RuntimeError(f"{self._process.args} ended without an answer")
 
 
-def serve(runs: dict[str, Callable[[], float]]) -> None:
+def prepare(processor_time: bool) -> int:
+    """The worker's first act, before any framework is imported: how many threads it may use.
+
+    For processor time it keeps to one core: then other programs make a run longer, but hardly more expensive.
+    """
+    if not processor_time:
+        return THREADS
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return 1
+
+
+def serve(runs: dict[str, Callable[[], float]], processor_time: bool) -> None:
     """The worker's part: calls what it is asked for until nobody asks; each is called once before, to compile."""
+    clock = time.process_time if processor_time else time.perf_counter
     for run in runs.values():
         run()
     print("answer", *runs, flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
+        start = clock()
         value = runs[line.strip()]()
-        print("answer", time.perf_counter() - start, value, flush=True)
+        print("answer", clock() - start, value, flush=True)
 
 
 def alternate(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
@@ -62,7 +75,8 @@ def alternate(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]
     return seconds
 
 
-def environment_note() -> str:
-    """What of the environment bears on memory, which both sides inherit."""
+def conditions(processor_time: bool) -> str:
+    """Threads and clock, and what of the environment bears on memory, which both sides inherit."""
+    clock = "one thread a side, processor time" if processor_time else f"{THREADS} threads a side"
     tunables = os.environ.get("GLIBC_TUNABLES")
-    return f" Both sides with `GLIBC_TUNABLES={tunables}`." if tunables else ""
+    return clock + (f", both with `GLIBC_TUNABLES={tunables}`" if tunables else "")
