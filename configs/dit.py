@@ -41,6 +41,9 @@ def get_config(variant: str = "XL/2"):
     choose("patch in the variant of configs/dit.py", patch, dict.fromkeys(PATCHES))
     for change in changes:
         choose("variant of configs/dit.py", change, dict.fromkeys([*PIXELS, *MODULATED]))
+    for group in (PIXELS, MODULATED):
+        given = [change for change in changes if change in group]
+        check(len(given) < 2, f"variant of configs/dit.py is {variant!r}; give one of {', '.join(given)}")
     pixels = next((int(change) for change in changes if change in PIXELS), 256)
     return dit(depth, width, heads, int(patch), pixels, next((c for c in changes if c in MODULATED), "adaln_zero"))
 

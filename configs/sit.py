@@ -35,6 +35,9 @@ def get_config(variant: str = "XL/2"):
     choose("patch in the variant of configs/sit.py", patch, dict.fromkeys(PATCHES))
     for change in changes:
         choose("variant of configs/sit.py", change, dict.fromkeys([*PIXELS, *PATHS]))
+    for group in (PIXELS, PATHS):
+        given = [change for change in changes if change in group]
+        check(len(given) < 2, f"variant of configs/sit.py is {variant!r}; give one of {', '.join(given)}")
     pixels = next((int(change) for change in changes if change in PIXELS), 256)
     return sit(depth, width, heads, int(patch), pixels, PATHS[next((c for c in changes if c in PATHS), "linear")])
 

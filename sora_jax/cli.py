@@ -136,7 +136,7 @@ def _sample(commands) -> None:
     p.add_argument("--workdir", type=Path, required=True, help="run folder of a trained transformer")
     p.add_argument("--prompt", action="append", default=[], help="what to generate; may be given several times")
     p.add_argument("--prompts-file", type=Path, help="a text file with one prompt a line")
-    p.add_argument("--class", dest="classes", metavar="N,N..", help="class numbers; all go side by side into one file")
+    p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="classes; all go into one file")
     p.add_argument("--negative", default="", help="a prompt that guidance leads away from")
     p.add_argument("--size", type=int, help="height and width of a square, in pixels")
     p.add_argument("--frames", type=int, help="default: as in the run's first preview; 1 for a .png")

@@ -241,7 +241,8 @@ def _prompts(options) -> list[str]:
     return prompts
 
 
-def _classes(text: str | None) -> list[int]:
+def _classes(given: list[str] | None) -> list[int]:
+    text = ",".join(given or [])
     try:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError:
@@ -253,6 +254,8 @@ def _with_defaults(options, config: DenoiserRun):
     preview = config.preview
     frames, height, width = preview.sizes[0] if preview.sizes else DEFAULT_SIZE
     if options.size is not None:
+        square = options.height is None and options.width is None
+        check(square, f"--size is {options.size}; it is given beside --height or --width, leave one of them out")
         height = width = options.size
     if options.out is None:
         check(bool(options.classes), "--out is not given; it is the name of the file to write")

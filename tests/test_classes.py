@@ -64,7 +64,15 @@ def test_classes_travel_from_the_table_to_the_cache_and_previews_are_shown(laten
 
 
 def test_sample_writes_a_grid(trained, tmp_path, capsys):
-    command = ["sample", f"--workdir={trained}", "--class=0,1,2,0,1", "--size=16", "--steps=2", "--guidance=1.5"]
+    command = [
+        "sample",
+        f"--workdir={trained}",
+        "--class=0,1,2",
+        "--class=0,1",
+        "--size=16",
+        "--steps=2",
+        "--guidance=1.5",
+    ]
     assert run(*command) == 0
     found = trained / "samples" / "classes.png"
     assert capsys.readouterr().out.splitlines()[-1] == str(found)
@@ -80,6 +88,7 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
         (["--class=3"], "class is 3; it must be from 0 to 2"),
         (["--prompt=a cat"], "takes classes, not prompts"),
         (["--class=0", "--prompt=a cat"], "both given"),
+        (["--class=0", "--size=16", "--width=24"], "beside --height or --width"),
         (["--class=0", "--size=17"], "multiple of 4"),
         (["--class=0", "--solver=magic"], "'magic'"),
         (["--class=0", "--steps=many"], "'many'"),

@@ -160,8 +160,8 @@ def main() -> None:
     for size in sizes.split(","):
         rows += measure(size, rounds, flags(options))
     notes = (
-        f"8 latents of 32 x 32 x 4, float32, {conditions(options.processor_time)}. Medians of {rounds} rounds, a call of"
-        f" each in turn; in brackets the middle half of the ratios of single rounds. remat {options.remat!r}."
+        f"8 latents of 32 x 32 x 4, float32, {conditions(options.processor_time)}. Medians of {rounds} rounds, a call"
+        f" of each in turn; in brackets the middle half of the ratios of single rounds. remat {options.remat!r}."
     )
     print(report(HEADER, rows, notes, measured_on))
 

@@ -80,7 +80,10 @@ def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path |
         f"--autoencoder is {str(autoencoder)!r}; its latents have {channels} channels, those of the weights {found}",
     )
     _save_run(out, denoiser_run(network, factor), network.params, transformer_specs(network.config))
-    said = ["its table of positions is computed, not kept"]
+    said = [
+        "its table of positions is computed, not kept",
+        f"it samples pictures of {network.side * factor} x {network.side * factor} pixels",
+    ]
     if autoencoder is None:
         return [*said, "it holds no autoencoder: give one to `sora-jax sample` by --autoencoder"]
     copy_autoencoder(autoencoder, out)

@@ -73,7 +73,8 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the library, of many types
-        raise UserError(f"--weights is {str(path)!r}; it cannot be read: {str(error).splitlines()[0]}") from error
+        reason = "it holds more than tensors, or is damaged: save its tensors (the average, 'ema') as .safetensors"
+        raise UserError(f"--weights is {str(path)!r}; {reason}") from error
     # A training checkpoint of the official code holds the average beside the weights; its samples use the average.
     found = found.get("ema", found) if isinstance(found, dict) else found
     whole = isinstance(found, dict) and all(isinstance(x, torch.Tensor) for x in found.values())

@@ -229,7 +229,7 @@ class LatentCache:
             have = "clips without a class" if labels.min() < 0 <= labels.max() else have
             raise UserError(
                 f"config.model.classes is {classes}; the latent cache {self.path} has {have}: every clip needs one "
-                f"of 0 to {classes - 1}"
+                f"of 0 to {classes - 1}, from a column `label` or a TFDS class label"
             )
 
     @cached_property

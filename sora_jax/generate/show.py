@@ -35,7 +35,7 @@ def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps
         raise UserError(message) from error
     captions = [""] * len(clips) if captions is None else captions
     check(len(captions) == len(clips), f"there are {len(clips)} clips and {len(captions)} captions; give one for each")
-    return HTML("".join(_figure(clip, caption, fps) for clip, caption in zip(clips, captions, strict=True)))
+    return HTML("".join(_figure(clip, str(caption), fps) for clip, caption in zip(clips, captions, strict=True)))
 
 
 def _figure(clip: np.ndarray, caption: str, fps: float) -> str:

@@ -118,18 +118,20 @@ def embed(table: jax.Array, ids: jax.Array, axes: tuple) -> jax.Array:
 
 
 def time_features(n: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of a time n counted in thousandths: (...,) -> (..., width), cosines first.
+    """Sinusoids of a time n in [0, 1000], counted in thousandths: (...,) -> (..., width), cosines first.
 
     DiT's timestep embedding (2212.09748, official code), continuous in n: frequency i is max_period^(-2i/width).
-    Angles go up to 1000, where float32 has lost four digits of their sines: they are taken in turns, whose whole part
-    is dropped while the product with the first 12 bits of the frequency is still exact. That it is for whole n, as of
-    the discrete steps; fractional n has more digits, and the features are then off by up to 5e-5.
+    Angles go up to 1000, where float32 has lost four digits of their sines, and a compiler may round them otherwise in
+    another program: they are taken in turns, whose whole part is dropped while the product of the whole part of n with
+    the first 12 bits of the frequency is still exact. What is left over is small.
     """
     half = width // 2
     turns = np.exp(-math.log(max_period) * np.arange(half) / half) / (2 * math.pi)
     mantissa, exponent = np.frexp(turns)
     coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
     n = n[..., None].astype(jnp.float32)
-    whole = n * coarse.astype(np.float32)
-    angles = 2 * math.pi * (whole - jnp.floor(whole) + n * (turns - coarse).astype(np.float32))
+    whole = jnp.round(n)
+    exact = whole * coarse.astype(np.float32)
+    rest = whole * (turns - coarse).astype(np.float32) + (n - whole) * turns.astype(np.float32)
+    angles = 2 * math.pi * (exact - jnp.floor(exact) + rest)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -130,7 +130,8 @@ class DenoiserRun:
         )
         for label in preview.classes:
             check(
-                0 <= label < known, f"preview.classes has {label}; with model.classes = {known} it must be below that"
+                0 <= label < known,
+                f"preview.classes names {label}; with model.classes = {known} each must be below that",
             )
         if preview.steps:
             dataclasses.replace(self.sampling, steps=preview.steps)
