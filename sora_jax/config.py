@@ -146,15 +146,17 @@ def _parsed(define: Callable, name: str, arguments: Sequence[str], known: Callab
 
 
 def _explain(arguments: Sequence[str], known, error: Exception) -> str:
-    """One sentence for the first override that names no field, else the library's own reason."""
+    """One sentence for the first override that names no field or a group of them, else the library's own reason."""
     for argument in arguments:
-        path = argument.partition("=")[0]
+        path, _, value = argument.partition("=")
         node = known
         for name in path.split(".")[1:]:
             if not hasattr(node, "keys") or name not in node:
                 allowed = ", ".join(node) if hasattr(node, "keys") else "nothing"
                 return f"{path} is not an option: there is no {name!r}; allowed there: {allowed}"
             node = node[name]
+        if hasattr(node, "keys") and len(path.split(".")) > 1:
+            return f"{path} is {value!r}; it is a group of options, give one of them: {', '.join(node)}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
     # Of a field that is not there the library lists all others, nested, in one line.
     reason = reason.split(" Other fields present")[0].removeprefix("'")

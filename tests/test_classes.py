@@ -9,6 +9,7 @@ import pytest
 from fixtures_runs import ROOT, chain, one_device, run  # noqa: F401
 from PIL import Image
 
+from sora_jax.data.inspect import inspect
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.sheets import grid
 from sora_jax.errors import UserError
@@ -63,6 +64,21 @@ def test_classes_travel_from_the_table_to_the_cache_and_previews_are_shown(laten
     assert (trained / "samples" / "step_000004" / "01.png").exists()
 
 
+def test_inspect_says_which_class_has_which_number(latents):
+    report = inspect(latents.parent / "data")
+    assert report.summary["classes"] == {"0 ant": 4, "1 bee": 4, "2 cat": 4}
+    assert "0 ant (4), 1 bee (4), 2 cat (4)" in report.text
+
+
+def test_a_model_without_positions_in_time_makes_pictures_alone(model):
+    assert model.latent_size(5, 16, 16)[0] > 1
+    flat = dataclasses.replace(model.config.model, rotary=False, sincos_positions=True, sincos_axes="xy")
+    flat = dataclasses.replace(model, config=dataclasses.replace(model.config, model=flat))
+    assert flat.latent_size(1, 16, 16) == model.latent_size(1, 16, 16)
+    with pytest.raises(UserError, match="frames is 5"):
+        flat.latent_size(5, 16, 16)
+
+
 def test_sample_writes_a_grid(trained, tmp_path, capsys):
     command = [
         "sample",
@@ -93,6 +109,8 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
         (["--class=0", "--solver=magic"], "'magic'"),
         (["--class=0", "--steps=many"], "'many'"),
         (["--class=0", "--sampling.guidance.nonsense=1"], "there is no 'nonsense'"),
+        (["--class=0", "--sampling.solver=heun"], "--sampling.solver is 'heun'; it is a group of options"),
+        (["--class=0", "--sampling.guidance.channels=99"], "sampling.guidance.channels is 99"),
         (["--class=0", "--negative=blurred"], "reads no text"),
         (["--class=0", "--autoencoder=elsewhere"], "has its own"),
     ],

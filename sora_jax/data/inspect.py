@@ -64,11 +64,19 @@ def summarise(dataset: Dataset, pack_length: int | None = None) -> dict:
         "splits": _counts(row["split"] for row in rows),
         "captions": _counts(kind for row in rows for kind in row["kinds"]),
         "without_caption": sum(not caption_of(row) for row in rows),
-        "labels": len({row["label"] for row in rows} - {-1}),
+        "classes": _classes(rows),
         "fill": plan_fill(np.array([row["tokens"] for row in rows]), pack_length),
         "flagged": _counts(kind(flag) for row in rows for flag in row["flags"]),
         "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
     }
+
+
+def _classes(rows: list[dict]) -> dict[str, int]:
+    """Clips of each class, in order of the class numbers: "3", or with its name "3 fox"."""
+    labelled = [row for row in rows if row["label"] >= 0]
+    names = {row["label"]: dict(zip(row["kinds"], row["captions"])).get("label", "") for row in labelled}
+    counts = Counter(row["label"] for row in labelled)
+    return {f"{n} {names[n]}" if names[n] not in ("", str(n)) else str(n): counts[n] for n in sorted(counts)}
 
 
 def aspect(height: int, width: int) -> str:
@@ -135,11 +143,11 @@ def _text(summary: dict) -> str:
         if name == "fill":
             value = f"{value['fill']:.1%} of {value['packs']} packs of {value['pack_length']} tokens"
         elif isinstance(value, dict):
-            value = _shortened([f"{key} ({n})" for key, n in value.items()])
+            value = _shortened([f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8)
         lines.append(f"{name.replace('_', ' '):<16} {value}")
     return "\n".join(lines)
 
 
-def _shortened(parts: list[str]) -> str:
-    more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
-    return ", ".join(parts[:8] + more) or "none"
+def _shortened(parts: list[str], most: int) -> str:
+    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return ", ".join(parts[:most] + more) or "none"

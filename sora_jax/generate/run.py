@@ -47,6 +47,8 @@ def told(config: DenoiserRun, prompts, classes, guidance, negative, seed: int, s
     check(bool(known) or not len(classes), "this run takes prompts, not classes; give prompts")
     for label in classes:
         check(0 <= label < known, f"class is {label}; it must be from 0 to {known - 1}")
+    channels, most = sampling.guidance.channels, config.model.latent_channels
+    check(channels <= most, f"sampling.guidance.channels is {channels}; it must be from 0 (all) to {most}")
     check(0 <= seed < 2**32, f"seed is {seed}; it must be from 0 to 4294967295")
     prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
     same = len(prompts) == len(classes)
@@ -131,6 +133,8 @@ class Run:
             below = max(value // step, 1) * step
             nearest = f"{below} or {below + step}"
             check(value == below, f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")
+        in_time = self.config.model.positions_in_time
+        check(frames == 1 or in_time, f"frames is {frames}; this model tells no frames apart, it must be 1")
         latent = latent_grid(self.autoencoder.config, frames, height, width)
         grid_of(latent, self.config.model.patch)  # UserError where the frames do not fill whole patches
         return latent

@@ -128,6 +128,11 @@ class TransformerConfig:
         return self.width // self.heads
 
     @property
+    def positions_in_time(self) -> bool:
+        """Whether tokens of different frames have different positions."""
+        return self.rotary or (self.sincos_positions and "t" in self.sincos_axes)
+
+    @property
     def patch_values(self) -> int:
         """P, the number of values in a token."""
         pt, ph, pw = self.patch
