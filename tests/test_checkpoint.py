@@ -19,7 +19,13 @@ MESHES = {
     "data": MeshConfig(data=8),
     "fsdp and tensor": MeshConfig(data=1, fsdp=2, tensor=4),
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
+    "two devices": MeshConfig(data=1, fsdp=2),
+    "one device": MeshConfig(data=1),
 }
+
+
+def mesh_named(name):
+    return make_mesh(MESHES[name], jax.devices()[: {"two devices": 2, "one device": 1}.get(name, 8)])
 
 
 def specs(width=16):
@@ -47,7 +53,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("name", MESHES)
 def test_restored_on_any_mesh(saved, name):
     folder, wanted = saved
-    mesh = make_mesh(MESHES[name])
+    mesh = mesh_named(name)
     with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
         like = state_on(mesh)
         found, run = checkpoints.restore(like)
@@ -57,19 +63,109 @@ def test_restored_on_any_mesh(saved, name):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_one_average_alone(saved, index):
-    folder, wanted = saved
+def test_one_average_alone(saved, index, tmp_path):
+    folder, wanted = tmp_path / "checkpoints", saved[1]
+    shutil.copytree(saved[0], folder)
+    shutil.rmtree(folder / "3" / "state")  # parameters and optimizer are not looked at
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore_ema(abstract_on(specs(), make_mesh(MESHES["all"])), 2, index)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted.ema[index])
 
 
-@pytest.mark.parametrize("other", [dict(width=32), dict(optim=OptimConfig(ema=(0.5,)))], ids=["width", "averages"])
-def test_another_model_is_one_sentence(saved, other):
+OTHERS = {
+    "width": (dict(width=32), r"state/opt_state/1/mu/in/bias is float32 \(16,\) there, and float32 \(32,\)"),
+    "averages": (dict(optim=OptimConfig(ema=(0.5,))), r"ema/1/in/bias is float32 \(16,\) there, and absent"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_is_one_sentence_and_not_damage(saved, other):
+    changes, message = OTHERS[other]
     mesh = make_mesh(MESHES["data"])
     with jax.set_mesh(mesh), Checkpoints(saved[0]) as checkpoints:
-        with pytest.raises(UserError, match=r"^checkpoint 3 in [^\n]* is damaged or of another model[^\n]*$"):
-            checkpoints.restore(state_on(mesh, **other))
+        with pytest.raises(UserError, match=rf"^checkpoint 3 in [^\n]* is of another model: {message}[^\n]*$"):
+            checkpoints.restore(state_on(mesh, **changes))
+        assert checkpoints.latest() == 3
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Checkpoints 3 and 6, large enough that arrays lie in files."""
+    folder, mesh = tmp_path_factory.mktemp("pair"), make_mesh(MESHES["data"])
+    with jax.set_mesh(mesh), Checkpoints(folder, keep=2) as checkpoints:
+        for step in (3, 6):
+            checkpoints.save(step, state_on(mesh, step, 512), {"step": step})
+    return folder
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "values are cut short": lambda step: shorten(largest(step / "state")),
+    "one bit of a value": lambda step: flip_one_bit(largest(step / "state")),
+    "an average is missing": lambda step: shutil.rmtree(step / "ema"),
+    "an empty list of arrays": lambda step: (step / "state" / "_METADATA").write_text(""),
+    "half of the notes": lambda step: shorten(step / "run" / "metadata"),
+    "half of the table": lambda step: shorten(step / "arrays" / "metadata"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(pair, tmp_path, capfd, damage):
+    folder, mesh = tmp_path / "checkpoints", make_mesh(MESHES["data"])
+    shutil.copytree(pair, folder)
+    DAMAGE[damage](folder / "6")
+    told = f"sora-jax: checkpoint 6 in {folder} is damaged, checkpoint 3 is used: "
+    with jax.set_mesh(mesh), Checkpoints(folder) as reading:
+        _, run = reading.restore(state_on(mesh, width=512))
+        assert run == {"step": 3} and reading.latest() == 3
+    assert (folder / "6").exists()  # who only reads moves nothing
+    assert sum(line.startswith(told) for line in capfd.readouterr().err.splitlines()) == 1
+    with jax.set_mesh(mesh), Checkpoints(folder, keep=2) as checkpoints:
+        state, _ = checkpoints.restore(state_on(mesh, width=512))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(state_on(mesh, 3, 512)))
+        checkpoints.save(6, state_on(mesh, 9, 512), {"step": 6})
+    assert (folder / "damaged-6").is_dir()
+    with jax.set_mesh(mesh), Checkpoints(folder) as reading:
+        state, _ = reading.restore(state_on(mesh, width=512))
+    assert int(state.step) == 9
+
+
+def test_sampling_passes_a_damaged_average(pair, tmp_path, capfd):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(pair, folder)
+    flip_one_bit(largest(folder / "6" / "ema"))
+    mesh = make_mesh(MESHES["all"])
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore_ema(abstract_on(specs(512), mesh), 2)
+        assert checkpoints.latest() == 3
+    with jax.set_mesh(mesh):
+        wanted = state_on(mesh, 3, 512).ema[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(wanted))
+    assert "checkpoint 3 is used: the values of ema/0/in/" in capfd.readouterr().err
+
+
+def test_nothing_whole_is_one_sentence(pair, tmp_path, capfd):
+    folder, mesh = tmp_path / "checkpoints", make_mesh(MESHES["data"])
+    shutil.copytree(pair, folder)
+    for step in ("3", "6"):
+        shutil.rmtree(folder / step / "state")
+    with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
+        with pytest.raises(UserError, match=r"^there is no whole checkpoint in [^\n]*$"):
+            checkpoints.restore(state_on(mesh, width=512))
+    assert "checkpoint 3 in" in capfd.readouterr().err
 
 
 def test_half_written_checkpoints_are_ignored_and_swept(saved, tmp_path):
@@ -100,6 +196,18 @@ def test_the_newest_are_kept(saved, tmp_path):
         for step in (1, 2, 2, 5):
             checkpoints.save(step, state_on(mesh, seed=step), {})
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "5"]
+
+
+def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
+    mesh = make_mesh(MESHES["data"])
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
+    for steps in ((1, 2, 3, 4), (5, 6, 7)):
+        with jax.set_mesh(mesh), Checkpoints(tmp_path, keep=1, best=2) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, state_on(mesh, seed=step), {}, losses[step])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "4", "7"]
+    with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(state_on(mesh))[0].step) == 7
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -141,6 +141,18 @@ def test_no_step_is_reported_twice(tmp_path):
     assert found[:6] == rows and all(row["loss"] != 77.0 for row in found)
 
 
+def test_the_best_checkpoints_are_those_of_the_best_reports(tmp_path):
+    train(tmp_path, steps=10, keep=1, keep_best=2)
+    losses = {row["step"]: row["loss"] for row in read_metrics(tmp_path) if row["step"] % 2 == 0}
+    best = sorted(losses, key=losses.get)[:2]
+    folders = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert folders == {*best, 10} and len(folders) == 3
+    with pytest.raises(UserError, match=r"^loop.best_metric is 'beauty'; this run reports [^\n]*gradient_norm"):
+        train(tmp_path / "other", keep_best=1, best_metric="beauty")
+    with pytest.raises(UserError, match=r"loop.log_every must be positive"):
+        LoopConfig(keep_best=1, log_every=0)
+
+
 def test_previews_see_the_average_after_each_reported_step(tmp_path):
     seen = []
 

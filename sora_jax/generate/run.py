@@ -151,9 +151,9 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None) -> Run:
     mesh = _mesh_here(config.mesh)
     specs = transformer_specs(config.model)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        step = checkpoints.latest()
-        check(step is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
+        check(checkpoints.latest() is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
         params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
+        step = checkpoints.latest()  # asked again: a damaged one does not count
     return Run(config, params, load_tokenizer(config, folder), _autoencoder_of(folder, autoencoder), mesh, step)
 
 

@@ -1,20 +1,24 @@
-"""Checkpoints by Orbax: asynchronous, complete or absent; the only file that imports orbax."""
+"""Checkpoints by Orbax: asynchronous, complete or absent, checked when read; the only file that imports orbax."""
 
 import contextlib
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import serialization
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
+from sora_jax.parallel import distributed
 from sora_jax.train.state import TrainState
 
-STATE, EMA, RUN = "state", "ema", "run"
+STATE, EMA, RUN, ARRAYS = "state", "ema", "run", "arrays"
+ASIDE = "damaged-"
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option that reading alone implies
 
@@ -22,86 +26,216 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option
 class Checkpoints:
     """The checkpoints of a run folder; a context manager, because leaving without closing loses the last save.
 
-    With `keep=None` it only reads, and may do so while another process trains in the same folder.
+    With `keep=None` it only reads, and may do so while another process trains in the same folder. `keep` newest are
+    kept, and beside them the `best` ones whose metric was smallest. Each holds a table of its arrays with shapes and
+    digests: a checkpoint that does not agree with its table is reported, and the one before is used.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
+    def __init__(self, folder: Path, keep: int | None = None, best: int = 0):
+        self._folder, self._writes, self._damaged = Path(folder).absolute(), keep is not None, set()
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=(STATE, EMA, RUN))
+            policy = _policy(keep, best)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_metric, best_mode="min", create=True, cleanup_tmp_directories=True
+            )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=(STATE, EMA, RUN, ARRAYS))
+        # Processes read without waiting for each other: one that meets damage would leave the others waiting.
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        with _one_sentence(f"a checkpoint could not be saved in {self._manager.directory}"):
+        with _one_sentence(f"a checkpoint could not be saved in {self._folder}"):
             try:
                 self._manager.wait_until_finished()
             finally:
                 self._manager.close()
+                self._reader.close()
 
     def latest(self) -> int | None:
-        """The newest complete step."""
-        return self._manager.latest_step()
+        """The newest complete step, but for those that `restore` has found damaged."""
+        return max(self._steps(), default=None)
 
-    def save(self, step: int, state: TrainState, run: dict) -> None:
+    def _steps(self) -> list[int]:
+        return sorted(set(self._manager.all_steps()) - self._damaged)
+
+    def save(self, step: int, state: TrainState, run: dict, metric: float | None = None) -> None:
         """Starts saving in the background; `run` (config, data position) is kept beside the arrays as JSON.
 
-        UserError if there is no room for it, or if the save before this one has failed.
+        metric: by which the best are told, smaller is better. UserError if there is no room, or if the save before
+        this one has failed.
         """
         if self.latest() == step:
             return
-        _check_room(self._manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
+        _check_room(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         tree = serialization.to_state_dict(state)
         ema = tree.pop("ema")
         items = {
             STATE: ocp.args.StandardSave(tree),
             EMA: ocp.args.StandardSave(ema),
             RUN: ocp.args.JsonSave(run),
+            ARRAYS: ocp.args.JsonSave({STATE: _table(tree), EMA: _table(ema)}),
         }
-        with _one_sentence(f"a checkpoint could not be saved in {self._manager.directory}"):
-            self._manager.save(step, args=ocp.args.Composite(**items))
+        metrics = None if metric is None else {"metric": metric}
+        with _one_sentence(f"a checkpoint could not be saved in {self._folder}"):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
-        """The newest checkpoint in the structure and shardings of `state`, and what was saved as `run`."""
+        """The newest whole checkpoint in the structure and shardings of `state`, and what was saved as `run`.
+
+        Damaged ones are reported and set aside. UserError if none is whole, or if it is of another model.
+        """
         tree = serialization.to_state_dict(state)
         ema = tree.pop("ema")
-        found = self._restore(**{STATE: _like(tree), EMA: _like(ema), RUN: ocp.args.JsonRestore()})
+        found = self._newest({STATE: tree, EMA: ema}, RUN)
         return serialization.from_state_dict(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
     def restore_ema(self, params, averages: int, index: int = 0):
         """One of the `averages` alone, in the structure and shardings of the abstract tree `params`."""
         like = serialization.to_state_dict((params,) * averages)
-        found = self._restore(**{EMA: _like(like)})
-        return serialization.from_state_dict(params, found[EMA][str(index)])
+        return serialization.from_state_dict(params, self._newest({EMA: like})[EMA][str(index)])
 
-    def _restore(self, **items):
-        step = self.latest()
-        with _one_sentence(f"checkpoint {step} in {self._manager.directory} is damaged or of another model"):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+    def _newest(self, trees: dict, *notes: str) -> dict:
+        """What the newest whole checkpoint holds of `trees` and of the JSON items `notes`."""
+        for step in reversed(self._steps()):
+            found, reason = self._attempt(step, trees, notes)
+            if distributed.all_true(not reason):
+                reason = _difference(found.get(ARRAYS), {name: found[name] for name in trees})
+                if not reason:
+                    return found
+            self._set_aside(step, reason or "another process cannot read it")
+        raise UserError(f"there is no whole checkpoint in {self._folder}")
+
+    def _attempt(self, step: int, trees: dict, notes: tuple[str, ...]) -> tuple[dict, str]:
+        """What checkpoint `step` holds, or in one line why it is damaged; UserError if it is of another model."""
+        what = f"checkpoint {step} in {self._folder} is"
+        if not self._has_table(step):
+            with _one_sentence(f"{what} damaged or of another model"):
+                return self._load(step, trees, notes), ""
+        try:
+            table = self._load(step, {}, (ARRAYS,))[ARRAYS]
+            for name, tree in trees.items():
+                _check_model(table[name], tree, f"{what} of another model: {name}")
+            return self._load(step, trees, (*notes, ARRAYS)), ""
+        except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # whatever files of noise make Orbax, TensorStore and JSON say
+            return {}, _first_line(error)
+
+    def _has_table(self, step: int) -> bool:
+        # Those of earlier versions have none; but one that has lost it has lost its list of items, or is damaged.
+        return (self._folder / str(step) / ARRAYS).exists()
+
+    def _load(self, step: int, trees: dict, notes: tuple[str, ...]) -> dict:
+        items = {name: ocp.args.StandardRestore(_like(tree)) for name, tree in trees.items()}
+        items |= {name: ocp.args.JsonRestore() for name in notes}
+        return dict(self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items)).items())
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Out of the way of what is saved under this number; a reading process leaves everything where it is."""
+        if distributed.first():
+            before = [s for s in self._steps() if s < step]
+            use = f"checkpoint {before[-1]} is used" if before else "there is none before it"
+            print(f"sora-jax: checkpoint {step} in {self._folder} is damaged, {use}: {reason}", file=sys.stderr)
+        self._damaged.add(step)
+        if not self._writes:
+            return
+        if distributed.first():
+            _move_aside(self._folder, step)
+        distributed.barrier(f"set aside {step}")
+        self._manager.reload()
+
+
+def _policy(keep: int, best: int):
+    policies = ocp.checkpoint_managers
+    newest = policies.LatestN(keep)
+    if not best:
+        return newest
+    # The last of the order are kept: reversed, those are the smallest.
+    smallest = policies.BestN(get_metric_fn=_metric, reverse=True, n=best, keep_checkpoints_without_metrics=False)
+    return policies.AnyPreservationPolicy([newest, smallest])
+
+
+def _metric(metrics: dict) -> float:
+    return metrics["metric"]
+
+
+def _move_aside(folder: Path, step: int) -> None:
+    target = folder / f"{ASIDE}{step}"
+    shutil.rmtree(target, ignore_errors=True)
+    (folder / str(step)).rename(target)
+
+
+def _check_model(saved: dict, tree, what: str) -> None:
+    """UserError that names the first array which is not as the table of the checkpoint has it."""
+    wanted = {name: (x.dtype, x.shape) for name, x in _named(tree).items()}
+    saved = {name: (jnp.dtype(dtype), tuple(shape)) for name, (dtype, shape, _) in saved.items()}
+    for name in sorted(wanted.keys() | saved.keys()):
+        here, there = ("{} {}".format(*table[name]) if name in table else "absent" for table in (wanted, saved))
+        check(here == there, f"{what}/{name} is {there} there, and {here} in this one")
+
+
+def _named(tree) -> dict[str, jax.Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _table(tree) -> dict[str, list]:
+    """Name -> dtype, shape, digest."""
+    arrays = _named(tree)
+    digests = jax.device_get(_digests(list(arrays.values()))).tolist()
+    return {name: [str(x.dtype), list(x.shape), d] for (name, x), d in zip(arrays.items(), digests, strict=True)}
+
+
+def _difference(saved: dict | None, trees: dict) -> str:
+    """In one line, which array is not what was saved; "" if none is, or if nothing is known of them."""
+    for name, tree in trees.items() if saved else ():
+        for array, (*_, digest) in _table(tree).items():
+            if digest != saved[name][array][2]:
+                return f"the values of {name}/{array} are not those that were saved"
+    return ""
+
+
+@jax.jit
+def _digests(arrays: list[jax.Array]) -> jax.Array:
+    """One number for each array: a sum of its bits, weighted by place, modulo 2**32, the same on every mesh."""
+    return jnp.stack([_digest(x) for x in arrays])
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    for axis in range(x.ndim):
+        bits = bits * (2 * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + 1)
+    return bits.sum(dtype=jnp.uint32)
 
 
 @contextlib.contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Orbax tells of what it cannot read or write by errors of many lines and types."""
+    """Orbax tells of what it cannot write by errors of many lines and types."""
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0].partition(" See full TensorStore details")[0]
+    return line[:300] or type(error).__name__
 
 
 def _check_room(folder: Path, wanted: int) -> None:
     # Asked first: a disk that fills up during a save ends in a flood of messages from the library's threads.
     free = shutil.disk_usage(folder).free
     check(
-        free > 1.1 * wanted,
+        distributed.all_true(free > 1.1 * wanted),
         f"the disk of {folder} has {free / 1e6:.0f} MB left; a checkpoint needs {wanted / 1e6:.0f} MB",
     )
 
 
 def _like(tree):
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-    return ocp.args.StandardRestore(abstract)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -18,7 +18,7 @@ from sora_jax.config import check
 from sora_jax.errors import Stopped, UserError
 from sora_jax.parallel.mesh import place_batch
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.metrics import MetricsWriter, Stopwatch
+from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
 from sora_jax.train.optim import OptimConfig, make_optimizer
 from sora_jax.train.state import init_state
 from sora_jax.train.step import LossFunction, make_step
@@ -28,13 +28,18 @@ STOPPING = b"\nsora-jax: stopping after this step, with a save; Ctrl-C again end
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, and how often what happens; all counted in steps, 0 = never (the last step always saves)."""
+    """How long, and how often what happens; all counted in steps, 0 = never (the last step always saves).
+
+    The newest `keep` checkpoints are kept, and the `keep_best` whose `best_metric`, in the report before, was least.
+    """
 
     steps: int = 1000
     log_every: int = 20
     save_every: int = 500
     preview_every: int = 0
     keep: int = 2
+    keep_best: int = 0
+    best_metric: str = "loss"
     accumulate: int = 1
 
     def __post_init__(self):
@@ -43,6 +48,11 @@ class LoopConfig:
             check(getattr(self, name) > 0, f"loop.{name} is {getattr(self, name)}; it must be positive")
         for name in ("log_every", "save_every", "preview_every"):
             check(getattr(self, name) >= 0, f"loop.{name} is {getattr(self, name)}; 0 (never) or a number of steps")
+        check(self.keep_best >= 0, f"loop.keep_best is {self.keep_best}; 0 (none) or a number of checkpoints")
+        check(
+            not self.keep_best or self.log_every > 0,
+            f"loop.keep_best is {self.keep_best}; the best are known by reports, so loop.log_every must be positive",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +89,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
     optimizer = make_optimizer(dataclasses.replace(optim, decay_steps=optim.decay_steps or config.steps))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep, config.keep_best))
         stop = stack.enter_context(stop_signal())
         with watch("init"):
             state = init_state(job.specs, optimizer, len(optim.ema), seed, mesh)
@@ -113,7 +123,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 with watch("save"):
                     means = reporter.means.state()
                     notes = {"config": run, "step": step, "seed": seed, "means": means, "position": position}
-                    checkpoints.save(step, state, notes)
+                    checkpoints.save(step, state, notes, reporter.best_metric)
             if previewing:
                 with watch("preview"):
                     job.preview(step, state.ema[0], writer)
@@ -151,6 +161,7 @@ class Reporter:
         self.means = means
         self._counts: dict[str, float] = {}
         self._since: float | None = None
+        self.best_metric: float | None = None
 
     def hold(self, step: int, metrics: dict, batch: dict) -> None:
         self._held = (step, metrics, batch)
@@ -189,6 +200,11 @@ class Reporter:
             rates["padding_share"] = 1 - self._counts["tokens"] / self._counts["places"]
         spent = {f"seconds/{cause}": value for cause, value in self._watch.seconds.items()}
         self._writer.write(step, metrics | rates | spent)
+        if self._config.keep_best:
+            name = self._config.best_metric
+            known = flatten(metrics)
+            check(name in known, f"loop.best_metric is {name!r}; this run reports {', '.join(known)}")
+            self.best_metric = known[name]
         self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
         self._counts, self._since = {}, self._clock()
 
