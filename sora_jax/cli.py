@@ -69,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     _sample(commands)
     _data(commands)
     _convert(commands)
+    _plan(commands)
     return parser
 
 
@@ -341,6 +342,36 @@ def convert(options) -> None:
     else:
         said = convert_to(options.to, options.workdir, options.out)
     print("\n".join([*said, str(options.out)]))
+
+
+def _plan(commands) -> None:
+    example = (
+        "examples:\n  sora-jax plan --config=configs/sora.py:3b --topology=v5p:4x4x8\n"
+        "  sora-jax plan --config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2 --pack-length=16384 --json\n"
+        "  sora-jax plan --config=configs/sora.py:b --topology=v5e:4x4 --what=sample --config.model.remat=dots"
+    )
+    about = "what a run would need of TPUs that are not here: memory, FLOPs, network, time"
+    p = _parser(commands.add_parser, "plan", help=about, epilog=example)
+    p.add_argument("--config", required=True, help="as for train; --config.a.b=VALUE changes it")
+    p.add_argument(
+        "--topology", required=True, help="chip and shape of a slice, in chips: v5e:4x4, v5p:4x4x8, v6e:16x16"
+    )
+    p.add_argument("--slices", type=int, default=1, help="so many slices, joined by the data-centre network")
+    p.add_argument("--pack-length", type=int, help="tokens of a pack, in place of config.packing.length")
+    p.add_argument(
+        "--what", default="train", help="train, sample (of a transformer) or autoencoder (encode and decode)"
+    )
+    p.add_argument("--json", action="store_true", help="print all figures as JSON")
+    p.set_defaults(function=plan, changes=[])
+
+
+def plan(options) -> None:
+    from sora_jax.commands import run_config
+    from sora_jax.config import load
+    from sora_jax.plan.command import plan
+
+    config = run_config(load(options.config, options.changes))
+    print(plan(config, options.topology, options.slices, options.pack_length, options.what, options.json))
 
 
 def inspect(options) -> None:

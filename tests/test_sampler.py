@@ -67,8 +67,8 @@ def test_calls_of_few_packs_are_one_call_of_all(latents, together, monkeypatch):
         return items, negatives, dataclasses.replace(packing, slots=1)
 
     monkeypatch.setattr(sampler, "_pack_items", one_slot)
-    solve, calls = sampler._solve, []
-    monkeypatch.setattr(sampler, "_solve", lambda *arguments: calls.append(1) or solve(*arguments))
+    solve, calls = sampler.solve_packs, []
+    monkeypatch.setattr(sampler, "solve_packs", lambda *arguments: calls.append(1) or solve(*arguments))
     for a, b in zip(latents(REQUESTS), together, strict=True):
         near(a, b)
     assert len(calls) == len(REQUESTS)

@@ -80,7 +80,7 @@ def sample_latents(
             row[: len(inside)] = [requests[i].guidance for i in inside]
         scale_BS = place_batch({"scale_BS": scale_BS}, mesh)["scale_BS"]
         batch, negative = placed(items), placed(negatives) if guides else None
-        tokens_BLP = _solve(params, run, sampling, np.uint32(seed), batch, negative, scale_BS)
+        tokens_BLP = solve_packs(params, run, sampling, np.uint32(seed), batch, negative, scale_BS)
         rows = unstack({name: np.asarray(getattr(batch, name)) for name in UNPACKED} | {"tokens_BLP": tokens_BLP})
         for row, inside in zip(rows, members):
             for member, latent in zip(inside, unpack(row, packing.patch), strict=True):
@@ -119,7 +119,7 @@ def _arrange(items: list, negatives: list, packing: PackingConfig) -> list[list[
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _solve(params, run: DenoiserRun, sampling: SamplingConfig, seed, batch: Pack, negative: Pack | None, scale_BS):
+def solve_packs(params, run: DenoiserRun, sampling: SamplingConfig, seed, batch: Pack, negative: Pack | None, scale_BS):
     """Noise to clean tokens (B, L, P): the same denoiser and times as in training, under a solver."""
     clips_BL = per_slot(batch.clips_BS, slot_of(batch.segments_BL))
     noise = lambda key: token_noise(key, clips_BL, batch.index_BL, run.model.patch_values)  # noqa: E731

@@ -22,8 +22,11 @@ def train_flops(config: TransformerConfig, batch: dict) -> float:
     return 3 * forward_flops(config, batch)
 
 
-def forward_flops(config: TransformerConfig, batch: dict) -> float:
-    """FLOPs (two per multiply-add) of one forward pass over the clips of a host batch."""
+def forward_flops(config: TransformerConfig, batch: dict, text_encoder: bool = True) -> float:
+    """FLOPs (two per multiply-add) of one forward pass over the clips of a host batch.
+
+    text_encoder: captions are encoded in this pass; a sampler does that once for all its passes.
+    """
     lengths = batch["grids_BS3"].astype(np.int64).prod(-1)
     rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
     rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
@@ -32,7 +35,8 @@ def forward_flops(config: TransformerConfig, batch: dict) -> float:
     uses = {
         "ends": lengths.sum(),
         "token": (lengths + context).sum(),
-        "text": text_lengths.sum(),
+        "text": text_lengths.sum() * text_encoder,
+        "caption": text_lengths.sum(),
         "row": rows_BR.sum(),
         "pair": 2 * rows_BR.sum(),
         "clip": (lengths > 0).sum(),
@@ -42,7 +46,7 @@ def forward_flops(config: TransformerConfig, batch: dict) -> float:
     if config.conditioning == "cross_attention":
         pairs += 2 * lengths.sum()  # a token reads the noise level and the label of its own row
     attention = 4 * config.depth * config.width * pairs
-    if config.text:
+    if config.text and text_encoder:
         attention += 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
     return float(products + attention)
 
@@ -62,8 +66,10 @@ def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
 
 
 def _user(names: list[str]) -> str:
-    if names[0] == "text" or "cross_kv" in names:
+    if names[0] == "text":
         return "text"
+    if "cross_kv" in names:
+        return "caption"
     if "pooled" in names:
         return "clip"
     if "pair_kv" in names:
@@ -87,14 +93,14 @@ def autoencoder_train_flops(config: FirstStageConfig, frames: int, height: int, 
     params = abstract(autoencoder_specs(config))
     place = lambda x: reshard(x, "batch", None, None, None, None)  # noqa: E731
     passes = (lambda p, x: encode(p, config, place(x))[0], video), (lambda p, z: decode(p, config, place(z)), latent)
-    return 3 * sum(_product_flops(jax.make_jaxpr(function)(params, x).jaxpr) for function, x in passes) / clips
+    return 3 * sum(product_flops(jax.make_jaxpr(function)(params, x).jaxpr) for function, x in passes) / clips
 
 
-def _product_flops(jaxpr) -> int:
+def product_flops(jaxpr) -> int:
     """FLOPs of all matrix products and convolutions in a traced function; of branches, the largest counts."""
     total = 0
     for equation in jaxpr.eqns:
-        inner = [_product_flops(getattr(sub, "jaxpr", sub)) for sub in jaxprs_in_params(equation.params)]
+        inner = [product_flops(getattr(sub, "jaxpr", sub)) for sub in jaxprs_in_params(equation.params)]
         out = math.prod(equation.outvars[0].aval.shape)
         if equation.primitive.name == "dot_general":
             left, (contracted, _), _ = equation.invars[0].aval.shape, *equation.params["dimension_numbers"]

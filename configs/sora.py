@@ -1,0 +1,78 @@
+"""Text to video from a laptop to a pod: one family of transformers over packs of clips of any size.
+
+    sora-jax plan --config=configs/sora.py:3b --topology=v5p:4x4x8
+    sora-jax train --config=configs/sora.py:3b --workdir=runs/3b --config.latents=data/latents
+
+Variants, each with hardware on which `plan` says that it fits, and the pack length there (experiments/plans has the
+whole table: memory, network, the utilisation that can be reached). Times and quality: not measured; nothing here has
+been trained on a TPU.
+
+    variant           parameters  depth  width  heads  text       planned for            mesh             pack length
+    configs/sora.py:tiny  0.26 M      2     64      2  learnt     one core, v5e:2x2      data                     256
+    configs/sora.py:s       51 M     12    384      6  learnt     v5e:4x4 (16 chips)     data x fsdp=8           8192
+    configs/sora.py:b      164 M     12    768     12  learnt     v5e:4x4 (16 chips)     data x fsdp=8           8192
+    configs/sora.py:l      585 M     24   1024     16  umt5-base  v5e:4x4 (16 chips)     fsdp=16                 8192
+    configs/sora.py:xl     841 M     28   1152     16  umt5-base  v6e:16x16 (256 chips)  data=8 x fsdp=32       16384
+    configs/sora.py:3b     3.0 B     34   2048     16  umt5-xxl   v5p:4x4x4 (64 chips)   fsdp                   32768
+    configs/sora.py:14b   14.0 B     40   4096     32  umt5-xxl   v5p:4x8x8, or          fsdp                   32768
+                                                                  v5p:4x4x8 in 2 slices
+
+v5p:4x4x4 is what Google's price list calls v5p-128: it counts cores, two to a chip. 32768 tokens hold a clip of 81
+frames at 480 x 832 (an autoencoder of 4 x 8 x 8 and patches of 1 x 2 x 2 make 21 x 30 x 52 tokens of it), or a mix of
+shorter ones and pictures. Latents have 16 channels, such as those of `configs/autoencoder.py:base`; captions of l and
+above are embedded once, by `sora-jax data encode --text-encoder=google/umt5-xxl --text-tokens=256`.
+
+All compute in bfloat16 on accelerators (parameters, optimizer and averages stay float32) and recompute blocks in the
+backward pass. `batch` counts packs of all chips: a multiple of slice x data x fsdp. More chips: raise it, or lower
+`mesh.fsdp` on small ones. Longer clips: `--config.packing.length` with `--config.mesh.sequence=4`.
+"""
+
+from sora_jax.config import choose, mutable
+from sora_jax.train.denoiser import DenoiserRun
+
+ENCODERS = {"umt5-base": ("google/umt5-base", 768), "umt5-xxl": ("google/umt5-xxl", 4096)}
+SIZES = {  # depth, width, heads; text encoder, width of the text; pack length, packs, fsdp
+    "tiny": (2, 64, 2, None, 32, 256, 8, 1),
+    "s": (12, 384, 6, None, 512, 8192, 32, 8),
+    "b": (12, 768, 12, None, 512, 8192, 32, 8),
+    "l": (24, 1024, 16, "umt5-base", 1024, 8192, 16, 16),
+    "xl": (28, 1152, 16, "umt5-base", 1024, 16_384, 256, 32),
+    "3b": (34, 2048, 16, "umt5-xxl", 1024, 32_768, 128, -1),
+    "14b": (40, 4096, 32, "umt5-xxl", 1024, 32_768, 256, -1),
+}
+
+
+def get_config(variant: str = "b"):
+    size = choose("variant of configs/sora.py", variant or "b", SIZES)
+    depth, width, heads, encoder, text_width, length, packs, fsdp = size
+    config = mutable(DenoiserRun())
+    config.batch = packs
+    model = config.model
+    model.depth, model.width, model.heads = depth, width, heads
+    model.patch, model.latent_channels, model.remat = (1, 2, 2), 16, "full"
+    text(config, encoder, text_width)
+    packing = config.packing
+    packing.length, packing.slots = length, max(8, length // 1024)
+    packing.text_length = 64 * packing.slots
+    config.mesh.fsdp, config.mesh.data = fsdp, 1 if fsdp == -1 else -1
+    optim = config.optim
+    optim.learning_rate, optim.warmup_steps, optim.b2, optim.weight_decay = 1e-4, 1000, 0.95, 0.01
+    optim.ema = (0.9999,)
+    loop = config.loop
+    loop.steps, loop.log_every, loop.save_every = 200_000, 50, 1000
+    if variant == "tiny":
+        optim.learning_rate, optim.warmup_steps, optim.ema = 1e-3, 10, (0.99,)
+        loop.steps, loop.log_every, loop.save_every = 200, 10, 100
+    return config
+
+
+def text(config, encoder: str | None, width: int) -> None:
+    """Captions: a pretrained encoder under two blocks, or words learnt with the model."""
+    about = config.model.text
+    about.width, about.depth, about.head_width = width, 2, 16 if width < 64 else 64
+    if encoder:
+        about.pretrained, about.pretrained_width = ENCODERS[encoder]
+        config.tokenizer.max_tokens = 256
+    else:
+        about.vocabulary = config.tokenizer.vocab = 512 if width < 64 else 8192
+        config.tokenizer.max_tokens = 128 if width >= 64 else 64

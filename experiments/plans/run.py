@@ -1,0 +1,84 @@
+"""Plans every config of configs/sora.py on hardware that it fits, and writes the table of experiments/plans/README.md.
+
+pip install libtpu
+python experiments/plans/run.py                all rows, about an hour and a half on two cores
+python experiments/plans/run.py 3b 14b-slices  these alone; the table is made of all JSON files that are there
+python experiments/plans/run.py --table        the table alone
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+GIB = 2**30
+PLANS = {
+    "tiny": "--config=configs/sora.py:tiny --topology=v5e:2x2",
+    "s": "--config=configs/sora.py:s --topology=v5e:4x4",
+    "b": "--config=configs/sora.py:b --topology=v5e:4x4",
+    "l": "--config=configs/sora.py:l --topology=v5e:4x4",
+    "3b": "--config=configs/sora.py:3b --topology=v5p:4x4x4",
+    "14b-slices": "--config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2",
+    "xl": "--config=configs/sora.py:xl --topology=v6e:16x16",
+    "14b": "--config=configs/sora.py:14b --topology=v5p:4x8x8",
+    "3b-128": "--config=configs/sora.py:3b --topology=v5p:4x4x8",
+    "3b-sample": "--config=configs/sora.py:3b --topology=v5p:2x2x2 --what=sample",
+    "autoencoder": "--config=configs/autoencoder.py:base --topology=v5e:4x4",
+    "3b-small": "--config=configs/sora.py:3b --topology=v5e:4x4 --config.batch=16",
+}
+HEAD = (
+    "| plan | command after `sora-jax plan` | fits: GiB of a chip | compiled / model FLOPs | binds | step at best | "
+    "utilisation: overlapped, serial | compiled in |\n|---|---|---|---|---|---|---|---|"
+)
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+
+
+def plan(name: str) -> None:
+    """Runs one plan and keeps its JSON, with the command and the time it took."""
+    command = [sys.executable, "-m", "sora_jax.cli", "plan", *PLANS[name].split(), "--json"]
+    began = time.time()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    found = {"command": f"sora-jax plan {PLANS[name]}", "seconds": round(time.time() - began)} | json.loads(done.stdout)
+    (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def row(name: str) -> str:
+    """One line of the table."""
+    p = json.loads((HERE / f"{name}.json").read_text())
+    memory = f"{'yes' if p['fits'] else 'no'}: {p['needed'] / GIB:.2f} of {p['usable'] / GIB:.2f}"
+    cells = [f"[{name}]({name}.json)", f"`{PLANS[name]}`", memory]
+    if p["fits"]:
+        best = max(p["times"].values())
+        share = f"{p['utilisation_overlapped']:.0%}, {p['utilisation_serial']:.0%}"
+        cells += [f"{p['flops_over_model_flops']:.3f}", p["binding"], f"{best:.3g} s", share]
+    else:
+        cells += ["", "", "", p["suggestion"]]
+    return f"| {' | '.join([*cells, str(p['seconds']) + ' s'])} |"
+
+
+def write_table() -> None:
+    """Puts the rows of all plans that were run between the marks of the README."""
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    rows = [row(name) for name in PLANS if (HERE / f"{name}.json").exists()]
+    readme.write_text("\n".join([before + BEGIN, HEAD, *rows, END + after]))
+
+
+def main(arguments: list[str]) -> None:
+    for name in [] if "--table" in arguments else arguments or PLANS:
+        print(f"{name}: {PLANS[name]}", flush=True)
+        plan(name)
+        write_table()
+    write_table()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,176 @@
+"""Ahead-of-time compilation for a named TPU topology, on a machine that has none.
+
+libtpu holds the compiler and knows the topologies; nothing runs and nothing is allocated. The program is the one that
+would train: the same functions, traced with abstract arrays that carry their shardings.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sora_jax.config import check, choose
+from sora_jax.errors import UserError
+from sora_jax.parallel.chips import CHIPS, Chip
+from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.parallel.rules import MESH_AXES, partition
+
+INSTALL = "pip install libtpu"
+EXAMPLES = {"v5e": "4x4", "v5p": "4x4x8", "v6e": "16x16"}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`slices` equal parts of a pod, each of `shape` chips: 4x4x8 of v5p is 128 chips. One JAX device is one chip."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, name: str, slices: int = 1) -> "Topology":
+        """From CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8; UserError where there is no such topology."""
+        chip, _, text = name.partition(":")
+        choose("the chip of --topology", chip, CHIPS)
+        dimensions = CHIPS[chip].ports // 2
+        check(
+            re.fullmatch(r"\d+(x\d+)*", text) is not None and len(text.split("x")) == dimensions,
+            f"--topology is {name!r}; after the chip it must have {dimensions} numbers, as {chip}:{EXAMPLES[chip]} has",
+        )
+        check(slices > 0, f"--slices is {slices}; it must be positive")
+        return cls(CHIPS[chip], tuple(map(int, text.split("x"))), slices)
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return self.slices * math.prod(self.shape)
+
+    def devices(self) -> list:
+        """Its devices, to compile for; UserError without libtpu, or where libtpu knows no such topology."""
+        check(
+            importlib.util.find_spec("libtpu") is not None,
+            f"to plan for a TPU its compiler is needed, which is not installed: {INSTALL}",
+        )
+        _quiet()
+        from jax.experimental import topologies
+
+        more = {"num_slices": self.slices} if self.slices > 1 else {}
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=self.name, **more).devices)
+        except jax.errors.JaxRuntimeError as error:
+            shown = ", ".join(f"{chip}:{shape}" for chip, shape in EXAMPLES.items())
+            raise UserError(
+                f"--topology is {self.name!r}; no slice has that shape; some that exist: {shown}"
+            ) from error
+
+
+def _quiet() -> None:
+    """Without a TPU libtpu looks for one and complains; with these it does not look. Several processes may plan."""
+    for name, value in {
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def mesh_sizes(config: MeshConfig, topology: Topology) -> tuple[int, ...]:
+    """The size of each of `MESH_AXES` on a topology; `slice` is the number of slices unless the config gives one."""
+    given = dataclasses.replace(config, slice=topology.slices) if config.slice == 1 else config
+    sizes = [getattr(given, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [topology.chips // known if size == -1 else size for size in sizes]
+    shown = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    check(
+        math.prod(sizes) == topology.chips,
+        f"config.mesh is {shown}; it does not use exactly the {topology.chips} chips of --topology={topology.name}"
+        + (f" --slices={topology.slices}" if topology.slices > 1 else ""),
+    )
+    check(
+        sizes[0] == topology.slices,
+        f"config.mesh.slice is {sizes[0]}; it must be the number of slices, {topology.slices}",
+    )
+    return tuple(sizes)
+
+
+def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
+    """The Explicit mesh of a config on a topology, axes laid along the interconnect; slices by the outermost axis."""
+    from jax.experimental import mesh_utils
+
+    sizes, devices = mesh_sizes(config, topology), topology.devices()
+    if topology.slices > 1:
+        inside, across = (1, *sizes[1:]), (sizes[0], *(1 for _ in sizes[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def on_mesh(tree, mesh: Mesh):
+    """Abstract arrays with the shardings they were traced with, on `mesh`; those without one are whole everywhere."""
+
+    def struct(x):
+        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(struct, tree)
+
+
+def abstract_batch(tree, mesh: Mesh, leading: int = 0):
+    """Abstract arrays as `parallel.mesh.place_batch` would place them: split by the axis after the leading ones."""
+
+    def struct(x):
+        axes = (*(None,) * leading, "batch", *(None,) * (len(x.shape) - leading - 1))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition(*axes)))
+
+    return jax.tree.map(struct, tree)
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that the shards of abstract arrays with shardings take on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """What the compiler says of a program that does not fit: bytes it would take on a chip, bytes it may."""
+
+    needed: int
+    usable: int
+
+
+def compile_program(function, arguments: tuple, mesh: Mesh) -> "jax.stages.Compiled | OutOfMemory":
+    """Compiles a jitted function for the devices of `mesh`, from abstract arguments."""
+    with jax.set_mesh(mesh):
+        lowered = function.lower(*arguments)
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = out_of_memory(str(error))
+            if found is None:
+                raise
+            return found
+
+
+def out_of_memory(message: str) -> OutOfMemory | None:
+    """Reads the compiler's complaint; None where it is about something else."""
+    said = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message) or re.search(
+        r"\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)", message
+    )
+    if "RESOURCE_EXHAUSTED" not in message or said is None:
+        return None
+    needed, unit, usable, usable_unit = said.groups()
+    return OutOfMemory(int(float(needed) * UNITS[unit]), int(float(usable) * UNITS[usable_unit]))

@@ -1,0 +1,405 @@
+"""Reads compiled programs: operations, loops with their trip counts, arithmetic and traffic of one device.
+
+XLA's own cost analysis counts the body of a loop once. Here the text of the compiled module is walked from its entry,
+and everything in a loop counts as often as it runs. The text is that of one device after partitioning.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0} | {
+    f"{kind}{bits}": bits // 8 for kind in "sufc" for bits in (8, 16, 32, 64, 128)
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id"}
+NO_TRAFFIC = FREE | {"while", "conditional", "call", "after-all", "custom-call", "optimization-barrier"}
+# Products of queries x keys x width in the kernels of JAX's splash attention, which do not say what they cost: scores
+# and output; backward, scores and their gradient in each of two kernels, beside what each is for (2205.14135).
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array of the text: dtype, dimensions, and whether it lies in the chip's main memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    main: bool
+
+    @property
+    def bytes(self) -> float:
+        return math.prod(self.dims) * BYTES.get(self.dtype, 1 if self.dtype.startswith("f8") else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line: name, opcode, arrays it makes (several of a tuple), names of operands, and the rest of the line."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    inside: str
+    rest: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The value of `name=` in the rest of the line, up to the next comma or space outside brackets."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|\"[^\"]*\"|[^,\s]+)", self.rest)
+        return found and found[1]
+
+    @property
+    def bytes(self) -> float:
+        return sum(shape.bytes for shape in self.shapes)
+
+
+class Computation(dict):
+    """Operations by name, in order; `root` is the last of them to be named so."""
+
+    @property
+    def root(self) -> Operation:
+        return next(op for op in self.values() if op.root)
+
+    def operand(self, op: Operation, index: int) -> Operation | None:
+        return self.get(op.operands[index]) if index < len(op.operands) else None
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Operation]:
+        return {int(op.inside): op for op in self.values() if op.opcode == "parameter"}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Operation]]:
+        users: dict[str, list[Operation]] = {name: [] for name in self}
+        for op in self.values():
+            for name in set(op.operands):
+                users.get(name, []).append(op)
+        return users
+
+
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+
+
+def read(text: str) -> tuple[str, dict[str, Computation]]:
+    """Name of the entry, and all computations of a module's text by name."""
+    computations, entry, current = {}, "", Computation()
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            head = _HEAD.match(line)
+            if head and "->" in line:
+                current = computations[head[2]] = Computation()
+                entry = head[2] if head[1] else entry
+        elif found := _LINE.match(line):
+            op = _operation(found[2], found[3], bool(found[1]))
+            current[op.name] = op
+    return entry, computations
+
+
+def _operation(name: str, text: str, root: bool) -> Operation:
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    opening = text.index("(", end)
+    closing = _closing(text, opening)
+    inside = text[opening + 1 : closing - 1]
+    return Operation(
+        name, text[end:opening].strip(), _shapes(text[:end]), tuple(_NAME.findall(inside)), inside, text[closing:], root
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The place after the bracket that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"unbalanced brackets: {text[:80]}")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in layout)
+        for dtype, dims, layout in _SHAPE.findall(text)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """An operation as often as it runs: `times`, in computation `where`, inside a fusion or not, in loop `loop`."""
+
+    op: Operation
+    where: Computation
+    times: int
+    fused: bool
+    loop: str
+    caller: str
+
+
+def executed(text: str) -> Iterator[Executed]:
+    """Every operation that a run of the module executes, with how often. Of branches the first that are there all count
+    once: which is taken is not known."""
+    entry, computations = read(text)
+    yield from _walk(computations, entry, 1, False, entry, entry)
+
+
+def _walk(computations, name: str, times: int, fused: bool, loop: str, caller: str) -> Iterator[Executed]:
+    where = computations[name]
+    for op in where.values():
+        yield Executed(op, where, times, fused, loop, name)
+        if op.opcode == "while":
+            body, count = op.attribute("body").lstrip("%"), trip_count(computations, where, op)
+            yield from _walk(computations, body, times * count, False, f"{loop}/{body}", name)
+        elif op.opcode == "conditional":
+            for branch in _NAME.findall(re.search(r"branch_computations=\{[^}]*\}|true_computation.*", op.rest)[0]):
+                if branch in computations:
+                    yield from _walk(computations, branch, times, False, loop, name)
+        elif op.opcode in ("fusion", "call", "async-start") or op.opcode.endswith("-start"):
+            called = op.attribute("calls") or (op.opcode == "call" and op.attribute("to_apply"))
+            if called and called.lstrip("%") in computations:
+                inner = fused or op.opcode == "fusion"
+                yield from _walk(computations, called.lstrip("%"), times, inner, loop, name)
+
+
+def trip_count(computations, where: Computation, op: Operation) -> int:
+    """How often a while loop runs: as the compiler notes it, or the number that its counter is compared with."""
+    if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', op.rest):
+        return int(known[1])
+    condition = computations[op.attribute("condition").lstrip("%")]
+    compared = [int(c.inside) for c in condition.values() if c.opcode == "constant" and c.inside.lstrip("-").isdigit()]
+    if len(compared) != 1:
+        raise ValueError(f"the trip count of loop {op.name} cannot be read")
+    return compared[0] - _start(where, condition, op)
+
+
+def _start(where: Computation, condition: Computation, op: Operation) -> int:
+    """What the counter of a loop starts from; 0 where it is not a plain number."""
+    counter = next((c for c in condition.values() if c.opcode == "get-tuple-element"), None)
+    start = where.operand(op, 0)
+    if counter is None or start is None or start.opcode != "tuple":
+        return 0
+    value = where.operand(start, int(counter.attribute("index")))
+    while value is not None and value.opcode in ("copy", "bitcast") and value.operands:
+        value = where.operand(value, 0)
+    plain = value is not None and value.opcode == "constant" and value.inside.isdigit()
+    return int(value.inside) if plain else 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Arithmetic
+# ----------------------------------------------------------------------------------------------------------
+
+
+def product_flops(run: Executed) -> float:
+    """FLOPs (two per multiply-add) of one execution of a product, a convolution or an attention kernel; else 0."""
+    op, where = run.op, run.where
+    if op.opcode == "dot":
+        left = where.operand(op, 0).shapes[0].dims
+        contracted = _numbers(op.attribute("lhs_contracting_dims"))
+        return 2.0 * math.prod(op.shapes[0].dims) * math.prod(left[axis] for axis in contracted)
+    if op.opcode == "convolution":
+        return _convolution_flops(op, *(where.operand(op, i).shapes[0].dims for i in (0, 1)))
+    if op.opcode == "custom-call":
+        return _kernel_flops(op, where)
+    return 0.0
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in re.findall(r"-?\d+", text or "")]
+
+
+def _convolution_flops(op: Operation, left: tuple, right: tuple) -> float:
+    """A TPU writes products as convolutions, batches of them with padding and dilation: only real pairs count."""
+    inputs, kernel, outputs = re.match(r"(\w+)_(\w+)->(\w+)", op.attribute("dim_labels")).groups()
+    out, window = op.shapes[0].dims, _window(op.attribute("window"))
+    pairs = math.prod(
+        _pairs(
+            left[inputs.index(str(n))], right[kernel.index(str(n))], out[outputs.index(str(n))], **_entries(window, n)
+        )
+        for n in range(len(inputs) - 2)
+    )
+    groups = int(op.attribute("batch_group_count") or 1)
+    return 2.0 * pairs * left[inputs.index("b")] / groups * right[kernel.index("i")] * right[kernel.index("o")]
+
+
+def _window(text: str | None) -> dict[str, list[str]]:
+    return {name: value.split("x") for name, value in re.findall(r"(\w+)=(\S+)", (text or "").strip("{}"))}
+
+
+def _entries(window: dict, n: int) -> dict:
+    number = lambda name, default: int(window[name][n]) if name in window else default  # noqa: E731
+    low = int(window["pad"][n].split("_")[0]) if "pad" in window else 0
+    names = {"stride": "stride", "lhs_dilate": "spread", "rhs_dilate": "reach"}
+    return {"low": low} | {name: number(key, 1) for key, name in names.items()}
+
+
+@functools.cache
+def _pairs(size: int, kernel: int, out: int, low: int, stride: int, spread: int, reach: int) -> int:
+    """Pairs of output and kernel positions that meet a value of the input, neither padding nor the gaps between."""
+    place = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None] * reach
+    return int(((place >= 0) & (place <= (size - 1) * spread) & (place % spread == 0)).sum())
+
+
+def _kernel_flops(op: Operation, where: Computation) -> float:
+    """What a kernel says of itself, or the whole square of scores of an attention kernel."""
+    if said := re.search(r'"cost_estimate":(\{[^}]*\})', op.rest):
+        return float(json.loads(said[1])["flops"])
+    products = next((products for name, products in KERNELS.items() if name in op.name), 0)
+    if not products:
+        return 0.0
+    operands = [shape for name in op.operands if name in where for shape in where[name].shapes]
+    queries, keys = [shape.dims for shape in operands if "f" in shape.dtype and len(shape.dims) > 2][:2]
+    return 2.0 * products * math.prod(queries) * keys[-2]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Traffic
+# ----------------------------------------------------------------------------------------------------------
+
+
+def traffic(run: Executed, computations: dict[str, Computation]) -> float:
+    """Bytes that one execution moves between the chip's main memory and its cores.
+
+    Operands and results that lie in main memory count once; of an array that is only sliced, the slices, of one that is
+    updated in place, the update.
+    """
+    op = run.op
+    if run.fused or op.opcode in NO_TRAFFIC or op.opcode.endswith("-done") or _collective(op.opcode):
+        return 0.0
+    operands = [run.where[name] for name in op.operands if name in run.where]
+    inner = computations.get((op.attribute("calls") or "").lstrip("%"))
+    if op.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * _main(op)
+    if op.opcode in ("dynamic-update-slice", "scatter"):
+        return 2.0 * _main(operands[1 if op.opcode == "dynamic-update-slice" else -1])
+    read_ = sum(_read(inner, index, operand) for index, operand in enumerate(operands))
+    return read_ + (_written(inner, op) if inner else _main(op))
+
+
+def _main(op: Operation) -> float:
+    return sum(shape.bytes for shape in op.shapes if shape.main)
+
+
+def _read(inner: Computation | None, index: int, operand: Operation) -> float:
+    whole = _main(operand)
+    if not whole or inner is None or index not in inner.parameters:
+        return whole
+    users = inner.users[inner.parameters[index].name]
+    if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+        return min(whole, sum(user.bytes for user in users))
+    updated = [u for u in users if u.opcode == "dynamic-update-slice" and u.operands[0] == inner.parameters[index].name]
+    return 0.0 if users and len(updated) == len(users) else whole
+
+
+def _written(inner: Computation, op: Operation) -> float:
+    root = inner.root
+    results = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for shape, result in zip(op.shapes, results, strict=False):
+        update = inner.operand(result, 1) if result.opcode == "dynamic-update-slice" else None
+        total += min(shape.bytes, update.bytes if update else shape.bytes) if shape.main else 0.0
+    return total
+
+
+def _collective(opcode: str) -> str | None:
+    """The kind of a collective by its opcode, started asynchronously or not; None for anything else."""
+    kind = opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sums
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of one device: kind, groups of devices, `bytes` of its operands, how often it runs, in which loop.
+
+    groups: arrays of device numbers, in the order of the mesh; for a collective-permute, pairs of source and target.
+    source: the operation of the program that it comes from. dtype, dims: of the largest array that it makes.
+    """
+
+    kind: str
+    groups: np.ndarray
+    bytes: float
+    times: int
+    loop: str
+    source: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Sums over one execution of a module on one device."""
+
+    flops: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+
+
+def count(text: str, devices: int) -> Counted:
+    """FLOPs of products, bytes of main memory and the collectives of a compiled module of so many devices."""
+    _, computations = read(text)
+    flops = moved = 0.0
+    found: dict[tuple, Collective] = {}
+    for run in executed(text):
+        flops += run.times * product_flops(run)
+        moved += run.times * traffic(run, computations)
+        if kind := _collective(run.op.opcode):
+            # An asynchronous one is written out where it starts, where it runs beside others, and where it ends.
+            key = (run.loop, kind, run.op.attribute("channel_id") or run.op.name)
+            found.setdefault(key, _describe(run, kind, devices))
+    return Counted(flops, moved, tuple(found.values()))
+
+
+def _describe(run: Executed, kind: str, devices: int) -> Collective:
+    op = run.op
+    operands = [shape for name in op.operands if name in run.where for shape in run.where[name].shapes]
+    size = sum(shape.bytes for shape in operands)
+    scattered = "all-reduce-scatter" in run.caller  # a reduce-scatter, as TPUs write it
+    source = re.search(r'op_name="([^"]*)"', op.rest)
+    largest = max(op.shapes, key=lambda shape: shape.bytes)
+    return Collective(
+        "reduce-scatter" if kind == "all-reduce" and scattered else kind,
+        groups(op, devices),
+        size,
+        run.times,
+        run.loop,
+        source[1] if source else "",
+        largest.dtype,
+        largest.dims,
+    )
+
+
+def groups(op: Operation, devices: int) -> np.ndarray:
+    """Device numbers (groups, members) that exchange data; (pairs, 2) of a collective-permute."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}", op.rest):
+        return np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
+    text = re.search(r"replica_groups=(mesh\[[^\]]*\]\s*\{[^}]*\}|\{\{.*?\}\}|\{\}|\[[^\s]*)", op.rest)
+    if text is None or text[1] == "{}":
+        return np.arange(devices)[None]
+    if text[1].startswith("mesh"):
+        return _named_groups(text[1])
+    if text[1].startswith("{"):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text[1])])
+    shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text[1]).groups()
+    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(_numbers(shape))
+
+
+def _named_groups(text: str) -> np.ndarray:
+    """mesh['axis_0'=4,'axis_1'=2] {'axis_0'}: devices that differ along the named axes alone."""
+    mesh, named = re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text).groups()
+    axes = dict((name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", mesh))
+    chosen = [name for name in re.findall(r"[\w.]+", named) if name in axes]
+    numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+    order = [i for i, name in enumerate(axes) if name not in chosen] + [list(axes).index(name) for name in chosen]
+    return numbers.transpose(order).reshape(-1, math.prod(axes[name] for name in chosen))

@@ -1,0 +1,176 @@
+"""The report of a plan: what is held on a chip, what is computed and moved, what binds, and what to change."""
+
+import dataclasses
+import json
+
+from jax.sharding import Mesh
+
+from sora_jax.nn import params as param
+from sora_jax.parallel.chips import GIB
+from sora_jax.parallel.compile import OutOfMemory, Topology, bytes_per_device, compile_program, topology_mesh
+from sora_jax.plan import hlo, network
+from sora_jax.plan.programs import Program, for_tpu, program, specs_of
+from sora_jax.plan.suggest import suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one compiled program needs of every chip; bytes, FLOPs and seconds of one call.
+
+    memory: bytes by what holds them. Compiled FLOPs, traffic, collectives and times are None of a program that does not
+    fit: the compiler gives none.
+    """
+
+    what: str
+    topology: str
+    slices: int
+    chips: int
+    mesh: dict[str, int]
+    model: dict[str, object]
+    parameters: int
+    memory: dict[str, int]
+    needed: int
+    usable: int
+    fits: bool
+    model_flops: float
+    units: int
+    unit: str
+    flops: float | None = None
+    bytes: float | None = None
+    collectives: tuple[network.Traffic, ...] = ()
+    times: dict[str, float] | None = None
+    suggestion: str = ""
+
+    @property
+    def binding(self) -> str | None:
+        """What takes longest."""
+        return max(self.times, key=self.times.get) if self.times else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Compiled FLOPs of all chips over model FLOPs."""
+        return self.chips * self.flops / self.model_flops if self.flops else None
+
+    def utilisation(self, peak: float) -> tuple[float, float] | None:
+        """Model-FLOPs utilisation if all that can overlap does, and if nothing does."""
+        if not self.times:
+            return None
+        ideal = self.model_flops / self.chips / peak
+        return ideal / max(self.times.values()), ideal / sum(self.times.values())
+
+
+def make_plan(config, what: str, topology: Topology) -> Plan:
+    """Compiles what a run would do on a topology, and counts."""
+    mesh = topology_mesh(config.mesh, topology)
+    made = program(config, what, mesh)
+    compiled = compile_program(made.function, made.arguments, mesh)
+    plan = _bare(config, what, topology, mesh, made, compiled)
+    if plan.fits:
+        plan = _counted(plan, compiled.as_text(), topology, mesh)
+    return dataclasses.replace(plan, suggestion=suggest(config, plan))
+
+
+def _bare(config, what: str, topology: Topology, mesh: Mesh, made: Program, compiled) -> Plan:
+    memory = {name: bytes_per_device(tree) for name, tree in made.held.items()}
+    fits = not isinstance(compiled, OutOfMemory)
+    needed = _needed(compiled.memory_analysis()) if fits else compiled.needed
+    memory["temporaries"] = max(needed - sum(memory.values()), 0)
+    model = for_tpu(config).model
+    shown = ("depth", "width", "heads", "attention", "remat", "dtype", "latent_channels")
+    return Plan(
+        what=what,
+        topology=topology.name,
+        slices=topology.slices,
+        chips=topology.chips,
+        mesh=dict(mesh.shape),
+        model={name: getattr(model, name) for name in shown if hasattr(model, name)}
+        | ({"pack_length": config.packing.length} if hasattr(config, "packing") else {"crop": config.crop})
+        | {"batch": config.batch},
+        parameters=param.count(specs_of(config)),
+        memory=memory,
+        needed=needed,
+        usable=topology.chip.usable,
+        fits=fits,
+        model_flops=made.model_flops,
+        units=made.tokens,
+        unit=made.unit,
+    )
+
+
+def _needed(stats) -> int:
+    """Bytes of main memory while it runs: arguments, results that take no argument's place, the rest, the program."""
+    made = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + made + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+
+
+def _counted(plan: Plan, text: str, topology: Topology, mesh: Mesh) -> Plan:
+    chip, counted = topology.chip, hlo.count(text, topology.chips)
+    collectives = network.summed(counted.collectives, mesh, chip)
+    times = {
+        "compute": counted.flops / chip.peak,
+        "memory": counted.bytes / chip.memory_bandwidth,
+        "interconnect": sum(row.seconds for row in collectives),
+    }
+    if topology.slices > 1:
+        times["data-centre network"] = sum(row.between for row in collectives)
+    return dataclasses.replace(
+        plan, flops=counted.flops, bytes=counted.bytes, collectives=tuple(collectives), times=times
+    )
+
+
+def as_json(plan: Plan, topology: Topology) -> str:
+    """All figures of a plan; bytes, FLOPs and seconds as plain numbers."""
+    derived = {"flops_over_model_flops": plan.ratio, "binding": plan.binding}
+    if plan.times:
+        derived |= dict(zip(("utilisation_overlapped", "utilisation_serial"), plan.utilisation(topology.chip.peak)))
+    return json.dumps(dataclasses.asdict(plan) | derived, indent=1)
+
+
+def as_text(plan: Plan, topology: Topology) -> str:
+    """The report for reading."""
+    return "\n".join([*_head(plan), *_memory(plan), *(_work(plan, topology) if plan.fits else []), *_tail(plan)])
+
+
+def _head(plan: Plan) -> list[str]:
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one chip"
+    slices = f", {plan.slices} slices" if plan.slices > 1 else ""
+    model = ", ".join(f"{name} {value}" for name, value in plan.model.items())
+    return [
+        f"{plan.what} on {plan.topology}{slices}: {plan.chips} chips, mesh {mesh}",
+        f"{plan.parameters:,} parameters; {model}",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    share = plan.needed / plan.usable
+    verdict = "fits" if plan.fits else "does NOT fit"
+    room = (plan.usable - plan.needed) / GIB
+    rest = f"{room:.2f} GiB to spare" if room >= 0 else f"{-room:.2f} GiB too much"
+    lines = [
+        f"\nmemory of a chip: {verdict}, {plan.needed / GIB:.2f} of {plan.usable / GIB:.2f} GiB ({share:.0%}), {rest}"
+    ]
+    return lines + [f"  {name:14} {size / GIB:9.3f} GiB" for name, size in plan.memory.items()]
+
+
+def _work(plan: Plan, topology: Topology) -> list[str]:
+    chip, best, serial = topology.chip, *plan.utilisation(topology.chip.peak)
+    lines = [
+        f"\nFLOPs of a call: {plan.chips * plan.flops:.4g} compiled, {plan.model_flops:.4g} of the model,"
+        f" {plan.ratio:.3f}x",
+        f"bytes of a chip: {plan.bytes / 1e9:,.1f} GB to and from memory",
+        "collectives (bytes of a chip)",
+    ]
+    for row in plan.collectives:
+        spent = f"{1e3 * row.seconds:9.2f} ms" + (
+            f" + {1e3 * row.between:.2f} ms between slices" if row.between else ""
+        )
+        lines.append(f"  {row.kind:19} {'+'.join(row.axes):20} {row.runs:6} x {row.bytes / 1e9:10.3f} GB {spent}")
+    lines.append(f"\nroofline of a call on {chip.name}, at its peak rates")
+    lines += [f"  {name:20} {1e3 * spent:10.1f} ms" for name, spent in plan.times.items()]
+    rate = plan.units / max(plan.times.values())
+    lines.append(f"{plan.binding} binds; model-FLOPs utilisation at most {best:.0%}, {serial:.0%} if nothing overlaps")
+    return [*lines, f"at most {rate:,.0f} {plan.unit} a second; estimated from the compiled program, not measured"]
+
+
+def _tail(plan: Plan) -> list[str]:
+    return [f"\n{plan.suggestion}"] if plan.suggestion else []
