@@ -7,10 +7,10 @@ import signal
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures_runs import chain  # noqa: F401
+from fixtures_toy import OPTIM, SPECS, toy_job, train
 
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.latents import LatentCache
@@ -18,53 +18,13 @@ from sora_jax.data.pipeline import packed_batches
 from sora_jax.errors import Stopped, UserError
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.flops import train_flops
-from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train import loop
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.loop import Job, LoopConfig, due, fit
+from sora_jax.train.loop import LoopConfig, due
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
-from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.optim import make_optimizer
 from sora_jax.train.state import init_state
-
-SPECS = {"weight": ParamSpec((4,), (None,), normal(1.0))}
-OPTIM = OptimConfig(0.1, warmup_steps=0)
-
-
-def toy_loss(params, batch, step, part):
-    """Squared distance to the batch; the root has no finite slope where `root` is 0."""
-    error = jnp.square(params["weight"] - batch["x"]).sum(-1) + jnp.sqrt(batch["root"] * params["weight"][0] ** 2)
-    return error.sum(), (jnp.float32(error.shape[0]), {})
-
-
-def toy_job(at=None, preview=None) -> Job:
-    """`at` maps a step to what happens while its batch is made: changes to the batch, or None."""
-
-    def batches(start, position):
-        step = start
-        assert position == (start or None)  # what was saved with the step before
-        while True:
-            x = np.random.default_rng(step).standard_normal((2, 4)).astype(np.float32)
-            batch = {"x": x, "root": np.ones(2, np.float32), "clip": np.array([100 + step, 200 + step])}
-            step += 1
-            yield batch | ((at or {}).get(step, dict)() or {}), step
-
-    return Job(
-        name="toy",
-        specs=SPECS,
-        loss=toy_loss,
-        batches=batches,
-        to_device=lambda batch: batch,
-        counts=lambda batch: {"clips": 2, "tokens": 6, "places": 8},
-        clip_ids=lambda batch: batch["clip"].tolist(),
-        preview=preview,
-    )
-
-
-def train(workdir, job=None, **options):
-    workdir.mkdir(exist_ok=True)
-    config = LoopConfig(**(dict(steps=10, log_every=1, save_every=2) | options))
-    return fit(job or toy_job(), config, OPTIM, 0, make_mesh(devices=jax.devices()[:1]), workdir, {})
 
 
 def newest(workdir):

@@ -9,7 +9,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from fixtures_runs import chain, start, train_options  # noqa: F401
+from fixtures_runs import ROOT, chain, start, train_options  # noqa: F401
+from fixtures_toy import OPTIM, SPECS, train_slowly
 
 from sora_jax.commands import run_config
 from sora_jax.models.transformer import transformer_specs
@@ -87,6 +88,36 @@ def test_stopped_and_killed_runs_are_the_undisturbed_run_to_the_bit(chain, strai
     assert [row[0] for row in losses(straight)] == list(range(REPORT, STEPS + 1, REPORT))
     assert losses(workdir) == losses(straight)
     jax.tree.map(np.testing.assert_array_equal, final_state(workdir), final_state(straight))
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """The script of the experiment; its processes find the tests."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "reliability"))
+    import kill
+
+    return kill
+
+
+def test_twenty_kills_at_any_moment_leave_the_undisturbed_run_to_the_bit(kill, tmp_path):
+    def begin(workdir, steps=100):
+        return kill.start(kill.log_of(workdir), functools.partial(train_slowly, workdir, steps=steps, save_every=3))
+
+    kill.finish(lambda workdir: begin(workdir, steps=1), tmp_path / "first")  # imports and compiles for the others
+    pace = kill.finish(begin, tmp_path / "straight")
+    kills = list(kill.killed(begin, tmp_path / "killed", 20, pace))
+    kill.finish(begin, tmp_path / "killed")
+    assert len(kills) == 20
+    assert any(one.saving for one in kills) and any(one.fresh for one in kills) and any(one.lost for one in kills)
+    assert all(one.lost <= 2 * 3 for one in kills)  # the steps since a save, while the next one is being written
+    mesh = make_mesh(devices=jax.devices()[:1])
+    found = []
+    for name in ("killed", "straight"):
+        with jax.set_mesh(mesh), Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+            assert checkpoints.latest() == 100
+            found.append(jax.device_get(checkpoints.restore(init_state(SPECS, make_optimizer(OPTIM), 1, 1, mesh))[0]))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
 def test_a_save_that_fails_ends_the_run_and_it_goes_on_when_there_is_room(chain, tmp_path):  # noqa: F811
