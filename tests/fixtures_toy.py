@@ -45,10 +45,10 @@ def toy_job(at=None, preview=None) -> Job:
     )
 
 
-def train(workdir, job=None, **options):
+def train(workdir, job=None, optim=OPTIM, **options):
     workdir.mkdir(exist_ok=True)
     config = LoopConfig(**(dict(steps=10, log_every=1, save_every=2) | options))
-    return fit(job or toy_job(), config, OPTIM, 0, make_mesh(devices=jax.devices()[:1]), workdir, {})
+    return fit(job or toy_job(), config, optim, 0, make_mesh(devices=jax.devices()[:1]), workdir, {})
 
 
 def train_slowly(workdir, **options) -> int:

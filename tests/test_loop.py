@@ -1,9 +1,11 @@
 """The loop around the step: reports, stops, and what is kept when a step goes wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import time
 import types
 
 import jax
@@ -25,6 +27,7 @@ from sora_jax.train.loop import LoopConfig, due
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from sora_jax.train.optim import make_optimizer
 from sora_jax.train.state import init_state
+from sora_jax.train.watchdog import Watchdog
 
 
 def newest(workdir):
@@ -45,7 +48,9 @@ STEEP = {"root": np.zeros(2, np.float32)}
 
 @pytest.mark.parametrize("bad, what", [(NAN, "loss"), (STEEP, "parameter norm")])
 def test_a_step_that_is_not_finite_stops_the_run_and_the_last_good_save_stays(tmp_path, bad, what):
-    with pytest.raises(UserError, match=rf"the {what} of step 5 is nan; clips of that batch: \[104, 204\]"):
+    with pytest.raises(
+        UserError, match=rf"the {what} of step 5 is nan; clips of that batch: \[104, 204\]; .* of step 4$"
+    ):
         train(tmp_path, toy_job({5: lambda: bad}), save_every=1)
     state = newest(tmp_path)
     assert int(state.step) == 4
@@ -143,7 +148,7 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
     writer = types.SimpleNamespace(write=lambda step, row: reports.append(row))
     bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
     watch = Stopwatch()
-    reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.Means())
+    reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.Means(), int, int)
     for step in range(1, 13):
         now[0] += 1
         reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {})
@@ -153,6 +158,64 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
                 now[0] += 50
     assert [row["tokens_per_second"] for row in reports] == [6.0] * 6
     assert [row["loss"] for row in reports] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]
+
+
+def test_what_was_done_after_the_save_that_a_run_goes_on_from_is_lost(tmp_path, capsys):
+    train(tmp_path, steps=6, save_every=3)
+    kept = json.loads((tmp_path / "time.json").read_text())
+    assert kept["step"] == 6
+    (tmp_path / "time.json").write_text(json.dumps(kept | {"step": 8, "seconds": kept["seconds"] | {"data": 1000.0}}))
+    train(tmp_path, steps=12)
+    seconds = json.loads((tmp_path / "time.json").read_text())["seconds"]
+    assert 999 < seconds["lost"] < 1010 and seconds["data"] < 100
+    assert read_metrics(tmp_path)[-1]["seconds/lost"] == seconds["lost"]
+    train(tmp_path, steps=20)  # that one ended in order: no more is lost
+    after = json.loads((tmp_path / "time.json").read_text())["seconds"]
+    assert after["lost"] == seconds["lost"] and after["step"] > seconds["step"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("toy: step 20 of 20; ") and f"lost {seconds['lost']:.1f} s" in said[-1]
+
+
+def test_a_step_that_hangs_is_reported_while_it_hangs(capfd):
+    watch = Stopwatch()
+
+    def step(number, pause):
+        with watch("data"):
+            time.sleep(pause)
+        dog.stepped(number)
+
+    with Watchdog(watch, None, 0, interval=0.05) as dog:
+        for number in range(1, 12):
+            step(number, 0.02)
+        with watch("save"):
+            time.sleep(0.6)  # no step
+        step(12, 0.02)
+        assert "sora-jax" not in capfd.readouterr().err
+        with watch("data"):
+            time.sleep(0.9)
+            said = capfd.readouterr().err
+        dog.stepped(13)
+    assert said.count("sora-jax: step 13 has taken 0.") == 1 and "it waits for its batch" in said
+    assert "sora-jax: step 13 took 0." in capfd.readouterr().err
+
+
+def test_nothing_is_carried_to_the_device_unasked(tmp_path):
+    job = dataclasses.replace(toy_job(), to_device=jax.device_get)  # a slip: the step is given host arrays
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(tmp_path, job)
+
+
+def test_spikes_are_skipped_and_counted_also_over_a_restart(tmp_path):
+    far = {"x": np.full((2, 4), 1e4, np.float32)}
+    at = dict.fromkeys((120, 130), lambda: far)
+    optim = dataclasses.replace(OPTIM, skip_spikes=3.0)
+    state = train(tmp_path / "whole", toy_job(at), optim=optim, steps=140, save_every=125, log_every=20)
+    train(tmp_path / "parts", toy_job(at), optim=optim, steps=125, log_every=20, save_every=0)
+    parts = train(tmp_path / "parts", toy_job(at), optim=optim, steps=140, log_every=20, save_every=0)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts), jax.device_get(state))
+    skipped = {row["step"]: row["skipped_updates"] for row in read_metrics(tmp_path / "parts")}
+    assert skipped[100] == 0 and skipped[120] >= 1 and skipped[140] >= skipped[120] + 1
+    assert np.abs(state.params["weight"]).max() < 10
 
 
 def test_means_go_on_after_a_stop():

@@ -12,7 +12,7 @@ from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.params import abstract
-from sora_jax.train.optim import OptimConfig, learning_rate, make_optimizer, update_ema, weights_only
+from sora_jax.train.optim import OptimConfig, learning_rate, make_optimizer, skip_spikes, update_ema, weights_only
 
 PEAK, WARM, LAST, FINAL = 2e-3, 10, 50, 0.1
 
@@ -123,3 +123,37 @@ def test_decay_acts_on_every_matrix_and_kernel_and_on_nothing_else(specs):
 def test_wrong_settings_are_named(field, value):
     with pytest.raises(UserError, match=f"optim.{field}"):
         OptimConfig(**{field: value})
+
+
+def norms_through(norms, deviations=3.0, young=20):
+    """Which of these gradient norms change the parameter, and the state after each."""
+    optimizer = skip_spikes(optax.scale_by_adam(), deviations, young=young)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    state, states, moved = optimizer.init(params), [], []
+    update = jax.jit(optimizer.update)
+    for norm in norms:
+        gradient = {"a": jnp.array([0.0, 0.6 * norm]), "b": jnp.array([-0.8 * norm, 0.0])}
+        updates, state = update(gradient, state, params)
+        moved.append(bool(jnp.any(updates["a"] != 0)))
+        states.append(state)
+    return np.array(moved), states
+
+
+def test_a_spike_of_the_gradient_changes_nothing_but_the_count():
+    norms = 1 + 0.1 * np.random.default_rng(0).standard_normal(60).clip(-2, 2)
+    norms[30], norms[40], norms[45], norms[10] = 2.0, np.nan, np.inf, 50.0  # the last one is young
+    quiet = np.delete(norms, 10)
+    moved, states = norms_through(quiet)
+    spikes = [29, 39, 44]
+    assert not moved[spikes].any() and moved[:20].all() and moved.sum() >= 52
+    for spike in spikes:
+        jax.tree.map(np.testing.assert_array_equal, states[spike].inner, states[spike - 1].inner)
+    assert int(states[-1].skipped_updates) == (~moved).sum()
+    mean, variance = states[19].mean, states[19].variance
+    np.testing.assert_allclose([mean, variance], [quiet[:20].mean(), quiet[:20].var()], rtol=1e-4)
+    assert norms_through(norms[:25])[0].all()  # a young run skips nothing, not even its first large one
+
+
+def test_a_gradient_that_stays_large_is_no_spike_for_long():
+    moved, _ = norms_through([*(1 + 0.1 * (-1) ** i for i in range(100)), *[1000.0] * 400], young=50)
+    assert moved[:100].all() and not moved[100:120].any() and moved[-100:].all()

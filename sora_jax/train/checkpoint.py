@@ -50,12 +50,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            self._reader.close()
+
+    def wait(self) -> None:
+        """Returns when the last save is complete; UserError if it has failed."""
         with _one_sentence(f"a checkpoint could not be saved in {self._folder}"):
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
-                self._reader.close()
+            self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """The newest complete step, but for those that `restore` has found damaged."""

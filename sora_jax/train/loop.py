@@ -16,13 +16,16 @@ from tqdm import tqdm
 
 from sora_jax.config import check
 from sora_jax.errors import Stopped, UserError
+from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import place_batch
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
 from sora_jax.train.optim import OptimConfig, make_optimizer
 from sora_jax.train.state import init_state
 from sora_jax.train.step import LossFunction, make_step
+from sora_jax.train.watchdog import Watchdog, spent_before
 
+TOTALS = ("skipped_updates",)  # metrics that count since the beginning; of all others a report has means
 STOPPING = b"\nsora-jax: stopping after this step, with a save; Ctrl-C again ends at once\n"
 
 
@@ -100,9 +103,11 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         if start >= config.steps:
             print(f"{job.name}: already at step {start} of {config.steps}", flush=True)
             return state
+        watch.add(spent_before(workdir, start, saved.get("seconds", {})))
         writer = stack.enter_context(MetricsWriter(workdir, start))
         bar = stack.enter_context(_bar(job.name, start, config.steps))
-        reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")))
+        dog = stack.enter_context(Watchdog(watch, workdir if distributed.first() else None, start))
+        reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")), dog.stepped, checkpoints.latest)
         step_function = make_step(job.loss, optimizer, optim.ema, optim.ema_warmup)
         batches = job.batches(start, saved.get("position"))
         for step in range(start + 1, config.steps + 1):
@@ -110,7 +115,8 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 batch, position = next(batches)
                 placed = job.to_device(place_batch(split_batch(batch, config.accumulate), mesh, leading=1))
             with watch("step" if step > start + 1 else "compile"):
-                state, metrics = step_function(state, placed)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_function(state, placed)
                 reporter.read_previous()
             reporter.hold(step, metrics, batch)
             stopping = stop()  # asked once: a signal that comes after this line waits for the next step's save
@@ -123,12 +129,18 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 with watch("save"):
                     means = reporter.means.state()
                     notes = {"config": run, "step": step, "seed": seed, "means": means, "position": position}
+                    notes["seconds"] = watch.now()
                     checkpoints.save(step, state, notes, reporter.best_metric)
             if previewing:
                 with watch("preview"):
                     job.preview(step, state.ema[0], writer)
             if stopping:
-                raise Stopped(step)
+                break
+        with watch("save"):
+            checkpoints.wait()
+        print(f"{job.name}: step {step} of {config.steps}; {watch}", flush=True)
+    if stopping:
+        raise Stopped(step)
     return state
 
 
@@ -154,9 +166,18 @@ class Reporter:
     """
 
     def __init__(
-        self, job: Job, writer: MetricsWriter, bar: tqdm, watch: Stopwatch, config: LoopConfig, means: "Means"
+        self,
+        job: Job,
+        writer: MetricsWriter,
+        bar: tqdm,
+        watch: Stopwatch,
+        config: LoopConfig,
+        means: "Means",
+        stepped: Callable[[int], None],
+        newest_save: Callable[[], int | None],
     ):
         self._job, self._writer, self._bar, self._watch, self._config = job, writer, bar, watch, config
+        self._stepped, self._newest_save, self._totals = stepped, newest_save, {}
         self._held = None
         self.means = means
         self._counts: dict[str, float] = {}
@@ -172,8 +193,10 @@ class Reporter:
             return
         (step, metrics, batch), self._held = self._held, None
         metrics = jax.device_get(metrics)
+        self._stepped(step)
         self._check_finite(step, metrics, batch)
         self._bar.update(1)
+        self._totals = {name: metrics.pop(name) for name in TOTALS if name in metrics}
         self.means.add(metrics)
         counts = self._job.counts(batch)
         if self._since is None:
@@ -187,9 +210,11 @@ class Reporter:
         # A loss may be finite where its gradient is not; the norm shows that the update spoilt the parameters.
         for name in ("loss", "parameter_norm"):
             if not math.isfinite(metrics[name]):
+                save = self._newest_save()
                 raise UserError(
                     f"the {name.replace('_', ' ')} of step {step} is {metrics[name]}; clips of that batch: "
-                    f"{self._job.clip_ids(batch)}; the last good checkpoint is kept"
+                    f"{self._job.clip_ids(batch)}; "
+                    f"{'there is no checkpoint yet' if save is None else f'the last good checkpoint is of step {save}'}"
                 )
 
     def _report(self, step: int) -> None:
@@ -199,7 +224,7 @@ class Reporter:
         if "places" in self._counts:
             rates["padding_share"] = 1 - self._counts["tokens"] / self._counts["places"]
         spent = {f"seconds/{cause}": value for cause, value in self._watch.seconds.items()}
-        self._writer.write(step, metrics | rates | spent)
+        self._writer.write(step, metrics | self._totals | rates | spent)
         if self._config.keep_best:
             name = self._config.best_metric
             known = flatten(metrics)

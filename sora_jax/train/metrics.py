@@ -76,15 +76,45 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 class Stopwatch:
-    """Seconds by cause: `with watch("save"): ...`; the causes of one run add up to its wall time."""
+    """Seconds by cause: `with watch("save"): ...`; the causes of one run add up to its wall time.
+
+    Another thread may ask for `now` and `cause` at any time.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self._running: tuple[str, float] | None = None
 
     @contextlib.contextmanager
     def __call__(self, cause: str):
         start = time.perf_counter()
+        self._running = cause, start
         try:
             yield
         finally:
+            self._running = None
             self.seconds[cause] += time.perf_counter() - start
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Of processes that did the run before."""
+        for cause, value in seconds.items():
+            self.seconds[cause] += value
+
+    @property
+    def cause(self) -> str | None:
+        """What is going on."""
+        return self._running and self._running[0]
+
+    def now(self) -> dict[str, float]:
+        """`seconds`, with what is still going on."""
+        running, seconds = self._running, dict(self.seconds)
+        if running:
+            seconds[running[0]] = seconds.get(running[0], 0.0) + time.perf_counter() - running[1]
+        return seconds
+
+    def __str__(self) -> str:
+        """In words: the productive share, and where the rest went."""
+        seconds = self.now()
+        whole = sum(seconds.values())
+        rest = ", ".join(f"{cause} {value:.1f} s" for cause, value in seconds.items() if cause != "step")
+        return f"{seconds.get('step', 0.0) / max(whole, 1e-9):.0%} of {whole:.1f} s spent on steps; {rest}"

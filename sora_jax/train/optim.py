@@ -1,6 +1,8 @@
 """Optimisers as optax chains from a config."""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ class OptimConfig:
     `decay_steps` is where "cosine" and "linear" reach `final_fraction` of the peak, 0 = the end of the run. Weight
     decay acts on weights alone (never on biases, gains or embedding tables). `ema` holds decays, several at once; the
     first one samples. `clip_norm` 0 clips nothing. `ema_warmup` lets young averages follow faster, see `update_ema`.
+    `skip_spikes` leaves out updates whose gradient norm is so many standard deviations above its running mean, see
+    `skip_spikes`; 0 leaves out none.
     """
 
     learning_rate: float = 1e-4
@@ -28,6 +32,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    skip_spikes: float = 0.0
     ema: tuple[float, ...] = (0.999,)
     ema_warmup: bool = True
 
@@ -35,6 +40,7 @@ class OptimConfig:
         choose("optim.schedule", self.schedule, SCHEDULES)
         check(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
         check(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; it must be positive, or 0 for none")
+        check(self.skip_spikes >= 0, f"optim.skip_spikes is {self.skip_spikes}; it must be positive, or 0 for none")
         check(
             len(self.ema) > 0 and all(0 <= d < 1 for d in self.ema),
             f"optim.ema is {self.ema}; it must hold at least one decay in [0, 1)",
@@ -64,12 +70,56 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Clip by global norm, Adam with decoupled weight decay (1711.05101)."""
-    return optax.chain(
+    optimizer = optax.chain(
         *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=weights_only),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+    return skip_spikes(optimizer, config.skip_spikes) if config.skip_spikes else optimizer
+
+
+class SpikeState(NamedTuple):
+    """Running mean and variance of the gradient norm, how many norms are in them, and how many were spikes."""
+
+    mean: jax.Array
+    variance: jax.Array
+    seen: jax.Array
+    skipped_updates: jax.Array
+    inner: optax.OptState
+
+
+def skip_spikes(
+    optimizer: optax.GradientTransformation, deviations: float, decay: float = 0.99, young: int = 100
+) -> optax.GradientTransformation:
+    """No update, and no change of the optimizer, where the gradient norm is above its running mean + deviations * std.
+
+    As Open-Sora-Plan does with 3 deviations (2412.00131). A norm that is not finite is a spike, too. The first `young`
+    updates are never left out. A spike enters the statistics as the limit that it exceeded, so a norm that stays high
+    is soon no spike.
+    """
+
+    def init(params):
+        zero, none = jnp.float32(0), jnp.int32(0)
+        return SpikeState(zero, zero, none, none, optimizer.init(params))
+
+    def update(gradient, state, params=None):
+        norm = optax.tree.norm(gradient)
+        limit = jnp.where(state.seen < young, jnp.inf, state.mean + deviations * jnp.sqrt(state.variance))
+        regular = norm <= limit
+        updates, inner = optimizer.update(gradient, state.inner, params)
+        choose = functools.partial(jax.tree.map, functools.partial(jax.lax.select, regular))
+        updates = choose(updates, jax.tree.map(jnp.zeros_like, updates))
+        counted = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, limit), state.mean)
+        share = jnp.maximum(1 - decay, 1 / (1.0 + state.seen))
+        far = counted - state.mean
+        variance = (1 - share) * (state.variance + share * far**2)
+        skipped = state.skipped_updates + ~regular
+        return updates, SpikeState(
+            state.mean + share * far, variance, state.seen + 1, skipped, choose(inner, state.inner)
+        )
+
+    return optax.GradientTransformation(init, update)
 
 
 def weights_only(params):

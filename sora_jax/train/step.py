@@ -21,7 +21,8 @@ def make_step(
 
     `loss(params, batch, step)` returns (sum, (weight, means)): sums over what is counted (tokens, clips), never
     means, so that micro-batches and devices weigh by what they hold. `batches` has a leading axis of micro-batches
-    whose gradients are accumulated. `means` maps a name to (sum, count). Metrics are scalars or small vectors.
+    whose gradients are accumulated. `means` maps a name to (sum, count). Metrics are scalars or small vectors;
+    "skipped_updates", where the optimizer skips spikes, counts from the beginning of the run.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -37,6 +38,8 @@ def make_step(
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
         }
+        skipped = optax.tree.get(opt_state, "skipped_updates")
+        metrics |= {} if skipped is None else {"skipped_updates": skipped}
         ema = update_ema(state.ema, params, decays, state.step, ema_warmup)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 

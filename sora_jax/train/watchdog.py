@@ -1,0 +1,91 @@
+"""A thread beside the loop: keeps on disk where the time went, and speaks up while a step hangs."""
+
+import contextlib
+import statistics
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sora_jax.config import read_json
+from sora_jax.files import write_json
+from sora_jax.train.metrics import Stopwatch
+
+FILE = "time.json"
+WAITING = {"data": "its batch", "step": "the device or another process"}
+SLOW = 10  # times the median
+RECENT, FEWEST = 100, 10  # steps that the median is of
+
+
+class Watchdog:
+    """A context manager; `stepped` tells it of each finished step.
+
+    Every `interval` seconds the seconds by cause go to WORKDIR/time.json (workdir None: nowhere), for `lost_seconds`.
+    A step that has taken ten times the median of the recent ones, and at least `interval`, is reported on stderr at
+    that moment, and again when it ends. Saves and previews are no part of a step.
+    """
+
+    def __init__(self, watch: Stopwatch, workdir: Path | None, step: int, interval: float = 1.0):
+        self._watch, self._workdir, self._step, self._interval = watch, workdir, step, interval
+        self._recent, self._done, self._told = deque(maxlen=RECENT), 0.0, False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
+
+    def __enter__(self):
+        self._done = self._busy()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+        self._keep()
+
+    def stepped(self, step: int) -> None:
+        """Step `step` is finished."""
+        now = self._busy()
+        seconds, self._done, self._step = now - self._done, now, step
+        if self._told:
+            tqdm.write(f"sora-jax: step {step} took {seconds:.1f} s", file=sys.stderr)
+        self._told = False
+        self._recent.append(seconds)
+
+    def _run(self) -> None:
+        while not self._end.wait(self._interval):
+            self._look()
+            self._keep()
+
+    def _busy(self) -> float:
+        seconds = self._watch.now()
+        return sum(seconds.get(cause, 0.0) for cause in WAITING)
+
+    def _look(self) -> None:
+        step, seconds, cause = self._step + 1, self._busy() - self._done, self._watch.cause
+        if self._told or len(self._recent) < FEWEST or cause not in WAITING:
+            return
+        usual = statistics.median(list(self._recent))
+        if seconds > max(SLOW * usual, self._interval):
+            self._told = True
+            text = f"step {step} has taken {seconds:.1f} s so far, the median is {usual:.2g} s; it waits for"
+            tqdm.write(f"sora-jax: {text} {WAITING[cause]}", file=sys.stderr)
+
+    def _keep(self) -> None:
+        if self._workdir:
+            # A disk that is full ends the run by the next save, which can say so.
+            with contextlib.suppress(Exception):
+                write_json(Path(self._workdir) / FILE, {"step": self._step, "seconds": self._watch.now()})
+
+
+def spent_before(workdir: Path, start: int, saved: dict[str, float]) -> dict[str, float]:
+    """Seconds by cause of the run so far, which goes on from step `start`; `saved` is what that checkpoint knows.
+
+    What a killed process did after it has been for nothing, and is "lost".
+    """
+    path = Path(workdir) / FILE
+    kept = read_json(path) if path.exists() else {"step": start, "seconds": saved}
+    if kept["step"] <= start:
+        return kept["seconds"]
+    lost = max(0.0, sum(kept["seconds"].values()) - sum(saved.values()))
+    return saved | {"lost": saved.get("lost", 0.0) + lost}
