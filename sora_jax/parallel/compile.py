@@ -12,7 +12,7 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check, choose
 from sora_jax.errors import UserError
@@ -119,7 +119,12 @@ def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def on_mesh(tree, mesh: Mesh):
+def use(mesh: Mesh | AbstractMesh):
+    """Sets a mesh for tracing: of devices, or of shapes alone."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+
+
+def on_mesh(tree, mesh: Mesh | AbstractMesh):
     """Abstract arrays with the shardings they were traced with, on `mesh`; those without one are whole everywhere."""
 
     def struct(x):
@@ -129,7 +134,7 @@ def on_mesh(tree, mesh: Mesh):
     return jax.tree.map(struct, tree)
 
 
-def abstract_batch(tree, mesh: Mesh, leading: int = 0):
+def abstract_batch(tree, mesh: Mesh | AbstractMesh, leading: int = 0):
     """Abstract arrays as `parallel.mesh.place_batch` would place them: split by the axis after the leading ones."""
 
     def struct(x):
@@ -154,7 +159,7 @@ class OutOfMemory:
 
 def compile_program(function, arguments: tuple, mesh: Mesh) -> "jax.stages.Compiled | OutOfMemory":
     """Compiles a jitted function for the devices of `mesh`, from abstract arguments."""
-    with jax.set_mesh(mesh):
+    with use(mesh):
         lowered = function.lower(*arguments)
         try:
             return lowered.compile()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sora_jax.config import choose
 from sora_jax.data.packing import PackItem, pack_batch
@@ -21,7 +21,7 @@ from sora_jax.models.flops import autoencoder_train_flops, forward_flops, produc
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
-from sora_jax.parallel.compile import abstract_batch, on_mesh
+from sora_jax.parallel.compile import abstract_batch, on_mesh, use
 from sora_jax.parallel.mesh import check_split
 from sora_jax.parallel.rules import parts, reshard
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_loss
@@ -53,12 +53,16 @@ def for_tpu(config):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
 
 
-def program(config: AutoencoderRun | DenoiserRun, what: str, mesh: Mesh) -> Program:
-    """The program of a run that does `what`: train, sample or autoencoder; traced on `mesh`."""
+def program(config: AutoencoderRun | DenoiserRun, what: str, mesh: Mesh | AbstractMesh) -> Program:
+    """The program of a run that does `what`: see `maker`; `mesh` may be abstract."""
+    return maker(config, what)(for_tpu(config), mesh)
+
+
+def maker(config: AutoencoderRun | DenoiserRun, what: str) -> Callable:
+    """What makes the program: train, or sample of a transformer, or autoencoder (encode and decode) of one."""
     kinds = {"transformer": {"train": train, "sample": sampler}}
     kinds["autoencoder"] = {"train": train, "autoencoder": reconstruct}
-    make = choose(f"--what, for a config of kind {config.kind!r},", what, kinds[config.kind])
-    return make(for_tpu(config), mesh)
+    return choose(f"--what, for a config of kind {config.kind!r},", what, kinds[config.kind])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ def abstract_state(specs, optimizer, averages: int, mesh: Mesh) -> TrainState:
     """What `train.state.init_state` makes, as shapes with shardings."""
     param.check_splits(specs, mesh)
     params = param.abstract_on(specs, mesh)
-    with jax.set_mesh(mesh):
+    with use(mesh):
         opt_state = on_mesh(jax.eval_shape(optimizer.init, params), mesh)
     return TrainState(on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh), params, (params,) * averages, opt_state)
 

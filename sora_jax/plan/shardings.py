@@ -1,0 +1,54 @@
+"""How every array of a run lies on the mesh: one line each, with the logical axes that say why."""
+
+import jax
+from jax.sharding import PartitionSpec
+
+from sora_jax.data.packing import PackingConfig
+from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs
+from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.params import ParamSpec
+from sora_jax.parallel.rules import RULES, partition
+from sora_jax.plan.programs import full_pack
+from sora_jax.train.denoiser import DenoiserRun
+
+HEAD = "| array | shape | logical axes | mesh axes |\n|---|---|---|---|"
+
+
+def rules_table() -> str:
+    """Logical axis -> mesh axes."""
+    rows = (f"| {name} | {' '.join(axes) or '-'} |" for name, axes in RULES.items())
+    return "\n".join(["| logical axis | mesh axes |", "|---|---|", *rows])
+
+
+def parameter_table(specs) -> str:
+    """Every parameter; its gradient, both moments of the optimizer and its averages lie as it does."""
+    rows: list[str] = []
+
+    def visit(path, spec: ParamSpec):
+        name = "/".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+        rows.append(_row(name, spec.shape, spec.axes))
+
+    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return "\n".join([HEAD, *rows])
+
+
+def batch_table(model: TransformerConfig, packing: PackingConfig) -> str:
+    """Every array of a batch of packs, as the loop places it; the model splits the length itself."""
+    batch = full_pack(DenoiserRun(model=model, packing=packing))
+    rows = (_row(name, x.shape, ("batch", *(None,) * (x.ndim - 1))) for name, x in sorted(batch.items()))
+    return "\n".join([HEAD, *rows])
+
+
+def _row(name: str, shape: tuple[int, ...], axes: tuple) -> str:
+    spec: PartitionSpec = partition(*axes)
+    placed = (" ".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in spec)
+    cells = [name, " x ".join(map(str, shape)), ", ".join(axis or "-" for axis in axes), ", ".join(placed)]
+    return f"| {' | '.join(cells)} |"
+
+
+def shardings(model: TransformerConfig, packing: PackingConfig, autoencoders: dict[str, FirstStageConfig]) -> str:
+    """The page: rules, transformer, batch and autoencoders."""
+    parts = {"Rules": rules_table(), "Transformer": parameter_table(transformer_specs(model))}
+    parts["Batch of the transformer"] = batch_table(model, packing)
+    parts |= {name: parameter_table(autoencoder_specs(config)) for name, config in autoencoders.items()}
+    return "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items()) + "\n"

@@ -1,0 +1,401 @@
+"""Planning without a TPU: what is counted in compiled programs, the network, the step at 512 devices, suggestions."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures_runs import run
+from jax.sharding import AbstractMesh, AxisType
+
+from sora_jax.commands import run_config
+from sora_jax.config import load
+from sora_jax.data.packing import PackingConfig
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.solvers import SolverConfig
+from sora_jax.errors import UserError
+from sora_jax.models.text import TextConfig
+from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.params import ParamSpec, count
+from sora_jax.parallel.chips import CHIPS, GIB
+from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_memory, use
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.parallel.rules import MESH_AXES
+from sora_jax.plan import hlo, network, programs
+from sora_jax.plan.report import Plan
+from sora_jax.plan.suggest import suggest
+from sora_jax.train.denoiser import DenoiserRun
+
+ROOT = Path(__file__).parents[1]
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+TEXT = TextConfig(vocabulary=32, width=64, depth=2, head_width=32)
+MODEL = TransformerConfig(depth=4, width=128, heads=4, latent_channels=4, text=TEXT, dtype="float32")
+RUN = DenoiserRun(model=MODEL, batch=8, packing=PackingConfig(length=256, slots=1, text_length=32))
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+)
+
+
+def model(**changes) -> DenoiserRun:
+    return dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **changes))
+
+
+def one_chip():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def compiled(program: programs.Program, mesh) -> str:
+    with use(mesh):
+        return program.function.lower(*program.arguments).compile(compiler_options=QUICK).as_text()
+
+
+def text_of(function, *arguments) -> str:
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+# --- arithmetic ---
+
+
+def test_what_is_in_loops_counts_as_often_as_it_runs():
+    def function(x, weights):
+        inner = lambda x, weight: (jax.lax.scan(lambda x, _: (jnp.tanh(x @ weight), None), x, None, length=3)[0], None)  # noqa: E731
+        return jax.lax.scan(inner, x, weights)[0]
+
+    text = text_of(function, jnp.zeros((48, 64)), jnp.zeros((5, 64, 64)))
+    assert hlo.count(text, 1).flops == 5 * 3 * 2 * 48 * 64 * 64
+
+
+@pytest.mark.parametrize("options", [
+    dict(window_strides=(1, 1), padding="SAME"),
+    dict(window_strides=(2, 1), padding=((0, 3), (2, 1))),
+    dict(window_strides=(1, 2), padding=((0, 0), (1, 0)), lhs_dilation=(2, 1), rhs_dilation=(1, 3)),
+    dict(window_strides=(1, 1), padding="SAME", feature_group_count=2),
+])  # fmt: skip
+def test_convolutions_count_as_xla_counts_them(options):
+    """Padding and the gaps of a dilation are no work; a TPU writes batched products as such convolutions."""
+    groups = options.get("feature_group_count", 1)
+    image, kernel = jnp.zeros((2, 9, 10, 4)), jnp.zeros((3, 2, 4 // groups, 6))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    lowered = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, dimension_numbers=numbers, **options)).lower(
+        image, kernel
+    )
+    text = lowered.compile().as_text()
+    if "convolution(" not in text:
+        pytest.skip("this XLA compiles it to something else")
+    assert hlo.count(text, 1).flops == lowered.cost_analysis()["flops"]
+
+
+def test_the_compiled_step_does_the_work_of_the_model():
+    """The target without recomputation, 1.03 of the model's FLOPs; with it, 1.36, below, on eight devices."""
+    program = programs.program(model(remat="none", attention="dense", text=None), "train", one_chip())
+    ratio = hlo.count(compiled(program, one_chip()), 1).flops / program.model_flops
+    assert 0.98 < ratio <= 1.03
+
+
+@pytest.mark.parametrize("solver, spacing, steps, calls", [
+    ("euler", "even", "7", 7), ("heun", "even", "7", 13), ("dpm2", "even", "5", 5), ("ddim", "even", "ddim5", 5)
+])  # fmt: skip
+def test_calls_of_the_model_are_counted(solver, spacing, steps, calls):
+    spacing = "respaced" if steps.startswith("ddim") else spacing
+    run_ = RUN if spacing == "even" else dataclasses.replace(
+        RUN, diffusion=dataclasses.replace(RUN.diffusion, process="vp_linear", prediction="eps")
+    )  # fmt: skip
+    sampling = SamplingConfig(steps=steps, spacing=spacing, solver=SolverConfig(name=solver))
+    assert programs.evaluations(run_, sampling) == calls
+
+
+# --- collectives ---
+
+
+def test_collectives_are_found_with_kind_axes_bytes_and_runs():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    P = jax.P
+
+    def each(x):  # x: (2, 16) on a device
+        def body(x, _):
+            gathered = jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)  # (8, 16)
+            return jax.lax.psum_scatter(gathered, "fsdp", scatter_dimension=0, tiled=True) + 1, None
+
+        x = jax.lax.scan(body, x, None, length=5)[0]
+        x = jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
+        return jax.lax.psum(x, ("data", "fsdp"))
+
+    function = jax.jit(jax.shard_map(each, in_specs=P(("data", "fsdp")), out_specs=P(), check_vma=False))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.zeros((16, 16)), jax.NamedSharding(mesh, P(("data", "fsdp"))))
+        found = hlo.count(function.lower(x).compile().as_text(), 8).collectives
+    shown = {(c.kind, network.axes_of(c.groups, mesh), c.bytes, c.times) for c in found}
+    row = 4 * 2 * 16
+    assert shown == {
+        ("all-gather", ("fsdp",), row, 5),
+        ("reduce-scatter", ("fsdp",), 4 * row, 5),
+        ("collective-permute", ("fsdp",), row, 1),
+        ("all-reduce", ("data", "fsdp"), row, 1),
+    }
+
+
+@pytest.mark.parametrize("written", [
+    "replica_groups={{0,2,4,6},{1,3,5,7}}, x",
+    "replica_groups=[2,4]<=[4,2]T(1,0), x",
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x",
+])  # fmt: skip
+def test_groups_are_read_in_every_notation(written):
+    op = hlo.Operation("a", "all-gather", (), (), "", written, False)
+    np.testing.assert_array_equal(hlo.groups(op, 8), [[0, 2, 4, 6], [1, 3, 5, 7]])
+
+
+def test_an_asynchronous_collective_counts_once():
+    """A TPU writes it where it starts, where it runs beside other work, and where it ends; the channel is the same."""
+    line = "  %ag{n} = f32[8]{{0}} all-gather(%p{n}), channel_id=7, replica_groups=[1,4]<=[4], dimensions={{0}}\n"
+    part = "%f{n} (p{n}: f32[2]) -> f32[8] {{\n  %p{n} = f32[2]{{0}} parameter(0)\n  ROOT" + line[1:] + "}}\n\n"
+    calls = "".join(f"  %c{n} = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%f{n}\n" for n in range(3))
+    entry = (
+        "ENTRY %main (p: f32[2]) -> f32[8] {\n  %p = f32[2]{0} parameter(0)\n"
+        + calls.replace("  %c2", "  ROOT %c2")
+        + "}\n"
+    )
+    found = hlo.count("".join(part.format(n=n) for n in range(3)) + entry, 4).collectives
+    assert [(c.kind, c.bytes, c.times) for c in found] == [("all-gather", 8.0, 1)]
+
+
+@dataclasses.dataclass
+class Device:
+    coords: tuple[int, ...]
+
+
+def torus(shape: tuple[int, ...], **axes):
+    """A mesh stand-in over chips at all places of a torus; the fast coordinates belong to the last axes."""
+    sizes = {axis: axes.get(axis, 1) for axis in MESH_AXES}
+    places = [Device(tuple(int(n) for n in np.unravel_index(i, shape))) for i in range(math.prod(shape))]
+    grid = np.empty(len(places) * sizes["slice"], object)
+    grid[:] = places * sizes["slice"]
+    mesh = type("Torus", (), {})()
+    mesh.shape, mesh.devices = sizes, grid.reshape(tuple(sizes.values()))
+    return mesh
+
+
+def collective(kind: str, members: int, size: float) -> hlo.Collective:
+    return hlo.Collective(kind, np.arange(members)[None], size, 1, "", "", "f32", ())
+
+
+def test_times_on_the_network_follow_the_equations():
+    chip = CHIPS["v5p"]
+    ring = torus((4, 4, 4), fsdp=64)
+    assert network.links(("fsdp",), ring, chip) == 6
+    line = torus((2, 2, 1), fsdp=2, tensor=2)
+    assert network.links(("fsdp",), line, chip) == network.links(("tensor",), line, chip) == 1
+    at = lambda kind, size: network.seconds(collective(kind, 64, size), ("fsdp",), ring, chip)[0] * 6 * chip.link  # noqa: E731
+    assert at("all-gather", 10.0) == pytest.approx(10 * 63)
+    assert at("reduce-scatter", 640.0) == pytest.approx(10 * 63)
+    assert at("all-reduce", 640.0) == pytest.approx(2 * 10 * 63)
+
+
+def test_between_slices_a_chip_moves_its_share():
+    chip, mesh = CHIPS["v5p"], torus((4, 4, 4), slice=2, fsdp=64)
+    inside, between = network.seconds(collective("all-reduce", 128, 640.0), ("slice", "fsdp"), mesh, chip)
+    assert inside * 6 * chip.link == pytest.approx(2 * 640 * 63 / 64)
+    assert between * chip.data_centre == pytest.approx(2 * 10 * 1 / 2)
+
+
+# --- forbidden collectives ---
+
+MESHES = {
+    "fsdp=8": MeshConfig(data=1, fsdp=8),
+    "slice=2 fsdp=2 tensor=2": MeshConfig(slice=2, data=1, fsdp=2, tensor=2),
+}
+
+
+def forbidden(text: str, mesh, run_: DenoiserRun) -> list[str]:
+    """All-gathers and all-to-alls along the axes that split packs, of more than one layer's largest parameter.
+
+    Activations are larger than that, and so are parameters of all layers at once.
+    """
+    specs = jax.tree.leaves(transformer_specs(run_.model), is_leaf=lambda x: isinstance(x, ParamSpec))
+    largest = max(math.prod(s.shape) // (s.shape[0] if s.axes[0] == "layers" else 1) for s in specs)
+    activations = run_.batch * run_.packing.length * run_.model.width
+    assert largest < activations / 2
+    found = []
+    for c in hlo.count(text, mesh.size).collectives:
+        axes = network.axes_of(c.groups, mesh)
+        whole = c.bytes / hlo.BYTES[c.dtype] * c.groups.shape[1]
+        if c.kind in ("all-gather", "all-to-all") and {"slice", "data", "fsdp"} & set(axes) and whole > largest:
+            found.append(f"{c.kind} of {c.dtype}{c.dims} along {axes}: {c.source}")
+    return found
+
+
+@pytest.mark.parametrize("name, text", [("fsdp=8", None), ("slice=2 fsdp=2 tensor=2", TEXT)])
+def test_no_step_gathers_activations_or_more_than_a_layer_of_parameters(name, text):
+    """Every block computed again, the step does 4/3 of the model's FLOPs; at most 1.36 on all chips together."""
+    mesh = make_mesh(MESHES[name])
+    run_ = dataclasses.replace(model(remat="full", attention="dense", text=text), batch=16)
+    program = programs.program(run_, "train", mesh)
+    text = compiled(program, mesh)
+    assert forbidden(text, mesh, run_) == []
+    counted = hlo.count(text, 8)
+    kinds = {c.kind for c in counted.collectives}
+    assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
+    assert 1.3 < 8 * counted.flops / program.model_flops <= 1.36
+
+
+def test_gathered_activations_and_stacked_parameters_are_found():
+    mesh = make_mesh(MESHES["fsdp=8"])
+    with jax.set_mesh(mesh):
+        for shape, before, after in [
+            ((8, 256, 128), jax.P("fsdp"), jax.P()),
+            ((4, 128, 512), jax.P(None, "fsdp"), jax.P()),
+            ((4, 128, 1024), jax.P(None, "fsdp"), jax.P(None, None, "fsdp")),
+        ]:
+            x = jax.device_put(jnp.zeros(shape), jax.NamedSharding(mesh, before))
+            text = jax.jit(lambda x, after=after: jnp.sin(jax.reshard(x, after))).lower(x).compile().as_text()
+            assert forbidden(text, mesh, RUN), shape
+
+
+# --- 512 devices ---
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 512, 1, 1), (2, 4, 8, 2, 4)])
+def test_a_whole_training_step_is_laid_out_on_512_devices(sizes):
+    """Loss, gradients, optimizer and averages of the 3b config: traced, every new array lies as the old one did."""
+    config = run_config(load(f"{ROOT}/configs/sora.py:3b", ["batch=512"]))
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    program = programs.program(config, "train", mesh)
+    with use(mesh):
+        state, metrics = jax.eval_shape(program.function, *program.arguments)
+    layout = lambda x: (x.shape, x.dtype, x.sharding.spec)  # noqa: E731
+    old = program.arguments[0]
+    for before, after in zip(jax.tree.leaves(old.params), jax.tree.leaves(state.params), strict=True):
+        assert layout(before) == layout(after)
+    assert jax.tree.map(layout, old.ema) == jax.tree.map(layout, state.ema)
+    assert metrics["loss"].shape == ()
+
+
+# --- topologies and configs ---
+
+
+@pytest.mark.parametrize("name, said", [
+    ("h100:8", "'h100'; allowed: 'v5e', 'v5p', 'v6e'"),
+    ("v5p:4x4", "'v5p:4x4'.*3 numbers, as v5p:4x4x8"),
+    ("v5e:fourxfour", "2 numbers"),
+])  # fmt: skip
+def test_a_topology_that_is_none_is_refused(name, said):
+    with pytest.raises(UserError, match=said):
+        Topology.parse(name)
+
+
+def test_a_mesh_fills_its_topology():
+    two = Topology.parse("v5p:4x4x8", slices=2)
+    assert two.chips == 256
+    assert mesh_sizes(MeshConfig(data=1, fsdp=-1, tensor=4), two) == (2, 1, 32, 1, 4)
+    with pytest.raises(UserError, match=r"fsdp=7.*256 chips of --topology=v5p:4x4x8 --slices=2"):
+        mesh_sizes(MeshConfig(data=1, fsdp=7), two)
+    with pytest.raises(UserError, match="slice is 4; it must be the number of slices, 2"):
+        mesh_sizes(MeshConfig(slice=4, data=1, fsdp=-1), two)
+
+
+def plan_options(variant: str, *more: str) -> list[str]:
+    return ["plan", f"--config={ROOT}/configs/sora.py:{variant}", *more]
+
+
+def test_without_libtpu_a_sentence_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(*plan_options("tiny", "--topology=v5e:2x2")) == 2
+    said = capsys.readouterr().err
+    assert "pip install libtpu" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--topology=v5e:2x2", "--what=dream"], "'dream'"),
+    (["--topology=v5e:2x2", "--what=autoencoder"], "'train', 'sample'"),
+    (["--topology=v5e:2x2", "--pack-length=0"], "packing.length is 0"),
+    (["--topology=v5e:2x2", "--slices=0"], "--slices is 0"),
+])  # fmt: skip
+def test_mistakes_are_told_in_a_sentence(capsys, options, said):
+    assert run(*plan_options("tiny", *options)) == 2
+    assert said in capsys.readouterr().err
+
+
+SIZES = {"tiny": 0.26e6, "s": 51e6, "b": 164e6, "l": 585e6, "xl": 841e6, "3b": 3.04e9, "14b": 13.85e9}
+
+
+@pytest.mark.parametrize("variant", SIZES)
+def test_configs_have_as_many_parameters_as_they_say(variant):
+    config = run_config(load(f"{ROOT}/configs/sora.py:{variant}"))
+    found = count(transformer_specs(config.model))
+    assert found == pytest.approx(SIZES[variant], rel=0.02)
+    if variant.endswith("b") and len(variant) > 1:
+        assert found == pytest.approx(float(variant[:-1]) * 1e9, rel=0.02)
+    assert f"configs/sora.py:{variant} " in (ROOT / "configs/sora.py").read_text()
+
+
+def test_tiny_is_taken_by_the_ordinary_command(capsys):
+    assert run("train", f"--config={ROOT}/configs/sora.py:tiny", "--workdir=unused", "--dry-run") == 0
+    assert "255,488" in capsys.readouterr().out
+
+
+# --- suggestions ---
+
+SIXTEEN = dict(zip(MESH_AXES, (1, 1, 16, 1, 1), strict=True))
+PLAN = Plan("train", "v5e:4x4", 1, 16, SIXTEEN, {}, 0, {}, 0, 16 * GIB, False, 1.0, 1, "tokens")
+
+
+def unfit(state: float, work: float, **mesh) -> Plan:
+    """A plan that does not fit, by GiB of state and of everything else."""
+    memory = {"parameters": int(state * GIB), "temporaries": int(work * GIB)}
+    return dataclasses.replace(PLAN, memory=memory, needed=int((state + work) * GIB), mesh=PLAN.mesh | mesh)
+
+
+def test_what_fits_needs_no_change():
+    assert suggest(RUN, dataclasses.replace(PLAN, fits=True)) == ""
+
+
+def test_suggestions_go_from_cheap_to_dear():
+    run_ = dataclasses.replace(model(remat="dots"), batch=32)
+    long = dataclasses.replace(run_, model=MODEL, batch=16, packing=PackingConfig(length=4096, slots=1, text_length=32))
+    assert "--config.mesh.fsdp=8 " in suggest(run_, unfit(30, 1, fsdp=2, data=8))
+    assert "more chips" in suggest(dataclasses.replace(run_, model=dataclasses.replace(MODEL, heads=1)), unfit(30, 1))
+    assert "--config.model.remat=full" in suggest(run_, unfit(1, 20))
+    assert "--config.loop.accumulate=2" in suggest(dataclasses.replace(run_, model=MODEL), unfit(1, 20))
+    said = suggest(long, unfit(1, 20))
+    assert "--config.mesh.sequence=2" in said and "--config.mesh.fsdp=8" in said and "--pack-length=2816" in said
+    crowded = dataclasses.replace(long, packing=dataclasses.replace(long.packing, text_length=31))
+    assert suggest(crowded, unfit(1, 20)).startswith("Try --pack-length=2816")
+
+
+def test_the_compilers_complaint_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (20.50G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert out_of_memory(message) == OutOfMemory(int(20.5 * GIB), int(15.75 * GIB))
+    assert out_of_memory("INVALID_ARGUMENT: something else") is None
+
+
+# --- with libtpu ---
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_compiler_leaves_as_much_memory_as_the_table_says(chip):
+    from sora_jax.parallel.compile import compile_program, on_mesh, topology_mesh
+
+    topology = Topology.parse({"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}[chip])
+    mesh = topology_mesh(MeshConfig(), topology)
+    huge = on_mesh(jax.ShapeDtypeStruct((2**30, 128), jnp.float32), mesh)
+    found = compile_program(jax.jit(lambda x: x + 1), (huge,), mesh)
+    assert found.usable == CHIPS[chip].usable and found.needed == 2 * 2**30 * 128 * 4
+
+
+@needs_libtpu
+def test_a_plan_of_the_tiny_config(capsys):
+    assert run(*plan_options("tiny", "--topology=v5e:2x2", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["chips"] == 4 and sum(plan["memory"].values()) == plan["needed"]
+    assert plan["parameters"] == pytest.approx(SIZES["tiny"], rel=0.02)
+    assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["memory"]["parameters"], rel=0.01)
+    assert {c["kind"] for c in plan["collectives"]} & {"all-reduce", "reduce-scatter"}
+    assert plan["binding"] in plan["times"]
