@@ -1,8 +1,8 @@
 """Plans every config of configs/sora.py on hardware that it fits, and writes the table of experiments/plans/README.md.
 
 pip install libtpu
-python experiments/plans/run.py                all rows, about an hour and a half on two cores
-python experiments/plans/run.py 3b 14b-slices  these alone; the table is made of all JSON files that are there
+python experiments/plans/run.py                all rows, two hours on two busy cores
+python experiments/plans/run.py 3b 14b         these alone; the table is made of all JSON files that are there
 python experiments/plans/run.py --table        the table alone
 """
 
@@ -16,19 +16,23 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 GIB = 2**30
+FLOPS = "--topology=v5e:2x2 --config.mesh.fsdp=4 --config.batch=4 --pack-length=1024 --config.model.attention=dense"
 PLANS = {
     "tiny": "--config=configs/sora.py:tiny --topology=v5e:2x2",
     "s": "--config=configs/sora.py:s --topology=v5e:4x4",
     "b": "--config=configs/sora.py:b --topology=v5e:4x4",
     "l": "--config=configs/sora.py:l --topology=v5e:4x4",
-    "3b": "--config=configs/sora.py:3b --topology=v5p:4x4x4",
-    "14b-slices": "--config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2",
     "xl": "--config=configs/sora.py:xl --topology=v6e:16x16",
-    "14b": "--config=configs/sora.py:14b --topology=v5p:4x8x8",
+    "3b": "--config=configs/sora.py:3b --topology=v5p:4x4x4",
     "3b-128": "--config=configs/sora.py:3b --topology=v5p:4x4x8",
+    "14b": "--config=configs/sora.py:14b --topology=v5p:4x8x8",
+    "14b-slices": "--config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2",
     "3b-sample": "--config=configs/sora.py:3b --topology=v5p:2x2x2 --what=sample",
-    "autoencoder": "--config=configs/autoencoder.py:base --topology=v5e:4x4",
-    "3b-small": "--config=configs/sora.py:3b --topology=v5e:4x4 --config.batch=16",
+    "autoencoder": "--config=configs/autoencoder.py:base --topology=v5p:2x2x1",
+    "b-unfit": "--config=configs/sora.py:b --topology=v5e:2x2 --config.mesh.fsdp=4 --config.batch=4"
+    " --config.model.remat=none --pack-length=16384",
+    "flops-none": f"--config=configs/sora.py:b {FLOPS} --config.model.remat=none",
+    "flops-full": f"--config=configs/sora.py:b {FLOPS} --config.model.remat=full",
 }
 HEAD = (
     "| plan | command after `sora-jax plan` | fits: GiB of a chip | compiled / model FLOPs | binds | step at best | "
