@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES
 from sora_jax.plan import hlo, network, programs
-from sora_jax.plan.report import Plan
+from sora_jax.plan.report import Plan, as_json, as_text
 from sora_jax.plan.suggest import suggest
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -375,6 +376,41 @@ def test_the_compilers_complaint_is_read():
     assert out_of_memory("INVALID_ARGUMENT: something else") is None
 
 
+# --- the report ---
+
+
+def test_the_report_says_what_binds_and_what_can_be_reached():
+    topology = Topology.parse("v5e:4x4")
+    peak = topology.chip.peak
+    row = network.Traffic("all-gather", ("fsdp",), 12, 3e9, 0.5, 0.0)
+    times = {"compute": 2.0, "memory": 1.0, "interconnect": 0.5}
+    plan = dataclasses.replace(
+        PLAN, fits=True, needed=8 * GIB, flops=2 * peak, bytes=1e12, collectives=(row,), times=times,
+        model_flops=16 * 1.5 * peak, memory={"parameters": GIB, "temporaries": 7 * GIB}, units=800,
+    )  # fmt: skip
+    assert plan.binding == "compute" and plan.ratio == pytest.approx(2 / 1.5)
+    assert plan.utilisation(peak) == pytest.approx((1.5 / 2, 1.5 / 3.5))
+    text = as_text(plan, topology)
+    for said in (
+        "fits, 8.00 of 16.00 GiB",
+        "compute binds",
+        "at most 75%",
+        "43% if nothing",
+        "400 tokens a second",
+        "1.333x",
+    ):
+        assert said in text, text
+    assert re.search(r"all-gather +fsdp +12 x +3\.000 GB +500\.00 ms", text)
+    told = json.loads(as_json(plan, topology))
+    assert told["binding"] == "compute" and told["utilisation_serial"] == pytest.approx(1.5 / 3.5)
+
+
+def test_a_report_of_what_does_not_fit_says_by_how_much():
+    plan = dataclasses.replace(unfit(1, 20), suggestion="Try less.")
+    text = as_text(plan, Topology.parse("v5e:4x4"))
+    assert "does NOT fit" in text and "5.00 GiB too much" in text and text.endswith("Try less.")
+
+
 # --- with libtpu ---
 
 
@@ -388,6 +424,17 @@ def test_the_compiler_leaves_as_much_memory_as_the_table_says(chip):
     huge = on_mesh(jax.ShapeDtypeStruct((2**30, 128), jnp.float32), mesh)
     found = compile_program(jax.jit(lambda x: x + 1), (huge,), mesh)
     assert found.usable == CHIPS[chip].usable and found.needed == 2 * 2**30 * 128 * 4
+
+
+@needs_libtpu
+def test_slices_are_the_outermost_axis_and_axes_may_share_a_row_of_chips():
+    from sora_jax.parallel.compile import topology_mesh
+
+    mesh = topology_mesh(MeshConfig(data=1, fsdp=8, tensor=2), Topology.parse("v5e:4x4", slices=2))
+    assert tuple(mesh.shape.values()) == (2, 1, 8, 1, 2)
+    for number in range(2):
+        assert {device.slice_index for device in mesh.devices[number].flat} == {number}
+    assert network.links(("fsdp",), mesh, CHIPS["v5e"]) == 2 and network.links(("tensor",), mesh, CHIPS["v5e"]) == 1
 
 
 @needs_libtpu
