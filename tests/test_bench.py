@@ -53,6 +53,12 @@ def test_compile_times_are_measured():
     assert [row[0] for row in rows] == ["2", "4"] and all(float(row[2]) > 0 for row in rows)
 
 
+def test_attention_is_measured():
+    text = run_quick("attention.py")
+    assert len(re.findall(r"^\| 1 x \d+ \|.*\*\*[\d.]+\*\*", text, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\| (?:256|512) \| \d+ \|", text, re.MULTILINE)) == 2
+
+
 def test_the_installation_is_measured():
     text = run_quick("install.py")
     assert re.search(r"site-packages \| \d+ MiB", text)

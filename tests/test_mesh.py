@@ -14,7 +14,7 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
-from sora_jax.nn.attention import blockwise_attention, dense_attention
+from sora_jax.nn.attention import attention, dense_attention
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import check_splits, shardings
 from sora_jax.parallel.mesh import MeshConfig, check_split, make_mesh, place_batch
@@ -94,24 +94,49 @@ def test_training_is_the_same_on_every_mesh(params, batch, one_device, name):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1e-2 * largest))
 
 
-@pytest.mark.parametrize("attend", [dense_attention, functools.partial(blockwise_attention, block=8)])
-def test_attention_runs_on_a_split_sequence(attend):
+@pytest.fixture(scope="module")
+def clips_on_a_line():
+    """q, k, v of four packs, segments in runs with one out of order, and the dense values, slopes and tangents."""
     rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 4, 32, 2, 8), np.float32)
-    segments = rng.integers(0, 3, (4, 32), np.int32)
+    q, k, v = rng.standard_normal((3, 4, 32, 8, 4), np.float32)
+    segments = np.sort(rng.integers(0, 5, (4, 32), np.int32), axis=1)
+    segments[:, -1] = 1
+    return (q, k, v, segments), quick_jit(derivatives(dense_attention))(q, k, v, segments)
 
-    def slopes(q, k, v, segments):
-        loss = lambda q, k, v: jnp.sin(attend(q, k, v, segments, reshard(segments, "batch", "keys"))).sum()  # noqa: E731
-        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
-    expected = quick_jit(slopes)(q, k, v, segments)
-    mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2))
+def derivatives(attend):
+    def found(q, k, v, segments):
+        loss = lambda q, k, v: jnp.sin(attend(q, k, v, segments, segments)).sum()  # noqa: E731
+        values, slopes = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+        moved = jax.jvp(lambda q, k, v: attend(q, k, v, segments, segments), (q, k, v), (v, q, k))[1]
+        return values, slopes, moved
+
+    return found
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, tensor=2, sequence=2), MeshConfig(data=1, sequence=8)], ids=str)
+@pytest.mark.parametrize(
+    "how", [("dense", "gather"), ("blockwise", "gather"), ("blockwise", "all_to_all"), ("blockwise", "ring")]
+)
+def test_attention_on_a_split_sequence_is_that_on_one_device(clips_on_a_line, mesh, how):
+    arrays, expected = clips_on_a_line
+    mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
-        layouts = [("batch", "length", "heads", None), *[("batch", "keys", "heads", None)] * 2, ("batch", None)]
-        arrays = zip((q, k, v, segments), layouts, strict=True)
+        layouts = [*[("batch", "length", "heads", None)] * 3, ("batch", "length")]
+        arrays = zip(arrays, layouts, strict=True)
         placed = [jax.device_put(x, NamedSharding(mesh, partition(*axes))) for x, axes in arrays]
-        found = quick_jit(slopes)(*placed)
+        found = quick_jit(derivatives(lambda *a: attention(*a, *how)))(*placed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_heads_that_cannot_be_shared_out_go_round_or_are_refused():
+    q = jax.ShapeDtypeStruct((1, 8, 2, 4), jnp.float32)
+    segments = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4])):
+        program = jax.make_jaxpr(functools.partial(attention, backend="blockwise", sequence="auto"))
+        assert "ppermute" in str(program(q, q, q, segments, segments))
+        with pytest.raises(UserError, match="model.sequence is 'all_to_all'; 2 heads"):
+            attention(q, q, q, segments, segments, "blockwise", "all_to_all")
 
 
 def test_a_batch_is_split_along_its_batch_axis():

@@ -191,9 +191,7 @@ def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
     if decoded is None:
         return None
     frames = decoded.frames[:, :, ::-1] if unit.mirrored else decoded.frames
-    clip = Clip(
-        clip_id, frames, decoded.fps, entry.captions, source.name, entry.label, decoded.start, decoded.flags
-    )
+    clip = Clip(clip_id, frames, decoded.fps, entry.captions, source.name, entry.label, decoded.start, decoded.flags)
     return _to_length(clip, config, span.place)
 
 

@@ -124,7 +124,7 @@ def _exact(x_BLP: TokensBLP, index_BL: Int[Array, "B L"], unknown_BL1: Array) ->
         def add(sum_BL1, place):
             # One token of every clip at a time: clips do not see each other.
             here_BL1 = unknown_BL1 * (index_BL == place)[:, :, None].astype(x_BLP.dtype)
-            turned_PBLP = jax.vmap(lambda unit_P: push(here_BL1 * unit_P[None, None, :]))(units_PP)
+            turned_PBLP = jax.lax.map(lambda unit_P: push(here_BL1 * unit_P[None, None, :]), units_PP)
             diagonal_BL1 = jnp.einsum("pblp->bl", turned_PBLP)[:, :, None]
             return sum_BL1 + here_BL1 * diagonal_BL1, None
 

@@ -23,7 +23,7 @@ from sora_jax.models.conditioning import (
     pair_attention_specs,
 )
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
-from sora_jax.nn.attention import BACKENDS, OUTPUT, attention
+from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, attention
 from sora_jax.nn.layers import (
     compute_dtype,
     dense,
@@ -74,6 +74,8 @@ class TransformerConfig:
     step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's. joint_qkv_init: queries, keys and
     values are one matrix to Xavier, as in DiT, not three.
 
+    attention and sequence: what computes attention, and how, where a mesh splits the sequence; see `nn.attention`.
+
     `remat` names what the backward pass keeps: "none" everything, "dots" matrix products and attention's outputs,
     "full" block inputs.
     """
@@ -96,6 +98,7 @@ class TransformerConfig:
     step_times: bool = False
     joint_qkv_init: bool = False
     attention: str = "auto"
+    sequence: str = "auto"
     remat: str = "full"
     unroll: int = 1
     dtype: str = "auto"
@@ -120,6 +123,7 @@ class TransformerConfig:
         check(self.classes >= 0, f"model.classes is {self.classes}; it must be 0 (none) or more")
         choose("model.conditioning", self.conditioning, MODULATED)
         choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
+        choose("model.sequence", self.sequence, dict.fromkeys(("auto", *SEQUENCES)))
         choose("model.remat", self.remat, REMAT)
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
@@ -226,7 +230,7 @@ def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, 
     with jax.named_scope("self_attention"):
         q, k, v = to_heads(p["qkv"], layer_norm(x_BLD) * (1 + scale1) + shift1)
         q, k = _placed(p.get("q_norm"), q, angles_BLK), _placed(p.get("k_norm"), k, angles_BLK)
-        out = attention(q, k, v, segments_BL, segments_BL, config.attention)
+        out = attention(q, k, v, segments_BL, segments_BL, config.attention, config.sequence)
         x_BLD += gate1 * merge_heads(p["merge"], out)
     if config.conditioning == "cross_attention":
         with jax.named_scope("pair_attention"):

@@ -59,6 +59,12 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """What the program is for: the devices of the mesh that is set, also of one that is only described."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def parts(name: str, mesh: Mesh | None = None) -> int:
     """Into how many parts a logical axis is split on `mesh`, or on the mesh that is set; 1 without a mesh."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape

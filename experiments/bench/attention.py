@@ -1,0 +1,100 @@
+"""Attention on packs: blocks that skip what is masked, against the whole score matrix with a mask.
+
+    python experiments/bench/attention.py             about three minutes on two cores
+    python experiments/bench/attention.py --quick     short packs; says nothing about speed
+
+Forward and backward together, float32, 6 heads of 64. Mixed: a pack of 4096 tokens with clips of 64 to 1024 tokens,
+and a short one; one: the same pack as a single clip. Outputs and gradients must agree. Peak memory is that of a process
+of its own which takes the gradient at 8, 16 and 32 thousand tokens, less what it holds before. Prints Markdown.
+"""
+
+import argparse
+import functools
+import resource
+import subprocess
+import sys
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import in_turns, machine, middle_half, milliseconds, report, table
+
+from sora_jax.nn.attention import blockwise_attention, dense_attention
+
+HEADS, WIDTH = 6, 64
+HEADER = ("packs", "clips", "pairs that are not masked", "dense ms", "blockwise ms", "dense / blockwise")
+
+
+def mixed(length: int, shortest: int, longest: int) -> np.ndarray:
+    """Segments (1, L) of clips whose lengths are uniform, the last cut."""
+    draws = np.random.default_rng(0)
+    lengths = draws.integers(shortest, longest + 1, length // shortest)
+    return np.repeat(np.arange(1, len(lengths) + 1), lengths)[None, :length].astype(np.int32)
+
+
+def arrays(length: int) -> list:
+    return [jnp.asarray(x) for x in np.random.default_rng(1).standard_normal((4, 1, length, HEADS, WIDTH), np.float32)]
+
+
+def gradient(attend, segments):
+    """A jitted function of (q, k, v, probe): the output, and its gradients along the probe."""
+
+    def found(q, k, v, probe):
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments, segments), q, k, v)
+        return out, pull(probe)
+
+    return jax.jit(found)
+
+
+def compare(segments: np.ndarray, rounds: int) -> list[str]:
+    """A row of the table; AssertionError where the two do not agree."""
+    given = arrays(segments.shape[1])
+    sides = [gradient(attend, jnp.asarray(segments)) for attend in (dense_attention, blockwise_attention)]
+    first = [side(*given) for side in sides]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *first)
+    dense, blocks = in_turns([lambda side=side: jax.block_until_ready(side(*given)) for side in sides], rounds)
+    _, counts = np.unique(segments, return_counts=True)
+    return [
+        f"1 x {segments.shape[1]}",
+        f"{len(counts)}: {counts.min()} to {counts.max()} tokens" if len(counts) > 1 else "one",
+        f"{(counts**2).sum() / segments.size**2:.0%}",
+        milliseconds(dense),
+        milliseconds(blocks),
+        f"**{median(dense) / median(blocks):.2f}** ({middle_half(np.array(dense) / np.array(blocks))})",
+    ]
+
+
+def peak(length: int) -> None:
+    """Prints the MiB that the gradient of one clip of that length adds to the peak of this process."""
+    given = arrays(length)
+    side = gradient(blockwise_attention, jnp.ones((1, length), jnp.int32)).lower(*given).compile()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    jax.block_until_ready(side(*given))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        return peak(options.peak)
+    length, rounds = (512, 2) if options.quick else (4096, options.rounds)
+    measured_on = machine()
+    short, one = mixed(length // 8, length // 64, length // 16), np.ones((1, length), np.int32)
+    rows = [compare(segments, rounds) for segments in (mixed(length, 64, length // 4), short, one)]
+    lengths = (length // 2, length) if options.quick else (8192, 16384, 32768)
+    peaks = table(("tokens", "MiB more at the peak"), [[str(n), f"{measured_peak(n):.0f}"] for n in lengths])
+    print(report(HEADER, rows, peaks, measured_on))
+
+
+def measured_peak(length: int) -> float:
+    arguments = [sys.executable, __file__, f"--peak={length}"]
+    return float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+
+
+if __name__ == "__main__":
+    main()
