@@ -4,15 +4,12 @@
     python experiments/bench/attention.py --quick     short packs; says nothing about speed
 
 Forward and backward together, float32, 6 heads of 64. Mixed: a pack of 4096 tokens with clips of 64 to 1024 tokens,
-and a short one; one: the same pack as a single clip. Outputs and gradients must agree. Peak memory is that of a process
-of its own which takes the gradient at 8, 16 and 32 thousand tokens, less what it holds before. Prints Markdown.
+and a short one; one: the same pack as a single clip. Outputs and gradients must agree. Memory is what XLA reserves for
+the gradient at 8, 16 and 32 thousand tokens. Prints Markdown.
 """
 
 import argparse
 import functools
-import resource
-import subprocess
-import sys
 from statistics import median
 
 import jax
@@ -65,35 +62,25 @@ def compare(segments: np.ndarray, rounds: int) -> list[str]:
     ]
 
 
-def peak(length: int) -> None:
-    """Prints the MiB that the gradient of one clip of that length adds to the peak of this process."""
-    given = arrays(length)
-    side = gradient(blockwise_attention, jnp.ones((1, length), jnp.int32)).lower(*given).compile()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    jax.block_until_ready(side(*given))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def memory(attend, length: int) -> str:
+    """MiB that the gradient of one clip of that length needs beside its arguments and results, as XLA reserves them."""
+    shapes = [jax.ShapeDtypeStruct((1, length, HEADS, WIDTH), jnp.float32)] * 4
+    compiled = gradient(attend, jnp.ones((1, length), jnp.int32)).lower(*shapes).compile()
+    return f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak:
-        return peak(options.peak)
     length, rounds = (512, 2) if options.quick else (4096, options.rounds)
     measured_on = machine()
     short, one = mixed(length // 8, length // 64, length // 16), np.ones((1, length), np.int32)
     rows = [compare(segments, rounds) for segments in (mixed(length, 64, length // 4), short, one)]
     lengths = (length // 2, length) if options.quick else (8192, 16384, 32768)
-    peaks = table(("tokens", "MiB more at the peak"), [[str(n), f"{measured_peak(n):.0f}"] for n in lengths])
-    print(report(HEADER, rows, peaks, measured_on))
-
-
-def measured_peak(length: int) -> float:
-    arguments = [sys.executable, __file__, f"--peak={length}"]
-    return float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+    sizes = [[str(n), memory(dense_attention, n), memory(blockwise_attention, n)] for n in lengths]
+    print(report(HEADER, rows, table(("tokens of one clip", "dense MiB", "blockwise MiB"), sizes), measured_on))
 
 
 if __name__ == "__main__":
