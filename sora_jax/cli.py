@@ -110,13 +110,21 @@ def _train(commands) -> None:
     p.add_argument("--config", required=True, help=about)
     p.add_argument("--workdir", type=Path, required=True, help="run folder; a run found there goes on")
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, and end")
+    p.add_argument("--distributed", action="store_true", help="one of several processes: TPU pods, SLURM, GKE")
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where JAX cannot find it")
+    p.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
+    p.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
     p.set_defaults(function=train, changes=[])
 
 
 def train(options) -> None:
     from sora_jax import commands
     from sora_jax.config import load
+    from sora_jax.parallel import distributed
 
+    others = (options.coordinator, options.processes, options.process)
+    if options.distributed or others != (None, None, None):
+        distributed.start(*others)
     config = commands.run_config(load(options.config, options.changes))
     if options.dry_run:
         print(commands.describe(config))

@@ -24,6 +24,7 @@ from sora_jax.generate.run import Run, load_run, read_run_config, told
 from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
+from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
 from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer, upgraded
@@ -36,7 +37,7 @@ from sora_jax.train.frozen import (
     measure_statistics,
     save_autoencoder,
 )
-from sora_jax.train.loop import Job, fit
+from sora_jax.train.loop import Job, fit, say
 
 # A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
 MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "data", "latents")
@@ -48,6 +49,8 @@ DEFAULT_SIZE = (17, 64, 64)
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the next run starts faster; SORA_JAX_CACHE names another folder."""
+    if distributed.several() and jax.default_backend() == "cpu":
+        return  # it serves the first process alone, and on CPUs that one waits for the others half a minute at most
     folder = os.environ.get("SORA_JAX_CACHE") or Path.home() / ".cache" / "sora_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -90,17 +93,24 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     shown = _spread(held_out, PREVIEW_CLIPS)
     preview = reconstruction_preview(config, shown, workdir) if shown else None
     if not held_out:
-        print("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured", flush=True)
-    job = autoencoder_job(config, dataset, preview)
+        say("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
+    job = autoencoder_job(config, dataset, preview, distributed.share_of_batch(mesh))
     claim_workdir(workdir, config, dataset.digest)
     state = _fit(job, config, mesh, workdir)
     if _finished_before(workdir, int(state.step)):
         return  # written anew it could differ in a last bit, and caches made with it would no longer match
-    params = jax.tree.map(np.asarray, state.ema[0])
+    params = distributed.on_host(state.ema[0])
+    if distributed.first():
+        _keep_autoencoder(config, dataset, held_out, params, int(state.step), workdir)
+    distributed.barrier("autoencoder kept")
+
+
+def _keep_autoencoder(config: AutoencoderRun, dataset: Dataset, held_out: list, params, step: int, workdir: Path):
+    """Measures the latents of the averaged parameters and writes workdir/frozen."""
     measured = _some(dataset, dataset.rows(config.split), STATISTICS_CLIPS)
     mean, std = measure_statistics(params, config.model, tqdm(measured, "latent statistics", unit="clip"))
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)
-    notes = {"steps": int(state.step), "held_out_psnr": held_out_psnr(autoencoder, held_out) if held_out else None}
+    notes = {"steps": step, "held_out_psnr": held_out_psnr(autoencoder, held_out) if held_out else None}
     save_autoencoder(autoencoder, workdir / FOLDER, notes)
 
 
@@ -127,18 +137,21 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
     check_workdir(workdir, config, cache.digest)
     tokenizer = prepare_tokenizer(config, cache, workdir)
-    current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=mesh)
+    looking = make_mesh(devices=jax.local_devices()) if distributed.several() else mesh
+    current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=looking)
     for size in config.preview.sizes:
         current(params={}).latent_size(*size)
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.any else None
     if preview is None:
-        print("config.preview names no prompts or classes: no samples are shown while training", flush=True)
-    job = denoiser_job(config, cache, tokenizer, preview, Path(workdir) / "captions")
+        say("config.preview names no prompts or classes: no samples are shown while training")
+    captions, share = Path(workdir) / "captions", distributed.share_of_batch(mesh)
+    job = denoiser_job(config, cache, tokenizer, preview, captions, share)
     claim_workdir(workdir, config, cache.digest, cache.info.text)
-    copy_autoencoder(config.latents, workdir)
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.save(Path(workdir) / "tokenizer.json")
-    print(job.note, flush=True)
+    if distributed.first():
+        copy_autoencoder(config.latents, workdir)
+        if isinstance(tokenizer, Tokenizer):
+            tokenizer.save(Path(workdir) / "tokenizer.json")
+    say(job.note)
     _fit(job, config, mesh, workdir)
 
 
@@ -189,8 +202,10 @@ def check_workdir(workdir: Path, config, data: str) -> None:
 
 def claim_workdir(workdir: Path, config, data: str, text: TextInfo | None = None) -> None:
     """Writes config.json and data.json just before the first step: what was refused leaves no folder behind."""
-    write_json(Path(workdir) / "config.json", plain(config))
-    write_json(Path(workdir) / "data.json", {"digest": data, "text": text and text.fingerprint})
+    distributed.barrier("all have seen the folder as it was")
+    if distributed.first():
+        write_json(Path(workdir) / "config.json", plain(config))
+        write_json(Path(workdir) / "data.json", {"digest": data, "text": text and text.fingerprint})
 
 
 def sample(options) -> list[Path]:

@@ -151,7 +151,7 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
     reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.Means(), int, int)
     for step in range(1, 13):
         now[0] += 1
-        reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {})
+        reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {"x": (0, 0)})
         reporter.read_previous()
         if step % 3 == 0:
             with watch("save"):

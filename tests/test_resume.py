@@ -9,8 +9,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from fixtures_runs import ROOT, chain, start, train_options  # noqa: F401
-from fixtures_toy import OPTIM, SPECS, train_slowly
+from fixtures_runs import chain, start, train_options  # noqa: F401
+from fixtures_toy import OPTIM, SPECS, kill, train_slowly  # noqa: F401
 
 from sora_jax.commands import run_config
 from sora_jax.models.transformer import transformer_specs
@@ -90,16 +90,7 @@ def test_stopped_and_killed_runs_are_the_undisturbed_run_to_the_bit(chain, strai
     jax.tree.map(np.testing.assert_array_equal, final_state(workdir), final_state(straight))
 
 
-@pytest.fixture
-def kill(monkeypatch):
-    """The script of the experiment; its processes find the tests."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "reliability"))
-    import kill
-
-    return kill
-
-
-def test_twenty_kills_at_any_moment_leave_the_undisturbed_run_to_the_bit(kill, tmp_path):
+def test_twenty_kills_at_any_moment_leave_the_undisturbed_run_to_the_bit(kill, tmp_path):  # noqa: F811
     def begin(workdir, steps=100):
         return kill.start(kill.log_of(workdir), functools.partial(train_slowly, workdir, steps=steps, save_every=3))
 

@@ -81,7 +81,9 @@ def sample_latents(
         scale_BS = place_batch({"scale_BS": scale_BS}, mesh)["scale_BS"]
         batch, negative = placed(items), placed(negatives) if guides else None
         tokens_BLP = solve_packs(params, run, sampling, np.uint32(seed), batch, negative, scale_BS)
-        rows = unstack({name: np.asarray(getattr(batch, name)) for name in UNPACKED} | {"tokens_BLP": tokens_BLP})
+        rows = unstack(
+            {name: np.asarray(getattr(batch, name)) for name in UNPACKED} | {"tokens_BLP": np.asarray(tokens_BLP)}
+        )
         for row, inside in zip(rows, members):
             for member, latent in zip(inside, unpack(row, packing.patch), strict=True):
                 latents[member] = latent

@@ -3,9 +3,43 @@
 With one process, which is how most runs go, nothing here costs anything.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sora_jax.config import check
+from sora_jax.errors import UserError
+from sora_jax.parallel.rules import partition, parts
+
+LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")  # in what JAX says of a lost connection
+SILENCE = 60  # seconds without a sign of life after which a process is given up, and with it all the others
+
+
+def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the other processes of the run; to be called before anything else of JAX.
+
+    On TPU, SLURM and GKE nothing need be given: JAX finds the others. Elsewhere all three are: HOST:PORT of the first
+    process, the number of processes, and which this is, from 0. When a process dies, JAX ends the others within about
+    a minute, and says why. UserError if the others cannot be known.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    check(len(missing) in (0, 3), f"{', '.join(missing)} is not given; give all of {', '.join(given)}, or none")
+    if not missing:
+        check(processes > 0, f"--processes is {processes}; it must be positive")
+        check(0 <= process < processes, f"--process is {process}; it must be from 0 to {processes - 1}")
+        check(":" in coordinator, f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE
+        )
+    except ValueError as error:
+        message = f"no cluster was found ({error}); give --coordinator=HOST:PORT, --processes=N and --process=I"
+        raise UserError(message) from error
 
 
 def first() -> bool:
@@ -13,20 +47,68 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def several() -> bool:
+    """Whether there is more than one process."""
+    return jax.process_count() > 1
+
+
+def share_of_batch(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): into how many equal shares the processes cut the rows of a batch, and which is this one's.
+
+    Processes between which only parameters or the sequence are split read the same rows. UserError where the rows of
+    a process do not follow each other.
+    """
+    count = parts("batch", mesh)
+    placed = NamedSharding(mesh, partition("batch")).addressable_devices_indices_map((count,))
+    rows = sorted({rows.start or 0 for (rows,) in placed.values()})
+    even = rows == list(range(rows[0], rows[0] + len(rows))) and count % len(rows) == rows[0] % len(rows) == 0
+    check(even, f"the mesh gives process {jax.process_index()} parts {rows} of a batch; they must follow each other")
+    return rows[0] // len(rows), count // len(rows)
+
+
 def barrier(name: str) -> None:
     """Returns when all processes have come here."""
-    if jax.process_count() > 1:
+    if several():
         multihost_utils.sync_global_devices(name)
 
 
 def all_true(here: bool) -> bool:
     """Whether `here` holds in every process."""
-    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(here)).all())
+    return bool(multihost_utils.process_allgather(np.int32(here)).all()) if several() else here
 
 
 def total(values: dict[str, float]) -> dict[str, float]:
     """Sums over the processes, name by name, in float32 where there is more than one."""
-    if jax.process_count() == 1 or not values:
+    if not several() or not values:
         return values
     sums = multihost_utils.process_allgather(np.array(list(values.values()), np.float32)).astype(np.float64).sum(0)
     return dict(zip(values, sums.tolist(), strict=True))
+
+
+def on_host(tree):
+    """The whole arrays of a tree, wherever their parts are, in the memory of every process."""
+    if several():
+        mesh = jax.tree.leaves(tree)[0].sharding.mesh
+        tree = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return jax.tree.map(np.asarray, tree)
+
+
+def stop_agreed(step: int) -> bool:
+    """Whether all processes stop after this step, because one of them was sent SIGTERM; the same answer in each."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Makes one sentence, a UserError, of a lost connection to another process.
+
+    Where no connection breaks, JAX itself ends the process, with a message, `SILENCE` seconds after the last sign.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # a ValueError where the step is dispatched
+        reason = (str(error).splitlines() or [""])[0]
+        if not several() or not any(word in reason for word in LOST):
+            raise
+        message = "another process of this run has died or cannot be reached; start all of them again, and the run goes"
+        raise UserError(f"{message} on from the last save ({reason[:200]})") from error

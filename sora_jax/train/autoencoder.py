@@ -98,12 +98,15 @@ def check_sizes(config: FirstStageConfig, dataset: Dataset) -> None:
             raise UserError(message) from error
 
 
-def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> Job:
-    """What the loop needs to train an autoencoder on a dataset folder."""
+def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None, share: tuple[int, int] = (0, 1)) -> Job:
+    """What the loop needs to train an autoencoder on a dataset folder.
+
+    share: this process's part of each batch, see `distributed.share_of_batch`.
+    """
     check_sizes(config.model, dataset)
     sizes, clips = sizes_and_clips(dataset, config.split)
     check(len(clips) > 0, f"config.split is {config.split!r}; the dataset {str(dataset.path)!r} has no such clip")
-    batches = crop_batches(dataset, config.crops, config.seed, sizes, clips, jax.process_index(), jax.process_count())
+    batches = crop_batches(dataset, config.crops, config.seed, sizes, clips, *share)
     return Job(
         name="autoencoder",
         specs=autoencoder_specs(config.model),
@@ -115,6 +118,7 @@ def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None) -> J
             dataset.row(int(i))["id"] for name in sorted(batch) if name.endswith("_clips_B") for i in batch[name]
         ],
         preview=preview,
+        shares=share[1],
     )
 
 

@@ -208,11 +208,15 @@ def denoiser_job(
     tokenizer: Tokenizer | PretrainedText | NoText,
     preview=None,
     folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Job:
-    """What the loop needs to train a denoiser on a latent cache; `folder` keeps the tokens of its captions."""
+    """What the loop needs to train a denoiser on a latent cache; `folder` keeps the tokens of its captions.
+
+    share: this process's part of each batch, see `distributed.share_of_batch`.
+    """
     batches = packed_batches(
         cache, None if isinstance(tokenizer, PretrainedText) else tokenizer, config.packs, config.batch, config.seed,
-        config.split, jax.process_index(), jax.process_count(), config.captions, folder,
+        config.split, *share, config.captions, folder,
     )  # fmt: skip
     return Job(
         name="transformer",
@@ -224,6 +228,7 @@ def denoiser_job(
         clip_ids=lambda batch: _names(cache, batch["clips_BS"]),
         preview=preview,
         note=str(batches.report()),
+        shares=share[1],
     )
 
 

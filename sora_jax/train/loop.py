@@ -68,7 +68,8 @@ class Job:
     takes.
     counts(batch): what to add up for the report ("clips", "tokens", "places", "flops"). clip_ids(batch): for the
     message when a loss is not finite. preview(step, ema_params, writer): looks at the model now and then.
-    note: what to print before the first step.
+    note: what to print before the first step. shares: into how many the processes cut a batch, see `share_of_batch`;
+    `batches`, `counts` and `clip_ids` are of this process's share.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Job:
     clip_ids: Callable[[dict], list]
     preview: Callable[[int, dict, MetricsWriter], None] | None = None
     note: str = ""
+    shares: int = 1
 
 
 def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh, workdir: Path, run: dict):
@@ -91,6 +93,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
     watch = Stopwatch()
     optimizer = make_optimizer(dataclasses.replace(optim, decay_steps=optim.decay_steps or config.steps))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.peers())
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep, config.keep_best))
         stop = stack.enter_context(stop_signal())
@@ -101,10 +104,10 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 state, saved = checkpoints.restore(state)
         start = int(state.step)
         if start >= config.steps:
-            print(f"{job.name}: already at step {start} of {config.steps}", flush=True)
+            say(f"{job.name}: already at step {start} of {config.steps}")
             return state
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
-        writer = stack.enter_context(MetricsWriter(workdir, start))
+        writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         dog = stack.enter_context(Watchdog(watch, workdir if distributed.first() else None, start))
         reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")), dog.stepped, checkpoints.latest)
@@ -119,7 +122,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                     state, metrics = step_function(state, placed)
                 reporter.read_previous()
             reporter.hold(step, metrics, batch)
-            stopping = stop()  # asked once: a signal that comes after this line waits for the next step's save
+            stopping = stop(step)  # asked once: a signal that comes after this line waits for the next step's save
             saving = stopping or due(step, config.save_every, config.steps)
             previewing = job.preview and due(step, config.preview_every, config.steps)
             if saving or previewing:
@@ -133,19 +136,33 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                     checkpoints.save(step, state, notes, reporter.best_metric)
             if previewing:
                 with watch("preview"):
-                    job.preview(step, state.ema[0], writer)
+                    _preview(job, step, state.ema[0], writer)
             if stopping:
                 break
         with watch("save"):
             checkpoints.wait()
-        print(f"{job.name}: step {step} of {config.steps}; {watch}", flush=True)
+        say(f"{job.name}: step {step} of {config.steps}; {watch}")
     if stopping:
         raise Stopped(step)
     return state
 
 
+def say(text: str) -> None:
+    """Prints it, once for all processes."""
+    if distributed.first():
+        print(text, flush=True)
+
+
+def _preview(job: Job, step: int, params: dict, writer: MetricsWriter | None) -> None:
+    """Several processes gather the parameters, and the first alone looks at the model, on its own devices."""
+    params = distributed.on_host(params) if distributed.several() else params
+    if distributed.first():
+        job.preview(step, params, writer)
+
+
 def _bar(name: str, start: int, steps: int) -> tqdm:
-    return tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05)
+    look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, disable=not distributed.first())
+    return tqdm(total=steps, initial=start, desc=name, **look)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -168,7 +185,7 @@ class Reporter:
     def __init__(
         self,
         job: Job,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         bar: tqdm,
         watch: Stopwatch,
         config: LoopConfig,
@@ -220,11 +237,13 @@ class Reporter:
     def _report(self, step: int) -> None:
         metrics = self.means.take()
         seconds = self._clock() - self._since
-        rates = {f"{name}_per_second": value / seconds for name, value in self._counts.items() if name != "places"}
-        if "places" in self._counts:
-            rates["padding_share"] = 1 - self._counts["tokens"] / self._counts["places"]
+        counts, again = distributed.total(self._counts), jax.process_count() / self._job.shares
+        rates = {f"{name}_per_second": n / again / seconds for name, n in counts.items() if name != "places"}
+        if "places" in counts:
+            rates["padding_share"] = 1 - counts["tokens"] / counts["places"]
         spent = {f"seconds/{cause}": value for cause, value in self._watch.seconds.items()}
-        self._writer.write(step, metrics | self._totals | rates | spent)
+        if self._writer:
+            self._writer.write(step, metrics | self._totals | rates | spent)
         if self._config.keep_best:
             name = self._config.best_metric
             known = flatten(metrics)
@@ -267,7 +286,10 @@ class Means:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Yields a function that says whether SIGINT or SIGTERM came; a second Ctrl-C interrupts at once."""
+    """Yields stop(step): whether to stop after it, because SIGINT or SIGTERM came; a second Ctrl-C interrupts at once.
+
+    Several processes agree on the step, whichever of them was sent the signal.
+    """
     asked = []
     previous = {}
 
@@ -276,11 +298,15 @@ def stop_signal():
             raise KeyboardInterrupt
         asked.append(number)
         os.write(2, STOPPING)  # not print: the handler may have cut into a write to the same stream
+        if distributed.several():
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the other processes
 
+    # With several processes JAX has its own handler for SIGTERM.
+    numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGINT, signal.SIGTERM)
     with contextlib.suppress(ValueError):  # not in the main thread (a notebook's helper): no handlers there
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield lambda: bool(asked)
+        yield distributed.stop_agreed if distributed.several() else lambda step: bool(asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

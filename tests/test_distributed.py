@@ -1,0 +1,133 @@
+"""Two processes: one run, its checkpoints, its stops, and the death of one of them."""
+
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+from fixtures_runs import chain, train_options  # noqa: F401
+from fixtures_toy import kill, one_of_two, train, train_half  # noqa: F401
+
+from sora_jax import cli
+from sora_jax.errors import UserError
+from sora_jax.parallel import distributed
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+
+SILENCE = 6  # seconds, instead of a minute
+PATIENCE = 200
+
+
+def begin_two(kill, workdir, devices, function, *arguments, **options):  # noqa: F811
+    """The processes; what they say goes to 0.log and 1.log beside the run."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    call = functools.partial(one_of_two, **options)
+    common = (port, SILENCE, devices, function, *arguments)
+    return [kill.start(workdir.parent / f"{i}.log", call, i, *common) for i in range(2)]
+
+
+def end(workdir, processes) -> list[tuple[int, str]]:
+    """Exit code of each, and what it has said since the last call."""
+    ended = []
+    for i, process in enumerate(processes):
+        process.join(PATIENCE)
+        log = workdir.parent / f"{i}.log"
+        ended.append((process.exitcode, log.read_text()))
+        log.unlink()
+    return ended
+
+
+def rows(workdir) -> dict[int, dict]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return {row["step"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+
+
+def wait_for(workdir, step: int, processes) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while max(rows(workdir), default=0) < step:
+        assert time.monotonic() < give_up and all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+
+
+def same(first: dict, second: dict, *names: str) -> None:
+    assert list(first) == list(second)
+    for name in names:
+        np.testing.assert_allclose([r[name] for r in first.values()], [r[name] for r in second.values()], rtol=2e-5)
+
+
+def test_a_stop_and_a_death_in_two_processes_leave_the_run_of_one(kill, tmp_path):  # noqa: F811
+    workdir, options = tmp_path / "run", dict(steps=200, save_every=10)
+    begin = functools.partial(begin_two, kill, workdir, 1, train_half, workdir, **options)
+
+    processes = begin()
+    wait_for(workdir, 15, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)  # one is told, both stop after the same step
+    (code, first), (other, second) = end(workdir, processes)
+    assert (code, other) == (130, 130), first + second
+    steps = {re.search(r"stopped at step (\d+); everything is saved", text)[1] for text in (first, second)}
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps == {str(newest)} and 15 <= newest < 200
+    assert "toy: step" in first and "toy: step" not in second  # one of them speaks
+
+    processes = begin()
+    wait_for(workdir, newest + 15, processes)
+    processes[1].kill()
+    moment = time.monotonic()  # of the death
+    (code, text), _ = end(workdir, processes)
+    assert code not in (0, None) and time.monotonic() - moment < 5 * SILENCE
+    # The connection breaks, or the last sign of life is too long ago, whichever is seen first.
+    assert "another process of this run has died" in text or "another task died" in text
+
+    (code, first), (other, second) = end(workdir, begin())
+    assert (code, other) == (0, 0), first + second
+    train(tmp_path / "alone", devices=2, **options)
+    same(rows(workdir), rows(tmp_path / "alone"), "loss", "gradient_norm", "parameter_norm")
+    last = rows(workdir)[200]
+    np.testing.assert_allclose(last["tokens_per_second"] / last["clips_per_second"], 3, rtol=1e-6)
+    assert last["padding_share"] == 1 / 4
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_from_them(kill, chain, tmp_path, monkeypatch):  # noqa: F811
+    def command(workdir, steps=4):
+        show = ["preview.prompts=('a red square',)", "preview.sizes=((1,16,16),)", "preview.steps=1"]
+        loop = [f"loop.steps={steps}", "loop.save_every=2", "mesh.fsdp=2", "model.depth=1", "feed.threads=0"]
+        return list(map(str, train_options("transformer", workdir, f"latents={chain.latents}", *loop, *show)))
+
+    together, alone = tmp_path / "run", tmp_path / "alone"
+    (code, first), (other, second) = end(together, begin_two(kill, together, 2, cli.main, command(together)))
+    assert (code, other) == (0, 0), first + second
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    assert cli.main(command(alone)) == 0
+    same(rows(together), rows(alone), "loss", "gradient_norm", "parameter_norm")
+    assert (together / "samples" / "step_000004" / "00.png").exists()
+    del devices[2:]  # another number of processes and of devices
+    for workdir in (together, alone):
+        assert cli.main(command(workdir, 5)) == 0
+    same(rows(together), rows(alone), "loss", "gradient_norm", "parameter_norm")
+
+
+def test_the_share_of_one_process_is_the_whole_batch():
+    for config in (MeshConfig(), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=1, tensor=8)):
+        assert distributed.share_of_batch(make_mesh(config)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("host:1", None, None), "--processes, --process is not given"),
+        (("host:1", 2, 2), "--process is 2; it must be from 0 to 1"),
+        (("host", 2, 1), "--coordinator is 'host'; it must be HOST:PORT"),
+    ],
+)
+def test_options_that_say_no_place_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(*given)
