@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax.errors import UserError
-from sora_jax.nn.attention import OUTPUT, attention, blockwise_attention, dense_attention
+from sora_jax.nn.attention import OUTPUT, attention, blockwise, blockwise_attention, dense_attention
 from sora_jax.nn.attention.kernels import splash_attention
 
 B, L, M, N, K = 2, 24, 10, 2, 8
@@ -78,6 +78,20 @@ def test_blocks_without_a_common_segment_are_never_read():
     attend = lambda *a: blockwise_attention(*a, segments, segments, block=8)  # noqa: E731
     for found in (attend(q, k, v), *jax.grad(lambda *a: attend(*a).sum(), (0, 1, 2))(q, k, v)):
         assert np.isnan(found[:, 8:16]).all() and np.isfinite(found[:, :8]).all() and np.isfinite(found[:, 16:]).all()
+
+
+def test_an_accelerator_takes_packs_side_by_side_with_the_same_result(monkeypatch):
+    """The packs have different numbers of blocks to read."""
+    *arrays, queries, keys = inputs()
+    queries[0], keys[0] = np.sort(queries[0]), np.sort(keys[0])
+
+    def found():
+        attend = lambda *a: jnp.sin(blockwise_attention(*a, queries, keys, block=6)).sum()  # noqa: E731
+        return jax.value_and_grad(attend, (0, 1, 2))(*arrays), jax.jvp(attend, tuple(arrays), tuple(arrays))
+
+    one_after_another = found()
+    monkeypatch.setattr(blockwise, "platform", lambda: "gpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found(), one_after_another)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

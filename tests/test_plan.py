@@ -438,11 +438,22 @@ def test_slices_are_the_outermost_axis_and_axes_may_share_a_row_of_chips():
 
 
 @needs_libtpu
-def test_a_plan_of_the_tiny_config(capsys):
-    assert run(*plan_options("tiny", "--topology=v5e:2x2", "--json")) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["fits"] and plan["chips"] == 4 and sum(plan["memory"].values()) == plan["needed"]
-    assert plan["parameters"] == pytest.approx(SIZES["tiny"], rel=0.02)
-    assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["memory"]["parameters"], rel=0.01)
-    assert {c["kind"] for c in plan["collectives"]} & {"all-reduce", "reduce-scatter"}
-    assert plan["binding"] in plan["times"]
+def test_a_step_compiled_for_a_tpu_is_planned_and_gathers_nothing_forbidden(monkeypatch):
+    from sora_jax.parallel.compile import compile_program, topology_mesh
+    from sora_jax.plan import report
+
+    topology = Topology.parse("v5e:2x2")
+    run_ = dataclasses.replace(model(attention="dense", text=None), mesh=MeshConfig(data=1, fsdp=4))
+    mesh = topology_mesh(run_.mesh, topology)
+    program = programs.program(run_, "train", mesh)
+    compiled = compile_program(program.function, program.arguments, mesh)
+    assert forbidden(compiled.as_text(), mesh, run_) == []
+    monkeypatch.setattr(report, "compile_program", lambda *_: compiled)
+    plan = report.make_plan(run_, "train", topology)
+    assert plan.fits and plan.chips == 4 and sum(plan.memory.values()) == plan.needed
+    assert plan.memory["parameters"] == pytest.approx(
+        count(transformer_specs(run_.model)), rel=0.05
+    )  # 4 bytes, 4 chips
+    assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["parameters"], rel=0.01)
+    assert {row.kind for row in plan.collectives} & {"all-reduce", "reduce-scatter"} and plan.binding in plan.times
+    assert 1.3 < plan.ratio <= 1.36

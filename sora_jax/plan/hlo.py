@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0} | {
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "sufc" for bits in (8, 16, 32, 64, 128)
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
