@@ -17,7 +17,7 @@ from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.attention import attention, dense_attention
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import check_splits, shardings
-from sora_jax.parallel.mesh import MeshConfig, check_split, make_mesh, place_batch
+from sora_jax.parallel.mesh import MeshConfig, _laid_out, check_split, make_mesh, place_batch
 from sora_jax.parallel.rules import MESH_AXES, RULES, out_sharding, partition, parts, reshard
 from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
 from sora_jax.train.optim import OptimConfig, make_optimizer
@@ -137,6 +137,25 @@ def test_heads_that_cannot_be_shared_out_go_round_or_are_refused():
         assert "ppermute" in str(program(q, q, q, segments, segments))
         with pytest.raises(UserError, match="model.sequence is 'all_to_all'; 2 heads"):
             attention(q, q, q, segments, segments, "blockwise", "all_to_all")
+
+
+class Chip:
+    """What JAX reads of a device to lay out a mesh: two slices, each a square of four."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number: int):
+        self.id, self.slice_index = number, number // 4
+        self.coords, self.core_on_chip = (number % 2, number // 2 % 2, 0), 0
+
+
+def test_slices_lie_along_the_slice_axis_alone():
+    chips = [Chip(number) for number in (0, 4, 1, 5, 2, 6, 3, 7)]
+    grid = _laid_out([2, 1, 2, 1, 2], chips)
+    assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
+    assert grid.shape == (2, 1, 2, 1, 2) and {chip.id for chip in grid.flat} == set(range(8))
+    with pytest.raises(UserError, match="mesh.slice is 1; it must be the number of slices, 2"):
+        make_mesh(MeshConfig(fsdp=4), chips)
 
 
 def test_a_batch_is_split_along_its_batch_axis():

@@ -11,13 +11,12 @@ import os
 import re
 
 import jax
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check, choose
 from sora_jax.errors import UserError
 from sora_jax.parallel.chips import CHIPS, Chip
-from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES, partition
 
 INSTALL = "pip install libtpu"
@@ -108,15 +107,7 @@ def mesh_sizes(config: MeshConfig, topology: Topology) -> tuple[int, ...]:
 
 def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
     """The Explicit mesh of a config on a topology, axes laid along the interconnect; slices by the outermost axis."""
-    from jax.experimental import mesh_utils
-
-    sizes, devices = mesh_sizes(config, topology), topology.devices()
-    if topology.slices > 1:
-        inside, across = (1, *sizes[1:]), (sizes[0], *(1 for _ in sizes[1:]))
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
-    else:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    return make_mesh(MeshConfig(*mesh_sizes(config, topology)), topology.devices())
 
 
 def use(mesh: Mesh | AbstractMesh):

@@ -5,6 +5,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from sora_jax.errors import UserError
@@ -28,7 +29,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
-    """A mesh with all of `MESH_AXES`, Explicit: a wrong sharding is an error when the program is traced."""
+    """A mesh with all of `MESH_AXES`, Explicit: a wrong sharding is an error when the program is traced.
+
+    Neighbours in the mesh are neighbours on the interconnect; over several slices of TPUs only the axis `slice`
+    uses the network between them. UserError where the sizes do not fit the devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
@@ -36,7 +41,18 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) ->
     if math.prod(sizes) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh {asked} does not use exactly the {len(devices)} devices of this machine")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+    return Mesh(_laid_out(sizes, devices), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def _laid_out(sizes: list[int], devices: list) -> np.ndarray:
+    """The devices as an array of these sizes."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] != slices:
+        raise UserError(f"mesh.slice is {sizes[0]}; it must be the number of slices, {slices}")
+    inside, across = (1, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def check_split(mesh: Mesh, axis: str, size: int, option: str) -> None:
