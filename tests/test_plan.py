@@ -164,6 +164,37 @@ def test_an_asynchronous_collective_counts_once():
     assert [(c.kind, c.bytes, c.times) for c in found] == [("all-gather", 8.0, 1)]
 
 
+def test_what_the_runtime_moves_between_slices_is_a_collective():
+    """Of two slices of four chips: a chip sends its 4 KiB to its like in the other, in a loop of three."""
+    about = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    sent = f"is_host_transfer=true, frontend_attributes={{{about}}}"
+    thrice = 'condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    text = f"""
+%body (t: (s32[], f32[1,8,128])) -> (s32[], f32[1,8,128]) {{
+  %t = (s32[], f32[1,8,128]{{2,1,0}}) parameter(0)
+  %x = f32[1,8,128]{{2,1,0}} get-tuple-element(%t), index=1
+  %token = token[] after-all()
+  %send = (f32[1,8,128]{{2,1,0}}, u32[], token[]) send(%x, %token), channel_id=2, {sent}
+  ROOT %again = (s32[], f32[1,8,128]{{2,1,0}}) tuple(%x, %x)
+}}
+
+ENTRY %main (p: (s32[], f32[1,8,128])) -> (s32[], f32[1,8,128]) {{
+  %p = (s32[], f32[1,8,128]{{2,1,0}}) parameter(0)
+  ROOT %loop = (s32[], f32[1,8,128]{{2,1,0}}) while(%p), {thrice}
+}}
+"""
+    (found,) = hlo.count(text, 8).collectives
+    mesh = torus((2, 2), slice=2, fsdp=4)
+    assert (found.kind, found.bytes, found.times, network.axes_of(found.groups, mesh)) == (
+        "all-reduce",
+        4096,
+        3,
+        ("slice",),
+    )
+    inside, between = network.seconds(found, ("slice",), mesh, CHIPS["v5e"])
+    assert inside == 0 and between == 4096 / CHIPS["v5e"].data_centre
+
+
 @dataclasses.dataclass
 class Device:
     coords: tuple[int, ...]

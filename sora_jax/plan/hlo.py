@@ -18,7 +18,7 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "bf16": 2} | {
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id"}
-NO_TRAFFIC = FREE | {"while", "conditional", "call", "after-all", "custom-call", "optimization-barrier"}
+NO_TRAFFIC = FREE | {"while", "conditional", "call", "after-all", "custom-call", "optimization-barrier", "send", "recv"}
 # Products of queries x keys x width in the kernels of JAX's splash attention, which do not say what they cost: scores
 # and output; backward, scores and their gradient in each of two kernels, beside what each is for (2205.14135).
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
@@ -353,7 +353,7 @@ def count(text: str, devices: int) -> Counted:
     for run in executed(text):
         flops += run.times * product_flops(run)
         moved += run.times * traffic(run, computations)
-        if kind := _collective(run.op.opcode):
+        if kind := _collective(run.op.opcode) or between_slices(run.op):
             # An asynchronous one is written out where it starts, where it runs beside others, and where it ends.
             key = (run.loop, kind, run.op.attribute("channel_id") or run.op.name)
             found.setdefault(key, _describe(run, kind, devices))
@@ -379,8 +379,19 @@ def _describe(run: Executed, kind: str, devices: int) -> Collective:
     )
 
 
+def between_slices(op: Operation) -> str | None:
+    """The kind of a collective that the runtime does between slices: the program only hands it what a chip sends."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest) if op.opcode == "send" else None
+    return kind and kind[1].lower().replace("_", "-")
+
+
 def groups(op: Operation, devices: int) -> np.ndarray:
     """Device numbers (groups, members) that exchange data; (pairs, 2) of a collective-permute."""
+    if op.opcode == "send":  # slices x chips of a slice, such as {1,2}x{0:3}; a chip to its like in the others
+        named = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.rest)[1]
+        first, _, last = named.partition(":")
+        slices = int(last) - int(first) + 1 if last else len(named.split(","))
+        return np.arange(devices).reshape(slices, -1).T
     if pairs := re.search(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}", op.rest):
         return np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
     text = re.search(r"replica_groups=(mesh\[[^\]]*\]\s*\{[^}]*\}|\{\{.*?\}\}|\{\}|\[[^\s]*)", op.rest)
