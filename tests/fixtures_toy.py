@@ -1,5 +1,6 @@
 """The smallest job that the loop takes, to see what the loop does; it also runs in processes of its own."""
 
+import os
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sora_jax.train.loop import Job, LoopConfig, fit
 from sora_jax.train.optim import OptimConfig
 
 ROOT = Path(__file__).parents[1]
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture
@@ -78,6 +80,7 @@ def train_slowly(workdir, **options) -> int:
 
 def one_of_two(process: int, port: int, silence: int, devices: int, function, *arguments, **options) -> int:
     """`function` as one of two processes with so many devices each; `silence` as in `distributed`, in seconds."""
+    os.environ["XLA_FLAGS"] = FAST_COMPILE
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_compilation_cache", False)  # it serves the first alone, and Gloo waits half a minute
     distributed.SILENCE = silence

@@ -141,6 +141,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 break
         with watch("save"):
             checkpoints.wait()
+        distributed.barrier("the end of the run")  # a process that leaves early is taken for dead
         say(f"{job.name}: step {step} of {config.steps}; {watch}")
     if stopping:
         raise Stopped(step)
