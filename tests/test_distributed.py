@@ -97,20 +97,17 @@ def test_a_stop_and_a_death_in_two_processes_leave_the_run_of_one(kill, tmp_path
 
 def test_two_processes_train_as_one_does_and_one_goes_on_from_them(kill, chain, tmp_path, monkeypatch):  # noqa: F811
     def command(workdir, steps=4):
-        show = ["preview.prompts=('a red square',)", "preview.sizes=((1,16,16),)", "preview.steps=1"]
         loop = [f"loop.steps={steps}", "loop.save_every=2", "mesh.fsdp=2", "model.depth=1", "feed.threads=0"]
-        return list(map(str, train_options("transformer", workdir, f"latents={chain.latents}", *loop, *show)))
+        return list(map(str, train_options("transformer", workdir, f"latents={chain.latents}", *loop)))
 
     together, alone = tmp_path / "run", tmp_path / "alone"
-    (code, first), (other, second) = end(together, begin_two(kill, together, 2, cli.main, command(together)))
+    (code, first), (other, second) = end(together, begin_two(kill, together, 1, cli.main, command(together)))
     assert (code, other) == (0, 0), first + second
-    devices = jax.devices()[:4]
+    devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     assert cli.main(command(alone)) == 0
     same(rows(together), rows(alone), "loss", "gradient_norm", "parameter_norm")
-    assert (together / "samples" / "step_000004" / "00.png").exists()
-    del devices[2:]  # another number of processes and of devices
-    for workdir in (together, alone):
+    for workdir in (together, alone):  # another number of processes
         assert cli.main(command(workdir, 5)) == 0
     same(rows(together), rows(alone), "loss", "gradient_norm", "parameter_norm")
 
