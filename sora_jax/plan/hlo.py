@@ -20,8 +20,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id"}
 NO_TRAFFIC = FREE | {"while", "conditional", "call", "after-all", "custom-call", "optimization-barrier", "send", "recv"}
 # Products of queries x keys x width in the kernels of JAX's splash attention, which do not say what they cost: scores
-# and output; backward, scores and their gradient in each of two kernels, beside what each is for (2205.14135).
-KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# and output; backward, in one kernel, scores, their gradient, and those of queries, keys and values (2205.14135).
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 
 
 @dataclasses.dataclass(frozen=True)
