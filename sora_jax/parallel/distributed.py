@@ -106,7 +106,8 @@ def peers() -> Iterator[None]:
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # a ValueError where the step is dispatched
+    # A ValueError where the step is dispatched, a UserError where a checkpoint could not be saved for that reason.
+    except (jax.errors.JaxRuntimeError, ValueError, UserError) as error:
         reason = (str(error).splitlines() or [""])[0]
         if not several() or not any(word in reason for word in LOST):
             raise
