@@ -48,7 +48,7 @@ def kernel(params):
     return {"kernel" if name == "weight" else name: value for name, value in params.items()}
 
 
-def close(ours, theirs):
+def assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
@@ -56,20 +56,20 @@ def close(ours, theirs):
 def test_dense_equals_flax(randomised, bias):
     params, x = randomised(dense_specs(D, F, bias=bias)), random(B, L, D)
     assert ("bias" in params) == bias
-    close(dense(params, x, AXES), linen(nn.Dense(F, use_bias=bias), kernel(params), x))
+    assert_close(dense(params, x, AXES), linen(nn.Dense(F, use_bias=bias), kernel(params), x))
 
 
 @pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (1e-3, 0.0), (30.0, 500.0)])
 def test_layer_norm_equals_flax(scale, offset):
     x = scale * random(B, L, D) + offset
     module = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False)
-    close(layer_norm(x), linen(module, {}, x))
+    assert_close(layer_norm(x), linen(module, {}, x))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 100.0])
 def test_rms_norm_equals_flax(randomised, scale):
     gain, x = randomised(rms_norm_specs(D)), scale * random(B, L, D)
-    close(rms_norm(gain, x), linen(nn.RMSNorm(epsilon=1e-6), {"scale": gain}, x))
+    assert_close(rms_norm(gain, x), linen(nn.RMSNorm(epsilon=1e-6), {"scale": gain}, x))
 
 
 @pytest.mark.parametrize("norm", [layer_norm, lambda x: rms_norm(jnp.ones(x.shape[-1]), x)])
@@ -82,7 +82,9 @@ def test_norms_of_bfloat16_are_taken_in_float32(norm):
 def test_mlp_equals_flax(randomised):
     params, x = randomised(mlp_specs(D, F)), random(B, L, D)
     module = nn.Sequential([nn.Dense(F), nn.gelu, nn.Dense(D)])
-    close(mlp(params, x), linen(module, {"layers_0": kernel(params["up"]), "layers_2": kernel(params["down"])}, x))
+    assert_close(
+        mlp(params, x), linen(module, {"layers_0": kernel(params["up"]), "layers_2": kernel(params["down"])}, x)
+    )
 
 
 def test_embedding_equals_flax(randomised):
@@ -94,9 +96,9 @@ def test_head_projections_equal_flax(randomised):
     params, x = randomised(heads_specs(D, 2, N, K)), random(B, L, D)
     expected = linen(nn.DenseGeneral((2, N, K)), kernel(params), x)
     parts = to_heads(params, x)
-    close(jnp.stack(parts, axis=2), expected)
+    assert_close(jnp.stack(parts, axis=2), expected)
     back = randomised(merge_specs(N, K, D))
-    close(merge_heads(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
+    assert_close(merge_heads(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def batches(cache, seed=0, batch=4, **options):
     return packed_batches(cache, BYTES, CONFIG, batch, seed, **options)
 
 
-def same(one, other):
+def assert_same(one, other):
     assert set(one) == set(other)
     for name in one:
         assert one[name].dtype == other[name].dtype
@@ -63,7 +63,7 @@ def test_batches_follow_the_rows_across_epochs(cache):
     steps = 3 * packs // 5
     for step in (0, 1, packs // 5, steps):
         for row, pack in enumerate(unstack(stream[step])):
-            same(pack, stream.row(5 * step + row))
+            assert_same(pack, stream.row(5 * step + row))
     assert stream.epoch(0) == 0 and stream.epoch(steps) >= 2
     seen = [uid for row in range(packs) for uid in stream.row(row)["clips_S"]]
     again = [uid for row in range(packs, 2 * packs) for uid in stream.row(row)["clips_S"]]
@@ -75,7 +75,7 @@ def test_a_batch_depends_on_seed_and_step_only(cache):
     stream = batches(cache)
     for step in (3, 0, 40, 7):
         stream[step]
-    same(stream[40], far)
+    assert_same(stream[40], far)
     assert not np.array_equal(batches(cache, seed=1)[40]["clips_BS"], far["clips_BS"])
     assert not np.array_equal(stream[39]["clips_BS"], far["clips_BS"])
 
@@ -85,7 +85,7 @@ def test_the_stream_is_the_same_for_any_threads_and_start(cache, start, threads)
     expected = batches(cache)
     feed = FeedConfig(threads=threads, ahead=3)
     for step, (batch, position) in enumerate(islice(batches(cache).stream(start, feed), 25), start):
-        same(batch, expected[step])
+        assert_same(batch, expected[step])
         assert position == expected.position(step)
 
 
@@ -96,9 +96,9 @@ def test_a_position_saves_the_count_and_changes_nothing(cache, monkeypatch):
     late = batches(cache, section=20)
     planned = []
     monkeypatch.setattr(late._epochs, "_plan_of", lambda *which: planned.append(which) or late._plan(*which))
-    same(next(late.stream(201, FeedConfig(threads=0), position))[0], expected[201])
+    assert_same(next(late.stream(201, FeedConfig(threads=0), position))[0], expected[201])
     assert min(epoch * late._epochs.sections + section for epoch, section in planned) == position.section
-    same(late[3], expected[3])  # what lies before the hint is counted from the first
+    assert_same(late[3], expected[3])  # what lies before the hint is counted from the first
 
 
 @pytest.mark.parametrize("section", [7, 80, 1000])
@@ -120,13 +120,13 @@ def test_the_shares_of_hosts_make_up_the_batch_of_one(cache, hosts):
     for step in (0, 11, 30):
         parts = [share[step] for share in shares]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        same(joined, batches(cache)[step])
+        assert_same(joined, batches(cache)[step])
 
 
 def test_a_pickled_stream_goes_on(cache):
     stream = batches(cache)
     stream[20]
-    same(pickle.loads(pickle.dumps(stream))[21], stream[21])
+    assert_same(pickle.loads(pickle.dumps(stream))[21], stream[21])
 
 
 def test_report_counts_the_padding_of_an_epoch(cache):

@@ -1,6 +1,7 @@
 """What the README says is so: its commands are understood, its tests and files exist, CI runs its line."""
 
 import ast
+import inspect
 import os
 import re
 import shlex
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import sora_jax
 from sora_jax.cli import make_parser
 from sora_jax.config import load
+from sora_jax.generate.run import Run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,8 +54,12 @@ def test_each_command_is_understood(command):
 
 
 @pytest.mark.parametrize("source", [block for kind, block in BLOCKS if kind == "python"])
-def test_python_compiles(source):
-    compile(source, "README.md", "exec")
+def test_python_names_what_there_is(source):
+    tree = ast.parse(source)
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "sora_jax"}
+    assert used and all(hasattr(sora_jax, name) for name in used)
+    given = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
+    assert given <= {name for f in (sora_jax.load_run, Run.generate) for name in inspect.signature(f).parameters}
 
 
 def test_each_promise_names_tests_that_exist():

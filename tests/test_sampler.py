@@ -44,7 +44,7 @@ def together(latents):
     return latents(REQUESTS)
 
 
-def near(a, b):
+def assert_near(a, b):
     np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
 
 
@@ -70,24 +70,24 @@ def test_calls_of_few_packs_are_one_call_of_all(latents, together, monkeypatch):
     solve, calls = sampler.solve_packs, []
     monkeypatch.setattr(sampler, "solve_packs", lambda *arguments: calls.append(1) or solve(*arguments))
     for a, b in zip(latents(REQUESTS), together, strict=True):
-        near(a, b)
+        assert_near(a, b)
     assert len(calls) == len(REQUESTS)
 
 
 @pytest.mark.parametrize("i", range(len(REQUESTS)))
 def test_together_is_alone(latents, together, i):
-    near(latents([REQUESTS[i]])[0], together[i])
+    assert_near(latents([REQUESTS[i]])[0], together[i])
 
 
 def test_order_does_not_matter(latents, together):
     order = [2, 0, 3, 1]
     for i, z in zip(order, latents([REQUESTS[i] for i in order]), strict=True):
-        near(z, together[i])
+        assert_near(z, together[i])
 
 
 def test_requests_beyond_one_pack(latents, together):
     for i, z in enumerate(latents([*REQUESTS, *REQUESTS[:2]])):
-        near(z, together[i % len(REQUESTS)])
+        assert_near(z, together[i % len(REQUESTS)])
 
 
 def test_the_same_request_is_the_same_to_the_bit_and_each_part_of_it_matters(latents, together):
@@ -103,9 +103,9 @@ def test_guidance_1_is_the_conditional_model(latents, together):
     conditional = latents(REQUESTS, guidance=1.0)
     almost = latents(REQUESTS, guidance=1 + 2.0**-23)  # through the guided program
     for a, b in zip(conditional, almost, strict=True):
-        near(a, b)
+        assert_near(a, b)
     far(conditional[0], together[0])
-    near(conditional[3], together[3])  # without a caption there is nothing to be guided by
+    assert_near(conditional[3], together[3])  # without a caption there is nothing to be guided by
 
 
 def test_a_run_makes_clips_and_images_of_the_sizes_asked_for(model):

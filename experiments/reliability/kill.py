@@ -126,8 +126,10 @@ def killed(begin: Begin, workdir: Path, kills: int, pace: Pace, seed: int = 0) -
 
 def _wait_for_step(process, workdir: Path, before: list[dict], step: int) -> None:
     """Returns when the process has made this step; one made again has other times in its row."""
-    old = [row for row in before if row["step"] >= step]
-    while process.exitcode is None and (reached(workdir) < step or (old and read_metrics(workdir)[-1] in old)):
+    while process.exitcode is None:
+        rows = read_metrics(workdir)  # read once: a run that goes on cuts away the rows after its checkpoint
+        if rows and rows[-1]["step"] >= step and rows[-1] not in before:
+            return
         process.join(0.002)
 
 

@@ -24,6 +24,7 @@ from sora_jax.nn.attention.dense import MASKED, OUTPUT
 from sora_jax.parallel.rules import platform
 
 BUCKETS = 256  # segments are told apart by their remainder: exact for up to so many, never too few blocks beyond
+UNSEEN = MASKED / 10  # the lse of no key: above all masked scores, whose weights are so exactly zero
 NO_QUERY, NO_KEY = -2, -1  # segments of what fills up the last block
 
 
@@ -164,8 +165,7 @@ def _forward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M):
             out = out * kept[..., None] + _product("nlm,nmk->nlk", weights.astype(values.dtype), values[at])
             return out, higher, total * kept + weights.sum(-1)
 
-        # Above all masked scores: their weights are exactly zero even where a query has met no key.
-        start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], MASKED / 10), jnp.zeros(q.shape[:2])
+        start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], UNSEEN), jnp.zeros(q.shape[:2])
         out, top, total = jax.lax.fori_loop(0, count, add, start)
         total = jnp.maximum(total, 1e-30)
         return None, (out / total[..., None], top + jnp.log(total))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sora_jax.nn.attention.blockwise import Chunks
+from sora_jax.nn.attention.blockwise import UNSEEN, Chunks
 
 
 def all_to_all(function: Callable, axis, q_BLNK, k_BLNK, v_BLNK, q_segments_BL, k_segments_BL) -> jax.Array:
@@ -27,47 +27,44 @@ def ring(chunks: Chunks, axis, size: int) -> Chunks:
     places = [(i, (i + 1) % size) for i in range(size)]
 
     def around(step: Callable, moving, sums):
-        """`sums` after step(moving, sums) with what each device holds; `moving` is sent on while it is used."""
+        """`sums` after step(moving, sums) -> (moving, sums) beside every device, and `moving`, which is home again."""
 
         def one(carry, _):
-            moving, sums = carry
-            onward = jax.tree.map(lambda x: jax.lax.ppermute(x, axis, places), moving)
-            return (onward, step(moving, sums)), None
+            moving, sums = step(*carry)
+            return (jax.tree.map(lambda x: jax.lax.ppermute(x, axis, places), moving), sums), None
 
-        (moving, sums), _ = jax.lax.scan(one, (moving, sums), None, length=size)
-        return sums
+        return jax.lax.scan(one, (moving, sums), None, length=size)[0]
 
     def forward(q_BNLK, k_BNMK, v_BNMK, q_segments_BL, k_segments_BM):
         def step(moving, sums):
+            k, v, k_segments = moving
             out, lse = sums
-            new, new_lse = chunks.forward(q_BNLK, *moving[:2], q_segments_BL, moving[2])
+            new, new_lse = chunks.forward(q_BNLK, k, v, q_segments_BL, k_segments)
             both = jnp.logaddexp(lse, new_lse)
             share, new_share = jnp.exp(lse - both)[..., None], jnp.exp(new_lse - both)[..., None]
-            return out * share + new * new_share, both
+            return moving, (out * share + new * new_share, both)
 
-        nothing = jnp.zeros(q_BNLK.shape, jnp.float32), jnp.full(q_BNLK.shape[:3], -1e29)
-        return around(step, (k_BNMK, v_BNMK, k_segments_BM), nothing)
+        nothing = jnp.zeros(q_BNLK.shape, jnp.float32), jnp.full(q_BNLK.shape[:3], UNSEEN)
+        return around(step, (k_BNMK, v_BNMK, k_segments_BM), nothing)[1]
 
     def tangent(q_BNLK, k_BNMK, v_BNMK, q_segments_BL, k_segments_BM, lse_BNL, dq_BNLK, dk_BNMK, dv_BNMK):
         def step(moving, sums):
             k, v, k_segments, dk, dv = moving
             new = chunks.tangent(q_BNLK, k, v, q_segments_BL, k_segments, lse_BNL, dq_BNLK, dk, dv)
-            return jax.tree.map(jnp.add, sums, new)
+            return moving, jax.tree.map(jnp.add, sums, new)
 
         nothing = jnp.zeros(q_BNLK.shape, jnp.float32), jnp.zeros(q_BNLK.shape[:3])
-        return around(step, (k_BNMK, v_BNMK, k_segments_BM, dk_BNMK, dv_BNMK), nothing)
+        return around(step, (k_BNMK, v_BNMK, k_segments_BM, dk_BNMK, dv_BNMK), nothing)[1]
 
     def backward(q_BNLK, k_BNMK, v_BNMK, q_segments_BL, k_segments_BM, lse_BNL, along_BNL, do_BNLK):
-        def one(carry, _):
-            k, v, k_segments, dq, dk, dv = carry
+        def step(moving, dq):
+            k, v, k_segments, dk, dv = moving
             new = chunks.backward(q_BNLK, k, v, q_segments_BL, k_segments, lse_BNL, along_BNL, do_BNLK)
             dq, dk, dv = jax.tree.map(jnp.add, (dq, dk, dv), new)
-            onward = (jax.lax.ppermute(x, axis, places) for x in (k, v, k_segments, dk, dv))
-            k, v, k_segments, dk, dv = onward
-            return (k, v, k_segments, dq, dk, dv), None
+            return (k, v, k_segments, dk, dv), dq
 
-        nothing = (jnp.zeros(x.shape, jnp.float32) for x in (q_BNLK, k_BNMK, v_BNMK))
-        start = k_BNMK, v_BNMK, k_segments_BM, *nothing
-        return jax.lax.scan(one, start, None, length=size)[0][3:]
+        dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q_BNLK, k_BNMK, v_BNMK))
+        (*_, dk, dv), dq = around(step, (k_BNMK, v_BNMK, k_segments_BM, dk, dv), dq)
+        return dq, dk, dv
 
     return Chunks(forward, tangent, backward)
