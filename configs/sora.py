@@ -22,9 +22,9 @@ frames at 480 x 832 (an autoencoder of 4 x 8 x 8 and patches of 1 x 2 x 2 make 2
 shorter ones and pictures. Latents have 16 channels, such as those of `configs/autoencoder.py:base`; captions of l and
 above are embedded once, by `sora-jax data encode --text-encoder=google/umt5-xxl --text-tokens=256`.
 
-All compute in bfloat16 on accelerators (parameters, optimizer and averages stay float32) and recompute blocks in the
-backward pass. `batch` counts packs of all chips: a multiple of slice x data x fsdp. More chips: raise it, or lower
-`mesh.fsdp` on small ones. Longer clips: `--config.packing.length` with `--config.mesh.sequence=4`.
+All compute in bfloat16 on accelerators (parameters, optimizer and averages stay float32) and recompute blocks, but for
+attention, in the backward pass. `batch` counts packs of all chips: a multiple of slice x data x fsdp. More chips: raise
+it, or lower `mesh.fsdp` on small ones. Longer clips: `--config.packing.length` with `--config.mesh.sequence=4`.
 """
 
 from sora_jax.config import choose, mutable
@@ -49,7 +49,7 @@ def get_config(variant: str = "b"):
     config.batch = packs
     model = config.model
     model.depth, model.width, model.heads = depth, width, heads
-    model.patch, model.latent_channels, model.remat = (1, 2, 2), 16, "full"
+    model.patch, model.latent_channels, model.remat = (1, 2, 2), 16, "attention"
     text(config, encoder, text_width)
     packing = config.packing
     packing.length, packing.slots = length, max(8, length // 1024)

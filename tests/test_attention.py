@@ -152,14 +152,25 @@ def test_auto_takes_blocks_on_a_cpu_where_they_are_faster(length, loops):
     assert (" while[" in str(jax.make_jaxpr(attention)(q, q, q, one, one))) == loops
 
 
+def gradient_with_checkpoint(function, kept):
+    """The lowered gradient of attention whose backward pass finds what is `kept`."""
+    *arrays, queries, keys = inputs()
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    run = jax.checkpoint(lambda *arrays: function(*arrays, queries, keys), policy=policy)
+    return jax.jit(jax.grad(lambda *arrays: jnp.square(run(*arrays)).sum(), (0, 1, 2))).lower(*arrays)
+
+
 @pytest.mark.parametrize("kept, products", [((), 8), ((OUTPUT,), 7)])
 def test_a_checkpoint_that_keeps_the_output_repeats_one_product_less(kept, products):
     """Forward scores and values; backward scores again, values again unless kept, and four gradients."""
-    *arrays, queries, keys = inputs()
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    run = jax.checkpoint(lambda *arrays: dense_attention(*arrays, queries, keys), policy=policy)
-    program = jax.jit(jax.grad(lambda *arrays: jnp.square(run(*arrays)).sum(), (0, 1, 2))).lower(*arrays)
-    assert program.as_text().count("stablehlo.dot_general") == products
+    assert gradient_with_checkpoint(dense_attention, kept).as_text().count("stablehlo.dot_general") == products
+
+
+@pytest.mark.parametrize("kept, products", [((), 9), ((OUTPUT,), 7)])
+def test_a_checkpoint_that_keeps_the_output_spares_splash_its_forward_kernel(kept, products):
+    """Its kernels make two products forward and five backward; the compiler drops a kernel that nobody asks."""
+    program = gradient_with_checkpoint(functools.partial(splash_attention, interpret=True), kept)
+    assert program.compile().as_text().count(" dot(") == products
 
 
 def test_an_unknown_backend_is_named():

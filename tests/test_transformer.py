@@ -195,7 +195,7 @@ def ints(pack):
 WAYS = [
     {"remat": "dots"},
     {"remat": "full"},
-    {"remat": "full", "attention": "blockwise"},
+    {"remat": "attention", "attention": "blockwise"},
     {"unroll": 2, "attention": "dense"},
 ]
 

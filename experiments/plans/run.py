@@ -31,6 +31,9 @@ PLANS = {
     "autoencoder": "--config=configs/autoencoder.py:base --topology=v5p:2x2x1",
     "b-unfit": "--config=configs/sora.py:b --topology=v5e:2x2 --config.mesh.fsdp=4 --config.batch=4"
     " --config.model.remat=none --pack-length=16384",
+    "s-none": "--config=configs/sora.py:s --topology=v5e:4x4 --config.model.remat=none",
+    "s-dots": "--config=configs/sora.py:s --topology=v5e:4x4 --config.model.remat=dots",
+    "s-full": "--config=configs/sora.py:s --topology=v5e:4x4 --config.model.remat=full",
     "flops-none": f"--config=configs/sora.py:b {FLOPS} --config.model.remat=none",
     "flops-full": f"--config=configs/sora.py:b {FLOPS} --config.model.remat=full",
 }

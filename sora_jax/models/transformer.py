@@ -43,12 +43,14 @@ from sora_jax.nn.params import stack, zeros
 from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos_table
 from sora_jax.parallel.rules import parts, reshard
 
+ATTENTION_KEPT = jax.checkpoint_policies.save_only_these_names(OUTPUT)
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(OUTPUT)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, ATTENTION_KEPT
     ),
+    "attention": ATTENTION_KEPT,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 SIZES = {  # depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -76,8 +78,9 @@ class TransformerConfig:
 
     attention and sequence: what computes attention, and how, where a mesh splits the sequence; see `nn.attention`.
 
-    `remat` names what the backward pass keeps: "none" everything, "dots" matrix products and attention's outputs,
-    "full" block inputs.
+    `remat` names what the backward pass finds: with "none" everything, with "dots" matrix products and attention's
+    outputs, with "attention" block inputs and attention's outputs, with "full" block inputs alone; the rest it makes
+    again. experiments/plans has the memory and time of each.
     """
 
     depth: int = 12

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from sora_jax.errors import UserError
 from sora_jax.nn.attention.blockwise import NO_KEY, NO_QUERY
+from sora_jax.nn.attention.dense import OUTPUT
 
 
 def splash_attention(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, interpret: bool = False) -> jax.Array:
@@ -35,7 +36,9 @@ def _splash(heads: int, queries: int, keys: int, block: int, interpret: bool):
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
-    return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return splash.make_splash_mha_single_device(
+        mask, block_sizes=sizes, residual_checkpoint_name=OUTPUT, interpret=interpret
+    )
 
 
 def _padded(x, block: int, fill=0):
