@@ -1,6 +1,6 @@
 """Plans every config of configs/sora.py on hardware that it fits, and writes the table of experiments/plans/README.md.
 
-pip install libtpu
+pip install libtpu 'jax[cuda13]'
 python experiments/plans/run.py                all rows, two hours on two busy cores
 python experiments/plans/run.py 3b 14b         these alone; the table is made of all JSON files that are there
 python experiments/plans/run.py --table        the table alone
@@ -34,6 +34,9 @@ PLANS = {
     "s-none": "--config=configs/sora.py:s --topology=v5e:4x4 --config.model.remat=none",
     "s-dots": "--config=configs/sora.py:s --topology=v5e:4x4 --config.model.remat=dots",
     "s-full": "--config=configs/sora.py:s --topology=v5e:4x4 --config.model.remat=full",
+    "b-h100": "--config=configs/sora.py:b --topology=h100:8 --config.model.attention=cudnn",
+    "3b-h100": "--config=configs/sora.py:3b --topology=h100:8 --slices=4 --config.model.attention=cudnn"
+    " --config.batch=32 --pack-length=16384",
     "flops-none": f"--config=configs/sora.py:b {FLOPS} --config.model.remat=none",
     "flops-full": f"--config=configs/sora.py:b {FLOPS} --config.model.remat=full",
 }

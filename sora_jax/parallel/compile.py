@@ -1,7 +1,8 @@
-"""Ahead-of-time compilation for a named TPU topology, on a machine that has none.
+"""Ahead-of-time compilation for a named topology of TPUs or GPUs, on a machine that has none.
 
-libtpu holds the compiler and knows the topologies; nothing runs and nothing is allocated. The program is the one that
-would train: the same functions, traced with abstract arrays that carry their shardings.
+libtpu holds the compiler for TPUs and knows their topologies, JAX's CUDA plugin that for GPUs; nothing runs and nothing
+is allocated. The program is the one that would train: the same functions, traced with abstract arrays that carry their
+shardings.
 """
 
 import dataclasses
@@ -19,14 +20,17 @@ from sora_jax.parallel.chips import CHIPS, Chip
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES, partition
 
-INSTALL = "pip install libtpu"
-EXAMPLES = {"v5e": "4x4", "v5p": "4x4x8", "v6e": "16x16"}
+INSTALL_TPU, INSTALL_GPU = "pip install libtpu", "pip install 'jax[cuda13]'"
+EXAMPLES = {"v5e": "4x4", "v5p": "4x4x8", "v6e": "16x16", "a100": "8", "h100": "8", "h200": "8"}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` equal parts of a pod, each of `shape` chips: 4x4x8 of v5p is 128 chips. One JAX device is one chip."""
+    """`slices` equal parts of a pod, each of `shape` chips: 4x4x8 of v5p is 128 chips. One JAX device is one chip.
+
+    A slice of GPUs is what NVLink joins: a node, h100:8.
+    """
 
     chip: Chip
     shape: tuple[int, ...]
@@ -34,13 +38,14 @@ class Topology:
 
     @classmethod
     def parse(cls, name: str, slices: int = 1) -> "Topology":
-        """From CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8; UserError where there is no such topology."""
+        """From CHIP:A, CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8; UserError where there is no such topology."""
         chip, _, text = name.partition(":")
         choose("the chip of --topology", chip, CHIPS)
-        dimensions = CHIPS[chip].ports // 2
+        dimensions = CHIPS[chip].dimensions
+        numbers = f"{dimensions} numbers" if dimensions > 1 else "one number"
         check(
-            re.fullmatch(r"\d+(x\d+)*", text) is not None and len(text.split("x")) == dimensions,
-            f"--topology is {name!r}; after the chip it must have {dimensions} numbers, as {chip}:{EXAMPLES[chip]} has",
+            re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text) is not None and len(text.split("x")) == dimensions,
+            f"--topology is {name!r}; after the chip it must have {numbers}, as {chip}:{EXAMPLES[chip]} has",
         )
         check(slices > 0, f"--slices is {slices}; it must be positive")
         return cls(CHIPS[chip], tuple(map(int, text.split("x"))), slices)
@@ -55,11 +60,21 @@ class Topology:
         return self.slices * math.prod(self.shape)
 
     def devices(self) -> list:
-        """Its devices, to compile for; UserError without libtpu, or where libtpu knows no such topology."""
-        check(
-            importlib.util.find_spec("libtpu") is not None,
-            f"to plan for a TPU its compiler is needed, which is not installed: {INSTALL}",
-        )
+        """Its devices, to compile for; UserError without a compiler, or where it knows no such topology."""
+        return self._gpus() if self.chip.gpu else self._tpus()
+
+    def _gpus(self) -> list:
+        found = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+        check(found, f"to plan for a GPU its compiler is needed, which is not installed: {INSTALL_GPU}")
+        from jax.experimental import topologies
+
+        shape = f"{self.slices}x1x{self.shape[0]}"  # partitions, hosts of one, devices of one
+        target = self.chip.target_config()
+        return list(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target).devices)
+
+    def _tpus(self) -> list:
+        found = importlib.util.find_spec("libtpu") is not None
+        check(found, f"to plan for a TPU its compiler is needed, which is not installed: {INSTALL_TPU}")
         _quiet()
         from jax.experimental import topologies
 
@@ -67,7 +82,7 @@ class Topology:
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=self.name, **more).devices)
         except jax.errors.JaxRuntimeError as error:
-            shown = ", ".join(f"{chip}:{shape}" for chip, shape in EXAMPLES.items())
+            shown = ", ".join(f"{chip}:{shape}" for chip, shape in EXAMPLES.items() if not CHIPS[chip].gpu)
             raise UserError(
                 f"--topology is {self.name!r}; no slice has that shape; some that exist: {shown}"
             ) from error

@@ -1,1 +1,1 @@
-"""What a run would need of TPUs that are not here: compiled ahead of time, counted, and told."""
+"""What a run would need of accelerators that are not here: compiled ahead of time, counted, and told."""

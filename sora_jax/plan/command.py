@@ -12,7 +12,7 @@ from sora_jax.plan.report import as_json, as_text, make_plan
 
 def plan(config, topology: str, slices: int, pack_length: int | None, what: str, json: bool) -> str:
     """The report of a plan, as text or JSON."""
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not what is asked about
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not what is asked about
     maker(config, what)  # refused before anything is made
     if pack_length is not None:
         check(

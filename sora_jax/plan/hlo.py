@@ -18,10 +18,11 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "bf16": 2} | {
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id"}
-NO_TRAFFIC = FREE | {"while", "conditional", "call", "after-all", "custom-call", "optimization-barrier", "send", "recv"}
-# Products of queries x keys x width in the kernels of JAX's splash attention, which do not say what they cost: scores
-# and output; backward, in one kernel, scores, their gradient, and those of queries, keys and values (2205.14135).
-KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+NO_TRAFFIC = FREE | {"while", "conditional", "call", "after-all", "optimization-barrier", "send", "recv"}
+# Products of queries x keys x width in the kernels of JAX's splash attention and of cuDNN, by name or target, which do
+# not say what they cost: scores and output; backward, in one kernel, scores, their gradient, and those of queries, keys
+# and values (2205.14135).
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, 'Softmax"': 2, 'SoftmaxBackward"': 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +169,14 @@ def _walk(computations, name: str, times: int, fused: bool, loop: str, caller: s
 
 
 def trip_count(computations, where: Computation, op: Operation) -> int:
-    """How often a while loop runs: as the compiler notes it, or the number that its counter is compared with."""
+    """How often a while loop runs: as the compiler notes it, or the number that its counter is compared with.
+
+    At most, of one that depends on data: blocks of attention that meet no common segment are left out.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', op.rest):
         return int(known[1])
+    if most := re.search(r'op_name="[^"]*at_most_(\d+)\b[^"]*"', op.rest):
+        return int(most[1])
     condition = computations[op.attribute("condition").lstrip("%")]
     compared = [int(c.inside) for c in condition.values() if c.opcode == "constant" and c.inside.lstrip("-").isdigit()]
     if len(compared) != 1:
@@ -250,12 +256,15 @@ def _kernel_flops(op: Operation, where: Computation) -> float:
     """What a kernel says of itself, or the whole square of scores of an attention kernel."""
     if said := re.search(r'"cost_estimate":(\{[^}]*\})', op.rest):
         return float(json.loads(said[1])["flops"])
-    products = next((products for name, products in KERNELS.items() if name in op.name), 0)
+    names = f"{op.name} {op.attribute('custom_call_target')}"
+    products = next((products for name, products in KERNELS.items() if name in names), 0)
     if not products:
         return 0.0
     operands = [shape for name in op.operands if name in where for shape in where[name].shapes]
     queries, keys = [shape.dims for shape in operands if "f" in shape.dtype and len(shape.dims) > 2][:2]
-    return 2.0 * products * math.prod(queries) * keys[-2]
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*(\[.*?\])', op.rest)  # as cuDNN is told
+    pairs = math.prod(_numbers(scores[1])) if scores else math.prod(queries[:-1]) * keys[-2]
+    return 2.0 * products * pairs * queries[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -267,10 +276,12 @@ def traffic(run: Executed, computations: dict[str, Computation]) -> float:
     """Bytes that one execution moves between the chip's main memory and its cores.
 
     Operands and results that lie in main memory count once; of an array that is only sliced, the slices, of one that is
-    updated in place, the update.
+    updated in place, the update. Custom calls are none, unless they are kernels that compute.
     """
     op = run.op
     if run.fused or op.opcode in NO_TRAFFIC or op.opcode.endswith("-done") or _collective(op.opcode):
+        return 0.0
+    if op.opcode == "custom-call" and not _kernel_flops(op, run.where):
         return 0.0
     operands = [run.where[name] for name in op.operands if name in run.where]
     inner = computations.get((op.attribute("calls") or "").lstrip("%"))

@@ -48,6 +48,8 @@ def axes_of(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
 
 def links(axes: Iterable[str], mesh: Mesh, chip: Chip) -> int:
     """Links of a chip, each one direction of a port, that a group over these mesh axes can use inside its slice."""
+    if chip.switched:
+        return 1
     index = tuple(slice(None) if axis in axes and axis != SLICE else 0 for axis in MESH_AXES)
     coords = np.array([device.coords for device in np.atleast_1d(mesh.devices[index]).flat])
     extents = [len(set(coords[:, axis])) for axis in range(coords.shape[1])]
@@ -70,18 +72,18 @@ def seconds(collective: Collective, axes: tuple[str, ...], mesh: Mesh, chip: Chi
     width = chip.link * max(links(axes, mesh, chip), 1)
     share = size / inside if collective.kind != "all-to-all" else size
     return (
-        _moved(collective.kind, size, inside) / width,
-        _moved(collective.kind, share, slices, network=True) / chip.data_centre,
+        _moved(collective.kind, size, inside, chip.switched) / width,
+        _moved(collective.kind, share, slices, switched=True) / chip.data_centre,
     )
 
 
-def _moved(kind: str, size: float, members: int, network: bool = False) -> float:
+def _moved(kind: str, size: float, members: int, switched: bool) -> float:
     """Bytes through a chip's links: equations (1) to (3); through a network that joins all with all, (3) is (1)."""
     if members < 2:
         return 0.0
     share = size * (members - 1) / members
     if kind == "all-to-all":
-        return share if network else size * members / 4
+        return share if switched else size * members / 4
     return 2 * share if kind == "all-reduce" else share
 
 

@@ -46,7 +46,7 @@ class Program:
     unit: str
 
 
-def for_tpu(config):
+def for_accelerator(config):
     """The config with the dtype that it leaves to the accelerator; attention looks at the devices of the mesh."""
     if getattr(config.model, "dtype", None) != "auto":
         return config
@@ -55,7 +55,7 @@ def for_tpu(config):
 
 def program(config: AutoencoderRun | DenoiserRun, what: str, mesh: Mesh | AbstractMesh) -> Program:
     """The program of a run that does `what`: see `maker`; `mesh` may be abstract."""
-    return maker(config, what)(for_tpu(config), mesh)
+    return maker(config, what)(for_accelerator(config), mesh)
 
 
 def maker(config: AutoencoderRun | DenoiserRun, what: str) -> Callable:

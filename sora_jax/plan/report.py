@@ -9,7 +9,7 @@ from sora_jax.nn import params as param
 from sora_jax.parallel.chips import GIB
 from sora_jax.parallel.compile import OutOfMemory, Topology, bytes_per_device, compile_program, topology_mesh
 from sora_jax.plan import hlo, network
-from sora_jax.plan.programs import Program, for_tpu, program, specs_of
+from sora_jax.plan.programs import Program, for_accelerator, program, specs_of
 from sora_jax.plan.suggest import suggest
 
 
@@ -72,10 +72,10 @@ def make_plan(config, what: str, topology: Topology) -> Plan:
 
 def _bare(config, what: str, topology: Topology, mesh: Mesh, made: Program, compiled) -> Plan:
     memory = {name: bytes_per_device(tree) for name, tree in made.held.items()}
-    fits = not isinstance(compiled, OutOfMemory)
-    needed = _needed(compiled.memory_analysis()) if fits else compiled.needed
+    refused = isinstance(compiled, OutOfMemory)  # a compiler for GPUs refuses nothing
+    needed = compiled.needed if refused else _needed(compiled.memory_analysis())
     memory["temporaries"] = max(needed - sum(memory.values()), 0)
-    model = for_tpu(config).model
+    model = for_accelerator(config).model
     shown = ("depth", "width", "heads", "attention", "remat", "dtype", "latent_channels")
     return Plan(
         what=what,
@@ -90,7 +90,7 @@ def _bare(config, what: str, topology: Topology, mesh: Mesh, made: Program, comp
         memory=memory,
         needed=needed,
         usable=topology.chip.usable,
-        fits=fits,
+        fits=not refused and needed <= topology.chip.usable,
         model_flops=made.model_flops,
         units=made.tokens,
         unit=made.unit,

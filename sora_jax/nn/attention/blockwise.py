@@ -146,6 +146,12 @@ def _scores(q_NlK, k_NmK, q_segments, k_segments):
     return _product("nlk,nmk->nlm", q_NlK, k_NmK) + mask
 
 
+def _rounds(order, count, add, sums):
+    """`add` for the first `count` of `order`; the scope's name tells `sora-jax plan` how often that is at most."""
+    with jax.named_scope(f"at_most_{order.shape[0]}"):
+        return jax.lax.fori_loop(0, count, add, sums)
+
+
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -166,7 +172,7 @@ def _forward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M):
             return out, higher, total * kept + weights.sum(-1)
 
         start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], UNSEEN), jnp.zeros(q.shape[:2])
-        out, top, total = jax.lax.fori_loop(0, count, add, start)
+        out, top, total = _rounds(order, count, add, start)
         total = jnp.maximum(total, 1e-30)
         return None, (out / total[..., None], top + jnp.log(total))
 
@@ -192,7 +198,7 @@ def _tangent(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, dq_
             return moved, total + dscores.sum(-1)
 
         start = jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:2])
-        return None, jax.lax.fori_loop(0, count, add, start)
+        return None, _rounds(order, count, add, start)
 
     given = *queries, *_partners(queries.segments, k_segments)
     _, results = jax.lax.scan(row, None, given)
@@ -217,7 +223,7 @@ def _backward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, al
             return dq.at[at].add(_product("nlm,nmk->nlk", dscores, k)), dk, dv
 
         start = jnp.zeros(k.shape, jnp.float32)
-        dq, *given = jax.lax.fori_loop(0, count, add, (dq, start, start))
+        dq, *given = _rounds(order, count, add, (dq, start, start))
         return dq, given
 
     given = *keys, *_partners(keys.segments, q_segments)
