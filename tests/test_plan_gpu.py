@@ -1,4 +1,4 @@
-"""Planning for GPUs: what is told to the compiler, kernels and data-dependent loops, NVLink; compiled where that can be."""
+"""Planning for GPUs: what the compiler is told, kernels, data-dependent loops, NVLink; compiled where that can be."""
 
 import dataclasses
 import importlib.util
