@@ -4,9 +4,9 @@ import argparse
 import errno
 import functools
 import sys
-from pathlib import Path
 
 from sora_jax.errors import Stopped, UserError
+from sora_jax.files import as_path, of_storage
 
 EXAMPLES = """\
 examples:
@@ -27,6 +27,24 @@ NOT_A_BUG = {  # full disks and wrong paths; any other error of the system is sh
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; 0 = done, 2 = a user's mistake (one sentence on stderr), 130 = stopped, all saved."""
+    try:
+        return run(parsed(arguments))
+    except UserError as error:
+        print(f"sora-jax: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if of_storage(error):
+            said = f"gs:// cannot be used: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        elif isinstance(error, OSError) and error.errno in NOT_A_BUG:
+            said = f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+        else:
+            raise
+        print(f"sora-jax: {said}", file=sys.stderr)
+        return 2
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, with what changes a config as lists of NAME=VALUE."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     for prefix, name in (("--config.", "changes"), ("--sampling.", "sampling")):
@@ -35,16 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             rest = [a for a in rest if not a.startswith(prefix)]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return run(options)
-    except UserError as error:
-        print(f"sora-jax: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in NOT_A_BUG:
-            raise
-        print(f"sora-jax: {error.filename or 'a file'} cannot be used: {error.strerror}", file=sys.stderr)
-        return 2
+    return options
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,7 +98,7 @@ def _quickstart(commands) -> None:
     example = "example:\n  sora-jax quickstart --workdir=runs/quickstart"
     about = "from nothing to generated videos in ten minutes"
     p = _parser(commands.add_parser, "quickstart", help=about, epilog=example)
-    p.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
+    p.add_argument("--workdir", type=as_path, default=as_path("runs/quickstart"), help="folder for everything it makes")
     p.add_argument("--config", help="a config file such as configs/quickstart.py:short (default: the full form)")
     p.set_defaults(function=quickstart, changes=[])
 
@@ -108,7 +117,7 @@ def _train(commands) -> None:
     p = _parser(commands.add_parser, "train", help="train an autoencoder or a transformer", epilog=example)
     about = "configs/FILE.py or configs/FILE.py:variant; --config.a.b=VALUE changes it"
     p.add_argument("--config", required=True, help=about)
-    p.add_argument("--workdir", type=Path, required=True, help="run folder; a run found there goes on")
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there goes on")
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, and end")
     p.add_argument("--distributed", action="store_true", help="one of several processes: TPU pods, SLURM, GKE")
     p.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where JAX cannot find it")
@@ -142,9 +151,9 @@ def _sample(commands) -> None:
         "--sampling.NAME=VALUE changes any field of the run's config.sampling"
     )
     p = _parser(commands.add_parser, "sample", help="generate clips from prompts or classes", epilog=example)
-    p.add_argument("--workdir", type=Path, required=True, help="run folder of a trained transformer")
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained transformer")
     p.add_argument("--prompt", action="append", default=[], help="what to generate; may be given several times")
-    p.add_argument("--prompts-file", type=Path, help="a text file with one prompt a line")
+    p.add_argument("--prompts-file", type=as_path, help="a text file with one prompt a line")
     p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="classes; all go into one file")
     p.add_argument("--negative", default="", help="a prompt that guidance leads away from")
     p.add_argument("--size", type=int, help="height and width of a square, in pixels")
@@ -157,8 +166,9 @@ def _sample(commands) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--fps", type=float, help="frames a second of the file; default: as in the run's previews")
     p.add_argument("--upscale", type=int, default=1, help="enlarge pixels by a whole factor, to watch tiny clips")
-    p.add_argument("--autoencoder", type=Path, help="run of an autoencoder, where the run holds none")
-    p.add_argument("--out", type=Path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
+    p.add_argument("--checkpoint", default="newest", help="newest, best (of those kept by loop.keep_best) or a step")
+    p.add_argument("--autoencoder", type=as_path, help="run of an autoencoder, where the run holds none")
+    p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
     p.set_defaults(function=sample, sampling=[])
 
 
@@ -177,7 +187,7 @@ def _data(commands) -> None:
     _encode(verbs)
     example = "example:\n  sora-jax data inspect data/clips"
     p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog=example)
-    p.add_argument("folder", type=Path, help="dataset folder")
+    p.add_argument("folder", type=as_path, help="dataset folder")
     p.add_argument("--pack-length", type=int, help="tokens of the packs whose fill is counted; default: two clips")
     p.set_defaults(function=inspect)
 
@@ -188,9 +198,9 @@ def _encode(verbs) -> None:
         "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --shard=0/4"
     )
     p = _parser(verbs.add_parser, "encode", help="dataset folder -> latent cache", epilog=example)
-    p.add_argument("--autoencoder", type=Path, required=True, help="run folder of a trained autoencoder")
-    p.add_argument("--data", type=Path, required=True, help="dataset folder")
-    p.add_argument("--out", type=Path, required=True, help="latent cache to write")
+    p.add_argument("--autoencoder", type=as_path, required=True, help="run folder of a trained autoencoder")
+    p.add_argument("--data", type=as_path, required=True, help="dataset folder")
+    p.add_argument("--out", type=as_path, required=True, help="latent cache to write")
     p.add_argument("--batch", type=int, default=16, help="clips encoded at once")
     p.add_argument("--shapes", type=int, default=4, help="compiled programs at most; clips of all sizes share them")
     p.add_argument("--shard", default="0/1", help="i/n: the share of this process where n share the work")
@@ -263,7 +273,7 @@ def build(options) -> None:
         return
     print(inspect(options.out).text)
     if dataset.refused:
-        print(f"{len(dataset.refused)} files are not used: {Path(options.out) / 'refused.jsonl'} says why")
+        print(f"{len(dataset.refused)} files are not used: {as_path(options.out) / 'refused.jsonl'} says why")
 
 
 def build_config(options):
@@ -328,11 +338,11 @@ def _convert(commands) -> None:
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", metavar="FORMAT", help=f"read {about}, into a run folder")
     way.add_argument("--to", metavar="FORMAT", help=f"write {about}, of a run folder")
-    p.add_argument("--weights", type=Path, help="for --from: file, or folder with config.json")
-    p.add_argument("--autoencoder", type=Path, help="for --from: the run whose frozen autoencoder belongs to it")
+    p.add_argument("--weights", type=as_path, help="for --from: file, or folder with config.json")
+    p.add_argument("--autoencoder", type=as_path, help="for --from: the run whose frozen autoencoder belongs to it")
     p.add_argument("--heads", type=int, help="for --from=dit: attention heads, of a network of none of DiT's sizes")
-    p.add_argument("--workdir", type=Path, help="for --to: run folder")
-    p.add_argument("--out", type=Path, required=True, help="run folder, file or folder to write")
+    p.add_argument("--workdir", type=as_path, help="for --to: run folder")
+    p.add_argument("--out", type=as_path, required=True, help="run folder, file or folder to write")
     p.set_defaults(function=convert)
 
 

@@ -18,7 +18,7 @@ from sora_jax.data.media import check_ending, write_video
 from sora_jax.data.sheets import grid
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
-from sora_jax.files import write_json
+from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config, told
 from sora_jax.models.first_stage import autoencoder_specs
@@ -77,7 +77,7 @@ def train(config: AutoencoderRun | DenoiserRun, workdir: Path) -> None:
     """Trains what the config says in `workdir`, going on from the newest checkpoint there."""
     mesh = make_mesh(config.mesh)
     command = train_autoencoder if config.kind == "autoencoder" else train_denoiser
-    command(config, Path(workdir), mesh)
+    command(config, as_path(workdir), mesh)
 
 
 def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
@@ -129,7 +129,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
         cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
     if config.model.classes:
         cache.check_labels(config.model.classes, config.split)
-    if (Path(workdir) / FOLDER / RECORD).exists():
+    if (as_path(workdir) / FOLDER / RECORD).exists():
         cache.check(load_autoencoder(workdir).fingerprint)  # latents made anew are not those this run has learnt
     param.check_splits(transformer_specs(config.model), mesh)
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
@@ -144,20 +144,20 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.any else None
     if preview is None:
         say("config.preview names no prompts or classes: no samples are shown while training")
-    captions, share = Path(workdir) / "captions", distributed.share_of_batch(mesh)
+    captions, share = as_path(workdir) / "captions", distributed.share_of_batch(mesh)
     job = denoiser_job(config, cache, tokenizer, preview, captions, share)
     claim_workdir(workdir, config, cache.digest, cache.info.text)
     if distributed.first():
         copy_autoencoder(config.latents, workdir)
         if isinstance(tokenizer, Tokenizer):
-            tokenizer.save(Path(workdir) / "tokenizer.json")
+            tokenizer.save(as_path(workdir) / "tokenizer.json")
     say(job.note)
     _fit(job, config, mesh, workdir)
 
 
 def _finished_before(workdir: Path, step: int) -> bool:
     record = workdir / FOLDER / RECORD
-    return record.exists() and json.loads(record.read_text())["steps"] == step
+    return record.exists() and json.loads(read_text(record))["steps"] == step
 
 
 def _fit(job: Job, config, mesh, workdir: Path):
@@ -181,7 +181,7 @@ def check_workdir(workdir: Path, config, data: str) -> None:
 
     `data` is the digest of the dataset: one built anew, under the same name, may hold out other clips.
     """
-    path, learnt_from = Path(workdir) / "config.json", Path(workdir) / "data.json"
+    path, learnt_from = as_path(workdir) / "config.json", as_path(workdir) / "data.json"
     if path.exists():
         old, new = plain(run_config(upgraded(read_json(path)))), plain(config)
         keep = [{k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (old, new)]
@@ -196,7 +196,7 @@ def check_workdir(workdir: Path, config, data: str) -> None:
             f"--workdir is {str(workdir)!r}; it has learnt from other clips than are there now; take an empty folder",
         )
     else:
-        occupied = Path(workdir).is_dir() and any(Path(workdir).iterdir())
+        occupied = as_path(workdir).is_dir() and any(as_path(workdir).iterdir())
         check(not occupied, f"--workdir is {str(workdir)!r}; it is not empty and holds no run; take an empty folder")
 
 
@@ -204,8 +204,8 @@ def claim_workdir(workdir: Path, config, data: str, text: TextInfo | None = None
     """Writes config.json and data.json just before the first step: what was refused leaves no folder behind."""
     distributed.barrier("all have seen the folder as it was")
     if distributed.first():
-        write_json(Path(workdir) / "config.json", plain(config))
-        write_json(Path(workdir) / "data.json", {"digest": data, "text": text and text.fingerprint})
+        write_json(as_path(workdir) / "config.json", plain(config))
+        write_json(as_path(workdir) / "data.json", {"digest": data, "text": text and text.fingerprint})
 
 
 def sample(options) -> list[Path]:
@@ -227,7 +227,7 @@ def sample(options) -> list[Path]:
     changes = [*options.sampling, *(f"{name}={value}" for name, value in given.items() if value is not None)]
     sampling = override(config.sampling, changes, "sampling")
     told(config, prompts, classes, options.guidance, options.negative, options.seed, sampling)
-    run = load_run(options.workdir, options.autoencoder)
+    run = load_run(options.workdir, options.autoencoder, options.checkpoint)
     most = run.tokenizer.max_tokens
     for prompt in prompts:
         if (length := run.tokenizer.length(prompt)) > most:
@@ -246,7 +246,7 @@ def _prompts(options) -> list[str]:
     if options.prompts_file:
         check(options.prompts_file.is_file(), f"--prompts-file is {str(options.prompts_file)!r}; there is no such file")
         try:
-            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+            lines = read_text(options.prompts_file).splitlines()
         except UnicodeDecodeError as error:
             message = f"--prompts-file is {str(options.prompts_file)!r}; it must be UTF-8 text: {error}"
             raise UserError(message) from error
@@ -274,7 +274,7 @@ def _with_defaults(options, config: DenoiserRun):
         height = width = options.size
     if options.out is None:
         check(bool(options.classes), "--out is not given; it is the name of the file to write")
-        options.out = Path(options.workdir) / "samples" / "classes.png"
+        options.out = as_path(options.workdir) / "samples" / "classes.png"
     if options.out.suffix.lower() == ".png":
         frames = 1
     known = dict(frames=frames, height=height, width=width, fps=preview.fps)

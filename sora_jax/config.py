@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sora_jax.errors import UserError
+from sora_jax.files import read_text
 
 
 def check(condition: bool, message: str) -> None:
@@ -103,7 +104,7 @@ def _coerce_tuple(kinds, value, where: str):
 def read_json(path: Path) -> dict:
     """The contents of a JSON file that the package wrote; UserError where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; remove it, or take another folder") from error
 

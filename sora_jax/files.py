@@ -1,13 +1,81 @@
-"""Files and folders that appear whole or not at all."""
+"""Paths on the disk and in Google Cloud Storage, and files that appear whole or not at all.
 
+`as_path` makes what the package calls a Path: pathlib's for the disk, `etils.epath`'s, which has the same methods, for
+`gs://`. What is different in an object store stands in this file alone:
+
+- an object appears whole when its upload ends, and never grows: a file is made on the local disk, then put there;
+- libraries that read files of the local disk alone (ArrayRecord, NumPy, zip) are given a `local_copy`, made once;
+- there are no folders to make, to rename, or to lock. A folder that is filled file by file is complete once its last
+  file is there, under a name that says so: `dataset.json`, `cache.json`, `autoencoder.json`, Orbax's own.
+"""
+
+import functools
+import hashlib
+import io
 import json
 import os
+import shutil
+import tempfile
+import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
+from typing import BinaryIO
 
 from sora_jax.errors import UserError
+
+REMOTE = "gs://"
+PAUSE = 10.0  # seconds between two writes of what would grow on a disk
+SHARE = 20  # a mirror spends at most one part in so many of a run's time
+LIBRARIES = {"gcsfs", "google", "aiohttp"}  # what gs:// is read and written with
+
+
+def as_path(name: str | os.PathLike) -> Path:
+    """A path of the disk, or of `gs://BUCKET/...`; UserError for other places, or where gs:// needs a package."""
+    text = os.fspath(name)
+    if text.startswith("gs:/"):  # pathlib makes one slash of two
+        try:
+            _prepare_storage()
+        except ImportError as error:
+            raise UserError(f"{text!r} needs gcsfs, which is not here: pip install 'sora_jax[gcs]'") from error
+        from etils import epath
+
+        return epath.Path(REMOTE + text.removeprefix("gs:").lstrip("/"))
+    if "://" in text:
+        raise UserError(f"{text!r} cannot be used: paths of this machine and {REMOTE}BUCKET/... can.")
+    return Path(text)
+
+
+@functools.cache
+def _prepare_storage() -> None:
+    # One way to gs://, whatever else is installed: with TensorFlow there epath would take that, and a GPU's memory.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    import fsspec
+
+    # Orbax's arrays come by TensorStore, and other processes write too: a remembered listing would be of yesterday.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    fsspec.get_filesystem_class("gcs")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is not of the local disk."""
+    return os.fspath(path).startswith(REMOTE)
+
+
+def of_storage(error: Exception) -> bool:
+    """Whether an error comes from the libraries behind gs://: no permission, no network, no such bucket."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.partition(".")[0] in LIBRARIES for name in modules)
+
+
+def _storage(path: Path):
+    """(fsspec's file system, the name there) of a remote path."""
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(os.fspath(path))
 
 
 @contextmanager
@@ -21,22 +89,52 @@ def as_user_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under: on success it becomes `path`, else it goes. A full disk is a UserError."""
-    # Not by process number: processes of several machines may write into one folder.
-    temporary = path.with_name(f".{path.stem}.tmp-{uuid.uuid4().hex[:12]}{path.suffix}")
+    """A local name to write under: on success it becomes `path`, else it goes. A full disk is a UserError."""
+    temporary = temporary_of(path)
     try:
         with as_user_error(str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             yield temporary
-            os.replace(temporary, path)
+            put(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
+def temporary_of(path: Path) -> Path:
+    """A hidden name on the local disk, of the same ending, for what is to become `path`: beside it, if that can be."""
+    # Not by process number: processes of several machines may write into one folder.
+    name = f".{path.stem}.tmp-{uuid.uuid4().hex[:12]}{path.suffix}"
+    return Path(tempfile.gettempdir(), name) if is_remote(path) else path.with_name(name)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Gives a finished file of the local disk its name, over what is there, at one moment."""
+    if is_remote(path):
+        storage, name = _storage(path)
+        storage.put_file(str(temporary), name)
+        temporary.unlink()
+    else:
+        os.replace(temporary, path)
+
+
+def create(path: Path, text: str) -> bool:
+    """Writes a file unless it is there; whether it was not. Of several processes one is told so."""
+    try:
+        if is_remote(path):
+            storage, name = _storage(path)
+            storage.pipe_file(name, text.encode(), mode="create")
+        else:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
 def write_text(path: str | Path, text: str) -> None:
     """A UTF-8 text file, whole or not at all. UserError where it cannot be written."""
-    with replacing(Path(path)) as temporary:
+    with replacing(as_path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -45,6 +143,142 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a file. (epath's own takes every encoding for the system's.)"""
+    with open_text(path, encoding) as file:
+        return file.read()
+
+
+def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> io.TextIOBase:
+    """A text file to be read line by line."""
+    return io.TextIOWrapper(path.open("rb"), encoding=encoding, newline=newline)
+
+
+def open_unbuffered(path: Path) -> BinaryIO:
+    """A file to be read here and there; of one on the disk nothing is read ahead."""
+    return path.open("rb") if is_remote(path) else path.open("rb", buffering=0)
+
+
+def size_and_time(path: Path) -> tuple[int, str]:
+    """Bytes of a file, and a text that tells this content from what was there at other times."""
+    if is_remote(path):
+        storage, name = _storage(path)
+        found = storage.info(name)
+        return found["size"], str(found.get("mtime"))
+    status = path.stat()
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def names_below(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it, sorted."""
+    if is_remote(folder):
+        return sorted(remote_files(folder))
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def matching(pattern: str) -> list[Path]:
+    """The paths that a pattern with *, ? and ** stands for."""
+    if is_remote(pattern):
+        storage, name = _storage(as_path(pattern))
+        return [as_path(REMOTE + found) for found in storage.glob(name)]
+    return [Path(found) for found in glob(pattern, recursive=True)]
+
+
+def remote_files(folder: Path) -> dict[str, int]:
+    """Name, relative to the folder -> bytes of every object below; one question, however many there are."""
+    storage, root = _storage(folder)
+    found = storage.find(root, detail=True)
+    return {
+        name.removeprefix(root).lstrip("/"): entry["size"]
+        for name, entry in found.items()
+        if entry["type"] == "file" and not name.endswith("/")
+    }
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, where there are folders."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """With all that is in it."""
+    if is_remote(folder):
+        folder.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder)
+
+
 def unfinished(out: Path) -> Path:
-    """The hidden name under which a folder is filled; nobody else has a reason to use it."""
-    return out.with_name(f".{out.name}.sora_jax-unfinished")
+    """Where a folder is filled: under a hidden name that nobody else has a reason to use; in an object store in place.
+
+    There each file would have to be copied to be renamed, and half of them could be seen on the way.
+    """
+    return out if is_remote(out) else out.with_name(f".{out.name}.sora_jax-unfinished")
+
+
+def finish_folder(out: Path) -> None:
+    """Gives the folder that was filled as `unfinished(out)` its name. OSError where something else has it."""
+    if not is_remote(out):
+        with suppress(OSError):
+            out.rmdir()  # an empty folder of that name may be filled
+        os.rename(unfinished(out), out)
+
+
+def copies_folder() -> Path:
+    """Where copies of remote files are kept, below SORA_JAX_CACHE if that is on the disk; to be emptied at will."""
+    named = os.environ.get("SORA_JAX_CACHE", "")
+    local = named if named and not is_remote(named) else Path.home() / ".cache" / "sora_jax"
+    return Path(local, "files")
+
+
+def local_copy(path: Path) -> Path:
+    """The file itself, or of a remote one a copy on the local disk, made once for each content, by one process or many.
+
+    For libraries that read files of the disk alone. OSError where there is no such file, UserError on a full disk.
+    """
+    if not is_remote(path):
+        return path
+    key = repr((os.fspath(path), *size_and_time(path)))
+    copy = copies_folder() / hashlib.sha256(key.encode()).hexdigest()[:32] / path.name
+    if not copy.exists():
+        storage, name = _storage(path)
+        with replacing(copy) as temporary:
+            storage.get_file(name, str(temporary))
+    return copy
+
+
+class Mirror:
+    """A folder of files that grow: the folder itself, or of a remote one a local folder that is copied there.
+
+    `keep` copies what has changed, at most every ten seconds and in a twentieth of the time; `keep(True)`, and the end
+    of the context, at once. A killed process loses what came after the last copy.
+    """
+
+    def __init__(self, folder: Path):
+        self._target, self._kept, self._next = folder, {}, 0.0
+        self.folder = Path(tempfile.mkdtemp(prefix="sora_jax-")) if is_remote(folder) else folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.folder != self._target:
+            try:
+                self.keep(True)
+            finally:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def keep(self, at_once: bool = False) -> None:
+        """Copies what has changed since the last time, if it is time. UserError where it cannot be written."""
+        start = time.monotonic()
+        if self.folder == self._target or (start < self._next and not at_once):
+            return
+        for file in sorted(file for file in self.folder.rglob("*") if file.is_file()):
+            if self._kept.get(file) != (version := size_and_time(file)):
+                target = self._target / file.relative_to(self.folder).as_posix()
+                with replacing(target) as temporary:  # a copy, as this file goes on growing
+                    shutil.copyfile(file, temporary)
+                self._kept[file] = version
+        now = time.monotonic()
+        self._next = now + max(PAUSE, SHARE * (now - start))

@@ -26,7 +26,7 @@ from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, triple
-from sora_jax.files import write_json
+from sora_jax.files import read_text, write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
 from sora_jax.models.first_stage import latent_grid
@@ -143,9 +143,9 @@ def learn_autoencoder(config: QuickstartConfig, dataset: Dataset, workdir: Path)
     result = workdir / "autoencoder" / FOLDER / "autoencoder.json"
     options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
     check_workdir(workdir / "autoencoder", options, dataset.digest)
-    if not result.exists() or json.loads(result.read_text())["steps"] < options.loop.steps:
+    if not result.exists() or json.loads(read_text(result))["steps"] < options.loop.steps:
         train_autoencoder(options, workdir / "autoencoder", make_mesh(options.mesh))
-    found = json.loads(result.read_text())["held_out_psnr"]
+    found = json.loads(read_text(result))["held_out_psnr"]
     print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)
     return found
 

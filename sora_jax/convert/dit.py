@@ -15,7 +15,7 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.convert.links import MATRIX, Form, Link, form, layer_links, read_tree, write_tree
 from sora_jax.convert.tensors import WEIGHTS, read_record, read_tensors, write_tensors
-from sora_jax.files import write_json
+from sora_jax.files import as_path, write_json
 from sora_jax.models.transformer import SIZES, TransformerConfig, transformer_specs
 
 DIT = TransformerConfig(
@@ -74,7 +74,7 @@ def read_dit(path: Path, heads: int | None = None) -> Network:
 def write_dit(network: Network, path: Path) -> None:
     """A safetensors file with the names of the official checkpoint, its table of positions among them."""
     config = network.config
-    check(Path(path).suffix == ".safetensors", f"--out is {str(path)!r}; for --to=dit it must end in .safetensors")
+    check(as_path(path).suffix == ".safetensors", f"--out is {str(path)!r}; for --to=dit it must end in .safetensors")
     _check_fits(config, "dit")
     table = position_table(config.width, network.side // config.patch[1])
     write_tensors(path, {POSITIONS: table[None]} | write_tree(official_links(config), network.params))
@@ -82,7 +82,7 @@ def write_dit(network: Network, path: Path) -> None:
 
 def read_diffusers(folder: Path) -> Network:
     """The network of a folder; its blocks hold copies of the embeddings, which must be equal."""
-    record, source = read_record(Path(folder) / "config.json"), str(folder)
+    record, source = read_record(as_path(folder) / "config.json"), str(folder)
     config = _from_record(record, source)
     tensors = read_tensors(folder)
     side = record.get("sample_size", 32)
@@ -115,8 +115,8 @@ def write_diffusers(network: Network, folder: Path) -> None:
     }
     tensors = write_tree(diffusers_links(config), network.params)
     tensors |= {name: tensors[first] for name, first in _copies(config.depth, tensors).items()}
-    write_tensors(Path(folder) / f"{WEIGHTS}.safetensors", tensors)
-    write_json(Path(folder) / "config.json", record)
+    write_tensors(as_path(folder) / f"{WEIGHTS}.safetensors", tensors)
+    write_json(as_path(folder) / "config.json", record)
 
 
 def position_table(width: int, grid: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
-from sora_jax.files import replacing
+from sora_jax.files import as_path, local_copy, read_text, replacing
 
 WEIGHTS = "diffusion_pytorch_model"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -19,7 +19,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
     UserError where there is none, where one is damaged, and where torch is needed and missing.
     """
-    path = Path(path)
+    path = as_path(path)
     check(path.exists(), f"--weights is {str(path)!r}; there is no such file or folder")
     files = _weight_files(path) if path.is_dir() else [path]
     tensors: dict[str, np.ndarray] = {}
@@ -48,7 +48,7 @@ def read_record(path: Path) -> dict:
     """The contents of a JSON file of others; UserError where it is missing or damaged."""
     check(path.exists(), f"--weights is {str(path.parent)!r}; there is no {path.name} in that folder")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged: {error}") from error
 
@@ -58,7 +58,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         # As JAX's arrays: NumPy alone has no bfloat16.
-        with jax.default_device(jax.devices("cpu")[0]), safe_open(path, framework="flax") as file:
+        with jax.default_device(jax.devices("cpu")[0]), safe_open(local_copy(path), framework="flax") as file:
             return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"--weights is {str(path)!r}; it cannot be read: {error}") from error
@@ -71,7 +71,7 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
         reason = "to read it torch must be installed; or save its tensors as .safetensors"
         raise UserError(f"--weights is {str(path)!r}; {reason}") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(local_copy(path), map_location="cpu", weights_only=True)
     except Exception as error:  # of the library, of many types
         reason = "it holds more than tensors, or is damaged: save its tensors (the average, 'ema') as .safetensors"
         raise UserError(f"--weights is {str(path)!r}; {reason}") from error
@@ -86,5 +86,5 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A safetensors file, whole or not at all."""
     from safetensors.numpy import save_file
 
-    with replacing(Path(path)) as temporary:
+    with replacing(as_path(path)) as temporary:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, temporary, {"format": "pt"})

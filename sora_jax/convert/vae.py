@@ -7,7 +7,7 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.convert.links import KERNEL, MATRIX, SAME, Link, layer_links, read_tree, write_tree
 from sora_jax.convert.tensors import WEIGHTS, read_record, read_tensors, write_tensors
-from sora_jax.files import write_json
+from sora_jax.files import as_path, write_json
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.train.frozen import FrozenAutoencoder
@@ -24,7 +24,7 @@ def read_vae(folder: Path) -> FrozenAutoencoder:
 
     UserError for an architecture that is not ours, and with the names of all tensors that do not fit.
     """
-    record = read_record(Path(folder) / "config.json")
+    record = read_record(as_path(folder) / "config.json")
     config = _config(record, folder)
     tensors = {_new_name(name): x for name, x in read_tensors(folder).items()}
     params = read_tree(links(config), autoencoder_specs(config), tensors, str(folder))
@@ -61,8 +61,8 @@ def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
         **_statistics(autoencoder.mean_C, autoencoder.std_C),
     }
     tensors = write_tree(links(config), autoencoder.params)
-    write_tensors(Path(folder) / f"{WEIGHTS}.safetensors", tensors)
-    write_json(Path(folder) / "config.json", record)
+    write_tensors(as_path(folder) / f"{WEIGHTS}.safetensors", tensors)
+    write_json(as_path(folder) / "config.json", record)
 
 
 def _config(record: dict, folder: Path) -> KLConfig:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from sora_jax.data.manifest import FORMAT, KEY, KIND, Dataset, add_clip, read_in
 from sora_jax.data.parts import Parts, PartWriter, Share, start
 from sora_jax.data.prepare import BuildConfig, Mix, Refusal, Unit, hashed_split, open_sources, prepare, unit_at
 from sora_jax.errors import UserError
+from sora_jax.files import as_path
 
 MACHINERY = dict(out="", workers=0, seconds=60.0, shard="0/1")  # does not decide what is in the dataset
 
@@ -118,9 +118,10 @@ def _nothing_usable(config: BuildConfig, refused: list[dict]) -> str:
 
 def built_before(config: BuildConfig, mix: Mix) -> Dataset | None:
     """The dataset that is there already; UserError where it was built with other options or from other files."""
-    if not Path(config.out, "dataset.json").exists():
+    out = as_path(config.out)
+    if not (out / "dataset.json").exists():
         return None
-    options, before = build_options(config, mix), read_info(Path(config.out))["options"]
+    options, before = build_options(config, mix), read_info(out)["options"]
     changed = sorted(name for name in options | before if options.get(name) != before.get(name))
     if changed == ["digests"]:
         raise UserError(f"out={config.out} was built from other files: give another folder or remove it.")

@@ -16,7 +16,7 @@ from sora_jax.data.latents import LatentCache
 from sora_jax.data.shuffle import uniforms
 from sora_jax.data.tokenizer import NULL, UNKNOWN, Tokenizer
 from sora_jax.errors import UserError
-from sora_jax.files import replacing, write_text
+from sora_jax.files import as_path, local_copy, read_text, replacing, write_text
 
 PRESETS = {
     "dalle3": {"synthetic": 0.95, "original": 0.05},
@@ -117,7 +117,7 @@ class TokenTexts:
 
     def __init__(self, cache: LatentCache, tokenizer: Tokenizer, folder: Path | None = None):
         self._starts = caption_starts(cache)
-        self._folder, self._stamp = folder and Path(folder), _stamp(cache, tokenizer)
+        self._folder, self._stamp = folder and as_path(folder), _stamp(cache, tokenizer)
         self._kept = folder is not None and _is_made(self._folder, self._stamp)
         self._ids, self._ends = _load(self._folder) if self._kept else _tokenize(cache, tokenizer)
 
@@ -241,11 +241,11 @@ def _stamp(cache: LatentCache, tokenizer: Tokenizer) -> str:
 
 def _is_made(folder: Path, stamp: str) -> bool:
     path = folder / "made_of.txt"
-    return path.exists() and path.read_text() == stamp
+    return path.exists() and read_text(path) == stamp
 
 
 def _load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "ends.npy")
+    return np.load(local_copy(folder / "ids.npy"), mmap_mode="r"), np.load(local_copy(folder / "ends.npy"))
 
 
 def _save(folder: Path, ids: np.ndarray, ends: np.ndarray, stamp: str) -> None:

@@ -41,8 +41,8 @@ def inspect(
     drawn = [dataset[i] for i in shown]
     scale = max(1, 96 // max(clip.frames.shape[1] for clip in drawn))
     picture = contact_sheet([c.frames for c in drawn], [c.caption for c in drawn], columns=2, scale=scale)
-    sheet_file = save_png(sheet or Path(path, "contact_sheet.png"), picture)
-    return Inspection(summary, _text(summary), sheet_file, draw_histograms(dataset, Path(path, "histogram.png")))
+    sheet_file = save_png(sheet or dataset.path / "contact_sheet.png", picture)
+    return Inspection(summary, _text(summary), sheet_file, draw_histograms(dataset, dataset.path / "histogram.png"))
 
 
 def summarise(dataset: Dataset, pack_length: int | None = None) -> dict:

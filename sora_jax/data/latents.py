@@ -24,6 +24,7 @@ import numpy as np
 from sora_jax.data.parts import Kind, Parts, PartWriter, start
 from sora_jax.data.shards import FLOATS, ShardReader
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, local_copy, read_text
 
 FORMAT = 3
 LATENTS, TEXT = "latents", "text"
@@ -121,7 +122,7 @@ class LatentCache:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = as_path(path)
         header = _read_header(self.path)
         text = header["text"] and TextInfo(**header["text"])
         names = ("fingerprint", "data", "latent_channels")
@@ -187,7 +188,8 @@ class LatentCache:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            column = pq.read_table(self.path / "manifest.parquet", columns=[name])[name].combine_chunks()
+            table = pq.read_table(local_copy(self.path / "manifest.parquet"), columns=[name])
+            column = table[name].combine_chunks()
             self._columns[name] = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         return self._columns[name]
 
@@ -262,7 +264,7 @@ class LatentCache:
 
 def _read_header(path: Path) -> dict:
     try:
-        header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
+        header = json.loads(read_text(path / "cache.json"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no complete latent cache at {path}; make one with `sora-jax data encode --out={path}`"

@@ -26,6 +26,7 @@ from sora_jax.data.clips import Clip
 from sora_jax.data.parts import Kind, PartWriter, start
 from sora_jax.data.shards import PIXELS, ShardReader
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, local_copy, read_text
 
 FORMAT = 2
 PREFIX = "clips"
@@ -79,7 +80,7 @@ class Dataset:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = as_path(path)
         self.info = read_info(self.path)
         self._table = None
         self._shards = ShardReader(self.path, PREFIX, self.info["parts"])
@@ -92,7 +93,7 @@ class Dataset:
         if self._table is None:
             import pyarrow.parquet as pq
 
-            self._table = pq.read_table(self.path / "manifest.parquet")
+            self._table = pq.read_table(local_copy(self.path / "manifest.parquet"))
         return self._table
 
     @property
@@ -103,7 +104,7 @@ class Dataset:
 
     @cached_property
     def refused(self) -> list[dict]:
-        lines = (self.path / "refused.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = read_text(self.path / "refused.jsonl").splitlines()
         return [json.loads(line) for line in lines]
 
     def rows(self, split: str | None = None) -> list[dict]:
@@ -151,7 +152,7 @@ def caption_of(row: dict) -> str:
 def read_info(path: Path) -> dict:
     """The contents of `dataset.json`; UserError where there is none of this format."""
     try:
-        info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        info = json.loads(read_text(path / "dataset.json"))
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not a dataset folder: one made by `sora-jax data build` is.") from error
     if info.get("format") != FORMAT:

@@ -20,7 +20,7 @@ from sora_jax.data.pictures import fitted, open_picture
 from sora_jax.data.tracks import File, Fit, MediaError, Track, reason, usual_period
 from sora_jax.data.videos import open_video
 from sora_jax.errors import UserError
-from sora_jax.files import replacing
+from sora_jax.files import as_path, replacing
 
 MAX_CLIP_BYTES = 2**32
 MAX_CLIP_FRAMES = 2**22
@@ -213,7 +213,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     grows by a copy of its last row or column. The file appears under its name only when it is whole; a full
     disk or an unknown ending is a UserError.
     """
-    path = Path(path)
+    path = as_path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise UserError(f"frames of {frames.dtype} {frames.shape} cannot be written: uint8 (T, H, W, 3) can.")
     check_ending(path, len(frames))
@@ -225,7 +225,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
 
 def check_ending(path: str | Path, frames: int) -> None:
     """UserError unless a clip of so many frames can be written under this name; to call before making the clip."""
-    ending = Path(path).suffix.lower()
+    ending = as_path(path).suffix.lower()
     if ending not in WRITERS:
         raise UserError(f"out={path} has an unknown ending: {', '.join(WRITERS)} are allowed.")
     if ending == ".png" and frames != 1:
@@ -234,7 +234,7 @@ def check_ending(path: str | Path, frames: int) -> None:
 
 def save_png(path: str | Path, image: np.ndarray) -> Path:
     """Write one uint8 picture (H, W, 3) as PNG."""
-    return write_video(Path(path).with_suffix(".png"), image[None], 1.0)
+    return write_video(as_path(path).with_suffix(".png"), image[None], 1.0)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

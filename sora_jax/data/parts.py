@@ -11,15 +11,13 @@ A folder of n parts is filled under a hidden name beside its own (`files.unfinis
 =========================================  ===============================================================
 
 What is in part k depends on k alone, so it does not matter who makes it, and when. Once all parts are there the
-rows are joined to `manifest.parquet`, and the folder gets its name. A half-written part is made again.
+rows are joined to `manifest.parquet`, the info file is written, and the folder gets its name. A half-written part is
+made again. In an object store the folder has its name from the beginning, and the info file says that it is whole.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,9 +26,23 @@ from pathlib import Path
 from sora_jax.config import first_difference
 from sora_jax.data.shards import RecordWriter, shard_name
 from sora_jax.errors import UserError
-from sora_jax.files import as_user_error, replacing, unfinished
+from sora_jax.files import (
+    as_path,
+    as_user_error,
+    create,
+    finish_folder,
+    local_copy,
+    make_folder,
+    put,
+    read_text,
+    remove_folder,
+    replacing,
+    temporary_of,
+    unfinished,
+)
 
 PLACES = {"shard": "int32", "record": "int32"}
+STARTED = "started.json"
 CLAIM_TRIES = 50
 WIDE = {"string": "large_string"}
 
@@ -114,17 +126,16 @@ class Parts:
                 counts = _join(self, unique)
                 if not counts["clips"]:
                     message = empty(_read_lines(self.folder / "refused.jsonl"))
-                    shutil.rmtree(self.folder)
+                    remove_folder(self.folder)
                     raise UserError(message)
                 with _inside(self.folder / self.kind.info) as temporary:
                     temporary.write_text(json.dumps(info | counts, ensure_ascii=False, indent=1) + "\n")
-                _remove_empty(self.out)
-                os.rename(self.folder, self.out)
+                finish_folder(self.out)
         except (UserError, FileNotFoundError):
             if not (self.out / self.kind.info).exists():  # else another process was faster
                 raise
         # Hidden files are of attempts that were stopped, or of another process that has joined the same parts.
-        for leftover in (*self.out.glob("part-*"), *self.out.glob(".*"), self.out / "started.json"):
+        for leftover in (*self.out.glob("part-*"), *self.out.glob(".*"), self.out / STARTED):
             leftover.unlink(missing_ok=True)
         return True
 
@@ -141,13 +152,14 @@ def start(out: str | Path, kind: Kind, header: dict, count: int) -> Parts:
     header: JSON of all that decides what is in the parts. Raises UserError where `out` is in use, or something else
     was started there: other options, or the same from other files.
     """
-    parts = Parts(Path(out), kind, count)
-    if parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
+    parts = Parts(as_path(out), kind, count)
+    in_place = parts.folder == parts.out and (parts.out / STARTED).exists()
+    if not in_place and parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
         raise UserError(f"out={out} already exists: give another folder or remove this one.")
     header = json.loads(json.dumps(header | {"parts": count}))
     with as_user_error(f"out={out}"):
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        started = _claim(parts.folder / "started.json", header)
+        make_folder(parts.folder)
+        started = _claim(parts.folder / STARTED, header)
     if started != header:
         what = first_difference(started or {}, header) or "options"
         raise UserError(f"out={out} was started with another {what}: remove {parts.folder} to start anew.")
@@ -156,16 +168,13 @@ def start(out: str | Path, kind: Kind, header: dict, count: int) -> Parts:
 
 def _claim(path: Path, header: dict) -> dict | None:
     """What is started here: `header`, unless another process was first."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(header, file)
+    if create(path, json.dumps(header)):
         return header
-    except FileExistsError:
-        for _ in range(CLAIM_TRIES):  # until the other process has written it
-            if (found := _read_json(path)) is not None:
-                return found
-            time.sleep(0.1)
-        return None
+    for _ in range(CLAIM_TRIES):  # until the other process has written it
+        if (found := _read_json(path)) is not None:
+            return found
+        time.sleep(0.1)
+    return None
 
 
 class PartWriter:
@@ -217,7 +226,7 @@ def _join(parts: Parts, unique: Sequence[str]) -> dict:
             for part in range(parts.count):
                 refused += _read_lines(parts._refused(part))
                 rows = []
-                for row in pq.read_table(parts._rows(part)).to_pylist():
+                for row in pq.read_table(local_copy(parts._rows(part))).to_pylist():
                     key = tuple(row[name] for name in unique)
                     file = row.get("file", "")
                     if key in seen:
@@ -269,25 +278,20 @@ def _lines(entries: Sequence[dict]) -> str:
 @contextmanager
 def _inside(path: Path) -> Iterator[Path]:
     """As `replacing`, in a folder that another process may have renamed: it is not made again."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    temporary = temporary_of(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError):
         return None
-
-
-def _remove_empty(out: Path) -> None:
-    with suppress(OSError):
-        out.rmdir()  # an empty folder of that name may be filled

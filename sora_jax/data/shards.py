@@ -2,11 +2,12 @@
 
 import os
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sora_jax.files import as_path, local_copy, put, temporary_of
 
 # One record a group, so that reading one clip does not unpack its neighbours; level 1 is as fast as the disk.
 PIXELS = "group_size:1,zstd:1"
@@ -21,7 +22,8 @@ class RecordWriter:
 
     def __init__(self, path: Path, options: str):
         self._path, self._options = path, options
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+        # Not of the same ending: a folder of such files may be read while this one grows.
+        self._temporary = temporary_of(path.with_name(f"{path.name}.part"))
         self._writer, self._count = None, 0
 
     def write(self, record: bytes) -> None:
@@ -38,7 +40,7 @@ class RecordWriter:
         self._end()
         if self._count:
             _check(self._temporary, self._count)
-            os.replace(self._temporary, self._path)
+            put(self._temporary, self._path)
 
     def close(self) -> None:
         """Close the file; what was not finished goes."""
@@ -77,17 +79,17 @@ def _check(path: Path, count: int) -> None:
 
 
 def open_reader(path: Path):
-    """An ArrayRecord reader for random access."""
+    """An ArrayRecord reader for random access; the library reads files of the disk alone."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader(str(path), READER_OPTIONS)
+    return ArrayRecordReader(str(local_copy(path)), READER_OPTIONS)
 
 
 class ShardReader:
     """Random access to the record files of a folder. Files open when first read, anew in every process."""
 
     def __init__(self, folder: str | Path, prefix: str, count: int):
-        self._folder, self._prefix, self._count = Path(folder), prefix, count
+        self._folder, self._prefix, self._count = as_path(folder), prefix, count
         self._readers, self._process, self._lock = OrderedDict(), os.getpid(), threading.Lock()
 
     def read(self, shard: int, record: int) -> bytes:

@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from sora_jax.errors import UserError
-from sora_jax.files import write_json
+from sora_jax.files import as_path, read_text, write_json
 
 PADDING, NULL, UNKNOWN = 0, 1, 2  # NULL is the caption of "no caption", what guidance compares with
 _SPECIAL = ["<pad>", "<null>", "<unk>"]
@@ -158,7 +157,7 @@ def train(captions: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
     """Read what `Tokenizer.save` wrote; UserError if the file is missing or is something else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(as_path(path)))
         model = content["model"]
         config = TokenizerConfig(**content["config"])
     except FileNotFoundError:

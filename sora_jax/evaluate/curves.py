@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sora_jax.files import as_path, replacing
 from sora_jax.train.metrics import read_metrics
 
 
@@ -16,7 +17,8 @@ def draw_losses(runs: dict[str, Path], out: Path) -> None:
     for panel, (name, run) in zip(panels[0], runs.items(), strict=True):
         rows = read_metrics(run)
         _draw(panel, name, rows)
-    figure.savefig(out, dpi=110)
+    with replacing(as_path(out)) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sora_jax.data.media import save_png, write_video
 from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.files import local_copy
 from sora_jax.generate.run import Run
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.frozen import FrozenAutoencoder
@@ -75,7 +76,8 @@ def progress_picture(samples: Path) -> np.ndarray:
     """All previews so far, a row each, oldest first."""
     from PIL import Image
 
-    rows = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(samples.glob("step_*/frames.png"))]
+    files = sorted(samples.glob("step_*/frames.png"))
+    rows = [np.asarray(Image.open(local_copy(file)).convert("RGB")) for file in files]
     width = max(row.shape[1] for row in rows)
     return np.concatenate([np.pad(r, ((0, 4), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
 

@@ -14,13 +14,14 @@ from sora_jax.data.packing import grid_of
 from sora_jax.data.tokenizer import NoText, Tokenizer
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
+from sora_jax.files import as_path
 from sora_jax.generate.sampler import Request, sample_latents
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.train.checkpoint import Checkpoints
+from sora_jax.train.checkpoint import NEWEST, Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, load_tokenizer, upgraded
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
 
@@ -140,20 +141,22 @@ class Run:
         return latent
 
 
-def load_run(folder: str | Path, autoencoder: str | Path | None = None) -> Run:
-    """A run of the denoiser from its folder: newest checkpoint, first weight average.
+def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoint: str | int = NEWEST) -> Run:
+    """A run of the denoiser from its folder, on the disk or in `gs://`: first weight average of a checkpoint.
 
-    autoencoder: a run of one, for a run that holds none (a converted checkpoint). UserError if the folder holds no
-    denoiser, no checkpoint yet, or no autoencoder.
+    autoencoder: a run of one, for a run that holds none (a converted checkpoint). checkpoint: "newest", "best" (of
+    those kept by config.loop.keep_best) or a step. UserError if the folder holds no denoiser, no such checkpoint, or no
+    autoencoder.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     config = read_run_config(folder)
     mesh = _mesh_here(config.mesh)
     specs = transformer_specs(config.model)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         check(checkpoints.latest() is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
-        params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
-        step = checkpoints.latest()  # asked again: a damaged one does not count
+        which = str(checkpoint)
+        params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema), which=which)
+        step = checkpoints.candidates(which)[0]  # those found damaged are no longer among them
     return Run(config, params, load_tokenizer(config, folder), _autoencoder_of(folder, autoencoder), mesh, step)
 
 
@@ -174,8 +177,8 @@ def _mesh_here(config: MeshConfig) -> Mesh:
 
 def read_run_config(folder: Path) -> DenoiserRun:
     """The config that a run folder keeps; UserError if it is no run of a denoiser."""
-    path = Path(folder) / "config.json"
-    inside = Path(folder) / "transformer"
+    path = as_path(folder) / "config.json"
+    inside = as_path(folder) / "transformer"
     hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
     check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder{hint}")
     config = read_json(path)

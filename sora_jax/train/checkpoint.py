@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from flax import serialization
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, is_remote, remove_folder
 from sora_jax.parallel import distributed
 from sora_jax.train.state import TrainState
 
 STATE, EMA, RUN, ARRAYS = "state", "ema", "run", "arrays"
+NEWEST, BEST = "newest", "best"
 ASIDE = "damaged-"
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option that reading alone implies
@@ -32,9 +35,12 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None = None, best: int = 0):
-        self._folder, self._writes, self._damaged = Path(folder).absolute(), keep is not None, set()
+        folder = as_path(folder)
+        self._folder, self._writes, self._damaged = folder, keep is not None, set()
+        if not is_remote(folder):
+            self._folder = folder.absolute()
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric, best_mode="min")
         else:
             policy = _policy(keep, best)
             options = ocp.CheckpointManagerOptions(
@@ -96,24 +102,49 @@ class Checkpoints:
         """
         tree = serialization.to_state_dict(state)
         ema = tree.pop("ema")
-        found = self._newest({STATE: tree, EMA: ema}, RUN)
+        found = self._first_whole({STATE: tree, EMA: ema}, RUN)
         return serialization.from_state_dict(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
-    def restore_ema(self, params, averages: int, index: int = 0):
-        """One of the `averages` alone, in the structure and shardings of the abstract tree `params`."""
-        like = serialization.to_state_dict((params,) * averages)
-        return serialization.from_state_dict(params, self._newest({EMA: like})[EMA][str(index)])
+    def restore_ema(self, params, averages: int, index: int = 0, which: str = NEWEST):
+        """One of the `averages` alone, in the structure and shardings of the abstract tree `params`.
 
-    def _newest(self, trees: dict, *notes: str) -> dict:
-        """What the newest whole checkpoint holds of `trees` and of the JSON items `notes`."""
-        for step in reversed(self._steps()):
+        which: "newest", "best" or a step, see `candidates`.
+        """
+        like = serialization.to_state_dict((params,) * averages)
+        return serialization.from_state_dict(params, self._first_whole({EMA: like}, which=which)[EMA][str(index)])
+
+    def candidates(self, which: str = NEWEST) -> list[int]:
+        """The steps to be read as checkpoint "newest", "best" (smallest metric) or STEP: the first that is whole.
+
+        UserError where there is none, but [] where there is no checkpoint at all.
+        """
+        there = self._steps()
+        if which == NEWEST or not there:
+            return there[::-1]
+        if which == BEST:
+            metrics = {step: self._manager.metrics(step) for step in there}
+            measured = [step for step in there if metrics[step]]
+            check(
+                bool(measured),
+                f"--checkpoint is {BEST!r}; those in {self._folder} have no metric: train with loop.keep_best above 0",
+            )
+            return sorted(measured, key=lambda step: _metric(metrics[step]))
+        known = ", ".join(map(str, there))
+        check(which.isdecimal(), f"--checkpoint is {which!r}; allowed: {NEWEST}, {BEST}, or a step: {known}")
+        check(int(which) in there, f"--checkpoint is {which!r}; the whole checkpoints in {self._folder} are {known}")
+        return [int(which)]
+
+    def _first_whole(self, trees: dict, *notes: str, which: str = NEWEST) -> dict:
+        """What a checkpoint holds of `trees` and of the JSON items `notes`."""
+        steps = self.candidates(which)
+        for i, step in enumerate(steps):
             found, reason = self._attempt(step, trees, notes)
             if distributed.all_true(not reason):
                 reason = _difference(found.get(ARRAYS), {name: found[name] for name in trees})
                 if not reason:
                     return found
-            self._set_aside(step, reason or "another process cannot read it")
-        raise UserError(f"there is no whole checkpoint in {self._folder}")
+            self._set_aside(step, reason or "another process cannot read it", steps[i + 1 :])
+        raise UserError(f"there is no whole checkpoint in {self._folder}" + f" that is {which!r}" * (which != NEWEST))
 
     def _attempt(self, step: int, trees: dict, notes: tuple[str, ...]) -> tuple[dict, str]:
         """What checkpoint `step` holds, or in one line why it is damaged; UserError if it is of another model."""
@@ -140,11 +171,10 @@ class Checkpoints:
         items |= {name: ocp.args.JsonRestore() for name in notes}
         return dict(self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items)).items())
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, reason: str, others: list[int]) -> None:
         """Out of the way of what is saved under this number; a reading process leaves everything where it is."""
         if distributed.first():
-            before = [s for s in self._steps() if s < step]
-            use = f"checkpoint {before[-1]} is used" if before else "there is none before it"
+            use = f"checkpoint {others[0]} is used" if others else "there is none before it"
             print(f"sora-jax: checkpoint {step} in {self._folder} is damaged, {use}: {reason}", file=sys.stderr)
         self._damaged.add(step)
         if not self._writes:
@@ -171,7 +201,8 @@ def _metric(metrics: dict) -> float:
 
 def _move_aside(folder: Path, step: int) -> None:
     target = folder / f"{ASIDE}{step}"
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        remove_folder(target)
     (folder / str(step)).rename(target)
 
 
@@ -234,7 +265,7 @@ def _first_line(error: Exception) -> str:
 
 def _check_room(folder: Path, wanted: int) -> None:
     # Asked first: a disk that fills up during a save ends in a flood of messages from the library's threads.
-    free = shutil.disk_usage(folder).free
+    free = math.inf if is_remote(folder) else shutil.disk_usage(folder).free
     check(
         distributed.all_true(free > 1.1 * wanted),
         f"the disk of {folder} has {free / 1e6:.0f} MB left; a checkpoint needs {wanted / 1e6:.0f} MB",

@@ -25,6 +25,7 @@ from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig
+from sora_jax.files import as_path
 from sora_jax.models.flops import train_flops
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.text import TextContext
@@ -262,15 +263,15 @@ def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | Pretrained
     if config.model.text is None:
         return NoText()
     if name := config.model.text.pretrained:
-        data = Path(workdir) / "data.json"
+        data = as_path(workdir) / "data.json"
         learnt_from = read_json(data)["text"] if data.exists() else None
         return PretrainedText(name, config.tokenizer.max_tokens, learnt_from)
-    return tokenizers.load(Path(workdir) / "tokenizer.json")
+    return tokenizers.load(as_path(workdir) / "tokenizer.json")
 
 
 def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer | PretrainedText | NoText:
     """The run's tokenizer: none, the pretrained one, the one in `workdir`, or one learnt from the captions."""
-    if config.model.text is None or config.model.text.pretrained or (Path(workdir) / "tokenizer.json").exists():
+    if config.model.text is None or config.model.text.pretrained or (as_path(workdir) / "tokenizer.json").exists():
         return load_tokenizer(config, workdir)
     tokenizer = tokenizers.train(captions_in_order(cache, cache.indices(config.split)), config.tokenizer)
     check(

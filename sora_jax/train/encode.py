@@ -13,10 +13,10 @@ from sora_jax.data.canvases import Size, canvas_of, choose_canvases
 from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.parts import Share
-from sora_jax.files import replacing
+from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.train.autoencoder import check_sizes
-from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, load_autoencoder
+from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
 
 CLIPS_PER_SHARD = 1024
 
@@ -46,7 +46,7 @@ def encode_dataset(
     info = CacheInfo(
         autoencoder.fingerprint, dataset.digest, config.latent_channels, factors, text.info if text else None
     )
-    if (Path(out) / "cache.json").exists():
+    if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)
         return True
     check_sizes(config, dataset)
@@ -105,11 +105,11 @@ def copy_autoencoder(run: Path, target: Path) -> None:
 
     A copy that is there stays as it is.
     """
-    kept = Path(target) / FOLDER
+    kept = as_path(target) / FOLDER
     if (kept / RECORD).exists():
         return
-    source = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
+    source = frozen_folder(run)
     check((source / RECORD).exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     for name in (WEIGHTS, RECORD):  # in this order: the record makes the copy valid
         with replacing(kept / name) as temporary:
-            shutil.copyfile(source / name, temporary)
+            shutil.copyfile(local_copy(source / name), temporary)

@@ -17,7 +17,7 @@ from flax import serialization, traverse_util
 from sora_jax.config import check, frozen, plain
 from sora_jax.data.canvases import Size, canvas_of
 from sora_jax.errors import UserError
-from sora_jax.files import replacing, write_json
+from sora_jax.files import as_path, local_copy, read_text, replacing, write_json
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import parts, reshard
@@ -138,16 +138,22 @@ def measure_statistics(params, config: FirstStageConfig, clips: Iterable[np.ndar
 
 def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
     """Writes weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
-    folder = Path(folder)
+    folder = as_path(folder)
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **_flat(autoencoder))
     record = {"config": plain(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
     write_json(folder / RECORD, record)
 
 
+def frozen_folder(run: Path) -> Path:
+    """Where a run folder keeps its frozen autoencoder; the folder itself where it is that."""
+    run = as_path(run)
+    return run / FOLDER if (run / FOLDER).is_dir() else run
+
+
 def load_autoencoder(run: Path) -> FrozenAutoencoder:
     """The frozen autoencoder of a run folder (or the frozen folder itself)."""
-    folder = Path(run) / FOLDER if (Path(run) / FOLDER).is_dir() else Path(run)
+    folder = frozen_folder(run)
     exists = (folder / RECORD).exists()
     check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     try:
@@ -162,9 +168,9 @@ def load_autoencoder(run: Path) -> FrozenAutoencoder:
 
 
 def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads(read_text(folder / RECORD))
     config = frozen(FirstStageConfig, record["config"])
-    with np.load(folder / WEIGHTS) as file:
+    with np.load(local_copy(folder / WEIGHTS)) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")
     template = param.abstract(autoencoder_specs(config))

@@ -133,6 +133,8 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                     means = reporter.means.state()
                     notes = {"config": run, "step": step, "seed": seed, "means": means, "position": position}
                     notes["seconds"] = watch.now()
+                    if writer:
+                        writer.keep()
                     checkpoints.save(step, state, notes, reporter.best_metric)
             if previewing:
                 with watch("preview"):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.files import write_text
+from sora_jax.files import Mirror, as_path, read_text, write_text
 
 
 class MetricsWriter:
     """Appends one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard.
+
+    Where files cannot grow, in an object store, both are written anew by `keep`, and now and then (`files.Mirror`).
 
     `start` is the step that the run goes on from: reports of later steps, which a killed run left, are dropped,
     so that no step is reported twice.
@@ -22,13 +24,13 @@ class MetricsWriter:
     def __init__(self, workdir: Path, start: int = 0):
         from tensorboardX import SummaryWriter
 
-        path = Path(workdir) / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in read_metrics(workdir) if row["step"] <= start]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start]
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open(path, "a", encoding="utf-8"))
-            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1 if start else None)
+            self._mirror = stack.enter_context(Mirror(as_path(workdir)))
+            folder = self._mirror.folder
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = stack.enter_context(open(folder / "metrics.jsonl", "a", encoding="utf-8"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
             stack.callback(self._board.close)
             self._close = stack.pop_all().close
 
@@ -47,6 +49,12 @@ class MetricsWriter:
         for name, value in flat.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
+        self._mirror.keep()
+
+    def keep(self) -> None:
+        """What was reported is to outlive this process, as the checkpoint does that is saved now."""
+        self._board.flush()
+        self._mirror.keep(at_once=True)
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """A uint8 picture for TensorBoard."""
@@ -67,9 +75,9 @@ def flatten(metrics: dict) -> dict[str, float]:
 
 def read_metrics(workdir: Path) -> list[dict]:
     """The reports of a run, in order."""
-    path = Path(workdir) / "metrics.jsonl"
+    path = as_path(workdir) / "metrics.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_text(path).splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
             rows.append(json.loads(line))
     return rows

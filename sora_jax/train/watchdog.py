@@ -4,13 +4,14 @@ import contextlib
 import statistics
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sora_jax.config import read_json
-from sora_jax.files import write_json
+from sora_jax.files import PAUSE, as_path, is_remote, write_json
 from sora_jax.train.metrics import Stopwatch
 
 FILE = "time.json"
@@ -22,7 +23,8 @@ RECENT, FEWEST = 100, 10  # steps that the median is of
 class Watchdog:
     """A context manager; `stepped` tells it of each finished step.
 
-    Every `interval` seconds the seconds by cause go to WORKDIR/time.json (workdir None: nowhere), for `lost_seconds`.
+    Every `interval` seconds the seconds by cause go to WORKDIR/time.json (workdir None: nowhere), for `spent_before`;
+    in an object store, which takes no such pace, every ten.
     A step that has taken ten times the median of the recent ones, and at least `interval`, is reported on stderr at
     that moment, and again when it ends. Saves and previews are no part of a step.
     """
@@ -30,6 +32,7 @@ class Watchdog:
     def __init__(self, watch: Stopwatch, workdir: Path | None, step: int, interval: float = 1.0):
         self._watch, self._workdir, self._step, self._interval = watch, workdir, step, interval
         self._recent, self._done, self._told = deque(maxlen=RECENT), 0.0, False
+        self._pause = max(PAUSE, interval) if workdir and is_remote(workdir) else interval
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
 
@@ -53,9 +56,12 @@ class Watchdog:
         self._recent.append(seconds)
 
     def _run(self) -> None:
+        kept = time.monotonic()
         while not self._end.wait(self._interval):
             self._look()
-            self._keep()
+            if time.monotonic() >= kept + self._pause - self._interval / 2:
+                self._keep()
+                kept = time.monotonic()
 
     def _busy(self) -> float:
         seconds = self._watch.now()
@@ -75,7 +81,7 @@ class Watchdog:
         if self._workdir:
             # A disk that is full ends the run by the next save, which can say so.
             with contextlib.suppress(Exception):
-                write_json(Path(self._workdir) / FILE, {"step": self._step, "seconds": self._watch.now()})
+                write_json(as_path(self._workdir) / FILE, {"step": self._step, "seconds": self._watch.now()})
 
 
 def spent_before(workdir: Path, start: int, saved: dict[str, float]) -> dict[str, float]:
@@ -83,7 +89,7 @@ def spent_before(workdir: Path, start: int, saved: dict[str, float]) -> dict[str
 
     What a killed process did after it has been for nothing, and is "lost".
     """
-    path = Path(workdir) / FILE
+    path = as_path(workdir) / FILE
     kept = read_json(path) if path.exists() else {"step": start, "seconds": saved}
     if kept["step"] <= start:
         return kept["seconds"]

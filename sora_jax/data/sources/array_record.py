@@ -21,20 +21,21 @@ from sora_jax.data.sources.entries import Entry, Reader
 from sora_jax.data.sources.opened import FileMedia, FramesMedia
 from sora_jax.data.tracks import MediaError, reason
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, names_below, size_and_time
 
 SUFFIX = ".array_record"
 
 
 def array_record_reader(config: SourceConfig) -> Reader:
     """Reads a dataset folder by its `dataset.json`, everything else as records with tables."""
-    return (DatasetReader if Path(config.path, "dataset.json").is_file() else RecordReader)(config)
+    return (DatasetReader if (as_path(config.path) / "dataset.json").is_file() else RecordReader)(config)
 
 
 class DatasetReader:
     """The clips of a folder made by `sora-jax data build`, with ids, captions, labels and splits as they are."""
 
     def __init__(self, config: SourceConfig):
-        self._path = Path(config.path)
+        self._path = as_path(config.path)
         self._count, self.refused = len(_dataset(self._path, os.getpid())), []
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class RecordReader:
         return FileMedia(Record(self._root / name, number))
 
     def digest(self) -> str:
-        sizes = [(self._root / name).stat().st_size for name in self._files]
+        sizes = [size_and_time(self._root / name)[0] for name in self._files]
         listing = repr((self._entries, self._files, sizes, self.refused))
         return hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()
 
@@ -129,10 +130,10 @@ class RecordReader:
 
 
 def _find(path: str) -> tuple[Path, list[str]]:
-    root = Path(path)
+    root = as_path(path)
     if root.is_file() and root.suffix == SUFFIX:
         return root.parent, [root.name]
-    names = sorted(str(file.relative_to(root)) for file in root.rglob(f"*{SUFFIX}")) if root.is_dir() else []
+    names = sorted(name for name in names_below(root) if name.endswith(SUFFIX)) if root.is_dir() else []
     if not names:
         raise UserError(f"path={path} holds no {SUFFIX} file: a dataset folder, such a file or a folder of them is.")
     return root, names

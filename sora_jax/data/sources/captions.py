@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from sora_jax.data.sources.entries import escapes
 from sora_jax.errors import UserError
+from sora_jax.files import local_copy, open_text
 
 ORIGINAL = "original"
 FILE_COLUMNS = ("file", "file_name")
@@ -169,7 +170,7 @@ def _columns(path: Path) -> set[str]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        return set(pq.read_schema(path).names)
+        return set(pq.read_schema(local_copy(path)).names)
     return set(next(_read_jsonl(path, Fields()))[1])
 
 
@@ -197,7 +198,7 @@ def _rows(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
 
 
 def _read_csv(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with open_text(path, "utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines)
         columns = rows.fieldnames or []
         _check_columns(path, columns, fields)
@@ -208,7 +209,7 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
 
 
 def _read_jsonl(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with open_text(path, "utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -226,7 +227,7 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(local_copy(path)) as file:
             columns = [name for name in file.schema_arrow.names if name in FILE_COLUMNS or _speaks(name, fields)]
             _check_columns(path, columns, fields)
             batches = file.iter_batches(columns=columns)

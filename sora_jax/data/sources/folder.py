@@ -23,6 +23,7 @@ from sora_jax.data.sources.entries import Entry, escapes
 from sora_jax.data.sources.opened import FileMedia, ZipMember, archive
 from sora_jax.data.tracks import reason
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, is_remote, remote_files, size_and_time
 
 # What people keep beside clips; everything else is tried, and listed with a reason where it cannot be read.
 BESIDE_CLIPS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".parquet", ".html", ".pdf", ".py"}
@@ -54,11 +55,14 @@ class FolderReader:
     """
 
     def __init__(self, config: SourceConfig):
-        self._root = Path(config.path)
+        self._root = as_path(config.path)
         if not self._root.is_dir():
             raise UserError(f"path={config.path} is not a folder: a folder of videos or pictures is allowed.")
         self.refused: list[tuple[str, str]] = []
-        names = list(_files(self._root, self.refused))
+        remote = is_remote(self._root)
+        self._sizes = remote_files(self._root) if remote else {}
+        listed = sorted(filter(_visible, self._sizes), key=_as_walked)
+        names = listed if remote else list(_files(self._root, self.refused))
         clips = [name for name in names if not _beside_clips(name)]
         captions = FolderCaptions(self._root, names, clips, _fields(config))
         found = [place for name in clips for place in self._places(name)]
@@ -88,12 +92,15 @@ class FolderReader:
 
     def _places(self, name: str) -> Iterator[Place]:
         path = self._root / name
-        if not path.is_file():  # a pipe would be waited for without end
+        if name not in self._sizes and not path.is_file():  # a pipe would be waited for without end
             self.refused.append((name, _no_file(path)))
         elif path.suffix.lower() != ".zip":
-            yield Place(name, "", path.stat().st_size)
+            yield Place(name, "", self._size(name))
         else:
             yield from self._members(name)
+
+    def _size(self, name: str) -> int:
+        return self._sizes[name] if name in self._sizes else size_and_time(self._root / name)[0]
 
     def _members(self, name: str) -> Iterator[Place]:
         try:
@@ -141,6 +148,16 @@ def _files(root: Path, refused: list[tuple[str, str]]) -> Iterator[str]:
                 yield str(PurePosixPath(Path(folder).relative_to(root).as_posix()) / name)
 
 
+def _visible(name: str) -> bool:
+    return not any(map(_hidden, PurePosixPath(name).parts))
+
+
+def _as_walked(name: str) -> list[tuple[bool, str]]:
+    """Sorts names as `_files` gives them: the files of a folder before the folders in it."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
 def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
@@ -183,9 +200,11 @@ class FolderCaptions:
 
     def _read(self, name: str) -> str:
         path = self._root / name
-        if path.stat().st_size > MAX_TEXT_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
             raise ValueError(f"{name} has more than {MAX_TEXT_BYTES} bytes")
-        return clean(path.read_text(encoding="utf-8-sig"))
+        return clean(data.decode("utf-8-sig"))
 
     def unused(self) -> Iterable[tuple[str, str]]:
         """Pairs (file, table) of what was never asked for."""

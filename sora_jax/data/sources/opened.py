@@ -6,7 +6,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from sora_jax.data.fit import FitError
 from sora_jax.data.media import DecodedClip, FitClip, SpanRule, decode, sample_frames
 from sora_jax.data.sources.entries import Media
 from sora_jax.data.tracks import MediaError, reason
+from sora_jax.files import local_copy, open_unbuffered, size_and_time
 
 WHOLE_BYTES = 2**24
 BLOCK_BYTES, BLOCKS = 2**20, 16
@@ -58,13 +59,13 @@ class FileMedia:
             raise MediaError(f"unreadable: {reason(error)}") from error
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        if isinstance(self.file, Path):
+        if isinstance(self.file, Path):  # of the disk: libav opens it itself
             return decode(self.file, rule, fit)
         with self._open() as stream:
             return decode(stream, rule, fit)
 
     def _open(self) -> BinaryIO:
-        if isinstance(self.file, Path):
+        if isinstance(self.file, PurePath):
             return self.file.open("rb")
         try:
             return self.file.open()
@@ -130,13 +131,13 @@ class ZipMember:
 
 def archive(path: Path) -> zipfile.ZipFile:
     """An open zip file, kept for its next member."""
-    return _archive(path, path.stat().st_mtime_ns, os.getpid())
+    return _archive(path, size_and_time(path), os.getpid())
 
 
 @lru_cache(maxsize=8)
-def _archive(path: Path, modified: int, process: int) -> zipfile.ZipFile:
+def _archive(path: Path, version: tuple, process: int) -> zipfile.ZipFile:
     # One a process: a forked child would share its parent's file offset.
-    return zipfile.ZipFile(path)
+    return zipfile.ZipFile(local_copy(path))
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Window(io.RawIOBase):
     """A part of a file, as a file."""
 
     def __init__(self, path: Path, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = path.open("rb", buffering=0), offset, size, 0
+        self._file, self._offset, self._size, self._at = open_unbuffered(path), offset, size, 0
 
     def readable(self) -> bool:
         return True

@@ -20,7 +20,7 @@ from sora_jax.data.sources.captions import Fields, Words, words
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FileMedia, FramesMedia, Held
-from sora_jax.data.sources.tfds_video import as_sequences, has_video, prepared_folder
+from sora_jax.data.sources.tfds_video import linked, needs_links, prepared_folder
 from sora_jax.data.tracks import MediaError, reason
 from sora_jax.errors import UserError
 
@@ -178,8 +178,8 @@ def _data_sources(key: Key, names: list[str] | None):
 
     raw = {"split": names, "deserialize_method": tfds.decode.DeserializeMethod.RAW_BYTES}
     prepared = prepared_folder(key.name, key.data_dir)
-    if prepared and has_video(prepared):
-        folder = as_sequences(prepared)
+    if prepared and needs_links(prepared):
+        folder = linked(prepared)
         return tfds.builder_from_directory(folder.name).as_data_source(**raw), folder
     return tfds.data_source(key.name, data_dir=key.data_dir or None, download=False, **raw), None
 

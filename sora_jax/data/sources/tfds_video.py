@@ -1,7 +1,8 @@
-"""Prepared datasets with a Video feature, which TFDS itself declares through TensorFlow only.
+"""Prepared datasets that TFDS itself cannot open: with a Video feature, or in an object store.
 
-A Video is stored as the sequence of its pictures. So such a dataset is opened as one that says so: a temporary folder
-of links to its files, with features that read Sequence(Image) where they read Video.
+TFDS declares Video through TensorFlow only. A Video is stored as the sequence of its pictures, so such a dataset is
+opened as one that says so: a temporary folder of links to its files, with features that read Sequence(Image) where
+they read Video. ArrayRecord reads files of the disk alone: the links lead to local copies.
 """
 
 import json
@@ -9,6 +10,8 @@ import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from sora_jax.files import as_path, is_remote, local_copy, read_text
 
 VIDEO = "tensorflow_datasets.core.features.video_feature.Video"
 SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
@@ -19,7 +22,7 @@ FEATURES = "features.json"
 def prepared_folder(name: str, data_dir: str) -> Path | None:
     """The folder of a dataset name[/config][:version], of its newest version; None where it is not at once found."""
     name, _, version = name.partition(":")
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / name
+    root = as_path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / name
     folders = [file.parent for file in root.glob(f"{version or '*'}/{FEATURES}")]
     return max((f for f in folders if re.fullmatch(r"\d+\.\d+\.\d+", f.name)), key=_version, default=None)
 
@@ -28,18 +31,18 @@ def _version(folder: Path) -> list[int]:
     return [int(part) for part in folder.name.split(".")]
 
 
-def has_video(folder: Path) -> bool:
-    """Whether the dataset of a folder has a Video feature."""
-    return f'"{VIDEO}"' in (folder / FEATURES).read_text(encoding="utf-8")
+def needs_links(folder: Path) -> bool:
+    """Whether the dataset of a folder cannot be opened where it is."""
+    return is_remote(folder) or f'"{VIDEO}"' in read_text(folder / FEATURES)
 
 
-def as_sequences(folder: Path) -> TemporaryDirectory:
+def linked(folder: Path) -> TemporaryDirectory:
     """A folder of the same dataset with sequences of pictures for Videos; it goes when the object goes."""
     made = TemporaryDirectory(prefix="sora_jax-tfds-")
     for file in folder.iterdir():
         if file.name != FEATURES:
-            Path(made.name, file.name).symlink_to(file.resolve())
-    features = json.loads((folder / FEATURES).read_text(encoding="utf-8"))
+            Path(made.name, file.name).symlink_to(local_copy(file).resolve())
+    features = json.loads(read_text(folder / FEATURES))
     Path(made.name, FEATURES).write_text(json.dumps(_replaced(features)), encoding="utf-8")
     return made
 

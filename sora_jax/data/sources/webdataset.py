@@ -11,10 +11,8 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from glob import glob
-from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from sora_jax.data.sources.captions import ORIGINAL, Fields, Words, clean, number_labels, original_first, words
 from sora_jax.data.sources.config import SourceConfig
@@ -22,6 +20,7 @@ from sora_jax.data.sources.entries import Entry, escapes
 from sora_jax.data.sources.opened import FileMedia, Part
 from sora_jax.data.tracks import reason
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, matching, names_below, open_unbuffered, size_and_time
 
 MEDIA_ENDINGS = ("mp4", "webm", "mkv", "mov", "avi", "gif", "webp", "png", "jpg", "jpeg", "avif")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -148,25 +147,25 @@ def _find(path: str) -> tuple[Path, list[str]]:
     """The folder and the names of the shards in it."""
     if "{" in path:
         raise UserError(f"path={path} has braces: a tar file, a folder or a pattern with * and ? is allowed.")
-    root = Path(path)
+    root = as_path(path)
     if root.is_file():
         if path.lower().endswith(COMPRESSED):
             raise UserError(f"path={path} is compressed and has no random access: unpack it to a plain .tar file.")
         return root.parent, [root.name]
     if root.is_dir():
-        files = [file for file in root.rglob("*") if file.name.lower().endswith((".tar", *COMPRESSED))]
+        names = [name for name in names_below(root) if name.lower().endswith((".tar", *COMPRESSED))]
     else:
-        files, root = [Path(file) for file in glob(path, recursive=True)], _fixed_part(path)
-    names = sorted(file.relative_to(root).as_posix() for file in files if file.is_file())
+        files, root = matching(path), _fixed_part(as_path(path))
+        names = sorted(file.relative_to(root).as_posix() for file in files if file.is_file())
     if not names:
         raise UserError(f"path={path} names no tar file: one, a folder of them or a pattern with * and ? is allowed.")
     return root, names
 
 
-def _fixed_part(pattern: str) -> Path:
-    parts = Path(pattern).parts
+def _fixed_part(pattern: Path) -> Path:
+    parts = pattern.parts
     fixed = next((n for n, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
-    return Path(*parts[:fixed])
+    return pattern.parents[len(parts) - 1 - fixed]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -187,16 +186,15 @@ def _groups(members: list[Member]) -> dict[str, dict[str, Member]]:
 
 
 def _index(path: Path) -> Index:
-    stat = path.stat()
-    return _indexed(path, stat.st_size, stat.st_mtime_ns)
+    return _indexed(path, *size_and_time(path))
 
 
 @lru_cache(maxsize=4096)
-def _indexed(path: Path, size: int, modified: int) -> Index:
+def _indexed(path: Path, size: int, modified: str) -> Index:
     """The index of a shard, made once a process from its headers alone."""
     index = Index()
     try:
-        with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_unbuffered(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             for info in _headers(tar):
                 _file_away(info, size, index)
             index.damage = _ending(file, tar.offset, size)
@@ -205,13 +203,16 @@ def _indexed(path: Path, size: int, modified: int) -> Index:
     return index
 
 
-class _Headers(FileIO):
+class _Headers:
     """Lets tarfile read headers and nothing longer, whatever size a header claims."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header claims {size} bytes")
-        return super().read(size)
+        return self._file.read(size)
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -245,7 +246,7 @@ def _refuse(info: tarfile.TarInfo) -> str | None:
     return None
 
 
-def _ending(file: FileIO, offset: int, size: int) -> str:
+def _ending(file: BinaryIO, offset: int, size: int) -> str:
     """What is wrong where tarfile stopped: it takes any damaged header but the first for the end."""
     file.seek(min(offset, size))
     rest = file.read(MAX_HEADER_BYTES)

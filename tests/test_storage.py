@@ -1,0 +1,276 @@
+"""gs:// paths in every command: what is made there equals what is made on the disk, to the bit.
+
+The bucket is one of `fixtures_bucket`: the arrays of checkpoints go through TensorStore's own client of Google Cloud
+Storage, all other files through epath and fsspec.
+"""
+
+import json
+import pickle
+import shutil
+import zipfile
+
+import fsspec
+import numpy as np
+import pytest
+from fixtures_bucket import bucket  # noqa: F401
+from fixtures_runs import TINY, chain, run  # noqa: F401
+from test_sources_records import write_records  # noqa: F401
+from test_sources_tar import png, write_tar  # noqa: F401
+from test_sources_tfds import GreyDigits
+
+from sora_jax import cli, files
+from sora_jax.convert.tensors import read_tensors, write_tensors
+from sora_jax.data.latents import LatentCache
+from sora_jax.data.manifest import Dataset
+from sora_jax.data.media import SpanRule, decode, save_png, write_video
+from sora_jax.data.parts import Kind, start
+from sora_jax.data.sources import SourceConfig, make_source
+from sora_jax.errors import UserError
+from sora_jax.evaluate.curves import draw_losses
+from sora_jax.files import as_path, create, is_remote, local_copy, names_below, read_text, replacing, write_text
+from sora_jax.train.frozen import load_autoencoder
+from sora_jax.train.metrics import MetricsWriter, read_metrics
+
+ROOT = "gs://bucket"
+LOOP = ["loop.steps=6", "loop.save_every=3", "loop.preview_every=6"]
+SHOW = ["preview.prompts=('a red square moves right','a green square')", "preview.sizes=((9,16,24),(1,16,16))"]
+
+
+def train(variant, workdir, *changes):
+    return run("train", f"--config={TINY}:{variant}", f"--workdir={workdir}", *(f"--config.{c}" for c in changes))
+
+
+def losses(workdir):
+    names = ("step", "loss", "gradient_norm", "parameter_norm")
+    return [[row[name] for name in names] for row in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def remote(bucket, chain):  # noqa: F811
+    """The chain of `fixtures_runs` once more, by the same commands, every path of them in the bucket."""
+    clips = bucket.upload(chain.clips, "clips")
+    sizes = ["--max-frames=9", "--multiple=8", "--max-pixels=384"]
+    assert run("data", "build", f"--path={clips}", f"--out={ROOT}/dataset", "--workers=0", *sizes) == 0
+    assert train("autoencoder", f"{ROOT}/autoencoder", f"data={ROOT}/dataset", *LOOP) == 0
+    data = [f"--autoencoder={ROOT}/autoencoder", f"--data={ROOT}/dataset"]
+    assert run("data", "encode", *data, f"--out={ROOT}/latents") == 0
+    show = [*LOOP, *SHOW, "preview.steps=2", "loop.keep_best=1"]
+    assert train("transformer", f"{ROOT}/transformer", f"latents={ROOT}/latents", *show) == 0
+    return bucket.root / "bucket"
+
+
+def test_a_dataset_there_is_the_dataset_here(remote, chain):  # noqa: F811
+    here, there = Dataset(chain.dataset), Dataset(f"{ROOT}/dataset")
+    assert there.digest == here.digest and len(there) == len(here) and there.refused == []
+    again = pickle.loads(pickle.dumps(there))
+    for i in range(len(here)):
+        np.testing.assert_array_equal(again[i].frames, here[i].frames)
+        assert again[i].captions == here[i].captions
+    names = {"dataset.json", "manifest.parquet", "refused.jsonl", "clips-00000-of-00001.array_record"}
+    assert set(names_below(as_path(f"{ROOT}/dataset"))) - {"contact_sheet.png", "histogram.png"} == names
+    assert not (remote / ".dataset.sora_jax-unfinished").exists()
+
+
+def test_what_is_learnt_and_encoded_there_is_the_same_to_the_bit(remote, chain):  # noqa: F811
+    assert losses(f"{ROOT}/autoencoder") == losses(chain.autoencoder)
+    frozen = load_autoencoder(chain.autoencoder)
+    assert load_autoencoder(f"{ROOT}/autoencoder").fingerprint == frozen.fingerprint
+    here, there = LatentCache(chain.latents), LatentCache(f"{ROOT}/latents")
+    assert there.digest == here.digest
+    np.testing.assert_array_equal(there[2], here[2])
+    assert losses(f"{ROOT}/transformer") == losses(chain.transformer)
+
+
+def test_a_run_there_has_all_its_files(remote):
+    run_folder = remote / "transformer"
+    written = {path.relative_to(run_folder).parts[0] for path in run_folder.rglob("*") if path.is_file()}
+    files_of_a_run = {"config.json", "data.json", "metrics.jsonl", "time.json", "tokenizer.json"}
+    assert written == files_of_a_run | {"captions", "checkpoints", "frozen", "samples", "tensorboard"}
+    assert list((run_folder / "tensorboard").glob("events*"))
+    assert decode(run_folder / "samples" / "step_000006" / "00.mp4").frames.shape[0] == 9
+    assert not [path for path in remote.rglob("*") if ".tmp" in path.name or path.name.startswith(".")]
+
+
+def test_a_damaged_checkpoint_there_is_set_aside_and_its_steps_are_replayed(remote, chain, capfd):  # noqa: F811
+    bucket_folder = remote / "resumed"
+    shutil.copytree(remote / "transformer", bucket_folder)
+    arrays = [path for path in (bucket_folder / "checkpoints/6/state").rglob("*") if path.is_file()]
+    largest = max(arrays, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    show = [*LOOP, *SHOW, "preview.steps=2", "loop.keep_best=1"]
+    assert train("transformer", f"{ROOT}/resumed", f"latents={ROOT}/latents", *show) == 0
+    assert f"checkpoint 6 in {ROOT}/resumed/checkpoints is damaged, checkpoint 3 is used" in capfd.readouterr().err
+    assert losses(f"{ROOT}/resumed") == losses(chain.transformer)
+    steps = {path.name for path in (bucket_folder / "checkpoints").iterdir()}
+    assert {"3", "6", "damaged-6"} <= steps
+    table = "checkpoints/6/arrays/metadata"  # a digest of every array
+    assert json.loads((bucket_folder / table).read_text()) == json.loads((remote / "transformer" / table).read_text())
+
+
+@pytest.mark.parametrize("which", ["newest", "best", "3"])
+def test_samples_there_are_the_samples_here(remote, chain, tmp_path, which):  # noqa: F811
+    rows = {row["step"]: row["loss"] for row in read_metrics(chain.transformer)}
+    step = {"newest": 6, "best": min((3, 6), key=rows.get), "3": 3}[which]
+    asked = ["--prompt=a red square", "--frames=5", "--height=16", "--width=24", "--steps=2"]
+    there = f"{ROOT}/made/{which}.gif"
+    assert run("sample", f"--workdir={ROOT}/transformer", f"--checkpoint={which}", *asked, f"--out={there}") == 0
+    here = tmp_path / "clip.gif"
+    assert run("sample", f"--workdir={chain.transformer}", f"--checkpoint={step}", *asked, f"--out={here}") == 0
+    assert as_path(there).read_bytes() == here.read_bytes()
+
+
+def test_other_commands_there(remote, chain, tmp_path, capsys):  # noqa: F811
+    assert run("data", "inspect", f"{ROOT}/dataset") == 0
+    assert f"contact sheet    {ROOT}/dataset/contact_sheet.png" in capsys.readouterr().out
+    assert decode(remote / "dataset/histogram.png").frames.shape[0] == 1
+    draw_losses({"transformer": as_path(f"{ROOT}/transformer")}, f"{ROOT}/made/losses.png")
+    assert decode(remote / "made/losses.png").frames.shape[0] == 1
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    write_tensors(f"{ROOT}/made/x.safetensors", tensors)
+    np.testing.assert_array_equal(read_tensors(f"{ROOT}/made/x.safetensors")["a"], tensors["a"])
+    for out in (f"{ROOT}/dataset", f"{ROOT}/transformer"):  # what is there is not written over
+        assert run("data", "encode", f"--autoencoder={ROOT}/autoencoder", f"--data={ROOT}/dataset", f"--out={out}") == 2
+    assert train("autoencoder", f"{ROOT}/transformer", f"data={ROOT}/dataset") == 2
+    assert run("sample", f"--workdir={ROOT}/none", "--prompt=a", f"--out={ROOT}/x.gif") == 2
+    assert "there is no config.json, so it is not a run folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sources(tmp_path, png, write_records):  # noqa: F811
+    """kind -> a folder of one source of every kind, and the pattern of names in it."""
+    folder = tmp_path / "folder"
+    for name, shade in (("b", 20), ("sub/a", 40), (".hidden/x", 60)):
+        save_png(folder / f"{name}.png", np.full((8, 8, 3), shade, np.uint8))
+    write_video(folder / "sub/film.mp4", np.full((5, 16, 16, 3), 90, np.uint8), 8)
+    (folder / "b.txt").write_text("\ufeffa grey\nsquare", encoding="utf-8")
+    (folder / "sub/captions.csv").write_text("\ufefffile,caption\na.png,écru\nfilm.mp4,grey\n", encoding="utf-8")
+    with zipfile.ZipFile(folder / "more.zip", "w") as more:
+        more.writestr("z.png", png(80))
+    (folder / "notes.txt").write_text("beside")
+    for k in range(2):
+        members = [(f"{n}.png", png(10 * k + n)) for n in range(3)] + [(f"{n}.txt", b"said") for n in range(3)]
+        write_tar(tmp_path / "tars/part" / f"{k}.tar", members)
+    write_records("records/deep/x.array_record", [10, 20, 30])
+    (tmp_path / "records/deep/x.jsonl").write_text("\n".join(json.dumps({"caption": str(n)}) for n in range(3)))
+    return tmp_path
+
+
+KINDS = {
+    "folder": ("folder", "folder"),
+    "tars of a folder": ("webdataset", "tars"),
+    "tars by a pattern": ("webdataset", "tars/*/[01].tar"),
+    "one tar": ("webdataset", "tars/part/1.tar"),
+    "records": ("array_record", "records"),
+    "one file of records": ("array_record", "records/deep/x.array_record"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sources_there_are_the_sources_here(bucket, sources, kind):  # noqa: F811
+    name, path = KINDS[kind]
+    place = f"{kind.replace(' ', '_')}"
+    bucket.upload(sources / path.partition("/")[0], f"{place}/{path.partition('/')[0]}")
+    _same(SourceConfig(name, str(sources / path)), SourceConfig(name, f"{ROOT}/{place}/{path}"))
+
+
+def _same(here, there):
+    here, there = make_source(here), make_source(there)
+    there = pickle.loads(pickle.dumps(there))
+    assert len(there) == len(here) > 0
+    assert [there.entry(i) for i in range(len(there))] == [here.entry(i) for i in range(len(here))]
+    assert there.refused == here.refused and there.digest() == here.digest()
+    for i in range(len(here)):
+        mine, theirs = here.open(i), pickle.loads(pickle.dumps(there.open(i)))
+        assert theirs.content_id() == mine.content_id()
+        np.testing.assert_array_equal(theirs.decode(SpanRule(), None).frames, mine.decode(SpanRule(), None).frames)
+
+
+def test_a_dataset_as_a_source_there(remote, chain):  # noqa: F811
+    _same(SourceConfig("array_record", str(chain.dataset)), SourceConfig("array_record", f"{ROOT}/dataset"))
+
+
+def test_a_prepared_dataset_there(bucket, tmp_path):  # noqa: F811
+    GreyDigits(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    bucket.upload(tmp_path / "tfds", "tfds")
+    _same(SourceConfig("tfds:grey_digits", str(tmp_path / "tfds")), SourceConfig("tfds:grey_digits", f"{ROOT}/tfds"))
+
+
+def test_a_failed_write_leaves_the_old_object_and_nothing_else(bucket):  # noqa: F811
+    path = as_path(f"{ROOT}/whole/notes.txt")
+    write_text(path, "old")
+    with pytest.raises(ValueError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert read_text(path) == "old" and names_below(path.parent) == ["notes.txt"] and not temporary.exists()
+
+
+def test_of_several_one_creates_a_file(bucket):  # noqa: F811
+    path = as_path(f"{ROOT}/created/started.json")
+    assert [create(path, "first"), create(path, "second")] == [True, False] and read_text(path) == "first"
+
+
+def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  # noqa: F811
+    kind = Kind({}, {"id": "string"}, "info.json")
+    out = f"{ROOT}/parts"
+    parts = start(out, kind, {"a": 1}, 2)
+    with parts.write(1) as writer:
+        writer.add({"id": "late"})
+    assert start(out, kind, {"a": 1}, 2).missing() == [0]
+    assert not parts.finish({}) and not (as_path(out) / "info.json").exists()
+    with pytest.raises(UserError, match="was started with another a"):
+        start(out, kind, {"a": 2}, 2)
+    with parts.write(0) as writer:
+        writer.add({"id": "early"})
+    assert parts.finish({})
+    assert names_below(as_path(out)) == ["info.json", "manifest.parquet", "refused.jsonl"]
+    with pytest.raises(UserError, match="already exists"):
+        start(out, kind, {"a": 1}, 2)
+
+
+def test_a_killed_run_has_its_reports_up_to_the_last_save(bucket):  # noqa: F811
+    workdir = f"{ROOT}/reports"
+    killed = MetricsWriter(workdir)
+    for step in (1, 2):
+        killed.write(step, {"loss": step})
+    killed.keep()
+    killed.write(3, {"loss": 3.0})  # too soon after the last copy
+    assert [row["step"] for row in read_metrics(workdir)] == [1, 2]
+    with MetricsWriter(workdir, 1) as writer:
+        writer.write(2, {"loss": 7.0})
+    assert [(row["step"], row["loss"]) for row in read_metrics(workdir)] == [(1, 1.0), (2, 7.0)]
+    killed.__exit__()
+
+
+def test_a_local_copy_is_made_once_for_each_content(bucket, monkeypatch):  # noqa: F811
+    path = as_path(f"{ROOT}/copied/x.npy")
+    write_text(path, "one")
+    first = local_copy(path)
+    inode = first.stat().st_ino
+    assert local_copy(path) == first and first.stat().st_ino == inode and first.name == "x.npy"
+    write_text(path, "two")
+    assert local_copy(path).read_text() == "two" and first.read_text() == "one"
+    assert local_copy(first) is first
+    with pytest.raises(FileNotFoundError):
+        local_copy(as_path(f"{ROOT}/copied/none"))
+
+
+def test_paths(bucket, tmp_path):  # noqa: F811
+    path = as_path(f"{ROOT}/a/b.png")
+    assert str(path) == f"{ROOT}/a/b.png" and is_remote(path) and str(path.with_name("c").parent) == f"{ROOT}/a"
+    assert as_path(path) == path == pickle.loads(pickle.dumps(path))
+    assert str(as_path(tmp_path / "x" / ".." / "y")) == f"{tmp_path}/x/../y" and type(as_path("a")) is type(tmp_path)
+    with pytest.raises(UserError, match="^'s3://b/x' cannot be used"):
+        as_path("s3://b/x")
+
+
+def test_without_gcsfs_there_is_one_sentence(bucket, monkeypatch, capsys):  # noqa: F811
+    def missing(protocol):
+        raise ImportError(f"Install gcsfs to access {protocol}")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    files._prepare_storage.cache_clear()
+    assert cli.main(["sample", f"--workdir={ROOT}/run", "--prompt=a", "--out=x.gif"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not here: pip install 'sora_jax[gcs]'\n"
