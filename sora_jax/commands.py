@@ -27,7 +27,7 @@ from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
-from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer, upgraded
+from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer, upgraded, with_fastest_attention
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import (
     FOLDER,
@@ -138,14 +138,17 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     check_workdir(workdir, config, cache.digest)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     looking = make_mesh(devices=jax.local_devices()) if distributed.several() else mesh
-    current = functools.partial(Run, config, tokenizer=tokenizer, autoencoder=autoencoder, mesh=looking)
+    here = with_fastest_attention(config)
+    if here != config:
+        say(f"attention: {here.model.attention} is the fastest here")
+    current = functools.partial(Run, here, tokenizer=tokenizer, autoencoder=autoencoder, mesh=looking)
     for size in config.preview.sizes:
         current(params={}).latent_size(*size)
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.any else None
     if preview is None:
         say("config.preview names no prompts or classes: no samples are shown while training")
     captions, share = as_path(workdir) / "captions", distributed.share_of_batch(mesh)
-    job = denoiser_job(config, cache, tokenizer, preview, captions, share)
+    job = denoiser_job(here, cache, tokenizer, preview, captions, share)
     claim_workdir(workdir, config, cache.digest, cache.info.text)
     if distributed.first():
         copy_autoencoder(config.latents, workdir)

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.data.packing import PackingConfig
 from sora_jax.errors import UserError
 from sora_jax.nn.attention import BACKENDS, dense_attention
 from sora_jax.nn.attention import measured as room
 from sora_jax.nn.attention.measured import measured, mixed_segments
+from sora_jax.train.denoiser import DenoiserRun, with_fastest_attention
 
 SHAPE = (256, 2, 16, "float32")
 
@@ -70,3 +72,9 @@ def test_the_pack_that_is_measured_holds_clips_of_many_sizes(length):
     sizes = np.bincount(mixed_segments(length))[1:]
     assert sizes.sum() == length and len(sizes) == 6 and (np.diff(sizes[:-1]) < 0).all()
     assert sizes[0] == -(-length // 2) and jnp.all(jnp.diff(jnp.asarray(mixed_segments(length))) >= 0)
+
+
+def test_a_run_computes_with_the_choice_and_its_config_keeps_the_word(monkeypatch):
+    monkeypatch.setattr(room, "CANDIDATES", {"cpu": ("slow", "dense")})
+    config = DenoiserRun(packing=PackingConfig(length=256))
+    assert with_fastest_attention(config).model.attention == "dense" and config.model.attention == "auto"

@@ -22,7 +22,7 @@ from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import NEWEST, Checkpoints
-from sora_jax.train.denoiser import DenoiserRun, load_tokenizer, upgraded
+from sora_jax.train.denoiser import DenoiserRun, load_tokenizer, upgraded, with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
 
 Size = tuple[int, int, int]
@@ -149,7 +149,7 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
     autoencoder.
     """
     folder = as_path(folder)
-    config = read_run_config(folder)
+    config = with_fastest_attention(read_run_config(folder))
     mesh = _mesh_here(config.mesh)
     specs = transformer_specs(config.model)
     with Checkpoints(folder / "checkpoints") as checkpoints:

@@ -30,6 +30,8 @@ from sora_jax.models.flops import train_flops
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.text import TextContext
 from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
+from sora_jax.nn.attention.measured import measured
+from sora_jax.nn.layers import compute_dtype
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.train.loop import Job, LoopConfig
@@ -142,6 +144,13 @@ class DenoiserRun:
         """`packing` with the model's patch; a model without text has one null token for each clip."""
         text_length = self.packing.text_length if self.model.text else self.packing.slots
         return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
+
+
+def with_fastest_attention(config: DenoiserRun) -> DenoiserRun:
+    """The config with "auto" attention settled where only a measurement can tell: to compute with, not to keep."""
+    model, dtype = config.model, compute_dtype(config.model.dtype)
+    backend = measured(model.attention, config.packing.length, model.heads, model.head_width, dtype)
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend))
 
 
 def upgraded(values: dict) -> dict:
