@@ -56,6 +56,23 @@ def test_gradients_equal_those_of_jax(name):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, platform", [("cudnn", "gpu"), ("splash", "tpu"), ("blockwise", "gpu")])
+def test_on_its_accelerator_a_kernel_equals_dense_attention_with_gradients(name, platform):
+    if jax.default_backend() != platform:
+        pytest.skip(f"there is no {platform} here")
+    rng = np.random.default_rng(0)
+    q, k, v, out = (jnp.asarray(rng.standard_normal((2, 1024, 2, 64)), jnp.bfloat16) for _ in range(4))
+    segments = jnp.asarray(rng.integers(0, 3, (2, 1024)).cumsum(1) // 300)
+
+    def both(backend):
+        value, pull = jax.vjp(lambda *arrays: attention(*arrays, segments, segments, backend), q, k, v)
+        return [x.astype(jnp.float32) for x in (value, *pull(out))]
+
+    compiled = jax.jit(both, static_argnums=0)
+    for ours, expected in zip(compiled(name), compiled("dense"), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=0.02 * float(jnp.abs(expected).max()))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_tangents_are_those_of_jax_and_transpose_to_gradients(name):
     *arrays, queries, keys = inputs()
