@@ -30,7 +30,7 @@ from sora_jax.errors import UserError
 REMOTE = "gs://"
 PAUSE = 10.0  # seconds between two writes of what would grow on a disk
 SHARE = 20  # a mirror spends at most one part in so many of a run's time
-LIBRARIES = {"gcsfs", "google", "aiohttp"}  # what gs:// is read and written with
+LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # behind gs://
 
 
 def as_path(name: str | os.PathLike) -> Path:
@@ -68,7 +68,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 def of_storage(error: Exception) -> bool:
     """Whether an error comes from the libraries behind gs://: no permission, no network, no such bucket."""
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(name.partition(".")[0] in LIBRARIES for name in modules)
+    return any(f"{name}.".startswith(LIBRARIES) for name in modules)
 
 
 def _storage(path: Path):

@@ -229,3 +229,50 @@ def test_donation_right_after_a_save_spoils_nothing(tmp_path, devices):
             found, _ = checkpoints.restore(state_on(mesh, width=2**16))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), copies[step])
         shutil.rmtree(tmp_path / str(step))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Checkpoints 1 to 4; all but the last have a metric, and that of 2 is best."""
+    folder, mesh = tmp_path_factory.mktemp("measured"), make_mesh(MESHES["one device"], jax.devices()[:1])
+    with jax.set_mesh(mesh), Checkpoints(folder, keep=4) as checkpoints:
+        for step, metric in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+            checkpoints.save(step, state_on(mesh, step), {"step": step}, metric)
+    return folder
+
+
+@pytest.mark.parametrize("which, step", [("newest", 4), ("best", 2), ("3", 3), ("1", 1)])
+def test_the_checkpoint_that_is_asked_for(measured, which, step):
+    mesh = make_mesh(MESHES["one device"], jax.devices()[:1])
+    with jax.set_mesh(mesh), Checkpoints(measured) as checkpoints:
+        found = checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
+        assert checkpoints.candidates(which)[0] == step
+        wanted = jax.device_get(state_on(mesh, step).ema[0])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
+
+
+@pytest.mark.parametrize(
+    "which, then, told", [("best", 3, "checkpoint 3 is used"), ("2", None, "there is none before")]
+)
+def test_a_damaged_one_that_is_asked_for(measured, tmp_path, capfd, which, then, told):
+    folder, mesh = tmp_path / "checkpoints", make_mesh(MESHES["one device"], jax.devices()[:1])
+    shutil.copytree(measured, folder)
+    shutil.rmtree(folder / "2" / "ema")
+    with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
+        if then is None:
+            with pytest.raises(UserError, match=f"^there is no whole checkpoint in {folder} that is '2'$"):
+                checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
+        else:
+            checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
+            assert checkpoints.candidates(which)[0] == then
+    assert f"checkpoint 2 in {folder} is damaged, {told}" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there_is_one_sentence(measured, saved):
+    with Checkpoints(measured) as checkpoints:
+        for which, message in (("7", "are 1, 2, 3, 4$"), ("fine", "allowed: newest, best, or a step: 1, 2, 3, 4$")):
+            with pytest.raises(UserError, match=f"^--checkpoint is '{which}'; [^\n]*({message})"):
+                checkpoints.candidates(which)
+    with Checkpoints(saved[0]) as checkpoints:
+        with pytest.raises(UserError, match="^--checkpoint is 'best'; those in .* have no metric: train with"):
+            checkpoints.candidates("best")

@@ -12,7 +12,7 @@ import zipfile
 import fsspec
 import numpy as np
 import pytest
-from fixtures_bucket import bucket  # noqa: F401
+from fixtures_bucket import Handler, bucket  # noqa: F401
 from fixtures_runs import TINY, chain, run  # noqa: F401
 from test_sources_records import write_records  # noqa: F401
 from test_sources_tar import png, write_tar  # noqa: F401
@@ -109,6 +109,16 @@ def test_a_damaged_checkpoint_there_is_set_aside_and_its_steps_are_replayed(remo
     assert json.loads((bucket_folder / table).read_text()) == json.loads((remote / "transformer" / table).read_text())
 
 
+def test_a_store_that_refuses_is_not_damage(remote, chain, monkeypatch, capfd):  # noqa: F811
+    answer = Handler.answer
+    refuse = lambda self, status, *_, **__: answer(self, 403 if self.command == "GET" else status)  # noqa: E731
+    monkeypatch.setattr(Handler, "answer", refuse)
+    asked = ["--prompt=a", "--frames=1", "--height=16", "--width=24", "--out=x.png"]
+    assert run("sample", f"--workdir={ROOT}/transformer", *asked) == 2
+    said = capfd.readouterr().err
+    assert f"checkpoint 6 in {ROOT}/transformer/checkpoints cannot be read: " in said and "damaged" not in said
+
+
 @pytest.mark.parametrize("which", ["newest", "best", "3"])
 def test_samples_there_are_the_samples_here(remote, chain, tmp_path, which):  # noqa: F811
     rows = {row["step"]: row["loss"] for row in read_metrics(chain.transformer)}
@@ -141,7 +151,7 @@ def test_other_commands_there(remote, chain, tmp_path, capsys):  # noqa: F811
 def sources(tmp_path, png, write_records):  # noqa: F811
     """kind -> a folder of one source of every kind, and the pattern of names in it."""
     folder = tmp_path / "folder"
-    for name, shade in (("b", 20), ("sub/a", 40), (".hidden/x", 60)):
+    for name, shade in (("b", 20), ("sub/a", 40), ("sub/deep/c", 50), ("t", 70), (".hidden/x", 60)):
         save_png(folder / f"{name}.png", np.full((8, 8, 3), shade, np.uint8))
     write_video(folder / "sub/film.mp4", np.full((5, 16, 16, 3), 90, np.uint8), 8)
     (folder / "b.txt").write_text("\ufeffa grey\nsquare", encoding="utf-8")

@@ -20,8 +20,8 @@ def build_with_beam(config: BuildConfig, options: str = "") -> Dataset:
     """`build.build`, its parts made by a Beam runner.
 
     options: of the pipeline, as on a command line, such as "--runner=DataflowRunner --project=P --region=R"; without a
-    runner it is the direct one, on this machine. The paths of the sources and `config.out` must be on a file system
-    that all workers mount. Raises UserError where Beam is not installed, and as `build` does.
+    runner it is the direct one, on this machine. The paths of the sources and `config.out` must be of `gs://`, or on a
+    file system that all workers mount. Raises UserError where Beam is not installed, and as `build` does.
     """
     try:
         import apache_beam as beam

@@ -15,13 +15,15 @@ from flax import serialization
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, is_remote, remove_folder
+from sora_jax.files import as_path, is_remote, of_storage, remove_folder
 from sora_jax.parallel import distributed
 from sora_jax.train.state import TrainState
 
 STATE, EMA, RUN, ARRAYS = "state", "ema", "run", "arrays"
 NEWEST, BEST = "newest", "best"
 ASIDE = "damaged-"
+# In what TensorStore says of a store that does not answer, which says nothing of what is in it.
+UNREACHABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option that reading alone implies
 
@@ -160,6 +162,7 @@ class Checkpoints:
         except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # whatever files of noise make Orbax, TensorStore and JSON say
+            check(not _unreachable(error), f"checkpoint {step} in {self._folder} cannot be read: {_first_line(error)}")
             return {}, _first_line(error)
 
     def _has_table(self, step: int) -> bool:
@@ -256,6 +259,11 @@ def _one_sentence(what: str) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{what}: {_first_line(error)}") from error
+
+
+def _unreachable(error: Exception) -> bool:
+    absent = isinstance(error, FileNotFoundError)
+    return any(word in str(error) for word in UNREACHABLE) or (of_storage(error) and not absent)
 
 
 def _first_line(error: Exception) -> str:
