@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from sora_jax.nn import conv
-from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, repeat_first, unfold
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, clip_axes, fold, repeat_first, unfold
 from sora_jax.nn.params import init
+from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from sora_jax.parallel.rules import layout_of
 
 KERNELS = [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1), (4, 5, 3)]
 BLOCKS = [(1, 1, 1), (1, 2, 2), (2, 1, 3), (4, 2, 2)]
@@ -55,7 +57,8 @@ def test_gradients_equal_flax_convolution(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_platform_computes_the_same(kernel):
     weight, padded = layer(3, 5, kernel)["weight"], repeat_first(random(2, 4, 6, 7, 3), kernel[0] - 1)
-    both = jax.jit(lambda x, w: (conv._sum_over_taps(x, w), conv._convolution(x, w)))(padded, weight)
+    padding = tuple((0, size - 1) for size in kernel[1:])
+    both = jax.jit(lambda *a: [way(*a, padding) for way in (conv._sum_over_taps, conv._convolution)])(padded, weight)
     np.testing.assert_allclose(*both, atol=2e-5)
 
 
@@ -91,3 +94,29 @@ def test_fold_equals_einops(block):
 def test_first_block_holds_the_first_frame_alone():
     x = random(1, 5, 2, 2, 3)
     np.testing.assert_array_equal(fold(x, (4, 2, 2))[:, :1], fold(x[:, :1], (4, 2, 2)))
+
+
+@pytest.mark.parametrize("kernel, rows", [((3, 3, 3), 8), ((2, 7, 1), 8), ((1, 1, 1), 8), ((3, 3, 3), 6)])
+def test_rows_on_several_devices_are_convolved_as_on_one(kernel, rows):
+    """Two rows on each of four devices, where a kernel of seven reaches beyond the neighbour; six rows stay whole."""
+    params, x = layer(3, 4, kernel), random(2, 3, rows, 5, 3)
+
+    def result(params, x):
+        return jax.value_and_grad(lambda *a: jnp.sin(3 * causal_conv3d(*a)).sum(), (0, 1))(params, x)
+
+    wanted = jax.jit(result)(params, x)
+    mesh = make_mesh(MeshConfig(data=2, sequence=4))
+    with jax.set_mesh(mesh):
+        found = jax.jit(result)(params, place_batch(np.asarray(x), mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), found, wanted)
+
+
+def test_rows_are_split_where_every_device_gets_as_many():
+    mesh = make_mesh(MeshConfig(data=2, sequence=4))
+    with jax.set_mesh(mesh):
+        assert [clip_axes(rows)[2] for rows in (4, 6, 8, 2)] == ["height", None, "height", None]
+        video = place_batch(np.zeros((2, 5, 16, 4, 3), np.float32), mesh)
+        coarse, coarser = fold(video, (4, 2, 2)), fold(fold(video, (4, 2, 2)), (1, 4, 1))
+        again = unfold(unfold(coarser, (1, 4, 1)), (4, 2, 2))
+        heights = [layout_of(x)[2] for x in (coarse, coarser, again)]
+    assert heights == ["sequence", None, "sequence"]

@@ -18,7 +18,18 @@ from sora_jax.nn.attention import attention, dense_attention
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import check_splits, shardings
 from sora_jax.parallel.mesh import MeshConfig, _laid_out, check_split, make_mesh, place_batch
-from sora_jax.parallel.rules import MESH_AXES, RULES, out_sharding, partition, parts, reshard
+from sora_jax.parallel.rules import (
+    AUTOENCODER,
+    MESH_AXES,
+    RULES,
+    SHARED,
+    TRANSFORMER,
+    laid_out_as,
+    out_sharding,
+    partition,
+    parts,
+    reshard,
+)
 from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
 from sora_jax.train.optim import OptimConfig, make_optimizer
 from sora_jax.train.state import TrainState
@@ -205,6 +216,13 @@ def test_unknown_axes_are_named_with_those_that_exist():
         partition("batch", "colour")
 
 
+def test_the_rules_of_the_models_stand_apart():
+    tables = (SHARED, TRANSFORMER, AUTOENCODER)
+    assert sum(map(len, tables)) == len(RULES)  # no name means two things
+    splitting = {name for name, axes in AUTOENCODER.items() if axes}
+    assert splitting == {"height"} and partition("batch", "height") == jax.P(("slice", "data", "fsdp"), "sequence")
+
+
 def test_every_rule_names_axes_of_the_mesh():
     assert set().union(*RULES.values()) == set(MESH_AXES)
     assert partition("batch", None, "hidden", "width") == jax.P(("slice", "data", "fsdp"), None, "tensor", None)
@@ -212,7 +230,7 @@ def test_every_rule_names_axes_of_the_mesh():
 
 def test_without_a_mesh_nothing_is_laid_out():
     x = np.ones(3)
-    assert out_sharding("batch") is None and reshard(x, "batch") is x
+    assert out_sharding("batch") is None and reshard(x, "batch") is x and laid_out_as(x, x) is x
     with jax.set_mesh(make_mesh(MeshConfig(data=4, sequence=2))):
         assert out_sharding("length") == partition("length")
         split = jax.jit(reshard, static_argnums=1)(np.ones(4), "length")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, choose
-from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, unfold
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, spread, unfold
 from sora_jax.nn.layers import compute_dtype, rms_norm, rms_norm_specs
 from sora_jax.nn.params import zeros
 
@@ -167,7 +167,8 @@ def _inside(sizes_B2: jax.Array | None, canvas: tuple[int, int], x_BTHWC: jax.Ar
         jnp.arange(side) * whole < sizes_B2[:, axis, None] * side
         for axis, (side, whole) in enumerate(zip(x_BTHWC.shape[2:4], canvas, strict=True))
     )
-    return jnp.where(rows[:, None, :, None, None] & columns[:, None, None, :, None], x_BTHWC, 0)
+    mask = rows[:, None, :, None, None] & columns[:, None, None, :, None]
+    return jnp.where(spread(mask), x_BTHWC, 0)
 
 
 def decoder_specs(config: AutoencoderConfig) -> dict:

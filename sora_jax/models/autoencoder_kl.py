@@ -2,6 +2,9 @@
 
 A clip is as many pictures as it has frames: nothing is compressed or mixed in time. With 4 latent channels it is the
 autoencoder of Stable Diffusion and DiT, with 16 and without convolutions around the latent that of SD3 (2403.03206).
+
+Pictures are shared out over a mesh, but each is whole on its device: group norms and the attention in the middle see
+all of it. What is too large for a device is cut into tiles (`models.tiling`).
 """
 
 import dataclasses
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.models.autoencoder import LOGVAR_RANGE
-from sora_jax.nn.images import conv2d, conv2d_specs, enlarge, group_norm, group_norm_specs
+from sora_jax.nn.images import IMAGES, conv2d, conv2d_specs, enlarge, group_norm, group_norm_specs
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs
 from sora_jax.parallel.rules import out_sharding
 
@@ -190,9 +193,8 @@ def _middle(p: dict, config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None
     x_IHWD = _level([p["first"]], config, x_IHWD, mask)
     with jax.named_scope("attention"):
         y = group_norm(p["attention"]["norm"], x_IHWD, config.groups, mask)
-        axes = ("batch", None, None, None)
-        q, k, v = (dense(p["attention"][name], y, axes) for name in ("q", "k", "v"))
-        x_IHWD += dense(p["attention"]["merge"], _attend(q, k, v, mask), axes)
+        q, k, v = (dense(p["attention"][name], y, IMAGES) for name in ("q", "k", "v"))
+        x_IHWD += dense(p["attention"]["merge"], _attend(q, k, v, mask), IMAGES)
     return _level([p["second"]], config, x_IHWD, mask)
 
 
@@ -211,9 +213,9 @@ def _attend(q_IHWD: jax.Array, k_IHWD: jax.Array, v_IHWD: jax.Array, mask: jax.A
     if rows == height:
         return some(q_IHWD)
     apart = (images, height // rows, rows, width, channels)
-    parts = jnp.reshape(q_IHWD, apart, out_sharding=out_sharding("batch", *(None,) * 4))
+    parts = jnp.reshape(q_IHWD, apart, out_sharding=out_sharding(IMAGES[0], None, *IMAGES[1:]))
     out = jnp.moveaxis(jax.lax.map(some, jnp.moveaxis(parts, 1, 0)), 0, 1)
-    return jnp.reshape(out, q_IHWD.shape, out_sharding=out_sharding("batch", *(None,) * 3))
+    return jnp.reshape(out, q_IHWD.shape, out_sharding=out_sharding(*IMAGES))
 
 
 def _mask(sizes_I2: jax.Array | None, canvas: tuple[int, int], x_IHWD: jax.Array) -> jax.Array | None:
@@ -235,4 +237,4 @@ def _frames(x: jax.Array) -> jax.Array:
 
 def _clips(x_IHWD: jax.Array, clips: tuple[int, int]) -> jax.Array:
     """(B T, H, W, D) -> (B, T, H, W, D)."""
-    return jnp.reshape(x_IHWD, (*clips, *x_IHWD.shape[1:]), out_sharding=out_sharding("batch", *(None,) * 4))
+    return jnp.reshape(x_IHWD, (*clips, *x_IHWD.shape[1:]), out_sharding=out_sharding("batch", "time", *IMAGES[1:]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from sora_jax.models import autoencoder, autoencoder_kl
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
-from sora_jax.parallel.rules import out_sharding
+from sora_jax.parallel.rules import laid_out_as, layout_of
 
 FirstStageConfig = AutoencoderConfig | KLConfig
 MODULES: dict[type, ModuleType] = {AutoencoderConfig: autoencoder, KLConfig: autoencoder_kl}
@@ -44,7 +44,7 @@ def decode(params: dict, config: FirstStageConfig, z_BthwC: jax.Array) -> jax.Ar
 
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
     """mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
-    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=out_sharding("batch", None, None, None, None))
+    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=layout_of(mean_BthwC))
     return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
 
 
@@ -66,6 +66,7 @@ def reconstruction_loss(params: dict, config: FirstStageConfig, video_BTHWC: jax
     """
     mean, logvar = encode(params, config, video_BTHWC)
     decoded = decode(params, config, sample_posterior(key, mean, logvar))
+    video_BTHWC = laid_out_as(video_BTHWC, decoded)
     error = decoded - video_BTHWC
     parts = {
         "l1": jnp.abs(error).mean(),

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh
 
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.params import ParamSpec, abstract
-from sora_jax.parallel.rules import parts, reshard
+
+NO_MESH = AbstractMesh((), ())
 
 
 def train_flops(config: TransformerConfig, batch: dict) -> float:
@@ -86,14 +88,13 @@ def _text_lengths(batch: dict, slots: int) -> np.ndarray:
 
 def autoencoder_train_flops(config: FirstStageConfig, frames: int, height: int, width: int) -> float:
     """FLOPs of one forward and backward pass over one clip: three times the products of encoder and decoder."""
-    clips = parts("batch")  # at least one for every part of the mesh
-    video = jax.ShapeDtypeStruct((clips, frames, height, width, 3), jnp.float32)
+    video = jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.float32)
     grid = latent_grid(config, frames, height, width)
-    latent = jax.ShapeDtypeStruct((clips, *grid, config.latent_channels), jnp.float32)
+    latent = jax.ShapeDtypeStruct((1, *grid, config.latent_channels), jnp.float32)
     params = abstract(autoencoder_specs(config))
-    place = lambda x: reshard(x, "batch", None, None, None, None)  # noqa: E731
-    passes = (lambda p, x: encode(p, config, place(x))[0], video), (lambda p, z: decode(p, config, place(z)), latent)
-    return 3 * sum(product_flops(jax.make_jaxpr(function)(params, x).jaxpr) for function, x in passes) / clips
+    passes = (lambda p, x: encode(p, config, x)[0], video), (lambda p, z: decode(p, config, z), latent)
+    with jax.sharding.use_abstract_mesh(NO_MESH):  # what is traced is then of the whole clip
+        return 3 * sum(product_flops(jax.make_jaxpr(function)(params, x).jaxpr) for function, x in passes)
 
 
 def product_flops(jaxpr) -> int:

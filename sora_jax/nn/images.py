@@ -1,7 +1,7 @@
 """Layers over images (I, H, W, D): 2-D convolution, group normalisation, nearest-neighbour enlargement.
 
 Images of many sizes may share one canvas: a mask (I, H, W, 1) says which pixels belong to each. What lies outside is
-then as if it were not there, so that an image has the same result on every canvas.
+then as if it were not there, so that an image has the same result on every canvas. A mesh shares out images, whole.
 """
 
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from sora_jax.nn.params import ParamSpec, lecun, ones, zeros
 from sora_jax.parallel.rules import out_sharding
+
+IMAGES = ("batch", "picture", "picture", "channels")
 
 
 def conv2d_specs(inputs: int, outputs: int, size: int = 3) -> dict:
@@ -29,7 +31,7 @@ def conv2d(params: dict, x_IHWD: jax.Array, mask: jax.Array | None = None, strid
     weight, bias = params["weight"].astype(x_IHWD.dtype), params["bias"].astype(x_IHWD.dtype)
     size = weight.shape[0]
     if size == stride == 1:
-        axes = out_sharding("batch", None, None, None)
+        axes = out_sharding(*IMAGES)
         return jnp.einsum("ihwd,do->ihwo", x_IHWD, weight[0, 0], out_sharding=axes) + bias
     before = (size - stride) // 2
     pads = ((before, size - stride - before),) * 2
@@ -62,11 +64,11 @@ def _group_mean(x_IHWD: jax.Array, groups: int, mask: jax.Array | None) -> jax.A
         mean_ID = jnp.where(mask, x_IHWD, 0).sum((1, 2)) / mask.sum((1, 2))
     mean_IGD = jnp.reshape(mean_ID, (images, groups, width // groups), out_sharding=out_sharding("batch", None, None))
     mean_IGD = jnp.broadcast_to(mean_IGD.mean(-1, keepdims=True), mean_IGD.shape)
-    return jnp.reshape(mean_IGD, (images, 1, 1, width), out_sharding=out_sharding("batch", None, None, None))
+    return jnp.reshape(mean_IGD, (images, 1, 1, width), out_sharding=out_sharding(*IMAGES))
 
 
 def enlarge(x_IHWD: jax.Array) -> jax.Array:
     """Every pixel four times: (I, H, W, D) -> (I, 2 H, 2 W, D)."""
     images, height, width, channels = x_IHWD.shape
     x = jnp.broadcast_to(x_IHWD[:, :, None, :, None], (images, height, 2, width, 2, channels))
-    return jnp.reshape(x, (images, 2 * height, 2 * width, channels), out_sharding=out_sharding("batch", *(None,) * 3))
+    return jnp.reshape(x, (images, 2 * height, 2 * width, channels), out_sharding=out_sharding(*IMAGES))

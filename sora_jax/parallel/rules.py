@@ -1,7 +1,7 @@
-"""Logical axis -> mesh axes: the one table that says how arrays are laid out over devices.
+"""Logical axis -> mesh axes: the one file that says how arrays are laid out over devices.
 
 Every array of the package names its axes logically ("batch", "embed", "heads"...); this file alone turns the names
-into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so one table serves every machine.
+into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so the same rules serve every machine.
 """
 
 import math
@@ -11,28 +11,39 @@ from jax.sharding import Mesh, PartitionSpec
 
 SLICE, DATA, FSDP, SEQUENCE, TENSOR = MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
-RULES: dict[str, tuple[str, ...]] = {
+# The batch is split in the same way by all models.
+SHARED: dict[str, tuple[str, ...]] = {"batch": (SLICE, DATA, FSDP)}
+
+# Packed sequences: parameters and their gradients over fsdp, heads and hidden units over tensor, tokens over sequence.
+TRANSFORMER: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": (SLICE, DATA, FSDP),
     "length": (SEQUENCE,),
-    "keys": (),  # keys and values are gathered along the sequence
+    "keys": (),  # keys and values that are gathered along the sequence
     "width": (),
-    # transformer parameters; "heads" and "hidden" also name activations
+    # parameters; "heads" and "hidden" also name activations
     "layers": (),
     "embed": (FSDP,),
     "heads": (TENSOR,),
     "hidden": (TENSOR,),
     "head": (),
     "vocabulary": (),
-    # autoencoder: clips of a batch are split, its few parameters are kept whole
+}
+
+# Convolutions: clips are split by rows of pixels over the axis that splits one clip; the few parameters are whole.
+AUTOENCODER: dict[str, tuple[str, ...]] = {
+    # activations
     "time": (),
-    "height": (),
+    "height": (SEQUENCE,),
     "breadth": (),
+    "picture": (),  # height and width of the image autoencoder, whose attention and norms see all of a picture
+    # parameters; "channels" also names activations
     "kernel": (),
     "conv_in": (),
     "conv_out": (),
     "channels": (),
 }
+
+RULES = SHARED | TRANSFORMER | AUTOENCODER
 
 
 def partition(*axes: str | None) -> PartitionSpec:
@@ -84,3 +95,13 @@ def out_sharding(*axes: str | None) -> PartitionSpec | None:
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` laid out by its logical axes; unchanged where no mesh is set."""
     return jax.reshard(x, partition(*axes)) if on_mesh() else x
+
+
+def layout_of(x: jax.Array) -> PartitionSpec | None:
+    """How `x` is laid out, for an `out_sharding=` argument; None where no mesh is set."""
+    return jax.typeof(x).sharding.spec if on_mesh() else None
+
+
+def laid_out_as(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` laid out as `other` is; unchanged where no mesh is set."""
+    return jax.reshard(x, layout_of(other)) if on_mesh() else x

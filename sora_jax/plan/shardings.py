@@ -7,7 +7,7 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.params import ParamSpec
-from sora_jax.parallel.rules import RULES, partition
+from sora_jax.parallel.rules import AUTOENCODER, RULES, SHARED, TRANSFORMER, partition
 from sora_jax.plan.programs import full_pack
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -15,9 +15,10 @@ HEAD = "| array | shape | logical axes | mesh axes |\n|---|---|---|---|"
 
 
 def rules_table() -> str:
-    """Logical axis -> mesh axes."""
-    rows = (f"| {name} | {' '.join(axes) or '-'} |" for name, axes in RULES.items())
-    return "\n".join(["| logical axis | mesh axes |", "|---|---|", *rows])
+    """Logical axis -> mesh axes, and whose arrays have it."""
+    tables = {"all": SHARED, "transformer": TRANSFORMER, "autoencoder": AUTOENCODER}
+    rows = (f"| {name} | {' '.join(RULES[name]) or '-'} | {of} |" for of, table in tables.items() for name in table)
+    return "\n".join(["| logical axis | mesh axes | of |", "|---|---|---|", *rows])
 
 
 def parameter_table(specs) -> str:
