@@ -168,8 +168,15 @@ def _sample(commands) -> None:
     p.add_argument("--upscale", type=int, default=1, help="enlarge pixels by a whole factor, to watch tiny clips")
     p.add_argument("--checkpoint", default="newest", help="newest, best (of those kept by loop.keep_best) or a step")
     p.add_argument("--autoencoder", type=as_path, help="run of an autoencoder, where the run holds none")
+    _tile(p)
     p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
     p.set_defaults(function=sample, sampling=[])
+
+
+def _tile(parser) -> None:
+    tile = "FRAMESxHEIGHTxWIDTH"
+    parser.add_argument("--tile", default="", metavar=tile, help="larger clips go through the autoencoder in tiles")
+    parser.add_argument("--tile-overlap", type=float, default=0.25, help="share of a tile, mixed with its neighbour's")
 
 
 def sample(options) -> None:
@@ -201,7 +208,8 @@ def _encode(verbs) -> None:
     p.add_argument("--autoencoder", type=as_path, required=True, help="run folder of a trained autoencoder")
     p.add_argument("--data", type=as_path, required=True, help="dataset folder")
     p.add_argument("--out", type=as_path, required=True, help="latent cache to write")
-    p.add_argument("--batch", type=int, default=16, help="clips encoded at once")
+    p.add_argument("--batch", type=int, default=16, help="clips (or tiles) encoded at once")
+    _tile(p)
     p.add_argument("--shapes", type=int, default=4, help="compiled programs at most; clips of all sizes share them")
     p.add_argument("--shard", default="0/1", help="i/n: the share of this process where n share the work")
     p.add_argument("--text-encoder", help="name or folder of a T5, UMT5 or CLIP of transformers, to embed the captions")
@@ -318,12 +326,15 @@ def encode(options) -> None:
     from sora_jax import commands
     from sora_jax.data.parts import Share
     from sora_jax.models.pretrained import PretrainedText
+    from sora_jax.models.tiling import TilingConfig
     from sora_jax.train.encode import encode_dataset
 
     commands.use_compilation_cache()
     text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
     share = Share.parse(options.shard)
-    if not encode_dataset(options.autoencoder, options.data, options.out, options.batch, options.shapes, share, text):
+    tiles = TilingConfig.parse(options.tile, options.tile_overlap)
+    folders = options.autoencoder, options.data, options.out
+    if not encode_dataset(*folders, options.batch, options.shapes, share, text, tiles=tiles):
         print(f"this share is done; {options.out} appears when the others are, too")
 
 

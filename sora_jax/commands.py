@@ -22,6 +22,7 @@ from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config, told
 from sora_jax.models.first_stage import autoencoder_specs
+from sora_jax.models.tiling import TilingConfig
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
@@ -230,13 +231,14 @@ def sample(options) -> list[Path]:
     changes = [*options.sampling, *(f"{name}={value}" for name, value in given.items() if value is not None)]
     sampling = override(config.sampling, changes, "sampling")
     told(config, prompts, classes, options.guidance, options.negative, options.seed, sampling)
+    tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     run = load_run(options.workdir, options.autoencoder, options.checkpoint)
     most = run.tokenizer.max_tokens
     for prompt in prompts:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     size = (options.frames, options.height, options.width)
-    more = dict(guidance=options.guidance, seed=options.seed, sampling=sampling, negative=options.negative)
+    more = dict(guidance=options.guidance, seed=options.seed, sampling=sampling, negative=options.negative, tiles=tiles)
     clips = run.generate(prompts, size, classes=classes, **more)
     clips = [grid(clips)] if classes else clips
     for path, clip in zip(paths, clips, strict=True):

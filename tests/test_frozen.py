@@ -172,12 +172,12 @@ def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_
     options = dict(out=tmp_path / "latents", clips_per_shard=2)
     whole, encoded = FrozenAutoencoder.encode, []
 
-    def counted(self, clips, batch=16, canvases=None, stop=None):
+    def counted(self, clips, batch=16, canvases=None, stop=None, **options):
         for number, clip in enumerate(clips):
             if number == stop:
                 raise KeyboardInterrupt
             encoded.append(clip.shape)
-            yield next(whole(self, [clip], batch, canvases))
+            yield next(whole(self, [clip], batch, canvases, **options))
 
     monkeypatch.setattr(FrozenAutoencoder, "encode", functools.partialmethod(counted, stop=3))
     with pytest.raises(KeyboardInterrupt):

@@ -18,6 +18,7 @@ from sora_jax.files import as_path
 from sora_jax.generate.sampler import Request, sample_latents
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
+from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -96,14 +97,15 @@ class Run:
         classes: Sequence[int] = (),
         negative: str | Sequence[str] = "",
         sampling: SamplingConfig | None = None,
+        tiles: TilingConfig = TilingConfig(),
     ) -> list[np.ndarray]:
         """One clip per prompt, or per class, uint8 (frames, height, width, 3), all sampled in packs together.
 
         `sizes` is (frames, height, width), one for all or one each; 1 frame is an image. `sampling` says how, by
         default as the run's config does; steps, guidance (1 is none; one for all or one each) and solver change it.
         `negative` is what guidance leads away from. `clips` are the identities that key the noise (default 1, 2, ...):
-        the same (seed, identity, prompt, size) gives the same clip beside any others. UserError names the nearest
-        sizes that are allowed.
+        the same (seed, identity, prompt, size) gives the same clip beside any others. tiles: larger clips are decoded
+        in tiles. UserError names the nearest sizes that are allowed.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
         prompts, classes, scales, negatives = told(self.config, prompts, classes, guidance, negative, seed, sampling)
@@ -114,16 +116,17 @@ class Run:
         clips = range(1, count + 1) if clips is None else clips
         check(len(clips) == count, f"there are {count} prompts and {len(clips)} clips; give one for each")
         check(all(0 < clip < 2**32 for clip in clips), f"clips is {list(clips)}; each must be from 1 to 4294967295")
+        tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         latent_sizes = [self.latent_size(*size) for size in sizes]
         requests = [Request(*one) for one in zip(prompts, latent_sizes, clips, classes, scales, negatives, strict=True)]
         with jax.set_mesh(self.mesh):
             latents = sample_latents(self.params, self.config, self.tokenizer, requests, sampling, seed, self.mesh)
-            return self.decode(latents)
+            return self.decode(latents, tiles)
 
-    def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def decode(self, latents: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()) -> list[np.ndarray]:
         """Clips of latents, decoded in groups of equal size, given back in order."""
         order = sorted(range(len(latents)), key=lambda i: latents[i].shape)
-        decoded = self.autoencoder.decode((latents[i] for i in order), batch=4)
+        decoded = self.autoencoder.decode((latents[i] for i in order), 4, tiles)
         return [clip for _, clip in sorted(zip(order, decoded, strict=True), key=lambda pair: pair[0])]
 
     def latent_size(self, frames: int, height: int, width: int) -> Size:

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sora_jax.config import check, choose
 from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, spread, unfold
@@ -116,6 +117,19 @@ def _check_size(name: str, size: int, factor: int, rest: int) -> None:
     nearest = str(below) if size < smallest else f"{below} or {below + factor}"
     rule = f"1 + a multiple of {factor}" if rest else f"a positive multiple of {factor}"
     check(size >= smallest and size == below, f"{name} is {size}; it must be {rule}, such as {nearest}")
+
+
+def reach(config: AutoencoderConfig, what: str) -> tuple[int, int]:
+    """How far what is made of a position depends on others, in latents: in time backwards, in space on every side.
+
+    what: "encode" or "decode". A latent more in time: of the first one of a clip there is only a frame.
+    """
+    blocks = {"encode": config.encoder_blocks, "decode": config.decoder_blocks}[what]
+    pixels = np.cumprod([config.first_block, *config.steps], axis=0)[:, :2]  # of a position of each level
+    around = np.array([(time - 1, max(space) // 2) for time, *space in config.kernels])
+    total = (pixels * blocks * around.sum(0)).sum(0) + (pixels[0] + pixels[-1]) * around[0]
+    time, space = (-(-total // config.factors)).tolist()
+    return time + 1, space
 
 
 def autoencoder_specs(config: AutoencoderConfig) -> dict:

@@ -9,6 +9,7 @@ all of it. What is too large for a device is cut into tiles (`models.tiling`).
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,11 @@ def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple
         nearest = f"{below} or {below + factor}" if below else str(factor)
         check(size == below > 0, f"{name} is {size}; it must be a positive multiple of {factor}, such as {nearest}")
     return frames, height // factor, width // factor
+
+
+def reach(config: KLConfig, what: str) -> tuple[int, float]:
+    """As `autoencoder.reach`: frames are apart, and in a picture everything depends on everything."""
+    return 0, math.inf
 
 
 def autoencoder_specs(config: KLConfig) -> dict:

@@ -1,7 +1,7 @@
 """Every autoencoder there is behind one set of functions; what training one needs.
 
 The class of the config says which module does the work. Each has the same functions: `autoencoder_specs`,
-`latent_grid`, `encode`, `decode`.
+`latent_grid`, `reach`, `encode`, `decode`.
 """
 
 from types import ModuleType
@@ -26,6 +26,11 @@ def autoencoder_specs(config: FirstStageConfig) -> dict:
 def latent_grid(config: FirstStageConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
     """(t, h, w) of a clip's latent; UserError with the nearest sizes that are allowed where there is none."""
     return MODULES[type(config)].latent_grid(config, frames, height, width)
+
+
+def reach(config: FirstStageConfig, what: str) -> tuple[float, float]:
+    """How many latents away a position changes what "encode" or "decode" makes: back in time, and in space around."""
+    return MODULES[type(config)].reach(config, what)
 
 
 def encode(params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None):

@@ -5,16 +5,19 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from sora_jax.config import check
+from sora_jax.config import check, plain
 from sora_jax.data.canvases import Size, canvas_of, choose_canvases
 from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.parts import Share
 from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.pretrained import PretrainedText
+from sora_jax.models.tiling import TilingConfig, tile_grid
+from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
 
@@ -30,13 +33,15 @@ def encode_dataset(
     share: Share = Share(),
     text: PretrainedText | None = None,
     clips_per_shard: int = CLIPS_PER_SHARD,
+    tiles: TilingConfig = TilingConfig(),
 ) -> bool:
     """Writes the latent cache `out`, with a copy of the autoencoder inside; a complete one is kept as it is.
 
     batch: clips encoded at once. shapes: so many programs are compiled at most for clips of all sizes. share: of the
     shards, where several processes share the work. text: embeds the captions too. False where others still work on
-    their shards. UserError if `out` holds latents of another autoencoder, text encoder or of other clips. Nothing that
-    looks complete is left by a crash; the same call goes on after the last complete shard.
+    their shards. tiles: what is larger is encoded in tiles, `batch` of them at once. The devices share out each batch.
+    UserError if `out` holds latents of another autoencoder, text encoder or of other clips. Nothing that looks complete
+    is left by a crash; the same call goes on after the last complete shard.
     """
     for name, value in (("batch", batch), ("shapes", shapes)):
         check(value > 0, f"--{name} is {value}; it must be positive")
@@ -52,16 +57,17 @@ def encode_dataset(
     check_sizes(config, dataset)
     order, canvases = _by_canvas(dataset, shapes)
     layout = {"canvases": canvases, "clips_per_shard": clips_per_shard}
+    layout |= {"tiles": plain(tiles)} if any(tile_grid(config, tiles)) else {}
     parts = start_cache(out, info, -(-len(order) // clips_per_shard), layout)
     missing = parts.missing(share)
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)
     work = [order[part * clips_per_shard : (part + 1) * clips_per_shard] for part in missing]
     clips = (dataset[index].frames for index in chain(*work))
-    latents = autoencoder.encode(clips, batch, canvases)
+    latents = autoencoder.encode(clips, batch, canvases, tiles=tiles)
     latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
     for part, members in zip(missing, work, strict=True):
-        with parts.write(part) as writer:
+        with parts.write(part) as writer, jax.set_mesh(make_mesh()):
             rows = [dataset.row(index) for index in members]
             for row, texts in zip(rows, _texts(text, rows), strict=True):
                 add_latent(writer, info, row, next(latents), texts)

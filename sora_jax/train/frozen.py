@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import zipfile
 import zlib
@@ -18,7 +19,9 @@ from sora_jax.config import check, frozen, plain
 from sora_jax.data.canvases import Size, canvas_of
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text, replacing, write_json
+from sora_jax.models import tiling
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
+from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
@@ -49,39 +52,72 @@ class FrozenAutoencoder:
         return digest.hexdigest()
 
     def encode(
-        self, clips: Iterable[np.ndarray], batch: int = 16, canvases: Sequence[Size] | None = None
+        self,
+        clips: Iterable[np.ndarray],
+        batch: int = 16,
+        canvases: Sequence[Size] | None = None,
+        tiles: TilingConfig = TilingConfig(),
     ) -> Iterator[np.ndarray]:
         """uint8 clips (T, H, W, 3) of any sizes -> normalised float32 latents (t, h, w, C), in order.
 
         canvases: the shapes that programs are compiled for, each clip taking the smallest that holds it; default its
         own. The latent is the same to float error: later frames do not reach earlier ones, and what lies beside the
-        clip is masked.
+        clip is masked. tiles: what is larger is cut into tiles, `batch` of which are encoded at once.
         """
-        sizes: list[Size] = []  # of the clips that are on their way
+        pixels, seen = tiling.factors(self.config), tiling.seen(self.config, "encode")
+        whole: list[tuple[Size, tiling.Axes]] = []  # clips that are on their way
+        sizes: list[tuple[int, int]] = []  # of what the tiles that are on their way have of their clips
 
         def placed():
             for clip in clips:
-                sizes.append(clip.shape[:3])
-                yield clip if canvases is None else _on_canvas(clip, canvas_of(clip.shape[:3], canvases))
+                own = clip.shape[:3]
+                canvas = own if canvases is None else canvas_of(own, canvases)
+                axes = tiling.lay_out(self.config, tiles, latent_grid(self.config, *canvas))
+                whole.append((own, axes))
+                sizes.extend(_own_sizes(own, tiling.places(axes, pixels)))
+                yield from tiling.cut(clip if canvas == own else _on_canvas(clip, canvas), axes, pixels)
 
         def run(video_BTHWC):
-            own = [size[1:] for size in sizes[: len(video_BTHWC)]]
+            own = sizes[: len(video_BTHWC)]
             own += own[-1:] * (len(video_BTHWC) - len(own))  # the filler, whose latents are dropped
             mean, _ = _encode(self.params, self.config, video_BTHWC, np.array(own, np.int32))
             return (np.asarray(mean) - self.mean_C) / self.std_C
 
-        for latent in _in_batches(run, placed(), batch):
-            t, h, w = latent_grid(self.config, *sizes.pop(0))
-            yield latent[:t, :h, :w]
+        found = (part for part in _in_batches(run, placed(), batch) if sizes.pop(0))
+        for first in found:
+            own, axes = whole.pop(0)
+            parts = first, *itertools.islice(found, tiling.count(axes) - 1)
+            t, h, w = latent_grid(self.config, *own)
+            yield tiling.join(parts, axes, tiling.LATENTS, seen)[:t, :h, :w]
 
-    def decode(self, latents: Iterable[np.ndarray], batch: int = 16) -> Iterator[np.ndarray]:
-        """Normalised latents of any sizes -> uint8 clips, in order."""
+    def decode(
+        self, latents: Iterable[np.ndarray], batch: int = 16, tiles: TilingConfig = TilingConfig()
+    ) -> Iterator[np.ndarray]:
+        """Normalised latents of any sizes -> uint8 clips, in order; tiles: as in `encode`."""
+        pixels, seen = tiling.factors(self.config), tiling.seen(self.config, "decode")
+        whole: list[tiling.Axes] = []
+
+        def placed():
+            for z_thwC in latents:
+                whole.append(tiling.lay_out(self.config, tiles, z_thwC.shape[:3]))
+                yield from tiling.cut(z_thwC, whole[-1])
 
         def run(z_BthwC):
             z_BthwC = np.asarray(z_BthwC, np.float32) * self.std_C + self.mean_C
-            return to_uint8(_decode(self.params, self.config, z_BthwC))
+            return np.asarray(_decode(self.params, self.config, z_BthwC))
 
-        return _in_batches(run, latents, batch)
+        found = _in_batches(run, placed(), batch)
+        for first in found:
+            axes = whole.pop(0)
+            parts = first, *itertools.islice(found, tiling.count(axes) - 1)
+            yield to_uint8(tiling.join(parts, axes, pixels, seen))
+
+
+def _own_sizes(clip: Size, places: Iterable[tuple[slice, ...]]) -> Iterator[tuple[int, int]]:
+    """Height and width of what each tile of a canvas has of the clip, in its first corner."""
+    for where in places:
+        pairs = zip(clip[1:], where[1:], strict=True)
+        yield tuple(min(max(size - span.start, 0), span.stop - span.start) for size, span in pairs)
 
 
 def _on_canvas(clip: np.ndarray, canvas: Size) -> np.ndarray:
