@@ -492,3 +492,13 @@ def test_a_step_compiled_for_a_tpu_is_planned_and_gathers_nothing_forbidden(monk
     assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["parameters"], rel=0.01)
     assert {row.kind for row in plan.collectives} & {"all-reduce", "reduce-scatter"} and plan.binding in plan.times
     assert 1.3 < plan.ratio <= 1.36
+
+
+@needs_libtpu
+def test_a_sampler_compiled_for_a_tpu_is_planned():
+    """Its grid of times is computed while it is traced, on this machine, for devices that cannot compute."""
+    from sora_jax.plan.report import make_plan
+
+    run_ = dataclasses.replace(model(attention="dense", text=None), sampling=SamplingConfig(steps="3"))
+    plan = make_plan(run_, "sample", Topology.parse("v5e:2x2"))
+    assert plan.fits and 1.0 <= plan.ratio < 1.1

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Int
 
 from sora_jax.diffusion.guidance import GuidanceConfig
@@ -38,8 +40,9 @@ def sample(
     tokens_BR: Int[Array, "B R"],
 ) -> TokensBLP:
     """Data tokens (B, L, P) from standard normal noise; `times` shifts the grid of a row by its clip's tokens."""
-    with jax.ensure_compile_time_eval():  # the grid before its shift is host code
-        base_K = jnp.asarray(base_times(problem.process, config.steps, config.spacing), jnp.float32)
-    times_KBR = sampling_times(times, base_K, tokens_BR)
+    # The grid before its shift is host code, also where the program is compiled for devices that are not here.
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        base_K = np.asarray(base_times(problem.process, config.steps, config.spacing), np.float32)
+    times_KBR = sampling_times(times, jnp.asarray(base_K), tokens_BR)
     start_BL1 = per_token(times_KBR[0], problem.rows_BL)[:, :, None]
     return solve(config.solver, problem, initial(problem.process, eps_BLP, start_BL1), times_KBR)
