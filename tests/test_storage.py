@@ -156,6 +156,7 @@ def sources(tmp_path, png, write_records):  # noqa: F811
     write_video(folder / "sub/film.mp4", np.full((5, 16, 16, 3), 90, np.uint8), 8)
     (folder / "b.txt").write_text("\ufeffa grey\nsquare", encoding="utf-8")
     (folder / "sub/captions.csv").write_text("\ufefffile,caption\na.png,écru\nfilm.mp4,grey\n", encoding="utf-8")
+    (folder / ".hidden/captions.csv").write_text("file,caption\nnone.png,not looked at\n")
     with zipfile.ZipFile(folder / "more.zip", "w") as more:
         more.writestr("z.png", png(80))
     (folder / "notes.txt").write_text("beside")
