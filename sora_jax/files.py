@@ -4,7 +4,8 @@
 `gs://`. What is different in an object store stands in this file alone:
 
 - an object appears whole when its upload ends, and never grows: a file is made on the local disk, then put there;
-- libraries that read files of the local disk alone (ArrayRecord, NumPy, zip) are given a `local_copy`, made once;
+- what is read here and there and again (records), or by libraries that know the disk alone (NumPy, zip), is read from
+  a `local_copy`, made once;
 - there are no folders to make, to rename, or to lock. A folder that is filled file by file is complete once its last
   file is there, under a name that says so: `dataset.json`, `cache.json`, `autoencoder.json`, Orbax's own.
 """
@@ -235,7 +236,7 @@ def copies_folder() -> Path:
 def local_copy(path: Path) -> Path:
     """The file itself, or of a remote one a copy on the local disk, made once for each content, by one process or many.
 
-    For libraries that read files of the disk alone. OSError where there is no such file, UserError on a full disk.
+    OSError where there is no such file, UserError on a full disk.
     """
     if not is_remote(path):
         return path

@@ -79,7 +79,7 @@ def _check(path: Path, count: int) -> None:
 
 
 def open_reader(path: Path):
-    """An ArrayRecord reader for random access; the library reads files of the disk alone."""
+    """An ArrayRecord reader for random access; a remote file is copied, as shuffled look-ups are many and small."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(local_copy(path)), READER_OPTIONS)

@@ -2,7 +2,7 @@
 
 TFDS declares Video through TensorFlow only. A Video is stored as the sequence of its pictures, so such a dataset is
 opened as one that says so: a temporary folder of links to its files, with features that read Sequence(Image) where
-they read Video. ArrayRecord reads files of the disk alone: the links lead to local copies.
+they read Video. Of a dataset in an object store the links lead to local copies.
 """
 
 import json
