@@ -1,12 +1,11 @@
 """The command line: `sora-jax COMMAND --help` shows each command with an example."""
 
 import argparse
-import errno
 import functools
 import sys
 
 from sora_jax.errors import Stopped, UserError
-from sora_jax.files import as_path, of_storage
+from sora_jax.files import as_path, no_bug
 
 EXAMPLES = """\
 examples:
@@ -19,27 +18,16 @@ examples:
   sora-jax data inspect data/clips
 """
 
-NOT_A_BUG = {  # full disks and wrong paths; any other error of the system is shown whole
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
-}
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; 0 = done, 2 = a user's mistake (one sentence on stderr), 130 = stopped, all saved."""
     try:
         return run(parsed(arguments))
-    except UserError as error:
-        print(f"sora-jax: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
-        if of_storage(error):
-            said = f"gs:// cannot be used: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        elif isinstance(error, OSError) and error.errno in NOT_A_BUG:
-            said = f"{error.filename or 'a file'} cannot be used: {error.strerror}"
-        else:
+        reason = str(error) if isinstance(error, UserError) else no_bug(error)
+        if not reason:
             raise
-        print(f"sora-jax: {said}", file=sys.stderr)
+        print(f"sora-jax: {reason}", file=sys.stderr)
         return 2
 
 

@@ -10,6 +10,7 @@
   file is there, under a name that says so: `dataset.json`, `cache.json`, `autoencoder.json`, Orbax's own.
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -31,6 +32,10 @@ from sora_jax.errors import UserError
 REMOTE = "gs://"
 PAUSE = 10.0  # seconds between two writes of what would grow on a disk
 SHARE = 20  # a mirror spends at most one part in so many of a run's time
+NOT_A_BUG = {  # full disks and wrong paths
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+}
 LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # behind gs://
 
 
@@ -70,6 +75,15 @@ def of_storage(error: Exception) -> bool:
     """Whether an error comes from the libraries behind gs://: no permission, no network, no such bucket."""
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(f"{name}.".startswith(LIBRARIES) for name in modules)
+
+
+def no_bug(error: Exception) -> str:
+    """In one sentence what the disk or the store refuses; "" of any other error, which is to be shown whole."""
+    if of_storage(error):
+        return f"{REMOTE} cannot be used: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, OSError) and error.errno in NOT_A_BUG:
+        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+    return ""
 
 
 def _storage(path: Path):

@@ -276,6 +276,17 @@ def test_paths(bucket, tmp_path):  # noqa: F811
         as_path("s3://b/x")
 
 
+def test_what_the_store_refuses_is_one_sentence(monkeypatch, capsys):
+    library = {"__name__": "gcsfs.retry"}
+    exec("def refuse(*_):\n    raise ValueError('Forbidden:\\nno permission')", library)
+    monkeypatch.setattr(cli, "run", library["refuse"])
+    assert cli.main(["data", "inspect", "here"]) == 2
+    assert capsys.readouterr().err == "sora-jax: gs:// cannot be used: ValueError: Forbidden: no permission\n"
+    library["__name__"] = "elsewhere"
+    with pytest.raises(ValueError, match="Forbidden"):
+        cli.main(["data", "inspect", "here"])
+
+
 def test_without_gcsfs_there_is_one_sentence(bucket, monkeypatch, capsys):  # noqa: F811
     def missing(protocol):
         raise ImportError(f"Install gcsfs to access {protocol}")
