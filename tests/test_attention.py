@@ -1,4 +1,4 @@
-"""Attention inside segments against Flax and JAX with a mask; the two backends against each other."""
+"""Attention inside segments against Flax and JAX with a mask: one matrix of tests that every backend passes."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax.errors import UserError
-from sora_jax.nn.attention import OUTPUT, attention, blockwise, blockwise_attention, dense_attention
+from sora_jax.nn.attention import OUTPUT, attention, blockwise, blockwise_attention, dense_attention, kernels
 from sora_jax.nn.attention.kernels import splash_attention
 
 B, L, M, N, K = 2, 24, 10, 2, 8
@@ -109,51 +109,63 @@ def test_an_accelerator_takes_packs_side_by_side_with_the_same_result(monkeypatc
     one_after_another = found()
     monkeypatch.setattr(blockwise, "platform", lambda: "gpu")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found(), one_after_another)
+    # A loop that ran as often as each pack asks would let some wait by a copy of all that it sums.
+    gradient = jax.make_jaxpr(jax.grad(lambda *a: blockwise_attention(*a, queries, keys, block=6).sum(), (0, 1, 2)))
+    loops = [eqn for eqn in equations(gradient(*arrays).jaxpr) if eqn.primitive.name == "while"]
+    assert loops and all(eqn.params["cond_jaxpr"].out_avals[0].shape == () for eqn in loops)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+def equations(jaxpr):
+    """All of a program, also inside its loops and calls."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_other_segments_have_exactly_no_weight(name):
     q, _, v, queries, keys = inputs()
     k = jnp.ones((B, M, N, K)) * 1e3  # scores as large as can be
 
     def outputs_of_segment_2(v):
-        out = BACKENDS[name](q, k, v, queries, keys)
+        out = KERNELS[name](q, k, v, queries, keys)
         return jnp.where((queries == 2)[..., None, None], out, 0).sum()
 
     slope = np.asarray(jax.grad(outputs_of_segment_2)(v))
     assert not slope[keys != 2].any() and slope[keys == 2].all()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_query_without_keys_is_finite_and_has_a_finite_gradient(name, dtype):
     *arrays, queries, keys = inputs(dtype)
     queries[:] = 9
 
     def total(arrays):
-        return BACKENDS[name](*arrays, queries, keys).astype(jnp.float32).sum()
+        return KERNELS[name](*arrays, queries, keys).astype(jnp.float32).sum()
 
     value, gradient = jax.value_and_grad(total)(arrays)
     assert np.isfinite(value)
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradient)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_bfloat16_loses_no_more_than_its_rounding(name):
     q, k, v, queries, keys = inputs(jnp.bfloat16)
-    out = BACKENDS[name](q, k, v, queries, keys)
+    out = KERNELS[name](q, k, v, queries, keys)
     assert out.dtype == jnp.bfloat16
     exact = masked(*(x.astype(jnp.float32) for x in (q, k, v)), queries, keys)[1]
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=2**-6, atol=2**-6 * np.abs(v).max())
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_scores_of_bfloat16_are_float32(name):
     """Scores of 256 and 257, which bfloat16 cannot tell apart, weigh 1 to e."""
     q, k = jnp.bfloat16([32, 2, 0, 0]), jnp.bfloat16([[16, 0, 0, 0], [16, 1, 0, 0]])
     v = jnp.bfloat16([[0.0] * 4, [1.0] * 4])
     segments = np.ones((1, 2), np.int32)
-    out = BACKENDS[name](q[None, None, None], k[None, :, None], v[None, :, None], segments[:, :1], segments)
+    out = KERNELS[name](q[None, None, None], k[None, :, None], v[None, :, None], segments[:, :1], segments)
     np.testing.assert_allclose(np.asarray(out, np.float32), np.e / (1 + np.e), rtol=2**-6)
 
 
@@ -188,6 +200,45 @@ def test_a_checkpoint_that_keeps_the_output_spares_splash_its_forward_kernel(kep
     """Its kernels make two products forward and five backward; the compiler drops a kernel that nobody asks."""
     program = gradient_with_checkpoint(functools.partial(splash_attention, interpret=True), kept)
     assert program.compile().as_text().count(" dot(") == products
+
+
+@pytest.mark.parametrize("backend, dtype, said", [
+    ("splash", "bfloat16", "'splash'.*TPU"), ("cudnn", "bfloat16", "'cudnn'.*NVIDIA"),
+])  # fmt: skip
+def test_a_kernel_for_another_machine_is_refused_in_a_sentence(backend, dtype, said):
+    *arrays, queries, keys = inputs(jnp.dtype(dtype))
+    with pytest.raises(UserError, match=said):
+        attention(*arrays, queries, keys, backend)
+
+
+@pytest.mark.parametrize("dtype, width, said", [
+    ("float32", 8, "model.dtype is float32; it must be bfloat16"),
+    ("bfloat16", 20, "head width is 20.*multiple of 8"),
+    ("bfloat16", 136, "head width is 136.*at most 128"),
+])  # fmt: skip
+def test_what_cudnn_cannot_do_is_said_before_it_fails(monkeypatch, dtype, width, said):
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    q, one = jnp.ones((1, 8, 1, width), dtype), jnp.ones((1, 8), jnp.int32)
+    with pytest.raises(UserError, match=said):
+        attention(q, q, q, one, one, "cudnn")
+
+
+def test_cudnn_is_given_an_even_number_of_keys_of_which_the_last_is_of_no_segment(monkeypatch):
+    """Its backward pass takes no odd number; here the same function by another implementation stands in."""
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    given = []
+
+    def stand_in(q, k, v, mask, implementation):
+        given.append((q.shape[1], k.shape[1], implementation))
+        return native(q, k, v, mask=mask, implementation="xla")
+
+    native = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    q, k, v, queries, keys = inputs(jnp.bfloat16)
+    k, v, keys, q, queries = k[:, :9], v[:, :9], keys[:, :9], q[:, :23], queries[:, :23]
+    out = attention(q, k, v, queries, keys, "cudnn")
+    assert given == [(24, 10, "cudnn")]
+    np.testing.assert_array_equal(out, native(q, k, v, mask=(queries[:, :, None] == keys[:, None, :])[:, None]))
 
 
 def test_an_unknown_backend_is_named():

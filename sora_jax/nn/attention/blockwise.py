@@ -25,6 +25,7 @@ from sora_jax.parallel.rules import platform
 
 BUCKETS = 256  # segments are told apart by their remainder: exact for up to so many, never too few blocks beyond
 UNSEEN = MASKED / 10  # the lse of no key: above all masked scores, whose weights are so exactly zero
+PACKS = "packs"  # the name of the axis of packs that are taken side by side
 NO_QUERY, NO_KEY = -2, -1  # segments of what fills up the last block
 
 
@@ -93,11 +94,12 @@ def chunks(block: int | None = None) -> Chunks:
 def _over_packs(function: Callable, block: int | None, *arrays):
     """function(block, *arrays of one pack) over the packs: side by side where there is an accelerator.
 
-    A CPU takes them one after another, since each has its own blocks to skip.
+    A CPU takes them one after another, since each has its own blocks to skip. Side by side they take as many rounds as
+    the one with the most blocks: rounds of its own would make a loop copy all its sums to let some of them wait.
     """
     if platform() == "cpu":
-        return jax.lax.map(lambda one: function(block or 128, *one), arrays)
-    return jax.vmap(functools.partial(function, block or 512))(*arrays)
+        return jax.lax.map(lambda one: function(block or 128, False, *one), arrays)
+    return jax.vmap(functools.partial(function, block or 512, True), axis_name=PACKS)(*arrays)
 
 
 class _Blocks(NamedTuple):
@@ -126,14 +128,18 @@ def _join(x, length: int):
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
-def _partners(of: jax.Array, among: jax.Array):
-    """For each block of segments the blocks that may share one: their numbers, those first, and how many they are."""
+def _partners(of: jax.Array, among: jax.Array, together: bool):
+    """For each block of segments the blocks that may share one: their numbers, those first, and how many they are.
+
+    together: the most that any of the packs beside has; blocks that share none are masked, to exactly nothing.
+    """
 
     def present(segments):
         return (segments[..., None] % BUCKETS == jnp.arange(BUCKETS)).any(1).astype(jnp.float32)
 
     apart = present(of) @ present(among).T == 0
-    return jnp.argsort(apart, axis=1, stable=True), (~apart).sum(1)
+    count = (~apart).sum(1)
+    return jnp.argsort(apart, axis=1, stable=True), jax.lax.pmax(count, PACKS) if together else count
 
 
 def _weights(q_NlK, k_NmK, q_segments, k_segments, lse_Nl):
@@ -155,7 +161,7 @@ def _rounds(order, count, add, sums):
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _forward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M):
+def _forward(block, together, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M):
     queries = _cut(block, q_segments_L, NO_QUERY, q_NLK)
     (keys, values), k_segments = _cut(block, k_segments_M, NO_KEY, k_NMK, v_NMK)
 
@@ -176,12 +182,12 @@ def _forward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M):
         total = jnp.maximum(total, 1e-30)
         return None, (out / total[..., None], top + jnp.log(total))
 
-    given = *queries, *_partners(queries.segments, k_segments)
+    given = *queries, *_partners(queries.segments, k_segments, together)
     _, results = jax.lax.scan(row, None, given)
     return tuple(_join(x, q_NLK.shape[1]) for x in results)
 
 
-def _tangent(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, dq_NLK, dk_NMK, dv_NMK):
+def _tangent(block, together, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, dq_NLK, dk_NMK, dv_NMK):
     queries = _cut(block, q_segments_L, NO_QUERY, q_NLK, lse_NL, dq_NLK)
     (keys, values, dkeys, dvalues), k_segments = _cut(block, k_segments_M, NO_KEY, k_NMK, v_NMK, dk_NMK, dv_NMK)
 
@@ -200,12 +206,12 @@ def _tangent(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, dq_
         start = jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:2])
         return None, _rounds(order, count, add, start)
 
-    given = *queries, *_partners(queries.segments, k_segments)
+    given = *queries, *_partners(queries.segments, k_segments, together)
     _, results = jax.lax.scan(row, None, given)
     return tuple(_join(x, q_NLK.shape[1]) for x in results)
 
 
-def _backward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, along_NL, do_NLK):
+def _backward(block, together, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, along_NL, do_NLK):
     (q, lse, along, do), q_segments = _cut(block, q_segments_L, NO_QUERY, q_NLK, lse_NL, along_NL, do_NLK)
     keys = _cut(block, k_segments_M, NO_KEY, k_NMK, v_NMK)
 
@@ -226,6 +232,6 @@ def _backward(block, q_NLK, k_NMK, v_NMK, q_segments_L, k_segments_M, lse_NL, al
         dq, *given = _rounds(order, count, add, (dq, start, start))
         return dq, given
 
-    given = *keys, *_partners(keys.segments, q_segments)
+    given = *keys, *_partners(keys.segments, q_segments, together)
     dq, (dk, dv) = jax.lax.scan(column, jnp.zeros(q.shape, jnp.float32), given)
     return _join(dq, q_NLK.shape[1]), *(_join(x, k_NMK.shape[1]) for x in (dk, dv))
