@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
@@ -208,6 +208,15 @@ def remote_files(folder: Path) -> dict[str, int]:
         for name, entry in found.items()
         if entry["type"] == "file" and not name.endswith("/")
     }
+
+
+def read_together(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Name -> bytes of small remote files of a folder, many at a time; those that cannot be read are left out."""
+    if not names:
+        return {}
+    storage, root = _storage(folder)
+    found = storage.cat_ranges([f"{root}/{name}" for name in names], None, None, on_error="return")
+    return {name: data for name, data in zip(names, found, strict=True) if isinstance(data, bytes)}
 
 
 def make_folder(folder: Path) -> None:

@@ -155,6 +155,9 @@ def sources(tmp_path, png, write_records):  # noqa: F811
         save_png(folder / f"{name}.png", np.full((8, 8, 3), shade, np.uint8))
     write_video(folder / "sub/film.mp4", np.full((5, 16, 16, 3), 90, np.uint8), 8)
     (folder / "b.txt").write_text("\ufeffa grey\nsquare", encoding="utf-8")
+    (folder / "sub/deep/c.[1].txt").write_text("\u00e9cru")
+    (folder / "sub/deep/c.broken.txt").write_bytes(b"\xff")
+    (folder / "t.txt").write_text("")
     (folder / "sub/captions.csv").write_text("\ufefffile,caption\na.png,écru\nfilm.mp4,grey\n", encoding="utf-8")
     (folder / ".hidden/captions.csv").write_text("file,caption\nnone.png,not looked at\n")
     with zipfile.ZipFile(folder / "more.zip", "w") as more:

@@ -1,9 +1,10 @@
 """A folder of videos and pictures as a source."""
 
 import hashlib
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from sora_jax.data.sources.entries import Entry, escapes
 from sora_jax.data.sources.opened import FileMedia, ZipMember, archive
 from sora_jax.data.tracks import reason
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, is_remote, remote_files, size_and_time
+from sora_jax.files import as_path, is_remote, read_together, remote_files, size_and_time
 
 # What people keep beside clips; everything else is tried, and listed with a reason where it cannot be read.
 BESIDE_CLIPS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".parquet", ".html", ".pdf", ".py"}
@@ -64,7 +65,7 @@ class FolderReader:
         listed = sorted(filter(_visible, self._sizes), key=_as_walked)
         names = listed if remote else list(_files(self._root, self.refused))
         clips = [name for name in names if not _beside_clips(name)]
-        captions = FolderCaptions(self._root, names, clips, _fields(config))
+        captions = FolderCaptions(self._root, names, clips, _fields(config), self._sizes)
         found = [place for name in clips for place in self._places(name)]
         self._list([(place, said) for place in found if (said := self._said(place, captions))])
         self.refused += [(name, f"missing: named in {table} but not there") for name, table in captions.unused()]
@@ -176,9 +177,9 @@ def _refuse_member(member: zipfile.ZipInfo) -> str | None:
 
 
 class FolderCaptions:
-    """Captions, labels and splits of a folder's clips, by file name relative to it."""
+    """Captions, labels and splits of a folder's clips, by file name relative to it; sizes: bytes of remote files."""
 
-    def __init__(self, root: Path, names: list[str], clips: list[str], fields: Fields = Fields()):
+    def __init__(self, root: Path, names: list[str], clips: list[str], fields: Fields, sizes: Mapping[str, int]):
         self._root, self._rows, self._tables = root, {}, {}
         for table in _tables(root, names):
             for name, said in file_rows(root / table, fields).items():
@@ -186,6 +187,9 @@ class FolderCaptions:
                 self._rows[name] = _over(self._rows.get(name, Words()), said)
                 self._tables[name] = table
         self._texts = _texts(names, clips)
+        texts = [name for named in self._texts.values() for _, name in named]
+        # One after the other, a million texts would take a night.
+        self._read_before = read_together(root, [name for name in texts if sizes.get(name, math.inf) <= MAX_TEXT_BYTES])
 
     def find(self, place: Place) -> Words:
         """What is said of a clip. Raises ValueError or OSError where its text file cannot be read."""
@@ -200,8 +204,10 @@ class FolderCaptions:
 
     def _read(self, name: str) -> str:
         path = self._root / name
-        with path.open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
+        data = self._read_before.get(name)
+        if data is None:
+            with path.open("rb") as file:
+                data = file.read(MAX_TEXT_BYTES + 1)
         if len(data) > MAX_TEXT_BYTES:
             raise ValueError(f"{name} has more than {MAX_TEXT_BYTES} bytes")
         return clean(data.decode("utf-8-sig"))
