@@ -20,7 +20,7 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 = done, 2 = a user's mistake (one sentence on stderr), 130 = stopped, all saved."""
+    """Runs a command; 0: done, 2: a user's mistake (one sentence on stderr), 75: a peer died, 130: all is saved."""
     try:
         return run(parsed(arguments))
     except Exception as error:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not reason:
             raise
         print(f"sora-jax: {reason}", file=sys.stderr)
-        return 2
+        return error.code if isinstance(error, UserError) else 2
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

@@ -4,8 +4,16 @@
 class UserError(Exception):
     """A user's mistake: one sentence naming the option, the value given and what is allowed.
 
-    The command line prints it without a traceback and ends with exit code 2; library callers may catch it.
+    The command line prints it without a traceback and ends with its exit code; library callers may catch it.
     """
+
+    code = 2
+
+
+class LostPeer(UserError):
+    """Another process of the run has died; code 75 (EX_TEMPFAIL of sysexits.h) tells schedulers to start all again."""
+
+    code = 75
 
 
 class Stopped(Exception):

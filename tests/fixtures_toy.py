@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.errors import Stopped
+from sora_jax.errors import LostPeer, Stopped
 from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh
@@ -89,7 +89,7 @@ def one_of_two(process: int, port: int, silence: int, devices: int, function, *a
 
 
 def train_half(workdir, **options) -> int:
-    """This process's half of the job, as slow as `train_slowly`; 130 after an orderly stop."""
+    """This process's half of the job, as slow as `train_slowly`; ends as the command does."""
     pause = dict.fromkeys(range(1, 1000), lambda: time.sleep(0.02))
     share = distributed.share_of_batch(make_mesh())
     try:
@@ -97,4 +97,7 @@ def train_half(workdir, **options) -> int:
     except Stopped as stopped:
         print(stopped)
         return 130
+    except LostPeer as lost:
+        print(lost)
+        return lost.code
     return 0

@@ -17,7 +17,7 @@ from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.attention import attention, dense_attention
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import check_splits, shardings
-from sora_jax.parallel.mesh import MeshConfig, _laid_out, check_split, make_mesh, place_batch
+from sora_jax.parallel.mesh import MeshConfig, _laid_out, check_split, make_mesh, place_batch, with_slices
 from sora_jax.parallel.rules import (
     AUTOENCODER,
     MESH_AXES,
@@ -165,8 +165,9 @@ def test_slices_lie_along_the_slice_axis_alone():
     grid = _laid_out([2, 1, 2, 1, 2], chips)
     assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
     assert grid.shape == (2, 1, 2, 1, 2) and {chip.id for chip in grid.flat} == set(range(8))
-    with pytest.raises(UserError, match="mesh.slice is 1; it must be the number of slices, 2"):
-        make_mesh(MeshConfig(fsdp=4), chips)
+    assert with_slices(MeshConfig(fsdp=4), 2) == MeshConfig(slice=2, fsdp=4)
+    with pytest.raises(UserError, match="mesh.slice is 4; it must be the number of slices, 2"):
+        make_mesh(MeshConfig(slice=4, data=1, fsdp=2), chips)
 
 
 def test_a_batch_is_split_along_its_batch_axis():

@@ -9,14 +9,14 @@
 #   ... tpu.sh delete
 #
 # TYPE counts as Google sells them: v5litepod-16 is v5e:4x4 of `sora-jax plan`, v6e-256 is v6e:16x16, v5p-128 is v5p:4x4x4
-# (cores, two to a chip). SLICES=2 makes two slices by a queued resource; the mesh gets an axis for them. SPOT=1 asks for
-# machines that may be taken back: run `create`, `install` and `train` again, and the run goes on.
+# (cores, two to a chip). SLICES=2 asks for two slices by a queued resource, and `create` waits until they are there. SPOT=1
+# asks for machines that may be taken back: then `delete`, `create`, `install` and `train`, and the run goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 : "${NAME:=sora}" "${ZONE:=us-west4-a}" "${TYPE:=v5litepod-16}" "${SLICES:=1}" "${CONFIG:=configs/sora.py:b}"
 : "${BUCKET:?set BUCKET to gs://... : data and runs must be where every worker reads and writes}"
-: "${WORKDIR:=$BUCKET/runs/$NAME}" "${LATENTS:=$BUCKET/data/latents}" "${ARGUMENTS:=}"
+: "${WORKDIR:=$BUCKET/runs/$NAME}" "${LATENTS:=$BUCKET/data/latents}" "${ARGUMENTS:=}" "${CODE:=$BUCKET/code/$NAME.tar.gz}"
 case $TYPE in
   v5litepod-*) : "${RUNTIME:=v2-alpha-tpuv5-lite}" ;;
   v5p-*) : "${RUNTIME:=v2-alpha-tpuv5}" ;;
@@ -45,25 +45,28 @@ case ${1:-} in
     if ((SLICES > 1)); then
       gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" --node-count="$SLICES" --node-prefix="$NAME" \
         --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
+      until [[ $(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format="value(state.state)") == ACTIVE ]]; do
+        sleep 30
+      done
     else
       gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" --version="$RUNTIME" "${spot[@]}"
     fi
     ;;
   install)
     # Through the bucket: one copy up, then every worker takes it. The image's own Python is older than 3.11.
-    tar --exclude=.git --exclude=.venv --exclude=runs --exclude=data -czf "/tmp/$NAME.tar.gz" .
-    gcloud storage cp "/tmp/$NAME.tar.gz" "$BUCKET/code/$NAME.tar.gz"
+    git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -cz | gcloud storage cp - "$CODE"
     everywhere "set -e; mkdir -p sora_jax && cd sora_jax
-      gcloud storage cp $BUCKET/code/$NAME.tar.gz - | tar -xz
+      gcloud storage cp $CODE - | tar -xz
       curl -LsSf https://astral.sh/uv/install.sh | sh
       ~/.local/bin/uv venv --clear --python 3.12 .venv
       ~/.local/bin/uv pip install --python .venv/bin/python -e '.[tpu,gcs]'"
     ;;
   train)
-    everywhere "cd sora_jax && nohup .venv/bin/sora-jax train --distributed --config=$CONFIG --workdir=$WORKDIR --config.latents=$LATENTS --config.mesh.slice=$SLICES $ARGUMENTS > train.log 2>&1 &"
+    line=".venv/bin/sora-jax train --distributed --config=$CONFIG --workdir=$WORKDIR --config.latents=$LATENTS $ARGUMENTS"
+    everywhere "cd sora_jax && { nohup $line > train.log 2>&1 < /dev/null & }"
     ;;
   log) first "tail -n 40 -f sora_jax/train.log" ;;
-  stop) everywhere "pkill -TERM -f 'sora-jax train' || true" ;;
+  stop) everywhere "pkill -TERM -f '[s]ora-jax train' || true" ;;
   delete)
     if ((SLICES > 1)); then
       gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from sora_jax.config import check, choose
 from sora_jax.errors import UserError
 from sora_jax.parallel.chips import CHIPS, Chip
-from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.parallel.mesh import MeshConfig, make_mesh, with_slices
 from sora_jax.parallel.rules import MESH_AXES, partition
 
 INSTALL_TPU, INSTALL_GPU = "pip install libtpu", "pip install 'jax[cuda13]'"
@@ -83,8 +83,9 @@ class Topology:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=self.name, **more).devices)
         except jax.errors.JaxRuntimeError as error:
             shown = ", ".join(f"{chip}:{shape}" for chip, shape in EXAMPLES.items() if not CHIPS[chip].gpu)
+            said = (str(error).splitlines() or [""])[0][:200]
             raise UserError(
-                f"--topology is {self.name!r}; no slice has that shape; some that exist: {shown}"
+                f"--topology is {self.name!r}; libtpu makes none of that ({said}); some that exist: {shown}"
             ) from error
 
 
@@ -103,7 +104,7 @@ def _quiet() -> None:
 
 def mesh_sizes(config: MeshConfig, topology: Topology) -> tuple[int, ...]:
     """The size of each of `MESH_AXES` on a topology; `slice` is the number of slices unless the config gives one."""
-    given = dataclasses.replace(config, slice=topology.slices) if config.slice == 1 else config
+    given = with_slices(config, topology.slices)
     sizes = [getattr(given, axis) for axis in MESH_AXES]
     known = math.prod(size for size in sizes if size != -1)
     sizes = [topology.chips // known if size == -1 else size for size in sizes]

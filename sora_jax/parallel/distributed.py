@@ -4,6 +4,8 @@ With one process, which is how most runs go, nothing here costs anything.
 """
 
 import contextlib
+import socket
+import time
 from collections.abc import Iterator
 
 import jax
@@ -12,10 +14,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check
-from sora_jax.errors import UserError
+from sora_jax.errors import LostPeer, UserError
 from sora_jax.parallel.rules import partition, parts
 
-LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")  # in what JAX says of a lost connection
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")  # said of a lost connection
+START = 300  # seconds that the first process may take to be there
 SILENCE = 60  # seconds without a sign of life after which a process is given up, and with it all the others
 
 
@@ -33,13 +36,29 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         check(processes > 0, f"--processes is {processes}; it must be positive")
         check(0 <= process < processes, f"--process is {process}; it must be from 0 to {processes - 1}")
         check(":" in coordinator, f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+        if process > 0:
+            _wait_for(coordinator)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         message = f"no cluster was found ({error}); give --coordinator=HOST:PORT, --processes=N and --process=I"
         raise UserError(message) from error
+
+
+def _wait_for(coordinator: str, seconds: float = START) -> None:
+    """Returns when the first process answers; JAX itself would end this one by a stack of C++."""
+    host, _, port = coordinator.rpartition(":")
+    check(port.isdigit(), f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise UserError(f"--coordinator is {coordinator!r}; nobody answers there ({error})") from error
+            time.sleep(0.2)
 
 
 def first() -> bool:
@@ -100,7 +119,7 @@ def stop_agreed(step: int) -> bool:
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """Makes one sentence, a UserError, of a lost connection to another process.
+    """Makes one sentence, a LostPeer, of a lost connection to another process.
 
     Where no connection breaks, JAX itself ends the process, with a message, `SILENCE` seconds after the last sign.
     """
@@ -112,4 +131,4 @@ def peers() -> Iterator[None]:
         if not several() or not any(word in reason for word in LOST):
             raise
         message = "another process of this run has died or cannot be reached; start all of them again, and the run goes"
-        raise UserError(f"{message} on from the last save ({reason[:200]})") from error
+        raise LostPeer(f"{message} on from the last save ({reason[:200]})") from error

@@ -32,10 +32,11 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) ->
     """A mesh with all of `MESH_AXES`, Explicit: a wrong sharding is an error when the program is traced.
 
     Neighbours in the mesh are neighbours on the interconnect; over several slices of TPUs only the axis `slice`
-    uses the network between them. UserError where the sizes do not fit the devices.
+    uses the network between them, and is their number unless the config gives one. UserError where the sizes do not
+    fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    sizes = [getattr(with_slices(config, _slices(devices)), axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
@@ -44,9 +45,18 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) ->
     return Mesh(_laid_out(sizes, devices), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
+def with_slices(config: MeshConfig, slices: int) -> MeshConfig:
+    """The config with the number of slices that there are, unless it gives one."""
+    return dataclasses.replace(config, slice=slices) if config.slice == 1 else config
+
+
+def _slices(devices: list) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def _laid_out(sizes: list[int], devices: list) -> np.ndarray:
     """The devices as an array of these sizes."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _slices(devices)
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] != slices:
