@@ -139,9 +139,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     check_workdir(workdir, config, cache.digest)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     looking = make_mesh(devices=jax.local_devices()) if distributed.several() else mesh
-    here = with_fastest_attention(config)
-    if here != config:
-        say(f"attention: {here.model.attention} is the fastest here")
+    here = with_fastest_attention(config, mesh, workdir, keep=True)
     current = functools.partial(Run, here, tokenizer=tokenizer, autoencoder=autoencoder, mesh=looking)
     for size in config.preview.sizes:
         current(params={}).latent_size(*size)

@@ -1,7 +1,9 @@
 """The choice of a backend by measurement: the fastest that works, where "auto" cannot know."""
 
+import dataclasses
+import re
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,10 +11,12 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.errors import UserError
 from sora_jax.nn.attention import BACKENDS, dense_attention
 from sora_jax.nn.attention import measured as room
-from sora_jax.nn.attention.measured import measured, mixed_segments
+from sora_jax.nn.attention.measured import Load, fastest, mixed_segments
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.train import denoiser
 from sora_jax.train.denoiser import DenoiserRun, with_fastest_attention
 
-SHAPE = (256, 2, 16, "float32")
+LOAD = Load(packs=1, length=256, heads=2, head_width=16, dtype="float32")
 
 
 def slow(q, *rest):
@@ -23,7 +27,7 @@ def slow(q, *rest):
 
 
 def missing(*_):
-    raise RuntimeError("cuDNN is not found")
+    raise RuntimeError("cuDNN is not found\nand much more")
 
 
 def unfit(*_):
@@ -31,50 +35,67 @@ def unfit(*_):
 
 
 @pytest.fixture(autouse=True)
-def backends(monkeypatch):
-    room._times.cache_clear()
+def candidates(monkeypatch):
+    """candidates(names...): between which a measurement decides."""
     for name, function in {"slow": slow, "missing": missing, "unfit": unfit}.items():
         monkeypatch.setitem(BACKENDS, name, function)
+    return lambda *names: monkeypatch.setattr(room, "CANDIDATES", {"cpu": names})
 
 
-@pytest.mark.parametrize("candidates, chosen", [
+@pytest.mark.parametrize("names, chosen", [
     (("slow", "dense"), "dense"),
     (("dense", "slow"), "dense"),
     (("missing", "slow", "unfit"), "slow"),
 ])  # fmt: skip
-def test_the_fastest_that_works_is_chosen(monkeypatch, candidates, chosen):
-    monkeypatch.setattr(room, "CANDIDATES", {"cpu": candidates})
-    assert measured("auto", *SHAPE) == chosen
+def test_the_fastest_that_works_is_chosen(candidates, names, chosen):
+    candidates(*names)
+    backend, words = fastest(LOAD)
+    assert backend == chosen
+    assert all(re.search(rf"{name} (\d+\.\d\d ms|cannot: .*)", words) for name in names)
 
 
-def test_what_is_named_or_known_is_not_measured(monkeypatch):
-    monkeypatch.setattr(room, "_times", lambda *_: pytest.fail("measured"))
-    assert measured("auto", *SHAPE) == "auto"  # on a CPU it knows
-    monkeypatch.setattr(room, "CANDIDATES", {"cpu": ("slow", "dense")})
-    assert measured("blockwise", *SHAPE) == "blockwise"
+def test_where_none_works_each_reason_is_told(candidates):
+    candidates("missing", "unfit")
+    with pytest.raises(UserError, match="missing cannot: cuDNN is not found, unfit cannot: float32 is not for"):
+        fastest(LOAD)
 
 
-def test_dense_attention_is_not_tried_where_its_scores_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(room, "DENSE_UP_TO", 255)
-    monkeypatch.setattr(room, "CANDIDATES", {"cpu": ("dense", "slow")})
-    assert measured("auto", *SHAPE) == "slow"
+def test_dense_attention_is_not_tried_where_its_scores_fill_the_memory(candidates, monkeypatch):
+    candidates("dense", "slow")
+    monkeypatch.setattr(room, "DENSE_UP_TO", 4 * 2 * 256**2 - 1)
+    assert fastest(LOAD)[0] == "slow"
 
 
-def test_the_first_process_decides(monkeypatch):
-    monkeypatch.setattr(room, "CANDIDATES", {"cpu": ("dense", "slow")})
+def test_the_first_process_decides(candidates, monkeypatch):
+    candidates("dense", "slow")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(room.multihost_utils, "broadcast_one_to_all", lambda mine: np.int32(1))
-    assert measured("auto", *SHAPE) == "slow"
+    assert fastest(LOAD)[0] == "slow"
 
 
 @pytest.mark.parametrize("length", [64, 100, 4096])
 def test_the_pack_that_is_measured_holds_clips_of_many_sizes(length):
     sizes = np.bincount(mixed_segments(length))[1:]
     assert sizes.sum() == length and len(sizes) == 6 and (np.diff(sizes[:-1]) < 0).all()
-    assert sizes[0] == -(-length // 2) and jnp.all(jnp.diff(jnp.asarray(mixed_segments(length))) >= 0)
+    assert sizes[0] == -(-length // 2) and (np.diff(mixed_segments(length)) >= 0).all()
 
 
-def test_a_run_computes_with_the_choice_and_its_config_keeps_the_word(monkeypatch):
-    monkeypatch.setattr(room, "CANDIDATES", {"cpu": ("slow", "dense")})
-    config = DenoiserRun(packing=PackingConfig(length=256))
-    assert with_fastest_attention(config).model.attention == "dense" and config.model.attention == "auto"
+def test_a_run_measures_what_a_device_does_and_keeps_the_choice(candidates, monkeypatch, tmp_path):
+    config, mesh = (
+        DenoiserRun(packing=PackingConfig(length=256), batch=16),
+        make_mesh(MeshConfig(data=2, tensor=2, fsdp=2)),
+    )
+    asked, answers = [], iter(("slow", "dense"))
+    monkeypatch.setattr(denoiser, "fastest", lambda load: asked.append(load) or (next(answers), ""))
+
+    def here(config=config, keep=False):
+        return with_fastest_attention(config, mesh, tmp_path, keep).model.attention
+
+    assert here() == "auto" and not asked  # on a CPU it knows
+    candidates("slow", "dense")
+    named = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="blockwise"))
+    assert here(named) == "blockwise" and not asked
+    assert (here(), here(keep=True)) == ("slow", "dense")  # sampling leaves nothing behind
+    assert (here(), here(keep=True)) == ("dense", "dense") and config.model.attention == "auto"
+    model = config.model
+    assert asked == [Load(4, 256, model.heads // 2, model.head_width, "float32")] * 2

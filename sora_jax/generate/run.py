@@ -152,8 +152,9 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
     autoencoder.
     """
     folder = as_path(folder)
-    config = with_fastest_attention(read_run_config(folder))
+    config = read_run_config(folder)
     mesh = _mesh_here(config.mesh)
+    config = with_fastest_attention(config, mesh, folder)
     specs = transformer_specs(config.model)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         check(checkpoints.latest() is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")

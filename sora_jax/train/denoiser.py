@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sora_jax.config import check, read_json
 from sora_jax.data import tokenizer as tokenizers
@@ -25,19 +26,22 @@ from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig
-from sora_jax.files import as_path
+from sora_jax.files import as_path, write_json
 from sora_jax.models.flops import train_flops
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.text import TextContext
 from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
-from sora_jax.nn.attention.measured import measured
+from sora_jax.nn.attention.measured import Load, candidates, fastest
 from sora_jax.nn.layers import compute_dtype
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
+from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig
-from sora_jax.train.loop import Job, LoopConfig
+from sora_jax.parallel.rules import parts
+from sora_jax.train.loop import Job, LoopConfig, say
 from sora_jax.train.optim import OptimConfig
 
 NOISE_BINS = 10
+CHOICES = "attention.json"  # {kind of device: backend}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +150,25 @@ class DenoiserRun:
         return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
 
 
-def with_fastest_attention(config: DenoiserRun) -> DenoiserRun:
-    """The config with "auto" attention settled where only a measurement can tell: to compute with, not to keep."""
-    model, dtype = config.model, compute_dtype(config.model.dtype)
-    backend = measured(model.attention, config.packing.length, model.heads, model.head_width, dtype)
-    return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend))
+def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path, keep: bool = False) -> DenoiserRun:
+    """The config with "auto" attention settled where only a measurement can tell: to compute with, not to keep.
+
+    What was chosen for a kind of device stands in WORKDIR/attention.json once training has written it (`keep`), so that
+    a run that goes on, and what is sampled from it, is computed by the same program.
+    """
+    model = config.model
+    if model.attention != "auto" or not candidates():
+        return config
+    path, kind = as_path(workdir) / CHOICES, jax.local_devices()[0].device_kind
+    chosen = read_json(path) if path.exists() else {}
+    if not distributed.all_true(kind in chosen):
+        packs = max(config.batch // config.loop.accumulate // parts("batch", mesh), 1)
+        heads, dtype = model.heads // parts("heads", mesh), jnp.dtype(compute_dtype(model.dtype)).name
+        chosen[kind], found = fastest(Load(packs, config.packing.length, heads, model.head_width, dtype))
+        say(f"attention: {chosen[kind]} ({found})")
+        if keep and distributed.first():
+            write_json(path, chosen)
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention=chosen[kind]))
 
 
 def upgraded(values: dict) -> dict:

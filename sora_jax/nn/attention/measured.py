@@ -1,6 +1,6 @@
 """Which backend is the fastest on this device: measured, where it cannot be told beforehand."""
 
-import functools
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -10,51 +10,65 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.nn.attention import BACKENDS
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 
 CANDIDATES = {"gpu": ("cudnn", "blockwise", "dense")}  # by platform; elsewhere "auto" knows
-DENSE_UP_TO = 4096  # tokens: beyond, the scores alone are gigabytes
+DENSE_UP_TO = 2**30  # bytes of scores
 ROUNDS = 5
 
 
-def measured(backend: str, length: int, heads: int, head_width: int, dtype) -> str:
-    """`backend`, or in place of "auto" the one that is fastest here, forward and backward, on packs of this length.
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What one device attends to in a layer: packs of so many tokens, and heads."""
 
-    Of several processes the first decides. What a device or a library cannot do is no candidate.
+    packs: int
+    length: int
+    heads: int
+    head_width: int
+    dtype: str
+
+
+def candidates() -> tuple[str, ...]:
+    """The backends between which only a measurement can decide here; none where "auto" knows."""
+    return CANDIDATES.get(jax.default_backend(), ())
+
+
+def fastest(load: Load) -> tuple[str, str]:
+    """The fastest of the `candidates`, forward and backward, and in words how long each took or why it could not.
+
+    Of several processes the first decides. UserError where none can.
     """
-    candidates = CANDIDATES.get(jax.default_backend(), ())
-    if backend != "auto" or not candidates:
-        return backend
-    times = _times(candidates, length, heads, head_width, jnp.dtype(dtype))
+    names = candidates()
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        found = {name: _tried(name, load) for name in names}
+    words = ", ".join(f"{n} {x if isinstance(x, str) else f'{1e3 * x:.2f} ms'}" for n, x in found.items())
+    times = [float("inf") if isinstance(x, str) else x for x in found.values()]
+    check(min(times) < float("inf"), f"model.attention is 'auto'; no backend works on this device: {words}")
     choice = int(np.argmin(times))
     if jax.process_count() > 1:
         choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
-    return candidates[choice]
+    return names[choice], words
 
 
-@functools.cache
-def _times(candidates: tuple[str, ...], *shape) -> tuple[float, ...]:
-    """Seconds of each candidate; infinite of those that cannot."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
-        return tuple(_seconds(name, *shape) for name in candidates)
-
-
-def _seconds(name: str, length: int, heads: int, head_width: int, dtype) -> float:
-    if name == "dense" and length > DENSE_UP_TO:
-        return float("inf")
+def _tried(name: str, load: Load) -> float | str:
+    """Seconds, or the reason why not."""
+    if name == "dense" and 4 * load.packs * load.heads * load.length**2 > DENSE_UP_TO:
+        return "not tried: its scores fill the memory"
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, length, heads, head_width)), dtype) for _ in range(3))
-    segments = jnp.asarray(mixed_segments(length))[None]
+    shape = load.packs, load.length, load.heads, load.head_width
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), load.dtype) for _ in range(3))
+    segments = jnp.asarray(np.tile(mixed_segments(load.length), (load.packs, 1)))
 
     def loss(q, k, v):
         return BACKENDS[name](q, k, v, segments, segments).astype(jnp.float32).sum()
 
     try:
         return _median(jax.jit(jax.grad(loss, (0, 1, 2))), q, k, v)
-    except (UserError, RuntimeError, ValueError, NotImplementedError):
-        return float("inf")
+    except (UserError, RuntimeError, ValueError, NotImplementedError) as error:
+        return f"cannot: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
 
 
 def mixed_segments(length: int) -> np.ndarray:
