@@ -28,7 +28,14 @@ from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_job
-from sora_jax.train.denoiser import DenoiserRun, denoiser_job, prepare_tokenizer, upgraded, with_fastest_attention
+from sora_jax.train.denoiser import (
+    DenoiserRun,
+    denoiser_job,
+    keep_attention,
+    prepare_tokenizer,
+    upgraded,
+    with_fastest_attention,
+)
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import (
     FOLDER,
@@ -139,7 +146,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     check_workdir(workdir, config, cache.digest)
     tokenizer = prepare_tokenizer(config, cache, workdir)
     looking = make_mesh(devices=jax.local_devices()) if distributed.several() else mesh
-    here = with_fastest_attention(config, mesh, workdir, keep=True)
+    here = with_fastest_attention(config, mesh, workdir)
     current = functools.partial(Run, here, tokenizer=tokenizer, autoencoder=autoencoder, mesh=looking)
     for size in config.preview.sizes:
         current(params={}).latent_size(*size)
@@ -150,6 +157,8 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
     job = denoiser_job(here, cache, tokenizer, preview, captions, share)
     claim_workdir(workdir, config, cache.digest, cache.info.text)
     if distributed.first():
+        if here != config:
+            keep_attention(here, workdir)
         copy_autoencoder(config.latents, workdir)
         if isinstance(tokenizer, Tokenizer):
             tokenizer.save(as_path(workdir) / "tokenizer.json")

@@ -14,7 +14,7 @@ from sora_jax.nn.attention import measured as room
 from sora_jax.nn.attention.measured import Load, fastest, mixed_segments
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train import denoiser
-from sora_jax.train.denoiser import DenoiserRun, with_fastest_attention
+from sora_jax.train.denoiser import DenoiserRun, keep_attention, with_fastest_attention
 
 LOAD = Load(packs=1, length=256, heads=2, head_width=16, dtype="float32")
 
@@ -88,14 +88,15 @@ def test_a_run_measures_what_a_device_does_and_keeps_the_choice(candidates, monk
     asked, answers = [], iter(("slow", "dense"))
     monkeypatch.setattr(denoiser, "fastest", lambda load: asked.append(load) or (next(answers), ""))
 
-    def here(config=config, keep=False):
-        return with_fastest_attention(config, mesh, tmp_path, keep).model.attention
+    def here(config=config):
+        return with_fastest_attention(config, mesh, tmp_path)
 
-    assert here() == "auto" and not asked  # on a CPU it knows
+    assert here() is config and not asked  # on a CPU it knows
     candidates("slow", "dense")
     named = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="blockwise"))
-    assert here(named) == "blockwise" and not asked
-    assert (here(), here(keep=True)) == ("slow", "dense")  # sampling leaves nothing behind
-    assert (here(), here(keep=True)) == ("dense", "dense") and config.model.attention == "auto"
+    assert here(named) is named and not asked
+    assert here().model.attention == "slow" and not list(tmp_path.iterdir())  # sampling leaves nothing behind
+    keep_attention(chosen := here(), tmp_path)
+    assert here() == chosen and chosen.model.attention == "dense" and config.model.attention == "auto"
     model = config.model
     assert asked == [Load(4, 256, model.heads // 2, model.head_width, "float32")] * 2

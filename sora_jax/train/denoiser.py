@@ -150,25 +150,37 @@ class DenoiserRun:
         return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
 
 
-def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path, keep: bool = False) -> DenoiserRun:
+def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path) -> DenoiserRun:
     """The config with "auto" attention settled where only a measurement can tell: to compute with, not to keep.
 
-    What was chosen for a kind of device stands in WORKDIR/attention.json once training has written it (`keep`), so that
-    a run that goes on, and what is sampled from it, is computed by the same program.
+    What `keep_attention` wrote for this kind of device is taken again, so that a run that goes on, and what is sampled
+    from it, is computed by the same program.
     """
     model = config.model
     if model.attention != "auto" or not candidates():
         return config
-    path, kind = as_path(workdir) / CHOICES, jax.local_devices()[0].device_kind
-    chosen = read_json(path) if path.exists() else {}
-    if not distributed.all_true(kind in chosen):
+    kept = kept_attention(workdir).get(device_kind())
+    if not distributed.all_true(kept is not None):
         packs = max(config.batch // config.loop.accumulate // parts("batch", mesh), 1)
         heads, dtype = model.heads // parts("heads", mesh), jnp.dtype(compute_dtype(model.dtype)).name
-        chosen[kind], found = fastest(Load(packs, config.packing.length, heads, model.head_width, dtype))
-        say(f"attention: {chosen[kind]} ({found})")
-        if keep and distributed.first():
-            write_json(path, chosen)
-    return dataclasses.replace(config, model=dataclasses.replace(model, attention=chosen[kind]))
+        kept, found = fastest(Load(packs, config.packing.length, heads, model.head_width, dtype))
+        say(f"attention: {kept} ({found})")
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention=kept))
+
+
+def keep_attention(config: DenoiserRun, workdir: Path) -> None:
+    """Writes what computes attention on this kind of device to WORKDIR/attention.json."""
+    if config.model.attention != "auto":
+        write_json(as_path(workdir) / CHOICES, kept_attention(workdir) | {device_kind(): config.model.attention})
+
+
+def kept_attention(workdir: Path) -> dict[str, str]:
+    path = as_path(workdir) / CHOICES
+    return read_json(path) if path.exists() else {}
+
+
+def device_kind() -> str:
+    return jax.local_devices()[0].device_kind
 
 
 def upgraded(values: dict) -> dict:
