@@ -150,6 +150,13 @@ def test_groups_are_read_in_every_notation(written):
     np.testing.assert_array_equal(hlo.groups(op, 8), [[0, 2, 4, 6], [1, 3, 5, 7]])
 
 
+def test_a_loop_that_cannot_be_read_counts_once_and_is_told():
+    text = text_of(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x), jnp.ones((8, 8)))
+    counted = hlo.count(text, 1)
+    assert (counted.flops, counted.unread) == (2 * 8**3, 1)
+    assert hlo.count(text_of(lambda x: x @ x, jnp.ones((8, 8))), 1).unread == 0
+
+
 def test_an_asynchronous_collective_counts_once():
     """A TPU writes it where it starts, where it runs beside other work, and where it ends; the channel is the same."""
     line = "  %ag{n} = f32[8]{{0}} all-gather(%p{n}), channel_id=7, replica_groups=[1,4]<=[4], dimensions={{0}}\n"
@@ -397,6 +404,10 @@ def test_suggestions_go_from_cheap_to_dear():
     assert "--config.loop.accumulate=2" in suggest(dataclasses.replace(run_, model=MODEL), unfit(1, 20))
     said = suggest(long, unfit(1, 20))
     assert "--config.mesh.sequence=2" in said and "--config.mesh.fsdp=8" in said and "--pack-length=2816" in said
+    sampled = dataclasses.replace(unfit(1, 20), what="sample")
+    assert "--config.mesh.sequence=2" in suggest(long, sampled) and "batch" not in suggest(long, sampled)
+    single = dataclasses.replace(run_, model=dataclasses.replace(MODEL, heads=1), batch=16)
+    assert suggest(single, unfit(14.9, 1.2)).startswith("Try ")  # the state alone would fit
     crowded = dataclasses.replace(long, packing=dataclasses.replace(long.packing, text_length=31))
     assert suggest(crowded, unfit(1, 20)).startswith("Try --pack-length=2816")
 

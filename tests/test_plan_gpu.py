@@ -76,13 +76,14 @@ def test_blocks_that_depend_on_segments_count_as_all_there_are():
 
 
 @needs_cuda_compiler
-@pytest.mark.parametrize("attention", ["cudnn", "blockwise", "dense"])
+@pytest.mark.parametrize("attention", ["auto", "blockwise", "dense"])
 def test_a_step_compiled_for_gpus_is_planned(attention):
     model = TransformerConfig(depth=2, width=128, heads=2, latent_channels=4, text=None, attention=attention)
     run = DenoiserRun(
         model=model, batch=8, packing=PackingConfig(length=1024, slots=1), mesh=MeshConfig(data=1, fsdp=-1)
     )
     plan = make_plan(run, "train", Topology.parse("h100:4", slices=2))
+    assert plan.model["attention"] == ("cudnn" if attention == "auto" else attention)
     assert plan.fits and plan.chips == 8 and plan.mesh["slice"] == 2 and plan.mesh["fsdp"] == 4
     assert {"slice"} & {axis for row in plan.collectives for axis in row.axes}
     assert 1.0 < plan.ratio < 2.0

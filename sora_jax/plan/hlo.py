@@ -156,7 +156,7 @@ def _walk(computations, name: str, times: int, fused: bool, loop: str, caller: s
         yield Executed(op, where, times, fused, loop, name)
         if op.opcode == "while":
             body, count = op.attribute("body").lstrip("%"), trip_count(computations, where, op)
-            yield from _walk(computations, body, times * count, False, f"{loop}/{body}", name)
+            yield from _walk(computations, body, times * (count or 1), False, f"{loop}/{body}", name)
         elif op.opcode == "conditional":
             for branch in _NAME.findall(re.search(r"branch_computations=\{[^}]*\}|true_computation.*", op.rest)[0]):
                 if branch in computations:
@@ -168,10 +168,11 @@ def _walk(computations, name: str, times: int, fused: bool, loop: str, caller: s
                 yield from _walk(computations, called.lstrip("%"), times, inner, loop, name)
 
 
-def trip_count(computations, where: Computation, op: Operation) -> int:
+def trip_count(computations, where: Computation, op: Operation) -> int | None:
     """How often a while loop runs: as the compiler notes it, or the number that its counter is compared with.
 
-    At most, of one that depends on data: blocks of attention that meet no common segment are left out.
+    At most, of one that depends on data: blocks of attention that meet no common segment are left out. None of one
+    that tells nothing.
     """
     if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', op.rest):
         return int(known[1])
@@ -180,7 +181,7 @@ def trip_count(computations, where: Computation, op: Operation) -> int:
     condition = computations[op.attribute("condition").lstrip("%")]
     compared = [int(c.inside) for c in condition.values() if c.opcode == "constant" and c.inside.lstrip("-").isdigit()]
     if len(compared) != 1:
-        raise ValueError(f"the trip count of loop {op.name} cannot be read")
+        return None
     return compared[0] - _start(where, condition, op)
 
 
@@ -261,7 +262,10 @@ def _kernel_flops(op: Operation, where: Computation) -> float:
     if not products:
         return 0.0
     operands = [shape for name in op.operands if name in where for shape in where[name].shapes]
-    queries, keys = [shape.dims for shape in operands if "f" in shape.dtype and len(shape.dims) > 2][:2]
+    shapes = [shape.dims for shape in operands if "f" in shape.dtype and len(shape.dims) > 2]
+    if len(shapes) < 2:
+        return 0.0
+    queries, keys = shapes[:2]
     scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*(\[.*?\])', op.rest)  # as cuDNN is told
     pairs = math.prod(_numbers(scores[1])) if scores else math.prod(queries[:-1]) * keys[-2]
     return 2.0 * products * pairs * queries[-1]
@@ -349,26 +353,28 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """Sums over one execution of a module on one device."""
+    """Sums over one execution of a module on one device; `unread` loops, whose rounds it does not tell, counted once."""
 
     flops: float
     bytes: float
     collectives: tuple[Collective, ...]
+    unread: int
 
 
 def count(text: str, devices: int) -> Counted:
     """FLOPs of products, bytes of main memory and the collectives of a compiled module of so many devices."""
     _, computations = read(text)
-    flops = moved = 0.0
+    flops, moved, unread = 0.0, 0.0, 0
     found: dict[tuple, Collective] = {}
     for run in executed(text):
         flops += run.times * product_flops(run)
         moved += run.times * traffic(run, computations)
+        unread += run.op.opcode == "while" and trip_count(computations, run.where, run.op) is None
         if kind := _collective(run.op.opcode) or between_slices(run.op):
             # An asynchronous one is written out where it starts, where it runs beside others, and where it ends.
             key = (run.loop, kind, run.op.attribute("channel_id") or run.op.name)
             found.setdefault(key, _describe(run, kind, devices))
-    return Counted(flops, moved, tuple(found.values()))
+    return Counted(flops, moved, tuple(found.values()), unread)
 
 
 def _describe(run: Executed, kind: str, devices: int) -> Collective:

@@ -18,7 +18,7 @@ class Plan:
     """What one compiled program needs of every chip; bytes, FLOPs and seconds of one call.
 
     memory: bytes by what holds them. Compiled FLOPs, traffic, collectives and times are None of a program that does not
-    fit: the compiler gives none.
+    fit: the compiler gives none. unread: loops that count once, since the program does not tell how often they run.
     """
 
     what: str
@@ -39,6 +39,7 @@ class Plan:
     bytes: float | None = None
     collectives: tuple[network.Traffic, ...] = ()
     times: dict[str, float] | None = None
+    unread: int = 0
     suggestion: str = ""
 
     @property
@@ -60,7 +61,12 @@ class Plan:
 
 
 def make_plan(config, what: str, topology: Topology) -> Plan:
-    """Compiles what a run would do on a topology, and counts."""
+    """Compiles what a run would do on a topology, and counts.
+
+    Where training would measure which attention is the fastest, cuDNN's is taken for it.
+    """
+    if topology.chip.gpu and getattr(config.model, "attention", None) == "auto":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="cudnn"))
     mesh = topology_mesh(config.mesh, topology)
     made = program(config, what, mesh)
     compiled = compile_program(made.function, made.arguments, mesh)
@@ -114,7 +120,12 @@ def _counted(plan: Plan, text: str, topology: Topology, mesh: Mesh) -> Plan:
     if topology.slices > 1:
         times["data-centre network"] = sum(row.between for row in collectives)
     return dataclasses.replace(
-        plan, flops=counted.flops, bytes=counted.bytes, collectives=tuple(collectives), times=times
+        plan,
+        flops=counted.flops,
+        bytes=counted.bytes,
+        collectives=tuple(collectives),
+        times=times,
+        unread=counted.unread,
     )
 
 
@@ -169,6 +180,8 @@ def _work(plan: Plan, topology: Topology) -> list[str]:
     lines += [f"  {name:20} {1e3 * spent:10.1f} ms" for name, spent in plan.times.items()]
     rate = plan.units / max(plan.times.values())
     lines.append(f"{plan.binding} binds; model-FLOPs utilisation at most {best:.0%}, {serial:.0%} if nothing overlaps")
+    if plan.unread:
+        lines.append(f"loops that the program does not tell the rounds of, counted once: {plan.unread}")
     return [*lines, f"at most {rate:,.0f} {plan.unit} a second; estimated from the compiled program, not measured"]
 
 

@@ -36,7 +36,8 @@ def _parameters(config, plan, need: Need) -> str:
     tensor = 2 * plan.mesh["tensor"]
     if config.kind == "transformer" and config.model.heads % tensor == 0 and tensor <= 8 and enough > fsdp * tensor:
         return _try(f"--config.mesh.tensor={tensor}", "parameters and their averages fill a chip")
-    return "Take more chips: parameters, optimizer and averages alone fill those there are."
+    alone = need.state > need.usable
+    return "Take more chips: parameters, optimizer and averages alone fill those there are." if alone else ""
 
 
 def _remat(config, plan, need: Need) -> str:
@@ -69,12 +70,9 @@ def _sequence(config, plan, need: Need) -> str:
     if parts > 16 or inside % parts or config.packing.length % parts or config.packing.text_length % parts:
         return ""
     fsdp = f" --config.mesh.fsdp={inside // parts}" if plan.mesh["fsdp"] > inside // parts else ""
-    rows = config.batch // parts * plan.mesh["sequence"]
-    shorter = shorter_length(config, need)
-    return (
-        _try(f"--config.mesh.sequence={parts}{fsdp} --config.batch={rows}", "a pack is too long for one chip")[:-1]
-        + f"; or --pack-length={shorter}."
-    )
+    rows = f" --config.batch={config.batch // parts * plan.mesh['sequence']}" if plan.what == "train" else ""
+    split = _try(f"--config.mesh.sequence={parts}{fsdp}{rows}", "a pack is too long for one chip")
+    return f"{split[:-1]}; or --pack-length={shorter_length(config, need)}."
 
 
 def _shorten(config, plan, need: Need) -> str:
