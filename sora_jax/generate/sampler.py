@@ -59,7 +59,7 @@ def sample_latents(
     progress bar where that takes more than one; a clip's noise is keyed by (seed, clip), so what it is packed with
     changes it by float error at most.
     """
-    items, negatives, packing = _pack_items(run, tokenizer, requests)
+    items, negatives, packing = _pack_items(run, tokenizer, requests, parts("length", mesh))
     places = _arrange(items, negatives, packing)
     split = parts("batch", mesh)
     at_once = -(-min(len(places), PACKS_AT_ONCE) // split) * split
@@ -90,10 +90,10 @@ def sample_latents(
     return latents
 
 
-def _pack_items(run: DenoiserRun, text: Tokenizer | PretrainedText | NoText, requests: Sequence[Request]):
+def _pack_items(run: DenoiserRun, text: Tokenizer | PretrainedText | NoText, requests: Sequence[Request], split: int):
     """Requests as items to pack, the same without class and with the negative caption, and the sizes of packs.
 
-    These are the run's, grown if a single request needs more.
+    These are the run's, grown if a single request needs more, and to what the mesh can split into `split` parts.
     """
     channels = run.model.latent_channels
 
@@ -109,6 +109,7 @@ def _pack_items(run: DenoiserRun, text: Tokenizer | PretrainedText | NoText, req
         "length": run.packs.length if longest <= run.packs.length else -(-longest // 128) * 128,
         "text_length": max(run.packs.text_length, wordiest),
     }
+    sizes = {name: -(-size // split) * split for name, size in sizes.items()}
     return items, negatives, dataclasses.replace(run.packs, **sizes)
 
 

@@ -43,8 +43,11 @@ def causal_conv3d(params: dict, x_BTHWC: jax.Array) -> jax.Array:
 def _on_each_device(params: dict, x_BTHWC: jax.Array) -> jax.Array:
     """The convolution of a clip as `spread` lays it out."""
     axes, rows = clip_axes(x_BTHWC.shape[2]), _same(params["weight"].shape[1])
+    split = tuple(mesh_axis for name in axes if name for mesh_axis in RULES[name])
 
     def local(params, x):
+        # Their gradient is summed over devices here, not in the branch of a platform, where sums could run at once.
+        params = jax.lax.pcast(params, split, to="varying")
         if parts("height") == 1 or axes[2] is None:
             return _padded_conv3d(params, x, rows)
         return _padded_conv3d(params, with_neighbours(x, *rows), (0, 0))
