@@ -98,6 +98,21 @@ def test_the_compiled_step_does_the_work_of_the_model():
     assert 0.98 < ratio <= 1.03
 
 
+def test_activations_are_what_remat_says():
+    """Of 4 blocks of width 128 on 8 packs of 256 tokens, without text: inputs, with attention's output, and more."""
+    tokens, depth, width, heads = 8 * 256, 4, 128, 4
+
+    def kept(remat):
+        run_ = model(remat=remat, attention="blockwise", text=None)
+        arrays = programs.program(run_, "train", one_chip()).activations
+        return [x for x in arrays if x.shape[:1] == (depth,) and x.size >= depth * tokens * heads]
+
+    full, attention, none = (kept(remat) for remat in ("full", "attention", "none"))
+    assert sum(x.size for x in full) == depth * tokens * width
+    assert sum(x.size for x in attention) == depth * tokens * (2 * width + heads)  # its output and the sums of scores
+    assert sum(x.size for x in none) > 10 * depth * tokens * width
+
+
 @pytest.mark.parametrize("solver, spacing, steps, calls", [
     ("euler", "even", "7", 7), ("heun", "even", "7", 13), ("dpm2", "even", "5", 5), ("ddim", "even", "ddim5", 5)
 ])  # fmt: skip

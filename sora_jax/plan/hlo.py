@@ -353,7 +353,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """Sums over one execution of a module on one device; `unread` loops, whose rounds it does not tell, counted once."""
+    """Sums over one execution of a module on one device; `unread` loops, whose rounds it does not tell, count once."""
 
     flops: float
     bytes: float

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -36,6 +37,7 @@ class Program:
     """A jitted function, its abstract arguments, what of them is which (by name, for the report), and what it is for.
 
     model_flops: of one call on all devices. tokens: clips' tokens or pixels that a call works through; unit names them.
+    activations: what the forward pass keeps for the backward pass, of one micro-batch.
     """
 
     function: Callable
@@ -44,6 +46,7 @@ class Program:
     model_flops: float
     tokens: int
     unit: str
+    activations: tuple = ()
 
 
 def for_accelerator(config):
@@ -83,7 +86,28 @@ def train(config: AutoencoderRun | DenoiserRun, mesh: Mesh) -> Program:
         "averages": state.ema,
         "batch": batch,
     }
-    return Program(step, (state, batch), held, model_flops, tokens, unit)
+    kept = activations(functools.partial(loss, config), state.params, batch, mesh)
+    return Program(step, (state, batch), held, model_flops, tokens, unit, kept)
+
+
+def activations(loss: Callable, params, batch, mesh: Mesh) -> tuple:
+    """What differentiating a loss keeps, but for the parameters: abstract arrays on `mesh`."""
+
+    def kept(params, batch):
+        micro = jax.tree.map(lambda x: x[0], batch)
+        return jax.vjp(lambda params: loss(params, micro, 0, 0)[0], params)[1]
+
+    with use(mesh):
+        leaves = jax.tree.leaves(on_mesh(jax.eval_shape(kept, params, batch), mesh))
+    known = Counter((x.shape, x.dtype) for x in jax.tree.leaves(params))
+    found = []
+    for leaf in leaves:
+        key = leaf.shape, leaf.dtype
+        if known[key]:
+            known[key] -= 1
+        else:
+            found.append(leaf)
+    return tuple(found)
 
 
 def specs_of(config: AutoencoderRun | DenoiserRun) -> dict:

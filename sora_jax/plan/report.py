@@ -17,8 +17,9 @@ from sora_jax.plan.suggest import suggest
 class Plan:
     """What one compiled program needs of every chip; bytes, FLOPs and seconds of one call.
 
-    memory: bytes by what holds them. Compiled FLOPs, traffic, collectives and times are None of a program that does not
-    fit: the compiler gives none. unread: loops that count once, since the program does not tell how often they run.
+    memory: bytes by what holds them; activations are what the forward pass keeps for the backward pass. Compiled FLOPs,
+    traffic, collectives and times are None of a program that does not fit: the compiler gives none. unread: loops that
+    count once, since the program does not tell how often they run.
     """
 
     what: str
@@ -80,7 +81,10 @@ def _bare(config, what: str, topology: Topology, mesh: Mesh, made: Program, comp
     memory = {name: bytes_per_device(tree) for name, tree in made.held.items()}
     refused = isinstance(compiled, OutOfMemory)  # a compiler for GPUs refuses nothing
     needed = compiled.needed if refused else _needed(compiled.memory_analysis())
-    memory["temporaries"] = max(needed - sum(memory.values()), 0)
+    rest = max(needed - sum(memory.values()), 0)
+    if made.activations:  # the compiler may keep less, where it makes something again
+        memory["activations"] = min(bytes_per_device(made.activations), rest)
+    memory["temporaries"] = rest - memory.get("activations", 0)
     model = for_accelerator(config).model
     shown = ("depth", "width", "heads", "attention", "remat", "dtype", "latent_channels")
     return Plan(
