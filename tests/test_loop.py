@@ -27,7 +27,7 @@ from sora_jax.train.loop import LoopConfig, due
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from sora_jax.train.optim import make_optimizer
 from sora_jax.train.state import init_state
-from sora_jax.train.watchdog import Watchdog
+from sora_jax.train.watchdog import spent_before, Watchdog
 
 
 def newest(workdir):
@@ -174,6 +174,14 @@ def test_what_was_done_after_the_save_that_a_run_goes_on_from_is_lost(tmp_path, 
     assert after["lost"] == seconds["lost"] and after["step"] > seconds["step"]
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("toy: step 20 of 20; ") and f"lost {seconds['lost']:.1f} s" in said[-1]
+
+
+@pytest.mark.parametrize("left", ["", "{}", "[]", '{"step": 4, "seconds": {"data": "much"}}', "null"])
+def test_a_book_of_times_that_a_power_cut_left_keeps_no_run_from_going_on(tmp_path, capfd, left):
+    (tmp_path / "time.json").write_text(left)
+    saved = {"step": 3.0}
+    assert spent_before(tmp_path, 5, saved) == saved
+    assert "time.json cannot be read" in capfd.readouterr().err
 
 
 def test_a_step_that_hangs_is_reported_while_it_hangs(capfd):

@@ -137,7 +137,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                         writer.keep()
                     checkpoints.save(step, state, notes, reporter.best_metric)
             if previewing:
-                with watch("preview"):
+                with watch("evaluate"):
                     _preview(job, step, state.ema[0], writer)
             if stopping:
                 break
@@ -257,7 +257,7 @@ class Reporter:
 
     def _clock(self) -> float:
         """Seconds that pass while steps are made; stands still during previews and saves."""
-        paused = sum(self._watch.seconds.get(cause, 0.0) for cause in ("preview", "save"))
+        paused = sum(self._watch.seconds.get(cause, 0.0) for cause in ("evaluate", "save"))
         return time.perf_counter() - paused
 
 

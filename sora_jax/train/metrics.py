@@ -84,7 +84,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 class Stopwatch:
-    """Seconds by cause: `with watch("save"): ...`; the causes of one run add up to its wall time.
+    """Seconds by cause: `with watch("save"): ...`; the causes of a run add up to the wall time of `fit`.
 
     Another thread may ask for `now` and `cause` at any time.
     """

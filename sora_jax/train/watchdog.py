@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sora_jax.config import read_json
+from sora_jax.errors import UserError
 from sora_jax.files import PAUSE, as_path, is_remote, write_json
 from sora_jax.train.metrics import Stopwatch
 
@@ -89,9 +90,20 @@ def spent_before(workdir: Path, start: int, saved: dict[str, float]) -> dict[str
 
     What a killed process did after it has been for nothing, and is "lost".
     """
-    path = as_path(workdir) / FILE
-    kept = read_json(path) if path.exists() else {"step": start, "seconds": saved}
+    kept = _kept(as_path(workdir) / FILE) or {"step": start, "seconds": saved}
     if kept["step"] <= start:
         return kept["seconds"]
     lost = max(0.0, sum(kept["seconds"].values()) - sum(saved.values()))
     return saved | {"lost": saved.get("lost", 0.0) + lost}
+
+
+def _kept(path: Path) -> dict | None:
+    """What stands in the file; None, and a word about it, where a power cut left less: no run ends for its books."""
+    try:
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        return {"step": int(kept["step"]), "seconds": {k: float(v) for k, v in kept["seconds"].items()}}
+    except (UserError, AttributeError, KeyError, TypeError, ValueError):
+        tqdm.write(f"sora-jax: {path} cannot be read; the time since the last save is not counted", file=sys.stderr)
+        return None
