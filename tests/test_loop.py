@@ -27,7 +27,7 @@ from sora_jax.train.loop import LoopConfig, due
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from sora_jax.train.optim import make_optimizer
 from sora_jax.train.state import init_state
-from sora_jax.train.watchdog import spent_before, Watchdog
+from sora_jax.train.watchdog import Watchdog, spent_before
 
 
 def newest(workdir):
