@@ -44,7 +44,11 @@ HEAD = (
     "| plan | command after `sora-jax plan` | fits: GiB of a chip | compiled / model FLOPs | binds | step at best | "
     "utilisation: overlapped, serial | compiled in |\n|---|---|---|---|---|---|---|---|"
 )
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+REMAT = {"s-none": "none", "s-dots": "dots", "s": "attention", "s-full": "full"}
+REMAT_HEAD = (
+    "| remat | kept by the forward pass, GiB | all of a chip, GiB | compiled / model FLOPs | compute, memory: ms | "
+    "step at best, nothing overlapped: ms |\n|---|---|---|---|---|---|"
+)
 
 
 def plan(name: str) -> None:
@@ -73,21 +77,37 @@ def row(name: str) -> str:
     return f"| {' | '.join([*cells, str(p['seconds']) + ' s'])} |"
 
 
-def write_table() -> None:
+def remat_row(name: str) -> str:
+    """One line of the table of remat policies."""
+    p = json.loads((HERE / f"{name}.json").read_text())
+    times = {cause: 1e3 * seconds for cause, seconds in p["times"].items()}
+    kept = p["memory"]["activations"] / GIB
+    cells = [f'"{REMAT[name]}"', f"{kept:.2f}", f"{p['needed'] / GIB:.2f}", f"{p['flops_over_model_flops']:.3f}"]
+    cells += [f"{times['compute']:.0f}, {times['memory']:.0f}", f"{max(times.values()):.0f}, {sum(times.values()):.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def write_tables() -> None:
     """Puts the rows of all plans that were run between the marks of the README."""
+    there = [name for name in PLANS if (HERE / f"{name}.json").exists()]
+    _between("table", [HEAD, *map(row, there)])
+    if set(REMAT) <= set(there):
+        _between("remat", [REMAT_HEAD, *map(remat_row, REMAT)])
+
+
+def _between(mark: str, lines: list[str]) -> None:
     readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    rows = [row(name) for name in PLANS if (HERE / f"{name}.json").exists()]
-    readme.write_text("\n".join([before + BEGIN, HEAD, *rows, END + after]))
+    before, rest = readme.read_text().split(f"<!-- {mark} -->")
+    after = rest.split(f"<!-- end of {mark} -->")[1]
+    readme.write_text("\n".join([before + f"<!-- {mark} -->", *lines, f"<!-- end of {mark} -->" + after]))
 
 
 def main(arguments: list[str]) -> None:
     for name in [] if "--table" in arguments else arguments or PLANS:
         print(f"{name}: {PLANS[name]}", flush=True)
         plan(name)
-        write_table()
-    write_table()
+        write_tables()
+    write_tables()
 
 
 if __name__ == "__main__":
