@@ -1,0 +1,211 @@
+"""Whole models on eight virtual devices: losses, gradients, a step of the optimizer and samples are those of one.
+
+Tolerance: RELATIVE of the largest entry of each array. A sum of n float32 numbers in another order differs by about
+sqrt(n) times 6e-8 of their size; the longest here are of some thousand terms (4e-6), one after another. What is wrong
+is wrong by far more: a block of the ring left out changes the loss by 3e-4 of itself and samples by as much as they
+are, zeros in place of the neighbours' rows change the autoencoder's loss by 2e-2.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sora_jax.data.packing import PackingConfig
+from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.generate import sampler
+from sora_jax.generate.sampler import Request, sample_latents
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
+from sora_jax.models.text import TextConfig
+from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.nn.pack import Pack
+from sora_jax.nn.params import shardings
+from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_loss
+from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
+from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.train.state import TrainState
+from sora_jax.train.step import make_step
+
+RELATIVE = 1e-5
+SMALL = 1e-2  # of the largest entry of all arrays: what smaller arrays are compared with
+# Compiles in half the time; the programs are too small to gain from the passes left out.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+TEXT = TextConfig(vocabulary=300, width=16, depth=1, head_width=8)
+MODEL = TransformerConfig(
+    depth=2, width=32, heads=4, latent_channels=2, text=TEXT, attention="blockwise", remat="none", dtype="float32"
+)
+RUN = DenoiserRun(
+    model=MODEL,
+    tokenizer=TokenizerConfig("bytes", max_tokens=16),
+    packing=PackingConfig(length=40, slots=4, text_length=12),
+    # Adam divides by the root of a gradient's square: where that is about eps, a step is a smooth function of it.
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-3, ema=(0.9,)),
+)
+MESHES = {  # data x fsdp (x tensor), and how the sequence is split
+    "8x1": (MeshConfig(data=8), "gather"),
+    "1x8": (MeshConfig(data=1, fsdp=8), "gather"),
+    "4x2": (MeshConfig(data=4, fsdp=2), "gather"),
+    "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), "gather"),
+    "2 slices of 2x1, sequence 2, gather": (MeshConfig(slice=2, data=2, sequence=2), "gather"),
+    "1x2, sequence 4, ring": (MeshConfig(data=1, fsdp=2, sequence=4), "ring"),
+    "2x2, sequence 2, all_to_all": (MeshConfig(data=2, fsdp=2, sequence=2), "all_to_all"),
+}
+
+
+def remember_gradient() -> optax.GradientTransformation:
+    """Changes nothing; its state is the last gradient."""
+    return optax.GradientTransformation(lambda params: params, lambda gradient, _, params=None: (gradient, gradient))
+
+
+def train(mesh, specs, loss, params, batch: dict, make_batch=dict):
+    """Losses of two steps on one batch; of the first its gradient, and the parameters and their average after it."""
+    optimizer = optax.chain(remember_gradient(), make_optimizer(RUN.optim))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(specs, mesh))
+        average = jax.tree.map(lambda x: x.copy(), placed)
+        state = TrainState(jnp.zeros((), jnp.int32), placed, (average,), quick_jit(optimizer.init)(placed))
+        step = quick_jit(make_step(loss, optimizer, RUN.optim.ema))
+        batch = make_batch(**place_batch({name: x[None] for name, x in batch.items()}, mesh, leading=1))
+        state, first = step(state, batch)
+        made = jax.device_get((state.opt_state[0], state.params, state.ema))
+        _, second = step(state, batch)
+    assert abs(first["loss"] - second["loss"]) > 1e-3 * first["loss"]
+    names = ("gradient", "parameters", "averages")
+    return {"losses": [float(first["loss"]), float(second["loss"])]} | dict(zip(names, made, strict=True))
+
+
+def assert_same(found, wanted) -> None:
+    """Every array to RELATIVE of its largest entry; arrays of next to nothing as those that are SMALL."""
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+    largest = max(np.abs(one).max() for _, one in pairs)
+    for other, one in pairs:
+        np.testing.assert_allclose(other, one, rtol=0, atol=RELATIVE * max(np.abs(one).max(), SMALL * largest))
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Transformer
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def params(randomised):
+    return jax.device_get(randomised(transformer_specs(MODEL)))
+
+
+@pytest.fixture(scope="module")
+def batch(clips, packed) -> dict:
+    """Eight packs of different fillings."""
+    rows = [clips[i % 3 : i % 4 + 1] or clips[:1] for i in range(8)]
+    pack = packed([[dataclasses.replace(c, uid=10 * i + c.uid % 97) for c in row] for i, row in enumerate(rows)])
+    return {name: values for name, values in vars(pack).items() if values is not None}
+
+
+def trained(mesh, params, batch, **model):
+    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **model))
+    loss = lambda params, pack, step, part: denoiser_loss(run, params, pack, step)  # noqa: E731
+    return train(mesh, transformer_specs(MODEL), loss, params, batch, Pack)
+
+
+@pytest.fixture(scope="module")
+def trained_on_one(params, batch):
+    """By dense attention: an implementation that none of the meshes uses."""
+    return trained(one_device(), params, batch, attention="dense")
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_transformer_is_trained_as_on_one_device(params, batch, trained_on_one, name):
+    mesh, sequence = MESHES[name]
+    found = trained(make_mesh(mesh), params, batch, sequence=sequence)
+    for what in trained_on_one:
+        assert_same(found[what], trained_on_one[what])
+
+
+REQUESTS = [  # of several packs; one prompt is longer than packs have room for, by less than a mesh can split
+    Request("red", (3, 4, 4), 11, guidance=3.0),
+    Request("a green cat", (1, 4, 6), 22, guidance=2.0, negative="blue"),
+    Request("sixteen letters", (2, 4, 4), 33),
+    Request("", (2, 6, 4), 44, guidance=3.0),
+]
+
+
+def sampled(mesh, params, **model):
+    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **model))
+    settings = SamplingConfig(steps="2")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(transformer_specs(MODEL), mesh))
+        return sample_latents(placed, run, Tokenizer(run.tokenizer), REQUESTS, settings, 5, mesh)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    solve = quick_jit(sampler.solve_packs.__wrapped__, static_argnums=(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "solve_packs", solve)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sampled_on_one(params):
+    return sampled(one_device(), params, attention="dense")
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if "gather" not in name])
+def test_samples_are_those_of_one_device(params, sampled_on_one, name):
+    mesh, sequence = MESHES[name]
+    found = sampled(make_mesh(mesh), params, sequence=sequence)
+    assert [z.shape for z in found] == [(*request.size, 2) for request in REQUESTS]
+    assert_same(found, sampled_on_one)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Autoencoder
+# ----------------------------------------------------------------------------------------------------------
+
+AUTOENCODER = AutoencoderRun(
+    model=AutoencoderConfig(
+        time_factor=2, space_factor=4, patch=(1, 2), multipliers=(1, 2), kernels=((2, 3, 3),),
+        width=4, latent_channels=2, encoder_blocks=1, decoder_blocks=1, dtype="float32",
+    ),
+    crop=(3, 32, 8),
+)  # fmt: skip
+AUTOENCODER_MESHES = {
+    "8x1": MeshConfig(data=8),
+    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "1x1, sequence 8: a row each": MeshConfig(data=1, sequence=8),
+    "2x2, sequence 2": MeshConfig(data=2, fsdp=2, sequence=2),
+}
+
+
+@pytest.fixture(scope="module")
+def autoencoder_params(randomised):
+    return jax.device_get(randomised(autoencoder_specs(AUTOENCODER.model)))
+
+
+def autoencoder_trained(mesh, params):
+    batch = {"videos_BTHW3": np.random.default_rng(0).integers(0, 256, (8, 3, 32, 8, 3), np.uint8)}
+    loss = functools.partial(autoencoder_loss, AUTOENCODER)
+    return train(mesh, autoencoder_specs(AUTOENCODER.model), loss, params, batch)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_on_one(autoencoder_params):
+    return autoencoder_trained(one_device(), autoencoder_params)
+
+
+@pytest.mark.parametrize("name", AUTOENCODER_MESHES)
+def test_an_autoencoder_is_trained_as_on_one_device(autoencoder_params, autoencoder_on_one, name):
+    found = autoencoder_trained(make_mesh(AUTOENCODER_MESHES[name]), autoencoder_params)
+    for what in autoencoder_on_one:
+        assert_same(found[what], autoencoder_on_one[what])
