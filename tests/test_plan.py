@@ -27,7 +27,7 @@ from sora_jax.parallel.chips import CHIPS, GIB
 from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_memory, use
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES
-from sora_jax.plan import hlo, network, programs
+from sora_jax.plan import hlo, hlo_text, network, programs
 from sora_jax.plan.report import Plan, as_json, as_text
 from sora_jax.plan.suggest import suggest
 from sora_jax.train.denoiser import DenoiserRun
@@ -161,8 +161,39 @@ def test_collectives_are_found_with_kind_axes_bytes_and_runs():
     "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x",
 ])  # fmt: skip
 def test_groups_are_read_in_every_notation(written):
-    op = hlo.Operation("a", "all-gather", (), (), "", written, False)
+    op = hlo_text.Operation("a", "all-gather", (), (), "", written, False)
     np.testing.assert_array_equal(hlo.groups(op, 8), [[0, 2, 4, 6], [1, 3, 5, 7]])
+
+
+@pytest.mark.parametrize("bound, start, stride, rounds", [(8, 0, 1, 8), (8, 0, 2, 4), (9, 0, 2, 5), (8, 2, 3, 2)])
+def test_rounds_are_counted_by_what_the_counter_grows(bound, start, stride, rounds):
+    """Of a product over chips whose parts arrive one by one the compiler may do two in a round."""
+    text = f"""
+%body (t: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {{
+  %t = (s32[], f32[8,8]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,8]{{1,0}} get-tuple-element(%t), index=1
+  %stride = s32[] constant({stride})
+  %next = s32[] add(%i, %stride)
+  %y = f32[8,8]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %again = (s32[], f32[8,8]{{1,0}}) tuple(%next, %y)
+}}
+
+%cond (t: (s32[], f32[8,8])) -> pred[] {{
+  %t = (s32[], f32[8,8]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %bound = s32[] constant({bound})
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}}
+
+ENTRY %main (x: f32[8,8]) -> (s32[], f32[8,8]) {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %start = s32[] constant({start})
+  %first = (s32[], f32[8,8]{{1,0}}) tuple(%start, %x)
+  ROOT %loop = (s32[], f32[8,8]{{1,0}}) while(%first), condition=%cond, body=%body
+}}
+"""
+    assert hlo.count(text, 1).flops == rounds * 2 * 8**3
 
 
 def test_a_loop_that_cannot_be_read_counts_once_and_is_told():
@@ -276,7 +307,7 @@ def forbidden(text: str, mesh, run_: DenoiserRun) -> list[str]:
     found = []
     for c in hlo.count(text, mesh.size).collectives:
         axes = network.axes_of(c.groups, mesh)
-        whole = c.bytes / hlo.BYTES[c.dtype] * c.groups.shape[1]
+        whole = c.bytes / hlo_text.BYTES[c.dtype] * c.groups.shape[1]
         if c.kind in ("all-gather", "all-to-all") and {"slice", "data", "fsdp"} & set(axes) and whole > largest:
             found.append(f"{c.kind} of {c.dtype}{c.dims} along {axes}: {c.source}")
     return found
