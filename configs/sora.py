@@ -3,9 +3,8 @@
     sora-jax plan --config=configs/sora.py:3b --topology=v5p:4x4x8
     sora-jax train --config=configs/sora.py:3b --workdir=runs/3b --config.latents=data/latents
 
-Variants, each with the hardware that it is meant for, and the pack length there. experiments/plans has what `plan` says
-of it: tiny, s, b, 3b (64 chips) and 14b (two slices) fit; l and xl were not planned yet. Times and quality: not
-measured; nothing here has been trained on a TPU.
+Variants, each with the hardware that it is meant for, and the pack length there; experiments/plans has what `plan` says
+of each. Times and quality: not measured; nothing here has been trained on a TPU.
 
     variant           parameters  depth  width  heads  text       meant for              mesh             pack length
     configs/sora.py:tiny  0.26 M      2     64      2  learnt     one core, v5e:2x2      data                     256
