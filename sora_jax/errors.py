@@ -16,6 +16,12 @@ class LostPeer(UserError):
     code = 75
 
 
+class Unreachable(UserError):
+    """The store that a run is kept in does not answer; code 75, as a restart may find that it does again."""
+
+    code = 75
+
+
 class Stopped(Exception):
     """A run was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved."""
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.errors import UserError
+from sora_jax.errors import LostPeer, Unreachable, UserError
 from sora_jax.nn.params import ParamSpec, abstract_on, normal
+from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.optim import OptimConfig, make_optimizer
@@ -276,3 +277,26 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(measured, saved):
     with Checkpoints(saved[0]) as checkpoints:
         with pytest.raises(UserError, match="^--checkpoint is 'best'; those in .* have no metric: train with"):
             checkpoints.candidates("best")
+
+
+@pytest.mark.parametrize(
+    "said, kind, code",
+    [
+        ("UNAVAILABLE: Error writing gs://b/run/checkpoints/10/state: HTTP 503", Unreachable, 75),
+        ("DEADLINE_EXCEEDED: Error reading gs://b/run/checkpoints/10/state", Unreachable, 75),
+        ("PERMISSION_DENIED: Error writing gs://b/run/checkpoints/10/state: HTTP 403", UserError, 2),
+        ("UNAVAILABLE: Gloo AllGather failed: Connection closed by peer", LostPeer, 75),
+    ],
+)
+def test_a_store_that_does_not_answer_is_no_lost_peer(saved, monkeypatch, said, kind, code):
+    def fail(*_, **__):
+        raise ValueError(said)
+
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    with Checkpoints(saved[0]) as checkpoints:
+        checkpoints._folder = "gs://b/run/checkpoints"
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(kind) as told, distributed.peers():
+            checkpoints.wait()
+        assert type(told.value) is kind and told.value.code == code and said in str(told.value)
+        monkeypatch.undo()

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check
-from sora_jax.errors import LostPeer, UserError
+from sora_jax.errors import LostPeer, Unreachable, UserError
 from sora_jax.parallel.rules import partition, parts
 
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")  # said of a lost connection
@@ -125,6 +125,8 @@ def peers() -> Iterator[None]:
     """
     try:
         yield
+    except Unreachable:  # in words like those of a lost connection, but to the store
+        raise
     # A ValueError where the step is dispatched, a UserError where a checkpoint could not be saved for that reason.
     except (jax.errors.JaxRuntimeError, ValueError, UserError) as error:
         reason = (str(error).splitlines() or [""])[0]

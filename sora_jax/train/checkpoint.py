@@ -14,16 +14,18 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from sora_jax.config import check
-from sora_jax.errors import UserError
-from sora_jax.files import as_path, is_remote, of_storage, remove_folder
+from sora_jax.errors import Unreachable, UserError
+from sora_jax.files import REMOTE, as_path, is_remote, of_storage, remove_folder
 from sora_jax.parallel import distributed
 from sora_jax.train.state import TrainState
 
 STATE, EMA, RUN, ARRAYS = "state", "ema", "run", "arrays"
 NEWEST, BEST = "newest", "best"
 ASIDE = "damaged-"
-# In what TensorStore says of a store that does not answer, which says nothing of what is in it.
-UNREACHABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+# In what TensorStore says of a store that does not answer, or refuses, which says nothing of what is in it.
+SILENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
+PEERS = ("Gloo", "NCCL")  # in what is said in the same words of another process
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option that reading alone implies
 
@@ -162,7 +164,9 @@ class Checkpoints:
         except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # whatever files of noise make Orbax, TensorStore and JSON say
-            check(not _unreachable(error), f"checkpoint {step} in {self._folder} cannot be read: {_first_line(error)}")
+            if _of_store(error):
+                message = f"checkpoint {step} in {self._folder} cannot be read: {_first_line(error)}"
+                raise _kind(error, message)(message) from error
             return {}, _first_line(error)
 
     def _has_table(self, step: int) -> bool:
@@ -257,13 +261,23 @@ def _one_sentence(what: str) -> Iterator[None]:
     """Orbax tells of what it cannot write by errors of many lines and types."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{what}: {_first_line(error)}") from error
+    except Exception as error:
+        if not isinstance(error, (ValueError, KeyError, TypeError, OSError)) and not of_storage(error):
+            raise
+        message = f"{what}: {_first_line(error)}"
+        raise _kind(error, message)(message) from error
 
 
-def _unreachable(error: Exception) -> bool:
+def _of_store(error: Exception) -> bool:
+    """Whether the store refuses or does not answer; a file that is not there is an answer."""
     absent = isinstance(error, FileNotFoundError)
-    return any(word in str(error) for word in UNREACHABLE) or (of_storage(error) and not absent)
+    return any(word in str(error) for word in SILENT + REFUSED) or (of_storage(error) and not absent)
+
+
+def _kind(error: Exception, message: str) -> type[UserError]:
+    """Unreachable where the same may go well at another time."""
+    other = any(word in str(error) for word in REFUSED + PEERS)
+    return Unreachable if REMOTE in message and _of_store(error) and not other else UserError
 
 
 def _first_line(error: Exception) -> str:
