@@ -20,7 +20,7 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0: done, 2: a user's mistake (a sentence on stderr), 75: to be started again, 130: all is saved."""
+    """Runs a command; 0: done, 2: a user's mistake (on stderr), 75: to be started again, 130: all is saved."""
     try:
         return run(parsed(arguments))
     except Exception as error:

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -34,9 +35,10 @@ PAUSE = 10.0  # seconds between two writes of what would grow on a disk
 SHARE = 20  # a mirror spends at most one part in so many of a run's time
 NOT_A_BUG = {  # full disks and wrong paths
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
 LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # behind gs://
+ERRORS = (*LIBRARIES, "aiohttp.", "requests.")  # whose own errors are of the store and the network
 
 
 def as_path(name: str | os.PathLike) -> Path:
@@ -73,8 +75,10 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def of_storage(error: Exception) -> bool:
     """Whether an error comes from the libraries behind gs://: no permission, no network, no such bucket."""
+    if f"{type(error).__module__}.".startswith(ERRORS):
+        return True
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(f"{name}.".startswith(LIBRARIES) for name in modules)
+    return isinstance(error, OSError) and any(f"{name}.".startswith(LIBRARIES) for name in modules)
 
 
 def no_bug(error: Exception) -> str:
@@ -95,11 +99,20 @@ def _storage(path: Path):
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Turns an OSError (a full disk, a folder without permission) into "WHAT cannot be written: ...", a UserError."""
+    """Turns an OSError (a full disk, a folder without permission) into "WHAT cannot be written: ...", a UserError.
+
+    Likewise what else the libraries behind gs:// raise where the store refuses or does not answer.
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not of_storage(error):
+            raise
+        raise UserError(f"{what} cannot be written: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -275,34 +288,53 @@ def local_copy(path: Path) -> Path:
 class Mirror:
     """A folder of files that grow: the folder itself, or of a remote one a local folder that is copied there.
 
-    `keep` copies what has changed, at most every ten seconds and in a twentieth of the time; `keep(True)`, and the end
-    of the context, at once. A killed process loses what came after the last copy.
+    `keep_in_time` copies what has changed, at most every ten seconds and in a twentieth of the time; `keep`, and the
+    end of the context, at once. A copy that fails is reported once and tried again the next time; only the last one
+    raises UserError. A killed process loses what came after the last copy.
     """
 
     def __init__(self, folder: Path):
-        self._target, self._kept, self._next = folder, {}, 0.0
+        self._target, self._kept, self._next, self._fails = folder, {}, 0.0, False
         self.folder = Path(tempfile.mkdtemp(prefix="sora_jax-")) if is_remote(folder) else folder
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self.folder != self._target:
-            try:
-                self.keep(True)
-            finally:
-                shutil.rmtree(self.folder, ignore_errors=True)
-
-    def keep(self, at_once: bool = False) -> None:
-        """Copies what has changed since the last time, if it is time. UserError where it cannot be written."""
-        start = time.monotonic()
-        if self.folder == self._target or (start < self._next and not at_once):
+    def __exit__(self, kind, *_):
+        if self.folder == self._target:
             return
-        for file in sorted(file for file in self.folder.rglob("*") if file.is_file()):
+        try:
+            if kind:  # which is to be told, and not this
+                self.keep()
+            else:
+                self._copy("*")
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def keep_in_time(self) -> None:
+        """Copies what has changed since the last time, if it is time."""
+        start = time.monotonic()
+        if start >= self._next:
+            self.keep()
+            now = time.monotonic()
+            self._next = now + max(PAUSE, SHARE * (now - start))
+
+    def keep(self, pattern: str = "*") -> None:
+        """Copies at once what has changed since the last time, of the files whose names are like the pattern."""
+        if self.folder == self._target:
+            return
+        try:
+            self._copy(pattern)
+            self._fails = False
+        except UserError as error:
+            if not self._fails:
+                print(f"sora-jax: {error} It is tried again now and then.", file=sys.stderr)
+            self._fails = True
+
+    def _copy(self, pattern: str) -> None:
+        for file in sorted(file for file in self.folder.rglob(pattern) if file.is_file()):
             if self._kept.get(file) != (version := size_and_time(file)):
                 target = self._target / file.relative_to(self.folder).as_posix()
                 with replacing(target) as temporary:  # a copy, as this file goes on growing
                     shutil.copyfile(file, temporary)
                 self._kept[file] = version
-        now = time.monotonic()
-        self._next = now + max(PAUSE, SHARE * (now - start))

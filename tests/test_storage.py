@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fixtures_bucket import Handler, bucket  # noqa: F401
 from fixtures_runs import TINY, chain, run  # noqa: F401
+from fixtures_toy import train as train_toy
 from test_sources_records import write_records  # noqa: F401
 from test_sources_tar import png, write_tar  # noqa: F401
 from test_sources_tfds import GreyDigits
@@ -28,6 +29,7 @@ from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.files import as_path, create, is_remote, local_copy, names_below, read_text, replacing, write_text
+from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.metrics import MetricsWriter, read_metrics
 
@@ -254,7 +256,58 @@ def test_a_killed_run_has_its_reports_up_to_the_last_save(bucket):  # noqa: F811
     with MetricsWriter(workdir, 1) as writer:
         writer.write(2, {"loss": 7.0})
     assert [(row["step"], row["loss"]) for row in read_metrics(workdir)] == [(1, 1.0), (2, 7.0)]
-    killed.__exit__()
+    killed.__exit__(None, None, None)
+
+
+def test_a_failed_upload_of_reports_ends_no_run(bucket, monkeypatch, capfd):  # noqa: F811
+    workdir = f"{ROOT}/silent"
+    put, told = files.put, "metrics.jsonl cannot be written: 503"
+
+    def fail(temporary, path):
+        if is_remote(path):
+            raise OSError("503")
+        put(temporary, path)
+
+    with MetricsWriter(workdir) as writer:
+        monkeypatch.setattr(files, "put", fail)
+        writer.write(1, {"loss": 1.0})
+        writer.keep_rows()
+        writer.keep()
+        assert capfd.readouterr().err.count(told) == 1
+        monkeypatch.setattr(files, "put", put)
+        writer.keep_rows()
+        assert names_below(as_path(workdir)) == ["metrics.jsonl"]
+        monkeypatch.setattr(files, "put", fail)
+        writer.write(2, {"loss": 2.0})
+        writer.keep_rows()
+        assert capfd.readouterr().err.count(told) == 1
+        monkeypatch.setattr(files, "put", put)
+    assert [row["step"] for row in read_metrics(workdir)] == [1, 2]
+    monkeypatch.setattr(files, "put", fail)
+    with pytest.raises(UserError, match=told), MetricsWriter(workdir):
+        pass
+    with pytest.raises(ZeroDivisionError), MetricsWriter(workdir) as writer:
+        writer.write(1 // 0, {})
+
+
+def test_a_save_waits_for_the_reports_and_not_for_their_pictures(bucket, monkeypatch):  # noqa: F811
+    order, save, put = [], Checkpoints.save, files.put
+
+    def note_put(temporary, path):
+        order.append(path.name)
+        put(temporary, path)
+
+    def note_save(*arguments):
+        order.append("save")
+        save(*arguments)
+
+    monkeypatch.setattr(files, "put", note_put)
+    monkeypatch.setattr(Checkpoints, "save", note_save)
+    monkeypatch.setattr(files, "PAUSE", 1000)
+    train_toy(as_path(f"{ROOT}/ordered"), steps=4, save_every=4)
+    order = [name.partition(".tfevents")[0] for name in order if "time.json" not in name]
+    first = order.index("save")
+    assert order[first - 1 : first + 2] == ["metrics.jsonl", "save", "events.out"]
 
 
 def test_a_local_copy_is_made_once_for_each_content(bucket, monkeypatch):  # noqa: F811
@@ -281,12 +334,18 @@ def test_paths(bucket, tmp_path):  # noqa: F811
 
 def test_what_the_store_refuses_is_one_sentence(monkeypatch, capsys):
     library = {"__name__": "gcsfs.retry"}
-    exec("def refuse(*_):\n    raise ValueError('Forbidden:\\nno permission')", library)
+    exec("def refuse(*_):\n    raise kind('Forbidden:\\nno permission')", library)
     monkeypatch.setattr(cli, "run", library["refuse"])
-    assert cli.main(["data", "inspect", "here"]) == 2
-    assert capsys.readouterr().err == "sora-jax: gs:// cannot be used: ValueError: Forbidden: no permission\n"
-    library["__name__"] = "elsewhere"
-    with pytest.raises(ValueError, match="Forbidden"):
+    of_library = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+    for library["kind"] in (OSError, of_library):
+        assert cli.main(["data", "inspect", "here"]) == 2
+        name = library["kind"].__name__
+        assert capsys.readouterr().err == f"sora-jax: gs:// cannot be used: {name}: Forbidden: no permission\n"
+    for library["kind"] in (ValueError, AttributeError):  # a mistake of ours that is met there
+        with pytest.raises(library["kind"], match="Forbidden"):
+            cli.main(["data", "inspect", "here"])
+    library["__name__"], library["kind"] = "elsewhere", OSError
+    with pytest.raises(OSError, match="Forbidden"):
         cli.main(["data", "inspect", "here"])
 
 

@@ -134,8 +134,10 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                     notes = {"config": run, "step": step, "seed": seed, "means": means, "position": position}
                     notes["seconds"] = watch.now()
                     if writer:
-                        writer.keep()
+                        writer.keep_rows()
                     checkpoints.save(step, state, notes, reporter.best_metric)
+                    if writer:
+                        writer.keep()
             if previewing:
                 with watch("evaluate"):
                     _preview(job, step, state.ema[0], writer)

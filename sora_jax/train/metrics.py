@@ -11,11 +11,14 @@ import numpy as np
 
 from sora_jax.files import Mirror, as_path, read_text, write_text
 
+ROWS = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard.
 
-    Where files cannot grow, in an object store, both are written anew by `keep`, and now and then (`files.Mirror`).
+    Where files cannot grow, in an object store, both are written anew by `keep`, and now and then (`files.Mirror`);
+    a time at which that fails is reported and the run goes on.
 
     `start` is the step that the run goes on from: reports of later steps, which a killed run left, are dropped,
     so that no step is reported twice.
@@ -28,17 +31,17 @@ class MetricsWriter:
         with contextlib.ExitStack() as stack:
             self._mirror = stack.enter_context(Mirror(as_path(workdir)))
             folder = self._mirror.folder
-            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = stack.enter_context(open(folder / "metrics.jsonl", "a", encoding="utf-8"))
+            write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = stack.enter_context(open(folder / ROWS, "a", encoding="utf-8"))
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
             stack.callback(self._board.close)
-            self._close = stack.pop_all().close
+            self._stack = stack.pop_all()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._close()
+    def __exit__(self, *error):
+        self._stack.__exit__(*error)
 
     def write(self, step: int, metrics: dict) -> None:
         """`metrics` holds numbers or short vectors; a vector's entries become name/0, name/1..."""
@@ -49,12 +52,16 @@ class MetricsWriter:
         for name, value in flat.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
-        self._mirror.keep()
+        self._mirror.keep_in_time()
+
+    def keep_rows(self) -> None:
+        """The reports are to outlive this process, as the checkpoint does that is saved now."""
+        self._mirror.keep(ROWS)
 
     def keep(self) -> None:
-        """What was reported is to outlive this process, as the checkpoint does that is saved now."""
+        """So are the scalars and pictures, of which there is much more."""
         self._board.flush()
-        self._mirror.keep(at_once=True)
+        self._mirror.keep()
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """A uint8 picture for TensorBoard."""
@@ -75,7 +82,7 @@ def flatten(metrics: dict) -> dict[str, float]:
 
 def read_metrics(workdir: Path) -> list[dict]:
     """The reports of a run, in order."""
-    path = as_path(workdir) / "metrics.jsonl"
+    path = as_path(workdir) / ROWS
     rows = []
     for line in read_text(path).splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
