@@ -272,17 +272,44 @@ def copies_folder() -> Path:
 def local_copy(path: Path) -> Path:
     """The file itself, or of a remote one a copy on the local disk, made once for each content, by one process or many.
 
-    OSError where there is no such file, UserError on a full disk.
+    OSError where there is no such file, UserError where it cannot be read, or on a full disk.
     """
     if not is_remote(path):
         return path
     key = repr((os.fspath(path), *size_and_time(path)))
     copy = copies_folder() / hashlib.sha256(key.encode()).hexdigest()[:32] / path.name
     if not copy.exists():
-        storage, name = _storage(path)
-        with replacing(copy) as temporary:
-            storage.get_file(name, str(temporary))
+        with as_user_error(str(copy)):
+            make_folder(copy.parent)
+            with _locked(copy.with_name(f".{copy.name}.lock")):
+                if not copy.exists():  # else another has made it in the meantime
+                    _fetch(path, copy)
     return copy
+
+
+def _fetch(path: Path, copy: Path) -> None:
+    storage, name = _storage(path)
+    with replacing(copy) as temporary:
+        try:
+            storage.get_file(name, str(temporary))
+        except Exception as error:
+            of_disk = isinstance(error, OSError) and error.errno in NOT_A_BUG
+            if of_disk or not (isinstance(error, OSError) or of_storage(error)):
+                raise
+            raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
+
+
+def _locked(path: Path, wait: bool = True) -> io.TextIOBase:
+    """A file that one open file, of all processes, holds until it is closed; BlockingIOError instead of waiting."""
+    import fcntl
+
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 class Mirror:

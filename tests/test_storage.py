@@ -4,15 +4,20 @@ The bucket is one of `fixtures_bucket`: the arrays of checkpoints go through Ten
 Storage, all other files through epath and fsspec.
 """
 
+import errno
 import json
+import os
 import pickle
 import shutil
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
 import pytest
-from fixtures_bucket import Handler, bucket  # noqa: F401
+from fixtures_bucket import BucketFileSystem, Handler, bucket  # noqa: F401
 from fixtures_runs import TINY, chain, run  # noqa: F401
 from fixtures_toy import train as train_toy
 from test_sources_records import write_records  # noqa: F401
@@ -21,10 +26,12 @@ from test_sources_tfds import GreyDigits
 
 from sora_jax import cli, files
 from sora_jax.convert.tensors import read_tensors, write_tensors
+from sora_jax.data import shards
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import SpanRule, decode, save_png, write_video
 from sora_jax.data.parts import Kind, start
+from sora_jax.data.shards import FLOATS, RecordWriter, shard_name
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
@@ -321,6 +328,73 @@ def test_a_local_copy_is_made_once_for_each_content(bucket, monkeypatch):  # noq
     assert local_copy(first) is first
     with pytest.raises(FileNotFoundError):
         local_copy(as_path(f"{ROOT}/copied/none"))
+
+
+def test_of_several_one_makes_the_local_copy(bucket, monkeypatch, tmp_path):  # noqa: F811
+    path, log = as_path(f"{ROOT}/together/x.bin"), tmp_path / "log"
+    write_text(path, "one")
+    get_file = BucketFileSystem.get_file
+
+    def get_slowly(*arguments, **options):
+        with log.open("a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        get_file(*arguments, **options)
+
+    monkeypatch.setattr(BucketFileSystem, "get_file", get_slowly)
+    children = []
+    for _ in range(3):  # of threads and processes
+        if not (child := os.fork()):
+            os._exit(0 if local_copy(path).read_text() == "one" else 1)
+        children.append(child)
+    with ThreadPoolExecutor(3) as pool:
+        assert [copy.read_text() for copy in pool.map(local_copy, [path] * 3)] == ["one"] * 3
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
+    assert log.read_text() == "x"
+
+
+def test_a_read_that_is_refused_is_no_failed_write(bucket, monkeypatch):  # noqa: F811
+    path = as_path(f"{ROOT}/refused/x.npy")
+    write_text(path, "one")
+
+    def refuse(error):
+        def get_file(*_, **__):
+            raise error
+
+        monkeypatch.setattr(BucketFileSystem, "get_file", get_file)
+
+    of_library = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+    for error in (OSError("Forbidden:\nno permission"), of_library("Forbidden: no permission")):
+        refuse(error)
+        with pytest.raises(UserError, match=f"^{path} cannot be read: Forbidden: no permission.$"):
+            local_copy(path)
+    refuse(OSError(errno.ENOSPC, "disk full"))
+    with pytest.raises(UserError, match=f"^{files.copies_folder()}.*x.npy cannot be written: disk full.$"):
+        local_copy(path)
+    refuse(ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        local_copy(path)
+
+
+def test_a_shard_on_its_way_keeps_no_other_waiting(monkeypatch, tmp_path):
+    for k in range(2):
+        writer = RecordWriter(tmp_path / shard_name("clips", k, 2), FLOATS)
+        writer.write(bytes([k]))
+        writer.finish()
+    comes, asked = threading.Event(), []
+
+    def slow(path):
+        asked.append(path.name)
+        assert "00000-of" not in path.name or comes.wait(20)
+        return path
+
+    monkeypatch.setattr(shards, "local_copy", slow)
+    reader = shards.ShardReader(tmp_path, "clips", 2)
+    with ThreadPoolExecutor(2) as pool:
+        late = [pool.submit(reader.read, 0, 0) for _ in range(2)]
+        assert reader.read(1, 0) == b"\x01" and not any(one.done() for one in late)
+        comes.set()
+        assert [one.result() for one in late] == [b"\x00"] * 2 and len(asked) == 2
 
 
 def test_paths(bucket, tmp_path):  # noqa: F811

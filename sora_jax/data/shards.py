@@ -90,20 +90,28 @@ class ShardReader:
 
     def __init__(self, folder: str | Path, prefix: str, count: int):
         self._folder, self._prefix, self._count = as_path(folder), prefix, count
+        self._begin()
+
+    def _begin(self) -> None:
         self._readers, self._process, self._lock = OrderedDict(), os.getpid(), threading.Lock()
+        self._opening = [threading.Lock() for _ in range(self._count)]
 
     def read(self, shard: int, record: int) -> bytes:
         """One record, as it was written."""
         if self._process != os.getpid():  # a forked child must not share its parent's files and threads
-            self._readers, self._process, self._lock = OrderedDict(), os.getpid(), threading.Lock()
+            self._begin()
         return self._reader(shard).read([record])[0]
 
     def _reader(self, shard: int):
         """An open file; the one that was not used for longest is let go, as processes may open only so many."""
+        with self._opening[shard]:  # one lock for each: a remote file may take minutes to come
+            with self._lock:
+                reader = self._readers.pop(shard, None)
+            reader = reader or open_reader(self._folder / shard_name(self._prefix, shard, self._count))
+            return self._hold(shard, reader)
+
+    def _hold(self, shard: int, reader):
         with self._lock:
-            reader = self._readers.pop(shard, None)
-            if reader is None:
-                reader = open_reader(self._folder / shard_name(self._prefix, shard, self._count))
             self._readers[shard] = reader
             if len(self._readers) > MAX_OPEN:
                 self._readers.popitem(last=False)
