@@ -4,8 +4,8 @@
 `gs://`. What is different in an object store stands in this file alone:
 
 - an object appears whole when its upload ends, and never grows: a file is made on the local disk, then put there;
-- what is read here and there and again (records), or by libraries that know the disk alone (NumPy, zip), is read from
-  a `local_copy`, made once;
+- what is read here and there and again (records, tar), or by libraries that know the disk alone (NumPy, zip), is read
+  from a `local_copy`, made once;
 - there are no folders to make, to rename, or to lock. A folder that is filled file by file is complete once its last
   file is there, under a name that says so: `dataset.json`, `cache.json`, `autoencoder.json`, Orbax's own.
 """
@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
-from typing import BinaryIO
 
 from sora_jax.errors import UserError
 
@@ -180,11 +179,6 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> io.TextIOBase:
     """A text file to be read line by line."""
     return io.TextIOWrapper(path.open("rb"), encoding=encoding, newline=newline)
-
-
-def open_unbuffered(path: Path) -> BinaryIO:
-    """A file to be read here and there; of one on the disk nothing is read ahead."""
-    return path.open("rb") if is_remote(path) else path.open("rb", buffering=0)
 
 
 def size_and_time(path: Path) -> tuple[int, str]:

@@ -210,6 +210,33 @@ def _same(here, there):
         np.testing.assert_array_equal(theirs.decode(SpanRule(), None).frames, mine.decode(SpanRule(), None).frames)
 
 
+def test_a_shard_of_files_comes_by_one_read(bucket, tmp_path, png, monkeypatch):  # noqa: F811
+    write_tar(tmp_path / "tar" / "0.tar", [(f"{n}.png", png(n)) for n in range(100)])
+    path, asked = f"{bucket.upload(tmp_path / 'tar', 'one_read')}/0.tar", []
+    for name in ("read", "below"):
+        ask = getattr(bucket, name)
+        monkeypatch.setattr(bucket, name, lambda *a, ask=ask, name=name: asked.append(name) or ask(*a))
+    source = make_source(SourceConfig("webdataset", path))
+    assert [source.open(n).decode(SpanRule(), None).frames[0, 0, 0, 0] for n in range(100)] == [*range(100)]
+    assert asked.count("read") == 1 and len(asked) < 20
+    write_tar(tmp_path / "tar" / "0.tar", [(f"{n}.png", png(n + 100)) for n in range(9)])
+    bucket.write("bucket/one_read/0.tar", (tmp_path / "tar" / "0.tar").read_bytes())
+    source = make_source(SourceConfig("webdataset", path))
+    assert source.open(8).decode(SpanRule(), None).frames[0, 0, 0, 0] == 108
+
+
+def test_a_shard_that_does_not_come_is_not_damaged(bucket, tmp_path, png, monkeypatch):  # noqa: F811
+    write_tar(tmp_path / "tar" / "0.tar", [("a.png", png(1))])
+    path = f"{bucket.upload(tmp_path / 'tar', 'does_not_come')}/0.tar"
+
+    def refuse(*_, **__):
+        raise OSError("503")
+
+    monkeypatch.setattr(BucketFileSystem, "get_file", refuse)
+    with pytest.raises(UserError, match="0.tar cannot be read: 503"):
+        make_source(SourceConfig("webdataset", path))
+
+
 def test_a_dataset_as_a_source_there(remote, chain):  # noqa: F811
     _same(SourceConfig("array_record", str(chain.dataset)), SourceConfig("array_record", f"{ROOT}/dataset"))
 

@@ -15,7 +15,8 @@ from sora_jax.data.fit import FitError
 from sora_jax.data.media import DecodedClip, FitClip, SpanRule, decode, sample_frames
 from sora_jax.data.sources.entries import Media
 from sora_jax.data.tracks import MediaError, reason
-from sora_jax.files import local_copy, open_unbuffered, size_and_time
+from sora_jax.errors import UserError
+from sora_jax.files import local_copy, size_and_time
 
 WHOLE_BYTES = 2**24
 BLOCK_BYTES, BLOCKS = 2**20, 16
@@ -69,7 +70,7 @@ class FileMedia:
             return self.file.open("rb")
         try:
             return self.file.open()
-        except MediaError:
+        except (MediaError, UserError):
             raise
         except Exception as error:  # a damaged or encrypted member of an archive raises one of many types
             raise MediaError(f"unreadable: {reason(error)}") from error
@@ -152,11 +153,19 @@ class Part:
         return io.BufferedReader(_Window(self.path, self.offset, self.size), 2**16)
 
 
+@lru_cache(maxsize=4096)
+def archive_copy(path: Path) -> Path:
+    """A local copy, of the content that was there when this was first called."""
+    # Looked up once: a shard has thousands of parts, and each look-up of a remote one is a request.
+    return local_copy(path)
+
+
 class _Window(io.RawIOBase):
     """A part of a file, as a file."""
 
     def __init__(self, path: Path, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = open_unbuffered(path), offset, size, 0
+        self._file = archive_copy(path).open("rb", buffering=0)  # of what is read here and there nothing is read ahead
+        self._offset, self._size, self._at = offset, size, 0
 
     def readable(self) -> bool:
         return True

@@ -2,7 +2,7 @@
 
 The name of a sample is that of its members up to the first dot of the last part: `a/fox.mp4`, `a/fox.txt` (caption of
 kind original), `a/fox.KIND.txt`, `a/fox.json` (a row of `captions.py`) and `a/fox.cls` (class number or name) are one.
-Nothing is unpacked: media is read where it lies in the shard.
+Nothing is unpacked: media is read where it lies in the shard, or in its local copy where the shard is in a bucket.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from typing import BinaryIO, NamedTuple
 from sora_jax.data.sources.captions import ORIGINAL, Fields, Words, clean, number_labels, original_first, words
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry, escapes
-from sora_jax.data.sources.opened import FileMedia, Part
+from sora_jax.data.sources.opened import FileMedia, Part, archive_copy
 from sora_jax.data.tracks import reason
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, matching, names_below, open_unbuffered, size_and_time
+from sora_jax.files import as_path, matching, names_below, size_and_time
 
 MEDIA_ENDINGS = ("mp4", "webm", "mkv", "mov", "avi", "gif", "webp", "png", "jpg", "jpeg", "avif")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -192,9 +192,10 @@ def _index(path: Path) -> Index:
 @lru_cache(maxsize=4096)
 def _indexed(path: Path, size: int, modified: str) -> Index:
     """The index of a shard, made once a process from its headers alone."""
-    index = Index()
+    archive_copy.cache_clear()  # it may be of another version
+    index, copy = Index(), archive_copy(path)  # one that does not come is not damaged
     try:
-        with open_unbuffered(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+        with copy.open("rb", buffering=0) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             for info in _headers(tar):
                 _file_away(info, size, index)
             index.damage = _ending(file, tar.offset, size)
