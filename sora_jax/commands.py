@@ -105,11 +105,12 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     job = autoencoder_job(config, dataset, preview, distributed.share_of_batch(mesh))
     claim_workdir(workdir, config, dataset.digest)
     state = _fit(job, config, mesh, workdir)
-    if _finished_before(workdir, int(state.step)):
+    if distributed.all_true(_finished_before(workdir, int(state.step))):
         return  # written anew it could differ in a last bit, and caches made with it would no longer match
     params = distributed.on_host(state.ema[0])
     if distributed.first():
-        _keep_autoencoder(config, dataset, held_out, params, int(state.step), workdir)
+        with jax.set_mesh(make_mesh(devices=mesh.local_devices)):
+            _keep_autoencoder(config, dataset, held_out, params, int(state.step), workdir)
     distributed.barrier("autoencoder kept")
 
 

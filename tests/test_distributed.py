@@ -7,17 +7,20 @@ import re
 import signal
 import socket
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from fixtures_runs import chain, train_options  # noqa: F401
 from fixtures_toy import kill, one_of_two, train, train_half  # noqa: F401
+from PIL import Image
 
 from sora_jax import cli
 from sora_jax.errors import UserError
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.train.frozen import load_autoencoder
 
 SILENCE = 6  # seconds, instead of a minute
 PATIENCE = 200
@@ -96,17 +99,40 @@ def test_a_stop_and_a_death_in_two_processes_leave_the_run_of_one(kill, tmp_path
     assert last["padding_share"] == 1 / 4
 
 
+def same_autoencoder(*runs) -> None:
+    one, other = map(load_autoencoder, runs)
+    for values in zip(*(jax.tree.leaves((a.params, a.mean_C, a.std_C)) for a in (one, other)), strict=True):
+        np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)
+    quality = [json.loads(Path(run, "frozen", "autoencoder.json").read_text())["held_out_psnr"] for run in runs]
+    np.testing.assert_allclose(*quality, rtol=1e-3)
+    for step in (1, 2):  # what was shown of it
+        shown = [np.asarray(Image.open(Path(run, "samples", f"step_{step:06d}.png")), int) for run in runs]
+        np.testing.assert_allclose(*shown, atol=1)
+
+
+def commands(*each) -> int:
+    """One after the other; the first exit code that is not 0."""
+    return next(filter(None, map(cli.main, each)), 0)
+
+
 def test_two_processes_train_as_one_does_and_one_goes_on_from_them(kill, chain, tmp_path, monkeypatch):  # noqa: F811
+    def compress(workdir):
+        changes = [f"data={chain.dataset}", "loop.steps=2", "loop.save_every=0", "loop.preview_every=1", "batch=2"]
+        changes += ["image_share=0.0", "model.patch=(4,4)", "model.multipliers=(1,)", "model.width=4", "feed.threads=0"]
+        return list(map(str, train_options("autoencoder", f"{workdir}-autoencoder", *changes)))
+
     def command(workdir, steps=4):
         loop = [f"loop.steps={steps}", "loop.save_every=2", "mesh.fsdp=2", "model.depth=1", "feed.threads=0"]
         return list(map(str, train_options("transformer", workdir, f"latents={chain.latents}", *loop)))
 
     together, alone = tmp_path / "run", tmp_path / "alone"
-    (code, first), (other, second) = end(together, begin_two(kill, together, 1, cli.main, command(together)))
+    processes = begin_two(kill, together, 1, commands, compress(together), command(together))
+    (code, first), (other, second) = end(together, processes)
     assert (code, other) == (0, 0), first + second
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
-    assert cli.main(command(alone)) == 0
+    assert commands(compress(alone), command(alone)) == 0
+    same_autoencoder(f"{together}-autoencoder", f"{alone}-autoencoder")
     same(rows(together), rows(alone), "loss", "gradient_norm", "parameter_norm")
     for workdir in (together, alone):  # another number of processes
         assert cli.main(command(workdir, 5)) == 0

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sora_jax.config import check
 from sora_jax.errors import Stopped, UserError
 from sora_jax.parallel import distributed
-from sora_jax.parallel.mesh import place_batch
+from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
 from sora_jax.train.optim import OptimConfig, make_optimizer
@@ -162,7 +162,8 @@ def _preview(job: Job, step: int, params: dict, writer: MetricsWriter | None) ->
     """Several processes gather the parameters, and the first alone looks at the model, on its own devices."""
     params = distributed.on_host(params) if distributed.several() else params
     if distributed.first():
-        job.preview(step, params, writer)
+        with jax.set_mesh(make_mesh(devices=jax.sharding.get_mesh().local_devices)):
+            job.preview(step, params, writer)
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:
