@@ -8,12 +8,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from fixtures_runs import build_options, chain, run  # noqa: F401
+from fixtures_runs import build_options, chain, one_device, run  # noqa: F401
 
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
+from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn.params import abstract
 from sora_jax.train import encode as encoding
 from sora_jax.train import frozen
@@ -159,6 +160,25 @@ def test_a_complete_cache_is_kept_and_one_of_something_else_refused(chain, tmp_p
     again = tmp_path / "again"  # the same ids and sizes, other pixels
     assert run(*build_options(chain.clips, again), "--place=start") == 0 and encode(chain, out, data=again) == 2
     assert "other clips" in capsys.readouterr().err
+
+
+def test_a_complete_cache_knows_the_tiles_that_clips_were_cut_into(chain, tmp_path):  # noqa: F811
+    def encode_in(name, tile, overlap=0.5):
+        with one_device():
+            encoding.encode_dataset(
+                chain.autoencoder, chain.dataset, tmp_path / name, tiles=TilingConfig(tile, overlap)
+            )
+        return LatentCache(tmp_path / name)
+
+    cut, whole = encode_in("cut", (5, 16, 0)), LatentCache(chain.latents)
+    assert cut.info.tiles == {"tile": [5, 16, 0], "overlap": 0.5} and cut.info != whole.info
+    assert cut.digest != whole.digest
+    uncut = encode_in("uncut", (17, 24, 24))  # no clip is larger
+    assert uncut.info == whole.info and "tiles" not in uncut.info.plain() and uncut.digest == whole.digest
+    assert encode_in("cut", (5, 16, 0)).digest == cut.digest
+    for tile, overlap, given in (((0, 0, 0), 0.5, "whole clips"), ((5, 16, 0), 0.25, "tiles of 5x16x0 with .* 0.25")):
+        with pytest.raises(UserError, match=f"make {given}; .* was made of tiles of 5x16x0 with overlap 0.5; remove"):
+            encode_in("cut", tile, overlap)
 
 
 def test_an_interrupted_copy_of_the_autoencoder_is_made_again(chain, tmp_path, autoencoder):  # noqa: F811

@@ -3,7 +3,8 @@
 ======================================  ==================================================================
 `manifest.parquet`                      one row a clip, the columns of `COLUMNS`, with shard and record
 `cache.json`                            format version, fingerprint of the autoencoder, digest of the dataset,
-                                        channels, factors, the text encoder if there is one
+                                        channels, factors, the text encoder if there is one, the tiles where clips
+                                        were cut
 `latents-*.array_record`                raw float16 (t, h, w, C), normalised
 `text-*.array_record`                   raw float16 (m, E): the embeddings of all captions of the clip, one after
                                         the other; `text_tokens` has their lengths
@@ -67,17 +68,22 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache was made with, beside its clips. data: digest of the dataset; factors: (time, height, width)."""
+    """What a cache was made with, beside its clips. data: digest of the dataset; factors: (time, height, width).
+
+    tiles: size and overlap as JSON; None where no clip was cut.
+    """
 
     fingerprint: str
     data: str
     latent_channels: int
     factors: tuple[int, int, int]
     text: TextInfo | None = None
+    tiles: dict | None = None
 
     def plain(self) -> dict:
         text = None if self.text is None else dict(vars(self.text))
-        return {**vars(self), "factors": list(self.factors), "text": text, "format": FORMAT}
+        values = {**vars(self), "factors": list(self.factors), "text": text, "format": FORMAT}
+        return {name: value for name, value in values.items() if name != "tiles" or value}
 
 
 def start_cache(out: str | os.PathLike, info: CacheInfo, count: int, layout: dict | None = None) -> Parts:
@@ -126,7 +132,7 @@ class LatentCache:
         header = _read_header(self.path)
         text = header["text"] and TextInfo(**header["text"])
         names = ("fingerprint", "data", "latent_channels")
-        self.info = CacheInfo(*(header[name] for name in names), tuple(header["factors"]), text)
+        self.info = CacheInfo(*(header[name] for name in names), tuple(header["factors"]), text, header.get("tiles"))
         self._latents = ShardReader(self.path, LATENTS, header["parts"])
         self._texts = ShardReader(self.path, TEXT, header["parts"])
         self._count = header["clips"]

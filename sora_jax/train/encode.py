@@ -15,8 +15,9 @@ from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cac
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.parts import Share
 from sora_jax.files import as_path, local_copy, replacing
+from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
-from sora_jax.models.tiling import TilingConfig, tile_grid
+from sora_jax.models.tiling import TilingConfig, count, lay_out
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
@@ -40,24 +41,29 @@ def encode_dataset(
     batch: clips encoded at once. shapes: so many programs are compiled at most for clips of all sizes. share: of the
     shards, where several processes share the work. text: embeds the captions too. False where others still work on
     their shards. tiles: what is larger is encoded in tiles, `batch` of them at once. The devices share out each batch.
-    UserError if `out` holds latents of another autoencoder, text encoder or of other clips. Nothing that looks complete
-    is left by a crash; the same call goes on after the last complete shard.
+    UserError if `out` holds latents of another autoencoder, text encoder or tiling, or of other clips. Nothing that
+    looks complete is left by a crash; the same call goes on after the last complete shard.
     """
     for name, value in (("batch", batch), ("shapes", shapes)):
         check(value > 0, f"--{name} is {value}; it must be positive")
     autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
     config = autoencoder.config
     factors = (config.time_factor, config.space_factor, config.space_factor)
+    check_sizes(config, dataset)
+    order, canvases = _by_canvas(dataset, shapes)
+    grids = [latent_grid(config, *canvas) for canvas in canvases]
     info = CacheInfo(
-        autoencoder.fingerprint, dataset.digest, config.latent_channels, factors, text.info if text else None
+        autoencoder.fingerprint,
+        dataset.digest,
+        config.latent_channels,
+        factors,
+        text.info if text else None,
+        plain(tiles) if any(count(lay_out(config, tiles, grid)) > 1 for grid in grids) else None,
     )
     if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)
         return True
-    check_sizes(config, dataset)
-    order, canvases = _by_canvas(dataset, shapes)
     layout = {"canvases": canvases, "clips_per_shard": clips_per_shard}
-    layout |= {"tiles": plain(tiles)} if any(tile_grid(config, tiles)) else {}
     parts = start_cache(out, info, -(-len(order) // clips_per_shard), layout)
     missing = parts.missing(share)
     if missing:
@@ -94,6 +100,16 @@ def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
         f"--text-encoder is {name!r}; the cache {str(cache.path)!r} has text of "
         f"{cache.info.text.name if cache.info.text else 'no encoder'!r}; remove it, or give another --out",
     )
+    given, have = (_told(tiles) for tiles in (info.tiles, cache.info.tiles))
+    check(
+        given == have,
+        f"--tile and --tile-overlap make {given}; the latent cache {str(cache.path)!r} was made of {have}; remove it, "
+        "or give another --out",
+    )
+
+
+def _told(tiles: dict | None) -> str:
+    return f"tiles of {'x'.join(map(str, tiles['tile']))} with overlap {tiles['overlap']}" if tiles else "whole clips"
 
 
 def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray] | None]:
