@@ -131,6 +131,9 @@ def test_a_mesh_shares_out_tiles_and_their_rows(made):
     with jax.set_mesh(make_mesh(MeshConfig(data=4, sequence=2))):
         found = next(autoencoder.encode([video], 4, tiles=tiles))
         decoded = next(autoencoder.decode([found], 4, tiles=tiles))
+        with jax.transfer_guard_device_to_device("disallow"):  # the parameters are placed once, not with every batch
+            again = list(autoencoder.encode([video] * 2, 4, tiles=tiles))
+            assert len(again) == len(list(autoencoder.decode(again, 4, tiles))) == 2
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     alone = next(autoencoder.decode([found], 4, tiles=tiles))
     assert np.abs(decoded.astype(int) - alone).max() <= 1

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.config import check, frozen, plain
 from sora_jax.data.canvases import Size, canvas_of
@@ -23,7 +24,7 @@ from sora_jax.models import tiling
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
-from sora_jax.parallel.rules import parts, reshard
+from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
 
 FOLDER = "frozen"
@@ -67,6 +68,7 @@ class FrozenAutoencoder:
         pixels, seen = tiling.factors(self.config), tiling.seen(self.config, "encode")
         whole: list[tuple[Size, tiling.Axes]] = []  # clips that are on their way
         sizes: list[tuple[int, int]] = []  # of what the tiles that are on their way have of their clips
+        params = _placed(self.params)
 
         def placed():
             for clip in clips:
@@ -80,7 +82,7 @@ class FrozenAutoencoder:
         def run(video_BTHWC):
             own = sizes[: len(video_BTHWC)]
             own += own[-1:] * (len(video_BTHWC) - len(own))  # the filler, whose latents are dropped
-            mean, _ = _encode(self.params, self.config, video_BTHWC, np.array(own, np.int32))
+            mean, _ = _encode(params, self.config, video_BTHWC, np.array(own, np.int32))
             return (np.asarray(mean) - self.mean_C) / self.std_C
 
         found = (part for part in _in_batches(run, placed(), batch) if sizes.pop(0))
@@ -96,6 +98,7 @@ class FrozenAutoencoder:
         """Normalised latents of any sizes -> uint8 clips, in order; tiles: as in `encode`."""
         pixels, seen = tiling.factors(self.config), tiling.seen(self.config, "decode")
         whole: list[tiling.Axes] = []
+        params = _placed(self.params)
 
         def placed():
             for z_thwC in latents:
@@ -104,13 +107,18 @@ class FrozenAutoencoder:
 
         def run(z_BthwC):
             z_BthwC = np.asarray(z_BthwC, np.float32) * self.std_C + self.mean_C
-            return np.asarray(_decode(self.params, self.config, z_BthwC))
+            return np.asarray(_decode(params, self.config, z_BthwC))
 
         found = _in_batches(run, placed(), batch)
         for first in found:
             axes = whole.pop(0)
             parts = first, *itertools.islice(found, tiling.count(axes) - 1)
             yield to_uint8(tiling.join(parts, axes, pixels, seen))
+
+
+def _placed(params: dict) -> dict:
+    """The parameters on each device of the mesh that is set: once, not with every batch."""
+    return jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()) if on_mesh() else None)
 
 
 def _own_sizes(clip: Size, places: Iterable[tuple[slice, ...]]) -> Iterator[tuple[int, int]]:
