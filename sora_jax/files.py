@@ -37,6 +37,7 @@ NOT_A_BUG = {  # full disks and wrong paths
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
 LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # behind gs://
+HELD: list[io.TextIOBase] = []  # open as long as this process lives
 ERRORS = (*LIBRARIES, "aiohttp.", "requests.")  # whose own errors are of the store and the network
 
 
@@ -117,22 +118,35 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A local name to write under: on success it becomes `path`, else it goes. A full disk is a UserError."""
-    temporary = temporary_of(path)
-    try:
-        with as_user_error(str(path)):
+    with as_user_error(str(path)):
+        temporary = temporary_of(path)
+        try:
             make_folder(path.parent)
             yield temporary
             put(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def temporary_of(path: Path) -> Path:
     """A hidden name on the local disk, of the same ending, for what is to become `path`: beside it, if that can be."""
     # Not by process number: processes of several machines may write into one folder.
     name = f".{path.stem}.tmp-{uuid.uuid4().hex[:12]}{path.suffix}"
-    return Path(tempfile.gettempdir(), name) if is_remote(path) else path.with_name(name)
+    return _own_folder(cache_folder() / "unfinished") / name if is_remote(path) else path.with_name(name)
+
+
+@functools.cache
+def _own_folder(above: Path) -> Path:
+    """A folder for what this process has not finished yet; those that killed processes have left are removed."""
+    make_folder(above)
+    with _locked(above / ".lock"):
+        for folder in (entry for entry in above.iterdir() if entry.is_dir()):
+            with suppress(BlockingIOError), _locked(folder / ".lock", wait=False):  # its process holds it to the end
+                shutil.rmtree(folder, ignore_errors=True)
+        own = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=above))
+        HELD.append(_locked(own / ".lock"))
+    return own
 
 
 def put(temporary: Path, path: Path) -> None:
@@ -256,11 +270,13 @@ def finish_folder(out: Path) -> None:
         os.rename(unfinished(out), out)
 
 
-def copies_folder() -> Path:
-    """Where copies of remote files are kept, below SORA_JAX_CACHE if that is on the disk; to be emptied at will."""
+def cache_folder() -> Path:
+    """SORA_JAX_CACHE if that is on the disk, else below the user's; to be emptied at will while nothing runs.
+
+    `files` holds copies of remote files, `captions` tokens of captions, `unfinished` what is to become remote.
+    """
     named = os.environ.get("SORA_JAX_CACHE", "")
-    local = named if named and not is_remote(named) else Path.home() / ".cache" / "sora_jax"
-    return Path(local, "files")
+    return Path(named) if named and not is_remote(named) else Path.home() / ".cache" / "sora_jax"
 
 
 def local_copy(path: Path) -> Path:
@@ -271,7 +287,7 @@ def local_copy(path: Path) -> Path:
     if not is_remote(path):
         return path
     key = repr((os.fspath(path), *size_and_time(path)))
-    copy = copies_folder() / hashlib.sha256(key.encode()).hexdigest()[:32] / path.name
+    copy = cache_folder() / "files" / hashlib.sha256(key.encode()).hexdigest()[:32] / path.name
     if not copy.exists():
         with as_user_error(str(copy)):
             make_folder(copy.parent)
@@ -316,7 +332,10 @@ class Mirror:
 
     def __init__(self, folder: Path):
         self._target, self._kept, self._next, self._fails = folder, {}, 0.0, False
-        self.folder = Path(tempfile.mkdtemp(prefix="sora_jax-")) if is_remote(folder) else folder
+        self.folder = folder
+        if is_remote(folder):
+            with as_user_error(str(folder)):
+                self.folder = Path(tempfile.mkdtemp(dir=_own_folder(cache_folder() / "unfinished")))
 
     def __enter__(self):
         return self

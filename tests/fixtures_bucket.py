@@ -219,7 +219,7 @@ def bucket(tmp_path_factory):
     """The `Objects` of gs://, empty."""
     objects = Handler.objects = BucketFileSystem.objects = Objects(tmp_path_factory.mktemp("gs"))
     (objects.root / "bucket").mkdir()
-    copies = tmp_path_factory.mktemp("copies")
+    cache = tmp_path_factory.mktemp("cache")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -236,7 +236,7 @@ def bucket(tmp_path_factory):
         patch.setattr(sys.modules["google.cloud"], "storage", client, raising=False)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        patch.setattr(files, "copies_folder", lambda: copies)
+        patch.setattr(files, "cache_folder", lambda: cache)
         yield objects
     server.shutdown()
     server.server_close()
