@@ -48,7 +48,7 @@ from sora_jax.train.frozen import (
 from sora_jax.train.loop import Job, fit, say
 
 # A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
-MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "data", "latents")
+MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "tiles", "data", "latents")
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
 PREVIEW_CLIPS = 8
@@ -117,9 +117,11 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
 def _keep_autoencoder(config: AutoencoderRun, dataset: Dataset, held_out: list, params, step: int, workdir: Path):
     """Measures the latents of the averaged parameters and writes workdir/frozen."""
     measured = _some(dataset, dataset.rows(config.split), STATISTICS_CLIPS)
-    mean, std = measure_statistics(params, config.model, tqdm(measured, "latent statistics", unit="clip"))
+    measured = tqdm(measured, "latent statistics", unit="clip")
+    mean, std = measure_statistics(params, config.model, measured, tiles=config.tiles)
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)
-    notes = {"steps": step, "held_out_psnr": held_out_psnr(autoencoder, held_out) if held_out else None}
+    quality = held_out_psnr(autoencoder, held_out, config.tiles) if held_out else None
+    notes = {"steps": step, "held_out_psnr": quality}
     save_autoencoder(autoencoder, workdir / FOLDER, notes)
 
 

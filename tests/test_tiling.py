@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,19 @@ from fixtures_runs import chain, run  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_jax.config import frozen, plain
 from sora_jax.data.latents import LatentCache
 from sora_jax.errors import UserError
+from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
 from sora_jax.models import tiling
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, reach
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.first_stage import autoencoder_specs as specs_of
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.train.frozen import FrozenAutoencoder
+from sora_jax.train import frozen as frozen_autoencoder
+from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.frozen import FrozenAutoencoder, measure_statistics
 
 SMALL = dict(width=4, latent_channels=2, encoder_blocks=1, decoder_blocks=1, dtype="float32")
 LEVELS = AutoencoderConfig(
@@ -137,6 +142,28 @@ def test_a_mesh_shares_out_tiles_and_their_rows(made):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     alone = next(autoencoder.decode([found], 4, tiles=tiles))
     assert np.abs(decoded.astype(int) - alone).max() <= 1
+
+
+def test_training_an_autoencoder_shows_and_measures_large_clips_in_tiles(made, tmp_path, monkeypatch):
+    """What goes through it is never larger than a tile; tiles that overlap enough measure what the whole does."""
+    autoencoder, clips = made(LEVELS), [clip(11, 40, 16, 1), clip(11, 40, 16, 2)]
+    config = AutoencoderRun(model=LEVELS, tiles=TilingConfig((11, 32, 0), 0.8))
+    encode_batch, sizes = frozen_autoencoder._encode, []
+    wanted = [measure_statistics(autoencoder.params, LEVELS, clips, 2), held_out_psnr(autoencoder, clips)]
+    with monkeypatch.context() as patch:
+        watched = lambda *given: (sizes.append(given[2].shape[1:4]), encode_batch(*given))[1]  # noqa: E731
+        patch.setattr(frozen_autoencoder, "_encode", watched)
+        found = [measure_statistics(autoencoder.params, LEVELS, clips, 2, config.tiles)]
+        found.append(held_out_psnr(autoencoder, clips, config.tiles))
+        writer = types.SimpleNamespace(picture=lambda *_: None)
+        reconstruction_preview(config, clips, tmp_path)(1, autoencoder.params, writer)
+    assert set(sizes) == {(11, 32, 16)} and (tmp_path / "samples" / "step_000001.png").exists()
+    np.testing.assert_allclose(np.stack(found[0]), np.stack(wanted[0]), atol=1e-4)
+    np.testing.assert_allclose(found[1], wanted[1], atol=0.05)
+    older = {name: value for name, value in plain(AutoencoderRun(model=LEVELS)).items() if name != "tiles"}
+    assert frozen(AutoencoderRun, older) == AutoencoderRun(model=LEVELS)
+    with pytest.raises(UserError, match="tile is .*; its height is 30"):
+        AutoencoderRun(model=LEVELS, tiles=TilingConfig((0, 30, 0)))
 
 
 def test_pictures_of_latent_diffusion_are_mixed(made):

@@ -11,6 +11,7 @@ from sora_jax.data.media import save_png, write_video
 from sora_jax.data.sheets import contact_sheet, strip
 from sora_jax.files import local_copy
 from sora_jax.generate.run import Run
+from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.frozen import FrozenAutoencoder
 from sora_jax.train.metrics import MetricsWriter
@@ -25,7 +26,7 @@ def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], 
 
     def preview(step: int, params: dict, writer: MetricsWriter) -> None:
         autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, params), zero, one)
-        decoded = list(autoencoder.decode(autoencoder.encode(clips, 1), 1))
+        decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
         image = contact_sheet([pair[None] for pair in pairs], [""] * len(pairs), shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
@@ -82,10 +83,12 @@ def progress_picture(samples: Path) -> np.ndarray:
     return np.concatenate([np.pad(r, ((0, 4), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
 
 
-def held_out_psnr(autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray]) -> float:
+def held_out_psnr(
+    autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()
+) -> float:
     """Mean PSNR in dB of the reconstructions of uint8 clips, at the precision that is written to files."""
-    values = []
-    for clip, decoded in zip(clips, autoencoder.decode(autoencoder.encode(clips)), strict=True):
+    values, latents = [], autoencoder.encode(clips, tiles=tiles)
+    for clip, decoded in zip(clips, autoencoder.decode(latents, tiles=tiles), strict=True):
         error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()
         values.append(10 * np.log10(255.0**2 / max(error, 1e-4)))
     return float(np.mean(values))

@@ -16,6 +16,7 @@ from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, latent_grid, reconstruction_loss
 from sora_jax.models.flops import autoencoder_train_flops
+from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.train.loop import Job, LoopConfig
 from sora_jax.train.optim import OptimConfig
@@ -25,7 +26,8 @@ from sora_jax.train.optim import OptimConfig
 class AutoencoderRun:
     """A whole training run of the autoencoder. `data` is a folder made by `sora-jax data build`.
 
-    `crop` is (frames, height, width) of the training crops, `batch` their number in a step over all devices.
+    `crop` is (frames, height, width) of the training crops, `batch` their number in a step over all devices. In
+    previews and measurements, which see whole clips, those larger than `tiles` are cut.
     """
 
     kind: str = "autoencoder"
@@ -40,11 +42,13 @@ class AutoencoderRun:
     loop: LoopConfig = LoopConfig()
     feed: FeedConfig = FeedConfig()
     mesh: MeshConfig = MeshConfig()
+    tiles: TilingConfig = TilingConfig()
 
     def __post_init__(self):
         check(self.kind == "autoencoder", f"kind is {self.kind!r}; an AutoencoderRun is of kind 'autoencoder'")
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
         latent_grid(self.model, *self.crop)
+        tile_grid(self.model, self.tiles)
         for name, rows in self.rows.items():
             check(
                 rows % self.loop.accumulate == 0,

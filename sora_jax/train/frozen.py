@@ -162,14 +162,20 @@ def _flush(function, held: list[np.ndarray], batch: int) -> np.ndarray:
     return function(np.stack(filled))[: len(held)]
 
 
-def measure_statistics(params, config: FirstStageConfig, clips: Iterable[np.ndarray], batch: int = 16):
+def measure_statistics(
+    params,
+    config: FirstStageConfig,
+    clips: Iterable[np.ndarray],
+    batch: int = 16,
+    tiles: TilingConfig = TilingConfig(),
+):
     """Mean and standard deviation of each latent channel over clips, each position counting once.
 
     No deviation is taken for less than SMALLEST_STD times the largest.
     """
     raw = FrozenAutoencoder(config, params, np.zeros(1, np.float32), np.ones(1, np.float32))
     count, total, squares = 0, 0.0, 0.0
-    for z_thwC in raw.encode(clips, batch):
+    for z_thwC in raw.encode(clips, batch, tiles=tiles):
         flat = z_thwC.reshape(-1, z_thwC.shape[-1]).astype(np.float64)
         count, total, squares = count + len(flat), total + flat.sum(0), squares + np.square(flat).sum(0)
     check(count > 0, "the dataset has no clips to measure latent statistics on")
