@@ -22,7 +22,7 @@ from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config, told
 from sora_jax.models.first_stage import autoencoder_specs
-from sora_jax.models.tiling import TilingConfig
+from sora_jax.models.tiling import TilingConfig, nearness
 from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
@@ -248,6 +248,8 @@ def sample(options) -> list[Path]:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     size = (options.frames, options.height, options.width)
+    if near := nearness(run.autoencoder.config, tiles, [run.latent_size(*size)], "decode"):
+        print(f"sora-jax: {near}", file=sys.stderr)
     more = dict(guidance=options.guidance, seed=options.seed, sampling=sampling, negative=options.negative, tiles=tiles)
     clips = run.generate(prompts, size, classes=classes, **more)
     clips = [grid(clips)] if classes else clips

@@ -113,6 +113,12 @@ def test_tiles_that_overlap_enough_are_the_whole_and_others_are_near(made, name)
         enough, little = (run(TilingConfig(tile, share)).astype(float) for share in (overlap, 0.2))
         tolerance = 1e-4 if what == "encode" else 1  # of uint8
         assert np.abs(enough - whole).max() <= tolerance < np.abs(little - whole).max()
+        grid = tiling.latent_grid(config, *size)
+        told = [tiling.nearness(config, TilingConfig(tile, share), [grid], what) for share in (overlap, 0.2)]
+        assert told[0] == "" and told[1].startswith("these tiles come near the whole; exact from an overlap of 0.")
+        least = float(told[1].split()[-1])
+        exact = [tiling.nearness(config, TilingConfig(tile, x), [grid], what) == "" for x in (least, least - 0.25)]
+        assert exact == [True, False]
         assert np.abs(little - whole).mean() < 0.2 * np.abs(whole - whole.mean()).mean()
 
 
@@ -172,6 +178,8 @@ def test_pictures_of_latent_diffusion_are_mixed(made):
     whole = next(autoencoder.encode([video]))
     frames = next(autoencoder.encode([video], tiles=TilingConfig((2, 0, 0), 0.0)))
     np.testing.assert_allclose(frames, whole, atol=1e-4)
+    told = [tiling.nearness(KL, TilingConfig(tile, 0.0), [(4, 8, 8)], "encode") for tile in ((2, 0, 0), (0, 8, 8))]
+    assert told == ["", "these tiles come near the whole; none of their size are exact at any overlap"]
     tiled = next(autoencoder.encode([video], tiles=TilingConfig((0, 8, 8), 0.5)))
     assert 1e-3 < np.abs(tiled - whole).mean() < np.abs(whole).mean()
 
@@ -205,6 +213,7 @@ def test_encode_and_sample_take_tiles(chain, tmp_path, capsys):  # noqa: F811
     tiled, whole = LatentCache(tmp_path / "latents"), LatentCache(chain.latents)
     same = [np.allclose(tiled[i], whole[i], atol=4e-3) for i in range(len(whole))]
     assert all(tiled[i].shape == whole[i].shape for i in range(len(whole)))
+    assert capsys.readouterr().err.count("these tiles come near the whole") == 1
     fits = [whole[i].shape[0] <= 2 and whole[i].shape[1] <= 4 for i in range(len(whole))]
     assert not all(same) and all(one for one, fit in zip(same, fits, strict=True) if fit)
     sample = ["sample", f"--workdir={chain.transformer}", "--prompt=a fox", "--steps=1", "--frames=9", "--height=16"]

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -153,6 +153,28 @@ def _rising(common: int, before: float, after: float) -> np.ndarray:
     if common <= before + after:
         before = after = 0
     return np.clip((np.arange(common, dtype=np.float32) + 0.5 - before) / (common - before - after), 0, 1)
+
+
+def nearness(config: FirstStageConfig, tiling: TilingConfig, grids: Iterable[Sequence[int]], what: str) -> str:
+    """What to tell of the tiles of clips with these latents (t, h, w): "" where they make the whole exactly.
+
+    what: "encode" or "decode".
+    """
+    around = [before + after for before, after in seen(config, what)]
+    laid_out = [zip(lay_out(config, tiling, grid), around, strict=True) for grid in grids]
+    cut = {(axis, reached) for axes in laid_out for axis, reached in axes if reached and len(axis.starts) > 1}
+    if all(_least_common(axis) > reached for axis, reached in cut):
+        return ""
+    near = "these tiles come near the whole; "
+    if any(axis.extent <= reached + 1 for axis, reached in cut):
+        return near + "none of their size are exact at any overlap"
+    overlap = max((reached + 1) / axis.extent for axis, reached in cut)
+    return near + f"exact from an overlap of {math.ceil(1000 * overlap) / 1000:g}"
+
+
+def _least_common(axis: Axis) -> int:
+    """What two neighbours have in common at least."""
+    return axis.extent - max(np.diff(axis.starts))
 
 
 def seen(config: FirstStageConfig, what: str) -> tuple:

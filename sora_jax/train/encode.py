@@ -1,6 +1,7 @@
 """Dataset folder -> latent cache: every clip through the frozen autoencoder, once."""
 
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from sora_jax.data.parts import Share
 from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
-from sora_jax.models.tiling import TilingConfig, count, lay_out
+from sora_jax.models.tiling import TilingConfig, count, lay_out, nearness
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
@@ -66,6 +67,8 @@ def encode_dataset(
     layout = {"canvases": canvases, "clips_per_shard": clips_per_shard}
     parts = start_cache(out, info, -(-len(order) // clips_per_shard), layout)
     missing = parts.missing(share)
+    if missing and (told := nearness(config, tiles, grids, "encode")):
+        print(f"sora-jax: {told}", file=sys.stderr)
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)
     work = [order[part * clips_per_shard : (part + 1) * clips_per_shard] for part in missing]
