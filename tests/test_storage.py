@@ -28,12 +28,17 @@ from test_sources_tfds import GreyDigits
 from sora_jax import cli, files
 from sora_jax.convert.tensors import read_tensors, write_tensors
 from sora_jax.data import shards
+from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import SpanRule, decode, save_png, write_video
+from sora_jax.data.packing import PackingConfig
 from sora_jax.data.parts import Kind, start
+from sora_jax.data.pipeline import packed_batches
 from sora_jax.data.shards import FLOATS, RecordWriter, shard_name
 from sora_jax.data.sources import SourceConfig, make_source
+from sora_jax.data.tokenizer import TokenizerConfig
+from sora_jax.data.tokenizer import train as train_tokenizer
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.files import (
@@ -52,6 +57,7 @@ from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.metrics import MetricsWriter, read_metrics
 
 ROOT = "gs://bucket"
+BYTES = TokenizerConfig(kind="bytes")
 LOOP = ["loop.steps=6", "loop.save_every=3", "loop.preview_every=6"]
 SHOW = ["preview.prompts=('a red square moves right','a green square')", "preview.sizes=((9,16,24),(1,16,16))"]
 
@@ -289,6 +295,29 @@ def test_what_a_killed_process_has_not_finished_goes(bucket):  # noqa: F811
 def test_of_several_one_creates_a_file(bucket):  # noqa: F811
     path = as_path(f"{ROOT}/created/started.json")
     assert [create(path, "first"), create(path, "second")] == [True, False] and read_text(path) == "first"
+
+
+def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypatch):  # noqa: F811
+    cache, tokenizer, written, put = LatentCache(chain.latents), train_tokenizer([], BYTES), [], files.put
+
+    def note(temporary, path):
+        written.append(str(path))
+        put(temporary, path)
+
+    monkeypatch.setattr(files, "put", note)
+    arguments = cache, tokenizer, PackingConfig(length=512, patch=(1, 2, 2)), 2, 0
+    shares = [
+        packed_batches(*arguments, process_index=k, process_count=2, folder=as_path(f"{ROOT}/shares/captions"))
+        for k in (1, 0)
+    ]
+    for batches in shares:
+        stream = batches.stream(feed=FeedConfig(threads=0))
+        next(stream)
+        stream.close()
+    there = [name for name in written if name.startswith(ROOT)]
+    assert sorted(there) == [f"{ROOT}/shares/captions/{name}" for name in ("ends.npy", "ids.npy", "made_of.txt")]
+    assert len(pickle.dumps(shares[0].texts)) < 2000  # to workers a file goes by name
+    np.testing.assert_array_equal(shares[0].texts.ids(1, 0), shares[1].texts.ids(1, 0))
 
 
 def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  # noqa: F811

@@ -28,7 +28,6 @@ PLANS = {
     "14b": "--config=configs/sora.py:14b --topology=v5p:4x8x8",
     "14b-slices": "--config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2",
     "3b-sample": "--config=configs/sora.py:3b --topology=v5p:2x2x2 --what=sample",
-    "autoencoder": "--config=configs/autoencoder.py:base --topology=v5p:2x2x1",
     "reconstruct": "--config=configs/autoencoder.py:base --topology=v5e:2x2 --what=autoencoder"
     " --config.mesh.sequence=2",
     "b-unfit": "--config=configs/sora.py:b --topology=v5e:2x2 --config.mesh.fsdp=4 --config.batch=4"

@@ -16,7 +16,7 @@ from sora_jax.data.latents import LatentCache
 from sora_jax.data.shuffle import uniforms
 from sora_jax.data.tokenizer import NULL, UNKNOWN, Tokenizer
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, local_copy, read_text, replacing, write_text
+from sora_jax.files import as_path, cache_folder, is_remote, local_copy, read_text, replacing, write_text
 
 PRESETS = {
     "dalle3": {"synthetic": 0.95, "original": 0.05},
@@ -108,8 +108,8 @@ class Texts(Protocol):
     def embedding(self, clip: int, caption: int) -> np.ndarray | None:
         """Embeddings (m, E), or None where the model learns its own from the ids."""
 
-    def keep(self) -> None:
-        """Put what was made for it on the disk, for the next start."""
+    def keep(self, first: bool = True) -> None:
+        """Put what was made for it on the disk, for the next start; the `first` of the processes into a bucket."""
 
 
 class TokenTexts:
@@ -121,10 +121,14 @@ class TokenTexts:
         self._kept = folder is not None and _is_made(self._folder, self._stamp)
         self._ids, self._ends = _load(self._folder) if self._kept else _tokenize(cache, tokenizer)
 
-    def keep(self):
-        if self._folder and not self._kept:
+    def keep(self, first=True):
+        if not self._folder or self._kept:
+            return
+        if is_remote(self._folder) and not first:  # a bucket takes one write a second of an object
+            self._folder = cache_folder() / "captions" / self._stamp
+        if not _is_made(self._folder, self._stamp):
             _save(self._folder, self._ids, self._ends, self._stamp)
-            self._kept, (self._ids, self._ends) = True, _load(self._folder)
+        self._kept, (self._ids, self._ends) = True, _load(self._folder)
 
     def most(self, clips):
         return np.maximum.reduceat(np.diff(self._ends), self._starts[:-1])[clips]
@@ -175,7 +179,7 @@ class EmbeddedTexts:
     def embedding(self, clip, caption):
         return self._cache.text(clip, caption)
 
-    def keep(self):
+    def keep(self, first=True):
         pass
 
 
@@ -194,7 +198,7 @@ class NullTexts:
     def embedding(self, clip, caption):
         return None
 
-    def keep(self):
+    def keep(self, first=True):
         pass
 
 

@@ -143,7 +143,7 @@ class PackedBatches:
 
         position: of this or an earlier step, so that a late start need not count the packs of all epochs before.
         """
-        self.texts.keep()
+        self.texts.keep(first=self.share.index == 0)
         self._epochs.seek(Position(*position))
         return read_ahead(self._at, start, feed)
 
