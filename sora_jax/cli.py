@@ -1,9 +1,12 @@
 """The command line: `sora-jax COMMAND --help` shows each command with an example."""
 
 import argparse
+import difflib
 import functools
+import re
 import sys
 
+from sora_jax import __version__
 from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, no_bug
 
@@ -40,7 +43,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
             setattr(options, name, [a.removeprefix(prefix) for a in rest if a.startswith(prefix)])
             rest = [a for a in rest if not a.startswith(prefix)]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        near = difflib.get_close_matches(rest[0].split("=")[0], re.findall(r"--[a-z-]+", options.parser.format_help()))
+        hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return options
 
 
@@ -60,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """One subparser per command."""
     parser = _parser(argparse.ArgumentParser, prog="sora-jax", description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"sora_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _quickstart(commands)
     _train(commands)
@@ -79,7 +85,9 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 def _parser(make, *names, **options) -> argparse.ArgumentParser:
-    return make(*names, formatter_class=_Help, allow_abbrev=False, **options)
+    parser = make(*names, formatter_class=_Help, allow_abbrev=False, **options)
+    parser.set_defaults(parser=parser)  # of a command the innermost: it has the options to tell
+    return parser
 
 
 def _quickstart(commands) -> None:
@@ -119,13 +127,13 @@ def train(options) -> None:
     from sora_jax.config import load
     from sora_jax.parallel import distributed
 
-    others = (options.coordinator, options.processes, options.process)
-    if options.distributed or others != (None, None, None):
-        distributed.start(*others)
     config = commands.run_config(load(options.config, options.changes))
     if options.dry_run:
         print(commands.describe(config))
         return
+    others = (options.coordinator, options.processes, options.process)
+    if options.distributed or others != (None, None, None):
+        distributed.start(*others)
     commands.use_compilation_cache()
     commands.train(config, options.workdir)
 
@@ -312,6 +320,7 @@ def source_config(options, seed: int, holdout: float):
 
 def encode(options) -> None:
     from sora_jax import commands
+    from sora_jax.data.latents import LatentCache
     from sora_jax.data.parts import Share
     from sora_jax.models.pretrained import PretrainedText
     from sora_jax.models.tiling import TilingConfig
@@ -322,7 +331,9 @@ def encode(options) -> None:
     share = Share.parse(options.shard)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     folders = options.autoencoder, options.data, options.out
-    if not encode_dataset(*folders, options.batch, options.shapes, share, text, tiles=tiles):
+    if encode_dataset(*folders, options.batch, options.shapes, share, text, tiles=tiles):
+        print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
+    else:
         print(f"this share is done; {options.out} appears when the others are, too")
 
 
@@ -367,13 +378,15 @@ def _plan(commands) -> None:
         "  sora-jax plan --config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2 --pack-length=16384 --json\n"
         "  sora-jax plan --config=configs/sora.py:b --topology=v5e:4x4 --what=sample --config.model.remat=dots"
     )
-    about = "what a run would need of TPUs that are not here: memory, FLOPs, network, time"
+    about = "what a run would need of TPUs or GPUs that are not here: memory, FLOPs, network, time"
     p = _parser(commands.add_parser, "plan", help=about, epilog=example)
     p.add_argument("--config", required=True, help="as for train; --config.a.b=VALUE changes it")
     p.add_argument(
-        "--topology", required=True, help="chip and shape of a slice, in chips: v5e:4x4, v5p:4x4x8, v6e:16x16"
+        "--topology", required=True, help="chip and shape of a slice, in chips: v5e:4x4, v5p:4x4x8, v6e:16x16, h100:8"
     )
-    p.add_argument("--slices", type=int, default=1, help="so many slices, joined by the data-centre network")
+    p.add_argument(
+        "--slices", type=int, default=1, help="so many slices (nodes of GPUs), joined by the data-centre network"
+    )
     p.add_argument("--pack-length", type=int, help="tokens of a pack, in place of config.packing.length")
     p.add_argument(
         "--what", default="train", help="train, sample (of a transformer) or autoencoder (encode and decode)"

@@ -423,7 +423,7 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     for picture in (report.sheet, report.histogram):
         pixels = decode(picture).frames[0]
         assert pixels.shape[0] > 40 and (pixels != 255).any()
-    with pytest.raises(UserError, match="pack_length=80 is not allowed: .* 90 tokens"):
+    with pytest.raises(UserError, match="--pack-length is 80; .* 90 tokens"):
         inspect(tmp_path / "out", pack_length=80)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fixtures_runs import ROOT, TINY, build_options, chain, run, train_options  # noqa: F401
 
-from sora_jax import cli, commands
+from sora_jax import __version__, cli, commands
 from sora_jax.data import media
 
 
@@ -230,6 +230,20 @@ def test_what_is_no_command_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2 and "usage: sora-jax" in capsys.readouterr().err
+
+
+def test_a_mistyped_option_is_told_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "encode", "--autoencoder=a", "--data=b", "--out=c", "--bach=3"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "usage: sora-jax data encode" in said and "--bach=3; did you mean --batch?" in said
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"sora_jax {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--config.seed=3"], ["--colour=red"], ["--config.seed", "3"]])

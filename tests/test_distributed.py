@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from fixtures_toy import kill, one_of_two, train, train_half  # noqa: F401
 from PIL import Image
 
 from sora_jax import cli
-from sora_jax.errors import UserError
+from sora_jax.errors import LostPeer, UserError
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.frozen import load_autoencoder
@@ -143,8 +145,19 @@ def test_a_coordinator_that_is_not_there_is_named():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         name = f"127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(UserError, match=f"--coordinator is '{name}'; nobody answers there"):
+    with pytest.raises(LostPeer, match=f"--coordinator is '{name}'; nobody answers there"):
         distributed._wait_for(name, seconds=0.1)
+
+
+def test_processes_that_do_not_come_are_told_and_given_up():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        name = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"from sora_jax.parallel import distributed as d; d.START = 4; d.start({name!r}, 2, 0)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 75
+    assert f"sora-jax: waiting for all of 2 processes at {name}, 4 s at most" in ended.stderr
+    assert f"sora-jax: all of 2 processes at {name} were not there within 4 s" in ended.stderr
 
 
 def test_the_share_of_one_process_is_the_whole_batch():
@@ -159,6 +172,7 @@ def test_the_share_of_one_process_is_the_whole_batch():
         (("host:1", 2, 2), "--process is 2; it must be from 0 to 1"),
         (("host", 2, 1), "--coordinator is 'host'; it must be HOST:PORT"),
         (("host:x", 2, 1), "--coordinator is 'host:x'; it must be HOST:PORT"),
+        (("host:65536", 2, 1), "--coordinator is 'host:65536'; it must be HOST:PORT, the port from 1 to 65535"),
     ],
 )
 def test_options_that_say_no_place_are_refused(given, message):

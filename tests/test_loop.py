@@ -173,6 +173,7 @@ def test_what_was_done_after_the_save_that_a_run_goes_on_from_is_lost(tmp_path, 
     after = json.loads((tmp_path / "time.json").read_text())["seconds"]
     assert after["lost"] == seconds["lost"] and after["step"] > seconds["step"]
     said = capsys.readouterr().out.splitlines()
+    assert "toy: goes on from step 12 of 20" in said
     assert said[-1].startswith("toy: step 20 of 20; ") and f"lost {seconds['lost']:.1f} s" in said[-1]
 
 

@@ -491,7 +491,10 @@ def test_the_report_says_what_binds_and_what_can_be_reached():
         "1.333x",
     ):
         assert said in text, text
-    assert re.search(r"all-gather +fsdp +12 x +3\.000 GB +500\.00 ms", text)
+    assert re.search(r"all-gather +fsdp +12 x +3 GB +500 ms", text) and re.search("compute +2,000 ms", text)
+    tiny = dataclasses.replace(plan, times={"compute": 3.21e-6, "memory": 1e-6}, collectives=())
+    text = as_text(tiny, topology)
+    assert re.search(r"compute +0\.00321 ms", text) and "collectives: none" in text
     told = json.loads(as_json(plan, topology))
     assert told["binding"] == "compute" and told["utilisation_serial"] == pytest.approx(1.5 / 3.5)
 

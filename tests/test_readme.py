@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = ROOT / ".ci" / "run"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
 QUICKSTART = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/sora-jax quickstart"
-TESTS = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
+TESTS = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n 2"
 COMMANDS = [line for kind, block in BLOCKS for line in block.splitlines() if kind == "" and "sora-jax" in line]
 
 

@@ -99,7 +99,7 @@ def plan_fill(tokens: np.ndarray, pack_length: int | None) -> dict:
     length = pack_length or 2 * int(tokens.max())
     if tokens.max() > length:
         raise UserError(
-            f"pack_length={length} is not allowed: the longest clip has {tokens.max()} tokens, at least that many are."
+            f"--pack-length is {length}; the longest clip has {tokens.max()} tokens, so it must be at least that"
         )
     planned = plan(0, 0, tokens, np.zeros_like(tokens), length, SLOTS, 1)
     return {"pack_length": length, "packs": len(planned), "fill": round(tokens.sum() / (len(planned) * length), 4)}
@@ -122,6 +122,7 @@ def draw_histograms(dataset: Dataset, path: Path) -> Path:
     for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         axes.hist(values, bins=30, color="#4477aa")
         axes.set(xlabel=title, ylabel="clips")
+        axes.locator_params(axis="x", nbins=5)  # long numbers would run into each other
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -4,7 +4,10 @@ With one process, which is how most runs go, nothing here costs anything.
 """
 
 import contextlib
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -18,7 +21,7 @@ from sora_jax.errors import LostPeer, Unreachable, UserError
 from sora_jax.parallel.rules import partition, parts
 
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")  # said of a lost connection
-START = 300  # seconds that the first process may take to be there
+START = 300  # seconds that the processes may take to be there
 SILENCE = 60  # seconds without a sign of life after which a process is given up, and with it all the others
 
 
@@ -26,38 +29,76 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     """Joins the other processes of the run; to be called before anything else of JAX.
 
     On TPU, SLURM and GKE nothing need be given: JAX finds the others. Elsewhere all three are: HOST:PORT of the first
-    process, the number of processes, and which this is, from 0. When a process dies, JAX ends the others within about
-    a minute, and says why. UserError if the others cannot be known.
+    process, the number of processes, and which this is, from 0. Where they are not all there within five minutes, the
+    process says so and ends with code 75. When a process dies later, JAX ends the others within about a minute, and
+    says why. UserError if the others cannot be known.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     check(len(missing) in (0, 3), f"{', '.join(missing)} is not given; give all of {', '.join(given)}, or none")
+    where = "the other processes of the run"
     if not missing:
         check(processes > 0, f"--processes is {processes}; it must be positive")
         check(0 <= process < processes, f"--process is {process}; it must be from 0 to {processes - 1}")
-        check(":" in coordinator, f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+        host, _, port = coordinator.rpartition(":")
+        valid = host and port.isdigit() and 0 < int(port) < 2**16
+        check(valid, f"--coordinator is {coordinator!r}; it must be HOST:PORT, the port from 1 to 65535")
+        where = f"all of {processes} processes at {coordinator}"
         if process > 0:
             _wait_for(coordinator)
     try:
-        jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE
-        )
+        with _given_up_after(START, where):
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=2 * START,  # the end of it would be a stack of C++
+                heartbeat_timeout_seconds=SILENCE,
+                shutdown_timeout_seconds=SILENCE,
+            )
     except (ValueError, RuntimeError) as error:
         message = f"no cluster was found ({error}); give --coordinator=HOST:PORT, --processes=N and --process=I"
         raise UserError(message) from error
 
 
+@contextlib.contextmanager
+def _given_up_after(seconds: float, where: str) -> Iterator[None]:
+    """Says what is waited for when it takes more than a moment, and ends the process when it takes too long."""
+
+    def end():
+        print(f"sora-jax: {where} were not there within {seconds:g} s", file=sys.stderr, flush=True)
+        os._exit(LostPeer.code)  # the main thread waits inside JAX, where no exception reaches it
+
+    timers = [threading.Timer(2, _waiting, (where, seconds)), threading.Timer(seconds, end)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _waiting(where: str, seconds: float) -> None:
+    print(f"sora-jax: waiting for {where}, {seconds:g} s at most", file=sys.stderr, flush=True)
+
+
 def _wait_for(coordinator: str, seconds: float = START) -> None:
     """Returns when the first process answers; JAX itself would end this one by a stack of C++."""
     host, _, port = coordinator.rpartition(":")
-    check(port.isdigit(), f"--coordinator is {coordinator!r}; it must be HOST:PORT")
-    give_up = time.monotonic() + seconds
+    began, told = time.monotonic(), False
     while True:
         try:
             return socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
-            if time.monotonic() > give_up:
-                raise UserError(f"--coordinator is {coordinator!r}; nobody answers there ({error})") from error
+            waited = time.monotonic() - began
+            if waited > seconds:
+                message = f"--coordinator is {coordinator!r}; nobody answers there ({error})"
+                raise LostPeer(message) from error
+            if waited > 2 and not told:
+                _waiting(f"the first process at {coordinator}", seconds)
+                told = True
             time.sleep(0.2)
 
 

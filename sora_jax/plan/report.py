@@ -17,9 +17,10 @@ from sora_jax.plan.suggest import suggest
 class Plan:
     """What one compiled program needs of every chip; bytes, FLOPs and seconds of one call.
 
-    memory: bytes by what holds them; activations are what the forward pass keeps for the backward pass. Compiled FLOPs,
-    traffic, collectives and times are None of a program that does not fit: the compiler gives none. unread: loops that
-    count once, since the program does not tell how often they run.
+    flops and bytes are of one chip, model_flops and units (tokens, clips) of all. memory: bytes by what holds them;
+    activations are what the forward pass keeps for the backward pass. Compiled FLOPs, traffic, collectives and times
+    are None of a program that does not fit: the compiler gives none. unread: loops that count once, since the program
+    does not tell how often they run.
     """
 
     what: str
@@ -172,21 +173,26 @@ def _work(plan: Plan, topology: Topology) -> list[str]:
     lines = [
         f"\nFLOPs of a call: {plan.chips * plan.flops:.4g} compiled, {plan.model_flops:.4g} of the model,"
         f" {plan.ratio:.3f}x",
-        f"bytes of a chip: {plan.bytes / 1e9:,.1f} GB to and from memory",
-        "collectives (bytes of a chip)",
+        f"bytes of a chip: {_figure(plan.bytes / 1e9)} GB to and from memory",
+        "collectives (bytes of a chip)" if plan.collectives else "collectives: none",
     ]
     for row in plan.collectives:
-        spent = f"{1e3 * row.seconds:9.2f} ms" + (
-            f" + {1e3 * row.between:.2f} ms between slices" if row.between else ""
-        )
-        lines.append(f"  {row.kind:19} {'+'.join(row.axes):20} {row.runs:6} x {row.bytes / 1e9:10.3f} GB {spent}")
+        between = f" + {_figure(1e3 * row.between)} ms between slices" if row.between else ""
+        spent = f"{_figure(1e3 * row.seconds):>9} ms{between}"
+        size = f"{_figure(row.bytes / 1e9):>10} GB"
+        lines.append(f"  {row.kind:19} {'+'.join(row.axes):20} {row.runs:6} x {size} {spent}")
     lines.append(f"\nroofline of a call on {chip.name}, at its peak rates")
-    lines += [f"  {name:20} {1e3 * spent:10.1f} ms" for name, spent in plan.times.items()]
+    lines += [f"  {name:20} {_figure(1e3 * spent):>10} ms" for name, spent in plan.times.items()]
     rate = plan.units / max(plan.times.values())
     lines.append(f"{plan.binding} binds; model-FLOPs utilisation at most {best:.0%}, {serial:.0%} if nothing overlaps")
     if plan.unread:
         lines.append(f"loops that the program does not tell the rounds of, counted once: {plan.unread}")
     return [*lines, f"at most {rate:,.0f} {plan.unit} a second; estimated from the compiled program, not measured"]
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, and all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _tail(plan: Plan) -> list[str]:

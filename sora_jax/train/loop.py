@@ -106,6 +106,8 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         if start >= config.steps:
             say(f"{job.name}: already at step {start} of {config.steps}")
             return state
+        if start:
+            say(f"{job.name}: goes on from step {start} of {config.steps}")
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
         writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
         bar = stack.enter_context(_bar(job.name, start, config.steps))
@@ -146,6 +148,7 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
         with watch("save"):
             checkpoints.wait()
         distributed.barrier("the end of the run")  # a process that leaves early is taken for dead
+        bar.close()  # else the line that follows is glued to it
         say(f"{job.name}: step {step} of {config.steps}; {watch}")
     if stopping:
         raise Stopped(step)
