@@ -1,7 +1,7 @@
 """The quickstart: text to video on the embedded world, from nothing, on two CPU cores.
 
     sora-jax quickstart                                       under ten minutes
-    sora-jax quickstart --config=configs/quickstart.py:short  under three minutes: the same code, clips not yet right
+    sora-jax quickstart --config=configs/quickstart.py:short  three minutes: the same code, clips not yet right (0 %)
     sora-jax quickstart --config=configs/quickstart.py:tiny   a minute or so: does every stage run?
 
 Writes to runs/quickstart. What to expect, with the figures measured: experiments/quickstart/README.md.

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from sora_jax.config import check, choose, first_difference, frozen, override, p
 from sora_jax.data.latents import LatentCache, TextInfo
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
+from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import grid
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, read_text, write_json
+from sora_jax.files import as_path, is_empty, read_text, write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
 from sora_jax.generate.run import Run, load_run, read_run_config, told
 from sora_jax.models.first_stage import autoencoder_specs
@@ -210,8 +212,10 @@ def check_workdir(workdir: Path, config, data: str) -> None:
             f"--workdir is {str(workdir)!r}; it has learnt from other clips than are there now; take an empty folder",
         )
     else:
-        occupied = as_path(workdir).is_dir() and any(as_path(workdir).iterdir())
-        check(not occupied, f"--workdir is {str(workdir)!r}; it is not empty and holds no run; take an empty folder")
+        check(
+            is_empty(as_path(workdir)),
+            f"--workdir is {str(workdir)!r}; it is not empty and holds no run; take an empty folder",
+        )
 
 
 def claim_workdir(workdir: Path, config, data: str, text: TextInfo | None = None) -> None:
@@ -248,6 +252,10 @@ def sample(options) -> list[Path]:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     size = (options.frames, options.height, options.width)
+    tokens = math.prod(grid_of(run.latent_size(*size), run.config.model.patch))
+    what = f"{len(prompts or classes)} of {options.frames}x{options.height}x{options.width}, {tokens:,} tokens each"
+    how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
+    print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
     if near := nearness(run.autoencoder.config, tiles, [run.latent_size(*size)], "decode"):
         print(f"sora-jax: {near}", file=sys.stderr)
     more = dict(guidance=options.guidance, seed=options.seed, sampling=sampling, negative=options.negative, tiles=tiles)

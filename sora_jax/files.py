@@ -231,6 +231,13 @@ def remote_files(folder: Path) -> dict[str, int]:
     }
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is below a folder, or there is none; an object in its own name, as consoles make, is nothing."""
+    if is_remote(folder):
+        return not remote_files(folder)
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
 def read_together(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """Name -> bytes of small remote files of a folder, many at a time; those that cannot be read are left out."""
     if not names:

@@ -14,6 +14,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -483,6 +484,17 @@ def test_paths(bucket, tmp_path):  # noqa: F811
     assert str(as_path(tmp_path / "x" / ".." / "y")) == f"{tmp_path}/x/../y" and type(as_path("a")) is type(tmp_path)
     with pytest.raises(UserError, match="^'s3://b/x' cannot be used"):
         as_path("s3://b/x")
+
+
+def test_an_object_in_the_name_of_a_folder_does_not_fill_it(bucket, monkeypatch):  # noqa: F811
+    folder = as_path(f"{ROOT}/made_by_a_console")
+    assert files.is_empty(folder)
+    marker = {"bucket/made_by_a_console/": {"type": "file", "size": 0}}
+    with monkeypatch.context() as change:
+        change.setattr(files, "_storage", lambda path: (SimpleNamespace(find=lambda *_, **__: marker), path.name))
+        assert files.is_empty(folder)
+    create(folder / "config.json", "{}")
+    assert not files.is_empty(folder)
 
 
 def test_what_the_store_refuses_is_one_sentence(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.diffusion.times import TimesConfig
-from sora_jax.files import as_path, write_json
+from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.first_stage import autoencoder_specs
@@ -46,7 +46,7 @@ def convert_from(
     """
     read = choose("--from", kind, READERS)
     out = as_path(out)
-    check(not out.exists() or not any(out.iterdir()), f"--out is {str(out)!r}; that folder is not empty")
+    check(not out.is_file() and is_empty(out), f"--out is {str(out)!r}; it must be an empty folder, or none yet")
     check(autoencoder is None or kind != VAE, f"--autoencoder is given; --from={VAE} makes one itself")
     check(heads is None or kind == OFFICIAL, f"--heads is {heads}; --from={kind} says itself how many there are")
     return read(as_path(weights), out, autoencoder, heads)
@@ -56,7 +56,7 @@ def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
     """Writes the averaged weights of a run, or its frozen autoencoder, in the format `kind`: the inverse."""
     write = choose("--to", kind, WRITERS)
     out = as_path(out)
-    occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    occupied = out.is_file() or not is_empty(out)
     check(not occupied, f"--out is {str(out)!r}; it is there already")
     return write(as_path(workdir), out)
 

@@ -28,7 +28,8 @@ def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], 
         autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, params), zero, one)
         decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
-        image = contact_sheet([pair[None] for pair in pairs], [""] * len(pairs), shown=1)
+        told = ["above the clip, below what comes back"] * len(pairs)
+        image = contact_sheet([pair[None] for pair in pairs], told, shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
@@ -78,9 +79,9 @@ def progress_picture(samples: Path) -> np.ndarray:
     from PIL import Image
 
     files = sorted(samples.glob("step_*/frames.png"))
-    rows = [np.asarray(Image.open(local_copy(file)).convert("RGB")) for file in files]
-    width = max(row.shape[1] for row in rows)
-    return np.concatenate([np.pad(r, ((0, 4), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
+    rows = [np.asarray(Image.open(local_copy(file)).convert("RGB"))[None] for file in files]
+    steps = [f"step {int(file.parent.name.removeprefix('step_')):,}" for file in files]
+    return contact_sheet(rows, steps, columns=1, shown=1)
 
 
 def held_out_psnr(

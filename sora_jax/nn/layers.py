@@ -114,7 +114,8 @@ def embedding_specs(rows: int, width: int, std: float = 0.02) -> ParamSpec:
 
 def embed(table: jax.Array, ids: jax.Array, axes: tuple) -> jax.Array:
     """Rows of `table` at integer `ids`; `axes` are the logical axes of the result."""
-    return table.at[ids].get(out_sharding=out_sharding(*axes))
+    whole = reshard(table, None, None)  # rows that are cut over fsdp could not be dealt to a batch that is cut so, too
+    return whole.at[ids].get(out_sharding=out_sharding(*axes))
 
 
 def time_features(n: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
