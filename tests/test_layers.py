@@ -26,6 +26,8 @@ from sora_jax.nn.layers import (
     to_heads,
 )
 from sora_jax.nn.params import init
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.parallel.rules import partition
 
 # Compiles in half the time; the programs are too small to gain from the passes left out.
 quick_jit = functools.partial(
@@ -144,3 +146,15 @@ def test_time_features_in_closed_form():
 
 def test_compute_dtype_on_a_cpu():
     assert compute_dtype("auto") == jnp.float32 and compute_dtype("bfloat16") == jnp.bfloat16
+
+
+def test_rows_of_a_table_that_is_split_as_the_batch_is_are_taken_where_they_belong():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    rows = np.arange(40.0 * 32, dtype=np.float32).reshape(40, 32)
+    table = jax.device_put(rows, jax.NamedSharding(mesh, partition("vocabulary", "embed")))
+    ids = jax.device_put(np.arange(8 * 6).reshape(8, 6) % 40, jax.NamedSharding(mesh, partition("batch", "length")))
+    with jax.set_mesh(mesh):
+        take = jax.jit(lambda table, ids: embed(table, ids, ("batch", "length", "width")))
+        np.testing.assert_array_equal(take(table, ids), np.asarray(table)[np.asarray(ids)])
+        text = take.lower(table, ids).compile().as_text()
+    assert "f32[2,6,32]" in text and "f32[8,6," not in text  # a device's share of the batch, and nowhere all of it
