@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def test_an_accelerator_takes_packs_side_by_side_with_the_same_result(monkeypatc
 
     one_after_another = found()
     monkeypatch.setattr(blockwise, "platform", lambda: "gpu")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found(), one_after_another)
+    chex.assert_trees_all_close(found(), one_after_another, rtol=1e-4, atol=1e-5)
     # A loop that ran as often as each pack asks would let some wait by a copy of all that it sums.
     gradient = jax.make_jaxpr(jax.grad(lambda *a: blockwise_attention(*a, queries, keys, block=6).sum(), (0, 1, 2)))
     loops = [eqn for eqn in equations(gradient(*arrays).jaxpr) if eqn.primitive.name == "while"]

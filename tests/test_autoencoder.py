@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_clips_on_a_canvas_are_masked_by_rows_of_every_device():
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(autoencoder_specs(config), mesh)), *place_batch((video, sizes), mesh)
         found = quick_jit(lambda p, v, s: encode(p, config, v, s))(*placed)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
+    chex.assert_trees_all_close(found, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_remat_changes_no_number():
 
     video = clips(1, 5)
     both = jax.jit(lambda p: [loss_and_gradient(c, p, video) for c in (config, remat)])(random_params(config))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *both)
+    chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-6)
 
 
 def test_overfitting_one_clip_raises_psnr():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def test_remat_and_precision_change_the_loss_by_no_more_than_they_must(params, c
     )
     np.testing.assert_allclose(loss[0], other[0], rtol=1e-6 if "remat" in change else 2e-2)
     if "remat" in change:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), loss[1], other[1])
+        chex.assert_trees_all_close(loss[1], other[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,7 @@ def test_restored_on_any_mesh(saved, name):
         like = state_on(mesh)
         found, run = checkpoints.restore(like)
     assert run == {"step": 3, "note": "ä"}
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
+    chex.assert_trees_all_equal(jax.device_get(found), wanted)
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, like)
 
 
@@ -71,7 +72,7 @@ def test_one_average_alone(saved, index, tmp_path):
     shutil.rmtree(folder / "3" / "state")  # parameters and optimizer are not looked at
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore_ema(abstract_on(specs(), make_mesh(MESHES["all"])), 2, index)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted.ema[index])
+    chex.assert_trees_all_equal(jax.device_get(found), wanted.ema[index])
 
 
 OTHERS = {
@@ -137,7 +138,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(pair, tmp_p
     assert sum(line.startswith(told) for line in capfd.readouterr().err.splitlines()) == 1
     with jax.set_mesh(mesh), Checkpoints(folder, keep=2) as checkpoints:
         state, _ = checkpoints.restore(state_on(mesh, width=512))
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(state_on(mesh, 3, 512)))
+        chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(state_on(mesh, 3, 512)))
         checkpoints.save(6, state_on(mesh, 9, 512), {"step": 6})
     assert (folder / "damaged-6").is_dir()
     with jax.set_mesh(mesh), Checkpoints(folder) as reading:
@@ -155,7 +156,7 @@ def test_sampling_passes_a_damaged_average(pair, tmp_path, capfd):
         assert checkpoints.latest() == 3
     with jax.set_mesh(mesh):
         wanted = state_on(mesh, 3, 512).ema[0]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(wanted))
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(wanted))
     assert re.search(r"checkpoint 6 in .* is damaged, checkpoint 3 is used: ", capfd.readouterr().err)
 
 
@@ -228,7 +229,7 @@ def test_donation_right_after_a_save_spoils_nothing(tmp_path, devices):
         with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
             assert checkpoints.latest() == step
             found, _ = checkpoints.restore(state_on(mesh, width=2**16))
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), copies[step])
+        chex.assert_trees_all_equal(jax.device_get(found), copies[step])
         shutil.rmtree(tmp_path / str(step))
 
 
@@ -249,7 +250,7 @@ def test_the_checkpoint_that_is_asked_for(measured, which, step):
         found = checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
         assert checkpoints.candidates(which)[0] == step
         wanted = jax.device_get(state_on(mesh, step).ema[0])
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
+    chex.assert_trees_all_equal(jax.device_get(found), wanted)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Causal convolution against flax.linen, causality by gradient, folding and its inverse against einops."""
 
+import chex
 import einops
 import flax.linen as nn
 import jax
@@ -51,7 +52,7 @@ def test_gradients_equal_flax_convolution(kernel):
         return jax.jit(jax.grad(lambda p, x: jnp.sin(function(p, x)).sum(), (0, 1)))(params, x)
 
     ours, theirs = gradients(causal_conv3d), gradients(linen_conv)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -108,7 +109,7 @@ def test_rows_on_several_devices_are_convolved_as_on_one(kernel, rows):
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
         found = jax.jit(result)(params, place_batch(np.asarray(x), mesh))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), found, wanted)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 
 def test_rows_are_split_where_every_device_gets_as_many():

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,7 +276,7 @@ def test_a_dit_goes_back_to_the_same_bits(network, tmp_path):
     for other in again:
         assert other.side == found.side == 8
         assert dataclasses.replace(other.config, dtype="float32") == found.config
-        jax.tree.map(np.testing.assert_array_equal, other.params, found.params)
+        chex.assert_trees_all_equal(other.params, found.params)
 
 
 def test_the_table_of_positions_is_that_of_the_model():

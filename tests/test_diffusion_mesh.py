@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,7 @@ def compare(shape, token_spec):
     np.testing.assert_array_equal(jax.jit(batch_ranks)(sharded[2]), reference[3])  # no mesh is set here
     assert jax.typeof(found[0]).sharding.spec == PartitionSpec(*token_spec, *[None] * (3 - len(token_spec)))
     np.testing.assert_array_equal(found[0], reference[0])
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, reference)
+    chex.assert_trees_all_close(found, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_meshes_agree():

@@ -8,6 +8,7 @@ import signal
 import time
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_as_if_nothing_had_been
     assert stopped.value.step == step == int(newest(tmp_path / "stopped").step)
     assert signal.getsignal(number) is before
     resumed, straight = train(tmp_path / "stopped"), train(tmp_path / "straight")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(straight))
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(straight))
     rows, wanted = read_metrics(tmp_path / "stopped"), read_metrics(tmp_path / "straight")
     assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in wanted]
 
@@ -90,7 +91,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(tmp_
             train(tmp_path / "run")
     assert int(newest(tmp_path / "run").step) == 4
     resumed, straight = train(tmp_path / "run"), train(tmp_path / "straight")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(straight))
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(straight))
 
 
 def test_no_step_is_reported_twice(tmp_path):
@@ -221,7 +222,7 @@ def test_spikes_are_skipped_and_counted_also_over_a_restart(tmp_path):
     state = train(tmp_path / "whole", toy_job(at), optim=optim, steps=140, save_every=125, log_every=20)
     train(tmp_path / "parts", toy_job(at), optim=optim, steps=125, log_every=20, save_every=0)
     parts = train(tmp_path / "parts", toy_job(at), optim=optim, steps=140, log_every=20, save_every=0)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts), jax.device_get(state))
+    chex.assert_trees_all_equal(jax.device_get(parts), jax.device_get(state))
     skipped = {row["step"]: row["skipped_updates"] for row in read_metrics(tmp_path / "parts")}
     assert skipped[100] == 0 and skipped[120] >= 1 and skipped[140] >= skipped[120] + 1
     assert np.abs(state.params["weight"]).max() < 10

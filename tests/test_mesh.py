@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_attention_on_a_split_sequence_is_that_on_one_device(clips_on_a_line, me
         arrays = zip(arrays, layouts, strict=True)
         placed = [jax.device_put(x, NamedSharding(mesh, partition(*axes))) for x, axes in arrays]
         found = quick_jit(derivatives(lambda *a: attention(*a, *how)))(*placed)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_heads_that_cannot_be_shared_out_go_round_or_are_refused():

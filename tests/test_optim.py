@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +148,7 @@ def test_a_spike_of_the_gradient_changes_nothing_but_the_count():
     spikes = [29, 39, 44]
     assert not moved[spikes].any() and moved[:20].all() and moved.sum() >= 52
     for spike in spikes:
-        jax.tree.map(np.testing.assert_array_equal, states[spike].inner, states[spike - 1].inner)
+        chex.assert_trees_all_equal(states[spike].inner, states[spike - 1].inner)
     assert int(states[-1].skipped_updates) == (~moved).sum()
     mean, variance = states[19].mean, states[19].variance
     np.testing.assert_allclose([mean, variance], [quiet[:20].mean(), quiet[:20].var()], rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +31,13 @@ def init(specs, key):
 def test_a_new_parameter_changes_no_other():
     more = {"before": ParamSpec((3,), (None,), normal(1.0)), **SPECS}
     few, many = (init(specs, jax.random.key(5)) for specs in (SPECS, more))
-    jax.tree.map(np.testing.assert_array_equal, few, {name: many[name] for name in few})
+    chex.assert_trees_all_equal(few, {name: many[name] for name in few})
 
 
 def test_equal_shapes_get_different_values_and_a_key_repeats_itself():
     specs = {"a": ParamSpec((50,), (None,), normal(1.0)), "b": ParamSpec((50,), (None,), normal(1.0))}
     first, again, other = (init(specs, jax.random.key(seed)) for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    chex.assert_trees_all_equal(first, again)
     assert not np.isclose(first["a"], first["b"]).any() and not np.isclose(first["a"], other["a"]).any()
 
 
@@ -78,7 +79,7 @@ def test_values_do_not_depend_on_the_mesh():
     weight = split["in"]["weight"]
     assert weight.sharding.spec == partition("embed", "hidden")
     assert weight.addressable_shards[0].data.shape == (4, 3)
-    jax.tree.map(np.testing.assert_array_equal, split, init(SPECS, jax.random.key(3)))
+    chex.assert_trees_all_equal(split, init(SPECS, jax.random.key(3)))
 
 
 def test_a_spec_names_every_axis_once():

@@ -6,8 +6,8 @@ import resource
 import signal
 import time
 
+import chex
 import jax
-import numpy as np
 import pytest
 from fixtures_runs import chain, start, train_options  # noqa: F401
 from fixtures_toy import OPTIM, SPECS, kill, train_slowly  # noqa: F401
@@ -87,7 +87,7 @@ def test_stopped_and_killed_runs_are_the_undisturbed_run_to_the_bit(chain, strai
     assert code == 0, errors
     assert [row[0] for row in losses(straight)] == list(range(REPORT, STEPS + 1, REPORT))
     assert losses(workdir) == losses(straight)
-    jax.tree.map(np.testing.assert_array_equal, final_state(workdir), final_state(straight))
+    chex.assert_trees_all_equal(final_state(workdir), final_state(straight))
 
 
 def test_twenty_kills_at_any_moment_leave_the_undisturbed_run_to_the_bit(kill, tmp_path):  # noqa: F811
@@ -107,7 +107,7 @@ def test_twenty_kills_at_any_moment_leave_the_undisturbed_run_to_the_bit(kill, t
         with jax.set_mesh(mesh), Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
             assert checkpoints.latest() == 100
             found.append(jax.device_get(checkpoints.restore(init_state(SPECS, make_optimizer(OPTIM), 1, 1, mesh))[0]))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    chex.assert_trees_all_equal(*found)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
