@@ -159,10 +159,42 @@ def test_collectives_are_found_with_kind_axes_bytes_and_runs():
     "replica_groups={{0,2,4,6},{1,3,5,7}}, x",
     "replica_groups=[2,4]<=[4,2]T(1,0), x",
     "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x",
+    "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}, x",
 ])  # fmt: skip
 def test_groups_are_read_in_every_notation(written):
     op = hlo_text.Operation("a", "all-gather", (), (), "", written, False)
     np.testing.assert_array_equal(hlo.groups(op, 8), [[0, 2, 4, 6], [1, 3, 5, 7]])
+
+
+def test_groups_in_a_notation_that_is_not_known_are_no_groups_of_all():
+    op = hlo_text.Operation("a", "all-gather", (), (), "", "replica_groups=some[2]", False)
+    with pytest.raises(ValueError, match="not known: replica_groups=some"):
+        hlo.groups(op, 8)
+
+
+def test_collectives_of_one_channel_count_each():
+    """All that `shard_map` makes are of channel 1."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+
+    def each(x):
+        for _ in range(5):
+            x = jnp.sin(jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])) @ jnp.ones((16, 16))
+        return x
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.zeros((16, 16)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        text = text_of(jax.shard_map(each, in_specs=x.sharding.spec, out_specs=x.sharding.spec), x)
+    kinds = [(c.kind, c.bytes, network.axes_of(c.groups, mesh)) for c in hlo.count(text, 8).collectives]
+    assert kinds == 5 * [("collective-permute", 2 * 16 * 4, ("fsdp",))]
+
+
+def test_a_step_over_slices_gathers_parameters_inside_them_alone():
+    mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=4))
+    program = programs.program(
+        dataclasses.replace(model(remat="full", attention="dense", text=None), batch=16), "train", mesh
+    )
+    axes = {(c.kind, network.axes_of(c.groups, mesh)) for c in hlo.count(compiled(program, mesh), 8).collectives}
+    assert ("all-gather", ("fsdp",)) in axes and not any(k == "all-gather" and "slice" in a for k, a in axes)
 
 
 @pytest.mark.parametrize("bound, start, stride, rounds", [(8, 0, 1, 8), (8, 0, 2, 4), (9, 0, 2, 5), (8, 2, 3, 2)])

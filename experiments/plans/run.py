@@ -25,7 +25,6 @@ PLANS = {
     "xl": "--config=configs/sora.py:xl --topology=v6e:16x16",
     "3b": "--config=configs/sora.py:3b --topology=v5p:4x4x4",
     "3b-128": "--config=configs/sora.py:3b --topology=v5p:4x4x8",
-    "14b": "--config=configs/sora.py:14b --topology=v5p:4x8x8",
     "14b-slices": "--config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2",
     "3b-sample": "--config=configs/sora.py:3b --topology=v5p:2x2x2 --what=sample",
     "reconstruct": "--config=configs/autoencoder.py:base --topology=v5e:2x2 --what=autoencoder"
@@ -43,7 +42,7 @@ PLANS = {
 }
 HEAD = (
     "| plan | command after `sora-jax plan` | fits: GiB of a chip | compiled / model FLOPs | binds | step at best | "
-    "utilisation: overlapped, serial | compiled in |\n|---|---|---|---|---|---|---|---|"
+    "utilisation: overlapped, serial | compiled in | commit |\n|---|---|---|---|---|---|---|---|---|"
 )
 REMAT = {"s-none": "none", "s-dots": "dots", "s": "attention", "s-full": "full"}
 REMAT_HEAD = (
@@ -60,7 +59,11 @@ def plan(name: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-    found = {"command": f"sora-jax plan {PLANS[name]}", "seconds": round(time.time() - began)} | json.loads(done.stdout)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = {"command": f"sora-jax plan {PLANS[name]}", "commit": head.stdout.strip()}
+    found |= {"seconds": round(time.time() - began)} | json.loads(done.stdout)
     (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -75,7 +78,7 @@ def row(name: str) -> str:
         cells += [f"{p['flops_over_model_flops']:.3f}", p["binding"], f"{best:.3g} s", share]
     else:
         cells += ["", "", "", p["suggestion"]]
-    return f"| {' | '.join([*cells, str(p['seconds']) + ' s'])} |"
+    return f"| {' | '.join([*cells, str(p['seconds']) + ' s', p['commit']])} |"
 
 
 def remat_row(name: str) -> str:

@@ -195,9 +195,11 @@ def count(text: str, devices: int) -> Counted:
         moved += run.times * traffic(run, computations)
         unread += run.op.opcode == "while" and trip_count(computations, run.where, run.op) is None
         if kind := _collective(run.op.opcode) or between_slices(run.op):
-            # An asynchronous one is written out where it starts, where it runs beside others, and where it ends.
-            key = (run.loop, kind, run.op.attribute("channel_id") or run.op.name)
-            found.setdefault(key, _describe(run, kind, devices))
+            one = _describe(run, kind, devices)
+            # TPUs write an asynchronous one into the fusions where it starts, where it runs beside others and where
+            # it ends. Elsewhere the channel tells nothing: all that `shard_map` makes have the same.
+            written = (run.op.attribute("channel_id"), one.dims, one.source) if run.fused else run.op.name
+            found.setdefault((run.loop, kind, written), one)
     return Counted(flops, moved, tuple(found.values()), unread)
 
 
@@ -235,23 +237,34 @@ def groups(op: Operation, devices: int) -> np.ndarray:
         return np.arange(devices).reshape(slices, -1).T
     if pairs := re.search(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}", op.rest):
         return np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
-    text = re.search(r"replica_groups=(mesh\[[^\]]*\]\s*\{[^}]*\}|\{\{.*?\}\}|\{\}|\[[^\s]*)", op.rest)
+    text = re.search(r"replica_groups=(mesh\[.*?\{[^}]*\}|\{\{.*?\}\}|\{\}|\[[^\s]*)", op.rest)
     if text is None or text[1] == "{}":
+        if text is None and "replica_groups=" in op.rest:
+            raise ValueError(f"groups of devices in a notation that is not known: {op.rest}")
         return np.arange(devices)[None]
     if text[1].startswith("mesh"):
         return _named_groups(text[1])
     if text[1].startswith("{"):
         return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text[1])])
-    shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text[1]).groups()
+    return _permuted(text[1].partition("<=")[2]).reshape(_numbers(re.match(r"\[([\d,]+)\]", text[1])[1]))
+
+
+def _permuted(text: str) -> np.ndarray:
+    """[2,4]T(1,0): the numbers from 0 on in that shape, its axes in another order."""
+    dims, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(_numbers(shape))
+    return numbers.transpose(_numbers(order)) if order else numbers
 
 
 def _named_groups(text: str) -> np.ndarray:
-    """mesh['axis_0'=4,'axis_1'=2] {'axis_0'}: devices that differ along the named axes alone."""
-    mesh, named = re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text).groups()
+    """mesh['axis_0'=4,'axis_1'=2] {'axis_0'}: devices that differ along the named axes alone.
+
+    mesh[...], device_ids=([2,4]T(1,0)) {...} has the devices in another order.
+    """
+    mesh, ids, named = re.match(r"mesh\[([^\]]*)\](?:,\s*device_ids=\(([^\s]*)\))?\s*\{([^}]*)\}", text).groups()
     axes = dict((name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", mesh))
     chosen = [name for name in re.findall(r"[\w.]+", named) if name in axes]
-    numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+    sizes = tuple(axes.values())
+    numbers = (_permuted(ids) if ids else np.arange(math.prod(sizes))).reshape(sizes)
     order = [i for i, name in enumerate(axes) if name not in chosen] + [list(axes).index(name) for name in chosen]
     return numbers.transpose(order).reshape(-1, math.prod(axes[name] for name in chosen))
