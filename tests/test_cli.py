@@ -108,6 +108,30 @@ def test_a_wrong_config_is_refused_before_a_folder_is_made(chain, tmp_path, caps
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        "depth=0",
+        "width=0",
+        "width=-384",
+        "heads=0",
+        "heads=-6",
+        "latent_channels=0",
+        "mlp_ratio=inf",
+        "position_theta=-1.0",
+        "text.width=-32",
+        "text.width=33 model.text.head_width=11",
+        "text.depth=0",
+        "text.head_width=0",
+        "text.pretrained_width=-1",
+    ],
+)
+def test_a_dry_run_refuses_sizes_that_no_model_has(tmp_path, capsys, change):
+    name, value = change.split()[0].split("=")
+    options = train_options("transformer", tmp_path / "run", *f"model.{change}".split())
+    assert f"{name} is {value}; it must" in refused(capsys, *options, "--dry-run")
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         ("crop=(9,64,64)", ["9 x 64 x 64", "24"]),

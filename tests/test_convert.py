@@ -470,6 +470,8 @@ def test_the_folder_of_a_pipeline_is_taken_apart(tmp_path, vae_folder):
         (["--from=dit", "--out=x"], "--weights is not given"),
         (["--to=dit", "--out=x"], "--workdir is not given"),
         (["--to=dit", "--out=x", "--workdir=y", "--heads=2"], "--heads is '2'; --to takes none"),
+        (["--from=dit", "--weights=x", "--out=y", "--heads=0"], "--heads is 0; it must be positive"),
+        (["--from=dit", "--weights=x", "--out=y", "--heads=-2"], "--heads is -2; it must be positive"),
         (["--from=keras", "--weights=x", "--out=y"], "--from is 'keras'; allowed: 'dit'"),
         (["--from=diffusers-dit", "--weights=x", "--out=y", "--heads=2"], "says itself how many"),
         (["--from=diffusers-vae", "--weights=x", "--out=y", "--autoencoder=z"], "makes one itself"),

@@ -49,6 +49,7 @@ def convert_from(
     check(not out.is_file() and is_empty(out), f"--out is {str(out)!r}; it must be an empty folder, or none yet")
     check(autoencoder is None or kind != VAE, f"--autoencoder is given; --from={VAE} makes one itself")
     check(heads is None or kind == OFFICIAL, f"--heads is {heads}; --from={kind} says itself how many there are")
+    check(heads is None or heads > 0, f"--heads is {heads}; it must be positive")
     return read(as_path(weights), out, autoencoder, heads)
 
 

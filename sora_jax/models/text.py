@@ -44,14 +44,17 @@ class TextConfig:
 
     def __post_init__(self):
         check(self.vocabulary >= 3, f"text.vocabulary is {self.vocabulary}; it must be at least 3")
+        for name in ("width", "depth", "head_width"):
+            check(getattr(self, name) > 0, f"text.{name} is {getattr(self, name)}; it must be positive")
+        check(self.pretrained_width >= 0, f"text.pretrained_width is {self.pretrained_width}; it must not be negative")
         check(
             (self.pretrained_width > 0) == bool(self.pretrained),
             f"text.pretrained is {self.pretrained!r} and text.pretrained_width {self.pretrained_width}; "
             "give the encoder and its width, or neither",
         )
         check(
-            self.width % self.head_width == 0,
-            f"text.width is {self.width}; it must be a multiple of text.head_width = {self.head_width}",
+            self.width % self.head_width == 0 and self.width % 2 == 0,
+            f"text.width is {self.width}; it must be even, and a multiple of text.head_width = {self.head_width}",
         )
 
 

@@ -4,6 +4,7 @@ One transformer for images and video, classes and captions: DiT is a configurati
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -107,12 +108,15 @@ class TransformerConfig:
     dtype: str = "auto"
 
     def __post_init__(self):
+        for name in ("depth", "width", "heads", "latent_channels", "unroll"):
+            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("mlp_ratio", "position_theta"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"model.{name} is {value}; it must be positive and finite")
         check(
             self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
             f"model.width is {self.width}; it must be an even multiple of model.heads = {self.heads}",
         )
-        for name in ("depth", "mlp_ratio", "unroll"):
-            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
         check(all(p > 0 for p in self.patch), f"model.patch is {self.patch}; its entries must be positive")
         check(
             not self.rotary or axis_widths(self.head_width)[1] > 0,
