@@ -138,7 +138,49 @@ def test_attention_may_have_the_names_it_had_before(tmp_path):
 )
 def test_another_architecture_of_an_autoencoder_is_refused(vae_folder, change):
     name = "use_post_quant_conv" if "use_quant_conv" in change else next(iter(change))
-    assert f"its {name} is" in refused(read_vae, vae_folder("kl4", **change))
+    assert f"in its config.json {name} is" in refused(read_vae, vae_folder("kl4", **change))
+
+
+NUMBERS = [  # field, what it is, what it must be
+    ("scaling_factor", 0, "a positive finite number"),
+    ("scaling_factor", -0.5, "a positive finite number"),
+    ("scaling_factor", None, "a positive finite number"),
+    ("scaling_factor", 1e-300, "a positive finite number"),
+    pytest.param("scaling_factor", 10**400, "a positive finite number", id="larger than any float"),
+    ("scaling_factor", float("nan"), "a positive finite number"),
+    ("shift_factor", "x", "a finite number"),
+    ("shift_factor", float("inf"), "a finite number"),
+    ("latents_mean", [1, 2, 3], "a list of 4 finite numbers"),
+    ("latents_mean", [1, 2, 3, None], "a list of 4 finite numbers"),
+    ("latents_std", [1, 2, 3, 0], "a list of 4 positive finite numbers"),
+    ("norm_num_groups", None, "a positive whole number"),
+    ("norm_num_groups", 5, "a divisor of all block_out_channels"),
+    ("latent_channels", None, "a positive whole number"),
+    ("latent_channels", 4.0, "a positive whole number"),
+    ("layers_per_block", 0, "a positive whole number"),
+    ("block_out_channels", [], "a list of positive whole numbers"),
+    ("block_out_channels", 32, "a list of positive whole numbers"),
+    ("use_quant_conv", None, "true or false"),
+    ("down_block_types", None, '["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"]'),
+    ("_class_name", "VQModel", '"AutoencoderKL"'),
+]
+
+
+@pytest.mark.parametrize("name, value, allowed", NUMBERS)
+def test_a_field_of_an_autoencoder_that_cannot_be_is_named(vae_folder, name, value, allowed):
+    folder = vae_folder("kl4", **{name: value})
+    expected = f"--weights is {str(folder)!r}; in its config.json {name} is {json.dumps(value)}; it must be {allowed}"
+    assert refused(read_vae, folder) == expected
+
+
+def test_a_field_that_an_autoencoder_lacks_is_named(vae_folder):
+    folder = vae_folder("kl4")
+    record = json.loads((folder / "config.json").read_text())
+    del record["block_out_channels"]
+    (folder / "config.json").write_text(json.dumps(record))
+    assert "block_out_channels is missing; it must be a list of positive" in refused(read_vae, folder)
+    (folder / "config.json").write_text(json.dumps([record]))
+    assert refused(read_vae, folder) == f"{str(folder / 'config.json')!r} holds no fields; it must be a JSON object"
 
 
 # -------------------------------------------------------------------------------------------------------- DiT
@@ -303,6 +345,40 @@ def test_other_positions_are_refused(tmp_path):
     assert "pos_embed must have shape" in refused(dits.read_dit, path, heads=2)
 
 
+WHOLE = "a positive whole number"
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("sample_size", None, WHOLE),
+        ("sample_size", 7, "a multiple of patch_size = 2"),
+        ("num_layers", None, WHOLE),
+        ("num_layers", "2", WHOLE),
+        ("num_layers", True, WHOLE),
+        ("num_attention_heads", None, WHOLE),
+        ("num_attention_heads", 0, WHOLE),
+        ("num_attention_heads", -2, WHOLE),
+        ("attention_head_dim", 11, "even"),
+        ("patch_size", None, WHOLE),
+        ("num_embeds_ada_norm", None, WHOLE),
+        ("out_channels", 5, "in_channels = 4, or twice that"),
+        ("norm_type", None, '"ada_norm_zero"'),
+        ("_class_name", "AutoencoderKL", '"DiTTransformer2DModel" or "Transformer2DModel"'),
+    ],
+)
+def test_a_field_of_a_folder_that_cannot_be_is_named(tmp_path, name, value, allowed):
+    folder = write_folder(tmp_path, golden("dit_diffusers"), dits.CLASSES[0], {}, **{name: value})
+    expected = f"--weights is {str(folder)!r}; in its config.json {name} is {json.dumps(value)}; it must be {allowed}"
+    assert refused(dits.read_diffusers, folder) == expected
+
+
+def test_a_table_of_another_size_than_the_folder_says_is_refused(tmp_path):
+    weights = {dits.TABLE: np.zeros((1, 9, 24), np.float32)}
+    folder = write_folder(tmp_path, golden("dit_diffusers"), dits.CLASSES[0], weights)
+    assert f"{dits.TABLE} (1, 9, 24) instead of (1, 16, 24)" in refused(dits.read_diffusers, folder)
+
+
 COPY = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
 
 
@@ -359,6 +435,9 @@ def test_half_precision_is_widened_and_parts_are_put_together(tmp_path):
     np.testing.assert_allclose(found["a"], x, rtol=2**-8)
     (tmp_path / "two.safetensors").unlink()
     assert "two.safetensors" in refused(read_tensors, tmp_path)
+    for files in (None, ["one.safetensors"], {"a": 1}):
+        (tmp_path / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        assert f"weight_map is {json.dumps(files)}; it must be an object" in refused(read_tensors, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.convert.links import MATRIX, Form, Link, form, layer_links, read_tree, write_tree
-from sora_jax.convert.tensors import WEIGHTS, read_record, read_tensors, write_tensors
+from sora_jax.convert.record import Record, read_record
+from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.files import as_path, write_json
 from sora_jax.models.transformer import SIZES, TransformerConfig, transformer_specs
 
@@ -83,11 +84,12 @@ def write_dit(network: Network, path: Path) -> None:
 def read_diffusers(folder: Path) -> Network:
     """The network of a folder; its blocks hold copies of the embeddings, which must be equal."""
     record, source = read_record(as_path(folder) / "config.json"), str(folder)
-    config = _from_record(record, source)
+    config = _from_record(record)
+    side, patch = record.whole("sample_size", 32), config.patch[1]
+    record.require(side % patch == 0, "sample_size", f"a multiple of patch_size = {patch}")
     tensors = read_tensors(folder)
-    side = record.get("sample_size", 32)
     if TABLE in tensors:
-        _check_positions(TABLE, tensors.pop(TABLE)[0], config.width, side // config.patch[1], source)
+        _check_positions(TABLE, tensors.pop(TABLE), config.width, side // patch, source)
     tensors = _without_copies(tensors, config.depth, source)
     params = read_tree(diffusers_links(config), transformer_specs(config), tensors, source)
     return Network(config, params, side)
@@ -129,6 +131,11 @@ def position_table(width: int, grid: int) -> np.ndarray:
 
 
 def _check_positions(name: str, found: np.ndarray, width: int, grid: int, source: str) -> None:
+    wanted = (1, grid**2, width)
+    check(
+        found.shape == wanted,
+        f"the tensors of {source!r} are not those of this model: {name} {found.shape} instead of {wanted}",
+    )
     # It is computed and not learnt: what is left out here must be what is computed.
     error = np.abs(found.reshape(grid**2, width) - position_table(width, grid)).max()
     check(
@@ -169,27 +176,23 @@ def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> Tr
     )
 
 
-def _from_record(record: dict, source: str) -> TransformerConfig:
-    kind = record.get("_class_name", CLASSES[0])
-    check(kind in CLASSES, f"--weights is {source!r}; it holds a {kind}, not a {CLASSES[0]}")
+def _from_record(record: Record) -> TransformerConfig:
+    record.known("_class_name", CLASSES, CLASSES[0])
     for name, value in FIXED.items():
-        found = record.get(name, value)
-        check(found == value, f"--weights is {source!r}; its {name} is {found!r}, and only {value!r} is known here")
-    channels, patch = record.get("in_channels", 4), record.get("patch_size", 2)
-    outputs = record.get("out_channels") or channels
-    check(
-        outputs in (channels, 2 * channels),
-        f"--weights is {source!r}; its out_channels is {outputs}; it must be in_channels = {channels}, or twice that",
-    )
-    heads = record.get("num_attention_heads", 16)
+        record.known(name, (value,), value)
+    channels, patch = record.whole("in_channels", 4), record.whole("patch_size", 2)
+    outputs = record.whole("out_channels") if record.has("out_channels") else channels
+    record.require(outputs in (channels, 2 * channels), "out_channels", f"in_channels = {channels}, or twice that")
+    heads, head_width = record.whole("num_attention_heads", 16), record.whole("attention_head_dim", 72)
+    record.require(head_width % 2 == 0, "attention_head_dim", "even")
     return dataclasses.replace(
         DIT,
-        depth=record.get("num_layers", 28),
-        width=heads * record.get("attention_head_dim", 72),
+        depth=record.whole("num_layers", 28),
+        width=heads * head_width,
         heads=heads,
         patch=(1, patch, patch),
         latent_channels=channels,
-        classes=record.get("num_embeds_ada_norm", 1000),
+        classes=record.whole("num_embeds_ada_norm", 1000),
         learned_variance=outputs == 2 * channels,
     )
 

@@ -1,14 +1,14 @@
 """Files of named tensors: safetensors, and PyTorch's own where torch is installed."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.convert.record import Record, read_record
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, local_copy, read_text, replacing
+from sora_jax.files import as_path, local_copy, replacing
 
 WEIGHTS = "diffusion_pytorch_model"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -38,19 +38,17 @@ def _weight_files(folder: Path) -> list[Path]:
     for ending in ("safetensors", "bin"):
         index, whole = folder / f"{WEIGHTS}.{ending}.index.json", folder / f"{WEIGHTS}.{ending}"
         if index.exists():
-            return [folder / name for name in sorted(set(read_record(index)["weight_map"].values()))]
+            return [folder / name for name in _named_files(read_record(index))]
         if whole.exists():
             return [whole]
     raise UserError(f"--weights is {str(folder)!r}; there is no {WEIGHTS}.safetensors in that folder")
 
 
-def read_record(path: Path) -> dict:
-    """The contents of a JSON file of others; UserError where it is missing or damaged."""
-    check(path.exists(), f"--weights is {str(path.parent)!r}; there is no {path.name} in that folder")
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged: {error}") from error
+def _named_files(index: Record) -> list[str]:
+    files = index.values.get("weight_map")
+    fits = isinstance(files, dict) and bool(files) and all(isinstance(name, str) for name in files.values())
+    index.require(fits, "weight_map", "an object that names the file of each tensor")
+    return sorted(set(files.values()))
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

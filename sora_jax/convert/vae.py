@@ -6,7 +6,8 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.convert.links import KERNEL, MATRIX, SAME, Link, layer_links, read_tree, write_tree
-from sora_jax.convert.tensors import WEIGHTS, read_record, read_tensors, write_tensors
+from sora_jax.convert.record import Record, read_record
+from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.files import as_path, write_json
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.first_stage import autoencoder_specs
@@ -25,18 +26,10 @@ def read_vae(folder: Path) -> FrozenAutoencoder:
     UserError for an architecture that is not ours, and with the names of all tensors that do not fit.
     """
     record = read_record(as_path(folder) / "config.json")
-    config = _config(record, folder)
+    config = _config(record)
+    mean, std = _latents(record, config.latent_channels)
     tensors = {_new_name(name): x for name, x in read_tensors(folder).items()}
     params = read_tree(links(config), autoencoder_specs(config), tensors, str(folder))
-    channels = config.latent_channels
-    scale = np.float32(record.get("scaling_factor", 0.18215))
-    mean = np.asarray(record.get("latents_mean") or [record.get("shift_factor") or 0.0] * channels, np.float32)
-    std = np.asarray(record.get("latents_std") or [1.0] * channels, np.float32) / scale
-    check(
-        mean.shape == std.shape == (channels,) and bool(np.all(std > 0)),
-        f"--weights is {str(folder)!r}; its latents_mean and latents_std must have {channels} entries each, and the "
-        "last be positive",
-    )
     return FrozenAutoencoder(config, params, mean, std)
 
 
@@ -45,7 +38,7 @@ def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
     config = autoencoder.config
     check(
         isinstance(config, KLConfig),
-        f"--to is 'diffusers-vae'; this autoencoder is a {type(config).__name__}, and the format holds only a KLConfig",
+        f"--to is 'diffusers-vae'; it holds only an autoencoder of KLConfig, and this one has {type(config).__name__}",
     )
     levels = len(config.widths)
     record = {
@@ -65,24 +58,34 @@ def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
     write_json(as_path(folder) / "config.json", record)
 
 
-def _config(record: dict, folder: Path) -> KLConfig:
-    kind = record.get("_class_name", CLASS)
-    check(kind == CLASS, f"--weights is {str(folder)!r}; it holds a {kind}, not an {CLASS}")
-    levels = len(record.get("block_out_channels", ()))
-    wanted = FIXED | {name: [block] * levels for name, block in BLOCKS.items()}
-    wanted |= {"use_post_quant_conv": record.get("use_quant_conv", True)}
-    defaults = {"use_post_quant_conv": True, **FIXED}
-    for name, value in wanted.items():
-        found = record.get(name, defaults.get(name))
-        check(found == value, f"--weights is {str(folder)!r}; its {name} is {found}, and only {value} is known here")
+def _config(record: Record) -> KLConfig:
+    record.known("_class_name", (CLASS,), CLASS)
+    widths = record.wholes("block_out_channels")
+    for name, value in FIXED.items():
+        record.known(name, (value,), value)
+    for name, block in BLOCKS.items():
+        record.known(name, ([block] * len(widths),))
+    quant = record.known("use_quant_conv", (True, False), True)
+    record.known("use_post_quant_conv", (quant,), True)
+    groups = record.whole("norm_num_groups", 32)
+    record.require(all(w % groups == 0 for w in widths), "norm_num_groups", "a divisor of all block_out_channels")
     return KLConfig(
-        latent_channels=record.get("latent_channels", 4),
-        widths=tuple(record["block_out_channels"]),
-        blocks=record.get("layers_per_block", 1),
-        groups=record.get("norm_num_groups", 32),
-        quant=record.get("use_quant_conv", True),
+        latent_channels=record.whole("latent_channels", 4),
+        widths=widths,
+        blocks=record.whole("layers_per_block", 1),
+        groups=groups,
+        quant=bool(quant),
         remat=True,
     )
+
+
+def _latents(record: Record, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each channel."""
+    scale = np.float32(record.number("scaling_factor", 0.18215, positive=True))
+    shift = record.number("shift_factor", 0.0) if record.has("shift_factor") else 0.0
+    mean = record.numbers("latents_mean", channels) if record.has("latents_mean") else [shift] * channels
+    std = record.numbers("latents_std", channels, positive=True) if record.has("latents_std") else [1.0] * channels
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32) / scale
 
 
 def _statistics(mean_C: np.ndarray, std_C: np.ndarray) -> dict:
