@@ -1,6 +1,6 @@
 """The quickstart: text to video on the embedded world, from nothing, on two CPU cores.
 
-    sora-jax quickstart                                       under ten minutes
+    sora-jax quickstart                                       about ten minutes
     sora-jax quickstart --config=configs/quickstart.py:short  three minutes: the same code, clips not yet right (0 %)
     sora-jax quickstart --config=configs/quickstart.py:tiny   a minute or so: does every stage run?
 

@@ -12,7 +12,7 @@ from sora_jax.files import as_path, no_bug
 
 EXAMPLES = """\
 examples:
-  sora-jax quickstart                                   a text-to-video model from nothing, in ten minutes
+  sora-jax quickstart                                   a text-to-video model from nothing, in about ten minutes
   sora-jax data build --source=folder --path=clips --out=data/clips
   sora-jax train --config=configs/tiny.py:autoencoder --workdir=runs/autoencoder --config.data=data/clips
   sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents
@@ -38,13 +38,15 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with what changes a config as lists of NAME=VALUE."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
+    known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", options.parser.format_help(), re.MULTILINE)
     for prefix, name in (("--config.", "changes"), ("--sampling.", "sampling")):
         if hasattr(options, name):
+            known.append(f"{prefix}NAME")
             setattr(options, name, [a.removeprefix(prefix) for a in rest if a.startswith(prefix)])
             rest = [a for a in rest if not a.startswith(prefix)]
     if rest:
-        near = difflib.get_close_matches(rest[0].split("=")[0], re.findall(r"--[a-z-]+", options.parser.format_help()))
-        hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        near = difflib.get_close_matches(rest[0].split("=")[0], dict.fromkeys(known), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return options
 
@@ -92,7 +94,7 @@ def _parser(make, *names, **options) -> argparse.ArgumentParser:
 
 def _quickstart(commands) -> None:
     example = "example:\n  sora-jax quickstart --workdir=runs/quickstart"
-    about = "from nothing to generated videos in ten minutes"
+    about = "from nothing to generated videos in about ten minutes"
     p = _parser(commands.add_parser, "quickstart", help=about, epilog=example)
     p.add_argument("--workdir", type=as_path, default=as_path("runs/quickstart"), help="folder for everything it makes")
     p.add_argument("--config", help="a config file such as configs/quickstart.py:short (default: the full form)")

@@ -252,12 +252,12 @@ def sample(options) -> list[Path]:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     size = (options.frames, options.height, options.width)
+    if near := nearness(run.autoencoder.config, tiles, [run.latent_size(*size)], "decode"):
+        print(f"sora-jax: {near}", file=sys.stderr)
     tokens = math.prod(grid_of(run.latent_size(*size), run.config.model.patch))
     what = f"{len(prompts or classes)} of {options.frames}x{options.height}x{options.width}, {tokens:,} tokens each"
     how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
-    if near := nearness(run.autoencoder.config, tiles, [run.latent_size(*size)], "decode"):
-        print(f"sora-jax: {near}", file=sys.stderr)
     more = dict(guidance=options.guidance, seed=options.seed, sampling=sampling, negative=options.negative, tiles=tiles)
     clips = run.generate(prompts, size, classes=classes, **more)
     clips = [grid(clips)] if classes else clips

@@ -524,6 +524,8 @@ def test_the_report_says_what_binds_and_what_can_be_reached():
     ):
         assert said in text, text
     assert re.search(r"all-gather +fsdp +12 x +3 GB +500 ms", text) and re.search("compute +2,000 ms", text)
+    second = dataclasses.replace(plan, times=times | {"memory": 0.9999})
+    assert re.search(r"memory +1,000 ms", as_text(second, topology))
     tiny = dataclasses.replace(plan, times={"compute": 3.21e-6, "memory": 1e-6}, collectives=())
     text = as_text(tiny, topology)
     assert re.search(r"compute +0\.00321 ms", text) and "collectives: none" in text

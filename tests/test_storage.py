@@ -307,9 +307,10 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
 
     monkeypatch.setattr(files, "put", note)
     arguments = cache, tokenizer, PackingConfig(length=512, patch=(1, 2, 2)), 2, 0
+    folder = as_path(f"{ROOT}/shares/captions")
     shares = [
-        packed_batches(*arguments, process_index=k, process_count=2, folder=as_path(f"{ROOT}/shares/captions"))
-        for k in (1, 0)
+        packed_batches(*arguments, process_index=k, process_count=2, folder=folder, first=first)
+        for k, first in ((0, False), (1, False), (0, True))  # two that read the same rows, of which one is the first
     ]
     for batches in shares:
         stream = batches.stream(feed=FeedConfig(threads=0))

@@ -108,23 +108,27 @@ class Texts(Protocol):
     def embedding(self, clip: int, caption: int) -> np.ndarray | None:
         """Embeddings (m, E), or None where the model learns its own from the ids."""
 
-    def keep(self, first: bool = True) -> None:
-        """Put what was made for it on the disk, for the next start; the `first` of the processes into a bucket."""
+    def keep(self) -> None:
+        """Put what was made for it on the disk, for the next start."""
 
 
 class TokenTexts:
-    """Texts of a tokenizer: the tokens of all captions, made once; `keep` puts them into `folder`, if there is one."""
+    """Texts of a tokenizer: the tokens of all captions, made once; `keep` puts them into `folder`, if there is one.
 
-    def __init__(self, cache: LatentCache, tokenizer: Tokenizer, folder: Path | None = None):
+    Into a folder in a bucket the `first` process alone; the others keep them on their own disks.
+    """
+
+    def __init__(self, cache: LatentCache, tokenizer: Tokenizer, folder: Path | None = None, first: bool = True):
+        self._first = first
         self._starts = caption_starts(cache)
         self._folder, self._stamp = folder and as_path(folder), _stamp(cache, tokenizer)
         self._kept = folder is not None and _is_made(self._folder, self._stamp)
         self._ids, self._ends = _load(self._folder) if self._kept else _tokenize(cache, tokenizer)
 
-    def keep(self, first=True):
+    def keep(self):
         if not self._folder or self._kept:
             return
-        if is_remote(self._folder) and not first:  # a bucket takes one write a second of an object
+        if is_remote(self._folder) and not self._first:  # a bucket takes one write a second of an object
             self._folder = cache_folder() / "captions" / self._stamp
         if not _is_made(self._folder, self._stamp):
             _save(self._folder, self._ids, self._ends, self._stamp)
@@ -179,7 +183,7 @@ class EmbeddedTexts:
     def embedding(self, clip, caption):
         return self._cache.text(clip, caption)
 
-    def keep(self, first=True):
+    def keep(self):
         pass
 
 
@@ -198,7 +202,7 @@ class NullTexts:
     def embedding(self, clip, caption):
         return None
 
-    def keep(self, first=True):
+    def keep(self):
         pass
 
 

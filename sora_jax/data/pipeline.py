@@ -143,7 +143,7 @@ class PackedBatches:
 
         position: of this or an earlier step, so that a late start need not count the packs of all epochs before.
         """
-        self.texts.keep(first=self.share.index == 0)
+        self.texts.keep()
         self._epochs.seek(Position(*position))
         return read_ahead(self._at, start, feed)
 
@@ -182,13 +182,14 @@ def packed_batches(
     captions: str = "first",
     folder: Path | None = None,
     section: int = SECTION,
+    first: bool = True,
 ) -> PackedBatches:
     """Packed batches of a split of a latent cache, `batch` packs over all hosts; epochs follow each other.
 
     tokenizer: None takes the embeddings that the cache holds, NoText leaves all captions out. captions: the mix, see
     `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are planned
-    at once at most. UserError if a clip or a caption is over the pack's size, a latent does not divide into patches,
-    or the split is empty.
+    at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket. UserError
+    if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is empty.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")
@@ -196,7 +197,7 @@ def packed_batches(
     if isinstance(tokenizer, NoText):
         texts = NullTexts()
     else:
-        texts = EmbeddedTexts(cache) if tokenizer is None else TokenTexts(cache, tokenizer, folder)
+        texts = EmbeddedTexts(cache) if tokenizer is None else TokenTexts(cache, tokenizer, folder, first)
     return PackedBatches(cache, texts, CaptionChoice(cache, captions), config, batch, seed, split, share, section)
 
 

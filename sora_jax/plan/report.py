@@ -96,7 +96,7 @@ def _bare(config, what: str, topology: Topology, mesh: Mesh, made: Program, comp
         mesh=dict(mesh.shape),
         model={name: getattr(model, name) for name in shown if hasattr(model, name)}
         | ({"pack_length": config.packing.length} if hasattr(config, "packing") else {"crop": config.crop})
-        | {"batch": config.batch},
+        | {"batch": made.tokens // config.packs.length if what == "sample" else config.batch},
         parameters=param.count(specs_of(config)),
         memory=memory,
         needed=needed,
@@ -192,7 +192,7 @@ def _work(plan: Plan, topology: Topology) -> list[str]:
 
 def _figure(value: float) -> str:
     """Three digits that count, and all before the point."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tail(plan: Plan) -> list[str]:

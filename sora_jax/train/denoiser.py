@@ -256,7 +256,7 @@ def denoiser_job(
     """
     batches = packed_batches(
         cache, None if isinstance(tokenizer, PretrainedText) else tokenizer, config.packs, config.batch, config.seed,
-        config.split, *share, config.captions, folder,
+        config.split, *share, config.captions, folder, first=distributed.first(),
     )  # fmt: skip
     return Job(
         name="transformer",
