@@ -1,6 +1,7 @@
 """Schedules, averages, clipping and decay against their formulas, computed here in float64."""
 
 import math
+import re
 
 import chex
 import jax
@@ -119,11 +120,38 @@ def test_decay_acts_on_every_matrix_and_kernel_and_on_nothing_else(specs):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("schedule", "step"), ("learning_rate", 0.0), ("clip_norm", -1.0), ("ema", ()), ("ema", (1.0,))],
+    [
+        ("schedule", "step"),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.inf),
+        ("warmup_steps", -5),
+        ("decay_steps", -3),
+        ("final_fraction", -2.0),
+        ("final_fraction", 1.5),
+        ("b1", 1.5),
+        ("b1", 1.0),
+        ("b2", -1.0),
+        ("b2", math.nan),
+        ("eps", -1.0),
+        ("eps", 0.0),
+        ("weight_decay", -1.0),
+        ("weight_decay", math.inf),
+        ("clip_norm", -1.0),
+        ("skip_spikes", math.nan),
+        ("ema", ()),
+        ("ema", (1.0,)),
+    ],
 )
 def test_wrong_settings_are_named(field, value):
-    with pytest.raises(UserError, match=f"optim.{field}"):
+    with pytest.raises(UserError, match=re.escape(f"optim.{field} is {value!r}")):
         OptimConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value", [("b1", 0.0), ("final_fraction", 1.0), ("warmup_steps", 0), ("weight_decay", 0.0), ("ema", (0.0,))]
+)
+def test_the_ends_of_what_is_allowed_are_allowed(field, value):
+    assert getattr(OptimConfig(**{field: value}), field) == value
 
 
 def norms_through(norms, deviations=3.0, young=20):

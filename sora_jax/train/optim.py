@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -38,15 +39,31 @@ class OptimConfig:
 
     def __post_init__(self):
         choose("optim.schedule", self.schedule, SCHEDULES)
-        check(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
-        check(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; it must be positive, or 0 for none")
-        check(self.skip_spikes >= 0, f"optim.skip_spikes is {self.skip_spikes}; it must be positive, or 0 for none")
+        for name, (fits, allowed) in ALLOWED.items():
+            value = getattr(self, name)
+            check(fits(value), f"optim.{name} is {value}; it must be {allowed}")
         check(
             len(self.ema) > 0 and all(0 <= d < 1 for d in self.ema),
             f"optim.ema is {self.ema}; it must hold at least one decay in [0, 1)",
         )
 
 
+POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or more, and finite")
+OR_NONE = (lambda x: 0 <= x < math.inf, "positive and finite, or 0 for none")
+DECAY = (lambda x: 0 <= x < 1, "from 0 to less than 1")
+ALLOWED = {
+    "learning_rate": POSITIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "decay_steps": NOT_NEGATIVE,
+    "final_fraction": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "b1": DECAY,
+    "b2": DECAY,
+    "eps": POSITIVE,  # at 0 a gradient of 0 would become NaN
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": OR_NONE,
+    "skip_spikes": OR_NONE,
+}
 SCHEDULES = {
     "constant": lambda c: optax.constant_schedule(c.learning_rate),
     "cosine": lambda c: optax.cosine_decay_schedule(
