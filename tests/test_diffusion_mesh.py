@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sora_jax.diffusion.guidance import GuidanceConfig, guided, guided_by_two
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.loss import denoising_loss, loss_weight
-from sora_jax.diffusion.process import linear_flow, vp_linear
+from sora_jax.diffusion.process import linear_flow, vp_linear, vp_linear_zero_snr
 from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
 from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token, sampling_times
 from sora_jax.diffusion.weights import WeightConfig
@@ -56,10 +56,11 @@ def room(segments_BL, index_BL, clips_BS, tokens_BS):
     config = GuidanceConfig(channels=1, rescale=0.5, start=0.1, power=2.0)
     model = guided(config, *models[:2], 4.0 * t_BR, *layout)
     two = guided_by_two(config, *models, 4.0 * t_BR, 2.0 * t_BR, *layout)(noise_BLP, t_BR)
-    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 5), tokens_BS)
+    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 5), tokens_BS, linear_flow)
+    curved_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 5), tokens_BS, vp_linear_zero_snr)
     problem = Problem(model, "velocity", linear_flow, rows_BL)
     samples_BLP = solve(SolverConfig("heun"), problem, noise_BLP, times_KBR)
-    return noise_BLP, t_BR, steps_BR, ranks_BS, sigma_BR, losses, two, samples_BLP
+    return noise_BLP, t_BR, steps_BR, ranks_BS, sigma_BR, losses, two, samples_BLP, curved_KBR
 
 
 def inputs():

@@ -9,14 +9,17 @@ from scipy import special, stats
 
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.process import (
+    PROCESSES,
     edm,
     half_log_snr,
+    initial,
     linear_flow,
     snr,
     time_of_step,
     trigonometric,
     vp_linear,
 )
+from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
 from sora_jax.diffusion.times import (
     MAX_MODE_SCALE,
     MIN_TIME,
@@ -33,6 +36,7 @@ from sora_jax.errors import UserError
 KEY = step_key(0, 7, Purpose.TIME)
 _draw = jax.jit(draw_times, static_argnums=(0, 5))
 QUANTILES_AT = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
 
 def draw(config, key, clips_BS, tokens_BS, ranks_BS=None, process=edm):
@@ -106,7 +110,9 @@ def test_steps_are_the_thousand_of_ddpm_each_as_often():
     np.testing.assert_allclose(drawn, time_of_step(step), rtol=2e-7)
     counts = np.bincount(step, minlength=1000)
     assert counts.size == 1000 and stats.chisquare(counts).pvalue > 0.01
-    ends = QUANTILES["steps"](TimesConfig("steps"), edm, jnp.array([0.0, 0.0009, 0.0011, 0.9989, 0.9991, 1.0]))
+    ends = QUANTILES["steps"](
+        TimesConfig("steps", base_tokens=0), edm, jnp.array([0.0, 0.0009, 0.0011, 0.9989, 0.9991, 1.0])
+    )
     np.testing.assert_allclose(ends, [0.001, 0.001, 0.002, 0.999, 1.0, 1.0], rtol=1e-6)
 
 
@@ -114,7 +120,7 @@ def test_quantile_functions_start_and_end_in_time():
     """Also at the numbers next to 0 and 1, where logarithms and tangents would leave [0, 1]."""
     u = jnp.array([0.0, 1e-7, 0.5, 1.0 - 6e-8])
     for name, quantile in QUANTILES.items():
-        t = np.asarray(quantile(TimesConfig(name), linear_flow, u))
+        t = np.asarray(quantile(TimesConfig(name, base_tokens=0), linear_flow, u))
         assert np.all(np.isfinite(t)) and t.min() >= 0 and t.max() <= 1, name
         assert name in ("mode",) or np.all(np.diff(t) >= 0), name
 
@@ -177,7 +183,7 @@ def test_training_times_are_shifted_by_clip_size():
     """Sixteen times the base tokens: alpha = 4, every quantile moves along the shift."""
     wanted = special.expit(stats.norm.ppf(QUANTILES_AT))
     wanted = 4 * wanted / (1 + 3 * wanted)
-    found = np.quantile(many_draws(TimesConfig(), tokens=16 * 256), QUANTILES_AT)
+    found = np.quantile(many_draws(TimesConfig(), tokens=16 * 256, process=linear_flow), QUANTILES_AT)
     np.testing.assert_allclose(found, wanted, atol=0.01)
 
 
@@ -191,39 +197,58 @@ def test_no_clip_in_training_is_at_time_zero():
 )
 def test_shift_table(alpha, wanted):
     tokens = jnp.full((3,), 100 * alpha**2, jnp.int32)
-    shifted = shift(TimesConfig(base_tokens=100), jnp.array([0.25, 0.5, 0.75]), tokens)
+    shifted = shift(TimesConfig(base_tokens=100), jnp.array([0.25, 0.5, 0.75]), tokens, linear_flow)
     np.testing.assert_allclose(shifted, wanted, atol=5e-5)
 
 
-def test_shift_moves_log_snr_by_the_size_ratio():
-    """log snr falls by 2 log alpha = log(tokens / base) at every time of the linear flow."""
-    t = jnp.linspace(0.05, 0.95, 19)
-    shifted = shift(TimesConfig(base_tokens=64), t, jnp.full((19,), 640, jnp.int32))
-    fall = jnp.log(snr(linear_flow, t) / snr(linear_flow, shifted))
-    np.testing.assert_allclose(fall, np.log(10.0), rtol=1e-4)
+@pytest.mark.parametrize("tokens", [400, 250, 99, 25])
+@every_process
+def test_shift_multiplies_noise_over_signal(process, tokens):
+    """By alpha, the root of the size ratio, at every time of every process, up to the noise it ends with."""
+    t = jnp.linspace(0.02, 0.98, 49)
+    shifted = shift(TimesConfig(base_tokens=100), t, jnp.full((49,), tokens, jnp.int32), process)
+    assert np.all(np.diff(shifted) >= 0)
+    reached = np.asarray(shifted) < 1
+    ratio = np.sqrt(np.float64(snr(process, t)) / np.float64(snr(process, shifted)))
+    np.testing.assert_allclose(ratio[reached], np.sqrt(tokens / 100), rtol=1e-3)
+    # The others would have more noise than there is.
+    assert reached.sum() > 35 and np.all(ratio[~reached] < np.sqrt(tokens / 100) * (1 + 1e-3))
+
+
+def test_shift_in_closed_form():
+    """tan(pi t / 2) of the trigonometric path and 80 t^7 of EDM's are multiplied by alpha = 2."""
+    t, tokens = jnp.linspace(0.05, 0.85, 17), jnp.full((17,), 400, jnp.int32)
+    time = np.linspace(0.05, 0.85, 17)
+    found = [shift(TimesConfig(base_tokens=100), t, tokens, process) for process in (trigonometric, edm)]
+    np.testing.assert_allclose(found[0], np.arctan(2 * np.tan(np.pi * time / 2)) * 2 / np.pi, rtol=2e-6)
+    np.testing.assert_allclose(found[1], 2 ** (1 / 7) * time, rtol=2e-6)
 
 
 def test_exponential_shift_of_flux():
     """exp(mu) / (exp(mu) + 1 / t - 1), mu = 0.5 at 256 tokens and 1.15 at 4096, linear between and beyond."""
     t = np.array([0.1, 0.5, 0.9, 0.5])
     tokens, mu = np.array([256, 4096, 2176, 7936]), np.array([0.5, 1.15, 0.825, 1.8])
-    found = shift(TimesConfig(shift_rule="exponential"), jnp.asarray(t, jnp.float32), jnp.asarray(tokens, jnp.int32))
+    found = shift(
+        TimesConfig(shift_rule="exponential"), jnp.asarray(t, jnp.float32), jnp.asarray(tokens, jnp.int32), linear_flow
+    )
     np.testing.assert_allclose(found, np.exp(mu) / (np.exp(mu) + 1 / t - 1), rtol=1e-6)
 
 
-def test_shift_is_exact_at_both_ends_and_can_be_off():
+@every_process
+def test_shift_is_exact_at_both_ends_and_can_be_off(process):
     tokens = jnp.arange(0, 100_000, 37, dtype=jnp.int32)
     for rule in ("root", "exponential"):
         for end in (0.0, 1.0):
             t = jnp.full(tokens.shape, end)
-            np.testing.assert_array_equal(shift(TimesConfig(shift_rule=rule), t, tokens), t)
+            np.testing.assert_array_equal(shift(TimesConfig(shift_rule=rule), t, tokens, process), t)
     t = jnp.linspace(0.0, 1.0, tokens.size)
-    np.testing.assert_array_equal(shift(TimesConfig(base_tokens=0), t, tokens), t)
+    np.testing.assert_array_equal(shift(TimesConfig(base_tokens=0), t, tokens, process), t)
+    np.testing.assert_array_equal(shift(TimesConfig(base_tokens=99), t, jnp.full_like(tokens, 99), process), t)
 
 
 def test_sampling_grid():
     tokens_BR = jnp.array([[256, 1024, 0], [17, 256, 40_000]], jnp.int32)
-    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 11), tokens_BR)
+    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 11), tokens_BR, linear_flow)
     assert times_KBR.shape == (11, 2, 3) and times_KBR.dtype == jnp.float32
     np.testing.assert_array_equal(times_KBR[0], 1.0)
     np.testing.assert_array_equal(times_KBR[-1], 0.0)
@@ -232,13 +257,28 @@ def test_sampling_grid():
     np.testing.assert_allclose(times_KBR[5, 0, 1], 2 * 0.5 / 1.5, rtol=1e-6)
 
 
-def test_training_and_sampling_shift_alike():
+@pytest.mark.parametrize("process", [linear_flow, edm, vp_linear], ids=lambda process: process.name)
+def test_training_and_sampling_shift_alike(process):
     """A grid of quantiles is sampled at the very times at which a clip of that size is trained."""
     tokens = 1600
-    drawn = many_draws(TimesConfig("uniform"), tokens=tokens)
+    drawn = many_draws(TimesConfig("uniform"), tokens=tokens, process=process)
     base_K = jnp.asarray(np.append(np.linspace(0.99, 0.01, 50), 0.0), jnp.float32)
-    times_KBR = sampling_times(TimesConfig("uniform"), base_K, jnp.full((1, 1), tokens, jnp.int32))
+    times_KBR = sampling_times(TimesConfig("uniform"), base_K, jnp.full((1, 1), tokens, jnp.int32), process)
     np.testing.assert_allclose(np.quantile(drawn, base_K[:-1]), times_KBR[:-1, 0, 0], atol=0.01)
+
+
+def test_solvers_take_grids_whose_first_steps_have_no_length():
+    """Shifted towards noise, EDM's grid begins with times that are all 1: samples are those of the grid without."""
+    times_KBR = sampling_times(
+        TimesConfig(base_tokens=100), jnp.linspace(1.0, 0.0, 21), jnp.full((1, 1), 400, jnp.int32), edm
+    )
+    idle = int(jnp.sum(times_KBR == 1.0)) - 1
+    assert idle > 0 and bool(jnp.all(jnp.diff(times_KBR[idle:], axis=0) < 0))
+    x_BLP = initial(edm, jax.random.normal(KEY, (1, 5, 1)), times_KBR[0, :, :, None])
+    problem = Problem(lambda x, t: jnp.tanh(x), "edm", edm, jnp.zeros((1, 5), jnp.int32))
+    for name in ("dpm2", "unipc"):
+        ends = [solve(SolverConfig(name), problem, x_BLP, grid) for grid in (times_KBR, times_KBR[idle:])]
+        np.testing.assert_allclose(*ends, rtol=1e-6, err_msg=name)
 
 
 def test_times_follow_the_clip_not_its_slot():
@@ -319,6 +359,7 @@ def test_bad_options_are_user_errors():
         ({"std": 0.0}, "times.std must be above 0, not 0.0"),
         ({"mode_scale": 2.0}, "times.mode_scale must be from -1 to 1.7519, not 2.0"),
         ({"base_tokens": -1}, "not -1"),
+        ({"distribution": "steps"}, "must be 0 .no shift. with times.distribution 'steps', not 256"),
         ({"shift_rule": "linear"}, "times.shift_rule must be one of root, exponential, not 'linear'"),
     ):
         with pytest.raises(UserError, match=said):

@@ -23,7 +23,7 @@ def times_of(case):
     config = TimesConfig(base_tokens=100, shift_rule="exponential" if case.tokens else "root")
     tokens_BR = jnp.full((1, 1), case.tokens or round(config.base_tokens * case.shift**2), jnp.int32)
     base_K = jnp.asarray(base_times(case.process, case.steps, case.spacing), jnp.float32)
-    return sampling_times(config, base_K, tokens_BR)
+    return sampling_times(config, base_K, tokens_BR, process_named(case.process))
 
 
 def states(case, inputs):

@@ -43,6 +43,6 @@ def sample(
     # The grid before its shift is host code, also where the program is compiled for devices that are not here.
     with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         base_K = np.asarray(base_times(problem.process, config.steps, config.spacing), np.float32)
-    times_KBR = sampling_times(times, jnp.asarray(base_K), tokens_BR)
+    times_KBR = sampling_times(times, jnp.asarray(base_K), tokens_BR, problem.process)
     start_BL1 = per_token(times_KBR[0], problem.rows_BL)[:, :, None]
     return solve(config.solver, problem, initial(problem.process, eps_BLP, start_BL1), times_KBR)

@@ -1,11 +1,17 @@
 """Noise levels: the times at which a clip is trained and the grid along which it is sampled.
 
 Both pass through the same size-dependent shift: more tokens average noise away more easily, so a large clip
-needs more of it to lose as much (Esser et al. 2403.03206, section 5.3.2),
+needs more of it to lose as much. On every process noise over signal, b / a, is multiplied by one factor (Esser et al.
+2403.03206, section 5.3.2, for the linear flow; Hoogeboom et al. 2301.11093, section 3.1, where variance is preserved),
 
-    shift(t) = alpha t / (1 + (alpha - 1) t),    alpha = sqrt(tokens / base_tokens)       (1)
+    lambda(shift(t)) = lambda(t) - log alpha,    alpha = sqrt(tokens / base_tokens)       (1)
 
-(The released FLUX models take log alpha linear in the tokens, from 0.5 at 256 to 1.15 at 4096.)
+which for the linear flow is shift(t) = alpha t / (1 + (alpha - 1) t). (The released FLUX models take log alpha linear
+in the tokens, from 0.5 at 256 to 1.15 at 4096.) Times 0 and 1 stay. A process that keeps some signal at t = 1 has no
+more noise than it has there: what (1) would put beyond is at t = 1, and grids may begin with steps of no length.
+
+Grids of discrete steps and of Karras et al. are moved like any other, off the steps and to other noise levels. In
+training, discrete steps stay what they are: the distribution `steps` takes no shift.
 
 A training time is a quantile function at a uniform number u: one draw per clip, or, `stratified`, points that
 fill [0, 1) evenly over the whole batch (the low-discrepancy sampler of Kingma et al. 2107.00630):
@@ -21,7 +27,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
 from sora_jax.diffusion.keys import clip_keys
-from sora_jax.diffusion.process import DDPM_STEPS, Process, time_of_half_log_snr, time_of_step
+from sora_jax.diffusion.process import (
+    DDPM_STEPS,
+    Process,
+    half_log_snr,
+    linear_flow,
+    time_of_half_log_snr,
+    time_of_step,
+)
 from sora_jax.errors import UserError
 from sora_jax.shapes import ClipsBS
 
@@ -43,7 +56,7 @@ class TimesConfig:
     mode            1 - u - mode_scale (cos^2(pi u / 2) - 1 + u); 2403.03206, equation 20
     cosmap          1 - 1 / (1 + tan(pi u / 2)), the noise levels of `trigonometric`; 2403.03206, equation 21
     log_sigma       where b / a = exp(mean + std n); Karras et al. 2206.00364, table 1, has mean -1.2 and std 1.2
-    steps           one of the thousand discrete steps, each as often; DDPM and DiT
+    steps           one of the thousand discrete steps, each as often; DDPM and DiT; not to be shifted
 
     shift_rule: `root` is equation (1), `exponential` that of FLUX. By `root` a clip of `base_tokens` tokens is not
     shifted; base_tokens = 0 shifts no clip, whatever the rule.
@@ -69,6 +82,10 @@ class TimesConfig:
             raise UserError(f"times.shift_rule must be one of {', '.join(SHIFT_RULES)}, not {self.shift_rule!r}.")
         if self.base_tokens < 0:
             raise UserError(f"times.base_tokens must be 0 (no shift) or more, not {self.base_tokens}.")
+        if self.distribution == "steps" and self.base_tokens:
+            raise UserError(
+                f"times.base_tokens must be 0 (no shift) with times.distribution 'steps', not {self.base_tokens}."
+            )
 
 
 def _normal(config: TimesConfig, u: Array) -> Array:
@@ -108,15 +125,24 @@ QUANTILES: dict[str, Callable[[TimesConfig, Process, Array], Array]] = {
 }
 
 
-def shift(config: TimesConfig, t: Float[Array, "..."], tokens: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Times moved by clip size, equation (1); t and tokens have one shape. Exact at t = 0 and t = 1."""
+def shift(
+    config: TimesConfig, t: Float[Array, "..."], tokens: Int[Array, "..."], process: Process
+) -> Float[Array, "..."]:
+    """Times moved by clip size, equation (1); t and tokens have one shape. Exact at t = 0 and t = 1, and for alpha = 1.
+
+    Never falls in t; where the process keeps some signal at t = 1, times that would lie beyond are 1.
+    """
     if config.base_tokens == 0:
         return t
     # An empty slot has no tokens: any positive count keeps its time finite.
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     alpha = jnp.sqrt(count / config.base_tokens) if config.shift_rule == "root" else _flux_alpha(count)
-    # Equation (1) with the denominator in the order that rounds to exactly alpha at t = 1.
-    return alpha * t / (alpha * t + (1.0 - t))
+    moved = alpha * t / (alpha * t + (1.0 - t)) if process is linear_flow else _less_signal(process, t, alpha)
+    return jnp.where((t <= 0.0) | (t >= 1.0) | (alpha == 1.0), t, moved)
+
+
+def _less_signal(process: Process, t: Array, factor: Array) -> Array:
+    return time_of_half_log_snr(process, half_log_snr(process, t) - jnp.log(factor))
 
 
 def _flux_alpha(count: Array) -> Array:
@@ -136,7 +162,7 @@ def draw_times(
 
     Stratified times are a function of (key, rank, clip size). `ranks_BS` is then needed if clips_BS is not the whole
     batch but a part of it: the part's slice of the whole's `batch_ranks`. Else it may be None. Of `process`, log_sigma
-    takes the time at which a noise level is reached.
+    and the shift take the times at which noise levels are reached.
     """
     if config.stratified:
         ranks_BS = batch_ranks(clips_BS) if ranks_BS is None else ranks_BS
@@ -147,7 +173,7 @@ def draw_times(
         keys_BS = clip_keys(key, clips_BS)
         uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(keys_BS)
     times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
-    return jnp.clip(shift(config, times_BS, tokens_BS), MIN_TIME, 1.0)
+    return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
 
 
 def batch_ranks(clips: UInt32[Array, "*slots"]) -> Float[Array, "*slots"]:
@@ -174,7 +200,7 @@ def _ranks(clips: Array) -> Array:
 
 
 def sampling_times(
-    config: TimesConfig, base_K: Float[Array, " K"], tokens_BR: Int[Array, "B R"]
+    config: TimesConfig, base_K: Float[Array, " K"], tokens_BR: Int[Array, "B R"], process: Process
 ) -> Float[Array, "K B R"]:
     """The times of every row, float32: the decreasing grid base_K (`spacing.base_times`), shifted by the row's size.
 
@@ -182,7 +208,7 @@ def sampling_times(
     times to 0.
     """
     base_K = jnp.asarray(base_K, jnp.float32)
-    return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR))(base_K)
+    return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR, process))(base_K)
 
 
 def per_token(values_BR: Num[Array, "B R"], rows_BL: Int[Array, "B L"]) -> Num[Array, "B L"]:
