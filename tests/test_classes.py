@@ -13,7 +13,7 @@ from sora_jax.data.inspect import inspect
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.sheets import grid
 from sora_jax.errors import UserError
-from sora_jax.generate.run import load_run
+from sora_jax.generate.run import load_run, told
 from sora_jax.generate.run import read_run_config as load_config
 
 IMAGES = ROOT / "configs" / "images.py"
@@ -101,7 +101,7 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
     "arguments, words",
     [
         (["--class=0,x"], "--class is '0,x'"),
-        (["--class=3"], "class is 3; it must be from 0 to 2"),
+        (["--class=3"], "class is 3; it must be a whole number from 0 to 2"),
         (["--prompt=a cat"], "takes classes, not prompts"),
         (["--class=0", "--prompt=a cat"], "both given"),
         (["--class=0", "--size=16", "--width=24"], "beside --height or --width"),
@@ -119,6 +119,25 @@ def test_mistakes_are_told_in_one_sentence(trained, tmp_path, capsys, arguments,
     assert run("sample", f"--workdir={trained}", f"--out={tmp_path / 'x.png'}", *arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("label", [1.5, 1.0, True, np.bool_(True), "a", None, -1])
+def test_what_is_no_class_is_refused_in_a_sentence(model, label):
+    with pytest.raises(UserError) as error:
+        model.generate(sizes=SIZE, classes=[label])
+    assert str(error.value) == f"class is {label!r}; it must be a whole number from 0 to 2"
+
+
+def test_clips_seeds_and_prompts_of_other_types_are_refused(model):
+    for options, words in (
+        (dict(clips=[1.5]), r"clips is \[1.5\]; each must be a whole number"),
+        (dict(seed=1.5), "seed is 1.5; it must be a whole number"),
+        (dict(prompts="a"), "prompts is 'a'; it must be a list"),
+    ):
+        with pytest.raises(UserError, match=words):
+            model.generate(sizes=SIZE, **dict(classes=[1]) | options)
+    _, classes, *_ = told(model.config, [], np.array([2, 0]), None, "", np.int64(3), model.config.sampling)
+    assert classes == [2, 0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,15 +44,19 @@ def told(config: DenoiserRun, prompts, classes, guidance, negative, seed: int, s
 
     It needs no weights, so it can be asked before they are loaded.
     """
+    check(not isinstance(prompts, str), f"prompts is {prompts!r}; it must be a list of texts")
     count, known = max(len(prompts), len(classes)), config.model.classes
     check(count > 0, "there is no prompt; give at least one, or a class")
     check(bool(config.model.text) or not len(prompts), "this run takes classes, not prompts; give classes")
     check(bool(known) or not len(classes), "this run takes prompts, not classes; give prompts")
     for label in classes:
-        check(0 <= label < known, f"class is {label}; it must be from 0 to {known - 1}")
+        check(
+            is_whole(label) and 0 <= label < known,
+            f"class is {label!r}; it must be a whole number from 0 to {known - 1}",
+        )
     channels, most = sampling.guidance.channels, config.model.latent_channels
     check(channels <= most, f"sampling.guidance.channels is {channels}; it must be from 0 (all) to {most}")
-    check(0 <= seed < 2**32, f"seed is {seed}; it must be from 0 to 4294967295")
+    check(is_whole(seed) and 0 <= seed < 2**32, f"seed is {seed!r}; it must be a whole number from 0 to 4294967295")
     prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
     same = len(prompts) == len(classes)
     check(same, f"there are {len(prompts)} prompts and {len(classes)} classes; give one for each")
@@ -62,6 +67,11 @@ def told(config: DenoiserRun, prompts, classes, guidance, negative, seed: int, s
         check(bool(config.model.text), f"negative is {negative!r}; this run reads no text, leave it out")
         check(any(scale != 1 for scale in scales), f"negative is {negative!r}; it needs a guidance other than 1")
     return prompts, classes, scales, negatives
+
+
+def is_whole(value) -> bool:
+    """Whether it is a whole number, of Python or of NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def each(name: str, values, count: int) -> list:
@@ -111,11 +121,14 @@ class Run:
         prompts, classes, scales, negatives = told(self.config, prompts, classes, guidance, negative, seed, sampling)
         count = len(prompts)
         check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
-        sizes = [sizes] * count if isinstance(sizes[0], int) else list(sizes)
+        sizes = [sizes] * count if is_whole(sizes[0]) else list(sizes)
         check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
         clips = range(1, count + 1) if clips is None else clips
         check(len(clips) == count, f"there are {count} prompts and {len(clips)} clips; give one for each")
-        check(all(0 < clip < 2**32 for clip in clips), f"clips is {list(clips)}; each must be from 1 to 4294967295")
+        check(
+            all(is_whole(clip) and 0 < clip < 2**32 for clip in clips),
+            f"clips is {list(clips)}; each must be a whole number from 1 to 4294967295",
+        )
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         latent_sizes = [self.latent_size(*size) for size in sizes]
         requests = [Request(*one) for one in zip(prompts, latent_sizes, clips, classes, scales, negatives, strict=True)]
@@ -188,6 +201,6 @@ def read_run_config(folder: Path) -> DenoiserRun:
     config = read_json(path)
     check(
         config.get("kind") == "transformer",
-        f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and only a transformer samples",
+        f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and it must be a 'transformer'",
     )
     return frozen(DenoiserRun, upgraded(config))
