@@ -19,6 +19,8 @@ from sora_jax.data.media import check_ending, write_video
 from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import grid
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, read_text, write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
@@ -241,9 +243,7 @@ def sample(options) -> list[Path]:
     for path in paths:
         check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
-    given = {"steps": options.steps, "solver.name": options.solver}
-    changes = [*options.sampling, *(f"{name}={value}" for name, value in given.items() if value is not None)]
-    sampling = override(config.sampling, changes, "sampling")
+    sampling = _sampling(options, config)
     told(config, prompts, classes, options.guidance, options.negative, options.seed, sampling)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     run = load_run(options.workdir, options.autoencoder, options.checkpoint)
@@ -264,6 +264,26 @@ def sample(options) -> list[Path]:
     for path, clip in zip(paths, clips, strict=True):
         write_video(path, clip, options.fps, options.upscale)
     return paths
+
+
+def _sampling(options, config: DenoiserRun) -> SamplingConfig:
+    """How the run is sampled, with what the command line changes; UserError for what would change nothing."""
+    named = [change.partition("=")[0] for change in options.sampling]
+    flags = {"steps": "steps", "solver": "solver.name", "guidance": "guidance.scale"}
+    for flag, name in flags.items():
+        twice = getattr(options, flag) is not None and name in named
+        check(not twice, f"--{flag} and --sampling.{name} are both given; give one of them")
+    given = [f"{flags[flag]}={getattr(options, flag)}" for flag in ("steps", "solver") if getattr(options, flag)]
+    sampling = override(config.sampling, [*options.sampling, *given], "sampling")
+    name, learnt = sampling.solver.name, config.model.learned_variance
+    for option in (name.removeprefix("solver.") for name in named if name.startswith("solver.")):
+        users = [solver for solver, method in SOLVERS.items() if option in method.options]
+        known = option == "name" or name in users
+        check(known, f"--sampling.solver.{option} is given; it is for {', '.join(users)}, and the solver is {name}")
+        check(
+            not (option == "variance" and learnt), "--sampling.solver.variance is given; this model has learnt its own"
+        )
+    return sampling
 
 
 def _prompts(options) -> list[str]:

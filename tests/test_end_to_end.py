@@ -49,3 +49,18 @@ def test_a_png_is_one_frame_and_several_prompts_are_numbered(chain, tmp_path):  
     pictures = [decode(tmp_path / name).frames for name in written]
     assert all(picture.shape == (1, 32, 48, 3) for picture in pictures)
     assert not np.array_equal(pictures[0], pictures[1])
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--sampling.solver.eta=1"], "--sampling.solver.eta is given; it is for ddim, and the solver is euler"),
+        (["--solver=edm", "--sampling.solver.coefficient=sine"], "it is for euler_sde, heun_sde, and the solver is edm"),
+        (["--guidance=2", "--sampling.guidance.scale=9"], "--guidance and --sampling.guidance.scale are both given"),
+        (["--steps=3", "--sampling.steps=4"], "--steps and --sampling.steps are both given"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(chain, tmp_path, capsys, options, told):  # noqa: F811
+    clip = ["--prompt=a red square", "--frames=5", "--height=16", "--width=24", f"--out={tmp_path / 'clip.gif'}"]
+    assert run("sample", f"--workdir={chain.transformer}", *clip, *options) == 2
+    assert told in capsys.readouterr().err and list(tmp_path.iterdir()) == []
