@@ -234,7 +234,10 @@ def remote_files(folder: Path) -> dict[str, int]:
 def is_empty(folder: Path) -> bool:
     """Whether nothing is below a folder, or there is none; an object in its own name, as consoles make, is nothing."""
     if is_remote(folder):
-        return not remote_files(folder)
+        storage, root = _storage(folder)
+        with suppress(FileNotFoundError):
+            return all(name.rstrip("/") == root.rstrip("/") for name in storage.ls(root, detail=False))
+        return True
     return not folder.is_dir() or not any(folder.iterdir())
 
 

@@ -490,9 +490,9 @@ def test_paths(bucket, tmp_path):  # noqa: F811
 def test_an_object_in_the_name_of_a_folder_does_not_fill_it(bucket, monkeypatch):  # noqa: F811
     folder = as_path(f"{ROOT}/made_by_a_console")
     assert files.is_empty(folder)
-    marker = {"bucket/made_by_a_console/": {"type": "file", "size": 0}}
+    marked = SimpleNamespace(ls=lambda name, detail: [f"{name}/"])
     with monkeypatch.context() as change:
-        change.setattr(files, "_storage", lambda path: (SimpleNamespace(find=lambda *_, **__: marker), path.name))
+        change.setattr(files, "_storage", lambda path: (marked, path.name))
         assert files.is_empty(folder)
     create(folder / "config.json", "{}")
     assert not files.is_empty(folder)
