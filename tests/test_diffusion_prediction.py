@@ -162,11 +162,12 @@ def test_pairs_that_cannot_work_are_user_errors():
     """The rest can: what is refused is told with what may stand in its place."""
     refused = {(name, kind) for name in PROCESSES for kind in FORMS if not works(name, kind)}
     zero = ("vp_linear_zero_snr", "vp_scaled_linear_zero_snr")
-    assert refused == {("edm", "velocity"), *itertools.product(zero, ("eps", "score"))}
+    assert refused == {("edm", "velocity"), ("edm", "score"), *itertools.product(zero, ("eps", "score"))}
     with pytest.raises(UserError, match="one of x0, v, velocity, edm with the process vp_linear_zero_snr, not 'eps'"):
         check_pair("vp_linear_zero_snr", "eps")
-    with pytest.raises(UserError, match="one of x0, eps, v, score, edm with the process edm, not 'velocity'"):
-        check_pair("edm", "velocity")
+    for kind in ("velocity", "score"):
+        with pytest.raises(UserError, match=f"one of x0, eps, v, edm with the process edm, not '{kind}'"):
+            check_pair("edm", kind)
     for pair in (("vp_cubic", "v"), ("vp", "noise")):
         with pytest.raises(UserError, match="must be one of"):
             check_pair(*pair)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.diffusion.prediction import FORMS, convert, express
+from sora_jax.diffusion.prediction import FORMS, check_pair, convert, express
 from sora_jax.diffusion.process import (
     PROCESSES,
     corrupt,
@@ -15,8 +15,10 @@ from sora_jax.diffusion.process import (
     trigonometric,
     vp_linear,
 )
-from sora_jax.diffusion.weights import WEIGHTS, WeightConfig, loss_scale
+from sora_jax.diffusion.times import MIN_TIME
+from sora_jax.diffusion.weights import WEIGHTS, WeightConfig, check_weight, loss_scale
 from sora_jax.errors import UserError
+from sora_jax.train.denoiser import DiffusionConfig
 
 ALL = list(PROCESSES.values())
 
@@ -100,13 +102,41 @@ def test_one_error_has_one_loss_whatever_is_predicted(process):
 
 
 @pytest.mark.parametrize("process", ALL, ids=lambda process: process.name)
-def test_finite_wherever_a_clip_is_trained(process):
-    t = jnp.concatenate([jnp.linspace(0.15 if process is edm else 1e-5, 1.0, 200), jnp.array([0.9995, 1.0])])
-    for name in WEIGHTS:
-        for kind in FORMS if name == "elbo" else ("eps", "velocity"):
-            scale = np.asarray(loss_scale(WeightConfig(name), process, kind, t))
-            assert np.all(np.isfinite(scale)) and np.all(scale >= 0), (name, kind)
-            assert name != "uniform" or np.all(scale == 1.0)
+def test_losses_are_finite_wherever_a_clip_is_trained(process):
+    """For whatever may be predicted and however it may be weighed; an unweighted loss stays below 1e6."""
+    t = jnp.concatenate([jnp.geomspace(MIN_TIME, 0.1, 30), jnp.linspace(0.15, 1.0, 60), jnp.array([0.9995, 1.0])])
+    kinds = [kind for kind in FORMS if passes(check_pair, process.name, kind)]
+    assert {"x0", "v", "edm"} <= {*kinds}
+    for kind in kinds:
+        error = express(process, kind, jnp.ones_like(t), jnp.full_like(t, -2.0), t) - 0.1
+        for name in WEIGHTS:
+            if passes(check_weight, name, kind):
+                scale = np.asarray(loss_scale(WeightConfig(name), process, kind, t))
+                loss = scale * np.square(error)
+                assert np.all(np.isfinite(loss)) and np.all(scale >= 0), (name, kind)
+                assert name != "uniform" or (np.all(scale == 1.0) and loss.max() < 1e6), kind
+
+
+def passes(check, *names):
+    try:
+        check(*names)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("process", [linear_flow, trigonometric, vp_linear], ids=lambda process: process.name)
+def test_score_matching_weighs_by_the_variance_of_the_noise(process):
+    t = jnp.linspace(0.01, 0.99, 50)
+    found = loss_scale(WeightConfig("eps"), process, "score", t)
+    np.testing.assert_allclose(found, np.square(process.b(t)), rtol=1e-4)
+
+
+def test_a_score_is_not_weighed_uniformly():
+    said = "weight.name must be one of eps, elbo, min_snr, sigmoid, edm with the prediction score, not 'uniform'"
+    with pytest.raises(UserError, match=said):
+        DiffusionConfig(prediction="score")
+    DiffusionConfig(prediction="score", weight=WeightConfig("eps"))
 
 
 def test_bad_options_are_user_errors():

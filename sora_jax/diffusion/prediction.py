@@ -74,16 +74,16 @@ def check_pair(process_name: str, kind: str) -> None:
 
     Raises:
         UserError: an unknown name, or a pair that cannot work: eps or score where the process is made to begin without
-            signal, so that the first step down from t = 1 would know nothing of x_0, and velocity of `edm`, whose size
-            7 sigma / t spans nine decades.
+            signal, so that the first step down from t = 1 would know nothing of x_0, and velocity and score of `edm`,
+            whose sizes, 7 sigma / t and 1 / sigma, span nine decades and more than float32 has.
     """
     process_named(process_name), check_kind(kind)
     if kind in ("eps", "score") and process_name.endswith("_zero_snr"):
         allowed = ", ".join(other for other in FORMS if other not in ("eps", "score"))
         raise UserError(f"prediction must be one of {allowed} with the process {process_name}, not {kind!r}.")
-    if kind == "velocity" and process_name == "edm":
-        allowed = ", ".join(other for other in FORMS if other != "velocity")
-        raise UserError(f"prediction must be one of {allowed} with the process edm, not 'velocity'.")
+    if kind in ("velocity", "score") and process_name == "edm":
+        allowed = ", ".join(other for other in FORMS if other not in ("velocity", "score"))
+        raise UserError(f"prediction must be one of {allowed} with the process edm, not {kind!r}.")
 
 
 def express(process: Process, kind: str, x0: Array, eps: Array, t: Array) -> Array:

@@ -6,8 +6,9 @@ equation (7) of `process`, an error e of the prediction c x_0 + d eps at a known
     -b e / (a d - b c)  in x_0,      a e / (a d - b c)  in eps                            (1)
 
     name       weight of the squared error
-    uniform    1 on the model's own prediction
-    eps        1 on eps: DDPM's simple loss, Ho et al. 2006.11239, equation 14
+    uniform    1 on the model's own prediction, but for the score, which is infinite at t = 0
+    eps        1 on eps: DDPM's simple loss, Ho et al. 2006.11239, equation 14; b^2 on the score, as score matching
+               weighs it, Song and Ermon 1907.05600, section 4.2
     elbo       -d log snr / dt on eps: twice the bound on the likelihood, Kingma et al. 2107.00630
     min_snr    min(snr, gamma) on x_0; Hang et al. 2303.09556
     sigmoid    sigmoid(bias - log snr) (-d log snr / dt) on eps; Kingma and Gao 2303.00848; Hoogeboom et al.
@@ -61,6 +62,17 @@ WEIGHTS: dict[str, tuple[str, Callable[[WeightConfig, Array, Array], Array]]] = 
     "sigmoid": ("eps", lambda config, half, slope: -slope * jax.nn.sigmoid(config.bias - 2.0 * half)),
     "edm": ("x0", lambda config, half, slope: config.sigma_data**-2 + jnp.exp(2.0 * half)),
 }
+
+
+def check_weight(name: str, kind: str) -> None:
+    """Whether errors of this kind of prediction can be weighed so.
+
+    Raises:
+        UserError: `uniform` with score, whose squared error grows as 1 / b^2 towards the data.
+    """
+    if name == "uniform" and check_kind(kind) == "score":
+        allowed = ", ".join(other for other in WEIGHTS if other != "uniform")
+        raise UserError(f"weight.name must be one of {allowed} with the prediction score, not 'uniform'.")
 
 
 def loss_scale(config: WeightConfig, process: Process, kind: str, t: Array) -> Array:

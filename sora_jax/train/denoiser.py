@@ -25,7 +25,7 @@ from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
-from sora_jax.diffusion.weights import WeightConfig
+from sora_jax.diffusion.weights import WeightConfig, check_weight
 from sora_jax.files import as_path, write_json
 from sora_jax.models.flops import train_flops
 from sora_jax.models.pretrained import PretrainedText
@@ -59,6 +59,7 @@ class DiffusionConfig:
 
     def __post_init__(self):
         check_pair(self.process, self.prediction)
+        check_weight(self.weight.name, self.prediction)
         check(
             0 <= self.caption_dropout < 1,
             f"diffusion.caption_dropout is {self.caption_dropout}; it must be in [0, 1)",
