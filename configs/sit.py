@@ -11,7 +11,10 @@ samplers, as in the paper at 250 evaluations: Heun on the ODE, which is the defa
 Euler-Maruyama on the SDE.
 
 What differs from the official code: time runs from data (0) to noise (1), as everywhere in this project; the network
-sees 1000 t, not t; and there is no second half of the output, which that code computes and leaves unused.
+sees 1000 t, not t; and there is no second half of the output, which that code computes and leaves unused. On the SDE
+its diffusion coefficient "sigma" stands before the score, with sqrt(2 sigma) dW: twice the noise of `sigma` here, where
+w = b as in the paper; and its last step goes down the drift alone from t = 0.04 (its "Mean"), where the last step here,
+from t = 1 / 250, gives the model's x_0 (its "Tweedie").
 
 The paper's FID-50K at 400,000 steps, without guidance: 57.6 (S/2), 33.0 (B/2), 18.8 (L/2), 17.2 (XL/2), against
 68.4, 43.5, 23.3 and 19.5 of DiT. They were not measured here.

@@ -6,6 +6,7 @@ import pytest
 
 from sora_jax.commands import run_config
 from sora_jax.config import load
+from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.transformer import SIZES, transformer_specs
@@ -61,6 +62,33 @@ def test_the_blocks_of_a_size_are_those_of_dit_and_its_cross_attention(size):
     cross = sum(count(specs[name]) for name in ("cross_q", "cross_kv", "cross_merge", "q_norm", "k_norm"))
     # DiT, 2212.09748: attention 4 D^2 + 4 D, MLP 8 D^2 + 5 D, adaLN-Zero 6 D^2 + 6 D
     assert count(specs) - cross == model.depth * (18 * model.width**2 + 15 * model.width)
+
+
+# 2401.08740 has them in millions: 33, 130, 458 and 675.
+@pytest.mark.parametrize(
+    "size, parameters", [("S", 32_858_896), ("B", 130_303_504), ("L", 457_824_272), ("XL", 674_816_272)]
+)
+def test_sit_is_dit_without_a_learned_variance(size, parameters):
+    model = read("sit.py", f"{size}/2").model
+    assert count(transformer_specs(model)) == parameters and not model.learned_variance
+    # The last layer of DiT has another 16 outputs: width + 1 numbers each.
+    dit = read("dit.py", f"{size}/2").model
+    assert count(transformer_specs(dit)) - parameters == 16 * (model.width + 1)
+
+
+def test_the_recipe_of_sit_is_that_of_the_paper():
+    """2401.08740, section 4: DiT's recipe on the velocity of a path, at uniform times."""
+    for variant, process in (("S/2", "linear_flow"), ("S/2,trigonometric", "trigonometric")):
+        run, dit = read("sit.py", variant), read("dit.py", "S/2")
+        diffusion = run.diffusion
+        assert (diffusion.process, diffusion.prediction, diffusion.weight.name) == (process, "velocity", "uniform")
+        assert (diffusion.times.distribution, diffusion.times.base_tokens) == ("uniform", 0)
+        assert diffusion.caption_dropout == 0.1
+        assert (run.optim.ema, run.optim.ema_warmup, run.optim.learning_rate) == ((0.9999,), False, 1e-4)
+        assert (run.optim, run.batch) == (dit.optim, 256)
+        # Heun on the ODE at 250 evaluations (249: the last step has one), and no shift of the grid.
+        assert (run.sampling.solver.name, run.sampling.spacing) == ("heun", "even")
+        assert evaluations(run.sampling.solver, int(run.sampling.steps)) == 249
 
 
 def test_the_data_configs_are_valid_and_changed_by_the_command_line():
