@@ -132,6 +132,23 @@ def test_a_dry_run_refuses_sizes_that_no_model_has(tmp_path, capsys, change):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        "times.mean=nan",
+        "times.std=inf",
+        "times.std=nan",
+        "weight.gamma=inf",
+        "weight.bias=nan",
+        "weight.sigma_data=inf",
+    ],
+)
+def test_a_dry_run_refuses_numbers_of_diffusion_that_are_not_finite(tmp_path, capsys, change):
+    name, value = change.split("=")
+    options = train_options("transformer", tmp_path / "run", f"diffusion.{change}")
+    assert f"{name} must be finite, not {value}" in refused(capsys, *options, "--dry-run")
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         ("crop=(9,64,64)", ["9 x 64 x 64", "24"]),

@@ -19,6 +19,7 @@ fill [0, 1) evenly over the whole batch (the low-discrepancy sampler of Kingma e
     u_i = frac(u_0 + i / n),    clip i of n, one u_0 for the step                         (2)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,9 @@ class TimesConfig:
         if self.distribution not in QUANTILES:
             allowed = ", ".join(QUANTILES)
             raise UserError(f"times.distribution must be one of {allowed}, not {self.distribution!r}.")
+        for name in ("mean", "std"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"times.{name} must be finite, not {getattr(self, name)}.")
         if not self.std > 0:
             raise UserError(f"times.std must be above 0, not {self.std}.")
         if not -1.0 <= self.mode_scale <= MAX_MODE_SCALE:

@@ -19,6 +19,7 @@ equation (7) of `process`, an error e of the prediction c x_0 + d eps at a known
 The slope of log snr makes `elbo` and `sigmoid` mean the same on every process, for uniform times.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,6 +49,9 @@ class WeightConfig:
     def __post_init__(self):
         if self.name not in WEIGHTS:
             raise UserError(f"weight.name must be one of {', '.join(WEIGHTS)}, not {self.name!r}.")
+        for name in ("gamma", "bias", "sigma_data"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"weight.{name} must be finite, not {getattr(self, name)}.")
         for name in ("gamma", "sigma_data"):
             if not getattr(self, name) > 0:
                 raise UserError(f"weight.{name} must be above 0, not {getattr(self, name)}.")
