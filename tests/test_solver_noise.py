@@ -66,6 +66,16 @@ def test_every_coefficient_has_the_same_marginals(name, coefficient):
     assert abs(variance(config, name, down(200, 0.9, 0.1), 0.6) - marginal(name, 0.1, 0.6)) < 2e-3
 
 
+def test_the_default_coefficient_keeps_the_variance_of_the_data_on_edm():
+    """In 50 steps of Karras et al., where `sigma`, the default of the other processes, loses half of it."""
+    times = base_times("edm", 50, "karras")
+    assert abs(variance(SolverConfig("euler_sde"), "edm", times, 0.6) - 0.36) < 0.01
+    assert variance(SolverConfig("euler_sde", coefficient="sigma"), "edm", times, 0.6) < 0.2
+    times = down(9, 0.9)
+    found = [variance(SolverConfig("euler_sde", **o), "vp", times, 0.6) for o in ({}, {"coefficient": "sigma"})]
+    assert found[0] == found[1]
+
+
 def marginal(name, t, deviation):
     process = process_named(name)
     return float(process.a(jnp.float32(t)) ** 2 * deviation**2 + process.b(jnp.float32(t)) ** 2)

@@ -37,7 +37,7 @@ class SolverConfig:
     name: str = "euler"
     eta: float = 0.0
     variance: str = "lower"
-    coefficient: str = "sigma"
+    coefficient: str = "auto"
     churn: float = 0.0
     churn_from: float = 0.0
     churn_to: float = 1e6

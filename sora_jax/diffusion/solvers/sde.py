@@ -6,7 +6,11 @@ For every w(t) >= 0 (Ma et al. 2401.08740, equation 5)
 
 The coefficient w is free even after training: `sigma` b, `sine` sin(pi t)^2, `linear` t, `constant` 1, or
 `reverse` 2 b b' - 2 b^2 a' / a, that of the process's own reversal (Song et al. 2011.13456, equation 6), taken as
-0 where a = 0 makes it infinite. The last step draws nothing and is of first order, since (1) has no score at t = 0.
+0 where a = 0 makes it infinite. `auto` is `reverse` for `edm` and `sigma` for the others. For a quarter of its time
+`edm` has b below 1/100; there the others are so large beside b^2 that Euler's steps overshoot and lose variance: in 50
+steps of Karras et al. `sigma` makes 0.18 of the variance 0.36 of normal data, `reverse` 0.365.
+
+The last step draws nothing and is of first order, since (1) has no score at t = 0.
 """
 
 from collections.abc import Callable
@@ -42,10 +46,11 @@ COEFFICIENTS: dict[str, Callable[[Process, Array], Array]] = {
     "linear": lambda process, t: t,
     "constant": lambda process, t: jnp.ones_like(t),
     "reverse": _reverse,
+    "auto": lambda process, t: _reverse(process, t) if process.name == "edm" else process.b(t),
 }
 
 
-def euler_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "sigma") -> TokensBLP:
+def euler_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "auto") -> TokensBLP:
     """Euler and Maruyama's steps of (1), of weak order 1; K - 1 evaluations and K - 2 draws for K times."""
 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
@@ -58,7 +63,7 @@ def euler_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficie
     return first_order(problem, x_BLP, last_interval(times_KBR))
 
 
-def heun_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "sigma") -> TokensBLP:
+def heun_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "auto") -> TokensBLP:
     """Heun's steps of (1), of weak order 2; 2 K - 3 evaluations and K - 2 draws for K times.
 
     The drift is averaged over both ends and the one draw has the mean variance (Kloeden and Platen 1992, section
