@@ -2,7 +2,7 @@
 
 pip install libtpu 'jax[cuda13]'
 python experiments/plans/run.py                all rows, two hours on two busy cores
-python experiments/plans/run.py 3b 14b         these alone; the table is made of all JSON files that are there
+python experiments/plans/run.py 3b 14b-slices  these alone; the table is made of all JSON files that are there
 python experiments/plans/run.py --table        the table alone
 """
 
@@ -24,7 +24,6 @@ PLANS = {
     "l": "--config=configs/sora.py:l --topology=v5e:4x4",
     "xl": "--config=configs/sora.py:xl --topology=v6e:16x16",
     "3b": "--config=configs/sora.py:3b --topology=v5p:4x4x4",
-    "3b-128": "--config=configs/sora.py:3b --topology=v5p:4x4x8",
     "14b-slices": "--config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2",
     "3b-sample": "--config=configs/sora.py:3b --topology=v5p:2x2x2 --what=sample",
     "reconstruct": "--config=configs/autoencoder.py:base --topology=v5e:2x2 --what=autoencoder"
