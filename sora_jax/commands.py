@@ -252,9 +252,10 @@ def sample(options) -> list[Path]:
         if (length := run.tokenizer.length(prompt)) > most:
             print(f"sora-jax: {prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     size = (options.frames, options.height, options.width)
-    if near := nearness(run.autoencoder.config, tiles, [run.latent_size(*size)], "decode"):
+    latent = run.latent_size(*size)
+    if near := nearness(run.autoencoder.config, tiles, [latent], "decode"):
         print(f"sora-jax: {near}", file=sys.stderr)
-    tokens = math.prod(grid_of(run.latent_size(*size), run.config.model.patch))
+    tokens = math.prod(grid_of(latent, run.config.model.patch))
     what = f"{len(prompts or classes)} of {options.frames}x{options.height}x{options.width}, {tokens:,} tokens each"
     how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
@@ -273,8 +274,9 @@ def _sampling(options, config: DenoiserRun) -> SamplingConfig:
     for flag, name in flags.items():
         twice = getattr(options, flag) is not None and name in named
         check(not twice, f"--{flag} and --sampling.{name} are both given; give one of them")
-    given = [f"{flags[flag]}={getattr(options, flag)}" for flag in ("steps", "solver") if getattr(options, flag)]
-    sampling = override(config.sampling, [*options.sampling, *given], "sampling")
+    given = {"steps": options.steps, "solver.name": options.solver}
+    changes = [*options.sampling, *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    sampling = override(config.sampling, changes, "sampling")
     name, learnt = sampling.solver.name, config.model.learned_variance
     for option in (name.removeprefix("solver.") for name in named if name.startswith("solver.")):
         users = [solver for solver, method in SOLVERS.items() if option in method.options]

@@ -45,10 +45,10 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         check(valid, f"--coordinator is {coordinator!r}; it must be HOST:PORT, the port from 1 to 65535")
         where = f"all of {processes} processes at {coordinator}"
     until = time.monotonic() + START
-    if process:
-        _wait_for(coordinator, until)
     try:
-        with _given_up(until, where):
+        with _given_up(until + 1, where):
+            if process:
+                _wait_for(coordinator, until)
             jax.distributed.initialize(
                 coordinator,
                 processes,
@@ -66,11 +66,14 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
 def _given_up(until: float, where: str) -> Iterator[None]:
     """Says what is waited for when it takes more than a moment, and ends the process when it takes too long."""
 
+    def tell():
+        print(f"sora-jax: waiting for {where}, {START} s at most", file=sys.stderr, flush=True)
+
     def end():
         print(f"sora-jax: {where} were not there within {START} s", file=sys.stderr, flush=True)
         os._exit(LostPeer.code)  # the main thread waits inside JAX, where no exception reaches it
 
-    timers = [threading.Timer(2, _waiting, (where,)), threading.Timer(until - time.monotonic(), end)]
+    timers = [threading.Timer(2, tell), threading.Timer(until - time.monotonic(), end)]
     for timer in timers:
         timer.daemon = True
         timer.start()
@@ -81,17 +84,12 @@ def _given_up(until: float, where: str) -> Iterator[None]:
             timer.cancel()
 
 
-def _waiting(where: str) -> None:
-    print(f"sora-jax: waiting for {where}, {START} s at most", file=sys.stderr, flush=True)
-
-
 def _wait_for(coordinator: str, until: float) -> None:
     """Returns when the first process answers; JAX itself would end this one by a stack of C++.
 
     LostPeer where nobody has answered by then; UserError where the host has no address.
     """
     host, _, port = coordinator.rpartition(":")
-    began, told = time.monotonic(), False
     while True:
         try:
             return socket.create_connection((host, int(port)), timeout=5).close()
@@ -100,9 +98,6 @@ def _wait_for(coordinator: str, until: float) -> None:
                 mistaken = isinstance(error, socket.gaierror)  # not a first process that is late
                 message = f"--coordinator is {coordinator!r}; nobody answers there ({error})"
                 raise (UserError if mistaken else LostPeer)(message) from error
-            if time.monotonic() > began + 2 and not told:
-                _waiting(f"the first process at {coordinator}")
-                told = True
             time.sleep(0.2)
 
 
