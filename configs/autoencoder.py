@@ -25,7 +25,7 @@ Weights of one's own:
 That is by L1 and KL alone, without the perceptual and adversarial losses of the paper. Not measured here.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 
@@ -35,7 +35,7 @@ def get_config(variant: str = "base"):
 
 
 def base():
-    config = mutable(AutoencoderRun())
+    config = to_config_dict(AutoencoderRun())
     config.crop, config.batch, config.image_share = (17, 128, 128), 16, 0.25
     model = config.model
     model.time_factor, model.space_factor, model.latent_channels = 4, 8, 16
@@ -45,13 +45,13 @@ def base():
 
 
 def kl4():
-    config = mutable(AutoencoderRun(model=KLConfig(latent_channels=4, quant=True, remat=True)))
+    config = to_config_dict(AutoencoderRun(model=KLConfig(latent_channels=4, quant=True, remat=True)))
     config.crop, config.batch, config.image_share = (1, 256, 256), 16, 0.0
     return _recipe(config)
 
 
 def kl16():
-    config = mutable(AutoencoderRun(model=KLConfig(latent_channels=16, quant=False, remat=True)))
+    config = to_config_dict(AutoencoderRun(model=KLConfig(latent_channels=16, quant=False, remat=True)))
     config.crop, config.batch, config.image_share = (1, 256, 256), 16, 0.0
     return _recipe(config)
 

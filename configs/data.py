@@ -14,7 +14,7 @@ take in turn. labels: a TFDS data set with class labels, each kept as a number a
 decode in parallel, `--shard=i/n` shares the work between machines. Times: experiments/bench/README.md.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.data.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 
@@ -25,7 +25,7 @@ def get_config(variant: str = "video"):
 
 
 def video():
-    return mutable(
+    return to_config_dict(
         BuildConfig(sources=(SourceConfig("folder", "clips"),), max_tokens=320, fps=12.0, clips_per_file=8, workers=2)
     )
 
@@ -36,15 +36,15 @@ def mixed():
         SourceConfig("webdataset", "shards/*.tar"),
         SourceConfig("folder", "photographs", weight=0.5),
     )
-    return mutable(BuildConfig(sources=sources, max_tokens=320, max_fps=12.0, workers=2))
+    return to_config_dict(BuildConfig(sources=sources, max_tokens=320, max_fps=12.0, workers=2))
 
 
 def navit():
     sources = (SourceConfig("folder", "photographs"),)
     sizes = dict(resolution="navit", min_pixels=64 * 64, max_pixels=256 * 256, variants=4)
-    return mutable(BuildConfig(sources=sources, max_frames=1, workers=2, **sizes))
+    return to_config_dict(BuildConfig(sources=sources, max_frames=1, workers=2, **sizes))
 
 
 def labels():
     source = SourceConfig("tfds:oxford_flowers102", label="both", label_caption="a photo of a {label}")
-    return mutable(BuildConfig(sources=(source,), max_frames=1, max_pixels=64 * 64, workers=2))
+    return to_config_dict(BuildConfig(sources=(source,), max_frames=1, max_pixels=64 * 64, workers=2))

@@ -23,7 +23,7 @@ without guidance, are FID-50K 68.40 (S/2), 43.47 (B/2), 23.33 (L/2) and 19.47 (X
 measured here.
 """
 
-from sora_jax.config import check, choose, mutable
+from sora_jax.config import check, choose, to_config_dict
 from sora_jax.models.conditioning import MODULATED
 from sora_jax.models.transformer import SIZES
 from sora_jax.train.denoiser import DenoiserRun
@@ -49,7 +49,7 @@ def get_config(variant: str = "XL/2"):
 
 
 def dit(depth: int, width: int, heads: int, patch: int, pixels: int, conditioning: str):
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     side = pixels // FACTOR
     check(side % patch == 0, f"patch is {patch}; it must divide {side}")
     config.batch = 256

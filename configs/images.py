@@ -13,7 +13,7 @@ packs a step; `fixed` is the same with one picture of 28 x 28 in a pack, as DiT 
 cores; times and samples: experiments/images/README.md.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -24,7 +24,7 @@ def get_config(variant: str = "transformer"):
 
 
 def autoencoder():
-    config = mutable(AutoencoderRun())
+    config = to_config_dict(AutoencoderRun())
     config.crop, config.batch, config.image_share = (1, 20, 20), 32, 1.0
     model = config.model
     model.time_factor, model.space_factor, model.latent_channels = 1, 4, 4
@@ -38,7 +38,7 @@ def autoencoder():
 
 
 def transformer():
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     config.batch = 8
     model = config.model
     model.depth, model.width, model.heads, model.patch = 4, 128, 4, (1, 1, 1)

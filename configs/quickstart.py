@@ -12,7 +12,7 @@ where it is; position codes are as short as the clips; times are shifted towards
 the caption decides, which shape goes where, is decided there. What was tried: experiments/quickstart/README.md.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.quickstart import QuickstartConfig
 
 PROMPTS = (
@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def get_config(variant: str = ""):
-    config = mutable(QuickstartConfig())
+    config = to_config_dict(QuickstartConfig())
     world(config)
     autoencoder(config.autoencoder)
     transformer(config.transformer)

@@ -20,7 +20,7 @@ The paper's FID-50K at 400,000 steps, without guidance: 57.6 (S/2), 33.0 (B/2), 
 68.4, 43.5, 23.3 and 19.5 of DiT. They were not measured here.
 """
 
-from sora_jax.config import check, choose, mutable
+from sora_jax.config import check, choose, to_config_dict
 from sora_jax.models.transformer import SIZES
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -46,7 +46,7 @@ def get_config(variant: str = "XL/2"):
 
 
 def sit(depth: int, width: int, heads: int, patch: int, pixels: int, process: str):
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     side = pixels // FACTOR
     check(side % patch == 0, f"patch is {patch}; it must divide {side}")
     config.batch = 256

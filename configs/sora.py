@@ -26,7 +26,7 @@ attention, in the backward pass. `batch` counts packs of all chips: a multiple o
 it, or lower `mesh.fsdp` on small ones. Longer clips: `--config.packing.length` with `--config.mesh.sequence=4`.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.train.denoiser import DenoiserRun
 
 ENCODERS = {"umt5-base": ("google/umt5-base", 768), "umt5-xxl": ("google/umt5-xxl", 4096)}
@@ -44,7 +44,7 @@ SIZES = {  # depth, width, heads; text encoder, width of the text; pack length, 
 def get_config(variant: str = "b"):
     size = choose("variant of configs/sora.py", variant or "b", SIZES)
     depth, width, heads, encoder, text_width, length, packs, fsdp = size
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     config.batch = packs
     model = config.model
     model.depth, model.width, model.heads = depth, width, heads

@@ -18,7 +18,7 @@ transformer (also the default): patches of 1 x 2 x 2, so 48 tokens a clip, two c
 Takes about 7 and 34 minutes on two cores; held-out PSNR 19.3 dB; pictures: experiments/sprites/README.md.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -40,7 +40,7 @@ def get_config(variant: str = "transformer"):
 
 
 def autoencoder():
-    config = mutable(AutoencoderRun())
+    config = to_config_dict(AutoencoderRun())
     config.crop, config.batch, config.image_share = (9, 32, 32), 8, 0.0
     model = config.model
     model.time_factor, model.space_factor, model.latent_channels = 4, 8, 16
@@ -57,7 +57,7 @@ def autoencoder():
 
 
 def transformer():
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     config.batch = 16
     model = config.model
     model.depth, model.width, model.heads, model.latent_channels = 6, 192, 6, 16

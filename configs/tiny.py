@@ -10,7 +10,7 @@ Hardware: two CPU cores. Time: a minute or two in all, most of it compilation. E
 and too short to show anything else. Batches divide over 1, 2, 4 or 8 devices.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -20,7 +20,7 @@ def get_config(variant: str = "transformer"):
 
 
 def autoencoder():
-    config = mutable(AutoencoderRun())
+    config = to_config_dict(AutoencoderRun())
     config.crop, config.batch, config.image_share = (5, 16, 16), 16, 0.5
     model = config.model
     model.time_factor, model.space_factor, model.latent_channels = 4, 4, 4
@@ -31,7 +31,7 @@ def autoencoder():
 
 
 def transformer():
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     config.batch = 8
     model = config.model
     model.depth, model.width, model.heads, model.latent_channels = 2, 32, 2, 4

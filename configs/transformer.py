@@ -11,14 +11,14 @@ S and B are for one accelerator of 16 GB or more, L and XL for 40 GB or more, or
 Time and quality: not measured here.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.models.transformer import SIZES
 from sora_jax.train.denoiser import DenoiserRun
 
 
 def get_config(variant: str = "B"):
     depth, width, heads = choose("variant of configs/transformer.py", variant or "B", SIZES)
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     config.batch = 32
     model = config.model
     model.depth, model.width, model.heads = depth, width, heads

@@ -17,7 +17,7 @@ accelerator for minutes; more pixels with `--max-pixels` and `--config.packing.l
 at this size; experiments/video/README.md has a smaller run on example clips.
 """
 
-from sora_jax.config import choose, mutable
+from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -35,7 +35,7 @@ def get_config(variant: str = "transformer"):
 
 
 def autoencoder():
-    config = mutable(AutoencoderRun())
+    config = to_config_dict(AutoencoderRun())
     config.crop, config.batch, config.image_share = (17, 64, 64), 8, 0.25
     model = config.model
     model.time_factor, model.space_factor, model.latent_channels = 4, 8, 16
@@ -49,7 +49,7 @@ def autoencoder():
 
 
 def transformer():
-    config = mutable(DenoiserRun())
+    config = to_config_dict(DenoiserRun())
     config.batch = 8
     model = config.model
     model.depth, model.width, model.heads, model.latent_channels = 8, 256, 8, 16

@@ -286,14 +286,14 @@ def build_config(options):
     """The BuildConfig of the command line: of the config file, or of one source, changed by what is given."""
     import dataclasses
 
-    from sora_jax.config import check, frozen, load
+    from sora_jax.config import check, from_dict, load
     from sora_jax.data.prepare import BuildConfig
 
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig) if hasattr(options, f.name)}
     single = [name for name in (*SOURCE_FLAGS, "world") if hasattr(options, name)]
     if options.config:
         check(not single, f"--{single and single[0]} is given beside --config; change --config.sources[0] instead")
-        return dataclasses.replace(frozen(BuildConfig, load(options.config, options.changes)), **given)
+        return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes)), **given)
     check(not options.changes, "--config.NAME=VALUE is given without --config; give the file, or --NAME=VALUE")
     return BuildConfig(
         sources=(source_config(options, given.get("seed", 0), given.get("holdout")),), **{"workers": 1} | given

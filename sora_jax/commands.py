@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sora_jax.config import check, choose, first_difference, frozen, override, plain, read_json
+from sora_jax.config import check, choose, first_difference, from_dict, override, read_json, to_dict
 from sora_jax.data.latents import LatentCache, TextInfo
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import check_ending, write_video
@@ -24,7 +24,7 @@ from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, read_text, write_json
 from sora_jax.generate.preview import denoiser_preview, held_out_psnr, reconstruction_preview
-from sora_jax.generate.run import Run, load_run, read_run_config, told
+from sora_jax.generate.run import Run, load_run, read_run_config, validate_requests
 from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.models.tiling import TilingConfig, nearness
 from sora_jax.models.transformer import transformer_specs
@@ -36,8 +36,8 @@ from sora_jax.train.denoiser import (
     DenoiserRun,
     denoiser_job,
     keep_attention,
+    migrate_config,
     prepare_tokenizer,
-    upgraded,
     with_fastest_attention,
 )
 from sora_jax.train.encode import copy_autoencoder
@@ -49,7 +49,7 @@ from sora_jax.train.frozen import (
     measure_statistics,
     save_autoencoder,
 )
-from sora_jax.train.loop import Job, fit, say
+from sora_jax.train.loop import Job, fit, log
 
 # A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
 MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "tiles", "data", "latents")
@@ -71,7 +71,7 @@ def use_compilation_cache() -> None:
 def run_config(values) -> AutoencoderRun | DenoiserRun:
     """The validated dataclass of a config; its `kind` says which."""
     kinds = {"autoencoder": AutoencoderRun, "transformer": DenoiserRun}
-    return frozen(choose("config.kind", values.get("kind"), kinds), values)
+    return from_dict(choose("config.kind", values.get("kind"), kinds), values)
 
 
 def describe(config: AutoencoderRun | DenoiserRun) -> str:
@@ -105,7 +105,7 @@ def train_autoencoder(config: AutoencoderRun, workdir: Path, mesh) -> None:
     shown = _spread(held_out, PREVIEW_CLIPS)
     preview = reconstruction_preview(config, shown, workdir) if shown else None
     if not held_out:
-        say("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
+        log("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
     job = autoencoder_job(config, dataset, preview, distributed.share_of_batch(mesh))
     claim_workdir(workdir, config, dataset.digest)
     state = _fit(job, config, mesh, workdir)
@@ -159,7 +159,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
         current(params={}).latent_size(*size)
     preview = denoiser_preview(lambda params: current(params=params), workdir) if config.preview.any else None
     if preview is None:
-        say("config.preview names no prompts or classes: no samples are shown while training")
+        log("config.preview names no prompts or classes: no samples are shown while training")
     captions, share = as_path(workdir) / "captions", distributed.share_of_batch(mesh)
     job = denoiser_job(here, cache, tokenizer, preview, captions, share)
     claim_workdir(workdir, config, cache.digest, cache.info.text)
@@ -169,7 +169,7 @@ def train_denoiser(config: DenoiserRun, workdir: Path, mesh) -> None:
         copy_autoencoder(config.latents, workdir)
         if isinstance(tokenizer, Tokenizer):
             tokenizer.save(as_path(workdir) / "tokenizer.json")
-    say(job.note)
+    log(job.note)
     _fit(job, config, mesh, workdir)
 
 
@@ -179,7 +179,7 @@ def _finished_before(workdir: Path, step: int) -> bool:
 
 
 def _fit(job: Job, config, mesh, workdir: Path):
-    return fit(job, config.loop, config.optim, config.seed, mesh, workdir, plain(config))
+    return fit(job, config.loop, config.optim, config.seed, mesh, workdir, to_dict(config))
 
 
 def _some(dataset: Dataset, rows: list[dict], most: int) -> list[np.ndarray]:
@@ -201,7 +201,7 @@ def check_workdir(workdir: Path, config, data: str) -> None:
     """
     path, learnt_from = as_path(workdir) / "config.json", as_path(workdir) / "data.json"
     if path.exists():
-        old, new = plain(run_config(upgraded(read_json(path)))), plain(config)
+        old, new = to_dict(run_config(migrate_config(read_json(path)))), to_dict(config)
         keep = [{k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (old, new)]
         different = first_difference(*keep)
         check(
@@ -224,7 +224,7 @@ def claim_workdir(workdir: Path, config, data: str, text: TextInfo | None = None
     """Writes config.json and data.json just before the first step: what was refused leaves no folder behind."""
     distributed.barrier("all have seen the folder as it was")
     if distributed.first():
-        write_json(as_path(workdir) / "config.json", plain(config))
+        write_json(as_path(workdir) / "config.json", to_dict(config))
         write_json(as_path(workdir) / "data.json", {"digest": data, "text": text and text.fingerprint})
 
 
@@ -244,7 +244,7 @@ def sample(options) -> list[Path]:
         check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
     sampling = _sampling(options, config)
-    told(config, prompts, classes, options.guidance, options.negative, options.seed, sampling)
+    validate_requests(config, prompts, classes, options.guidance, options.negative, options.seed, sampling)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     run = load_run(options.workdir, options.autoencoder, options.checkpoint)
     most = run.tokenizer.max_tokens

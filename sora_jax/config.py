@@ -29,12 +29,12 @@ def choose(option: str, value: str, table: dict):
     return table[value]
 
 
-def plain(config) -> dict:
+def to_dict(config) -> dict:
     """A dataclass as nested dicts of JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def mutable(config):
+def to_config_dict(config):
     """A dataclass as a locked `ml_collections.ConfigDict`: values may change, names and types may not."""
     from ml_collections import ConfigDict
 
@@ -48,7 +48,7 @@ def mutable(config):
     return convert(config).lock()
 
 
-def frozen(cls, values, where: str = "config"):
+def from_dict(cls, values, where: str = "config"):
     """Builds dataclass `cls` from a mapping; unknown names and wrong types are UserErrors naming the field.
 
     Of a union of dataclasses it is the first that has all the names.
@@ -71,7 +71,7 @@ def _fitting(classes, values):
 
 def _coerce(kind, value, where: str):
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else frozen(kind, value, where)
+        return value if isinstance(value, kind) else from_dict(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return _coerce_union(arguments, value, where)
@@ -127,8 +127,8 @@ def override(config, changes: Sequence[str], name: str):
     from ml_collections import config_flags
 
     arguments = [f"--{name}.{change}" for change in changes]
-    define = functools.partial(config_flags.DEFINE_config_dict, config=mutable(config))
-    return frozen(type(config), _parsed(define, name, arguments, lambda: mutable(config)), name)
+    define = functools.partial(config_flags.DEFINE_config_dict, config=to_config_dict(config))
+    return from_dict(type(config), _parsed(define, name, arguments, lambda: to_config_dict(config)), name)
 
 
 def _parsed(define: Callable, name: str, arguments: Sequence[str], known: Callable[[], object]):

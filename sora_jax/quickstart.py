@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.commands import check_workdir, train_autoencoder, train_denoiser, use_compilation_cache
-from sora_jax.config import check, frozen, load
+from sora_jax.config import check, from_dict, load
 from sora_jax.data.build import build
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import save_png, write_video
@@ -70,7 +70,7 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     """Runs all stages in `workdir`, going on where an earlier call stopped."""
     start = time.perf_counter()
     use_compilation_cache()
-    config = frozen(QuickstartConfig, load(config_file or default_config(), changes))
+    config = from_dict(QuickstartConfig, load(config_file or default_config(), changes))
     check_sizes(config)
     dataset = render_world(config, workdir)
     autoencoder_psnr = learn_autoencoder(config, dataset, workdir)

@@ -26,4 +26,4 @@ from jaxtyping import Array, Float, Int, UInt32
 TokensBLP = Float[Array, "B L P"]
 SegmentsBL = Int[Array, "B L"]
 TimesBR = Float[Array, "B R"]
-ClipsBS = UInt32[Array, "B S"]
+ClipIdsBS = UInt32[Array, "B S"]

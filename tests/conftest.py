@@ -50,8 +50,8 @@ def clips():
     """Four clips of different sizes with random latents, as `PackItem`s."""
     rng = np.random.default_rng(0)
     latents = [rng.standard_normal((*size, CHANNELS), np.float32) for size in SIZES]
-    uids = [11, 22, 33, 2**32 - 1]
-    return [PackItem(z, uid, np.array(text)) for z, uid, text in zip(latents, uids, CAPTIONS, strict=True)]
+    clip_ids = [11, 22, 33, 2**32 - 1]
+    return [PackItem(z, clip_id, np.array(text)) for z, clip_id, text in zip(latents, clip_ids, CAPTIONS, strict=True)]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def alone(packed):
     """alone(clip, **sizes): a `Pack` of one clip in one slot, without padding."""
 
     def build(clip, patch=(1, 2, 2), **sizes) -> Pack:
-        length = int(np.prod(clip.latent.shape[:3]) // np.prod(patch))
+        length = int(np.prod(clip.values.shape[:3]) // np.prod(patch))
         return packed([[clip]], length, 1, len(clip.text), patch, **sizes)
 
     return build

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fixtures_runs import CLIPS, build_options, run, write_clips
 
-from sora_jax.config import frozen, plain
+from sora_jax.config import from_dict, to_dict
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.errors import UserError
@@ -194,9 +194,9 @@ def test_a_frozen_one_is_saved_and_read_with_its_own_statistics(params, tmp_path
 def test_the_kind_of_autoencoder_is_known_by_the_names_in_its_config():
     for model in (SMALL, AutoencoderConfig()):
         config = AutoencoderRun(model=model, crop=(1, 16, 16))
-        assert frozen(AutoencoderRun, plain(config)) == config
+        assert from_dict(AutoencoderRun, to_dict(config)) == config
     with pytest.raises(UserError, match="config.model.colour is not an option"):
-        frozen(AutoencoderRun, {"model": {"colour": 3}})
+        from_dict(AutoencoderRun, {"model": {"colour": 3}})
 
 
 CONFIG = """

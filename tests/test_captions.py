@@ -106,8 +106,8 @@ def test_embeddings_travel_to_the_pack_and_the_null_caption_is_marked(tmp_path):
     config = PackingConfig(length=8, slots=4, text_length=16, patch=(1, 2, 2))
     row = packed_batches(cache, None, config, 1, 0, captions="synthetic=1").row(0)
     assert row["embeddings_ME"].shape == (16, 3)
-    for slot, uid in enumerate(row["clips_S"]):
-        clip = int(np.flatnonzero(cache.uids == uid)[0])
+    for slot, clip_id in enumerate(row["clip_ids_S"]):
+        clip = int(np.flatnonzero(cache.clip_ids == clip_id)[0])
         inside = row["text_segments_M"] == slot + 1
         expected = embeddings_of(rows[clip])[1 if clip == 0 else 0]
         np.testing.assert_array_equal(row["embeddings_ME"][inside], expected)

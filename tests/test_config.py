@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sora_jax.commands import run_config
-from sora_jax.config import first_difference, frozen, load, mutable, plain
+from sora_jax.config import first_difference, from_dict, load, to_config_dict, to_dict
 from sora_jax.data.prepare import BuildConfig
 from sora_jax.errors import UserError
 from sora_jax.quickstart import QuickstartConfig
@@ -38,13 +38,13 @@ EXAMPLE = Outer(Inner(0.25, "b", ((1, 2), (3, 4))), 7, (4, 5, 6), 9, False)
 
 @pytest.mark.parametrize("config", [Outer(), EXAMPLE, dataclasses.replace(EXAMPLE, limit=None)])
 def test_round_trips(config):
-    assert frozen(Outer, mutable(config)) == config
-    assert frozen(Outer, plain(config)) == config
-    hash(frozen(Outer, plain(config)))  # lists of JSON are tuples again, at every depth
+    assert from_dict(Outer, to_config_dict(config)) == config
+    assert from_dict(Outer, to_dict(config)) == config
+    hash(from_dict(Outer, to_dict(config)))  # lists of JSON are tuples again, at every depth
 
 
 def test_a_whole_number_is_a_float_and_nothing_else_is_converted():
-    rate = frozen(Inner, {"rate": 1}).rate
+    rate = from_dict(Inner, {"rate": 1}).rate
     assert rate == 1.0 and type(rate) is float
 
 
@@ -71,16 +71,16 @@ def test_a_whole_number_is_a_float_and_nothing_else_is_converted():
 )
 def test_a_wrong_value_is_one_sentence_that_names_the_field(values, where):
     with pytest.raises(UserError, match=rf"^{re.escape(where)} is [^\n]*$"):
-        frozen(Outer, values)
+        from_dict(Outer, values)
 
 
 def test_unknown_field_says_what_is_allowed():
     with pytest.raises(UserError, match="allowed: inner, steps, crop, limit, keep"):
-        frozen(Outer, {"stepz": 3})
+        from_dict(Outer, {"stepz": 3})
 
 
 def test_mutable_is_locked():
-    config = mutable(Outer())
+    config = to_config_dict(Outer())
     with pytest.raises(AttributeError):
         config.stepz = 3
     with pytest.raises(TypeError):
@@ -105,8 +105,8 @@ def test_every_config_and_variant_is_valid(file):
     values = load(file)
     kinds = {"sources": BuildConfig, "evaluate": QuickstartConfig}
     found = [cls for name, cls in kinds.items() if name in values]
-    config = frozen(found[0], values) if found else run_config(values)
-    assert frozen(type(config), plain(config)) == config
+    config = from_dict(found[0], values) if found else run_config(values)
+    assert from_dict(type(config), to_dict(config)) == config
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
@@ -152,8 +152,8 @@ def test_a_missing_file_is_named():
 
 
 def test_first_difference_is_the_path_of_the_first_value_that_differs():
-    assert first_difference(plain(EXAMPLE), plain(EXAMPLE)) is None
+    assert first_difference(to_dict(EXAMPLE), to_dict(EXAMPLE)) is None
     other = dataclasses.replace(EXAMPLE, inner=dataclasses.replace(EXAMPLE.inner, name="c"))
-    assert first_difference(plain(EXAMPLE), plain(other)) == "inner.name"
+    assert first_difference(to_dict(EXAMPLE), to_dict(other)) == "inner.name"
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}, "c": None}) is None
     assert first_difference({"a": 1}, {"a": {"b": 1}}) == "a"

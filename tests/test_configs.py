@@ -92,15 +92,15 @@ def test_the_recipe_of_sit_is_that_of_the_paper():
 
 
 def test_the_data_configs_are_valid_and_changed_by_the_command_line():
-    from sora_jax.config import frozen
+    from sora_jax.config import from_dict
     from sora_jax.data.prepare import BuildConfig
 
     path = CONFIGS / "data.py"
     for variant in ("video", "mixed", "navit", "labels"):
-        config = frozen(BuildConfig, load(f"{path}:{variant}"))
+        config = from_dict(BuildConfig, load(f"{path}:{variant}"))
         assert config.sources and f"configs/data.py:{variant}" in path.read_text()
     changes = ["sources[1].path=elsewhere", "sources[2].weight=0.25", "max_tokens=99"]
-    config = frozen(BuildConfig, load(f"{path}:mixed", changes))
+    config = from_dict(BuildConfig, load(f"{path}:mixed", changes))
     assert [source.name for source in config.sources] == ["folder", "webdataset", "folder"]
     assert (config.sources[1].path, config.sources[2].weight, config.max_tokens) == ("elsewhere", 0.25, 99)
     with pytest.raises(UserError, match="sources"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax.nn import conv
-from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, clip_axes, fold, repeat_first, unfold
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, clip_axes, depth_to_space, repeat_first, space_to_depth
 from sora_jax.nn.params import init
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.parallel.rules import layout_of
@@ -80,7 +80,7 @@ def test_still_clip_is_an_image_at_every_time():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_fold_and_unfold_are_inverses(block):
     x = random(2, 1 + 2 * block[0], 3 * block[1], 2 * block[2], 3)
-    np.testing.assert_array_equal(unfold(fold(x, block), block), x)
+    np.testing.assert_array_equal(depth_to_space(space_to_depth(x, block), block), x)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -89,12 +89,12 @@ def test_fold_equals_einops(block):
     x = random(2, 1 + 2 * pt, 3 * ph, 2 * pw, 3)
     padded = jnp.concatenate([jnp.repeat(x[:, :1], pt - 1, axis=1), x], axis=1)
     pattern = "b (t pt) (h ph) (w pw) c -> b t h w (pt ph pw c)"
-    np.testing.assert_array_equal(fold(x, block), einops.rearrange(padded, pattern, pt=pt, ph=ph, pw=pw))
+    np.testing.assert_array_equal(space_to_depth(x, block), einops.rearrange(padded, pattern, pt=pt, ph=ph, pw=pw))
 
 
 def test_first_block_holds_the_first_frame_alone():
     x = random(1, 5, 2, 2, 3)
-    np.testing.assert_array_equal(fold(x, (4, 2, 2))[:, :1], fold(x[:, :1], (4, 2, 2)))
+    np.testing.assert_array_equal(space_to_depth(x, (4, 2, 2))[:, :1], space_to_depth(x[:, :1], (4, 2, 2)))
 
 
 @pytest.mark.parametrize("kernel, rows", [((3, 3, 3), 8), ((2, 7, 1), 8), ((1, 1, 1), 8), ((3, 3, 3), 6)])
@@ -117,7 +117,7 @@ def test_rows_are_split_where_every_device_gets_as_many():
     with jax.set_mesh(mesh):
         assert [clip_axes(rows)[2] for rows in (4, 6, 8, 2)] == ["height", None, "height", None]
         video = place_batch(np.zeros((2, 5, 16, 4, 3), np.float32), mesh)
-        coarse, coarser = fold(video, (4, 2, 2)), fold(fold(video, (4, 2, 2)), (1, 4, 1))
-        again = unfold(unfold(coarser, (1, 4, 1)), (4, 2, 2))
+        coarse, coarser = space_to_depth(video, (4, 2, 2)), space_to_depth(space_to_depth(video, (4, 2, 2)), (1, 4, 1))
+        again = depth_to_space(depth_to_space(coarser, (1, 4, 1)), (4, 2, 2))
         heights = [layout_of(x)[2] for x in (coarse, coarser, again)]
     assert heights == ["sequence", None, "sequence"]

@@ -247,11 +247,11 @@ def test_a_forward_pass_is_that_of_the_peer(network, layout):
 def test_guidance_is_that_of_the_peers(network, channels):
     wanted, found, _ = network
     images = Images("together")
-    nothing = drop_captions(images.pack, jnp.ones_like(images.pack.clips_BS, bool))
+    nothing = drop_captions(images.pack, jnp.ones_like(images.pack.clip_ids_BS, bool))
     rule = guided(
         GuidanceConfig(4.0, channels),
         *(functools.partial(denoise, found.params, found.config, each) for each in (images.pack, nothing)),
-        jnp.full(images.pack.clips_BS.shape, 4.0),
+        jnp.full(images.pack.clip_ids_BS.shape, 4.0),
         images.pack.segments_BL,
         channels=4,
         rows_BL=images.pack.rows_BL,
@@ -261,7 +261,7 @@ def test_guidance_is_that_of_the_peers(network, channels):
 
 
 def loss(params, config, images: Images, x0, eps, chosen=(0, 1, 2)):
-    chosen_BS = jnp.isin(images.pack.clips_BS, jnp.array(chosen) + 1) & (images.pack.clips_BS > 0)
+    chosen_BS = jnp.isin(images.pack.clip_ids_BS, jnp.array(chosen) + 1) & (images.pack.clip_ids_BS > 0)
     slots_BL = jnp.maximum(images.pack.segments_BL - 1, 0)
     weight_BL = jnp.take_along_axis(chosen_BS, slots_BL, 1) & (images.pack.segments_BL > 0)
     return denoising_loss(

@@ -24,17 +24,17 @@ from sora_jax.diffusion.weights import WeightConfig
 B, L, S, P, C = 8, 16, 3, 4, 2
 
 
-def room(segments_BL, index_BL, clips_BS, tokens_BS):
+def room(segments_BL, index_BL, clip_ids_BS, tokens_BS):
     """Everything in the diffusion room that a train step and a sampler call."""
     rows_BL = jnp.maximum(segments_BL - 1, 0)
-    clips_BL = jnp.where(segments_BL > 0, per_token(clips_BS, rows_BL), 0)
+    clip_ids_BL = jnp.where(segments_BL > 0, per_token(clip_ids_BS, rows_BL), 0)
     key = step_key(0, 3, Purpose.TIME)
-    noise_BLP = token_noise(step_key(0, 3, Purpose.NOISE), clips_BL, index_BL, P)
-    t_BR = draw_times(TimesConfig(), key, clips_BS, tokens_BS, None, linear_flow)
+    noise_BLP = token_noise(step_key(0, 3, Purpose.NOISE), clip_ids_BL, index_BL, P)
+    t_BR = draw_times(TimesConfig(), key, clip_ids_BS, tokens_BS, None, linear_flow)
     steps = TimesConfig("steps", base_tokens=0, stratified=True)
-    steps_BR = draw_times(steps, key, clips_BS, tokens_BS, None, vp_linear)
-    ranks_BS = batch_ranks(clips_BS)
-    sigma_BR = draw_times(TimesConfig("log_sigma", -1.2, 1.2), key, clips_BS, tokens_BS, None, vp_linear)
+    steps_BR = draw_times(steps, key, clip_ids_BS, tokens_BS, None, vp_linear)
+    ranks_BS = batch_ranks(clip_ids_BS)
+    sigma_BR = draw_times(TimesConfig("log_sigma", -1.2, 1.2), key, clip_ids_BS, tokens_BS, None, vp_linear)
     tokens = jnp.sin(noise_BLP), noise_BLP
 
     def flow(scale):
@@ -67,8 +67,8 @@ def inputs():
     rng = np.random.default_rng(0)
     segments_BL = np.sort(rng.integers(0, S + 1, (B, L)))[:, ::-1].astype(np.int32)
     index_BL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
-    clips_BS = rng.integers(1, 2**32, (B, S), dtype=np.uint32)
-    return segments_BL, index_BL, clips_BS, rng.integers(1, 999, (B, S)).astype(np.int32)
+    clip_ids_BS = rng.integers(1, 2**32, (B, S), dtype=np.uint32)
+    return segments_BL, index_BL, clip_ids_BS, rng.integers(1, 999, (B, S)).astype(np.int32)
 
 
 def compare(shape, token_spec):

@@ -39,14 +39,14 @@ QUANTILES_AT = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
 
-def draw(config, key, clips_BS, tokens_BS, ranks_BS=None, process=edm):
-    return _draw(config, key, clips_BS, tokens_BS, ranks_BS, process)
+def draw(config, key, clip_ids_BS, tokens_BS, ranks_BS=None, process=edm):
+    return _draw(config, key, clip_ids_BS, tokens_BS, ranks_BS, process)
 
 
 def many_draws(config, tokens=256, count=40_000, process=edm):
-    clips_BS = jnp.arange(1, count + 1, dtype=jnp.uint32).reshape(4, -1)
-    tokens_BS = jnp.full(clips_BS.shape, tokens, jnp.int32)
-    return np.asarray(draw(config, KEY, clips_BS, tokens_BS, None, process)).ravel()
+    clip_ids_BS = jnp.arange(1, count + 1, dtype=jnp.uint32).reshape(4, -1)
+    tokens_BS = jnp.full(clip_ids_BS.shape, tokens, jnp.int32)
+    return np.asarray(draw(config, KEY, clip_ids_BS, tokens_BS, None, process)).ravel()
 
 
 @pytest.fixture(autouse=True)
@@ -128,19 +128,21 @@ def test_quantile_functions_start_and_end_in_time():
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "steps"])
 def test_stratified_times_fill_the_distribution_evenly(distribution):
     """One clip in every n-th of the probability; the marginal of a single clip stays the distribution itself."""
-    clips_BS = jnp.asarray(np.random.default_rng(3).permutation(np.arange(1, 97)).reshape(4, 24), jnp.uint32)
-    clips_BS = clips_BS.at[1, 5:].set(0)
-    real = np.asarray(clips_BS) > 0
+    clip_ids_BS = jnp.asarray(np.random.default_rng(3).permutation(np.arange(1, 97)).reshape(4, 24), jnp.uint32)
+    clip_ids_BS = clip_ids_BS.at[1, 5:].set(0)
+    real = np.asarray(clip_ids_BS) > 0
     config = TimesConfig(distribution, base_tokens=0, stratified=True)
     tokens_BS = jnp.full((4, 24), 9, jnp.int32)
-    drawn = np.asarray(draw(config, KEY, clips_BS, tokens_BS))[real]
+    drawn = np.asarray(draw(config, KEY, clip_ids_BS, tokens_BS))[real]
     u = stats.norm.cdf(special.logit(drawn)) if distribution == "logit_normal" else drawn
     count = real.sum()
     gaps = np.diff(np.sort(u))
     grain = 2e-3 if distribution == "steps" else 1e-5
     np.testing.assert_allclose(gaps, 1 / count, atol=grain)
     keys = jax.vmap(lambda step: step_key(0, step, Purpose.TIME))(jnp.arange(2000))
-    times = jax.jit(jax.vmap(lambda key: draw_times(config, key, clips_BS[:1], tokens_BS[:1], None, edm)[0, 3]))(keys)
+    times = jax.jit(jax.vmap(lambda key: draw_times(config, key, clip_ids_BS[:1], tokens_BS[:1], None, edm)[0, 3]))(
+        keys
+    )
     plain = stats.norm.cdf(special.logit(np.asarray(times))) if distribution == "logit_normal" else times
     assert stats.kstest(np.asarray(plain), "uniform").pvalue > 0.01
 
@@ -283,11 +285,11 @@ def test_solvers_take_grids_whose_first_steps_have_no_length():
 
 def test_times_follow_the_clip_not_its_slot():
     rng = np.random.default_rng(1)
-    clips_BS = np.arange(1, 25, dtype=np.uint32).reshape(4, 6)
+    clip_ids_BS = np.arange(1, 25, dtype=np.uint32).reshape(4, 6)
     tokens_BS = rng.integers(1, 999, (4, 6)).astype(np.int32)
     order = rng.permutation(24)
-    moved_clips, moved_tokens = (array.ravel()[order].reshape(2, 12) for array in (clips_BS, tokens_BS))
-    here = draw(TimesConfig(), KEY, jnp.asarray(clips_BS), jnp.asarray(tokens_BS))
+    moved_clips, moved_tokens = (array.ravel()[order].reshape(2, 12) for array in (clip_ids_BS, tokens_BS))
+    here = draw(TimesConfig(), KEY, jnp.asarray(clip_ids_BS), jnp.asarray(tokens_BS))
     there = draw(TimesConfig(), KEY, jnp.asarray(moved_clips), jnp.asarray(moved_tokens))
     np.testing.assert_array_equal(np.asarray(here).ravel()[order], np.asarray(there).ravel())
     assert np.unique(here).size == 24
@@ -314,9 +316,9 @@ def test_noise_follows_the_token_not_its_place():
 
 
 def test_noise_is_standard_normal_and_independent():
-    clips_BL = jnp.repeat(jnp.arange(1, 41, dtype=jnp.uint32), 50)[None]
+    clip_ids_BL = jnp.repeat(jnp.arange(1, 41, dtype=jnp.uint32), 50)[None]
     index_BL = jnp.tile(jnp.arange(50, dtype=jnp.int32), 40)[None]
-    noise = np.asarray(token_noise(KEY, clips_BL, index_BL, 16))[0]
+    noise = np.asarray(token_noise(KEY, clip_ids_BL, index_BL, 16))[0]
     assert noise.dtype == np.float32 and np.unique(noise[:, 0]).size == 2000
     assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
     correlation = np.corrcoef(noise.reshape(40, -1))

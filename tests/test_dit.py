@@ -79,12 +79,12 @@ def labelled(clips):
 
 
 def times_of(pack):
-    return per_slot((pack.clips_BS % 7 + 1) / 10, pack.row_slots_BR).astype(jnp.float32)
+    return per_slot((pack.clip_ids_BS % 7 + 1) / 10, pack.row_slots_BR).astype(jnp.float32)
 
 
-def of_clip(output_BLP, pack, uid):
+def of_clip(output_BLP, pack, clip_id):
     """The outputs of a clip, in the order of its tokens."""
-    (row,), (slot,) = np.nonzero(pack.clips_BS == uid)
+    (row,), (slot,) = np.nonzero(pack.clip_ids_BS == clip_id)
     return np.asarray(output_BLP[row, np.flatnonzero(pack.segments_BL[row] == slot + 1)])
 
 
@@ -102,12 +102,14 @@ def test_packed_equals_one_by_one_and_the_class_and_time_are_read(
     for clip in labelled[:2]:
         single = alone(clip, rows_per_clip=rows_per_clip)
         expected = np.asarray(run(single, times_of(single))[0])
-        np.testing.assert_allclose(of_clip(together, pack, clip.uid), expected, atol=2e-5 * np.abs(expected).max())
-    relabelled = pack.replace(labels_BS=np.where(pack.clips_BS == labelled[0].uid, 5, pack.labels_BS))
+        np.testing.assert_allclose(of_clip(together, pack, clip.clip_id), expected, atol=2e-5 * np.abs(expected).max())
+    relabelled = pack.replace(labels_BS=np.where(pack.clip_ids_BS == labelled[0].clip_id, 5, pack.labels_BS))
     later = np.where(pack.row_slots_BR == 0, 0.9, times_of(pack)).astype(np.float32)
     for changed in (run(relabelled, times_of(pack)), run(pack, later)):
-        assert np.abs(of_clip(changed - together, pack, labelled[0].uid)).max() > 1e-2
-        np.testing.assert_array_equal(of_clip(changed, pack, labelled[1].uid), of_clip(together, pack, labelled[1].uid))
+        assert np.abs(of_clip(changed - together, pack, labelled[0].clip_id)).max() > 1e-2
+        np.testing.assert_array_equal(
+            of_clip(changed, pack, labelled[1].clip_id), of_clip(together, pack, labelled[1].clip_id)
+        )
 
 
 @pytest.mark.parametrize("conditioning", MODULATED)
@@ -132,12 +134,12 @@ def test_a_dropped_class_is_the_row_of_none(labelled, packed, randomised):
     params = randomised(transformer_specs(SMALL))
     run = quick_jit(lambda params, pack: denoise(params, SMALL, pack, pack.tokens_BLP, times_of(pack)))
     pack = packed([labelled])
-    dropped = drop_captions(pack, pack.clips_BS == labelled[1].uid)
+    dropped = drop_captions(pack, pack.clip_ids_BS == labelled[1].clip_id)
     table = params["classes"]
     as_class_1 = run(params | {"classes": table.at[1].set(table[5])}, pack)
     np.testing.assert_allclose(run(params, dropped), as_class_1, atol=1e-5)
     unlabelled = packed([[dataclasses.replace(clip, label=-1) for clip in labelled]])
-    everything = drop_captions(pack, np.ones_like(pack.clips_BS, bool))
+    everything = drop_captions(pack, np.ones_like(pack.clip_ids_BS, bool))
     np.testing.assert_array_equal(run(params, unlabelled), run(params, everything))
 
 

@@ -33,7 +33,7 @@ def by_hand(tokens, words, rows, D=128, F=512, P=8, E=64, depth=2):
 
 def test_equal_the_formula(clips, alone):
     for clip in clips:
-        tokens, words = np.prod(clip.latent.shape[:3]) // 4, len(clip.text)
+        tokens, words = np.prod(clip.values.shape[:3]) // 4, len(clip.text)
         one, two = arrays(alone(clip)), arrays(alone(clip, rows_per_clip=2))
         assert forward_flops(CONFIG, one) == 2 * by_hand(tokens, words, 1)
         assert forward_flops(CONFIG, two) == 2 * by_hand(tokens, words, 2)
@@ -49,7 +49,7 @@ def test_a_batch_costs_what_its_clips_cost(clips, packed, alone, slots):
 
 def test_agree_with_what_xla_counts(clips, alone):
     """XLA also counts norms, softmax and activations, and spreading modulation rows: at most a tenth more."""
-    clip = dataclasses.replace(clips[0], latent=np.zeros((4, 16, 16, 2), np.float32), text=np.arange(3, 13))
+    clip = dataclasses.replace(clips[0], values=np.zeros((4, 16, 16, 2), np.float32), text=np.arange(3, 13))
     pack = alone(clip)
 
     def forward(params, pack):

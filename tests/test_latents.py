@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_jax.data import shards
-from sora_jax.data.latents import LatentCache, add_latent, clip_uid, finish_cache, start_cache
+from sora_jax.data.latents import LatentCache, add_latent, clip_id_of, finish_cache, start_cache
 from sora_jax.data.parts import Share
 from sora_jax.errors import UserError
 
@@ -36,7 +36,7 @@ def check(cache, expected):
     for index, row in enumerate(expected):
         np.testing.assert_array_equal(cache[index], latent_of(row))
         assert cache[index].dtype == np.float16
-        assert cache.uids[index] == clip_uid(row["id"]) and cache.grids[index].tolist() == row["grid"]
+        assert cache.clip_ids[index] == clip_id_of(row["id"]) and cache.grids[index].tolist() == row["grid"]
         for name in ("captions", "kinds", "label", "weight", "split", "frames", "height", "width", "fps"):
             assert cache.column(name)[index].as_py() == row[name]
 
@@ -233,11 +233,11 @@ def test_a_disk_that_fills_up_is_told_and_leaves_no_cache(tmp_path):
 
 @given(st.text())
 def test_uids_are_32_bit_and_never_zero(id):
-    assert 0 < clip_uid(id) < 2**32 and clip_uid(id) == clip_uid(id)
+    assert 0 < clip_id_of(id) < 2**32 and clip_id_of(id) == clip_id_of(id)
 
 
 def test_uid_is_stable_across_processes_and_spreads():
     code = "from sora_jax.data.latents import clip_uid; print(clip_uid('clip-7'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) == clip_uid("clip-7")
-    assert len({clip_uid(f"world-{n}") for n in range(20_000)}) > 19_990
+    assert int(run.stdout) == clip_id_of("clip-7")
+    assert len({clip_id_of(f"world-{n}") for n in range(20_000)}) > 19_990

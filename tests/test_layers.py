@@ -15,16 +15,16 @@ from sora_jax.nn.layers import (
     dense_specs,
     embed,
     embedding_specs,
-    heads_specs,
     layer_norm,
-    merge_heads,
-    merge_specs,
     mlp,
     mlp_specs,
+    out_proj,
+    out_proj_specs,
+    qkv_proj,
+    qkv_proj_specs,
     rms_norm,
     rms_norm_specs,
     time_features,
-    to_heads,
 )
 from sora_jax.nn.params import init
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -96,21 +96,21 @@ def test_embedding_equals_flax(randomised):
 
 
 def test_head_projections_equal_flax(randomised):
-    params, x = randomised(heads_specs(D, 2, N, K)), random(B, L, D)
+    params, x = randomised(qkv_proj_specs(D, 2, N, K)), random(B, L, D)
     expected = linen(nn.DenseGeneral((2, N, K)), kernel(params), x)
-    parts = to_heads(params, x)
+    parts = qkv_proj(params, x)
     assert_close(jnp.stack(parts, axis=2), expected)
-    back = randomised(merge_specs(N, K, D))
-    assert_close(merge_heads(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
+    back = randomised(out_proj_specs(N, K, D))
+    assert_close(out_proj(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
 
 
 @pytest.mark.parametrize(
     "specs, fans",
     [
         (dense_specs(300, 500), (300, 500)),
-        (heads_specs(300, 3, 10, 40), (300, 400)),  # each of q, k and v counts as a layer of its own
-        (heads_specs(300, 3, 10, 40, joint=True), (300, 1200)),
-        (merge_specs(10, 40, 300), (400, 300)),
+        (qkv_proj_specs(300, 3, 10, 40), (300, 400)),  # each of q, k and v counts as a layer of its own
+        (qkv_proj_specs(300, 3, 10, 40, joint=True), (300, 1200)),
+        (out_proj_specs(10, 40, 300), (400, 300)),
     ],
 )
 def test_projections_start_xavier_uniform(specs, fans):
@@ -124,9 +124,9 @@ def test_projections_start_xavier_uniform(specs, fans):
 
 def test_layers_compute_in_the_dtype_of_their_input(randomised):
     x = random(B, L, D).astype(jnp.bfloat16)
-    params = randomised({"mlp": mlp_specs(D, F), "qkv": heads_specs(D, 3, N, K), "merge": merge_specs(N, K, D)})
-    heads = to_heads(params["qkv"], x)
-    for y in (mlp(params["mlp"], x), *heads, merge_heads(params["merge"], heads[0])):
+    params = randomised({"mlp": mlp_specs(D, F), "qkv": qkv_proj_specs(D, 3, N, K), "merge": out_proj_specs(N, K, D)})
+    heads = qkv_proj(params["qkv"], x)
+    for y in (mlp(params["mlp"], x), *heads, out_proj(params["merge"], heads[0])):
         assert y.dtype == jnp.bfloat16
 
 

@@ -149,7 +149,9 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
     writer = types.SimpleNamespace(write=lambda step, row: reports.append(row))
     bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
     watch = Stopwatch()
-    reporter = loop.Reporter(toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.Means(), int, int)
+    reporter = loop.Reporter(
+        toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.MetricAccumulator(), int, int
+    )
     for step in range(1, 13):
         now[0] += 1
         reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {"x": (0, 0)})
@@ -230,10 +232,10 @@ def test_spikes_are_skipped_and_counted_also_over_a_restart(tmp_path):
 
 def test_means_go_on_after_a_stop():
     rows = [{"loss": np.float32(x), "bins": np.array([x, np.nan if x > 2 else 1.0])} for x in (1, 2, 3, 4)]
-    whole, first = loop.Means(), loop.Means()
+    whole, first = loop.MetricAccumulator(), loop.MetricAccumulator()
     for row in rows[:3]:
         first.add(row)
-    second = loop.Means(json.loads(json.dumps(first.state())))
+    second = loop.MetricAccumulator(json.loads(json.dumps(first.state())))
     second.add(rows[3])
     for row in rows:
         whole.add(row)
@@ -261,7 +263,7 @@ def test_the_report_of_a_denoiser_is_of_its_batches(chain):  # noqa: F811
     for row in rows[1:]:
         tokens = batches[row["step"] - 1]["grids_BS3"].prod(-1).sum()
         np.testing.assert_allclose(row["padding_share"], 1 - tokens / (config.batch * config.packing.length))
-        clips = (batches[row["step"] - 1]["clips_BS"] > 0).sum()
+        clips = (batches[row["step"] - 1]["clip_ids_BS"] > 0).sum()
         np.testing.assert_allclose(row["tokens_per_second"] / row["clips_per_second"], tokens / clips, rtol=1e-6)
         flops = train_flops(config.model, batches[row["step"] - 1])
         np.testing.assert_allclose(row["flops_per_second"] / row["clips_per_second"], flops / clips, rtol=1e-6)

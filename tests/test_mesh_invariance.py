@@ -108,7 +108,9 @@ def params(randomised):
 def batch(clips, packed) -> dict:
     """Eight packs of different fillings."""
     rows = [clips[i % 3 : i % 4 + 1] or clips[:1] for i in range(8)]
-    pack = packed([[dataclasses.replace(c, uid=10 * i + c.uid % 97) for c in row] for i, row in enumerate(rows)])
+    pack = packed(
+        [[dataclasses.replace(c, clip_id=10 * i + c.clip_id % 97) for c in row] for i, row in enumerate(rows)]
+    )
     return {name: values for name, values in vars(pack).items() if values is not None}
 
 

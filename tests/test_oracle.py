@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from sora_jax.config import frozen, load
+from sora_jax.config import from_dict, load
 from sora_jax.data import oracle
 from sora_jax.data.oracle import agree, agreement, read
 from sora_jax.data.world import FULL_WORLD, WorldConfig, captions, clip, scene, wanted
@@ -24,7 +24,7 @@ from sora_jax.quickstart import QuickstartConfig
 
 SIMPLE = WorldConfig()
 TINY = WorldConfig(sizes=((24, 24),))
-QUICKSTART = frozen(QuickstartConfig, load(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))).world
+QUICKSTART = from_dict(QuickstartConfig, load(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))).world
 # One shape, every motion that one shape can make, every backdrop, from the smallest frame up.
 SOLO = WorldConfig(
     sizes=((24, 24), (24, 40), (40, 24), (32, 32), (48, 48), (64, 64)),

@@ -69,8 +69,8 @@ def packs(draw):
     draws = np.random.default_rng(draw(st.integers(0, 99)))
     items = [
         PackItem(
-            latent=draws.normal(size=(*np.multiply(grid, patch), channels)).astype("f4"),
-            uid=int(draws.integers(1, 2**32)),
+            values=draws.normal(size=(*np.multiply(grid, patch), channels)).astype("f4"),
+            clip_id=int(draws.integers(1, 2**32)),
             text=draws.integers(1, 500, draws.integers(1, 6)),
         )
         for grid in grids
@@ -92,7 +92,7 @@ def test_unpack_inverts_pack_to_the_bit(case):
     assert len(latents) == len(items)
     for latent, item in zip(latents, items, strict=True):
         assert latent.dtype == np.float32
-        np.testing.assert_array_equal(latent.view(np.int32), item.latent.view(np.int32))
+        np.testing.assert_array_equal(latent.view(np.int32), item.values.view(np.int32))
 
 
 @given(packs())
@@ -107,14 +107,14 @@ def test_fields_of_a_pack(case):
     for slot, item in enumerate(items):
         mine = row["segments_L"] == slot + 1
         grid = row["grids_S3"][slot]
-        assert row["clips_S"][slot] == item.uid
+        assert row["clip_ids_S"][slot] == item.clip_id
         t, y, x = row["coords_L3"][mine].T
         np.testing.assert_array_equal((t * grid[1] + y) * grid[2] + x, row["index_L"][mine])
         np.testing.assert_array_equal(np.sort(row["index_L"][mine]), np.arange(grid.prod()))
         words = row["text_segments_M"] == slot + 1
         np.testing.assert_array_equal(row["text_M"][words], item.text)
         np.testing.assert_array_equal(row["text_positions_M"][words], np.arange(len(item.text)))
-    assert not row["clips_S"][len(items) :].any() and not row["grids_S3"][len(items) :].any()
+    assert not row["clip_ids_S"][len(items) :].any() and not row["grids_S3"][len(items) :].any()
     assert not row["text_M"][row["text_segments_M"] == 0].any()
 
 
@@ -125,7 +125,7 @@ def test_unpack_does_not_mind_the_order_of_tokens(case):
     order = np.random.default_rng(1).permutation(config.length)
     moved = row | {name: row[name][order] for name in ("tokens_LP", "segments_L", "index_L")}
     for latent, item in zip(unpack(moved, config.patch), items, strict=True):
-        np.testing.assert_array_equal(latent, item.latent)
+        np.testing.assert_array_equal(latent, item.values)
 
 
 @given(packs())
@@ -134,7 +134,7 @@ def test_unstack_inverts_stack(case):
     other = row | {"tokens_LP": row["tokens_LP"] + 1}
     batch = stack([row, other])
     assert set(batch) == {
-        "tokens_BLP", "segments_BL", "coords_BL3", "index_BL", "rows_BL", "row_slots_BR", "clips_BS", "labels_BS",
+        "tokens_BLP", "segments_BL", "coords_BL3", "index_BL", "rows_BL", "row_slots_BR", "clip_ids_BS", "labels_BS",
         "grids_BS3", "text_BM", "text_segments_BM", "text_positions_BM",
     }  # fmt: skip
     for got, expected in zip(unstack(batch), (row, other), strict=True):

@@ -8,7 +8,7 @@ import pytest
 from fixtures_caches import clip_row, write_cache
 
 from sora_jax.data.feed import FeedConfig, HostShare
-from sora_jax.data.latents import clip_uid
+from sora_jax.data.latents import clip_id_of
 from sora_jax.data.packing import PackingConfig, unpack, unstack
 from sora_jax.data.pipeline import packed_batches
 from sora_jax.data.tokenizer import TokenizerConfig, train
@@ -47,9 +47,9 @@ def test_an_epoch_has_every_clip_of_the_split_once_with_its_latent_and_caption(c
     seen = []
     for row in range(stream.report().packs):
         pack = stream.row(row)
-        uids = pack["clips_S"][pack["clips_S"] > 0]
-        for slot, (uid, latent) in enumerate(zip(uids, unpack(pack, CONFIG.patch), strict=True)):
-            clip = int(np.flatnonzero(cache.uids == uid)[0])
+        clip_ids = pack["clip_ids_S"][pack["clip_ids_S"] > 0]
+        for slot, (clip_id, latent) in enumerate(zip(clip_ids, unpack(pack, CONFIG.patch), strict=True)):
+            clip = int(np.flatnonzero(cache.clip_ids == clip_id)[0])
             seen.append(clip)
             np.testing.assert_array_equal(latent, cache[clip])
             text = pack["text_M"][pack["text_segments_M"] == slot + 1]
@@ -65,8 +65,8 @@ def test_batches_follow_the_rows_across_epochs(cache):
         for row, pack in enumerate(unstack(stream[step])):
             assert_same(pack, stream.row(5 * step + row))
     assert stream.epoch(0) == 0 and stream.epoch(steps) >= 2
-    seen = [uid for row in range(packs) for uid in stream.row(row)["clips_S"]]
-    again = [uid for row in range(packs, 2 * packs) for uid in stream.row(row)["clips_S"]]
+    seen = [clip_id for row in range(packs) for clip_id in stream.row(row)["clip_ids_S"]]
+    again = [clip_id for row in range(packs, 2 * packs) for clip_id in stream.row(row)["clip_ids_S"]]
     assert seen != again
 
 
@@ -76,8 +76,8 @@ def test_a_batch_depends_on_seed_and_step_only(cache):
     for step in (3, 0, 40, 7):
         stream[step]
     assert_same(stream[40], far)
-    assert not np.array_equal(batches(cache, seed=1)[40]["clips_BS"], far["clips_BS"])
-    assert not np.array_equal(stream[39]["clips_BS"], far["clips_BS"])
+    assert not np.array_equal(batches(cache, seed=1)[40]["clip_ids_BS"], far["clip_ids_BS"])
+    assert not np.array_equal(stream[39]["clip_ids_BS"], far["clip_ids_BS"])
 
 
 @pytest.mark.parametrize("start,threads", [(0, 0), (0, 3), (17, 2)])
@@ -104,11 +104,11 @@ def test_a_position_saves_the_count_and_changes_nothing(cache, monkeypatch):
 @pytest.mark.parametrize("section", [7, 80, 1000])
 def test_sections_make_up_the_epoch(cache, section):
     stream = batches(cache, section=section)
-    wanted = sorted(cache.uids[cache.indices("train")])
+    wanted = sorted(cache.clip_ids[cache.indices("train")])
     epochs: dict[int, list] = {}
     for row in range(400):
-        uids = stream.row(row)["clips_S"]
-        epochs.setdefault(stream._epochs.epoch(row), []).extend(uids[uids > 0])
+        clip_ids = stream.row(row)["clip_ids_S"]
+        epochs.setdefault(stream._epochs.epoch(row), []).extend(clip_ids[clip_ids > 0])
     assert max(epochs) >= 3
     orders = [epochs[epoch] for epoch in range(max(epochs))]
     assert all(sorted(order) == wanted for order in orders) and orders[0] != orders[1]
@@ -140,8 +140,8 @@ def test_report_counts_the_padding_of_an_epoch(cache):
 
 def test_another_split_has_other_clips(cache):
     test = batches(cache, split="test")
-    uids = {uid for step in range(9) for uid in test[step]["clips_BS"].ravel()} - {0}
-    assert uids == set(cache.uids[cache.indices("test")])
+    clip_ids = {clip_id for step in range(9) for clip_id in test[step]["clip_ids_BS"].ravel()} - {0}
+    assert clip_ids == set(cache.clip_ids[cache.indices("test")])
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_shares_part_the_rows():
 
 
 def test_uids_of_this_test_differ():
-    assert len({clip_uid(f"clip-{number}") for number in range(CLIPS)}) == CLIPS
+    assert len({clip_id_of(f"clip-{number}") for number in range(CLIPS)}) == CLIPS
 
 
 def test_a_caption_too_long_is_told_before_the_first_step_whatever_the_epoch_takes(tmp_path):
@@ -188,7 +188,7 @@ def test_weights_that_empty_the_epochs_are_told(tmp_path):
     with pytest.raises(UserError, match="an epoch of 0.02 clips"):
         batches(cache)
     rare = batches(write_cache(tmp_path / "rare", [clip_row(n, (1, 2, 2), weight=0.1) for n in range(12)]), batch=1)
-    assert "clips in" in str(rare.report()) and (rare.row(30)["clips_S"] > 0).any()
+    assert "clips in" in str(rare.report()) and (rare.row(30)["clip_ids_S"] > 0).any()
 
 
 WEIGHTS = {0: 0.25, 1: 1.0, 2: 2.0, 3: 2.5}
@@ -202,8 +202,8 @@ def test_weights_say_how_often_a_clip_comes_in_an_epoch(tmp_path):
         if epoch == len(counts):
             counts.append(dict.fromkeys([row["id"] for row in rows], 0))
         pack = stream.row(row)
-        for uid in pack["clips_S"][pack["clips_S"] > 0]:
-            counts[epoch][stream.cache.ids(np.flatnonzero(stream.cache.uids == uid))[0]] += 1
+        for clip_id in pack["clip_ids_S"][pack["clip_ids_S"] > 0]:
+            counts[epoch][stream.cache.ids(np.flatnonzero(stream.cache.clip_ids == clip_id))[0]] += 1
         row += 1
         epoch = stream._epochs.epoch(row)
     counts = np.array([list(each.values()) for each in counts])  # (epochs, clips)
@@ -219,9 +219,9 @@ def test_variants_of_a_clip_are_taken_in_turn(tmp_path):
     taken, row = {}, 0
     while (epoch := stream._epochs.epoch(row)) < 6:
         pack = stream.row(row)
-        for uid, grid in zip(pack["clips_S"], pack["grids_S3"], strict=True):
-            if uid:
-                taken.setdefault(uid, {}).setdefault(epoch, []).append(int(grid[2]) - 1)
+        for clip_id, grid in zip(pack["clip_ids_S"], pack["grids_S3"], strict=True):
+            if clip_id:
+                taken.setdefault(clip_id, {}).setdefault(epoch, []).append(int(grid[2]) - 1)
         row += 1
     assert len(taken) == 30
     for epochs in taken.values():

@@ -90,7 +90,7 @@ class Million:
 
 @pytest.mark.parametrize("number", [0, 500, 953])
 def test_a_section_of_a_billion_clips_holds_its_own_clips_only(number):
-    subjects = Subjects(rows=Million(None), starts=Million(None), uids=Million(None), weights=Million(1.0))
+    subjects = Subjects(rows=Million(None), starts=Million(None), clip_ids=Million(None), weights=Million(1.0))
     clips, copies = subjects.section(0, 3, number, SECTION)
     first, last = section_bounds(BILLION, SECTION, number)
     places = Permutation.of(BILLION, 0, "order", 3).place(clips)

@@ -12,12 +12,12 @@ from fixtures_runs import chain, run  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_jax.config import frozen, plain
+from sora_jax.config import from_dict, to_dict
 from sora_jax.data.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
 from sora_jax.models import tiling
-from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, reach
+from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, receptive_field
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.first_stage import autoencoder_specs as specs_of
 from sora_jax.models.tiling import TilingConfig
@@ -95,7 +95,7 @@ def test_the_reach_is_where_gradients_end(config, randomised):
         back = x.shape[1] - per_time - frames[0]  # frames before those of the last latent
         sides = [middle * per_space - side[0] for side in (rows, columns)]
         sides += [side[-1] + 1 - (middle + 1) * per_space for side in (rows, columns)]
-        assert reach(config, what) == (-(-back // per_time) + 1, -(-max(sides) // per_space))
+        assert receptive_field(config, what) == (-(-back // per_time) + 1, -(-max(sides) // per_space))
 
 
 EXACT = {"levels": (LEVELS, (17, 64, 32), (11, 32, 0), 0.8), "patch": (PATCH, (33, 40, 44), (29, 32, 32), 0.85)}
@@ -166,8 +166,8 @@ def test_training_an_autoencoder_shows_and_measures_large_clips_in_tiles(made, t
     assert set(sizes) == {(11, 32, 16)} and (tmp_path / "samples" / "step_000001.png").exists()
     np.testing.assert_allclose(np.stack(found[0]), np.stack(wanted[0]), atol=1e-4)
     np.testing.assert_allclose(found[1], wanted[1], atol=0.05)
-    older = {name: value for name, value in plain(AutoencoderRun(model=LEVELS)).items() if name != "tiles"}
-    assert frozen(AutoencoderRun, older) == AutoencoderRun(model=LEVELS)
+    older = {name: value for name, value in to_dict(AutoencoderRun(model=LEVELS)).items() if name != "tiles"}
+    assert from_dict(AutoencoderRun, older) == AutoencoderRun(model=LEVELS)
     with pytest.raises(UserError, match="tile is .*; its height is 30"):
         AutoencoderRun(model=LEVELS, tiles=TilingConfig((0, 30, 0)))
 

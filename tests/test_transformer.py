@@ -40,7 +40,7 @@ class Result(NamedTuple):
 
 def times_of(pack):
     """Some noise level in (0, 1) for each row: a function of the clip alone."""
-    return per_slot((pack.clips_BS % 7 + 1) / 9, pack.row_slots_BR)
+    return per_slot((pack.clip_ids_BS % 7 + 1) / 9, pack.row_slots_BR)
 
 
 @functools.cache
@@ -71,10 +71,10 @@ def same(found, expected, tolerance=2e-5):
 def outputs(result: Result, pack: Pack) -> dict[int, np.ndarray]:
     """The output of each clip, in the order of its tokens."""
     found = {}
-    for b, slot in zip(*np.nonzero(pack.clips_BS), strict=True):
+    for b, slot in zip(*np.nonzero(pack.clip_ids_BS), strict=True):
         places = np.flatnonzero(pack.segments_BL[b] == slot + 1)
         places = places[np.argsort(pack.index_BL[b][places])]
-        found[int(pack.clips_BS[b, slot])] = np.asarray(result.output_BLP[b, places])
+        found[int(pack.clip_ids_BS[b, slot])] = np.asarray(result.output_BLP[b, places])
     return found
 
 
@@ -98,7 +98,7 @@ def test_packed_equals_one_by_one(params, clips, packed, alone):
     found = outputs(both, together)
     for clip, single in zip(clips, singles, strict=True):
         assert np.abs(single.output_BLP).max() > 0.1
-        same(found[clip.uid], single.output_BLP[0])
+        same(found[clip.clip_id], single.output_BLP[0])
     assert both.weight == sum(single.weight for single in singles) == 28
     same(both.loss, sum(single.loss for single in singles))
     total = jax.tree.map(lambda *parts: sum(parts), *(single.gradient for single in singles))
@@ -134,8 +134,8 @@ def test_coordinates_and_not_indices_say_where_a_token_is(params, clips, packed,
     np.testing.assert_array_equal(evaluator(RUN)(params, renumbered).output_BLP, one)
     stretch = np.where(np.arange(3) == axis, np.float32(3), np.float32(1))
     moved = pack.replace(coords_BL3=pack.coords_BL3 * stretch)
-    changed = outputs(Result(evaluator(RUN)(params, moved).output_BLP, 0, 0, {}), pack)[clips[0].uid]
-    assert np.abs(changed - outputs(Result(one, 0, 0, {}), pack)[clips[0].uid]).max() > 1e-3
+    changed = outputs(Result(evaluator(RUN)(params, moved).output_BLP, 0, 0, {}), pack)[clips[0].clip_id]
+    assert np.abs(changed - outputs(Result(one, 0, 0, {}), pack)[clips[0].clip_id]).max() > 1e-3
     shifted = pack.replace(coords_BL3=pack.coords_BL3 + np.float32(2) * (stretch - 1))
     same(evaluator(RUN)(params, shifted).output_BLP, one, 1e-4)  # rotary positions are relative
 
@@ -189,7 +189,7 @@ def test_what_stands_in_padding_changes_nothing(params, clips, packed):
 
 def ints(pack):
     names = [name for name, x in vars(pack).items() if x is not None and name not in ("tokens_BLP", "coords_BL3")]
-    return {name: np.asarray(getattr(pack, name), np.uint32 if name == "clips_BS" else np.int32) for name in names}
+    return {name: np.asarray(getattr(pack, name), np.uint32 if name == "clip_ids_BS" else np.int32) for name in names}
 
 
 WAYS = [
@@ -230,8 +230,8 @@ def given_first_frame(pack):
 
 def noise_of(pack):
     """Noise by clip and token, wherever they stand."""
-    clips_BL = np.take_along_axis(pack.clips_BS, np.maximum(pack.segments_BL - 1, 0), 1).astype(np.float64)
-    phases = np.cos(clips_BL * 0.37 + pack.index_BL)[..., None] * np.arange(1, 9)
+    clip_ids_BL = np.take_along_axis(pack.clip_ids_BS, np.maximum(pack.segments_BL - 1, 0), 1).astype(np.float64)
+    phases = np.cos(clip_ids_BL * 0.37 + pack.index_BL)[..., None] * np.arange(1, 9)
     return np.float32(2 * np.sin(7 * phases))
 
 

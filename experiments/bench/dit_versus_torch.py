@@ -84,8 +84,8 @@ def jax_side(folder: Path, remat: str, processor_time: bool) -> None:
     data = make_data()
     x0, eps = (np.moveaxis(data[name], 1, -1)[:, None] for name in ("x0", "eps"))  # (B, 1, H, W, C)
     items = [
-        [PackItem(latent, uid, np.array([0]), label=label)]
-        for uid, (latent, label) in enumerate(zip(x0, data["classes"], strict=True), 1)
+        [PackItem(latent, clip_id, np.array([0]), label=label)]
+        for clip_id, (latent, label) in enumerate(zip(x0, data["classes"], strict=True), 1)
     ]
     packing = PackingConfig(length=(SIDE // config.patch[1]) ** 2, slots=1, text_length=1, patch=config.patch)
     host = {

@@ -147,7 +147,10 @@ def jax_side(folder: Path, remat: str, processor_time: bool) -> None:
             eps_BLP[b, : len(noise)] = noise
             times_BR[b, : len(images)] = [(one["step"] + 1) / 1000 for one in images]
         items = [
-            [PackItem(one["x0"][None], uid, np.array([0]), label=one["class"]) for uid, one in enumerate(images, 1)]
+            [
+                PackItem(one["x0"][None], clip_id, np.array([0]), label=one["class"])
+                for clip_id, one in enumerate(images, 1)
+            ]
             for images in packs
         ]
         hosts.append({"pack": pack_batch(items, packing), "eps_BLP": eps_BLP, "times_BR": times_BR})

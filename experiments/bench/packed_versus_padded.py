@@ -18,9 +18,9 @@ import numpy as np
 from model import place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
-from sora_jax.config import frozen, load
+from sora_jax.config import from_dict, load
 from sora_jax.data import tokenizer as tokenizers
-from sora_jax.data.latents import clip_uid
+from sora_jax.data.latents import clip_id_of
 from sora_jax.data.packing import PackingConfig, PackItem, grid_of, pack, stack
 from sora_jax.data.planning import plan
 from sora_jax.data.world import WorldConfig, scene
@@ -83,12 +83,12 @@ def make_items(config: QuickstartConfig, world: WorldConfig, count: int) -> list
     for index, s in enumerate(scenes):
         size = latent_grid(config.autoencoder.model, s.frames, s.height, s.width)
         latent = draws.standard_normal((*size, channels), np.float32)
-        items.append(PackItem(latent, clip_uid(f"clip {index}"), texts.encode(s.caption)))
+        items.append(PackItem(latent, clip_id_of(f"clip {index}"), texts.encode(s.caption)))
     return items
 
 
 def tokens(item: PackItem, patch: Sequence[int]) -> int:
-    return int(np.prod(grid_of(item.latent.shape[:3], patch)))
+    return int(np.prod(grid_of(item.values.shape[:3], patch)))
 
 
 def layouts(mix: Mix, run: DenoiserRun, items: list[PackItem]) -> list[Layout]:
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, one mix, one round")
     options = parser.parse_args()
     measured_on = machine()
-    config = frozen(QuickstartConfig, load(options.config))
+    config = from_dict(QuickstartConfig, load(options.config))
     rounds, count = options.rounds, options.clips
     chosen = mixes(config.world, config.transformer.packs)
     if options.quick:

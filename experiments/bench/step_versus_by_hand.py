@@ -22,7 +22,7 @@ import optax
 from model import place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
-from sora_jax.config import frozen, load
+from sora_jax.config import from_dict, load
 from sora_jax.data.packing import PackingConfig, PackItem, pack, stack
 from sora_jax.models.transformer import TransformerConfig, denoise
 from sora_jax.nn.layers import compute_dtype
@@ -81,7 +81,7 @@ def make_pack(case: Case, ids_BM: np.ndarray) -> dict[str, np.ndarray]:
     patch = case.model.patch
     packing = PackingConfig(length=int(np.prod(case.grid)), slots=1, text_length=WORDS, patch=patch)
     latent = np.zeros((*np.multiply(case.grid, patch), case.model.latent_channels), np.float32)
-    return stack([pack([PackItem(latent, uid, ids)], packing) for uid, ids in enumerate(ids_BM, 1)])
+    return stack([pack([PackItem(latent, clip_id, ids)], packing) for clip_id, ids in enumerate(ids_BM, 1)])
 
 
 def ours(case: Case, optim: OptimConfig, data: dict, mesh):
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     options = parser.parse_args()
     measured_on = machine()
-    config = frozen(QuickstartConfig, load(str(CONFIG))).transformer
+    config = from_dict(QuickstartConfig, load(str(CONFIG))).transformer
     mesh = make_mesh(devices=jax.devices()[:1])
     rounds = 2 if options.quick else options.rounds
     optim = dataclasses.replace(config.optim, warmup_steps=0)

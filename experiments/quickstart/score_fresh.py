@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.config import check, frozen, load
+from sora_jax.config import check, from_dict, load
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene
 from sora_jax.evaluate.world import Score, score
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--config", default=None, help="of the quickstart run (default: its full form)")
     parser.add_argument("--count", type=int, default=256)
     options = parser.parse_args()
-    config = frozen(QuickstartConfig, load(options.config or default_config()))
+    config = from_dict(QuickstartConfig, load(options.config or default_config()))
     seen = {row["caption"] for row in Dataset(options.workdir / "world").rows()}
     captions, clips = zip(*fresh_clips(config.world, seen, options.count), strict=True)
     print(f"{len(captions)} clips, {len(set(captions))} different captions")

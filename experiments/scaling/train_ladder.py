@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.commands import use_compilation_cache
-from sora_jax.config import check, frozen, load, plain
+from sora_jax.config import check, from_dict, load, to_dict
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.pipeline import packed_batches
@@ -122,7 +122,7 @@ def train_rung(ladder: Ladder, name: str, budget: float) -> None:
     print(json.dumps(described), flush=True)
     measure = Measure(ladder, config, tokenizer, mesh, folder, set(losses), set(sampled), counts["flops"])
     job = denoiser_job(config, ladder.cache, tokenizer, measure, folder / "captions")
-    state = fit(job, config.loop, config.optim, config.seed, mesh, folder, plain(config))
+    state = fit(job, config.loop, config.optim, config.seed, mesh, folder, to_dict(config))
     if ladder.prompts and not measure.known(last):
         with jax.set_mesh(mesh):
             measure(last, state.ema[0])
@@ -197,7 +197,7 @@ def main() -> None:
     for name in chosen:
         check(name in names, f"--rungs has {name!r}; the rungs are {', '.join(names)}")
     use_compilation_cache()
-    base = frozen(QuickstartConfig, load(default_config())).transformer
+    base = from_dict(QuickstartConfig, load(default_config())).transformer
     cache, dataset = LatentCache(options.quickstart / "latents"), Dataset(options.quickstart / "world")
     ladder = Ladder(base, cache, dataset, options.out, options.steps, options.prompts)
     reference = rung_config(ladder, REFERENCE)

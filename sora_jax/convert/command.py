@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sora_jax.config import check, choose, plain
+from sora_jax.config import check, choose, to_dict
 from sora_jax.convert.dit import Network, read_diffusers, read_dit, write_diffusers, write_dit
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.packing import PackingConfig
@@ -134,9 +134,9 @@ def _save_run(out: Path, config: DenoiserRun | AutoencoderRun, params, specs) ->
         placed = jax.device_put(params, param.shardings(specs, mesh))
         averages = (placed,) * len(optim.ema)
         state = TrainState(jnp.zeros((), jnp.int32), placed, averages, jax.jit(optimizer.init)(placed))
-        notes = {"config": plain(config), "step": 0, "seed": config.seed, "means": {}, "position": None}
+        notes = {"config": to_dict(config), "step": 0, "seed": config.seed, "means": {}, "position": None}
         checkpoints.save(0, state, notes)
-    write_json(out / "config.json", plain(config))
+    write_json(out / "config.json", to_dict(config))
 
 
 def _part(folder: Path, name: str) -> Path:

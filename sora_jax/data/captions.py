@@ -74,12 +74,12 @@ class CaptionChoice:
         self._ends = np.ones((len(kinds), max(map(len, kinds), default=0) or 1))
         for row, names in enumerate(kinds):
             self._ends[row, : len(names)] = np.cumsum(_shares(names, shares))
-        self._uids = cache.uids
+        self._clip_ids = cache.clip_ids
 
     def __call__(self, seed: int, epoch: int, clips: np.ndarray, copies: np.ndarray | int = 0) -> np.ndarray:
         if self._single:
             return np.zeros(len(clips), np.int64)
-        draws = uniforms(seed, "caption", epoch, self._uids[clips], copies)
+        draws = uniforms(seed, "caption", epoch, self._clip_ids[clips], copies)
         ends = self._ends[self._which[clips]]
         return np.minimum((draws[:, None] >= ends).sum(1), ends.shape[1] - 1)
 

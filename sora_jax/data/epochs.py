@@ -54,29 +54,29 @@ class Subjects:
 
     rows: np.ndarray
     starts: np.ndarray
-    uids: np.ndarray
+    clip_ids: np.ndarray
     weights: np.ndarray
 
     @staticmethod
-    def of(rows: np.ndarray, ids, uids: np.ndarray, weights: np.ndarray) -> "Subjects":
+    def of(rows: np.ndarray, ids, clip_ids: np.ndarray, weights: np.ndarray) -> "Subjects":
         """From the rows of a split, ids (an Arrow array; None where no clip has variants), uids, weights."""
         if ids is None:
-            return Subjects(rows, np.arange(len(rows) + 1), uids, weights)
+            return Subjects(rows, np.arange(len(rows) + 1), clip_ids, weights)
         codes = ids.dictionary_encode().indices.to_numpy()
         order = np.argsort(codes, kind="stable")
         starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
         first = order[starts]
-        return Subjects(rows[order], np.append(starts, len(rows)), uids[first], weights[first])
+        return Subjects(rows[order], np.append(starts, len(rows)), clip_ids[first], weights[first])
 
     def __len__(self) -> int:
-        return len(self.uids)
+        return len(self.clip_ids)
 
     def section(self, seed: int, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Manifest rows of the clips of a section, and which copy of its clip each is (0 but for weights above 1)."""
         places = np.arange(*section_bounds(len(self), size, number))
         clips = Permutation.of(len(self), seed, "order", epoch).order(places)
         whole = np.floor(self.weights[clips])
-        again = whole + (uniforms(seed, "weight", epoch, self.uids[clips]) < self.weights[clips] - whole)
+        again = whole + (uniforms(seed, "weight", epoch, self.clip_ids[clips]) < self.weights[clips] - whole)
         copies = again.astype(np.int64)
         clips = np.repeat(clips, copies)
         copy = np.arange(len(clips)) - np.repeat(np.cumsum(copies) - copies, copies)
@@ -85,7 +85,7 @@ class Subjects:
     def _variants(self, seed: int, epoch: int, clips: np.ndarray, copy: np.ndarray) -> np.ndarray:
         """Each epoch takes the next variant of a clip, from a first one that belongs to the clip."""
         count = self.starts[clips + 1] - self.starts[clips]
-        first = (uniforms(seed, "variant", 0, self.uids[clips]) * count).astype(np.int64)
+        first = (uniforms(seed, "variant", 0, self.clip_ids[clips]) * count).astype(np.int64)
         return (first + epoch + copy) % count
 
 

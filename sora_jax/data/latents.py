@@ -51,7 +51,7 @@ COLUMNS = {
 KEY = ("id", "variant")
 
 
-def clip_uid(id: str) -> int:
+def clip_id_of(id: str) -> int:
     """Stable 32-bit name of a clip, never 0 (0 marks an empty slot); what its noise is keyed by."""
     return zlib.crc32(id.encode("utf-8", "surrogatepass")) or 1
 
@@ -109,7 +109,7 @@ def add_latent(
     if not np.isfinite(stored).all():
         raise UserError(f"clip {row['id']!r}: its latent has values that float16 cannot hold")
     t, h, w, _ = latent.shape
-    kept = {name: row[name] for name in COPIED} | {"uid": clip_uid(row["id"]), "t": t, "h": h, "w": w}
+    kept = {name: row[name] for name in COPIED} | {"uid": clip_id_of(row["id"]), "t": t, "h": h, "w": w}
     records = [stored.tobytes()]
     if info.text:
         records.append(b"".join(text.astype(np.float16).tobytes() for text in texts))
@@ -220,7 +220,7 @@ class LatentCache:
         return np.stack([self._numbers(side) for side in "thw"], axis=1).astype(np.int64)
 
     @cached_property
-    def uids(self) -> np.ndarray:
+    def clip_ids(self) -> np.ndarray:
         """Clip uids (n,) uint32, the same for all variants of a clip."""
         return self._numbers("uid")
 

@@ -121,13 +121,13 @@ def _times(sides: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class PackItem:
-    """One clip on its way into a pack: latent (t, h, w, C) float, uid > 0, text token ids (m,).
+    """One clip on its way into a pack: values (t, h, w, C), such as a latent, clip id > 0, text token ids (m,).
 
     embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption. label: class, -1 = none.
     """
 
-    latent: np.ndarray
-    uid: int
+    values: np.ndarray
+    clip_id: int
     text: np.ndarray
     embedding: np.ndarray | None = None
     label: int = -1
@@ -135,14 +135,14 @@ class PackItem:
     @property
     def size(self) -> tuple[int, int, int]:
         """(t, h, w)."""
-        return self.latent.shape[:3]
+        return self.values.shape[:3]
 
 
 def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarray]:
     """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
 
     Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
-    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clips_S uint32, labels_S
+    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clip_ids_S uint32, labels_S
     (class + 1), grids_S3, text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have
     them; int32 where not said. UserError if the clips do not fit.
     """
@@ -175,7 +175,7 @@ def pack_batch(rows: Sequence[Sequence[PackItem]], config: PackingConfig) -> dic
         "index_BL": at.place(at.within, L),
         "rows_BL": at.spread(slots * config.rows_per_clip, L),
         "row_slots_BR": np.tile(np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip), (B, 1)),
-        "clips_BS": clip.place(np.array([item.uid for item in items], np.uint32), S),
+        "clip_ids_BS": clip.place(np.array([item.clip_id for item in items], np.uint32), S),
         "labels_BS": clip.place(np.array([item.label + 1 for item in items], np.int32), S),
         "grids_BS3": clip.place(np.array(grids, np.int32), S),
         "text_BM": said.place(np.concatenate([item.text for item in items]).astype(np.int32, copy=False), M),
@@ -192,7 +192,7 @@ def _tokens(items: Sequence[PackItem], grids: Sequence, at: _Runs, shape: tuple[
     """The patches of all latents (B, L, P), each written once; only what is left over of a row is set to zero."""
     tokens = flat = None
     for item, grid, start, length in zip(items, grids, at.starts.tolist(), at.lengths.tolist()):
-        latent = item.latent  # read now, and still in the processor's cache when it is copied
+        latent = item.values  # read now, and still in the processor's cache when it is copied
         if tokens is None:
             tokens = np.empty((*shape, math.prod(patch) * latent.shape[-1]), latent.dtype)
             flat = tokens.reshape(-1, tokens.shape[-1])

@@ -51,13 +51,13 @@ class CachedItem(NamedTuple):
     cache: LatentCache
     clip: int
     size: tuple[int, int, int]
-    uid: int
+    clip_id: int
     text: np.ndarray
     embedding: np.ndarray | None
     label: int
 
     @property
-    def latent(self) -> np.ndarray:
+    def values(self) -> np.ndarray:
         return self.cache[self.clip]
 
 
@@ -89,7 +89,7 @@ class PackedBatches:
         self.tokens = _token_counts(cache.grids, self.config, rows)
         self.labels = cache.labels
         ids = cache.column("id").take(rows) if cache.has_variants else None
-        self.subjects = Subjects.of(rows, ids, cache.uids[rows], cache.weights[rows])
+        self.subjects = Subjects.of(rows, ids, cache.clip_ids[rows], cache.weights[rows])
 
     def _check(self) -> None:
         """UserError, before the first step, for what would end the run in some later epoch."""
@@ -165,9 +165,9 @@ class PackedBatches:
 
     def _item(self, clip: int, caption: int) -> CachedItem:
         t, h, w = self.cache.grids[clip].tolist()
-        uid = int(self.cache.uids[clip])
+        clip_id = int(self.cache.clip_ids[clip])
         said = self.texts.ids(clip, caption), self.texts.embedding(clip, caption)
-        return CachedItem(self.cache, clip, (t, h, w), uid, *said, int(self.labels[clip]))
+        return CachedItem(self.cache, clip, (t, h, w), clip_id, *said, int(self.labels[clip]))
 
 
 def packed_batches(

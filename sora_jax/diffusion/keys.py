@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from sora_jax.errors import UserError
-from sora_jax.shapes import ClipsBS
+from sora_jax.shapes import ClipIdsBS
 
 
 class Purpose(enum.IntEnum):
@@ -36,13 +36,13 @@ def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), step), int(purpose))
 
 
-def clip_keys(key: Key[Array, ""], clips_BS: ClipsBS) -> Key[Array, "B S"]:
+def clip_keys(key: Key[Array, ""], clip_ids_BS: ClipIdsBS) -> Key[Array, "B S"]:
     """One key per clip slot, from the clip's id alone."""
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, clips_BS)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, clip_ids_BS)
 
 
 def token_noise(
-    key: Key[Array, ""], clips_BL: UInt32[Array, "B L"], index_BL: Int[Array, "B L"], width: int
+    key: Key[Array, ""], clip_ids_BL: UInt32[Array, "B L"], index_BL: Int[Array, "B L"], width: int
 ) -> Float[Array, "B L {width}"]:
     """Standard normal float32 noise (B, L, width): a function of (key, clip id, token index in the clip).
 
@@ -53,4 +53,4 @@ def token_noise(
         token_key = jax.random.fold_in(jax.random.fold_in(key, clip), index)
         return jax.random.normal(token_key, (width,), jnp.float32)
 
-    return jax.vmap(jax.vmap(one_token))(clips_BL, index_BL)
+    return jax.vmap(jax.vmap(one_token))(clip_ids_BL, index_BL)

@@ -37,7 +37,7 @@ from sora_jax.diffusion.process import (
     time_of_step,
 )
 from sora_jax.errors import UserError
-from sora_jax.shapes import ClipsBS
+from sora_jax.shapes import ClipIdsBS
 
 # Time 0 is kept for tokens that are given; a clip in training always has at least this much noise.
 MIN_TIME = 1e-5
@@ -157,24 +157,24 @@ def _flux_alpha(count: Array) -> Array:
 def draw_times(
     config: TimesConfig,
     key: Key[Array, ""],
-    clips_BS: ClipsBS,
+    clip_ids_BS: ClipIdsBS,
     tokens_BS: Int[Array, "B S"],
     ranks_BS: Float[Array, "B S"] | None,
     process: Process,
 ) -> Float[Array, "B S"]:
     """One training time per clip, in [MIN_TIME, 1], float32: a function of (key, clip id, clip size).
 
-    Stratified times are a function of (key, rank, clip size). `ranks_BS` is then needed if clips_BS is not the whole
+    Stratified times are a function of (key, rank, clip size). `ranks_BS` is then needed if clip_ids_BS is not the whole
     batch but a part of it: the part's slice of the whole's `batch_ranks`. Else it may be None. Of `process`, log_sigma
     and the shift take the times at which noise levels are reached.
     """
     if config.stratified:
-        ranks_BS = batch_ranks(clips_BS) if ranks_BS is None else ranks_BS
+        ranks_BS = batch_ranks(clip_ids_BS) if ranks_BS is None else ranks_BS
         # No clip has id 0: the step's own number is nobody else's.
         drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0))
         uniform_BS = drawn_BS - jnp.floor(drawn_BS)
     else:
-        keys_BS = clip_keys(key, clips_BS)
+        keys_BS = clip_keys(key, clip_ids_BS)
         uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(keys_BS)
     times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
     return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)

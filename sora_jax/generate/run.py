@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sora_jax.config import check, frozen, read_json
+from sora_jax.config import check, from_dict, read_json
 from sora_jax.data.packing import grid_of
 from sora_jax.data.tokenizer import NoText, Tokenizer
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -24,7 +24,7 @@ from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import NEWEST, Checkpoints
-from sora_jax.train.denoiser import DenoiserRun, load_tokenizer, upgraded, with_fastest_attention
+from sora_jax.train.denoiser import DenoiserRun, load_tokenizer, migrate_config, with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
 
 Size = tuple[int, int, int]
@@ -39,7 +39,7 @@ def changed(sampling: SamplingConfig, steps: int | str | None, solver: str | Non
     return sampling
 
 
-def told(config: DenoiserRun, prompts, classes, guidance, negative, seed: int, sampling: SamplingConfig):
+def validate_requests(config: DenoiserRun, prompts, classes, guidance, negative, seed: int, sampling: SamplingConfig):
     """Prompts, classes, guidance scales and negative prompts, one for each clip; UserError where a run takes no such.
 
     It needs no weights, so it can be asked before they are loaded.
@@ -118,7 +118,9 @@ class Run:
         in tiles. UserError names the nearest sizes that are allowed.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
-        prompts, classes, scales, negatives = told(self.config, prompts, classes, guidance, negative, seed, sampling)
+        prompts, classes, scales, negatives = validate_requests(
+            self.config, prompts, classes, guidance, negative, seed, sampling
+        )
         count = len(prompts)
         check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
         sizes = [sizes] * count if is_whole(sizes[0]) else list(sizes)
@@ -203,4 +205,4 @@ def read_run_config(folder: Path) -> DenoiserRun:
         config.get("kind") == "transformer",
         f"--workdir is {str(folder)!r}; that run is of kind {config.get('kind')!r}, and it must be a 'transformer'",
     )
-    return frozen(DenoiserRun, upgraded(config))
+    return from_dict(DenoiserRun, migrate_config(config))

@@ -115,7 +115,7 @@ def _pack_items(run: DenoiserRun, text: Tokenizer | PretrainedText | NoText, req
 
 def _arrange(items: list, negatives: list, packing: PackingConfig) -> list[list[int]]:
     """Which items each row holds, slot by slot."""
-    lengths = np.array([np.prod(grid_of(item.latent.shape[:3], packing.patch)) for item in items])
+    lengths = np.array([np.prod(grid_of(item.values.shape[:3], packing.patch)) for item in items])
     texts = np.array([max(len(one.text), len(other.text)) for one, other in zip(items, negatives, strict=True)])
     planned = plan(0, 0, lengths, texts, packing.length, packing.slots, packing.text_length, packing.window)
     return [list(map(int, planned[row])) for row in range(len(planned))]
@@ -124,8 +124,8 @@ def _arrange(items: list, negatives: list, packing: PackingConfig) -> list[list[
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def solve_packs(params, run: DenoiserRun, sampling: SamplingConfig, seed, batch: Pack, negative: Pack | None, scale_BS):
     """Noise to clean tokens (B, L, P): the same denoiser and times as in training, under a solver."""
-    clips_BL = per_slot(batch.clips_BS, slot_of(batch.segments_BL))
-    noise = lambda key: token_noise(key, clips_BL, batch.index_BL, run.model.patch_values)  # noqa: E731
+    clip_ids_BL = per_slot(batch.clip_ids_BS, slot_of(batch.segments_BL))
+    noise = lambda key: token_noise(key, clip_ids_BL, batch.index_BL, run.model.patch_values)  # noqa: E731
     problem = Problem(
         _denoiser(params, run, sampling, batch, negative, scale_BS),
         run.diffusion.prediction,

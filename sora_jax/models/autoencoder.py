@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, fold, spread, unfold
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, depth_to_space, space_to_depth, spread
 from sora_jax.nn.layers import compute_dtype, rms_norm, rms_norm_specs
 from sora_jax.nn.params import zeros
 
@@ -119,7 +119,7 @@ def _check_size(name: str, size: int, factor: int, rest: int) -> None:
     check(size >= smallest and size == below, f"{name} is {size}; it must be {rule}, such as {nearest}")
 
 
-def reach(config: AutoencoderConfig, what: str) -> tuple[int, int]:
+def receptive_field(config: AutoencoderConfig, what: str) -> tuple[int, int]:
     """How far what is made of a position depends on others, in latents: in time backwards, in space on every side.
 
     what: "encode" or "decode". A latent more in time: of the first one of a clip there is only a frame.
@@ -164,10 +164,10 @@ def encode(
     latent_grid(config, *video_BTHWC.shape[1:4])
     p = params["encoder"]
     inside = functools.partial(_inside, sizes_B2, video_BTHWC.shape[2:4])
-    x = inside(fold(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block))
+    x = inside(space_to_depth(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block))
     x = _blocks(p["levels"][0], config, inside(causal_conv3d(p["stem"], x)), inside)
     for step, down, blocks in zip(config.steps, p["downs"], p["levels"][1:], strict=True):
-        x = _blocks(blocks, config, inside(causal_conv3d(down, fold(x, step))), inside)
+        x = _blocks(blocks, config, inside(causal_conv3d(down, space_to_depth(x, step))), inside)
     x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
     mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
@@ -210,9 +210,9 @@ def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.A
     x = causal_conv3d(p["stem"], z_BthwC.astype(compute_dtype(config.dtype)))
     x = _blocks(p["levels"][0], config, x)
     for step, up, blocks in zip(config.steps[::-1], p["ups"], p["levels"][1:], strict=True):
-        x = _blocks(blocks, config, unfold(causal_conv3d(up, x), step))
+        x = _blocks(blocks, config, depth_to_space(causal_conv3d(up, x), step))
     x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
-    return unfold(x, config.first_block).astype(jnp.float32)
+    return depth_to_space(x, config.first_block).astype(jnp.float32)
 
 
 def block_specs(config: AutoencoderConfig, width: int) -> list[dict]:

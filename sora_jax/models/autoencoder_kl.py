@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.models.autoencoder import LOGVAR_RANGE
-from sora_jax.nn.images import IMAGES, conv2d, conv2d_specs, enlarge, group_norm, group_norm_specs
+from sora_jax.nn.images import IMAGES, conv2d, conv2d_specs, group_norm, group_norm_specs, upsample_nearest
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs
 from sora_jax.parallel.rules import out_sharding
 
@@ -77,7 +77,7 @@ def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple
     return frames, height // factor, width // factor
 
 
-def reach(config: KLConfig, what: str) -> tuple[int, float]:
+def receptive_field(config: KLConfig, what: str) -> tuple[int, float]:
     """As `autoencoder.reach`: frames are apart, and in a picture everything depends on everything."""
     return 0, math.inf
 
@@ -152,7 +152,7 @@ def decode(params: dict, config: KLConfig, z_BthwC: jax.Array) -> jax.Array:
     x = _middle(p["middle"], config, conv2d(p["stem"], x))
     for number, blocks in enumerate(p["levels"]):
         if number:
-            x = conv2d(p["ups"][number - 1], enlarge(x))
+            x = conv2d(p["ups"][number - 1], upsample_nearest(x))
         x = _level(blocks, config, x)
     x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups)))
     return _clips(x, z_BthwC.shape[:2]).astype(jnp.float32)

@@ -21,12 +21,12 @@ from sora_jax.nn.layers import (
     dense_specs,
     embed,
     embedding_specs,
-    heads_specs,
     layer_norm,
-    merge_heads,
-    merge_specs,
+    out_proj,
+    out_proj_specs,
+    qkv_proj,
+    qkv_proj_specs,
     time_features,
-    to_heads,
 )
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import normal, zeros
@@ -130,28 +130,28 @@ def block_modulation(params: dict, condition: Condition, kind: str) -> list:
     return values if parts == 6 else [*values[:2], 1.0, *values[2:], 1.0]
 
 
-def pair_attention_specs(width: int, heads: int) -> dict:
+def condition_cross_attention_specs(width: int, heads: int) -> dict:
     """Cross-attention to noise level and label."""
     head_width = width // heads
     return {
-        "pair_q": heads_specs(width, 1, heads, head_width),
-        "pair_kv": heads_specs(width, 2, heads, head_width),
-        "pair_merge": merge_specs(heads, head_width, width),
+        "pair_q": qkv_proj_specs(width, 1, heads, head_width),
+        "pair_kv": qkv_proj_specs(width, 2, heads, head_width),
+        "pair_merge": out_proj_specs(heads, head_width, width),
     }
 
 
-def pair_attention(params: dict, x_BLD, condition: Condition, rows_BL, backend: str) -> jax.Array:
+def condition_cross_attention(params: dict, x_BLD, condition: Condition, rows_BL, backend: str) -> jax.Array:
     """Every token reads the noise level and the label of its own row, a sequence of two: (B, L, D) -> same."""
     rows = condition.time_BRD.shape[1]
     own_BX = jnp.broadcast_to(jnp.tile(jnp.arange(rows, dtype=rows_BL.dtype), 2), (rows_BL.shape[0], 2 * rows))
-    (q,) = to_heads(params["pair_q"], layer_norm(x_BLD))
-    k, v = to_heads(params["pair_kv"], condition.pair_BXD)
-    return merge_heads(params["pair_merge"], attention(q, k, v, rows_BL, own_BX, backend))
+    (q,) = qkv_proj(params["pair_q"], layer_norm(x_BLD))
+    k, v = qkv_proj(params["pair_kv"], condition.pair_BXD)
+    return out_proj(params["pair_merge"], attention(q, k, v, rows_BL, own_BX, backend))
 
 
 def context_segments(pack: Pack) -> jax.Array:
     """Segments (B, 2 R) of the two tokens that each row adds to its clip; rows of empty slots are padding."""
-    slots_BR = jnp.where(per_slot(pack.clips_BS, pack.row_slots_BR) > 0, pack.row_slots_BR + 1, 0)
+    slots_BR = jnp.where(per_slot(pack.clip_ids_BS, pack.row_slots_BR) > 0, pack.row_slots_BR + 1, 0)
     return jnp.tile(slots_BR, (1, 2)).astype(pack.segments_BL.dtype)
 
 

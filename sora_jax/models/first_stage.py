@@ -28,9 +28,9 @@ def latent_grid(config: FirstStageConfig, frames: int, height: int, width: int) 
     return MODULES[type(config)].latent_grid(config, frames, height, width)
 
 
-def reach(config: FirstStageConfig, what: str) -> tuple[float, float]:
+def receptive_field(config: FirstStageConfig, what: str) -> tuple[float, float]:
     """How many latents away a position changes what "encode" or "decode" makes: back in time, and in space around."""
-    return MODULES[type(config)].reach(config, what)
+    return MODULES[type(config)].receptive_field(config, what)
 
 
 def encode(params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None):

@@ -14,13 +14,13 @@ from sora_jax.nn.layers import (
     dense_specs,
     embed,
     embedding_specs,
-    heads_specs,
     layer_norm,
-    merge_heads,
-    merge_specs,
     mlp,
     mlp_specs,
-    to_heads,
+    out_proj,
+    out_proj_specs,
+    qkv_proj,
+    qkv_proj_specs,
 )
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import stack
@@ -70,8 +70,8 @@ class TextContext:
 def text_specs(config: TextConfig) -> dict:
     width = config.width
     block = {
-        "qkv": heads_specs(width, 3, width // config.head_width, config.head_width),
-        "merge": merge_specs(width // config.head_width, config.head_width, width),
+        "qkv": qkv_proj_specs(width, 3, width // config.head_width, config.head_width),
+        "merge": out_proj_specs(width // config.head_width, config.head_width, width),
         "mlp": mlp_specs(width, 4 * width),
     }
     words = embedding_specs(NULL + 1 if config.pretrained else config.vocabulary, width, std=1.0)
@@ -86,8 +86,8 @@ def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32)
     x_BME = (x_BME + sincos(pack.text_positions_BM, config.width, theta=100.0)).astype(dtype)
 
     def block(x_BME, p):
-        q, k, v = to_heads(p["qkv"], layer_norm(x_BME))
-        x_BME += merge_heads(p["merge"], attention(q, k, v, segments_BM, segments_BM))
+        q, k, v = qkv_proj(p["qkv"], layer_norm(x_BME))
+        x_BME += out_proj(p["merge"], attention(q, k, v, segments_BM, segments_BM))
         return x_BME + mlp(p["mlp"], layer_norm(x_BME)), None
 
     with jax.named_scope("text_encoder"):

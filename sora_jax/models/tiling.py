@@ -16,7 +16,7 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
-from sora_jax.models.first_stage import FirstStageConfig, latent_grid, reach
+from sora_jax.models.first_stage import FirstStageConfig, latent_grid, receptive_field
 
 LATENTS = (1, 1, 1)  # the factors between latents and latents
 
@@ -179,5 +179,5 @@ def _least_common(axis: Axis) -> int:
 
 def seen(config: FirstStageConfig, what: str) -> tuple:
     """How many latents before and after a position change what is made of it: of "encode" or "decode", by axis."""
-    time, space = reach(config, what)
+    time, space = receptive_field(config, what)
     return (time, 0), (space, space), (space, space)

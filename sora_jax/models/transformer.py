@@ -16,12 +16,12 @@ from sora_jax.models.conditioning import (
     Condition,
     block_modulation,
     condition,
+    condition_cross_attention,
+    condition_cross_attention_specs,
     condition_specs,
     context_segments,
     modulation,
     modulation_specs,
-    pair_attention,
-    pair_attention_specs,
 )
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
 from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, attention
@@ -29,15 +29,15 @@ from sora_jax.nn.layers import (
     compute_dtype,
     dense,
     dense_specs,
-    heads_specs,
     layer_norm,
-    merge_heads,
-    merge_specs,
     mlp,
     mlp_specs,
+    out_proj,
+    out_proj_specs,
+    qkv_proj,
+    qkv_proj_specs,
     rms_norm,
     rms_norm_specs,
-    to_heads,
 )
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import stack, zeros
@@ -222,10 +222,10 @@ def block_specs(config: TransformerConfig) -> dict:
     norms = {"q_norm": rms_norm_specs(head_width), "k_norm": rms_norm_specs(head_width)} if config.qk_norm else {}
     return {
         **modulation_specs(width, MODULATED[config.conditioning]),
-        "qkv": heads_specs(width, 3, heads, head_width, joint=config.joint_qkv_init),
+        "qkv": qkv_proj_specs(width, 3, heads, head_width, joint=config.joint_qkv_init),
         **norms,
-        "merge": merge_specs(heads, head_width, width),
-        **(pair_attention_specs(width, heads) if config.conditioning == "cross_attention" else {}),
+        "merge": out_proj_specs(heads, head_width, width),
+        **(condition_cross_attention_specs(width, heads) if config.conditioning == "cross_attention" else {}),
         **(caption_attention_specs(config) if config.text else {}),
         "mlp": mlp_specs(width, int(config.mlp_ratio * width)),
     }
@@ -235,13 +235,13 @@ def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, 
     """One DiT block: self-attention, attention to what is known of the clip, MLP; (B, L, D) -> same."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block_modulation(p, known, config.conditioning)
     with jax.named_scope("self_attention"):
-        q, k, v = to_heads(p["qkv"], layer_norm(x_BLD) * (1 + scale1) + shift1)
+        q, k, v = qkv_proj(p["qkv"], layer_norm(x_BLD) * (1 + scale1) + shift1)
         q, k = _placed(p.get("q_norm"), q, angles_BLK), _placed(p.get("k_norm"), k, angles_BLK)
         out = attention(q, k, v, segments_BL, segments_BL, config.attention, config.sequence)
-        x_BLD += gate1 * merge_heads(p["merge"], out)
+        x_BLD += gate1 * out_proj(p["merge"], out)
     if config.conditioning == "cross_attention":
-        with jax.named_scope("pair_attention"):
-            x_BLD += pair_attention(p, x_BLD, known, rows_BL, config.attention)
+        with jax.named_scope("condition_cross_attention"):
+            x_BLD += condition_cross_attention(p, x_BLD, known, rows_BL, config.attention)
     if text is not None:
         with jax.named_scope("cross_attention"):
             x_BLD += caption_attention(p, x_BLD, segments_BL, text, config.attention)
@@ -249,23 +249,23 @@ def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, 
         return x_BLD + gate2 * mlp(p["mlp"], layer_norm(x_BLD) * (1 + scale2) + shift2)
 
 
-def _placed(gain, x_BLNK, angles_BLK) -> jax.Array:
+def _placed(scale, x_BLNK, angles_BLK) -> jax.Array:
     """Queries or keys, normalised where there is a gain, turned by their positions where there are angles."""
-    x_BLNK = x_BLNK if gain is None else rms_norm(gain, x_BLNK)
+    x_BLNK = x_BLNK if scale is None else rms_norm(scale, x_BLNK)
     return x_BLNK if angles_BLK is None else rotate(x_BLNK, angles_BLK)
 
 
 def caption_attention_specs(config: TransformerConfig) -> dict:
     heads, head_width = config.heads, config.head_width
     return {
-        "cross_q": heads_specs(config.width, 1, heads, head_width),
-        "cross_kv": heads_specs(config.text.width, 2, heads, head_width),
-        "cross_merge": merge_specs(heads, head_width, config.width, zeros),
+        "cross_q": qkv_proj_specs(config.width, 1, heads, head_width),
+        "cross_kv": qkv_proj_specs(config.text.width, 2, heads, head_width),
+        "cross_merge": out_proj_specs(heads, head_width, config.width, zeros),
     }
 
 
 def caption_attention(p, x_BLD, segments_BL, text: TextContext, backend: str) -> jax.Array:
     """Every token reads the caption of its clip: (B, L, D) -> same."""
-    (q,) = to_heads(p["cross_q"], layer_norm(x_BLD))
-    k, v = to_heads(p["cross_kv"], text.tokens_BME)
-    return merge_heads(p["cross_merge"], attention(q, k, v, segments_BL, text.segments_BM, backend))
+    (q,) = qkv_proj(p["cross_q"], layer_norm(x_BLD))
+    k, v = qkv_proj(p["cross_kv"], text.tokens_BME)
+    return out_proj(p["cross_merge"], attention(q, k, v, segments_BL, text.segments_BM, backend))

@@ -50,13 +50,13 @@ def _on_each_device(params: dict, x_BTHWC: jax.Array) -> jax.Array:
         params = jax.lax.pcast(params, split, to="varying")
         if parts("height") == 1 or axes[2] is None:
             return _padded_conv3d(params, x, rows)
-        return _padded_conv3d(params, with_neighbours(x, *rows), (0, 0))
+        return _padded_conv3d(params, halo_exchange(x, *rows), (0, 0))
 
     whole = jax.tree.map(lambda _: PartitionSpec(), params)
     return jax.shard_map(local, in_specs=(whole, partition(*axes)), out_specs=partition(*axes))(params, x_BTHWC)
 
 
-def with_neighbours(x_BTHWC: jax.Array, above: int, below: int) -> jax.Array:
+def halo_exchange(x_BTHWC: jax.Array, above: int, below: int) -> jax.Array:
     """A device's rows between those of its neighbours, zeros beyond the edge of the clip; inside `jax.shard_map`."""
     before, after = _edges(x_BTHWC, above, 1), _edges(x_BTHWC, below, -1)
     return jnp.concatenate([*before[::-1], x_BTHWC, *after], axis=2)
@@ -125,11 +125,11 @@ def spread(x_BTHWC: jax.Array) -> jax.Array:
     return reshard(x_BTHWC, *clip_axes(x_BTHWC.shape[2]))
 
 
-def fold(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
+def space_to_depth(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
     """Blocks of (time, height, width) into channels, block axes before C; repeats of frame 0 stand in front.
 
     (B, 1 + pt (t - 1), ph h, pw w, C) -> (B, t, h, w, pt ph pw C): the first frame fills its own block alone.
-    Inverse: `unfold`. Space to depth, Shi et al. 1609.05158; causal in time as in Cosmos, 2501.03575.
+    Inverse: `depth_to_space`. Space to depth, Shi et al. 1609.05158; causal in time as in Cosmos, 2501.03575.
     """
     pt, ph, pw = block
     batch, time, height, breadth, channels = axes = clip_axes(x_BTHWC.shape[2] // ph)
@@ -141,10 +141,10 @@ def fold(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
     return _reshape(x, (B, T // pt, H // ph, W // pw, pt * ph * pw * C), axes)
 
 
-def unfold(x_BthwC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
-    """Inverse of `fold`: (B, t, h, w, pt ph pw C) -> (B, 1 + pt (t - 1), ph h, pw w, C).
+def depth_to_space(x_BthwC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
+    """Inverse of `space_to_depth`: (B, t, h, w, pt ph pw C) -> (B, 1 + pt (t - 1), ph h, pw w, C).
 
-    Of the first block only the last frame is kept, the one that `fold` did not add.
+    Of the first block only the last frame is kept, the one that `space_to_depth` did not add.
     """
     pt, ph, pw = block
     batch, time, height, breadth, channels = axes = clip_axes(x_BthwC.shape[2])

@@ -67,7 +67,7 @@ def _group_mean(x_IHWD: jax.Array, groups: int, mask: jax.Array | None) -> jax.A
     return jnp.reshape(mean_IGD, (images, 1, 1, width), out_sharding=out_sharding(*IMAGES))
 
 
-def enlarge(x_IHWD: jax.Array) -> jax.Array:
+def upsample_nearest(x_IHWD: jax.Array) -> jax.Array:
     """Every pixel four times: (I, H, W, D) -> (I, 2 H, 2 W, D)."""
     images, height, width, channels = x_IHWD.shape
     x = jnp.broadcast_to(x_IHWD[:, :, None, :, None], (images, height, 2, width, 2, channels))

@@ -51,13 +51,13 @@ def rms_norm_specs(width: int, axes=("head",)) -> ParamSpec:
     return ParamSpec((width,), axes, ones)
 
 
-def rms_norm(gain: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
+def rms_norm(scale: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x over its root mean square along the last axis, times `gain`, in float32 (Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * gain).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
-def heads_specs(inputs: int, parts: int, heads: int, head_width: int, joint: bool = False) -> dict:
+def qkv_proj_specs(inputs: int, parts: int, heads: int, head_width: int, joint: bool = False) -> dict:
     """Weights of `parts` projections onto attention heads (3 for q, k, v; 2 for k, v), done as one product.
 
     Xavier uniform: each projection counts as a layer of its own, or with `joint` all of them as one matrix (DiT's).
@@ -71,7 +71,7 @@ def heads_specs(inputs: int, parts: int, heads: int, head_width: int, joint: boo
     }
 
 
-def to_heads(params: dict, x_BLD: jax.Array) -> list[jax.Array]:
+def qkv_proj(params: dict, x_BLD: jax.Array) -> list[jax.Array]:
     """(B, L, D) -> one (B, L, N, K) per part."""
     sharding = out_sharding("batch", "length", None, "heads", None)
     weight, bias = params["weight"].astype(x_BLD.dtype), params["bias"].astype(x_BLD.dtype)
@@ -79,14 +79,14 @@ def to_heads(params: dict, x_BLD: jax.Array) -> list[jax.Array]:
     return [jnp.squeeze(part, 2) for part in jnp.split(y, y.shape[2], axis=2)]  # its gradient is one concatenation
 
 
-def merge_specs(heads: int, head_width: int, outputs: int, init=None) -> dict:
+def out_proj_specs(heads: int, head_width: int, outputs: int, init=None) -> dict:
     """Weight of the projection from heads back to the width."""
     init = init or jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", (-3, -2), -1)
     weight = ParamSpec((heads, head_width, outputs), ("heads", "head", "embed"), init)
     return {"weight": weight, "bias": ParamSpec((outputs,), ("embed",), zeros)}
 
 
-def merge_heads(params: dict, x_BLNK: jax.Array) -> jax.Array:
+def out_proj(params: dict, x_BLNK: jax.Array) -> jax.Array:
     """(B, L, N, K) -> (B, L, D)."""
     weight, bias = params["weight"].astype(x_BLNK.dtype), params["bias"].astype(x_BLNK.dtype)
     sharding = out_sharding("batch", "length", "width")

@@ -17,7 +17,7 @@ class Pack:
     index_BL          index of each token inside its clip, raster order
     rows_BL           row of the conditioning table that each token reads
     row_slots_BR      clip slot that each row belongs to
-    clips_BS          identity of each clip, 0 = empty slot
+    clip_ids_BS          identity of each clip, 0 = empty slot
     labels_BS         class of each clip + 1, 0 = none
     grids_BS3         token grid (t, h, w) of each clip, 0 = empty slot
     text_BM           text token ids
@@ -34,7 +34,7 @@ class Pack:
     index_BL: jax.Array
     rows_BL: jax.Array
     row_slots_BR: jax.Array
-    clips_BS: jax.Array
+    clip_ids_BS: jax.Array
     labels_BS: jax.Array
     grids_BS3: jax.Array
     text_BM: jax.Array
@@ -45,7 +45,7 @@ class Pack:
 
     @property
     def slots(self) -> int:
-        return self.clips_BS.shape[-1]
+        return self.clip_ids_BS.shape[-1]
 
 
 def slot_of(segments: jax.Array) -> jax.Array:

@@ -145,7 +145,7 @@ def _packs(config: DenoiserRun, mesh: Mesh):
     rows = _many(row, (accumulate, config.batch // accumulate))
     pack = Pack(**rows)
     if config.diffusion.times.stratified:
-        pack = pack.replace(ranks_BS=jax.ShapeDtypeStruct(pack.clips_BS.shape, jnp.float32))
+        pack = pack.replace(ranks_BS=jax.ShapeDtypeStruct(pack.clip_ids_BS.shape, jnp.float32))
     flops = 3 * config.batch * forward_flops(config.model, row)
     return abstract_batch(pack, mesh, leading=1), flops, config.batch * config.packs.length, "tokens"
 

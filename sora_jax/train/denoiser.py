@@ -37,7 +37,7 @@ from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.parallel.rules import parts
-from sora_jax.train.loop import Job, LoopConfig, say
+from sora_jax.train.loop import Job, LoopConfig, log
 from sora_jax.train.optim import OptimConfig
 
 NOISE_BINS = 10
@@ -165,7 +165,7 @@ def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path) -> De
         packs = max(config.batch // config.loop.accumulate // parts("batch", mesh), 1)
         heads, dtype = model.heads // parts("heads", mesh), jnp.dtype(compute_dtype(model.dtype)).name
         kept, found = fastest(Load(packs, config.packing.length, heads, model.head_width, dtype))
-        say(f"attention: {kept} ({found})")
+        log(f"attention: {kept} ({found})")
     return dataclasses.replace(config, model=dataclasses.replace(model, attention=kept))
 
 
@@ -184,7 +184,7 @@ def device_kind() -> str:
     return jax.local_devices()[0].device_kind
 
 
-def upgraded(values: dict) -> dict:
+def migrate_config(values: dict) -> dict:
     """A plain config as earlier versions wrote it, as this one reads it: previews once had a guidance of their own."""
     preview = dict(values.get("preview", {}))
     if "guidance" not in preview and not isinstance(preview.get("steps"), int):
@@ -203,11 +203,11 @@ def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array
     key = functools.partial(step_key, config.seed, step)
     tokens_BS = pack.grids_BS3.prod(-1)
     process = process_named(diffusion.process)
-    times_BS = draw_times(diffusion.times, key(Purpose.TIME), pack.clips_BS, tokens_BS, pack.ranks_BS, process)
+    times_BS = draw_times(diffusion.times, key(Purpose.TIME), pack.clip_ids_BS, tokens_BS, pack.ranks_BS, process)
     times_BR = per_slot(times_BS, pack.row_slots_BR)
-    clips_BL = per_slot(pack.clips_BS, slot_of(pack.segments_BL))
-    eps_BLP = token_noise(key(Purpose.NOISE), clips_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
-    captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clips_BS))
+    clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
+    eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
+    captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     sums = denoising_loss(
         network(params, config, captions),
         process,
@@ -238,8 +238,8 @@ def network(params: dict, config: DenoiserRun, pack: Pack, text: TextContext | N
     return predict
 
 
-def _drop(share: float, key: jax.Array, clips_BS: jax.Array) -> jax.Array:
-    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(clip_keys(key, clips_BS))
+def _drop(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
+    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(clip_keys(key, clip_ids_BS))
     return draw_BS < share
 
 
@@ -266,7 +266,7 @@ def denoiser_job(
         batches=lambda start, position: batches.stream(start, config.feed, Position(*position or ())),
         to_device=functools.partial(_to_device, config.diffusion.times),
         counts=functools.partial(batch_counts, config.model),
-        clip_ids=lambda batch: _names(cache, batch["clips_BS"]),
+        clip_ids=lambda batch: _names(cache, batch["clip_ids_BS"]),
         preview=preview,
         note=str(batches.report()),
         shares=share[1],
@@ -275,11 +275,11 @@ def denoiser_job(
 
 def _to_device(times: TimesConfig, batch: dict) -> Pack:
     """The batch as a Pack; stratified times need the place of each clip in the whole of it, all micro-batches."""
-    return Pack(**batch, ranks_BS=jax.jit(batch_ranks)(batch["clips_BS"]) if times.stratified else None)
+    return Pack(**batch, ranks_BS=jax.jit(batch_ranks)(batch["clip_ids_BS"]) if times.stratified else None)
 
 
-def _names(cache: LatentCache, clips_BS) -> list[str]:
-    return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.uids, clips_BS[clips_BS > 0])))))
+def _names(cache: LatentCache, clip_ids_BS) -> list[str]:
+    return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])))))
 
 
 def _job_loss(config: DenoiserRun, params, pack: Pack, step, part):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sora_jax.config import check, plain
+from sora_jax.config import check, to_dict
 from sora_jax.data.canvases import Size, canvas_of, choose_canvases
 from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
@@ -59,7 +59,7 @@ def encode_dataset(
         config.latent_channels,
         factors,
         text.info if text else None,
-        plain(tiles) if any(count(lay_out(config, tiles, grid)) > 1 for grid in grids) else None,
+        to_dict(tiles) if any(count(lay_out(config, tiles, grid)) > 1 for grid in grids) else None,
     )
     if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import serialization, traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.config import check, frozen, plain
+from sora_jax.config import check, from_dict, to_dict
 from sora_jax.data.canvases import Size, canvas_of
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text, replacing, write_json
@@ -47,7 +47,7 @@ class FrozenAutoencoder:
     def fingerprint(self) -> str:
         """Hex digest of config, weights, statistics, preprocessing and code version: what a latent depends on."""
         digest = hashlib.sha256(CODE.encode())
-        digest.update(json.dumps(plain(self.config), sort_keys=True).encode())
+        digest.update(json.dumps(to_dict(self.config), sort_keys=True).encode())
         for name, value in sorted(_flat(self).items()):
             digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
@@ -191,7 +191,7 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
     folder = as_path(folder)
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **_flat(autoencoder))
-    record = {"config": plain(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
+    record = {"config": to_dict(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
     write_json(folder / RECORD, record)
 
 
@@ -219,7 +219,7 @@ def load_autoencoder(run: Path) -> FrozenAutoencoder:
 
 def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     record = json.loads(read_text(folder / RECORD))
-    config = frozen(FirstStageConfig, record["config"])
+    config = from_dict(FirstStageConfig, record["config"])
     with np.load(local_copy(folder / WEIGHTS)) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")

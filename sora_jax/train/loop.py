@@ -104,15 +104,17 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
                 state, saved = checkpoints.restore(state)
         start = int(state.step)
         if start >= config.steps:
-            say(f"{job.name}: already at step {start} of {config.steps}")
+            log(f"{job.name}: already at step {start} of {config.steps}")
             return state
         if start:
-            say(f"{job.name}: goes on from step {start} of {config.steps}")
+            log(f"{job.name}: goes on from step {start} of {config.steps}")
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
         writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         dog = stack.enter_context(Watchdog(watch, workdir if distributed.first() else None, start))
-        reporter = Reporter(job, writer, bar, watch, config, Means(saved.get("means")), dog.stepped, checkpoints.latest)
+        reporter = Reporter(
+            job, writer, bar, watch, config, MetricAccumulator(saved.get("means")), dog.stepped, checkpoints.latest
+        )
         step_function = make_step(job.loss, optimizer, optim.ema, optim.ema_warmup)
         batches = job.batches(start, saved.get("position"))
         for step in range(start + 1, config.steps + 1):
@@ -149,13 +151,13 @@ def fit(job: Job, config: LoopConfig, optim: OptimConfig, seed: int, mesh: Mesh,
             checkpoints.wait()
         distributed.barrier("the end of the run")  # a process that leaves early is taken for dead
         bar.close()  # else the line that follows is glued to it
-        say(f"{job.name}: step {step} of {config.steps}; {watch}")
+        log(f"{job.name}: step {step} of {config.steps}; {watch}")
     if stopping:
         raise Stopped(step)
     return state
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints it, once for all processes."""
     if distributed.first():
         print(text, flush=True)
@@ -267,7 +269,7 @@ class Reporter:
         return time.perf_counter() - paused
 
 
-class Means:
+class MetricAccumulator:
     """Means of metrics over steps, entry by entry; an entry that is NaN in a step counted nothing in it.
 
     `state` is for the checkpoint: after a stop a report is the same as without one.
