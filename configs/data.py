@@ -1,4 +1,4 @@
-"""Where clips come from, for `sora-jax data build`: lists of sources, with weights.
+"""Build datasets from several sources with `sora-jax data build`: a list of sources, each with a weight.
 
     sora-jax data build --config=configs/data.py:video --config.sources[0].path=clips --out=data/video
     sora-jax data build --config=configs/data.py:mixed --out=data/mixed \\
@@ -6,12 +6,14 @@
     sora-jax data build --config=configs/data.py:navit --config.sources[0].path=photographs --out=data/navit
     sora-jax data build --config=configs/data.py:labels --out=data/flowers
 
-video: one folder, every clip at its own aspect ratio, at most 320 tokens (of 4 frames and 16 x 16 pixels), at 12
-frames a second; of a long file up to eight clips. mixed: videos in a folder, videos in WebDataset shards, and
-photographs, of which an epoch sees half. navit: each picture in four sizes, drawn as NaViT draws them, which epochs
-take in turn. labels: a TFDS data set with class labels, each kept as a number and as a caption. Any option of
-`sora_jax/data/prepare.py` can be changed with `--config.NAME=VALUE`, or by its flag. Runs on a laptop; `--workers`
-decode in parallel, `--shard=i/n` shares the work between machines. Times: experiments/bench/README.md.
+video: one folder; every clip keeps its aspect ratio, has at most 320 tokens (of 4 frames and 16 x 16 pixels) and 12
+frames a second; a long file gives up to eight clips. mixed: videos in a folder, videos in WebDataset shards, and
+photographs, of which an epoch sees half. navit: each picture in four sizes, sampled as in NaViT; epochs take them in
+turn. labels: a TFDS data set with class labels, each kept as a number and as a caption.
+
+`--config.NAME=VALUE`, or the option of that name, overrides any field of `sora_jax/data/prepare.py:BuildConfig`.
+Hardware: a laptop; `--workers` sets the number of decoding processes, `--shard=i/n` divides the work between machines.
+Times: experiments/bench/README.md.
 """
 
 from sora_jax.config import choose, to_config_dict
@@ -25,9 +27,14 @@ def get_config(variant: str = "video"):
 
 
 def video():
-    return to_config_dict(
-        BuildConfig(sources=(SourceConfig("folder", "clips"),), max_tokens=320, fps=12.0, clips_per_file=8, workers=2)
+    config = BuildConfig(
+        sources=(SourceConfig("folder", "clips"),),
+        max_tokens=320,
+        fps=12.0,
+        clips_per_file=8,
+        workers=2,
     )
+    return to_config_dict(config)
 
 
 def mixed():
@@ -36,15 +43,34 @@ def mixed():
         SourceConfig("webdataset", "shards/*.tar"),
         SourceConfig("folder", "photographs", weight=0.5),
     )
-    return to_config_dict(BuildConfig(sources=sources, max_tokens=320, max_fps=12.0, workers=2))
+    config = BuildConfig(
+        sources=sources,
+        max_tokens=320,
+        max_fps=12.0,
+        workers=2,
+    )
+    return to_config_dict(config)
 
 
 def navit():
-    sources = (SourceConfig("folder", "photographs"),)
-    sizes = dict(resolution="navit", min_pixels=64 * 64, max_pixels=256 * 256, variants=4)
-    return to_config_dict(BuildConfig(sources=sources, max_frames=1, workers=2, **sizes))
+    config = BuildConfig(
+        sources=(SourceConfig("folder", "photographs"),),
+        max_frames=1,
+        resolution="navit",
+        min_pixels=64 * 64,
+        max_pixels=256 * 256,
+        variants=4,
+        workers=2,
+    )
+    return to_config_dict(config)
 
 
 def labels():
     source = SourceConfig("tfds:oxford_flowers102", label="both", label_caption="a photo of a {label}")
-    return to_config_dict(BuildConfig(sources=(source,), max_frames=1, max_pixels=64 * 64, workers=2))
+    config = BuildConfig(
+        sources=(source,),
+        max_frames=1,
+        max_pixels=64 * 64,
+        workers=2,
+    )
+    return to_config_dict(config)

@@ -1,23 +1,23 @@
-"""SiT: the transformer of DiT on continuous paths (Ma et al. 2401.08740, sections 3 and 4).
+"""Train SiT: the transformer of DiT on continuous-time interpolants (Ma et al. 2401.08740, sections 3 and 4).
 
     sora-jax train --config=configs/sit.py:B/2 --workdir=runs/sit --config.latents=data/latents
     sora-jax train --config=configs/sit.py:XL/2,trigonometric --workdir=runs/sit --config.latents=data/latents --dry-run
     sora-jax sample --workdir=runs/sit --class=207,360 --size=256 --guidance=4 --out=grid.png
     sora-jax sample --workdir=runs/sit --class=207,360 --size=256 --solver=euler_sde --steps=250 --out=grid.png
 
-A variant is SIZE/PATCH as in configs/dit.py, then linear (the default) or trigonometric (the paper's GVP), and 256 or
-512, with commas between. The velocity of the path is predicted, times are uniform, the rest is DiT's recipe. Two
-samplers, as in the paper at 250 evaluations: Heun on the ODE, which is the default here (125 steps), and
-Euler-Maruyama on the SDE.
+A variant is SIZE/PATCH as in configs/dit.py, optionally followed by the path, linear (default) or trigonometric (GVP in
+the paper), and the resolution, 256 (default) or 512, separated by commas. The model predicts the velocity of the path
+at uniformly sampled times; the rest is the recipe of DiT. As in the paper there are two samplers of 250 function
+evaluations: Heun on the ODE (default, 125 steps) and Euler-Maruyama on the SDE.
 
-What differs from the official code: time runs from data (0) to noise (1), as everywhere in this project; the network
-sees 1000 t, not t; and there is no second half of the output, which that code computes and leaves unused. On the SDE
-its diffusion coefficient "sigma" stands before the score, with sqrt(2 sigma) dW: twice the noise of `sigma` here, where
-w = b as in the paper; and its last step goes down the drift alone from t = 0.04 (its "Mean"), where the last step here,
-from t = 1 / 250, gives the model's x_0 (its "Tweedie").
+Differences from the official code: time runs from data (0) to noise (1), as everywhere in this project; the network
+is conditioned on 1000 t, not t; and there is no unused second half of the output. In the official SDE sampler the
+diffusion coefficient "sigma" multiplies the score, with sqrt(2 sigma) dW: twice the noise of `sigma` here, where w = b
+as in the paper. Its last step follows the drift alone from t = 0.04 ("Mean"); the last step here, from t = 1 / 250,
+returns the predicted x_0 ("Tweedie").
 
-The paper's FID-50K at 400,000 steps, without guidance: 57.6 (S/2), 33.0 (B/2), 18.8 (L/2), 17.2 (XL/2), against
-68.4, 43.5, 23.3 and 19.5 of DiT. They were not measured here.
+The paper reports FID-50K without guidance at 400,000 steps of 57.6 (S/2), 33.0 (B/2), 18.8 (L/2) and 17.2 (XL/2),
+against 68.4, 43.5, 23.3 and 19.5 for DiT. Hardware, time and FID: not measured here.
 """
 
 from sora_jax.config import check, choose, to_config_dict
@@ -50,20 +50,51 @@ def sit(depth: int, width: int, heads: int, patch: int, pixels: int, process: st
     side = pixels // FACTOR
     check(side % patch == 0, f"patch is {patch}; it must divide {side}")
     config.batch = 256
+
     model = config.model
-    model.depth, model.width, model.heads, model.patch = depth, width, heads, (1, patch, patch)
-    model.latent_channels, model.text, model.classes = 4, None, 1000
-    model.rotary, model.qk_norm, model.sincos_positions, model.sincos_axes = False, False, True, "xy"
+    model.depth = depth
+    model.width = width
+    model.heads = heads
+    model.patch = (1, patch, patch)
+    model.latent_channels = 4
+    model.text = None
+    model.classes = 1000
+    model.rotary = False
+    model.qk_norm = False
+    model.sincos_positions = True
+    model.sincos_axes = "xy"
     model.joint_qkv_init = True
-    config.packing.length, config.packing.slots = (side // patch) ** 2, 1
+
+    config.packing.length = (side // patch) ** 2
+    config.packing.slots = 1
+
     diffusion = config.diffusion
-    diffusion.process, diffusion.prediction, diffusion.caption_dropout = process, "velocity", 0.1
-    diffusion.times.distribution, diffusion.times.base_tokens = "uniform", 0
+    diffusion.process = process
+    diffusion.prediction = "velocity"
+    diffusion.caption_dropout = 0.1
+    diffusion.times.distribution = "uniform"
+    diffusion.times.base_tokens = 0
+
     optim = config.optim
-    optim.learning_rate, optim.schedule, optim.warmup_steps, optim.clip_norm = 1e-4, "constant", 0, 0.0
-    optim.b1, optim.b2, optim.weight_decay, optim.ema, optim.ema_warmup = 0.9, 0.999, 0.0, (0.9999,), False
-    config.loop.steps, config.loop.log_every, config.loop.save_every = 400_000, 100, 5000
-    config.preview.classes, config.preview.sizes = SHOWN, ((1, pixels, pixels),)
-    config.sampling.solver.name, config.sampling.steps = "heun", "125"
-    config.sampling.guidance.scale, config.sampling.guidance.channels = 4.0, 3  # of 4, as the official code does
+    optim.learning_rate = 1e-4
+    optim.schedule = "constant"
+    optim.warmup_steps = 0
+    optim.clip_norm = 0.0
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.weight_decay = 0.0
+    optim.ema = (0.9999,)
+    optim.ema_warmup = False
+
+    config.loop.steps = 400_000
+    config.loop.log_every = 100
+    config.loop.save_every = 5000
+
+    config.preview.classes = SHOWN
+    config.preview.sizes = ((1, pixels, pixels),)
+
+    config.sampling.solver.name = "heun"
+    config.sampling.steps = "125"
+    config.sampling.guidance.scale = 4.0
+    config.sampling.guidance.channels = 3  # of 4, as the official code does
     return config

@@ -1,10 +1,10 @@
-"""Text to video from a laptop to a pod: one family of transformers over packs of clips of any size.
+"""Train text to video on hardware from a laptop to a pod: one family of transformers over packs of clips of any size.
 
     sora-jax plan --config=configs/sora.py:3b --topology=v5p:4x4x8
     sora-jax train --config=configs/sora.py:3b --workdir=runs/3b --config.latents=data/latents
 
-Variants, each with the hardware that it is meant for, and the pack length there; experiments/plans has what `plan` says
-of each. Times and quality: not measured; nothing here has been trained on a TPU.
+Each variant names the hardware it is meant for and its pack length there; experiments/plans holds the output of `plan`
+for each. Time and quality: not measured; nothing here has been trained on a TPU.
 
     variant           parameters  depth  width  heads  text       meant for              mesh             pack length
     configs/sora.py:tiny  0.26 M      2     64      2  learnt     one core, v5e:2x2      data                     256
@@ -16,14 +16,15 @@ of each. Times and quality: not measured; nothing here has been trained on a TPU
     configs/sora.py:14b   14.0 B     40   4096     32  umt5-xxl   v5p:4x8x8, or          fsdp                   32768
                                                                   v5p:4x4x8 in 2 slices
 
-v5p:4x4x4 is what Google's price list calls v5p-128: it counts cores, two to a chip. 32768 tokens hold a clip of 81
-frames at 480 x 832 (an autoencoder of 4 x 8 x 8 and patches of 1 x 2 x 2 make 21 x 30 x 52 tokens of it), or a mix of
-shorter ones and pictures. Latents have 16 channels, such as those of `configs/autoencoder.py:base`; captions of l and
-above are embedded once, by `sora-jax data encode --text-encoder=google/umt5-xxl --text-tokens=256`.
+Google's price list calls v5p:4x4x4 v5p-128: it counts cores, two per chip. A pack of 32768 tokens holds a clip of 81
+frames at 480 x 832 (21 x 30 x 52 tokens, with an autoencoder of 4 x 8 x 8 and patches of 1 x 2 x 2), or a mix of
+shorter clips and images. Latents have 16 channels, such as those of `configs/autoencoder.py:base`. For l and larger, embed the
+captions once with `sora-jax data encode --text-encoder=google/umt5-xxl --text-tokens=256`.
 
-All compute in bfloat16 on accelerators (parameters, optimizer and averages stay float32) and recompute blocks, but for
-attention, in the backward pass. `batch` counts packs of all chips: a multiple of slice x data x fsdp. More chips: raise
-it, or lower `mesh.fsdp` on small ones. Longer clips: `--config.packing.length` with `--config.mesh.sequence=4`.
+On accelerators all variants compute in bfloat16 (parameters, optimizer state and EMA stay float32) and recompute
+everything but attention in the backward pass. `batch` is the global number of packs, a multiple of slice x data x fsdp.
+On more chips, raise it, or lower `mesh.fsdp` for small variants. For longer clips, set `--config.packing.length` and
+`--config.mesh.sequence=4`.
 """
 
 from sora_jax.config import choose, to_config_dict
@@ -46,32 +47,57 @@ def get_config(variant: str = "b"):
     depth, width, heads, encoder, text_width, length, packs, fsdp = size
     config = to_config_dict(DenoiserRun())
     config.batch = packs
+
     model = config.model
-    model.depth, model.width, model.heads = depth, width, heads
-    model.patch, model.latent_channels, model.remat = (1, 2, 2), 16, "attention"
+    model.depth = depth
+    model.width = width
+    model.heads = heads
+    model.patch = (1, 2, 2)
+    model.latent_channels = 16
+    model.remat = "attention"
+
     text(config, encoder, text_width)
+
     packing = config.packing
-    packing.length, packing.slots = length, max(8, length // 1024)
+    packing.length = length
+    packing.slots = max(8, length // 1024)
     packing.text_length = 64 * packing.slots
-    config.mesh.fsdp, config.mesh.data = fsdp, 1 if fsdp == -1 else -1
+
+    config.mesh.fsdp = fsdp
+    config.mesh.data = 1 if fsdp == -1 else -1
+
     optim = config.optim
-    optim.learning_rate, optim.warmup_steps, optim.b2, optim.weight_decay = 1e-4, 1000, 0.95, 0.01
+    optim.learning_rate = 1e-4
+    optim.warmup_steps = 1000
+    optim.b2 = 0.95
+    optim.weight_decay = 0.01
     optim.ema = (0.9999,)
+
     loop = config.loop
-    loop.steps, loop.log_every, loop.save_every = 200_000, 50, 1000
+    loop.steps = 200_000
+    loop.log_every = 50
+    loop.save_every = 1000
+
     if variant == "tiny":
-        optim.learning_rate, optim.warmup_steps, optim.ema = 1e-3, 10, (0.99,)
-        loop.steps, loop.log_every, loop.save_every = 200, 10, 100
+        optim.learning_rate = 1e-3
+        optim.warmup_steps = 10
+        optim.ema = (0.99,)
+        loop.steps = 200
+        loop.log_every = 10
+        loop.save_every = 100
     return config
 
 
 def text(config, encoder: str | None, width: int) -> None:
-    """Captions: a pretrained encoder under two blocks, or words learnt with the model."""
-    about = config.model.text
-    about.width, about.depth, about.head_width = width, 2, 16 if width < 64 else 64
+    """Set the text encoder: two blocks over a pretrained encoder, or over word embeddings learnt with the model."""
+    model = config.model.text
+    model.width = width
+    model.depth = 2
+    model.head_width = 16 if width < 64 else 64
     if encoder:
-        about.pretrained, about.pretrained_width = ENCODERS[encoder]
+        model.pretrained, model.pretrained_width = ENCODERS[encoder]
         config.tokenizer.max_tokens = 256
     else:
-        about.vocabulary = config.tokenizer.vocab = 512 if width < 64 else 8192
-        config.tokenizer.max_tokens = 128 if width >= 64 else 64
+        config.tokenizer.vocab = 512 if width < 64 else 8192
+        config.tokenizer.max_tokens = 64 if width < 64 else 128
+        model.vocabulary = config.tokenizer.vocab

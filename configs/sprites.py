@@ -1,4 +1,4 @@
-"""Text to video of pixel-art characters: 3,360 captioned clips of 64 x 64, on two CPU cores in under an hour.
+"""Train text to video of pixel-art characters: 3,360 captioned clips of 64 x 64, on two CPU cores in under an hour.
 
     sora-jax data build --source=folder --path=lpc_sprites --strip-frames=8 --length-rule=pad --max-frames=9 \\
         --multiple=16 --out=data/sprites
@@ -9,13 +9,13 @@
     python experiments/sprites/make_sheet.py --workdir=runs/sprites --data=data/sprites --out=sprites.png --guidance=2
 
 `lpc_sprites` holds the clips as strips of 8 frames in a zip, and captions.csv with the splits "train" and "test"
-(experiments/sprites/README.md). The ninth frame, 1 + 4 k, repeats the eighth. Whatever is not of the split "train"
-is held out: it is never trained on, by either part, and is what the PSNR and the sheet are of.
+(experiments/sprites/README.md). The ninth frame repeats the eighth, because a clip has 1 + 4 k frames. Neither model
+trains on clips outside the split "train"; PSNR and sheet are computed on those held-out clips.
 
-autoencoder: 4 x 8 x 8, 16 channels: a clip is 3 x 8 x 8 positions. Flat art on a plain ground needs few filters but
-sharp edges, so 4 x 4 x 4 pixels are folded into channels at once and convolutions are split into space and time.
-transformer (also the default): patches of 1 x 2 x 2, so 48 tokens a clip, two clips a pack.
-Takes about 7 and 34 minutes on two cores; held-out PSNR 19.3 dB; pictures: experiments/sprites/README.md.
+autoencoder: 4 x 8 x 8, 16 channels: a clip has 3 x 8 x 8 latent positions. Flat art on a plain background needs few
+filters but sharp edges, so a space-to-depth of 4 x 4 x 4 pixels comes first and convolutions are factored into space
+and time. transformer (default): patches of 1 x 2 x 2, so 48 tokens a clip, two clips per pack.
+Time: about 7 and 34 minutes. Held-out PSNR: 19.3 dB. Samples: experiments/sprites/README.md.
 """
 
 from sora_jax.config import choose, to_config_dict
@@ -41,38 +41,78 @@ def get_config(variant: str = "transformer"):
 
 def autoencoder():
     config = to_config_dict(AutoencoderRun())
-    config.crop, config.batch, config.image_share = (9, 32, 32), 8, 0.0
+    config.crop = (9, 32, 32)
+    config.batch = 8
+    config.image_share = 0.0
+
     model = config.model
-    model.time_factor, model.space_factor, model.latent_channels = 4, 8, 16
-    model.patch, model.width, model.multipliers = (4, 4), 96, (1, 2)
+    model.time_factor = 4
+    model.space_factor = 8
+    model.latent_channels = 16
+    model.patch = (4, 4)
+    model.width = 96
+    model.multipliers = (1, 2)
     model.kernels = ((1, 3, 3), (3, 1, 1))
-    model.encoder_blocks, model.decoder_blocks = 2, 2
+    model.encoder_blocks = 2
+    model.decoder_blocks = 2
+    model.l2_weight = 4.0
+    model.kl_weight = 1e-3
+
     optim = config.optim
-    model.l2_weight, model.kl_weight = 4.0, 1e-3
-    optim.learning_rate, optim.schedule, optim.warmup_steps = 4e-3, "cosine", 100
-    optim.b2, optim.ema = 0.95, (0.999,)
+    optim.learning_rate = 4e-3
+    optim.schedule = "cosine"
+    optim.warmup_steps = 100
+    optim.b2 = 0.95
+    optim.ema = (0.999,)
+
     config.loop.steps = 2400
-    config.loop.save_every, config.loop.preview_every = 600, 600
+    config.loop.save_every = 600
+    config.loop.preview_every = 600
     return config
 
 
 def transformer():
     config = to_config_dict(DenoiserRun())
     config.batch = 16
+
     model = config.model
-    model.depth, model.width, model.heads, model.latent_channels = 6, 192, 6, 16
-    model.patch, model.sincos_positions, model.position_theta = (1, 2, 2), True, 10.0
-    model.remat, model.unroll = "none", 6
-    model.text.vocabulary, model.text.width, model.text.depth = 256, 128, 1
-    config.tokenizer.vocab, config.tokenizer.max_tokens = 256, 44
+    model.depth = 6
+    model.width = 192
+    model.heads = 6
+    model.latent_channels = 16
+    model.patch = (1, 2, 2)
+    model.sincos_positions = True
+    model.position_theta = 10.0
+    model.remat = "none"
+    model.unroll = 6
+
+    model.text.vocabulary = 256
+    model.text.width = 128
+    model.text.depth = 1
+    config.tokenizer.vocab = 256
+    config.tokenizer.max_tokens = 44
+
     packing = config.packing
-    packing.length, packing.slots, packing.text_length = 96, 2, 88
+    packing.length = 96
+    packing.slots = 2
+    packing.text_length = 88
+
     config.diffusion.times.base_tokens = 12
+
     optim = config.optim
-    optim.learning_rate, optim.schedule, optim.warmup_steps = 2e-3, "cosine", 100
-    optim.b2, optim.ema = 0.95, (0.995,)
+    optim.learning_rate = 2e-3
+    optim.schedule = "cosine"
+    optim.warmup_steps = 100
+    optim.b2 = 0.95
+    optim.ema = (0.995,)
+
     config.loop.steps = 2500
-    config.loop.save_every, config.loop.preview_every = 250, 500
-    config.preview.prompts, config.preview.sizes = PREVIEW, ((9, 64, 64),)
-    config.preview.steps, config.sampling.guidance.scale = "15", 3.0
+    config.loop.save_every = 250
+    config.loop.preview_every = 500
+
+    config.preview.prompts = PREVIEW
+    config.preview.sizes = ((9, 64, 64),)
+    config.preview.steps = "15"
+
+    config.sampling.guidance.scale = 3.0
     return config
