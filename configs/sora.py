@@ -18,8 +18,8 @@ for each. Time and quality: not measured; nothing here has been trained on a TPU
 
 Google's price list calls v5p:4x4x4 v5p-128: it counts cores, two per chip. A pack of 32768 tokens holds a clip of 81
 frames at 480 x 832 (21 x 30 x 52 tokens, with an autoencoder of 4 x 8 x 8 and patches of 1 x 2 x 2), or a mix of
-shorter clips and images. Latents have 16 channels, such as those of `configs/autoencoder.py:base`. For l and larger, embed the
-captions once with `sora-jax data encode --text-encoder=google/umt5-xxl --text-tokens=256`.
+shorter clips and images. Latents have 16 channels, such as those of `configs/autoencoder.py:base`. For l and larger,
+embed the captions once with `sora-jax data encode --text-encoder=google/umt5-xxl --text-tokens=256`.
 
 On accelerators all variants compute in bfloat16 (parameters, optimizer state and EMA stay float32) and recompute
 everything but attention in the backward pass. `batch` is the global number of packs, a multiple of slice x data x fsdp.
