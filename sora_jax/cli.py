@@ -1,10 +1,11 @@
-"""The command line: `sora-jax COMMAND --help` shows each command with an example."""
+"""Train and sample text-to-video models. `sora-jax COMMAND --help` shows each command with an example."""
 
 import argparse
 import difflib
 import functools
 import re
 import sys
+from collections.abc import Mapping
 
 from sora_jax import __version__
 from sora_jax.errors import Stopped, UserError
@@ -12,7 +13,7 @@ from sora_jax.files import as_path, no_bug
 
 EXAMPLES = """\
 examples:
-  sora-jax quickstart                                   a text-to-video model from nothing, in about ten minutes
+  sora-jax quickstart                                   a text-to-video model from scratch, in about ten minutes
   sora-jax data build --source=folder --path=clips --out=data/clips
   sora-jax train --config=configs/tiny.py:autoencoder --workdir=runs/autoencoder --config.data=data/clips
   sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents
@@ -23,7 +24,7 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0: done, 2: a user's mistake (on stderr), 75: to be started again, 130: all is saved."""
+    """Run a command; return its exit code: 0 success, 2 user error, 75 restart the command, 130 stopped and saved."""
     try:
         return run(parsed(arguments))
     except Exception as error:
@@ -35,16 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with what changes a config as lists of NAME=VALUE."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
-    known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", options.parser.format_help(), re.MULTILINE)
-    for prefix, name in (("--config.", "changes"), ("--sampling.", "sampling")):
-        if hasattr(options, name):
-            known.append(f"{prefix}NAME")
-            setattr(options, name, [a.removeprefix(prefix) for a in rest if a.startswith(prefix)])
-            rest = [a for a in rest if not a.startswith(prefix)]
+    """Parse the command line; --config.NAME=VALUE and --sampling.NAME=VALUE become lists of NAME=VALUE."""
+    options, rest = make_parser().parse_known_args(arguments)
+    prefixes = {"--config.": "changes", "--sampling.": "sampling"}
+    prefixes = {prefix: name for prefix, name in prefixes.items() if hasattr(options, name)}
+    for prefix, name in prefixes.items():
+        setattr(options, name, [a.removeprefix(prefix) for a in rest if a.startswith(prefix)])
+    rest = [a for a in rest if not a.startswith(tuple(prefixes))]
     if rest:
+        known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", options.parser.format_help(), re.MULTILINE)
+        known += [f"{prefix}NAME" for prefix in prefixes]
         near = difflib.get_close_matches(rest[0].split("=")[0], dict.fromkeys(known), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
@@ -52,7 +53,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Imports what the command needs, and calls it."""
+    """Call the function of the command; it imports what it needs."""
     try:
         options.function(options)
     except Stopped as stopped:
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One subparser per command."""
+    """Build the parser, with one subparser per command."""
     parser = _parser(argparse.ArgumentParser, prog="sora-jax", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"sora_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -78,30 +79,42 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Examples as they stand, and after each option its default, where it has one."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of examples, and show the default of each option that has one."""
+
+    defaults: Mapping[str, object] = {}  # by option; they replace those of the parser
 
     def _get_help_string(self, action):
-        bare = isinstance(action.default, bool) or action.default in (None, "", [])
-        return action.help if bare else super()._get_help_string(action)
+        default = self.defaults.get(action.dest, action.default)
+        hidden = isinstance(default, bool) or default in (None, "", [], argparse.SUPPRESS)
+        return action.help if hidden else f"{action.help} (default: {default})"
 
 
-def _parser(make, *names, **options) -> argparse.ArgumentParser:
-    parser = make(*names, formatter_class=_Help, allow_abbrev=False, **options)
-    parser.set_defaults(parser=parser)  # of a command the innermost: it has the options to tell
+class _BuildHelp(_Help):
+    """Show the defaults of the configs that `data build` fills."""
+
+    def format_help(self):
+        self.defaults = build_defaults()  # not before help is asked for: the import takes 0.3 seconds
+        return super().format_help()
+
+
+def _parser(make, *names, formatter_class=_Help, **options) -> argparse.ArgumentParser:
+    parser = make(*names, formatter_class=formatter_class, allow_abbrev=False, **options)
+    parser.set_defaults(parser=parser)  # the innermost one wins: its options are those to suggest
     return parser
 
 
 def _quickstart(commands) -> None:
     example = "example:\n  sora-jax quickstart --workdir=runs/quickstart"
-    about = "from nothing to generated videos in about ten minutes"
+    about = "train a small text-to-video model from scratch and sample it, in about ten minutes"
     p = _parser(commands.add_parser, "quickstart", help=about, epilog=example)
-    p.add_argument("--workdir", type=as_path, default=as_path("runs/quickstart"), help="folder for everything it makes")
-    p.add_argument("--config", help="a config file such as configs/quickstart.py:short (default: the full form)")
+    p.add_argument("--workdir", type=as_path, default=as_path("runs/quickstart"), help="folder for all outputs")
+    p.add_argument("--config", help="config file, such as configs/quickstart.py:short (default: configs/quickstart.py)")
     p.set_defaults(function=quickstart, changes=[])
 
 
 def quickstart(options) -> None:
+    """Run all stages of the quickstart."""
     from sora_jax import quickstart as program
 
     program.main(options.config, options.changes, options.workdir)
@@ -113,14 +126,14 @@ def _train(commands) -> None:
         " --config.latents=data/latents --config.loop.steps=5000"
     )
     p = _parser(commands.add_parser, "train", help="train an autoencoder or a transformer", epilog=example)
-    about = "configs/FILE.py or configs/FILE.py:variant; --config.a.b=VALUE changes it"
+    about = "configs/FILE.py or configs/FILE.py:VARIANT; --config.a.b=VALUE overrides a field"
     p.add_argument("--config", required=True, help=about)
-    p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there goes on")
-    p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, and end")
-    p.add_argument("--distributed", action="store_true", help="one of several processes: TPU pods, SLURM, GKE")
-    p.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where JAX cannot find it")
-    p.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
-    p.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there is resumed")
+    p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, then exit")
+    p.add_argument("--distributed", action="store_true", help="run as one of several processes: TPU pods, SLURM, GKE")
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
+    p.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")
+    p.add_argument("--process", type=int, metavar="I", help="index of this process, from 0, with --coordinator")
     p.set_defaults(function=train, changes=[])
 
 
@@ -146,35 +159,36 @@ def _sample(commands) -> None:
         " --frames=9 --height=24 --width=36 --out=circle.gif\n"
         "  sora-jax sample --workdir=runs/dit --class=207,360 --size=256 --steps=250 --guidance=4 --out=grid.png\n"
         "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
-        "--sampling.NAME=VALUE changes any field of the run's config.sampling"
+        "--sampling.NAME=VALUE overrides any field of the run's config.sampling"
     )
-    p = _parser(commands.add_parser, "sample", help="generate clips from prompts or classes", epilog=example)
+    p = _parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
     p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained transformer")
-    p.add_argument("--prompt", action="append", default=[], help="what to generate; may be given several times")
-    p.add_argument("--prompts-file", type=as_path, help="a text file with one prompt a line")
-    p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="classes; all go into one file")
-    p.add_argument("--negative", default="", help="a prompt that guidance leads away from")
-    p.add_argument("--size", type=int, help="height and width of a square, in pixels")
-    p.add_argument("--frames", type=int, help="default: as in the run's first preview; 1 for a .png")
-    p.add_argument("--height", type=int, help="in pixels; default: as in the run's first preview")
-    p.add_argument("--width", type=int, help="in pixels; default: as in the run's first preview")
-    p.add_argument("--steps", help="solver steps; with respaced spacing also 10,15,20 or ddim50; default: the run's")
-    p.add_argument("--solver", help="euler, heun, ddpm, ddim, dpm2, dpm3, unipc...; default: the run's")
-    p.add_argument("--guidance", type=float, help="1 = none; default: the run's")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--fps", type=float, help="frames a second of the file; default: as in the run's previews")
-    p.add_argument("--upscale", type=int, default=1, help="enlarge pixels by a whole factor, to watch tiny clips")
+    p.add_argument("--prompt", action="append", default=[], help="text prompt; may be given several times")
+    p.add_argument("--prompts-file", type=as_path, help="UTF-8 text file with one prompt a line")
+    p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")
+    p.add_argument("--negative", default="", help="negative prompt, for guidance")
+    p.add_argument("--size", type=int, help="height and width of a square clip, in pixels")
+    preview = "(default: as in the run's first preview"
+    p.add_argument("--frames", type=int, help=f"number of frames {preview}; 1 for a .png)")
+    p.add_argument("--height", type=int, help=f"in pixels {preview})")
+    p.add_argument("--width", type=int, help=f"in pixels {preview})")
+    p.add_argument("--steps", help="solver steps; with respaced spacing also 10,15,20 or ddim50 (default: the run's)")
+    p.add_argument("--solver", help="euler, heun, ddpm, ddim, dpm2, dpm3, unipc... (default: the run's)")
+    p.add_argument("--guidance", type=float, help="guidance scale; 1: no guidance (default: the run's)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    p.add_argument("--fps", type=float, help="frames per second of the file (default: as in the run's previews)")
+    p.add_argument("--upscale", type=int, default=1, help="integer factor that enlarges pixels, to view tiny clips")
     p.add_argument("--checkpoint", default="newest", help="newest, best (of those kept by loop.keep_best) or a step")
-    p.add_argument("--autoencoder", type=as_path, help="run of an autoencoder, where the run holds none")
+    p.add_argument("--autoencoder", type=as_path, help="run folder of an autoencoder, if the run contains none")
     _tile(p)
     p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
     p.set_defaults(function=sample, sampling=[])
 
 
 def _tile(parser) -> None:
-    tile = "FRAMESxHEIGHTxWIDTH"
-    parser.add_argument("--tile", default="", metavar=tile, help="larger clips go through the autoencoder in tiles")
-    parser.add_argument("--tile-overlap", type=float, default=0.25, help="share of a tile, mixed with its neighbour's")
+    about = "process larger clips in tiles of this size, in pixels; 0: all"
+    parser.add_argument("--tile", default="", metavar="FRAMESxHEIGHTxWIDTH", help=about)
+    parser.add_argument("--tile-overlap", type=float, default=0.25, help="overlap of tiles, as a fraction of a tile")
 
 
 def sample(options) -> None:
@@ -186,14 +200,14 @@ def sample(options) -> None:
 
 
 def _data(commands) -> None:
-    p = _parser(commands.add_parser, "data", help="build, encode and inspect data", epilog=EXAMPLES)
+    p = _parser(commands.add_parser, "data", help="build, encode and inspect datasets", epilog=EXAMPLES)
     verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect")
     _build(verbs)
     _encode(verbs)
     example = "example:\n  sora-jax data inspect data/clips"
-    p = _parser(verbs.add_parser, "inspect", help="what is in a dataset folder", epilog=example)
+    p = _parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
     p.add_argument("folder", type=as_path, help="dataset folder")
-    p.add_argument("--pack-length", type=int, help="tokens of the packs whose fill is counted; default: two clips")
+    p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.set_defaults(function=inspect)
 
 
@@ -202,20 +216,22 @@ def _encode(verbs) -> None:
         "example:\n  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents\n"
         "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --shard=0/4"
     )
-    p = _parser(verbs.add_parser, "encode", help="dataset folder -> latent cache", epilog=example)
+    p = _parser(verbs.add_parser, "encode", help="encode a dataset folder into a latent cache", epilog=example)
     p.add_argument("--autoencoder", type=as_path, required=True, help="run folder of a trained autoencoder")
     p.add_argument("--data", type=as_path, required=True, help="dataset folder")
     p.add_argument("--out", type=as_path, required=True, help="latent cache to write")
-    p.add_argument("--batch", type=int, default=16, help="clips (or tiles) encoded at once")
+    p.add_argument("--batch", type=int, default=16, help="batch size, in clips (or tiles)")
     _tile(p)
-    p.add_argument("--shapes", type=int, default=4, help="compiled programs at most; clips of all sizes share them")
-    p.add_argument("--shard", default="0/1", help="i/n: the share of this process where n share the work")
-    p.add_argument("--text-encoder", help="name or folder of a T5, UMT5 or CLIP of transformers, to embed the captions")
-    p.add_argument("--text-tokens", type=int, default=128, help="most tokens of a caption for --text-encoder")
+    p.add_argument("--shapes", type=int, default=4, help="maximum number of padded shapes; each compiles a program")
+    p.add_argument("--shard", default="0/1", help="i/n: encode every n-th part; the last process to finish merges them")
+    p.add_argument("--text-encoder", help="embed captions with this T5, UMT5 or CLIP of transformers (name or folder)")
+    p.add_argument("--text-tokens", type=int, default=128, help="maximum tokens of a caption, with --text-encoder")
     p.set_defaults(function=encode)
 
 
+# Option of `data build` -> field of SourceConfig
 SOURCE_FLAGS = dict(source="name", path="path", strip_frames="strip_frames", strip_fps="strip_fps", limit="limit")
+WORLD = "simple"
 
 
 def _build(verbs) -> None:
@@ -225,45 +241,56 @@ def _build(verbs) -> None:
         "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
         "  sora-jax data build --config=configs/data.py:mixed --out=data/mixed      several sources"
     )
-    p = _parser(verbs.add_parser, "build", help="videos and pictures -> dataset folder", epilog=example)
+    about = "build a dataset folder from videos and images"
+    p = _parser(verbs.add_parser, "build", help=about, epilog=example, formatter_class=_BuildHelp)
     p.add_argument("--out", required=True, help="dataset folder to write")
-    p.add_argument("--config", help="config file with a list of sources; what is given here changes it")
-    # Without defaults of their own: what is not given is that of the config, or of BuildConfig.
+    p.add_argument("--config", help="config file with a list of sources; other options override it")
+    # An option that is not given leaves the field of --config, or the default of the dataclass, as it is.
     add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
-    add("--source", help="folder (the default), webdataset, tfds:NAME[:CONFIG], array_record or world")
-    add("--path", help="where it is: a folder, tar shards, ArrayRecord files")
-    add("--limit", type=int, help="at most so many entries of the source, evenly spread")
-    add("--strip-frames", type=int, help="read each picture as so many frames from left to right")
-    add("--strip-fps", type=float, help="frames a second of such strips (8)")
-    add("--world", help="which world: simple (the default) or full")
-    add("--max-frames", type=int, help="longest clip; cut to 1 + time_factor * k frames (17)")
-    add("--time-factor", type=int, help="compression in time of the autoencoder to come (4)")
-    add("--length-rule", help="cut to the next shorter allowed length, or pad to the next longer (cut)")
-    add("--min-frames", type=int, help="clips that end shorter are refused (1)")
-    add("--fps", type=float, help="frames a second of all clips, by time stamps; slower files repeat frames")
-    add("--max-fps", type=float, help="faster clips leave out frames")
-    add("--place", help="part taken of a longer clip: start, middle or random (middle)")
-    add("--clips-per-file", type=int, help="so many clips of a file that is long enough (1)")
+    add("--source", help="folder, webdataset, tfds:NAME[:CONFIG], array_record or world")
+    add("--path", help="folder, tar shards or ArrayRecord files to read")
+    add("--limit", type=int, help="maximum number of entries of the source, evenly spaced")
+    add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
+    add("--strip-fps", type=float, help="frames per second of such strips")
+    add("--world", help="variant of the embedded world: simple or full")
+    add("--max-frames", type=int, help="maximum length; clips are cut to 1 + time_factor * k frames")
+    add("--time-factor", type=int, help="temporal compression of the autoencoder you will train")
+    add("--length-rule", help="cut to the next shorter allowed length, or pad to the next longer")
+    add("--min-frames", type=int, help="refuse clips that end shorter")
+    add("--fps", type=float, help="resample all clips to this frame rate, by time stamps")
+    add("--max-fps", type=float, help="drop frames of clips with a higher frame rate")
+    add("--place", help="part to take of a longer clip: start, middle or random")
+    add("--clips-per-file", type=int, help="clips to take of a file that is long enough")
     add("--cuts", action="store_true", help="shorten clips to their longest part without a scene cut")
-    add("--multiple", type=int, help="height and width become multiples of this (16)")
-    add("--max-pixels", type=int, help="height x width at most; aspect ratio is kept (65536)")
-    add("--max-tokens", type=int, help="of a clip: one is time_factor frames of multiple x multiple pixels")
-    add("--resolution", help="largest that is allowed, or drawn at random: uniform or navit (largest)")
-    add("--min-pixels", type=int, help="smallest height x width that is drawn (four multiples a side)")
-    add("--framing", help="native, or square: crop to a square (native)")
-    add("--variants", type=int, help="sizes or places of each clip that epochs take in turn (1)")
-    add("--mirror", action="store_true", help="of each clip also the mirror image, which epochs take in turn")
-    add("--missing-caption", help="refuse, or empty (refuse)")
-    add("--holdout", type=float, help="share of clips held out (0.05)")
-    add("--seed", type=int, help="of the held-out split, places and sizes (0)")
-    add("--workers", type=int, help="processes that decode; 0: this one, unprotected from crashes (1)")
-    add("--seconds", type=float, help="a file that takes longer is refused (60)")
-    add("--shard", help="i/n: make every n-th part of 128 files; who is last joins them (0/1)")
-    p.add_argument("--beam", help="build by Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
+    add("--multiple", type=int, help="height and width become multiples of this")
+    add("--max-pixels", type=int, help="maximum height x width; the aspect ratio is kept")
+    add("--max-tokens", type=int, help="maximum tokens; one is time_factor frames of multiple x multiple pixels")
+    add("--resolution", help="largest that is allowed, or sampled: uniform or navit")
+    add("--min-pixels", type=int, help="minimum height x width when sampled (default: (4 * multiple)^2)")
+    add("--framing", help="native aspect ratio, or square crops: native or square")
+    add("--variants", type=int, help="sizes or places of each clip; epochs take them in turn")
+    add("--mirror", action="store_true", help="add the mirror image of each clip; epochs take the two in turn")
+    add("--missing-caption", help="refuse clips without a caption, or use an empty one: refuse or empty")
+    add("--holdout", type=float, help="fraction of clips held out")
+    add("--seed", type=int, help="seed of the held-out split, places and sizes")
+    add("--workers", type=int, help="decoding processes; 0: decode in this one, unprotected from crashes")
+    add("--seconds", type=float, help="refuse a file that takes longer to decode")
+    add("--shard", help="i/n: build every n-th part of 128 files; the last process to finish merges them")
+    p.add_argument("--beam", help="build with Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
     p.set_defaults(function=build, changes=[])
 
 
+def build_defaults() -> dict:
+    """Return the default of each option of `data build`: that of the config field which it sets."""
+    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.sources import SourceConfig
+
+    source = {flag: getattr(SourceConfig, field) for flag, field in SOURCE_FLAGS.items()}
+    return vars(BuildConfig) | source | {"world": WORLD}
+
+
 def build(options) -> None:
+    """Build a dataset folder and print its summary."""
     from sora_jax.data.build import build
     from sora_jax.data.inspect import inspect
 
@@ -283,25 +310,25 @@ def build(options) -> None:
 
 
 def build_config(options):
-    """The BuildConfig of the command line: of the config file, or of one source, changed by what is given."""
+    """Return the BuildConfig of --config, or that of a single source, with the fields that options set."""
     import dataclasses
 
     from sora_jax.config import check, from_dict, load
     from sora_jax.data.prepare import BuildConfig
 
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig) if hasattr(options, f.name)}
-    single = [name for name in (*SOURCE_FLAGS, "world") if hasattr(options, name)]
-    if options.config:
-        check(not single, f"--{single and single[0]} is given beside --config; change --config.sources[0] instead")
-        return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes)), **given)
-    check(not options.changes, "--config.NAME=VALUE is given without --config; give the file, or --NAME=VALUE")
-    return BuildConfig(
-        sources=(source_config(options, given.get("seed", 0), given.get("holdout")),), **{"workers": 1} | given
-    )
+    if options.config is None:
+        first = next(iter(options.changes), "")
+        check(not first, f"--config is not given; it must be the file that --config.{first} changes")
+        return BuildConfig(sources=(source_config(options),), **given)
+    for flag in (*SOURCE_FLAGS, "world"):
+        name, value = flag.replace("_", "-"), getattr(options, flag, None)
+        check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
+    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes)), **given)
 
 
-def source_config(options, seed: int, holdout: float):
-    """The one source of the command line."""
+def source_config(options):
+    """Return the SourceConfig of the options."""
     import dataclasses
 
     from sora_jax.config import choose
@@ -311,16 +338,16 @@ def source_config(options, seed: int, holdout: float):
 
     values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
     if values.get("name") == "world":
-        world = choose("--world", getattr(options, "world", "simple"), {"simple": WorldConfig(), "full": FULL_WORLD})
-        share = BuildConfig.holdout if holdout is None else holdout
-        values |= {
-            "world": dataclasses.replace(world, seed=seed),
-            "world_held_out": round(values.get("limit", 0) * share),
-        }
+        world = choose("--world", getattr(options, "world", WORLD), {"simple": WorldConfig(), "full": FULL_WORLD})
+        seed = getattr(options, "seed", BuildConfig.seed)
+        holdout = getattr(options, "holdout", BuildConfig.holdout)
+        values["world"] = dataclasses.replace(world, seed=seed)
+        values["world_held_out"] = round(values.get("limit", 0) * holdout)
     return SourceConfig(**values)
 
 
 def encode(options) -> None:
+    """Encode a dataset folder into a latent cache."""
     from sora_jax import commands
     from sora_jax.data.latents import LatentCache
     from sora_jax.data.parts import Share
@@ -345,28 +372,31 @@ def _convert(commands) -> None:
         "  sora-jax convert --from=dit --weights=DiT-XL-2-256x256.safetensors --autoencoder=runs/kl4 --out=runs/dit\n"
         "  sora-jax convert --to=diffusers-dit --workdir=runs/dit --out=DiT-XL-2-256"
     )
-    p = _parser(commands.add_parser, "convert", help="published weights -> run folder, and back", epilog=example)
+    about = "import published weights into a run folder, or export them"
+    p = _parser(commands.add_parser, "convert", help=about, epilog=example)
     about = "dit (official checkpoint), diffusers-dit or diffusers-vae (folders)"
     way = p.add_mutually_exclusive_group(required=True)
-    way.add_argument("--from", dest="source", metavar="FORMAT", help=f"read {about}, into a run folder")
-    way.add_argument("--to", metavar="FORMAT", help=f"write {about}, of a run folder")
-    p.add_argument("--weights", type=as_path, help="for --from: file, or folder with config.json")
-    p.add_argument("--autoencoder", type=as_path, help="for --from: the run whose frozen autoencoder belongs to it")
-    p.add_argument("--heads", type=int, help="for --from=dit: attention heads, of a network of none of DiT's sizes")
-    p.add_argument("--workdir", type=as_path, help="for --to: run folder")
+    way.add_argument("--from", dest="source", metavar="FORMAT", help=f"import {about}")
+    way.add_argument("--to", metavar="FORMAT", help=f"export {about}")
+    p.add_argument("--weights", type=as_path, help="with --from: file, or folder with config.json")
+    p.add_argument("--autoencoder", type=as_path, help="with --from: run folder of the autoencoder that decodes it")
+    p.add_argument("--heads", type=int, help="with --from=dit: attention heads, if the size is none of DiT's")
+    p.add_argument("--workdir", type=as_path, help="with --to: run folder")
     p.add_argument("--out", type=as_path, required=True, help="run folder, file or folder to write")
     p.set_defaults(function=convert)
 
 
 def convert(options) -> None:
+    """Import or export published weights."""
     from sora_jax.config import check
     from sora_jax.convert.command import convert_from, convert_to
 
     needed, spare = ("weights", ("workdir",)) if options.source else ("workdir", ("weights", "autoencoder", "heads"))
     way = "--from" if options.source else "--to"
-    check(getattr(options, needed) is not None, f"--{needed} is not given; {way} needs it")
+    check(getattr(options, needed) is not None, f"--{needed} is not given; it must be, with {way}")
     for name in spare:
-        check(getattr(options, name) is None, f"--{name} is {str(getattr(options, name))!r}; {way} takes none")
+        value = getattr(options, name)
+        check(value is None, f"--{name} is {str(value)!r}; it must not be given with {way}")
     if options.source:
         said = convert_from(options.source, options.weights, options.out, options.autoencoder, options.heads)
     else:
@@ -380,19 +410,14 @@ def _plan(commands) -> None:
         "  sora-jax plan --config=configs/sora.py:14b --topology=v5p:4x4x8 --slices=2 --pack-length=16384 --json\n"
         "  sora-jax plan --config=configs/sora.py:b --topology=v5e:4x4 --what=sample --config.model.remat=dots"
     )
-    about = "what a run would need of TPUs or GPUs that are not here: memory, FLOPs, network, time"
+    about = "estimate memory, FLOPs, communication and time of a run on TPUs or GPUs that are not attached"
     p = _parser(commands.add_parser, "plan", help=about, epilog=example)
-    p.add_argument("--config", required=True, help="as for train; --config.a.b=VALUE changes it")
-    p.add_argument(
-        "--topology", required=True, help="chip and shape of a slice, in chips: v5e:4x4, v5p:4x4x8, v6e:16x16, h100:8"
-    )
-    p.add_argument(
-        "--slices", type=int, default=1, help="so many slices (nodes of GPUs), joined by the data-centre network"
-    )
-    p.add_argument("--pack-length", type=int, help="tokens of a pack, in place of config.packing.length")
-    p.add_argument(
-        "--what", default="train", help="train, sample (of a transformer) or autoencoder (encode and decode)"
-    )
+    p.add_argument("--config", required=True, help="as for train; --config.a.b=VALUE overrides a field")
+    about = "chip and shape of a slice, in chips: v5e:4x4, v5p:4x4x8, v6e:16x16, h100:8"
+    p.add_argument("--topology", required=True, help=about)
+    p.add_argument("--slices", type=int, default=1, help="number of slices (nodes of GPUs) joined by the network")
+    p.add_argument("--pack-length", type=int, help="tokens per pack (default: config.packing.length)")
+    p.add_argument("--what", default="train", help="train, sample (a transformer) or autoencoder (encode and decode)")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")
     p.set_defaults(function=plan, changes=[])
 
@@ -407,6 +432,7 @@ def plan(options) -> None:
 
 
 def inspect(options) -> None:
+    """Print the summary of a dataset folder."""
     from sora_jax.data.inspect import inspect
 
     found = inspect(options.folder, options.pack_length)

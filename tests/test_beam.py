@@ -11,7 +11,7 @@ from sora_jax.errors import UserError
 
 def config(tmp_path, name, **changes) -> BuildConfig:
     source = SourceConfig(path=str(tmp_path / "clips"))
-    options = dict(max_frames=9, multiple=8, max_pixels=384, clips_per_shard=2) | changes
+    options = dict(max_frames=9, multiple=8, max_pixels=384, clips_per_shard=2, workers=0) | changes
     return BuildConfig(out=str(tmp_path / name), sources=(source,), **options)
 
 

@@ -49,13 +49,14 @@ SOURCE = ("name", "path", "limit", "weight", "world", "world_held_out", "strip_f
 def options(tmp_path, folder, **more) -> BuildConfig:
     """A build of one source; options of the source and of the build in one."""
     source = {"path": str(folder)} | {name: more.pop(name) for name in SOURCE if name in more}
-    return BuildConfig(**({"out": str(tmp_path / "out"), "sources": (SourceConfig(**source),), "multiple": 8} | more))
+    build = {"out": str(tmp_path / "out"), "sources": (SourceConfig(**source),), "multiple": 8, "workers": 0}
+    return BuildConfig(**(build | more))
 
 
 def world_options(out, limit, **more) -> BuildConfig:
     config = more.pop("world", WorldConfig())
     source = SourceConfig("world", limit=limit, world=config, world_held_out=more.pop("held_out", 0))
-    return BuildConfig(**({"out": str(out), "sources": (source,), "multiple": 8} | more))
+    return BuildConfig(**({"out": str(out), "sources": (source,), "multiple": 8, "workers": 0} | more))
 
 
 def files(dataset) -> list[str]:

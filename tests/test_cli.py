@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import inspect
 import os
 import re
 import shutil
@@ -16,6 +17,11 @@ from fixtures_runs import ROOT, TINY, build_options, chain, run, train_options  
 
 from sora_jax import __version__, cli, commands
 from sora_jax.data import media
+from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.sources import SourceConfig
+from sora_jax.generate.run import Run, load_run
+from sora_jax.parallel.compile import Topology
+from sora_jax.train.encode import encode_dataset
 
 
 def parsers(parser=None, name="sora-jax"):
@@ -49,6 +55,59 @@ def test_every_option_is_explained(name):
     for action in PARSERS[name]._actions:
         if action.option_strings:
             assert action.help, action.option_strings
+
+
+def shown_default(name: str, option: str) -> str | None:
+    """Return the default that the help of a command shows for an option."""
+    text = re.sub(r"\s+", " ", PARSERS[name].format_help().partition("options:")[2])
+    about = re.search(rf" {option} (.*?)(?= --[a-z]| example)", text)[1]
+    found = re.search(r"\(default: (.*)\)", about)
+    return found and found[1]
+
+
+def test_data_build_shows_the_defaults_of_its_config(tmp_path):
+    """Each default is that of the config that the command makes when the option is not given."""
+    name = "sora-jax data build"
+    options = cli.parsed(["data", "build", f"--out={tmp_path}", f"--path={tmp_path}"])
+    config = cli.build_config(options)
+    assert config == BuildConfig(out=str(tmp_path), sources=(SourceConfig(path=str(tmp_path)),))
+    values = vars(config) | {flag: vars(config.sources[0])[field] for flag, field in cli.SOURCE_FLAGS.items()}
+    values |= {"world": "simple", "path": None}
+    special = {"min_pixels": "(4 * multiple)^2"}
+    shown = {a.dest: shown_default(name, a.option_strings[0]) for a in PARSERS[name]._actions if a.dest in values}
+    assert {"workers", "max_frames", "holdout", "source", "strip_fps"} <= set(shown)
+    for option, text in shown.items():
+        value = None if option == "out" or isinstance(values[option], bool) else values[option]
+        assert text == special.get(option, None if value is None else str(value)), option
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_functions():
+    def default(command, option):
+        return PARSERS[f"sora-jax {command}"].get_default(option)
+
+    encode, generate, plan, load = (
+        {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+        for function in (encode_dataset, Run.generate, Topology.parse, load_run)
+    )
+    assert [default("data encode", name) for name in ("batch", "shapes")] == [encode["batch"], encode["shapes"]]
+    share, tiles = encode["share"], encode["tiles"]
+    assert share.parse(default("data encode", "shard")) == share
+    for command in ("data encode", "sample"):
+        assert tiles.parse(default(command, "tile"), default(command, "tile_overlap")) == tiles == generate["tiles"]
+    assert [default("sample", name) for name in ("seed", "negative")] == [generate["seed"], generate["negative"]]
+    assert default("sample", "checkpoint") == load["checkpoint"]
+    assert default("plan", "slices") == plan["slices"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--config=configs/data.py", "--strip-frames=8"], "--strip-frames is 8; beside --config it must be a field"),
+        (["--config.max_tokens=9"], "--config is not given; it must be the file that --config.max_tokens=9 changes"),
+    ],
+)
+def test_a_build_of_one_source_or_of_a_config(tmp_path, capsys, options, words):
+    assert words in refused(capsys, "data", "build", f"--out={tmp_path / 'out'}", *options)
 
 
 def seconds(*arguments) -> float:

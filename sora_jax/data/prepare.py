@@ -62,7 +62,7 @@ class BuildConfig:
     missing_caption: str = "refuse"
     holdout: float = 0.05
     seed: int = 0
-    workers: int = 0
+    workers: int = 1
     seconds: float = 60.0
     shard: str = "0/1"
     clips_per_shard: int = 128
