@@ -90,7 +90,9 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
 
 def check_sizes(config: QuickstartConfig) -> None:
     """UserError, before minutes are spent, where the parts of the config do not fit together."""
-    encoder, denoiser, world = config.autoencoder.model, config.transformer.model, config.world
+    encoder = config.autoencoder.model
+    denoiser = config.transformer.model
+    world = config.world
     check(
         encoder.latent_channels == denoiser.latent_channels,
         f"config.transformer.model.latent_channels is {denoiser.latent_channels}; "

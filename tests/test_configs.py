@@ -1,5 +1,6 @@
 """Every config file gives a valid run for each of its variants, and names them when asked for another."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def read(file: str, variant: str):
 def test_a_config_is_valid_and_shown_in_its_own_docstring(file, variant):
     read(file, variant)
     assert f"configs/{file}:{variant}" in (CONFIGS / file).read_text() or variant in SIZES
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
+def test_a_config_has_one_assignment_a_line(path):
+    """The values of a call or a table may be unpacked; several values may not be assigned at once."""
+    assignments = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assign)]
+    lines = [node.lineno for node in assignments]
+    assert len(lines) == len(set(lines))
+    for node in assignments:
+        assert len(node.targets) == 1, f"{path.name}:{node.lineno}"
+        assert not (isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)), node.lineno
 
 
 @pytest.mark.parametrize("file", VARIANTS)

@@ -173,7 +173,9 @@ def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
     return [f"the average of decay {config.optim.ema[0]} was written"]
 
 
-OFFICIAL, FOLDERS, VAE = "dit", "diffusers-dit", "diffusers-vae"
+OFFICIAL = "dit"
+FOLDERS = "diffusers-dit"
+VAE = "diffusers-vae"
 READERS: dict[str, Callable] = {
     OFFICIAL: functools.partial(_read_denoiser, read_dit),
     FOLDERS: functools.partial(_read_denoiser, lambda path, heads: read_diffusers(_part(path, "transformer"))),
