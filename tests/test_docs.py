@@ -1,0 +1,285 @@
+"""The pages say what is so: commands parse, configs load, names, links and tables exist, CI runs the README's line."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import typing
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+from sora_jax import cli
+from sora_jax.commands import run_config
+from sora_jax.config import from_dict, load, override
+from sora_jax.data.prepare import BuildConfig
+from sora_jax.diffusion.prediction import FORMS
+from sora_jax.diffusion.process import PROCESSES
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.solvers import SOLVERS
+from sora_jax.diffusion.spacing import SPACINGS
+from sora_jax.diffusion.times import QUANTILES
+from sora_jax.diffusion.weights import WEIGHTS
+from sora_jax.models.transformer import REMAT
+from sora_jax.nn.attention import BACKENDS, SEQUENCES
+from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.quickstart import QuickstartConfig
+from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.denoiser import DenoiserRun
+
+ROOT = Path(__file__).parents[1]
+CI = ROOT / ".ci" / "run"
+QUICKSTART = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/sora-jax quickstart"
+TESTS = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n 2"
+README_BYTES = 12_000
+
+FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+README = PAGES["README.md"]
+LINKED = [*FILES, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(file, kind, block) for file, page in PAGES.items() for kind, block in BLOCK.findall(page)]
+LINES = [line for _, kind, block in BLOCKS if kind == "" for line in block.splitlines()]
+COMMANDS = sorted({line for line in LINES if re.match(r"\S*sora-jax |.*&& \S*sora-jax |[A-Z_]+=\S+ sora-jax ", line)})
+PYTHON = [pytest.param(block, id=f"{file}-{i}") for i, (file, kind, block) in enumerate(BLOCKS) if kind == "python"]
+
+
+def section(file: str, heading: str) -> str:
+    """Return the text below a heading, up to the next heading of any level."""
+    return PAGES[file].split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def spans(file: str) -> list[str]:
+    """Return what a page sets in backticks outside blocks of code."""
+    return re.findall(r"`([^`\n]+)`", BLOCK.sub("", PAGES[file]))
+
+
+def test_the_readme_is_a_door_and_not_the_house():
+    assert len(README.encode()) <= README_BYTES
+
+
+def test_the_two_lines_stand_at_the_top():
+    assert [block for file, _, block in BLOCKS if file == "README.md"][:2] == [QUICKSTART, TESTS]
+    assert README.startswith("# sora_jax\n")
+    assert len(README[: README.index(TESTS)].splitlines()) < 25
+
+
+def test_ci_runs_the_line_that_the_readme_prints():
+    script = CI.read_text(encoding="utf-8")
+    assert os.access(CI, os.X_OK)
+    assert TESTS not in script
+    statement = re.search(r"^line=.*$", script, re.MULTILINE).group()
+    found = subprocess.run(["bash", "-c", f'{statement}; printf %s "$line"'], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == TESTS
+    assert re.search(r'^part .*bash -c "\$line"$', script, re.MULTILINE)
+    assert re.search(r"^rm -rf \.venv$", script, re.MULTILINE)
+
+
+def test_no_command_is_overlooked():
+    shown = [line for line in LINES if "sora-jax" in line]
+    assert set(shown) == set(COMMANDS) and len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_understood(command, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the pages say that commands are given
+    words = shlex.split(command.rpartition("&&")[2].replace("=gs://", "=/"))  # what reads gs:// is an extra
+    words = words[[Path(word).name for word in words].index("sora-jax") + 1 :]
+    options = cli.parsed(words)
+    override(SamplingConfig(), getattr(options, "sampling", []), "sampling")
+    if file := getattr(options, "config", None):
+        values = load(file, options.changes)
+        checks = {cli.train: run_config, cli.plan: run_config, cli.build: lambda v: from_dict(BuildConfig, v)}
+        checks[cli.quickstart] = lambda v: from_dict(QuickstartConfig, v)
+        assert checks[options.function](values)
+
+
+def options_of(parser) -> set[str]:
+    """Return the options of a parser and of its subparsers."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            found = found.union(*map(options_of, action.choices.values()))
+    return found
+
+
+def has_field(kind, path: list[str]) -> bool:
+    """Return True if a dataclass, one of a union or of a tuple, has the field at the end of a path."""
+    if not path:
+        return True
+    if dataclasses.is_dataclass(kind):
+        return path[0] in (hints := typing.get_type_hints(kind)) and has_field(hints[path[0]], path[1:])
+    return any(has_field(member, path) for member in typing.get_args(kind))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_option_in_the_text_exists(file):
+    known = options_of(cli.make_parser()) | {"--jaxtyping-packages", "--runner"}
+    runs = (DenoiserRun, AutoencoderRun, BuildConfig)
+    named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
+    for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
+        group, _, path = name.removeprefix("--").partition(".")
+        if path:
+            holders = {"config": runs, "sampling": (SamplingConfig,)}[group]
+            assert any(has_field(holder, path.split(".")) for holder in holders), name
+        else:
+            assert name in known, name
+
+
+def member(owner, name: str):
+    """Return an attribute, or the type of the field of a dataclass."""
+    if dataclasses.is_dataclass(owner) and name in (hints := typing.get_type_hints(owner)):
+        return hints[name]
+    return getattr(owner, name)
+
+
+def value_of(node: ast.expr, names: dict):
+    """Return what a name, or an attribute of one, stands for."""
+    return names[node.id] if isinstance(node, ast.Name) else member(value_of(node.value, names), node.attr)
+
+
+@pytest.mark.parametrize("source", PYTHON)
+def test_python_names_what_there_is(source):
+    tree, names = ast.parse(source), {}
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name: importlib.import_module(alias.name) for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name: getattr(importlib.import_module(node.module), alias.name) for alias in node.names}
+    assert "sora_jax" in names
+    calls = 0
+    for node in tree.body:
+        for call in (n for n in ast.walk(node) if isinstance(n, ast.Call)):
+            function = value_of(call.func, names)
+            if function is dataclasses.replace:
+                allowed = typing.get_type_hints(value_of(call.args[0], names))
+            else:
+                allowed = inspect.signature(function).parameters
+            assert {keyword.arg for keyword in call.keywords} <= set(allowed), ast.unparse(call)
+            calls += 1
+            if isinstance(node, ast.Assign) and node.value is call:
+                names[node.targets[0].id] = typing.get_type_hints(function).get("return")
+    assert calls
+
+
+def test_each_promise_names_tests_that_exist():
+    promises = [row for row in PAGES["docs/promises.md"].splitlines() if row.startswith("| ")][1:]
+    assert len(promises) >= 25
+    for promise in promises:
+        keepers = re.findall(r"`(tests/\w+\.py)::(\w+)`", promise)
+        assert keepers, promise
+        for file, name in keepers:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors that GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", LINKED)
+def test_links_and_pictures_are_there(file):
+    page = BLOCK.sub("", (ROOT / file).read_text(encoding="utf-8"))
+    for link in map("".join, re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', page)):
+        if not link.startswith("https://"):
+            path, _, heading = link.partition("#")
+            target = (ROOT / file).parent / path if path else ROOT / file
+            assert target.exists(), link
+            assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_in_the_text_exists(file):
+    folders = "sora_jax|configs|tests|experiments|colab|docs|\\.ci"
+    for path in (span for span in spans(file) if re.fullmatch(rf"({folders})/[\w./-]*(:[\w/,.]+)?(::\w+)?", span)):
+        if path not in {"sora_jax/kinds/"}:
+            assert (ROOT / path.partition(":")[0]).exists(), path
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_config_in_the_text_has_its_variant(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for config in {span for span in spans(file) if re.fullmatch(r"configs/\w+\.py:[\w/,]+", span)}:
+        load(config)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_extra_exists(file):
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    named = {extra for extras in re.findall(r"\.\[([\w,-]+)\]", PAGES[file]) for extra in extras.split(",")}
+    assert named <= set(settings["options.extras_require"])
+
+
+def test_each_script_exists():
+    scripts = [word for line in LINES for word in re.findall(r"(?:^|\s)((?:\.ci|experiments|tests)/[\w./]+)", line)]
+    assert scripts and all((ROOT / script).exists() for script in scripts)
+
+
+@pytest.mark.parametrize(
+    "file, field, known",
+    [
+        ("docs/training.md", "config.diffusion.process", PROCESSES),
+        ("docs/training.md", "config.diffusion.prediction", FORMS),
+        ("docs/training.md", "config.diffusion.times.distribution", QUANTILES),
+        ("docs/training.md", "config.diffusion.weight.name", WEIGHTS),
+        ("docs/sampling.md", "--solver", SOLVERS),
+        ("docs/sampling.md", "--sampling.spacing", SPACINGS),
+    ],
+)
+def test_a_row_of_values_has_all_there_are(file, field, known):
+    (row,) = re.findall(rf"^\| `{re.escape(field)}` \|(.*)\|$", PAGES[file], re.MULTILINE)
+    values = re.findall(r"`([\w]+)`", row.partition("needs")[0])
+    assert sorted(set(values)) == sorted(known)
+
+
+@pytest.mark.parametrize(
+    "heading, known",
+    [
+        ("The mesh", [field.name for field in dataclasses.fields(MeshConfig)]),
+        ("Attention", [*BACKENDS, "auto", *SEQUENCES, "auto"]),
+        ("Memory", REMAT),
+    ],
+)
+def test_a_table_of_values_has_all_there_are(heading, known):
+    first = re.findall(r"^\| (`.*?`(?:, `.*?`)*)(?: \(default\))? \|", section("docs/pods.md", heading), re.MULTILINE)
+    assert sorted(value.strip("`") for cell in first for value in cell.split(", ")) == sorted(known)
+
+
+def test_the_table_of_configs_is_the_folder():
+    named = re.findall(r"^\| `configs/(\w+\.py)` \|", section("README.md", "Configs"), re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+
+
+def test_the_index_has_all_pages():
+    indexed = re.findall(r"^\| \[(\w+\.md)\]", PAGES["docs/README.md"], re.MULTILINE)
+    assert sorted([*indexed, "README.md"]) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def rooms() -> list[tuple[int, str]]:
+    """Return (floor, room) for each room of the table, without the ending of files."""
+    rows = re.findall(r"^\| (\d+) \| (`.*?`) \|", section("docs/architecture.md", "Rooms"), re.MULTILINE)
+    return [(int(floor), name.strip("`")) for floor, names in rows for name in names.split(", ")]
+
+
+def test_the_table_of_rooms_is_the_package():
+    package = ROOT / "sora_jax"
+    there = [f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()]
+    there += [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for _, name in rooms()) == sorted(there)
+
+
+def test_the_floors_are_those_of_the_import_contract():
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    layers = settings["importlinter:contract:floors"]["layers"].split("\n")
+    height = {module.strip(): -i for i, layer in enumerate(layers) for module in layer.split(":")}
+    floors = [(floor, height[f"sora_jax.{name.removesuffix('/').removesuffix('.py')}"]) for floor, name in rooms()]
+    assert all(a[1] >= b[1] for a in floors for b in floors if a[0] > b[0])
