@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, transformer_specs
-from sora_jax.nn.attention import attention, dense_attention
+from sora_jax.nn.attention import How, Place, Places, attention, dense_attention
 from sora_jax.nn.params import check_splits
 from sora_jax.parallel.mesh import MeshConfig, _laid_out, check_split, make_mesh, place_batch, with_slices
 from sora_jax.parallel.rules import (
@@ -49,9 +49,10 @@ def clips_on_a_line():
 
 def derivatives(attend):
     def found(q, k, v, segments):
-        loss = lambda q, k, v: jnp.sin(attend(q, k, v, segments, segments)).sum()  # noqa: E731
+        places = Places(Place(segments), Place(segments))
+        loss = lambda q, k, v: jnp.sin(attend(q, k, v, places)).sum()  # noqa: E731
         values, slopes = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
-        moved = jax.jvp(lambda q, k, v: attend(q, k, v, segments, segments), (q, k, v), (v, q, k))[1]
+        moved = jax.jvp(lambda q, k, v: attend(q, k, v, places), (q, k, v), (v, q, k))[1]
         return values, slopes, moved
 
     return found
@@ -68,18 +69,18 @@ def test_attention_on_a_split_sequence_is_that_on_one_device(clips_on_a_line, me
         layouts = [*[("batch", "length", "heads", None)] * 3, ("batch", "length")]
         arrays = zip(arrays, layouts, strict=True)
         placed = [jax.device_put(x, NamedSharding(mesh, partition(*axes))) for x, axes in arrays]
-        found = quick_jit(derivatives(lambda *a: attention(*a, *how)))(*placed)
+        found = quick_jit(derivatives(lambda *a: attention(*a, how=How(*how))))(*placed)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_heads_that_cannot_be_shared_out_go_round_or_are_refused():
     q = jax.ShapeDtypeStruct((1, 8, 2, 4), jnp.float32)
-    segments = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    place = Place(jax.ShapeDtypeStruct((1, 8), jnp.int32))
     with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4])):
-        program = jax.make_jaxpr(functools.partial(attention, backend="blockwise", sequence="auto"))
-        assert "ppermute" in str(program(q, q, q, segments, segments))
+        program = jax.make_jaxpr(functools.partial(attention, how=How("blockwise", "auto")))
+        assert "ppermute" in str(program(q, q, q, Places(place, place)))
         with pytest.raises(UserError, match="model.sequence is 'all_to_all'; 2 heads"):
-            attention(q, q, q, segments, segments, "blockwise", "all_to_all")
+            attention(q, q, q, Places(place, place), how=How("blockwise", "all_to_all"))
 
 
 class Chip:

@@ -10,7 +10,7 @@ import pytest
 
 from sora_jax.data.packing import PackingConfig
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.nn.attention import blockwise_attention
+from sora_jax.nn.attention import Place, Places, blockwise_attention
 from sora_jax.parallel.chips import CHIPS
 from sora_jax.parallel.compile import Topology, topology_mesh
 from sora_jax.parallel.mesh import MeshConfig
@@ -68,8 +68,8 @@ ENTRY %main (q: bf16[3,70,5,16], k: bf16[3,90,5,16]) -> bf16[3,70,5,16] {{
 
 def test_blocks_that_depend_on_segments_count_as_all_there_are():
     """Four blocks of queries and four of keys: all pairs, twice forward, are the products of one dense attention."""
-    x, one = jax.ShapeDtypeStruct((1, 2048, 2, 16), jnp.float32), jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-    compiled = jax.jit(lambda x, one: blockwise_attention(x, x, x, one, one, block=512)).lower(x, one).compile()
+    x, one = jax.ShapeDtypeStruct((1, 2048, 2, 16), jnp.float32), Place(jax.ShapeDtypeStruct((1, 2048), jnp.int32))
+    compiled = jax.jit(lambda x, one: blockwise_attention(x, x, x, Places(one, one), block=512)).lower(x, one).compile()
     attention = 2 * 2 * 2 * 2048**2 * 16
     table = 2 * 4 * 4 * 256  # which blocks share a segment
     assert attention <= hlo.count(compiled.as_text(), 1).flops <= attention + table

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from timing import in_turns, machine, middle_half, milliseconds, report, table
 
-from sora_jax.nn.attention import blockwise_attention, dense_attention
+from sora_jax.nn.attention import Place, Places, blockwise_attention, dense_attention
 
 HEADS, WIDTH = 6, 64
 HEADER = ("packs", "clips", "pairs that are not masked", "dense ms", "blockwise ms", "dense / blockwise")
@@ -37,8 +37,10 @@ def arrays(length: int) -> list:
 def gradient(attend, segments):
     """A jitted function of (q, k, v, probe): the output, and its gradients along the probe."""
 
+    place = Place(segments)
+
     def found(q, k, v, probe):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments, segments), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, Places(place, place)), q, k, v)
         return out, pull(probe)
 
     return jax.jit(found)

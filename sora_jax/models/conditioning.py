@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sora_jax.models.text import TextContext
-from sora_jax.nn.attention import attention
+from sora_jax.nn.attention import How, Place, Places, attention
 from sora_jax.nn.layers import (
     dense,
     dense_specs,
@@ -146,7 +146,8 @@ def condition_cross_attention(params: dict, x_BLD, condition: Condition, rows_BL
     own_BX = jnp.broadcast_to(jnp.tile(jnp.arange(rows, dtype=rows_BL.dtype), 2), (rows_BL.shape[0], 2 * rows))
     (q,) = qkv_proj(params["pair_q"], layer_norm(x_BLD))
     k, v = qkv_proj(params["pair_kv"], condition.pair_BXD)
-    return out_proj(params["pair_merge"], attention(q, k, v, rows_BL, own_BX, backend))
+    places = Places(Place(rows_BL), Place(own_BX))
+    return out_proj(params["pair_merge"], attention(q, k, v, places, how=How(backend)))
 
 
 def context_segments(pack: Pack) -> jax.Array:

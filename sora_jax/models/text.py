@@ -8,7 +8,7 @@ from flax import struct
 
 from sora_jax.config import check
 from sora_jax.data.tokenizer import NULL
-from sora_jax.nn.attention import attention
+from sora_jax.nn.attention import Place, Places, attention
 from sora_jax.nn.layers import (
     dense,
     dense_specs,
@@ -82,12 +82,13 @@ def text_specs(config: TextConfig) -> dict:
 def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32) -> TextContext:
     """Captions of all clips of the packs, each attending to itself alone: text_BM -> TextContext."""
     segments_BM = pack.text_segments_BM
+    place = Place(segments_BM)
     x_BME = _words(params, config, pack)
     x_BME = (x_BME + sincos(pack.text_positions_BM, config.width, theta=100.0)).astype(dtype)
 
     def block(x_BME, p):
         q, k, v = qkv_proj(p["qkv"], layer_norm(x_BME))
-        x_BME += out_proj(p["merge"], attention(q, k, v, segments_BM, segments_BM))
+        x_BME += out_proj(p["merge"], attention(q, k, v, Places(place, place)))
         return x_BME + mlp(p["mlp"], layer_norm(x_BME)), None
 
     with jax.named_scope("text_encoder"):

@@ -24,7 +24,7 @@ from sora_jax.models.conditioning import (
     modulation_specs,
 )
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
-from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, attention
+from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, How, Place, Places, attention
 from sora_jax.nn.layers import (
     compute_dtype,
     dense,
@@ -237,7 +237,8 @@ def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, 
     with jax.named_scope("self_attention"):
         q, k, v = qkv_proj(p["qkv"], layer_norm(x_BLD) * (1 + scale1) + shift1)
         q, k = _placed(p.get("q_norm"), q, angles_BLK), _placed(p.get("k_norm"), k, angles_BLK)
-        out = attention(q, k, v, segments_BL, segments_BL, config.attention, config.sequence)
+        place = Place(segments_BL)
+        out = attention(q, k, v, Places(place, place), how=How(config.attention, config.sequence))
         x_BLD += gate1 * out_proj(p["merge"], out)
     if config.conditioning == "cross_attention":
         with jax.named_scope("condition_cross_attention"):
@@ -268,4 +269,5 @@ def caption_attention(p, x_BLD, segments_BL, text: TextContext, backend: str) ->
     """Every token reads the caption of its clip: (B, L, D) -> same."""
     (q,) = qkv_proj(p["cross_q"], layer_norm(x_BLD))
     k, v = qkv_proj(p["cross_kv"], text.tokens_BME)
-    return out_proj(p["cross_merge"], attention(q, k, v, segments_BL, text.segments_BM, backend))
+    places = Places(Place(segments_BL), Place(text.segments_BM))
+    return out_proj(p["cross_merge"], attention(q, k, v, places, how=How(backend)))

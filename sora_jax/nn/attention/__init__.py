@@ -1,6 +1,8 @@
-"""One `attention(q, k, v, segments)`, whatever computes it; the only room that imports attention kernels."""
+"""One `attention(q, k, v, places, pattern)`, whatever computes it; the only room that imports attention kernels."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -9,10 +11,24 @@ from sora_jax.errors import UserError
 from sora_jax.nn.attention.blockwise import blockwise_attention, chunked_attention, chunks
 from sora_jax.nn.attention.dense import OUTPUT, dense_attention
 from sora_jax.nn.attention.kernels import cudnn_attention, splash_attention
+from sora_jax.nn.attention.pattern import FULL, Pattern, Place, Places, needed, visible
 from sora_jax.nn.attention.sequence import all_to_all, ring
 from sora_jax.parallel.rules import RULES, on_mesh, out_sharding, parts, platform, reshard
 
-__all__ = ["BACKENDS", "OUTPUT", "SEQUENCES", "attention", "blockwise_attention", "dense_attention"]
+__all__ = [
+    "BACKENDS",
+    "FULL",
+    "OUTPUT",
+    "SEQUENCES",
+    "How",
+    "Pattern",
+    "Place",
+    "Places",
+    "attention",
+    "blockwise_attention",
+    "dense_attention",
+    "visible",
+]
 
 BACKENDS = {
     "dense": dense_attention,
@@ -26,32 +42,54 @@ BLOCKS_FROM = {"cpu": 384**2}
 BLOCKS_FROM_ELSEWHERE = 1024**2
 
 
-def attention(
-    q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM, backend: str = "auto", sequence: str = "gather"
-) -> jax.Array:
-    """Softmax attention inside segments: a query sees the keys whose segment number equals its own.
-
-    q (B, L, N, K), k and v (B, M, N, K), segments (B, L) and (B, M) of integers -> (B, L, N, K). Scores, softmax and
-    its sums are float32. Vaswani et al. 2017; segments as in NaViT 2307.06304.
+class How(NamedTuple):
+    """What computes attention; the values of `model.attention` and `model.sequence`.
 
     backend: "dense", the reference; "blockwise", which skips what is masked; "splash" (TPU); "cudnn" (GPU); "auto"
-    takes what suits the machine and the lengths. All agree to float error. sequence, where a mesh splits the length:
-    "gather" brings all keys to every device; "all_to_all" and "ring" want keys that are split as the queries are;
-    "auto" is all_to_all where the heads can be shared out. Dense attention gathers always, the ring takes blocks.
+    takes what suits the machine, the lengths and the pattern. All agree to float error.
+
+    sequence, where a mesh splits the length: "gather" brings all keys to every device; "all_to_all" and "ring" want
+    keys that are split as the queries are; "auto" is all_to_all where the heads can be shared out. Dense attention
+    gathers always, the ring takes blocks.
     """
-    backend = _backend(backend, q_BLNK.shape[1] * k_BMNK.shape[1])
-    function = choose("attention", backend, BACKENDS)
+
+    backend: str = "auto"
+    sequence: str = "gather"
+
+
+def attention(
+    q_BLNK: jax.Array,
+    k_BMNK: jax.Array,
+    v_BMNK: jax.Array,
+    places: Places,
+    pattern: Pattern = FULL,
+    how: How = How(),
+) -> jax.Array:
+    """Compute softmax attention to what is `visible`: inside segments, all of them unless a pattern says less.
+
+    q (B, L, N, K), k and v (B, M, N, K), places (B, L) and (B, M) -> (B, L, N, K). Scores, softmax and its sums are
+    float32. With a pattern a query that sees no key gets zeros. Vaswani et al. 2017; segments as in NaViT 2307.06304.
+    """
+    places = needed(pattern, places)
+    backend = _backend(how.backend, q_BLNK.shape[1] * k_BMNK.shape[1], pattern)
+    function = functools.partial(choose("attention", backend, BACKENDS), pattern=pattern)
     with jax.named_scope(f"attention_{backend}"):
         if backend == "dense" or not on_mesh():
-            return function(q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM)
-        how = _sequence(sequence, q_BLNK.shape[2])
-        return _on_each_device(function, how, q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM)
+            return function(q_BLNK, k_BMNK, v_BMNK, places)
+        sequence = _sequence(how.sequence, q_BLNK.shape[2])
+        keys = "keys" if sequence == "gather" else "length"
+        if sequence == "all_to_all":
+            function = functools.partial(all_to_all, function, RULES["length"])
+        if sequence == "ring":
+            around = ring(chunks(pattern), RULES["length"], parts("length"))
+            function = functools.partial(chunked_attention, around)
+        return _on_each_device(function, keys, q_BLNK, k_BMNK, v_BMNK, places)
 
 
-def _backend(name: str, pairs: int) -> str:
+def _backend(name: str, pairs: int, pattern: Pattern) -> str:
     if name != "auto":
         return name
-    if platform() == "tpu":
+    if platform() == "tpu" and pattern == FULL:  # splash wants more of places than can be known here
         return "splash"
     return "blockwise" if pairs >= BLOCKS_FROM.get(platform(), BLOCKS_FROM_ELSEWHERE) else "dense"
 
@@ -69,16 +107,16 @@ def _sequence(name: str, heads: int) -> str:
     return name
 
 
-def _on_each_device(function, how: str, q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM):
-    """`function` on what each device of the mesh holds: its packs and heads, and its part of the length."""
-    keys = "keys" if how == "gather" else "length"
-    axes = [("batch", "length", "heads", None), *[("batch", keys, "heads", None)] * 2, ("batch", "length")]
-    axes.append(("batch", keys))
-    arrays = (q_BLNK, k_BMNK, v_BMNK, q_segments_BL, k_segments_BM)
-    arrays = (reshard(x, *names) for x, names in zip(arrays, axes, strict=True))
-    if how == "all_to_all":
-        function = functools.partial(all_to_all, function, RULES["length"])
-    if how == "ring":
-        function = functools.partial(chunked_attention, ring(chunks(), RULES["length"], parts("length")))
-    specs = tuple(out_sharding(*names) for names in axes)
+def _on_each_device(function: Callable, keys: str, q_BLNK, k_BMNK, v_BMNK, places: Places) -> jax.Array:
+    """Call `function` on what each device holds: its packs and heads, its queries, and its keys or all of them."""
+
+    def axes(length: str, place: Place) -> Place:
+        return Place(*(x if x is None else ("batch", length, *[None] * (x.ndim - 2)) for x in place))
+
+    arrays = q_BLNK, k_BMNK, v_BMNK, places
+    heads = (("batch", length, "heads", None) for length in ("length", keys, keys))
+    names = *heads, Places(axes("length", places.q), axes(keys, places.k))
+    arrays = jax.tree.map(lambda x, names: reshard(x, *names), arrays, names)
+    specs = jax.tree.map(lambda _, names: out_sharding(*names), arrays, names)
+    # Kernels are opaque to the type system of shardings, so no replication is checked.
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

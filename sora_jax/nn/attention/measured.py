@@ -1,4 +1,4 @@
-"""Which backend is the fastest on this device: measured, where it cannot be told beforehand."""
+"""The fastest backend on this device: measured, where it cannot be told beforehand."""
 
 import dataclasses
 import statistics
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
-from sora_jax.nn.attention import BACKENDS
+from sora_jax.nn.attention import BACKENDS, Place, Places
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 
 CANDIDATES = {"gpu": ("cudnn", "blockwise", "dense")}  # by platform; elsewhere "auto" knows
@@ -22,7 +22,7 @@ ROUNDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What one device attends to in a layer: packs of so many tokens, and heads."""
+    """The attention of one device in a layer: packs of so many tokens, and heads."""
 
     packs: int
     length: int
@@ -32,14 +32,14 @@ class Load:
 
 
 def candidates() -> tuple[str, ...]:
-    """The backends between which only a measurement can decide here; none where "auto" knows."""
+    """Return the backends between which only a measurement can decide here; none where "auto" knows."""
     return CANDIDATES.get(jax.default_backend(), ())
 
 
 def fastest(load: Load) -> tuple[str, str]:
-    """The fastest of the `candidates`, forward and backward, and in words how long each took or why it could not.
+    """Return the fastest of the `candidates`, forward and backward, and in words how long each took or why it failed.
 
-    Of several processes the first decides. UserError where none can.
+    Of several processes the first decides. UserError where none works.
     """
     names = candidates()
     with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
@@ -54,16 +54,16 @@ def fastest(load: Load) -> tuple[str, str]:
 
 
 def _tried(name: str, load: Load) -> float | str:
-    """Seconds, or the reason why not."""
+    """Return seconds, or the reason why there are none."""
     if name == "dense" and 4 * load.packs * load.heads * load.length**2 > DENSE_UP_TO:
         return "not tried: its scores fill the memory"
     rng = np.random.default_rng(0)
     shape = load.packs, load.length, load.heads, load.head_width
     q, k, v = (jnp.asarray(rng.standard_normal(shape), load.dtype) for _ in range(3))
-    segments = jnp.asarray(np.tile(mixed_segments(load.length), (load.packs, 1)))
+    place = Place(jnp.asarray(np.tile(mixed_segments(load.length), (load.packs, 1))))
 
     def loss(q, k, v):
-        return BACKENDS[name](q, k, v, segments, segments).astype(jnp.float32).sum()
+        return BACKENDS[name](q, k, v, Places(place, place)).astype(jnp.float32).sum()
 
     try:
         return _median(jax.jit(jax.grad(loss, (0, 1, 2))), q, k, v)
@@ -72,7 +72,7 @@ def _tried(name: str, load: Load) -> float | str:
 
 
 def mixed_segments(length: int) -> np.ndarray:
-    """A pack of clips of half, a quarter, an eighth... of its length: (length,) segment numbers from 1."""
+    """Return the segments of a pack of clips of half, a quarter, an eighth... of its length: (length,), from 1."""
     place = np.arange(length)
     return 1 + np.minimum(np.log2(length / (length - place)).astype(np.int32), 5)
 

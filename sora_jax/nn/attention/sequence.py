@@ -10,61 +10,75 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sora_jax.nn.attention.blockwise import UNSEEN, Chunks
+from sora_jax.nn.attention.blockwise import UNSEEN, Chunks, Inputs
+from sora_jax.nn.attention.pattern import Places
 
 
-def all_to_all(function: Callable, axis, q_BLNK, k_BLNK, v_BLNK, q_segments_BL, k_segments_BL) -> jax.Array:
-    """`function(q, k, v, q_segments, k_segments)` on whole sequences, each device with its share of the heads."""
+def all_to_all(
+    function: Callable, axis, q_BLNK: jax.Array, k_BLNK: jax.Array, v_BLNK: jax.Array, places: Places
+) -> jax.Array:
+    """Call `function(q, k, v, places)` on whole sequences, each device with its share of the heads."""
     whole = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True)
     shared = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=1, concat_axis=2, tiled=True)
-    segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (q_segments_BL, k_segments_BL))
-    return shared(function(whole(q_BLNK), whole(k_BLNK), whole(v_BLNK), *segments))
+    places = jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), places)
+    return shared(function(whole(q_BLNK), whole(k_BLNK), whole(v_BLNK), places))
 
 
 @functools.cache
 def ring(chunks: Chunks, axis, size: int) -> Chunks:
-    """`chunks` on keys that lie on the `size` devices of a mesh axis; each pass ends where it began."""
-    places = [(i, (i + 1) % size) for i in range(size)]
+    """Return `chunks` for keys that lie on the `size` devices of a mesh axis; each pass ends where it began.
+
+    The places of keys go round with them, so a device skips the blocks of every part by itself.
+    """
+    neighbours = [(i, (i + 1) % size) for i in range(size)]
 
     def around(step: Callable, moving, sums):
-        """`sums` after step(moving, sums) -> (moving, sums) beside every device, and `moving`, which is home again."""
+        """Return `sums` after step(moving, sums) -> (moving, sums) on every device, and `moving`, home again."""
 
         def one(carry, _):
             moving, sums = step(*carry)
-            return (jax.tree.map(lambda x: jax.lax.ppermute(x, axis, places), moving), sums), None
+            return (jax.tree.map(lambda x: jax.lax.ppermute(x, axis, neighbours), moving), sums), None
 
         return jax.lax.scan(one, (moving, sums), None, length=size)[0]
 
-    def forward(q_BNLK, k_BNMK, v_BNMK, q_segments_BL, k_segments_BM):
+    def keys_of(inputs: Inputs):
+        return inputs.k_BNMK, inputs.v_BNMK, inputs.places.k
+
+    def with_keys(inputs: Inputs, k_BNMK, v_BNMK, k_place) -> Inputs:
+        return Inputs(inputs.q_BNLK, k_BNMK, v_BNMK, Places(inputs.places.q, k_place))
+
+    def forward(inputs: Inputs):
         def step(moving, sums):
-            k, v, k_segments = moving
             out, lse = sums
-            new, new_lse = chunks.forward(q_BNLK, k, v, q_segments_BL, k_segments)
+            new, new_lse = chunks.forward(with_keys(inputs, *moving))
             both = jnp.logaddexp(lse, new_lse)
             share, new_share = jnp.exp(lse - both)[..., None], jnp.exp(new_lse - both)[..., None]
             return moving, (out * share + new * new_share, both)
 
-        nothing = jnp.zeros(q_BNLK.shape, jnp.float32), jnp.full(q_BNLK.shape[:3], UNSEEN)
-        return around(step, (k_BNMK, v_BNMK, k_segments_BM), nothing)[1]
+        nothing = jnp.zeros(inputs.q_BNLK.shape, jnp.float32), jnp.full(inputs.q_BNLK.shape[:3], UNSEEN)
+        return around(step, keys_of(inputs), nothing)[1]
 
-    def tangent(q_BNLK, k_BNMK, v_BNMK, q_segments_BL, k_segments_BM, lse_BNL, dq_BNLK, dk_BNMK, dv_BNMK):
+    def tangent(inputs: Inputs, lse_BNL, tangents):
+        dq_BNLK, *dkeys = tangents
+
         def step(moving, sums):
-            k, v, k_segments, dk, dv = moving
-            new = chunks.tangent(q_BNLK, k, v, q_segments_BL, k_segments, lse_BNL, dq_BNLK, dk, dv)
+            keys, dkeys = moving
+            new = chunks.tangent(with_keys(inputs, *keys), lse_BNL, (dq_BNLK, *dkeys))
             return moving, jax.tree.map(jnp.add, sums, new)
 
-        nothing = jnp.zeros(q_BNLK.shape, jnp.float32), jnp.zeros(q_BNLK.shape[:3])
-        return around(step, (k_BNMK, v_BNMK, k_segments_BM, dk_BNMK, dv_BNMK), nothing)[1]
+        nothing = jnp.zeros(inputs.q_BNLK.shape, jnp.float32), jnp.zeros(inputs.q_BNLK.shape[:3])
+        return around(step, (keys_of(inputs), dkeys), nothing)[1]
 
-    def backward(q_BNLK, k_BNMK, v_BNMK, q_segments_BL, k_segments_BM, lse_BNL, along_BNL, do_BNLK):
+    def backward(inputs: Inputs, lse_BNL, along_BNL, do_BNLK):
+        # Sums of dk and dv travel with their keys: when they are home, every device has added its queries' part.
         def step(moving, dq):
-            k, v, k_segments, dk, dv = moving
-            new = chunks.backward(q_BNLK, k, v, q_segments_BL, k_segments, lse_BNL, along_BNL, do_BNLK)
-            dq, dk, dv = jax.tree.map(jnp.add, (dq, dk, dv), new)
-            return (k, v, k_segments, dk, dv), dq
+            keys, *dkeys = moving
+            new = chunks.backward(with_keys(inputs, *keys), lse_BNL, along_BNL, do_BNLK)
+            dq, *dkeys = jax.tree.map(jnp.add, (dq, *dkeys), new)
+            return (keys, *dkeys), dq
 
-        dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q_BNLK, k_BNMK, v_BNMK))
-        (*_, dk, dv), dq = around(step, (k_BNMK, v_BNMK, k_segments_BM, dk, dv), dq)
-        return dq, dk, dv
+        dq, *dkeys = (jnp.zeros(x.shape, jnp.float32) for x in inputs[:3])
+        (_, *dkeys), dq = around(step, (keys_of(inputs), *dkeys), dq)
+        return dq, *dkeys
 
     return Chunks(forward, tangent, backward)
