@@ -140,17 +140,18 @@ def _train(commands) -> None:
 def train(options) -> None:
     from sora_jax import commands
     from sora_jax.config import load
+    from sora_jax.kinds import run, run_config
     from sora_jax.parallel import distributed
 
-    config = commands.run_config(load(options.config, options.changes))
+    config = run_config(load(options.config, options.changes))
     if options.dry_run:
-        print(commands.describe(config))
+        print(run.describe(config))
         return
     others = (options.coordinator, options.processes, options.process)
     if options.distributed or others != (None, None, None):
         distributed.start(*others)
     commands.use_compilation_cache()
-    commands.train(config, options.workdir)
+    run.train(config, options.workdir)
 
 
 def _sample(commands) -> None:
@@ -350,17 +351,17 @@ def encode(options) -> None:
     """Encode a dataset folder into a latent cache."""
     from sora_jax import commands
     from sora_jax.data.latents import LatentCache
-    from sora_jax.data.parts import Share
+    from sora_jax.data.share import Share
     from sora_jax.models.pretrained import PretrainedText
     from sora_jax.models.tiling import TilingConfig
-    from sora_jax.train.encode import encode_dataset
+    from sora_jax.train.encode import EncodeOptions, encode_dataset
 
     commands.use_compilation_cache()
     text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
     share = Share.parse(options.shard)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     folders = options.autoencoder, options.data, options.out
-    if encode_dataset(*folders, options.batch, options.shapes, share, text, tiles=tiles):
+    if encode_dataset(*folders, EncodeOptions(options.batch, options.shapes, share, text, tiles=tiles)):
         print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
     else:
         print(f"this share is done; {options.out} appears when the others are, too")
@@ -423,12 +424,13 @@ def _plan(commands) -> None:
 
 
 def plan(options) -> None:
-    from sora_jax.commands import run_config
     from sora_jax.config import load
-    from sora_jax.plan.command import plan
+    from sora_jax.kinds import kind_of, run_config
+    from sora_jax.plan.command import PlanOptions, plan
 
     config = run_config(load(options.config, options.changes))
-    print(plan(config, options.topology, options.slices, options.pack_length, options.what, options.json))
+    chosen = PlanOptions(options.topology, options.slices, options.pack_length, options.what, options.json)
+    print(plan(kind_of(config), config, chosen))
 
 
 def inspect(options) -> None:

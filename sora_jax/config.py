@@ -1,41 +1,68 @@
 """Configs: frozen dataclasses for the program, a locked ConfigDict for files and flags, one way between them.
 
 Each file of the package that can be configured has its dataclass on top. A file in `configs/` starts from
-`mutable(SomeConfig())`, changes values and returns the ConfigDict; `frozen(SomeConfig, config_dict)` validates it.
+`to_config_dict(SomeConfig())`, changes values and returns the ConfigDict; `from_dict(SomeConfig, config_dict)`
+validates it.
 """
 
 import dataclasses
 import functools
 import json
+import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sora_jax.errors import UserError
 from sora_jax.files import read_text
 
+RENAMED = {"mutable": "to_config_dict", "frozen": "from_dict", "plain": "to_dict"}
 
-def check(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless the condition holds."""
+
+def __getattr__(name: str):
+    """Serve config files of users that were written for version 0.1.0, with a note of the new name."""
+    if name not in RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    print(f"sora-jax: sora_jax.config.{name} is called {RENAMED[name]} now; the old name works", file=sys.stderr)
+    return globals()[RENAMED[name]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Mark a field that holds one of several dataclasses: `Annotated[A | B, OneOf(table)]`.
+
+    The keys of `table` are the dataclasses. Each has a field `name` with a value of its own, by which files tell them
+    apart. The table may grow after the mark was made.
+    """
+
+    table: Mapping[type, object]
+
+    def member(self, values: Mapping, where: str) -> type:
+        """Return the dataclass that a mapping of fields names; UserError where none has that name."""
+        return choose(f"{where}.name", values.get("name"), {cls.name: cls for cls in self.table})
+
+
+def check(condition: object, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def choose(option: str, value: str, table: dict):
-    """table[value], or a UserError that names the option and what is allowed."""
-    if value not in table:
+def choose(option: str, value, table: Mapping):
+    """Return table[value]; UserError that names the option and what is allowed where there is no such value."""
+    if value not in tuple(table):
         raise UserError(f"{option} is {value!r}; allowed: {', '.join(map(repr, table))}")
     return table[value]
 
 
 def to_dict(config) -> dict:
-    """A dataclass as nested dicts of JSON values (tuples become lists)."""
+    """Convert a dataclass into nested dicts of JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def to_config_dict(config):
-    """A dataclass as a locked `ml_collections.ConfigDict`: values may change, names and types may not."""
+    """Convert a dataclass into a locked `ml_collections.ConfigDict`: values may change, names and types may not."""
     from ml_collections import ConfigDict
 
     def convert(value):
@@ -49,30 +76,43 @@ def to_config_dict(config):
 
 
 def from_dict(cls, values, where: str = "config"):
-    """Builds dataclass `cls` from a mapping; unknown names and wrong types are UserErrors naming the field.
+    """Build dataclass `cls` (or a member of an annotated `OneOf`) from a mapping.
 
-    Of a union of dataclasses it is the first that has all the names.
+    Raises:
+        UserError: a name is unknown or a value has the wrong type; the sentence names the field.
     """
-    cls = _fitting(typing.get_args(cls) or (cls,), values)
-    types_ = typing.get_type_hints(cls)
-    check(hasattr(values, "items"), f"{where} is {values!r}; it must hold the fields of {cls.__name__}")
+    check(hasattr(values, "items"), f"{where} is {values!r}; it must hold the fields of {_name_of(cls)}")
+    cls = _member(cls, values, where)
+    types_ = typing.get_type_hints(cls, include_extras=True)
     unknown = [name for name in values if name not in types_]
     check(not unknown, f"{where}.{unknown and unknown[0]} is not an option; allowed: {', '.join(types_)}")
     arguments = {name: _coerce(types_[name], value, f"{where}.{name}") for name, value in values.items()}
     return cls(**arguments)
 
 
-def _fitting(classes, values):
-    """The first of the dataclasses that has all names of a mapping; the first of all where none has."""
-    fields = ({field.name for field in dataclasses.fields(cls)} for cls in classes)
-    fit = (cls for cls, names in zip(classes, fields) if hasattr(values, "items") and names.issuperset(values))
-    return next(fit, classes[0])
+def _one_of(kind) -> OneOf | None:
+    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, OneOf)), None)
+
+
+def _member(kind, values, where: str) -> type:
+    """Return the dataclass to build: `kind` itself, or the member of its `OneOf` that `values` names."""
+    one_of = _one_of(kind)
+    return one_of.member(values, where) if one_of else kind
+
+
+def _name_of(kind) -> str:
+    one_of = _one_of(kind)
+    return " or ".join(cls.__name__ for cls in one_of.table) if one_of else kind.__name__
 
 
 def _coerce(kind, value, where: str):
-    if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else from_dict(kind, value, where)
+    one_of = _one_of(kind)
+    if one_of or dataclasses.is_dataclass(kind):
+        allowed = tuple(one_of.table) if one_of else kind
+        return value if isinstance(value, allowed) else from_dict(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return choose(where, value, {argument: argument for argument in arguments})
     if origin in (types.UnionType, typing.Union):
         return _coerce_union(arguments, value, where)
     if origin is tuple:
@@ -88,9 +128,7 @@ def _coerce_union(kinds, value, where: str):
         check(type(None) in kinds, f"{where} is None; it must have a value")
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
-    if type(value) in rest:
-        return value
-    return _coerce(_fitting(rest, value) if all(map(dataclasses.is_dataclass, rest)) else rest[0], value, where)
+    return value if type(value) in rest else _coerce(rest[0], value, where)
 
 
 def _coerce_tuple(kinds, value, where: str):
@@ -102,7 +140,7 @@ def _coerce_tuple(kinds, value, where: str):
 
 
 def read_json(path: Path) -> dict:
-    """The contents of a JSON file that the package wrote; UserError where it is damaged."""
+    """Read a JSON file that the package wrote; UserError where it is damaged."""
     try:
         return json.loads(read_text(path))
     except ValueError as error:
@@ -110,7 +148,7 @@ def read_json(path: Path) -> dict:
 
 
 def load(file: str, overrides: Sequence[str] = ()):
-    """The ConfigDict of `configs/X.py` or `configs/X.py:variant`, changed by `path.to.field=value` strings.
+    """Load the ConfigDict of `configs/X.py` or `configs/X.py:variant`, changed by `path.to.field=value` strings.
 
     Reading, typing and overriding are `ml_collections.config_flags`; its errors become UserErrors.
     """
@@ -123,7 +161,7 @@ def load(file: str, overrides: Sequence[str] = ()):
 
 
 def override(config, changes: Sequence[str], name: str):
-    """The dataclass changed by `path.to.field=value` strings, as the command line gives them under `--NAME.`."""
+    """Change a dataclass by `path.to.field=value` strings, as the command line gives them under `--NAME.`."""
     from ml_collections import config_flags
 
     arguments = [f"--{name}.{change}" for change in changes]
@@ -132,7 +170,10 @@ def override(config, changes: Sequence[str], name: str):
 
 
 def _parsed(define: Callable, name: str, arguments: Sequence[str], known: Callable[[], object]):
-    """The ConfigDict of a flag after reading the arguments; `known` gives it before the changes, to explain errors."""
+    """Return the ConfigDict of a flag after the arguments were read.
+
+    `known` returns it as it was before the changes; it serves to explain errors.
+    """
     from absl import flags
 
     values = flags.FlagValues()
@@ -147,7 +188,7 @@ def _parsed(define: Callable, name: str, arguments: Sequence[str], known: Callab
 
 
 def _explain(arguments: Sequence[str], known, error: Exception) -> str:
-    """One sentence for the first override that names no field or a group of them, else the library's own reason."""
+    """Explain an error in one sentence: the first override that names no single field, else the library's reason."""
     for argument in arguments:
         path, _, value = argument.partition("=")
         node = known
@@ -165,7 +206,7 @@ def _explain(arguments: Sequence[str], known, error: Exception) -> str:
 
 
 def first_difference(old: dict, new: dict, where: str = "") -> str | None:
-    """The path of the first value in which two plain configs differ, or None."""
+    """Return the path of the first value in which two plain configs differ, or None."""
     for name in {**old, **new}:
         path = f"{where}.{name}" if where else name
         a, b = old.get(name), new.get(name)

@@ -1,4 +1,4 @@
-"""`sora-jax quickstart`: the whole system on the embedded world, from nothing to generated clips.
+"""Run `sora-jax quickstart`: the whole system on the embedded world, from nothing to generated clips.
 
 Stages: render the world, train the autoencoder, cache latents, train the transformer, sample, evaluate. Each is
 the same code as its own command, leaves its result in a folder of its own, and is skipped when that is complete.
@@ -8,11 +8,12 @@ import dataclasses
 import json
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sora_jax.commands import check_workdir, train_autoencoder, train_denoiser, use_compilation_cache
+from sora_jax.commands import use_compilation_cache
 from sora_jax.config import check, from_dict, load
 from sora_jax.data.build import build
 from sora_jax.data.manifest import Dataset
@@ -29,8 +30,8 @@ from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, tr
 from sora_jax.files import read_text, write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
+from sora_jax.kinds.run import check_data, check_workdir, train
 from sora_jax.models.first_stage import latent_grid
-from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
 from sora_jax.train.encode import encode_dataset
@@ -41,20 +42,16 @@ Size = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """The quickstart. The paths inside `autoencoder` and `transformer` are filled in from the work folder.
+    """Configure the quickstart; paths inside `autoencoder` and `transformer` are filled in from the work folder."""
 
-    `clips` of `world` are rendered by `workers` processes; `show` holds the prompts, sizes and settings of the final
-    samples; `evaluate` held-out prompts are scored by the oracle.
-    """
-
-    world: WorldConfig = WorldConfig()
-    clips: int = 4000
-    holdout: float = 0.1
-    workers: int = 2
+    world: WorldConfig = WorldConfig()  # what is drawn
+    clips: int = 4000  # number of clips that are rendered
+    holdout: float = 0.1  # share of them that is not trained on
+    workers: int = 2  # processes that render
     autoencoder: AutoencoderRun = AutoencoderRun()
     transformer: DenoiserRun = DenoiserRun()
-    show: PreviewConfig = PreviewConfig()
-    evaluate: int = 64
+    show: PreviewConfig = PreviewConfig()  # prompts, sizes and settings of the final samples
+    evaluate: int = 64  # held-out prompts that the oracle scores
 
     def __post_init__(self):
         check(0 < self.holdout < 1, f"holdout is {self.holdout}; it must be between 0 and 1")
@@ -67,7 +64,7 @@ class QuickstartConfig:
 
 
 def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
-    """Runs all stages in `workdir`, going on where an earlier call stopped."""
+    """Run all stages in `workdir`, going on where an earlier call stopped."""
     start = time.perf_counter()
     use_compilation_cache()
     config = from_dict(QuickstartConfig, load(config_file or default_config(), changes))
@@ -89,7 +86,7 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
 
 
 def check_sizes(config: QuickstartConfig) -> None:
-    """UserError, before minutes are spent, where the parts of the config do not fit together."""
+    """Raise a UserError, before minutes are spent, where the parts of the config do not fit together."""
     encoder = config.autoencoder.model
     denoiser = config.transformer.model
     world = config.world
@@ -108,7 +105,7 @@ def check_sizes(config: QuickstartConfig) -> None:
 
 
 def default_config() -> str:
-    """configs/quickstart.py of the checkout, or of the installed package's data files."""
+    """Find configs/quickstart.py in the checkout, or among the installed package's data files."""
     places = [Path(__file__).parents[1] / "configs", Path(sysconfig.get_path("data"), "share", "sora_jax", "configs")]
     for place in places:
         if (place / "quickstart.py").exists():
@@ -117,7 +114,7 @@ def default_config() -> str:
 
 
 def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
-    """Stage 1; its sheet of clips and captions is there within the first minute."""
+    """Run stage 1; its sheet of clips and captions is there within the first minute."""
     print("1/5  the embedded world", flush=True)
     frames = max(config.world.frames)
     held_out = round(config.clips * config.holdout)
@@ -140,27 +137,28 @@ def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
 
 
 def learn_autoencoder(config: QuickstartConfig, dataset: Dataset, workdir: Path) -> float:
-    """Stage 2; returns the PSNR in dB on held-out clips."""
+    """Run stage 2; return the PSNR in dB on held-out clips."""
     print("2/5  autoencoder", flush=True)
     result = workdir / "autoencoder" / FOLDER / "autoencoder.json"
     options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
-    check_workdir(workdir / "autoencoder", options, dataset.digest)
+    check_workdir(workdir / "autoencoder", options)
+    check_data(workdir / "autoencoder", dataset.digest)
     if not result.exists() or json.loads(read_text(result))["steps"] < options.loop.steps:
-        train_autoencoder(options, workdir / "autoencoder", make_mesh(options.mesh))
+        train(options, workdir / "autoencoder")
     found = json.loads(read_text(result))["held_out_psnr"]
     print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)
     return found
 
 
 def learn_transformer(config: QuickstartConfig, workdir: Path) -> None:
-    """Stage 4, with a strip of samples that grows."""
+    """Run stage 4, with a strip of samples that grows."""
     print(f"4/5  transformer; see it learn in {workdir / 'transformer' / 'samples' / 'progress.png'}", flush=True)
     options = dataclasses.replace(config.transformer, latents=str(workdir / "latents"))
-    train_denoiser(options, workdir / "transformer", make_mesh(options.mesh))
+    train(options, workdir / "transformer")
 
 
 def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
-    """All prompts of `show` in one packed call: files, a sheet, a gallery, and what the oracle reads in them."""
+    """Sample all prompts of `show` in one packed call: files, a sheet, a gallery, and what the oracle reads in them."""
     show = config.show
     clips = run.generate(show.prompts, list(show.sizes), show.steps or None)
     for i, (prompt, clip) in enumerate(zip(show.prompts, clips, strict=True)):
@@ -172,8 +170,8 @@ def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
     print(table(show.prompts, clips))
 
 
-def table(prompts, clips: list[np.ndarray]) -> str:
-    """prompt | size | what the oracle reads in the clip | whether they agree."""
+def table(prompts: Sequence[str], clips: list[np.ndarray]) -> str:
+    """Return a table: prompt, size, what the oracle reads in the clip, whether they agree."""
     rows = [("prompt", "size", "the oracle reads", "agreement")]
     for prompt, clip in zip(prompts, clips, strict=True):
         size = "x".join(map(str, clip.shape[:3]))
@@ -185,7 +183,7 @@ def table(prompts, clips: list[np.ndarray]) -> str:
 
 
 def evaluate(config: QuickstartConfig, run: Run, dataset: Dataset, workdir: Path) -> Score:
-    """Prompt agreement over held-out prompts, with the rate of each fact."""
+    """Measure the agreement of held-out prompts with their clips, with the rate of each fact."""
     chosen = held_out_prompts(dataset, config.evaluate)
     prompts, sizes = [p for p, _ in chosen], [s for _, s in chosen]
     show = config.show

@@ -1,8 +1,7 @@
 """`sora-jax convert`: weights of others -> a run folder, and back."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,18 +18,17 @@ from sora_jax.diffusion.times import TimesConfig
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.autoencoder_kl import KLConfig
-from sora_jax.models.first_stage import autoencoder_specs
-from sora_jax.models.transformer import transformer_specs
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig
+from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig, denoiser_groups
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import FOLDER, RECORD, load_autoencoder, save_autoencoder
 from sora_jax.train.loop import LoopConfig
-from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState
+from sora_jax.train.optim import OptimConfig
+from sora_jax.train.run_config import RunConfig
+from sora_jax.train.state import MODEL, Group, TrainState, abstract_ema, make_optimizers
 
 FACTOR = 8  # pixels to a latent position, of the autoencoder that DiT was trained with
 SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)  # of configs/dit.py
@@ -65,7 +63,7 @@ def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
 def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
     vae = read_vae(_part(weights, "vae"))
     config = autoencoder_run(vae.config)
-    _save_run(out, config, vae.params, autoencoder_specs(vae.config))
+    _save_run(out, config, vae.params, autoencoder_groups(config))
     save_autoencoder(vae, out / FOLDER, {"steps": 0, "held_out_psnr": None})
     return [f"latents are normalised by mean {vae.mean_C.tolist()} and deviation {vae.std_C.tolist()}"]
 
@@ -81,7 +79,8 @@ def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path |
         channels in (None, found),
         f"--autoencoder is {str(autoencoder)!r}; its latents have {channels} channels, those of the weights {found}",
     )
-    _save_run(out, denoiser_run(network, factor), network.params, transformer_specs(network.config))
+    config = denoiser_run(network, factor)
+    _save_run(out, config, network.params, denoiser_groups(config))
     said = [
         "its table of positions is computed, not kept",
         f"it samples pictures of {network.side * factor} x {network.side * factor} pixels",
@@ -125,15 +124,16 @@ def autoencoder_run(model: KLConfig) -> AutoencoderRun:
     )
 
 
-def _save_run(out: Path, config: DenoiserRun | AutoencoderRun, params, specs) -> None:
-    """config.json and a checkpoint of step 0, as training would have left them; averages equal the weights."""
+def _save_run(out: Path, config: RunConfig, params: dict, groups: Mapping[str, Group]) -> None:
+    """Write config.json and a checkpoint of step 0, as training would have left them; averages equal the weights."""
     mesh = make_mesh()
-    optim = config.optim
-    optimizer = make_optimizer(dataclasses.replace(optim, decay_steps=optim.decay_steps or config.loop.steps))
+    optimizers = make_optimizers(groups, config.loop.steps)
+    ((name, group),) = groups.items()
     with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", config.loop.keep) as checkpoints:
-        placed = jax.device_put(params, param.shardings(specs, mesh))
-        averages = (placed,) * len(optim.ema)
-        state = TrainState(jnp.zeros((), jnp.int32), placed, averages, jax.jit(optimizer.init)(placed))
+        placed = jax.device_put(params, param.shardings(group.specs, mesh))
+        averages = (placed,) * len(group.optim.ema)
+        opt_state = jax.jit(optimizers[name].transformation.init)(placed)
+        state = TrainState(jnp.zeros((), jnp.int32), {name: placed}, {name: averages}, {name: opt_state})
         notes = {"config": to_dict(config), "step": 0, "seed": config.seed, "means": {}, "position": None}
         checkpoints.save(0, state, notes)
     write_json(out / "config.json", to_dict(config))
@@ -167,8 +167,7 @@ def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
     mesh = make_mesh()
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         check(checkpoints.latest() is not None, f"--workdir is {str(workdir)!r}; it has no checkpoint yet")
-        specs = transformer_specs(config.model)
-        params = checkpoints.restore_ema(param.abstract_on(specs, mesh), len(config.optim.ema))
+        params = checkpoints.restore_ema(abstract_ema(denoiser_groups(config), mesh))[MODEL][0]
     write(Network(config.model, params, height // factor), out)
     return [f"the average of decay {config.optim.ema[0]} was written"]
 

@@ -17,7 +17,7 @@ from sora_jax.convert.links import MATRIX, Form, Link, form, layer_links, read_t
 from sora_jax.convert.record import Record, read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.files import as_path, write_json
-from sora_jax.models.transformer import SIZES, TransformerConfig, transformer_specs
+from sora_jax.models.transformer import SIZES, TransformerConfig, denoiser_specs
 
 DIT = TransformerConfig(
     latent_channels=4,
@@ -68,7 +68,7 @@ def read_dit(path: Path, heads: int | None = None) -> Network:
         f"the tensors of {source!r} are not those of this model: {POSITIONS} must have shape (1, grid^2, width)",
     )
     _check_positions(POSITIONS, tensors.pop(POSITIONS), config.width, grid, source)
-    params = read_tree(official_links(config), transformer_specs(config), tensors, source)
+    params = read_tree(official_links(config), denoiser_specs(config), tensors, source)
     return Network(config, params, grid * config.patch[1])
 
 
@@ -91,7 +91,7 @@ def read_diffusers(folder: Path) -> Network:
     if TABLE in tensors:
         _check_positions(TABLE, tensors.pop(TABLE), config.width, side // patch, source)
     tensors = _without_copies(tensors, config.depth, source)
-    params = read_tree(diffusers_links(config), transformer_specs(config), tensors, source)
+    params = read_tree(diffusers_links(config), denoiser_specs(config), tensors, source)
     return Network(config, params, side)
 
 

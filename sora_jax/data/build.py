@@ -11,8 +11,9 @@ from tqdm import tqdm
 from sora_jax.data.clips import Clip
 from sora_jax.data.guard import Failure, guarded_map
 from sora_jax.data.manifest import FORMAT, KEY, KIND, Dataset, add_clip, read_info
-from sora_jax.data.parts import Parts, PartWriter, Share, start
+from sora_jax.data.parts import Parts, PartWriter, start
 from sora_jax.data.prepare import BuildConfig, Mix, Refusal, Unit, hashed_split, open_sources, prepare, unit_at
+from sora_jax.data.share import Share
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.shuffle import uniforms
+from sora_jax.data.store import ClipStore
 from sora_jax.data.tokenizer import NULL, UNKNOWN, Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, cache_folder, is_remote, local_copy, read_text, replacing, write_text
@@ -57,7 +58,7 @@ class CaptionChoice:
     its first caption.
     """
 
-    def __init__(self, cache: LatentCache, mix: str):
+    def __init__(self, cache: ClipStore, mix: str):
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -118,7 +119,7 @@ class TokenTexts:
     Into a folder in a bucket the `first` process alone; the others keep them on their own disks.
     """
 
-    def __init__(self, cache: LatentCache, tokenizer: Tokenizer, folder: Path | None = None, first: bool = True):
+    def __init__(self, cache: ClipStore, tokenizer: Tokenizer, folder: Path | None = None, first: bool = True):
         self._first = first
         self._starts = caption_starts(cache)
         self._folder, self._stamp = folder and as_path(folder), _stamp(cache, tokenizer)
@@ -206,18 +207,18 @@ class NullTexts:
         pass
 
 
-def caption_starts(cache: LatentCache) -> np.ndarray:
+def caption_starts(cache: ClipStore) -> np.ndarray:
     """Where the captions of each clip begin in the flat list, (n + 1,); a clip without any has one, the empty."""
     return np.concatenate([[0], np.cumsum(np.maximum(_counts(cache), 1), dtype=np.int64)])
 
 
-def _counts(cache: LatentCache) -> np.ndarray:
+def _counts(cache: ClipStore) -> np.ndarray:
     import pyarrow.compute as pc
 
     return pc.list_value_length(cache.column("captions")).to_numpy()
 
 
-def captions_in_order(cache: LatentCache, clips: np.ndarray | None = None) -> Iterator[str]:
+def captions_in_order(cache: ClipStore, clips: np.ndarray | None = None) -> Iterator[str]:
     """All captions of a cache, or of some of its clips, in the order of `caption_starts`."""
     column = cache.column("captions")
     column = column if clips is None else column.take(clips)
@@ -226,7 +227,7 @@ def captions_in_order(cache: LatentCache, clips: np.ndarray | None = None) -> It
             yield from captions or [""]
 
 
-def _tokenize(cache: LatentCache, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _tokenize(cache: ClipStore, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     ids, lengths, chunk = [], [], []
 
     def flush():
@@ -243,7 +244,7 @@ def _tokenize(cache: LatentCache, tokenizer: Tokenizer) -> tuple[np.ndarray, np.
     return np.concatenate(ids), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _stamp(cache: LatentCache, tokenizer: Tokenizer) -> str:
+def _stamp(cache: ClipStore, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(f"{cache.digest}/{tokenizer!r}".encode()).hexdigest()
 
 

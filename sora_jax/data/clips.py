@@ -1,9 +1,15 @@
 """The record that every source ends in."""
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+
+
+def clip_id_of(id: str) -> int:
+    """Return the stable 32-bit id of a clip that keys its noise, never 0 (0 marks an empty slot)."""
+    return zlib.crc32(id.encode("utf-8", "surrogatepass")) or 1
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.data.feed import Batch, FeedConfig, HostShare, read_ahead
+from sora_jax.data.feed import Batch, FeedConfig, read_ahead
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.planning import generator
+from sora_jax.data.share import Share
 from sora_jax.errors import UserError
 
 
@@ -46,7 +47,7 @@ class CropBatches:
         seed: int,
         sizes: np.ndarray,
         clips: np.ndarray,
-        share: HostShare,
+        share: Share,
     ):
         self.dataset, self.config, self.seed = dataset, config, seed
         self.sizes, self.clips = sizes, clips
@@ -95,8 +96,7 @@ def crop_batches(
     seed: int,
     sizes: np.ndarray | None = None,
     clips: np.ndarray | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = Share(),
 ) -> CropBatches:
     """Random crops of clips, anywhere in space and time, drawn with replacement for each (seed, step, row).
 
@@ -111,7 +111,7 @@ def crop_batches(
         sizes = [dataset[index].frames.shape[:3] for index in range(len(dataset))]
     sizes = np.asarray(sizes, np.int64).reshape(-1, 3)
     clips = np.arange(len(sizes)) if clips is None else np.asarray(clips)
-    return CropBatches(dataset, config, seed, sizes, clips, HostShare(process_index, process_count))
+    return CropBatches(dataset, config, seed, sizes, clips, share)
 
 
 def sizes_and_clips(dataset: Dataset, split: str) -> tuple[np.ndarray, np.ndarray]:

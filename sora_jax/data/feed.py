@@ -62,22 +62,3 @@ def _parse_flags() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-@dataclass(frozen=True)
-class HostShare:
-    """This host's part of every global batch: host `index` of `count`, consecutive rows."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self):
-        if not 0 <= self.index < self.count:
-            raise UserError(f"process_index is {self.index}; it must be 0 to {self.count - 1}")
-
-    def rows(self, total: int) -> range:
-        """Rows of a global batch of `total`; UserError if hosts would get unequal shares."""
-        if total % self.count:
-            raise UserError(f"a batch of {total} rows cannot be shared by {self.count} processes evenly")
-        each = total // self.count
-        return range(self.index * each, (self.index + 1) * each)

@@ -14,7 +14,6 @@
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_jax.data.clips import clip_id_of
 from sora_jax.data.parts import Kind, Parts, PartWriter, start
 from sora_jax.data.shards import FLOATS, ShardReader
 from sora_jax.errors import UserError
@@ -49,11 +49,6 @@ COLUMNS = {
     "split": "string",
 }
 KEY = ("id", "variant")
-
-
-def clip_id_of(id: str) -> int:
-    """Stable 32-bit name of a clip, never 0 (0 marks an empty slot); what its noise is keyed by."""
-    return zlib.crc32(id.encode("utf-8", "surrogatepass")) or 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +142,10 @@ class LatentCache:
     def __getitem__(self, index: int) -> np.ndarray:
         data = self._latents.read(*self._place(index))
         return np.frombuffer(data, np.float16).reshape(*self.grids[index], self.channels)
+
+    def item(self, index: int) -> np.ndarray:
+        """Return the latent (t, h, w, C) of a clip, as `[index]` does."""
+        return self[index]
 
     def text(self, index: int, caption: int) -> np.ndarray:
         """The embedding (m, E) float16 of a clip's caption, by its number."""

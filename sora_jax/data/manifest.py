@@ -15,14 +15,14 @@ in an epoch, on average; `flags` are notes such as "partial: ...".
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from sora_jax.data.clips import Clip
+from sora_jax.data.clips import Clip, clip_id_of
 from sora_jax.data.parts import Kind, PartWriter, start
 from sora_jax.data.shards import PIXELS, ShardReader
 from sora_jax.errors import UserError
@@ -101,6 +101,52 @@ class Dataset:
         """Hex digest of what the clips are and how they were made; equal builds of equal files have an equal one."""
         options = {k: v for k, v in self.info["options"].items() if k not in ("sources", "digests")}
         return hashlib.sha256(json.dumps([options, self.info["digest"]], sort_keys=True).encode()).hexdigest()
+
+    def column(self, name: str):
+        """Return a column of the manifest, an Arrow array."""
+        column = self.table[name].combine_chunks()
+        return column.chunk(0) if hasattr(column, "num_chunks") else column
+
+    @cached_property
+    def clip_ids(self) -> np.ndarray:
+        """Id of each clip (n,) uint32, the same for all variants of a clip."""
+        return np.array([clip_id_of(id) for id in self.column("id").to_pylist()], np.uint32)
+
+    @cached_property
+    def grids(self) -> np.ndarray:
+        """Size of each clip (n, 3) int64: frames, height, width."""
+        return np.stack([self.column(side).to_numpy() for side in ("frames", "height", "width")], 1).astype(np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class of each clip (n,) int32, -1 for none."""
+        return self.column("label").to_numpy()
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """How often each clip comes in an epoch, on average, (n,) float64."""
+        return self.column("weight").to_numpy().astype(np.float64)
+
+    @property
+    def has_variants(self) -> bool:
+        """True if some clip is there in several sizes or places."""
+        return bool(self.column("variant").to_numpy().any())
+
+    def indices(self, split: str) -> np.ndarray:
+        """Return the indices (n,) of the clips of a split; UserError, naming the splits there are, if it has none."""
+        splits = np.array(self.column("split").to_pylist())
+        found = np.flatnonzero(splits == split)
+        if not len(found):
+            raise UserError(f"split is {split!r}; the dataset {str(self.path)!r} has {', '.join(sorted(set(splits)))}")
+        return found
+
+    def ids(self, indices: Sequence[int]) -> list[str]:
+        """Return the names of some clips."""
+        return self.column("id").take(np.asarray(indices, np.int64)).to_pylist()
+
+    def item(self, index: int) -> np.ndarray:
+        """Return the uint8 pixels (T, H, W, 3) of a clip."""
+        return self[index].frames
 
     @cached_property
     def refused(self) -> list[dict]:

@@ -149,10 +149,11 @@ def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarr
     return unstack(pack_batch([items], config))[0]
 
 
-def pack_batch(rows: Sequence[Sequence[PackItem]], config: PackingConfig) -> dict[str, np.ndarray]:
+def pack_batch(rows: Sequence[Sequence[PackItem | EmptyItem]], config: PackingConfig) -> dict[str, np.ndarray]:
     """Packs of several lists of clips, stacked: the arrays of `pack` with a B in front (tokens_BLP, ...).
 
-    This is what feeds the accelerator: one copy of each latent, and a few array operations for all clips together.
+    This is what feeds the accelerator: one copy of the values of each clip, and a few array operations for all clips
+    together. Rows of `EmptyItem`s give no tokens_BLP.
     """
     items = [item for row in rows for item in row]
     clips = np.array([len(row) for row in rows])
@@ -168,8 +169,8 @@ def pack_batch(rows: Sequence[Sequence[PackItem]], config: PackingConfig) -> dic
         raise UserError(f"the clips of a pack need packing.text_length of {max(said.used)}; it is {M}")
     clip = _Runs.of(clips, np.ones(len(items), np.int64), S)
     slots = clip.starts - clip.row * S
-    batch = {
-        "tokens_BLP": _tokens(items, grids, at, (B, L), config.patch),
+    empty = isinstance(items[0], EmptyItem)
+    batch = ({} if empty else {"tokens_BLP": _tokens(items, grids, at, (B, L), config.patch)}) | {
         "segments_BL": at.spread(slots + 1, L),
         "coords_BL3": at.place(np.concatenate(coords), L),
         "index_BL": at.place(at.within, L),
@@ -200,6 +201,18 @@ def _tokens(items: Sequence[PackItem], grids: Sequence, at: _Runs, shape: tuple[
     for row, used in zip(tokens, at.used):
         row[used:] = 0
     return tokens
+
+
+@dataclass(frozen=True)
+class EmptyItem:
+    """A `PackItem` whose values are yet to be generated: only its size (t, h, w) is known."""
+
+    size: tuple[int, int, int]
+    clip_id: int
+    text: np.ndarray
+    embedding: np.ndarray | None = None
+    label: int = -1
+    values: None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +253,7 @@ class _Runs:
         return self.place(np.repeat(values.astype(np.int32), self.lengths), width)
 
 
-def _check_length(at: _Runs, items: Sequence[PackItem], config: PackingConfig) -> None:
+def _check_length(at: _Runs, items: Sequence[PackItem | EmptyItem], config: PackingConfig) -> None:
     if max(at.used) > config.length:
         for item in items:
             check_fits(grid_of(item.size, config.patch), config.length)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from sora_jax.config import first_difference
 from sora_jax.data.shards import RecordWriter, shard_name
+from sora_jax.data.share import Share
 from sora_jax.errors import UserError
 from sora_jax.files import (
     as_path,
@@ -45,26 +46,6 @@ PLACES = {"shard": "int32", "record": "int32"}
 STARTED = "started.json"
 CLAIM_TRIES = 50
 WIDE = {"string": "large_string"}
-
-
-@dataclass(frozen=True)
-class Share:
-    """The share of one process in a work of many: process `index` of `count`, every count-th part."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self):
-        if not 0 <= self.index < self.count:
-            raise UserError(f"shard={self.index}/{self.count} is not allowed: 0/n to (n-1)/n are.")
-
-    @staticmethod
-    def parse(text: str) -> "Share":
-        """From "i/n", as on the command line."""
-        index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit()):
-            raise UserError(f"shard={text} is not allowed: i/n is, such as 0/4.")
-        return Share(int(index), int(count))
 
 
 @dataclass(frozen=True)

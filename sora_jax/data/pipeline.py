@@ -11,10 +11,11 @@ import numpy as np
 
 from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, NullTexts, Texts, TokenTexts
 from sora_jax.data.epochs import SECTION, Epochs, Planned, Position, Subjects, section_count
-from sora_jax.data.feed import Batch, FeedConfig, HostShare, read_ahead
-from sora_jax.data.latents import LatentCache
+from sora_jax.data.feed import Batch, FeedConfig, read_ahead
 from sora_jax.data.packing import PackingConfig, check_fits, grid_of, pack, pack_batch
 from sora_jax.data.planning import plan
+from sora_jax.data.share import Share
+from sora_jax.data.store import ClipStore
 from sora_jax.data.tokenizer import NoText, Tokenizer
 from sora_jax.errors import UserError
 
@@ -45,10 +46,10 @@ class PackReport:
         )
 
 
-class CachedItem(NamedTuple):
-    """A `PackItem` whose latent is read when it is asked for, so that one at a time is held."""
+class StoredItem(NamedTuple):
+    """A `PackItem` whose values are read when they are asked for, so that those of one clip at a time are held."""
 
-    cache: LatentCache
+    store: ClipStore
     clip: int
     size: tuple[int, int, int]
     clip_id: int
@@ -58,7 +59,7 @@ class CachedItem(NamedTuple):
 
     @property
     def values(self) -> np.ndarray:
-        return self.cache[self.clip]
+        return self.store.item(self.clip)
 
 
 class PackedBatches:
@@ -66,17 +67,17 @@ class PackedBatches:
 
     def __init__(
         self,
-        cache: LatentCache,
+        store: ClipStore,
         texts: Texts,
         choice: CaptionChoice,
         config: PackingConfig,
         batch: int,
         seed: int,
         split: str,
-        share: HostShare,
+        share: Share,
         section: int = SECTION,
     ):
-        self.cache, self.texts, self.choice, self.config = cache, texts, choice, config
+        self.store, self.texts, self.choice, self.config = store, texts, choice, config
         self.batch, self.seed, self.split, self.share, self.section = batch, seed, split, share, section
         self._rows = share.rows(batch)
         self._prepare()
@@ -85,18 +86,18 @@ class PackedBatches:
 
     def _prepare(self) -> None:
         """What is read off the manifest: it is not pickled."""
-        cache, rows = self.cache, self.cache.indices(self.split)
-        self.tokens = _token_counts(cache.grids, self.config, rows)
-        self.labels = cache.labels
-        ids = cache.column("id").take(rows) if cache.has_variants else None
-        self.subjects = Subjects.of(rows, ids, cache.clip_ids[rows], cache.weights[rows])
+        store, rows = self.store, self.store.indices(self.split)
+        self.tokens = _token_counts(store.grids, self.config, rows)
+        self.labels = store.labels
+        ids = store.column("id").take(rows) if store.has_variants else None
+        self.subjects = Subjects.of(rows, ids, store.clip_ids[rows], store.weights[rows])
 
     def _check(self) -> None:
         """UserError, before the first step, for what would end the run in some later epoch."""
         rows = self.subjects.rows
         words = self.texts.most(rows)
         if words.max() > self.config.text_length:
-            longest = self.cache.ids(rows[[words.argmax()]])[0]
+            longest = self.store.ids(rows[[words.argmax()]])[0]
             raise UserError(
                 f"packing.text_length is {self.config.text_length}; a caption of clip {longest!r} has {words.max()} "
                 f"text tokens: set it to at least that, or tokenizer.max_tokens to at most {self.config.text_length}"
@@ -119,11 +120,11 @@ class PackedBatches:
         return pack(self._items(row), self.config)
 
     def clips(self, row: int) -> list[int]:
-        """The clips of a row, by their places in the cache."""
+        """The clips of a row, by their places in the store."""
         planned, place = self._epochs.locate(row)
         return planned.clips[planned.plan[place]].tolist()
 
-    def _items(self, row: int) -> list[CachedItem]:
+    def _items(self, row: int) -> list[StoredItem]:
         planned, place = self._epochs.locate(row)
         items = planned.plan[place]
         return [self._item(*pair) for pair in zip(planned.clips[items].tolist(), planned.captions[items].tolist())]
@@ -144,7 +145,7 @@ class PackedBatches:
         position: of this or an earlier step, so that a late start need not count the packs of all epochs before.
         """
         self.texts.keep()
-        self._epochs.seek(Position(*position))
+        self._epochs.seek(position)
         return read_ahead(self._at, start, feed)
 
     def _at(self, step: int) -> tuple[Batch, Position]:
@@ -163,42 +164,40 @@ class PackedBatches:
         sizes = (self.config.length, self.config.slots, self.config.text_length, self.config.window)
         return Planned(clips, captions, plan(self.seed, epoch, self.tokens[clips], text, *sizes, section=section))
 
-    def _item(self, clip: int, caption: int) -> CachedItem:
-        t, h, w = self.cache.grids[clip].tolist()
-        clip_id = int(self.cache.clip_ids[clip])
+    def _item(self, clip: int, caption: int) -> StoredItem:
+        t, h, w = self.store.grids[clip].tolist()
+        clip_id = int(self.store.clip_ids[clip])
         said = self.texts.ids(clip, caption), self.texts.embedding(clip, caption)
-        return CachedItem(self.cache, clip, (t, h, w), clip_id, *said, int(self.labels[clip]))
+        return StoredItem(self.store, clip, (t, h, w), clip_id, *said, int(self.labels[clip]))
 
 
 def packed_batches(
-    cache: LatentCache,
+    store: ClipStore,
     tokenizer: Tokenizer | NoText | None,
     config: PackingConfig,
     batch: int,
     seed: int,
     split: str = "train",
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = Share(),
     captions: str = "first",
     folder: Path | None = None,
     section: int = SECTION,
     first: bool = True,
 ) -> PackedBatches:
-    """Packed batches of a split of a latent cache, `batch` packs over all hosts; epochs follow each other.
+    """Pack the clips of a split of a store, `batch` packs over all hosts; epochs follow each other.
 
-    tokenizer: None takes the embeddings that the cache holds, NoText leaves all captions out. captions: the mix, see
-    `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are planned
-    at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket. UserError
+    tokenizer: None takes the embeddings that a latent cache holds, NoText leaves all captions out. captions: the mix,
+    see `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are
+    planned at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket. UserError
     if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is empty.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")
-    share = HostShare(process_index, process_count)
     if isinstance(tokenizer, NoText):
         texts = NullTexts()
     else:
-        texts = EmbeddedTexts(cache) if tokenizer is None else TokenTexts(cache, tokenizer, folder, first)
-    return PackedBatches(cache, texts, CaptionChoice(cache, captions), config, batch, seed, split, share, section)
+        texts = EmbeddedTexts(store) if tokenizer is None else TokenTexts(store, tokenizer, folder, first)
+    return PackedBatches(store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section)
 
 
 def _token_counts(sizes_N3: np.ndarray, config: PackingConfig, rows: np.ndarray) -> np.ndarray:

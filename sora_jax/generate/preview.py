@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains."""
+"""Show what a run has learnt while it trains."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,21 +15,22 @@ from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.frozen import FrozenAutoencoder
 from sora_jax.train.metrics import MetricsWriter
+from sora_jax.train.state import MODEL
 
 Preview = Callable[[int, dict, MetricsWriter], None]
 TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
 
 
 def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], workdir: Path) -> Preview:
-    """Writes samples/step_N.png: each held-out clip, and below it what the autoencoder makes of it."""
+    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction."""
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
 
-    def preview(step: int, params: dict, writer: MetricsWriter) -> None:
-        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, params), zero, one)
+    def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
+        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, averages[MODEL]), zero, one)
         decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
-        told = ["above the clip, below what comes back"] * len(pairs)
-        image = contact_sheet([pair[None] for pair in pairs], told, shown=1)
+        titles = ["above the clip, below its reconstruction"] * len(pairs)
+        image = contact_sheet([pair[None] for pair in pairs], titles, shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
@@ -37,13 +38,13 @@ def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], 
 
 
 def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
-    """Samples the config's previews: clips of the step, a sheet, and the strip that grows as training goes on.
+    """Make a preview that samples the config's prompts: clips of the step, a sheet, and a strip with all steps so far.
 
-    `run` makes a usable Run of the averaged parameters.
+    `run` makes a usable Run of the averages.
     """
 
-    def preview(step: int, params: dict, writer: MetricsWriter) -> None:
-        current = run(params)
+    def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
+        current = run(averages)
         config = current.config.preview
         count = len(config.prompts or config.classes)
         sizes = [config.sizes[i % len(config.sizes)] for i in range(count)]
@@ -62,12 +63,12 @@ def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
 
 
 def scale_of(clip: np.ndarray) -> int:
-    """The whole factor by which a small clip is enlarged to be watched."""
+    """Return the whole factor by which a small clip is enlarged to be watched."""
     return max(1, -(-TILE * 2 // min(clip.shape[1:3])))
 
 
 def _row(clips: Sequence[np.ndarray]) -> np.ndarray:
-    """First, middle and last frame of each clip, side by side on white."""
+    """Place first, middle and last frame of each clip side by side on white."""
     tiles = [strip(clip, 3, max(1, -(-TILE // min(clip.shape[1:3])))) for clip in clips]
     height = max(tile.shape[0] for tile in tiles)
     pad = functools.partial(np.pad, constant_values=255)
@@ -75,7 +76,7 @@ def _row(clips: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def progress_picture(samples: Path) -> np.ndarray:
-    """All previews so far, a row each, oldest first."""
+    """Draw all previews so far, a row each, oldest first."""
     from PIL import Image
 
     files = sorted(samples.glob("step_*/frames.png"))
@@ -87,7 +88,7 @@ def progress_picture(samples: Path) -> np.ndarray:
 def held_out_psnr(
     autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()
 ) -> float:
-    """Mean PSNR in dB of the reconstructions of uint8 clips, at the precision that is written to files."""
+    """Return the mean PSNR in dB of the reconstructions of uint8 clips, as they would be written to files."""
     values, latents = [], autoencoder.encode(clips, tiles=tiles)
     for clip, decoded in zip(clips, autoencoder.decode(latents, tiles=tiles), strict=True):
         error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()

@@ -1,4 +1,4 @@
-"""Clips in a notebook."""
+"""Show clips in a notebook."""
 
 import base64
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ FIGURE = (
 
 
 def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps: float = 8.0):
-    """Clips side by side as `IPython.display.HTML`, pixels enlarged; the page holds them, no file is left.
+    """Show clips side by side as `IPython.display.HTML`, pixels enlarged; the page holds them, no file is left.
 
     clips: uint8 (frames, height, width, 3) of any sizes; one frame becomes a picture, more a GIF at `fps`.
     UserError unless there is one caption for each clip, or none at all.

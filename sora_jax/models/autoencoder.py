@@ -7,6 +7,7 @@ on no later frame, and a decoded frame on no later latent.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,9 @@ class AutoencoderConfig:
     kl_weight: float = 1e-6
     remat: bool = False
     dtype: str = "auto"
+
+    name: Literal["causal"] = "causal"
+    """tells this autoencoder from others in files"""
 
     def __post_init__(self):
         for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks", "multipliers", "patch"):
@@ -97,6 +101,25 @@ class AutoencoderConfig:
 def _positive(value: int | tuple[int, ...]) -> bool:
     values = value if isinstance(value, tuple) else (value,)
     return bool(values) and min(values) > 0
+
+
+def latent_fields(config: AutoencoderConfig) -> dict:
+    """Return the fields that change a latent of given weights and pixels, for its fingerprint.
+
+    A field that is added later joins only where it departs from what the network did before, so that fingerprints of
+    older autoencoders stay as they are.
+    """
+    names = (
+        "time_factor",
+        "space_factor",
+        "latent_channels",
+        "patch",
+        "width",
+        "multipliers",
+        "encoder_blocks",
+        "kernels",
+    )
+    return {name: getattr(config, name) for name in names}
 
 
 def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ all of it. What is too large for a device is cut into tiles (`models.tiling`).
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,9 @@ class KLConfig:
     remat: bool = False
     dtype: str = "auto"
 
+    name: Literal["kl"] = "kl"
+    """tells this autoencoder from others in files"""
+
     def __post_init__(self):
         for name in ("latent_channels", "blocks", "groups"):
             value = getattr(self, name)
@@ -64,6 +68,16 @@ class KLConfig:
     @property
     def space_factor(self) -> int:
         return 2 ** (len(self.widths) - 1)
+
+
+def latent_fields(config: KLConfig) -> dict:
+    """Return the fields that change a latent of given weights and pixels, for its fingerprint.
+
+    A field that is added later joins only where it departs from what the network did before, so that fingerprints of
+    older autoencoders stay as they are.
+    """
+    names = ("latent_channels", "widths", "blocks", "groups", "quant")
+    return {name: getattr(config, name) for name in names}
 
 
 def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:

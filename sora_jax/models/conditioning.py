@@ -140,8 +140,9 @@ def condition_cross_attention_specs(width: int, heads: int) -> dict:
     }
 
 
-def condition_cross_attention(params: dict, x_BLD, condition: Condition, rows_BL, backend: str) -> jax.Array:
-    """Every token reads the noise level and the label of its own row, a sequence of two: (B, L, D) -> same."""
+def condition_cross_attention(params: dict, x_BLD: jax.Array, condition: Condition, backend: str) -> jax.Array:
+    """Let every token read the noise level and the label of its own row, a sequence of two: (B, L, D) -> same."""
+    rows_BL = condition.rows_BL
     rows = condition.time_BRD.shape[1]
     own_BX = jnp.broadcast_to(jnp.tile(jnp.arange(rows, dtype=rows_BL.dtype), 2), (rows_BL.shape[0], 2 * rows))
     (q,) = qkv_proj(params["pair_q"], layer_norm(x_BLD))

@@ -5,22 +5,29 @@ The class of the config says which module does the work. Each has the same funct
 """
 
 from types import ModuleType
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from sora_jax.config import OneOf
 from sora_jax.models import autoencoder, autoencoder_kl
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.parallel.rules import laid_out_as, layout_of
 
-FirstStageConfig = AutoencoderConfig | KLConfig
 MODULES: dict[type, ModuleType] = {AutoencoderConfig: autoencoder, KLConfig: autoencoder_kl}
+FirstStageConfig = Annotated[AutoencoderConfig | KLConfig, OneOf(MODULES)]
 
 
 def autoencoder_specs(config: FirstStageConfig) -> dict:
     """All parameters."""
     return MODULES[type(config)].autoencoder_specs(config)
+
+
+def latent_fields(config: FirstStageConfig) -> dict:
+    """Return the fields that change a latent of given weights and pixels: what its fingerprint covers."""
+    return MODULES[type(config)].latent_fields(config)
 
 
 def latent_grid(config: FirstStageConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:

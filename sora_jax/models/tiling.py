@@ -116,15 +116,15 @@ def _spans(axis: Axis, factor: int, causal: bool) -> list[slice]:
     return [slice(factor * start, factor * start + size) for start in axis.starts]
 
 
-def join(parts: Sequence[np.ndarray], axes: Axes, factors: Sequence[int], seen: Sequence) -> np.ndarray:
+def join(parts: Sequence[np.ndarray], axes: Axes, factors: Sequence[int], fields: Sequence) -> np.ndarray:
     """The whole of what was made of the tiles, in the order of `cut`: a latent, or, with its factors, a clip.
 
-    seen: for each axis, how many latents before and after a position change it (`reach`).
+    fields: for each axis, how many latents before and after a position change it (`receptive_field`).
     """
     if len(parts) == 1:
         return parts[0]
     spans = [_spans(*pair, causal=not number) for number, pair in enumerate(zip(axes, factors))]
-    margins = [(factor * before, factor * after) for factor, (before, after) in zip(factors, seen, strict=True)]
+    margins = [(factor * before, factor * after) for factor, (before, after) in zip(factors, fields, strict=True)]
     weights = [_weights(*pair) for pair in zip(spans, margins, strict=True)]
     whole = np.zeros((*(of_axis[-1].stop for of_axis in spans), parts[0].shape[-1]), np.float32)
     for part, where, along in zip(parts, itertools.product(*spans), itertools.product(*weights), strict=True):
@@ -160,7 +160,7 @@ def nearness(config: FirstStageConfig, tiling: TilingConfig, grids: Iterable[Seq
 
     what: "encode" or "decode".
     """
-    around = [before + after for before, after in seen(config, what)]
+    around = [before + after for before, after in receptive_fields(config, what)]
     laid_out = [zip(lay_out(config, tiling, grid), around, strict=True) for grid in grids]
     cut = {(axis, reached) for axes in laid_out for axis, reached in axes if reached and len(axis.starts) > 1}
     if all(_least_common(axis) > reached for axis, reached in cut):
@@ -177,7 +177,7 @@ def _least_common(axis: Axis) -> int:
     return axis.extent - max(np.diff(axis.starts))
 
 
-def seen(config: FirstStageConfig, what: str) -> tuple:
+def receptive_fields(config: FirstStageConfig, what: str) -> tuple:
     """How many latents before and after a position change what is made of it: of "encode" or "decode", by axis."""
     time, space = receptive_field(config, what)
     return (time, 0), (space, space), (space, space)

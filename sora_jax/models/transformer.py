@@ -5,9 +5,11 @@ One transformer for images and video, classes and captions: DiT is a configurati
 
 import dataclasses
 import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sora_jax.config import check, choose
 from sora_jax.errors import UserError
@@ -40,7 +42,7 @@ from sora_jax.nn.layers import (
     rms_norm_specs,
 )
 from sora_jax.nn.pack import Pack
-from sora_jax.nn.params import stack, zeros
+from sora_jax.nn.params import ParamSpec, stack, zeros
 from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos_table
 from sora_jax.parallel.rules import parts, reshard
 
@@ -63,49 +65,33 @@ SIZES = {  # depth, width, heads (DiT, table 1)
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """The denoiser. `patch` is (t, y, x) in latent positions; widths in channels.
+    """Configure the transformer denoiser."""
 
-    text: captions by cross-attention and, pooled, beside the noise level; None leaves them out. classes: how many
-    there are, 0 for none. conditioning: one of `models.conditioning`.
-
-    rotary: positions in every block. sincos_positions: factorised sin-cos tables added to the tokens; sincos_axes
-    says which share of the width each axis has, in which order: "tyx", or "xy" for DiT's. Wavelengths of both run
-    from 2 pi to `position_theta` times as many tokens: with far longer ones than the largest clip most channels
-    hardly tell its tokens apart, and a small model is slow to learn motion. qk_norm: RMS norm of queries and keys.
-
-    learned_variance: a second half of the output says where the variance of a step lies between its bounds.
-    step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's. joint_qkv_init: queries, keys and
-    values are one matrix to Xavier, as in DiT, not three.
-
-    attention and sequence: what computes attention, and how, where a mesh splits the sequence; see `nn.attention`.
-
-    `remat` names what the backward pass finds: with "none" everything, with "dots" matrix products and attention's
-    outputs, with "attention" block inputs and attention's outputs, with "full" block inputs alone; the rest it makes
-    again. experiments/plans has the memory and time of each.
-    """
-
-    depth: int = 12
-    width: int = 384
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    patch: tuple[int, int, int] = (1, 2, 2)
-    latent_channels: int = 16
-    text: TextConfig | None = TextConfig()
-    classes: int = 0
-    conditioning: str = "adaln_zero"
-    rotary: bool = True
-    sincos_positions: bool = False
-    sincos_axes: str = "tyx"
+    depth: int = 12  # number of blocks
+    width: int = 384  # D, channels of a token
+    heads: int = 6  # N, attention heads; width / heads must be even
+    mlp_ratio: float = 4.0  # hidden width of the MLP over `width`
+    patch: tuple[int, int, int] = (1, 2, 2)  # (t, y, x) latent positions in one token
+    latent_channels: int = 16  # C, channels of the latents
+    text: TextConfig | None = TextConfig()  # text encoder, for cross-attention and, pooled, modulation; None: no text
+    classes: int = 0  # number of classes; 0: none
+    conditioning: str = "adaln_zero"  # one of `models.conditioning.MODULATED`
+    rotary: bool = True  # rotary position embedding in every block
+    sincos_positions: bool = False  # add factorised sin-cos position tables to the tokens
+    sincos_axes: str = "tyx"  # axes that share the width of those tables, in order; DiT's is "xy"
+    # Wavelengths of both embeddings run from 2 pi to this many times as many tokens. With far longer ones than the
+    # largest clip most channels hardly tell its tokens apart, and a small model is slow to learn motion.
     position_theta: float = 10_000.0
-    qk_norm: bool = True
-    learned_variance: bool = False
-    step_times: bool = False
-    joint_qkv_init: bool = False
-    attention: str = "auto"
-    sequence: str = "auto"
-    remat: str = "full"
-    unroll: int = 1
-    dtype: str = "auto"
+    qk_norm: bool = True  # RMS norm of queries and keys
+    learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
+    step_times: bool = False  # show the network the number of a discrete step, 1000 t - 1, as DiT does
+    joint_qkv_init: bool = False  # initialise queries, keys and values as one matrix, as DiT does, not as three
+    attention: str = "auto"  # what computes attention: auto, dense, blockwise, splash (TPU), cudnn (GPU)
+    sequence: str = "auto"  # how parts of a split sequence meet: auto, gather, all_to_all, ring
+    remat: str = "full"  # activations that are recomputed in the backward pass: none, dots, attention, full
+    unroll: int = 1  # blocks that one iteration of the scan over depth holds
+    dtype: str = "auto"  # of the computation: float32, bfloat16; auto is bfloat16 on accelerators
+    name: Literal["transformer"] = "transformer"  # tells this network from others in files
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "latent_channels", "unroll"):
@@ -140,18 +126,21 @@ class TransformerConfig:
 
     @property
     def positions_in_time(self) -> bool:
-        """Whether tokens of different frames have different positions."""
+        """True if tokens of different frames have different positions."""
         return self.rotary or (self.sincos_positions and "t" in self.sincos_axes)
 
     @property
     def patch_values(self) -> int:
-        """P, the number of values in a token."""
+        """The number P of values in a token."""
         pt, ph, pw = self.patch
         return pt * ph * pw * self.latent_channels
 
 
-def transformer_specs(config: TransformerConfig) -> dict:
-    """All parameters. Zero at the start: every modulation and gate, cross-attention's way out, the last layer."""
+def denoiser_specs(config: TransformerConfig) -> dict:
+    """Declare all parameters.
+
+    Zero at the start are every modulation and gate, the output projection of cross-attention, and the last layer.
+    """
     width, text = config.width, config.text
     outputs = config.patch_values * (2 if config.learned_variance else 1)
     last = 2 if MODULATED[config.conditioning] else 0
@@ -165,17 +154,39 @@ def transformer_specs(config: TransformerConfig) -> dict:
     }
 
 
-def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR, text: TextContext | None = None):
-    """Predicts for every token of a pack, in whatever kind the model is trained for (velocity, noise...).
+def encode_condition(params: dict, config: TransformerConfig, pack: Pack) -> TextContext | None:
+    """Encode the captions of a pack, which do not change while it is denoised; None for a model without text."""
+    if config.text is None:
+        return None
+    return encode_text(params["text"], config.text, pack, compute_dtype(config.dtype))
 
-    x_BLP are the noisy tokens, times_BR in [0, 1] the noise level of each row, `text` the encoded captions (from
-    `encode_text`; computed here when None). Returns (B, L, P) float32, or (B, L, 2 P) where the variance is learned,
-    too: predictions, then variance values. A token attends to its own clip alone and depends on its coordinates, not
-    on its place in the pack; with initial parameters the result is exactly 0.
+
+class Context(NamedTuple):
+    """What every block reads beside its tokens: condition, rotary angles, places in the pack, captions."""
+
+    condition: Condition
+    angles_BLK: jax.Array | None
+    segments_BL: jax.Array
+    text: TextContext | None
+
+
+def denoise(
+    params: dict,
+    config: TransformerConfig,
+    pack: Pack,
+    x_BLP: jax.Array,
+    times_BR: jax.Array,
+    text: TextContext | None = None,
+) -> jax.Array:
+    """Predict the target of every token of a pack, of whatever type the model is trained for (velocity, noise...).
+
+    x_BLP are the noisy tokens, times_BR in [0, 1] the noise level of each row, `text` the result of
+    `encode_condition`, computed here when None. Returns (B, L, P) float32, or (B, L, 2 P) where the variance is
+    learned, too: predictions, then variance values. A token attends to its own clip alone and depends on its
+    coordinates, not on its place in the pack; with initial parameters the result is exactly 0.
     """
     dtype = compute_dtype(config.dtype)
-    if config.text and text is None:
-        text = encode_text(params["text"], config.text, pack, dtype)
+    text = encode_condition(params, config, pack) if text is None else text
     known = condition(params, pack, times_BR, text, config.step_times, dtype)
     x_BLD = dense(params["patch"], x_BLP.astype(dtype), ("batch", "length", "width"))
     if config.sincos_positions:
@@ -185,9 +196,10 @@ def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR
     if config.conditioning == "in_context":
         x_BLD, segments_BL, coords_BL3 = _with_context(pack, known, x_BLD)
     angles_BLK = rotary_angles(coords_BL3, config.head_width, config.position_theta) if config.rotary else None
+    context = Context(known, angles_BLK, segments_BL, text)
 
     def layer(x_BLD, p):
-        return block(p, config, x_BLD, known, pack.rows_BL, angles_BLK, segments_BL, text), None
+        return block(p, config, x_BLD, context), None
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=False)  # a scan is barrier enough
@@ -199,15 +211,16 @@ def denoise(params: dict, config: TransformerConfig, pack: Pack, x_BLP, times_BR
         return dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
 
 
-def _with_context(pack: Pack, known: Condition, x_BLD):
-    """Tokens, segments and coordinates with noise level and label of each row as two more tokens of their clip."""
+def _with_context(pack: Pack, known: Condition, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Append noise level and label of each row as two more tokens of their clip: tokens, segments, coordinates."""
     if parts("length") > 1:
         raise UserError("model.conditioning is 'in_context'; its tokens cannot be split: mesh.sequence must be 1")
     context_BX = context_segments(pack)
     coords_BX3 = jnp.zeros((*context_BX.shape, 3), pack.coords_BL3.dtype)
 
     def joined(tokens, context, *axes):
-        context = reshard(context, "batch", "length", *axes)  # one part, but with the name of the axis it joins
+        # The length is whole here; resharding only gives both sides the same axis names, which Explicit meshes compare.
+        context = reshard(context, "batch", "length", *axes)
         return jnp.concatenate([reshard(tokens, "batch", "length", *axes), context], axis=1)
 
     return (
@@ -218,6 +231,7 @@ def _with_context(pack: Pack, known: Condition, x_BLD):
 
 
 def block_specs(config: TransformerConfig) -> dict:
+    """Declare the parameters of one block."""
     width, heads, head_width = config.width, config.heads, config.head_width
     norms = {"q_norm": rms_norm_specs(head_width), "k_norm": rms_norm_specs(head_width)} if config.qk_norm else {}
     return {
@@ -231,8 +245,9 @@ def block_specs(config: TransformerConfig) -> dict:
     }
 
 
-def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, text: TextContext | None) -> jax.Array:
-    """One DiT block: self-attention, attention to what is known of the clip, MLP; (B, L, D) -> same."""
+def block(p: dict, config: TransformerConfig, x_BLD: jax.Array, context: Context) -> jax.Array:
+    """Apply one DiT block, (B, L, D) -> same: self-attention, attention to what is known of the clip, MLP."""
+    known, angles_BLK, segments_BL, text = context
     shift1, scale1, gate1, shift2, scale2, gate2 = block_modulation(p, known, config.conditioning)
     with jax.named_scope("self_attention"):
         q, k, v = qkv_proj(p["qkv"], layer_norm(x_BLD) * (1 + scale1) + shift1)
@@ -242,7 +257,7 @@ def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, 
         x_BLD += gate1 * out_proj(p["merge"], out)
     if config.conditioning == "cross_attention":
         with jax.named_scope("condition_cross_attention"):
-            x_BLD += condition_cross_attention(p, x_BLD, known, rows_BL, config.attention)
+            x_BLD += condition_cross_attention(p, x_BLD, known, config.attention)
     if text is not None:
         with jax.named_scope("cross_attention"):
             x_BLD += caption_attention(p, x_BLD, segments_BL, text, config.attention)
@@ -250,13 +265,14 @@ def block(p, config, x_BLD, known: Condition, rows_BL, angles_BLK, segments_BL, 
         return x_BLD + gate2 * mlp(p["mlp"], layer_norm(x_BLD) * (1 + scale2) + shift2)
 
 
-def _placed(scale, x_BLNK, angles_BLK) -> jax.Array:
-    """Queries or keys, normalised where there is a gain, turned by their positions where there are angles."""
+def _placed(scale: jax.Array | None, x_BLNK: jax.Array, angles_BLK: jax.Array | None) -> jax.Array:
+    """Normalise queries or keys where there is a scale, and rotate them by their positions where there are angles."""
     x_BLNK = x_BLNK if scale is None else rms_norm(scale, x_BLNK)
     return x_BLNK if angles_BLK is None else rotate(x_BLNK, angles_BLK)
 
 
 def caption_attention_specs(config: TransformerConfig) -> dict:
+    """Declare the cross-attention to captions; its output projection is zero at the start."""
     heads, head_width = config.heads, config.head_width
     return {
         "cross_q": qkv_proj_specs(config.width, 1, heads, head_width),
@@ -265,9 +281,73 @@ def caption_attention_specs(config: TransformerConfig) -> dict:
     }
 
 
-def caption_attention(p, x_BLD, segments_BL, text: TextContext, backend: str) -> jax.Array:
-    """Every token reads the caption of its clip: (B, L, D) -> same."""
+def caption_attention(p: dict, x_BLD: jax.Array, segments_BL: jax.Array, text: TextContext, backend: str) -> jax.Array:
+    """Let every token read the caption of its clip: (B, L, D) -> same."""
     (q,) = qkv_proj(p["cross_q"], layer_norm(x_BLD))
     k, v = qkv_proj(p["cross_kv"], text.tokens_BME)
     places = Places(Place(segments_BL), Place(text.segments_BM))
     return out_proj(p["cross_merge"], attention(q, k, v, places, how=How(backend)))
+
+
+def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: bool = True) -> float:
+    """Return the FLOPs (two per multiply-add) of one forward pass over the clips of a host batch.
+
+    Products with weights count by the tokens that use them, attention by the squares of clip lengths. Padding,
+    recomputation and attention across clips are work, but not model FLOPs. encodes_condition: captions are encoded in
+    this pass; a sampler does that once for all its passes.
+    """
+    lengths = batch["grids_BS3"].astype(np.int64).prod(-1)
+    rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
+    rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
+    context = 2 * rows_BS if config.conditioning == "in_context" else 0 * rows_BS
+    text_lengths = _text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
+    uses = {
+        "ends": lengths.sum(),
+        "token": (lengths + context).sum(),
+        "text": text_lengths.sum() * encodes_condition,
+        "caption": text_lengths.sum(),
+        "row": rows_BR.sum(),
+        "pair": 2 * rows_BR.sum(),
+        "clip": (lengths > 0).sum(),
+    }
+    products = sum(2 * size * uses[user] for user, size in _weights(config))
+    pairs = ((lengths + context) ** 2).sum() + (lengths * text_lengths).sum()
+    if config.conditioning == "cross_attention":
+        pairs += 2 * lengths.sum()  # a token reads the noise level and the label of its own row
+    attention = 4 * config.depth * config.width * pairs
+    if config.text and encodes_condition:
+        attention += 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
+    return float(products + attention)
+
+
+def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
+    """List every weight that takes part in a product: (what it is applied to, size)."""
+    found = []
+
+    def visit(path, spec):
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        if names[-1] == "weight":
+            found.append((_user(names), math.prod(spec.shape)))
+
+    specs = denoiser_specs(config)
+    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return found
+
+
+def _user(names: list[str]) -> str:
+    if names[0] == "text":
+        return "text"
+    if "cross_kv" in names:
+        return "caption"
+    if "pooled" in names:
+        return "clip"
+    if "pair_kv" in names:
+        return "pair"
+    if {"patch", "head"} & set(names):
+        return "ends"
+    return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
+
+
+def _text_lengths(batch: dict, slots: int) -> np.ndarray:
+    segments = batch["text_segments_BM"]
+    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)

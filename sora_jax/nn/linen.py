@@ -1,6 +1,6 @@
 """Pure functions of declared parameters as Flax Linen modules, for code that is written around modules.
 
-module = as_module(transformer_specs(config), lambda params, *inputs: denoise(params, config, *inputs))
+module = as_module(denoiser_specs(config), lambda params, *inputs: denoise(params, config, *inputs))
 variables = module.init(key, pack, x_BLP, times_BR)
 module.apply(variables, pack, x_BLP, times_BR)   # equals denoise(variables["params"]["tree"], config, ...)
 """

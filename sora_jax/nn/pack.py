@@ -11,13 +11,13 @@ from sora_jax.data.tokenizer import NULL
 class Pack:
     """Arrays of a batch of packs, by the names that `data.packing` gives them.
 
-    tokens_BLP        clean latent patches (any values where a sampler fills them)
+    tokens_BLP        clean latent patches; None where a sampler makes them
     segments_BL       clip slot + 1 of each token, 0 = padding
     coords_BL3        real (t, y, x) coordinates of each token inside its clip
     index_BL          index of each token inside its clip, raster order
     rows_BL           row of the conditioning table that each token reads
     row_slots_BR      clip slot that each row belongs to
-    clip_ids_BS          identity of each clip, 0 = empty slot
+    clip_ids_BS       identity of each clip, 0 = empty slot
     labels_BS         class of each clip + 1, 0 = none
     grids_BS3         token grid (t, h, w) of each clip, 0 = empty slot
     text_BM           text token ids
@@ -28,7 +28,6 @@ class Pack:
     ranks_BS          place of each clip among all of a batch, in [0, 1), where times are stratified
     """
 
-    tokens_BLP: jax.Array
     segments_BL: jax.Array
     coords_BL3: jax.Array
     index_BL: jax.Array
@@ -40,6 +39,7 @@ class Pack:
     text_BM: jax.Array
     text_segments_BM: jax.Array
     text_positions_BM: jax.Array
+    tokens_BLP: jax.Array | None = None
     embeddings_BME: jax.Array | None = None
     ranks_BS: jax.Array | None = None
 

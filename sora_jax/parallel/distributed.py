@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check
+from sora_jax.data.share import Share
 from sora_jax.errors import LostPeer, Unreachable, UserError
 from sora_jax.parallel.rules import partition, parts
 
@@ -111,8 +112,8 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
-def share_of_batch(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): into how many equal shares the processes cut the rows of a batch, and which is this one's.
+def share_of_batch(mesh: Mesh) -> Share:
+    """Return the share of this process in the rows of a batch.
 
     Processes between which only parameters or the sequence are split read the same rows. UserError where the rows of
     a process do not follow each other.
@@ -122,7 +123,7 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     rows = sorted({rows.start or 0 for (rows,) in placed.values()})
     even = rows == list(range(rows[0], rows[0] + len(rows))) and count % len(rows) == rows[0] % len(rows) == 0
     check(even, f"the mesh gives process {jax.process_index()} parts {rows} of a batch; they must follow each other")
-    return rows[0] // len(rows), count // len(rows)
+    return Share(rows[0] // len(rows), count // len(rows))
 
 
 def barrier(name: str) -> None:

@@ -4,21 +4,33 @@ import dataclasses
 
 import jax
 
-from sora_jax.config import check
+from sora_jax.config import check, choose
 from sora_jax.parallel.compile import Topology
-from sora_jax.plan.programs import maker
 from sora_jax.plan.report import as_json, as_text, make_plan
+from sora_jax.train.kind import Kind
+from sora_jax.train.run_config import RunConfig
 
 
-def plan(config, topology: str, slices: int, pack_length: int | None, what: str, json: bool) -> str:
-    """The report of a plan, as text or JSON."""
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """The options of the command; see its help."""
+
+    topology: str
+    slices: int = 1
+    pack_length: int | None = None  # in place of config.packing.length
+    what: str = "train"  # one of the programs of the kind of run
+    json: bool = False
+
+
+def plan(kind: Kind, config: RunConfig, options: PlanOptions) -> str:
+    """Return the report of a plan, as text or JSON."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not what is asked about
-    maker(config, what)  # refused before anything is made
-    if pack_length is not None:
-        check(
-            config.kind == "transformer", f"--pack-length is {pack_length}; a config of kind {config.kind!r} has none"
-        )
-        config = dataclasses.replace(config, packing=dataclasses.replace(config.packing, length=pack_length))
-    chosen = Topology.parse(topology, slices)
-    made = make_plan(config, what, chosen)
-    return (as_json if json else as_text)(made, chosen)
+    choose(f"--what, for a config of kind {kind.name!r},", options.what, kind.programs)
+    length = options.pack_length
+    if length is not None:
+        packed = hasattr(config, "packing")
+        check(packed, f"--pack-length is {length}; a config of kind {kind.name!r} has no packs, leave it out")
+        config = dataclasses.replace(config, packing=dataclasses.replace(config.packing, length=length))
+    topology = Topology.parse(options.topology, options.slices)
+    made = make_plan(kind, config, options.what, topology)
+    return (as_json if options.json else as_text)(made, topology)

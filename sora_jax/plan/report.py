@@ -1,4 +1,4 @@
-"""The report of a plan: what is held on a chip, what is computed and moved, what binds, and what to change."""
+"""Report a plan: what a chip holds, what is computed and moved, what binds, and what to change."""
 
 import dataclasses
 import json
@@ -9,18 +9,20 @@ from sora_jax.nn import params as param
 from sora_jax.parallel.chips import GIB
 from sora_jax.parallel.compile import OutOfMemory, Topology, bytes_per_device, compile_program, topology_mesh
 from sora_jax.plan import hlo, network
-from sora_jax.plan.programs import Program, for_accelerator, program, specs_of
+from sora_jax.plan.programs import Program, for_accelerator
 from sora_jax.plan.suggest import suggest
+from sora_jax.train.kind import Kind
+from sora_jax.train.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one compiled program needs of every chip; bytes, FLOPs and seconds of one call.
+    """What one compiled program needs of every chip: bytes, FLOPs and seconds of one call.
 
-    flops and bytes are of one chip, model_flops and units (tokens, clips) of all. memory: bytes by what holds them;
+    flops and bytes are of one chip, model_flops and units (tokens, pixels) of all. memory: bytes by what holds them;
     activations are what the forward pass keeps for the backward pass. Compiled FLOPs, traffic, collectives and times
-    are None of a program that does not fit: the compiler gives none. unread: loops that count once, since the program
-    does not tell how often they run.
+    are None for a program that does not fit: the compiler gives none. unread: loops that are counted once, since the
+    program does not say how often they run.
     """
 
     what: str
@@ -46,7 +48,7 @@ class Plan:
 
     @property
     def binding(self) -> str | None:
-        """What takes longest."""
+        """The resource that takes longest."""
         return max(self.times, key=self.times.get) if self.times else None
 
     @property
@@ -55,61 +57,65 @@ class Plan:
         return self.chips * self.flops / self.model_flops if self.flops else None
 
     def utilisation(self, peak: float) -> tuple[float, float] | None:
-        """Model-FLOPs utilisation if all that can overlap does, and if nothing does."""
+        """Return the model-FLOPs utilisation if all that can overlap does, and if nothing does."""
         if not self.times:
             return None
         ideal = self.model_flops / self.chips / peak
         return ideal / max(self.times.values()), ideal / sum(self.times.values())
 
 
-def make_plan(config, what: str, topology: Topology) -> Plan:
-    """Compiles what a run would do on a topology, and counts.
+def make_plan(kind: Kind, config: RunConfig, what: str, topology: Topology) -> Plan:
+    """Compile what a run would do on a topology, and count.
 
-    Where training would measure which attention is the fastest, cuDNN's is taken for it.
+    Where training would measure which attention is the fastest, cuDNN's stands in for it.
     """
     if topology.chip.gpu and getattr(config.model, "attention", None) == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="cudnn"))
     mesh = topology_mesh(config.mesh, topology)
-    made = program(config, what, mesh)
+    config = for_accelerator(config)
+    made = kind.programs[what](config, mesh)
     compiled = compile_program(made.function, made.arguments, mesh)
-    plan = _bare(config, what, topology, mesh, made, compiled)
+    parameters = sum(param.count(group.specs) for group in kind.groups(config).values())
+    plan = dataclasses.replace(_bare(config, topology, mesh, made, compiled), what=what, parameters=parameters)
     if plan.fits:
         plan = _counted(plan, compiled.as_text(), topology, mesh)
-    return dataclasses.replace(plan, suggestion=suggest(config, plan))
+    return dataclasses.replace(plan, suggestion=suggest(config, plan, made.load))
 
 
-def _bare(config, what: str, topology: Topology, mesh: Mesh, made: Program, compiled) -> Plan:
+def _bare(config: RunConfig, topology: Topology, mesh: Mesh, made: Program, compiled) -> Plan:
+    """Make the plan without what is read from the compiled program."""
     memory = {name: bytes_per_device(tree) for name, tree in made.held.items()}
     refused = isinstance(compiled, OutOfMemory)  # a compiler for GPUs refuses nothing
     needed = compiled.needed if refused else _needed(compiled.memory_analysis())
     rest = max(needed - sum(memory.values()), 0)
-    if made.activations:  # the compiler may keep less, where it makes something again
+    if made.activations:  # the compiler may keep less, where it recomputes something
         memory["activations"] = min(bytes_per_device(made.activations), rest)
     memory["temporaries"] = rest - memory.get("activations", 0)
-    model = for_accelerator(config).model
+    model = config.model
     shown = ("depth", "width", "heads", "attention", "remat", "dtype", "latent_channels")
     return Plan(
-        what=what,
+        what="",
         topology=topology.name,
         slices=topology.slices,
         chips=topology.chips,
         mesh=dict(mesh.shape),
         model={name: getattr(model, name) for name in shown if hasattr(model, name)}
-        | ({"pack_length": config.packing.length} if hasattr(config, "packing") else {"crop": config.crop})
-        | {"batch": made.tokens // config.packs.length if what == "sample" else config.batch},
-        parameters=param.count(specs_of(config)),
+        | ({"pack_length": config.packing.length} if hasattr(config, "packing") else {})
+        | ({"crop": config.crop} if hasattr(config, "crop") else {})
+        | {"batch": made.load.rows},
+        parameters=0,
         memory=memory,
         needed=needed,
         usable=topology.chip.usable,
         fits=not refused and needed <= topology.chip.usable,
-        model_flops=made.model_flops,
-        units=made.tokens,
-        unit=made.unit,
+        model_flops=made.load.model_flops,
+        units=made.load.units,
+        unit=made.load.unit,
     )
 
 
 def _needed(stats) -> int:
-    """Bytes of main memory while it runs: arguments, results that take no argument's place, the rest, the program."""
+    """Return the bytes of main memory of a call: arguments, results that take no argument's place, the rest, code."""
     made = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return stats.argument_size_in_bytes + made + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
@@ -135,7 +141,7 @@ def _counted(plan: Plan, text: str, topology: Topology, mesh: Mesh) -> Plan:
 
 
 def as_json(plan: Plan, topology: Topology) -> str:
-    """All figures of a plan; bytes, FLOPs and seconds as plain numbers."""
+    """Return all figures of a plan as JSON; bytes, FLOPs and seconds as plain numbers."""
     derived = {"flops_over_model_flops": plan.ratio, "binding": plan.binding}
     if plan.times:
         derived |= dict(zip(("utilisation_overlapped", "utilisation_serial"), plan.utilisation(topology.chip.peak)))
@@ -143,7 +149,7 @@ def as_json(plan: Plan, topology: Topology) -> str:
 
 
 def as_text(plan: Plan, topology: Topology) -> str:
-    """The report for reading."""
+    """Return the report as text."""
     return "\n".join([*_head(plan), *_memory(plan), *(_work(plan, topology) if plan.fits else []), *_tail(plan)])
 
 
@@ -191,7 +197,7 @@ def _work(plan: Plan, topology: Topology) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """Three digits that count, and all before the point."""
+    """Format three significant digits, and all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

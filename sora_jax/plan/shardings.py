@@ -1,28 +1,28 @@
-"""How every array of a run lies on the mesh: one line each, with the logical axes that say why."""
+"""List how every array of a run is laid out on the mesh, one line each, with its logical axes."""
 
 import jax
 from jax.sharding import PartitionSpec
 
 from sora_jax.data.packing import PackingConfig
+from sora_jax.models.denoiser import DenoiserConfig, denoiser_specs
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs
-from sora_jax.models.transformer import TransformerConfig, transformer_specs
 from sora_jax.nn.params import ParamSpec
 from sora_jax.parallel.rules import AUTOENCODER, RULES, SHARED, TRANSFORMER, partition
-from sora_jax.plan.programs import full_pack
+from sora_jax.plan.denoiser import full_pack
 from sora_jax.train.denoiser import DenoiserRun
 
 HEAD = "| array | shape | logical axes | mesh axes |\n|---|---|---|---|"
 
 
 def rules_table() -> str:
-    """Logical axis -> mesh axes, and whose arrays have it."""
+    """Return the table logical axis -> mesh axes, with the networks that use it."""
     tables = {"all": SHARED, "transformer": TRANSFORMER, "autoencoder": AUTOENCODER}
     rows = (f"| {name} | {' '.join(RULES[name]) or '-'} | {of} |" for of, table in tables.items() for name in table)
     return "\n".join(["| logical axis | mesh axes | of |", "|---|---|---|", *rows])
 
 
-def parameter_table(specs) -> str:
-    """Every parameter; its gradient, both moments of the optimizer and its averages lie as it does."""
+def parameter_table(specs: dict) -> str:
+    """List every parameter; gradient, optimizer moments and averages are laid out as it is."""
     rows: list[str] = []
 
     def visit(path, spec: ParamSpec):
@@ -33,8 +33,8 @@ def parameter_table(specs) -> str:
     return "\n".join([HEAD, *rows])
 
 
-def batch_table(model: TransformerConfig, packing: PackingConfig) -> str:
-    """Every array of a batch of packs, as the loop places it; the model splits the length itself."""
+def batch_table(model: DenoiserConfig, packing: PackingConfig) -> str:
+    """List every array of a batch of packs, as the loop places it; the model splits the length itself."""
     batch = full_pack(DenoiserRun(model=model, packing=packing))
     rows = (_row(name, x.shape, ("batch", *(None,) * (x.ndim - 1))) for name, x in sorted(batch.items()))
     return "\n".join([HEAD, *rows])
@@ -47,9 +47,9 @@ def _row(name: str, shape: tuple[int, ...], axes: tuple) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def shardings(model: TransformerConfig, packing: PackingConfig, autoencoders: dict[str, FirstStageConfig]) -> str:
-    """The page: rules, transformer, batch and autoencoders."""
-    parts = {"Rules": rules_table(), "Transformer": parameter_table(transformer_specs(model))}
+def shardings(model: DenoiserConfig, packing: PackingConfig, autoencoders: dict[str, FirstStageConfig]) -> str:
+    """Return the page: rules, transformer, batch and autoencoders."""
+    parts = {"Rules": rules_table(), "Transformer": parameter_table(denoiser_specs(model))}
     parts["Batch of the transformer"] = batch_table(model, packing)
     parts |= {name: parameter_table(autoencoder_specs(config)) for name, config in autoencoders.items()}
     return "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items()) + "\n"

@@ -1,4 +1,7 @@
-"""Checkpoints by Orbax: asynchronous, complete or absent, checked when read; the only file that imports orbax."""
+"""Save and restore checkpoints by Orbax: asynchronous, complete or absent, checked when read.
+
+The only file that imports orbax.
+"""
 
 import contextlib
 import logging
@@ -17,25 +20,25 @@ from sora_jax.config import check
 from sora_jax.errors import Unreachable, UserError
 from sora_jax.files import REMOTE, as_path, is_remote, of_storage, remove_folder
 from sora_jax.parallel import distributed
-from sora_jax.train.state import TrainState
+from sora_jax.train.state import TrainState, from_stored, to_stored
 
 STATE, EMA, RUN, ARRAYS = "state", "ema", "run", "arrays"
 NEWEST, BEST = "newest", "best"
 ASIDE = "damaged-"
-# In what TensorStore says of a store that does not answer, or refuses, which says nothing of what is in it.
+# Words in TensorStore's errors when a store does not answer, or refuses: they say nothing of what is in it.
 SILENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
-PEERS = ("Gloo", "NCCL")  # in what is said in the same words of another process
+PEERS = ("Gloo", "NCCL")  # words in errors of a lost process, which otherwise read like those of a store
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every option that reading alone implies
 
 
 class Checkpoints:
-    """The checkpoints of a run folder; a context manager, because leaving without closing loses the last save.
+    """Read and write the checkpoints of a run folder; a context manager: leaving without closing loses the last save.
 
-    With `keep=None` it only reads, and may do so while another process trains in the same folder. `keep` newest are
-    kept, and beside them the `best` ones whose metric was smallest. Each holds a table of its arrays with shapes and
-    digests: a checkpoint that does not agree with its table is reported, and the one before is used.
+    With `keep=None` it only reads, and may do so while another process trains in the same folder. The newest `keep` are
+    kept, and the `best` ones with the smallest metric. Each holds a table of its arrays with shapes and digests: a
+    checkpoint that does not agree with its table is reported, and the previous one is used.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, best: int = 0):
@@ -51,7 +54,7 @@ class Checkpoints:
                 preservation_policy=policy, best_fn=_metric, best_mode="min", create=True, cleanup_tmp_directories=True
             )
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=(STATE, EMA, RUN, ARRAYS))
-        # Processes read without waiting for each other: one that meets damage would leave the others waiting.
+        # Processes read without waiting for each other: one that finds damage would leave the others waiting.
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
@@ -67,27 +70,26 @@ class Checkpoints:
             self._reader.close()
 
     def wait(self) -> None:
-        """Returns when the last save is complete; UserError if it has failed."""
+        """Wait until the last save is complete; UserError if it has failed."""
         with _one_sentence(f"a checkpoint could not be saved in {self._folder}"):
             self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The newest complete step, but for those that `restore` has found damaged."""
+        """Return the newest complete step, without those that `restore` has found damaged."""
         return max(self._steps(), default=None)
 
     def _steps(self) -> list[int]:
         return sorted(set(self._manager.all_steps()) - self._damaged)
 
     def save(self, step: int, state: TrainState, run: dict, metric: float | None = None) -> None:
-        """Starts saving in the background; `run` (config, data position) is kept beside the arrays as JSON.
+        """Start saving in the background; `run` (config, data position) is kept beside the arrays as JSON.
 
-        metric: by which the best are told, smaller is better. UserError if there is no room, or if the save before
-        this one has failed.
+        metric: ranks checkpoints, smaller is better. UserError if there is no room, or if the previous save has failed.
         """
         if self.latest() == step:
             return
         _check_room(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
-        tree = serialization.to_state_dict(state)
+        tree = to_stored(state)
         ema = tree.pop("ema")
         items = {
             STATE: ocp.args.StandardSave(tree),
@@ -100,27 +102,29 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
-        """The newest whole checkpoint in the structure and shardings of `state`, and what was saved as `run`.
+        """Restore the newest whole checkpoint in the structure and shardings of `state`, and what was saved as `run`.
 
         Damaged ones are reported and set aside. UserError if none is whole, or if it is of another model.
         """
-        tree = serialization.to_state_dict(state)
+        tree = to_stored(state)
         ema = tree.pop("ema")
         found = self._first_whole({STATE: tree, EMA: ema}, RUN)
-        return serialization.from_state_dict(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
+        return from_stored(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
-    def restore_ema(self, params, averages: int, index: int = 0, which: str = NEWEST):
-        """One of the `averages` alone, in the structure and shardings of the abstract tree `params`.
+    def restore_ema(self, averages: dict[str, tuple], which: str = NEWEST) -> dict[str, tuple]:
+        """Restore the averages alone, in the structure and shardings of those given, see `state.abstract_ema`.
 
         which: "newest", "best" or a step, see `candidates`.
         """
-        like = serialization.to_state_dict((params,) * averages)
-        return serialization.from_state_dict(params, self._first_whole({EMA: like}, which=which)[EMA][str(index)])
+        like = serialization.to_state_dict(averages)
+        alone = len(averages) == 1  # a single group is stored without its name
+        found = self._first_whole({EMA: like[next(iter(like))] if alone else like}, which=which)[EMA]
+        return serialization.from_state_dict(averages, {next(iter(like)): found} if alone else found)
 
     def candidates(self, which: str = NEWEST) -> list[int]:
-        """The steps to be read as checkpoint "newest", "best" (smallest metric) or STEP: the first that is whole.
+        """List the steps to try for checkpoint "newest", "best" (smallest metric) or STEP, in order.
 
-        UserError where there is none, but [] where there is no checkpoint at all.
+        Returns [] where there is no checkpoint at all; UserError where none fits.
         """
         there = self._steps()
         if which == NEWEST or not there:
@@ -139,7 +143,7 @@ class Checkpoints:
         return [int(which)]
 
     def _first_whole(self, trees: dict, *notes: str, which: str = NEWEST) -> dict:
-        """What a checkpoint holds of `trees` and of the JSON items `notes`."""
+        """Read `trees` and the JSON items `notes` from the first checkpoint that is whole."""
         steps = self.candidates(which)
         for i, step in enumerate(steps):
             found, reason = self._attempt(step, trees, notes)
@@ -151,7 +155,7 @@ class Checkpoints:
         raise UserError(f"there is no whole checkpoint in {self._folder}" + f" that is {which!r}" * (which != NEWEST))
 
     def _attempt(self, step: int, trees: dict, notes: tuple[str, ...]) -> tuple[dict, str]:
-        """What checkpoint `step` holds, or in one line why it is damaged; UserError if it is of another model."""
+        """Return what checkpoint `step` holds, and why it is damaged ("" if not); UserError if it is of another model."""
         what = f"checkpoint {step} in {self._folder} is"
         if not self._has_table(step):
             with _one_sentence(f"{what} damaged or of another model"):
@@ -163,14 +167,14 @@ class Checkpoints:
             return self._load(step, trees, (*notes, ARRAYS)), ""
         except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # whatever files of noise make Orbax, TensorStore and JSON say
+        except Exception as error:  # damaged files make Orbax, TensorStore and JSON raise errors of any type
             if _of_store(error):
                 message = f"checkpoint {step} in {self._folder} cannot be read: {_first_line(error)}"
                 raise _kind(error, message)(message) from error
             return {}, _first_line(error)
 
     def _has_table(self, step: int) -> bool:
-        # Those of earlier versions have none; but one that has lost it has lost its list of items, or is damaged.
+        # Checkpoints of earlier versions have none. One that has lost it has lost its list of items, or is damaged.
         return (self._folder / str(step) / ARRAYS).exists()
 
     def _load(self, step: int, trees: dict, notes: tuple[str, ...]) -> dict:
@@ -179,7 +183,7 @@ class Checkpoints:
         return dict(self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items)).items())
 
     def _set_aside(self, step: int, reason: str, others: list[int]) -> None:
-        """Out of the way of what is saved under this number; a reading process leaves everything where it is."""
+        """Report a damaged checkpoint and move it away; a process that only reads leaves everything where it is."""
         if distributed.first():
             use = f"checkpoint {others[0]} is used" if others else "there is none before it"
             print(f"sora-jax: checkpoint {step} in {self._folder} is damaged, {use}: {reason}", file=sys.stderr)
@@ -197,7 +201,7 @@ def _policy(keep: int, best: int):
     newest = policies.LatestN(keep)
     if not best:
         return newest
-    # The last of the order are kept: reversed, those are the smallest.
+    # BestN keeps the last of the order: reversed, those with the smallest metric.
     smallest = policies.BestN(get_metric_fn=_metric, reverse=True, n=best, keep_checkpoints_without_metrics=False)
     return policies.AnyPreservationPolicy([newest, smallest])
 
@@ -214,7 +218,7 @@ def _move_aside(folder: Path, step: int) -> None:
 
 
 def _check_model(saved: dict, tree, what: str) -> None:
-    """UserError that names the first array which is not as the table of the checkpoint has it."""
+    """Raise a UserError that names the first array which differs from the table of the checkpoint."""
     wanted = {name: (x.dtype, x.shape) for name, x in _named(tree).items()}
     saved = {name: (jnp.dtype(dtype), tuple(shape)) for name, (dtype, shape, _) in saved.items()}
     for name in sorted(wanted.keys() | saved.keys()):
@@ -228,14 +232,14 @@ def _named(tree) -> dict[str, jax.Array]:
 
 
 def _table(tree) -> dict[str, list]:
-    """Name -> dtype, shape, digest."""
+    """Return a table: name -> dtype, shape, digest."""
     arrays = _named(tree)
     digests = jax.device_get(_digests(list(arrays.values()))).tolist()
     return {name: [str(x.dtype), list(x.shape), d] for (name, x), d in zip(arrays.items(), digests, strict=True)}
 
 
 def _difference(saved: dict | None, trees: dict) -> str:
-    """In one line, which array is not what was saved; "" if none is, or if nothing is known of them."""
+    """Say in one line which array is not what was saved; "" if all are, or if nothing is known of them."""
     for name, tree in trees.items() if saved else ():
         for array, (*_, digest) in _table(tree).items():
             if digest != saved[name][array][2]:
@@ -245,7 +249,7 @@ def _difference(saved: dict | None, trees: dict) -> str:
 
 @jax.jit
 def _digests(arrays: list[jax.Array]) -> jax.Array:
-    """One number for each array: a sum of its bits, weighted by place, modulo 2**32, the same on every mesh."""
+    """Return one number for each array: a sum of its bits, weighted by place, modulo 2**32; the same on every mesh."""
     return jnp.stack([_digest(x) for x in arrays])
 
 
@@ -258,7 +262,7 @@ def _digest(x: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Orbax tells of what it cannot write by errors of many lines and types."""
+    """Turn an error of Orbax, which may have many lines and types, into one sentence."""
     try:
         yield
     except Exception as error:
@@ -269,13 +273,13 @@ def _one_sentence(what: str) -> Iterator[None]:
 
 
 def _of_store(error: Exception) -> bool:
-    """Whether the store refuses or does not answer; a file that is not there is an answer."""
+    """Return True if the store refuses or does not answer; a file that is not there is an answer."""
     absent = isinstance(error, FileNotFoundError)
     return any(word in str(error) for word in SILENT + REFUSED) or (of_storage(error) and not absent)
 
 
 def _kind(error: Exception, message: str) -> type[UserError]:
-    """Unreachable where the same may go well at another time."""
+    """Return the type of error: Unreachable where the same may succeed at another time."""
     other = any(word in str(error) for word in REFUSED + PEERS)
     return Unreachable if REMOTE in message and _of_store(error) and not other else UserError
 
@@ -286,7 +290,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_room(folder: Path, wanted: int) -> None:
-    # Asked first: a disk that fills up during a save ends in a flood of messages from the library's threads.
+    # Checked first: a disk that fills up during a save makes the threads of the library print a flood of messages.
     free = math.inf if is_remote(folder) else shutil.disk_usage(folder).free
     check(
         distributed.all_true(free > 1.1 * wanted),

@@ -3,20 +3,20 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from sora_jax.config import check, read_json
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.captions import captions_in_order, parse_mix
 from sora_jax.data.epochs import Position
-from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
@@ -26,36 +26,29 @@ from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig, check_weight
-from sora_jax.files import as_path, write_json
-from sora_jax.models.flops import train_flops
+from sora_jax.files import as_path
+from sora_jax.models.denoiser import AnyDenoiser, DenoiserConfig, denoise, denoiser_specs, train_flops
 from sora_jax.models.pretrained import PretrainedText
-from sora_jax.models.text import TextContext
-from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
-from sora_jax.nn.attention.measured import Load, candidates, fastest
-from sora_jax.nn.layers import compute_dtype
+from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel import distributed
-from sora_jax.parallel.mesh import MeshConfig
-from sora_jax.parallel.rules import parts
-from sora_jax.train.loop import Job, LoopConfig, log
-from sora_jax.train.optim import OptimConfig
+from sora_jax.train.loop import Job
+from sora_jax.train.run_config import RunConfig
+from sora_jax.train.state import MODEL, Group
 
 NOISE_BINS = 10
-CHOICES = "attention.json"  # {kind of device: backend}
+Text = Tokenizer | PretrainedText | NoText  # what turns captions into what a model takes
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise process, what is predicted, how times are drawn and how much the error counts at each.
+    """Configure the noise process and the loss of training."""
 
-    caption_dropout: the share of clips that are trained on without their caption and class, for guidance.
-    """
-
-    process: str = "linear_flow"
-    prediction: str = "velocity"
-    times: TimesConfig = TimesConfig()
-    weight: WeightConfig = WeightConfig()
-    caption_dropout: float = 0.1
+    process: str = "linear_flow"  # one of `diffusion.process.PROCESSES`
+    prediction: str = "velocity"  # what the network predicts: velocity, eps, x0, v, score or edm
+    times: TimesConfig = TimesConfig()  # how noise levels are drawn
+    weight: WeightConfig = WeightConfig()  # how much the error counts at each noise level
+    caption_dropout: float = 0.1  # share of clips trained on without caption and class, for guidance
 
     def __post_init__(self):
         check_pair(self.process, self.prediction)
@@ -68,60 +61,44 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewConfig:
-    """Sample clips written while training: prompts or classes and sizes (frames, height, width) are paired in turn.
+    """Configure the clips that are sampled while training; prompts or classes and sizes are paired in turn."""
 
-    steps: of the solver, "" for as many as `sampling` has.
-    """
-
-    prompts: tuple[str, ...] = ()
-    classes: tuple[int, ...] = ()
-    sizes: tuple[tuple[int, int, int], ...] = ()
-    steps: str = ""
-    fps: float = 8.0
+    prompts: tuple[str, ...] = ()  # captions to sample
+    classes: tuple[int, ...] = ()  # classes to sample, in place of prompts
+    sizes: tuple[tuple[int, int, int], ...] = ()  # (frames, height, width) of the clips
+    steps: str = ""  # solver steps; "": those of `sampling`
+    fps: float = 8.0  # frames a second of the files
 
     def __post_init__(self):
         check(not (self.prompts and self.classes), "preview.prompts and preview.classes are both given; give one")
-        check(bool(self.sizes) or not self.any, "preview.sizes is empty; previews need at least one size")
+        check(self.sizes or not self.any, "preview.sizes is empty; previews need at least one size")
         check(self.fps > 0, f"preview.fps is {self.fps}; it must be positive")
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to show."""
+        """True if there is anything to sample."""
         return bool(self.prompts or self.classes)
 
 
 @dataclasses.dataclass(frozen=True)
-class DenoiserRun:
-    """A whole training run of the denoiser. `latents` is a folder made by `sora-jax data encode`.
+class DenoiserRun(RunConfig):
+    """Configure a training run of the denoiser; `batch` counts packs."""
 
-    `batch` counts packs in a step over all devices, gradient accumulation included. `captions` says which of several
-    captions a clip has in an epoch: first, any, dalle3, sd3, or shares such as original=1,synthetic=3. `sampling` is
-    how the model is sampled unless it is asked otherwise.
-    """
-
-    kind: str = "transformer"
-    latents: str = ""
-    seed: int = 0
-    batch: int = 8
-    split: str = "train"
-    captions: str = "first"
-    model: TransformerConfig = TransformerConfig()
+    kind: Literal["denoiser"] = "denoiser"
+    latents: str = ""  # a folder made by `sora-jax data encode`
+    captions: str = "first"  # which caption a clip has in an epoch: first, any, dalle3, sd3, or original=1,synthetic=3
+    model: AnyDenoiser = TransformerConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     packing: PackingConfig = PackingConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
-    optim: OptimConfig = OptimConfig()
-    loop: LoopConfig = LoopConfig()
-    feed: FeedConfig = FeedConfig()
-    mesh: MeshConfig = MeshConfig()
     preview: PreviewConfig = PreviewConfig()
-    sampling: SamplingConfig = SamplingConfig(guidance=GuidanceConfig(3.0))
+    sampling: SamplingConfig = SamplingConfig(guidance=GuidanceConfig(3.0))  # how it is sampled unless asked otherwise
 
     def __post_init__(self):
-        check(self.kind == "transformer", f"kind is {self.kind!r}; a DenoiserRun is of kind 'transformer'")
-        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
+        super().__post_init__()
         parse_mix(self.captions)
         check(
-            self.batch > 0 and self.batch % self.loop.accumulate == 0,
+            self.batch % self.loop.accumulate == 0,
             f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
         )
         self._check_preview()
@@ -131,11 +108,9 @@ class DenoiserRun:
         )
 
     def _check_preview(self) -> None:
-        """What the first preview would otherwise tell, hours into the training."""
+        """Raise now what the first preview would otherwise raise, hours into the training."""
         preview, known = self.preview, self.model.classes
-        check(
-            bool(self.model.text) or not preview.prompts, "preview.prompts are given; a model without text has classes"
-        )
+        check(self.model.text or not preview.prompts, "preview.prompts are given; a model without text has classes")
         for label in preview.classes:
             check(
                 0 <= label < known,
@@ -151,53 +126,15 @@ class DenoiserRun:
         return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
 
 
-def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path) -> DenoiserRun:
-    """The config with "auto" attention settled where only a measurement can tell: to compute with, not to keep.
-
-    What `keep_attention` wrote for this kind of device is taken again, so that a run that goes on, and what is sampled
-    from it, is computed by the same program.
-    """
-    model = config.model
-    if model.attention != "auto" or not candidates():
-        return config
-    kept = kept_attention(workdir).get(device_kind())
-    if not distributed.all_true(kept is not None):
-        packs = max(config.batch // config.loop.accumulate // parts("batch", mesh), 1)
-        heads, dtype = model.heads // parts("heads", mesh), jnp.dtype(compute_dtype(model.dtype)).name
-        kept, found = fastest(Load(packs, config.packing.length, heads, model.head_width, dtype))
-        log(f"attention: {kept} ({found})")
-    return dataclasses.replace(config, model=dataclasses.replace(model, attention=kept))
+def denoiser_groups(config: DenoiserRun) -> dict[str, Group]:
+    """Declare what is trained: the network, with its text encoder."""
+    return {MODEL: Group(denoiser_specs(config.model), config.optim)}
 
 
-def keep_attention(config: DenoiserRun, workdir: Path) -> None:
-    """Writes what computes attention on this kind of device to WORKDIR/attention.json."""
-    if config.model.attention != "auto":
-        write_json(as_path(workdir) / CHOICES, kept_attention(workdir) | {device_kind(): config.model.attention})
+def denoiser_loss(config: DenoiserRun, params: dict, frozen: Any, pack: Pack, step: jax.Array, part: jax.Array):
+    """Return the sum of the denoising loss over the real tokens of a batch, its weight, and means: see `make_step`.
 
-
-def kept_attention(workdir: Path) -> dict[str, str]:
-    path = as_path(workdir) / CHOICES
-    return read_json(path) if path.exists() else {}
-
-
-def device_kind() -> str:
-    return jax.local_devices()[0].device_kind
-
-
-def migrate_config(values: dict) -> dict:
-    """A plain config as earlier versions wrote it, as this one reads it: previews once had a guidance of their own."""
-    preview = dict(values.get("preview", {}))
-    if "guidance" not in preview and not isinstance(preview.get("steps"), int):
-        return values
-    scale = preview.pop("guidance", SamplingConfig().guidance.scale)
-    preview["steps"] = str(preview.get("steps", ""))
-    return values | {"preview": preview, "sampling": {"guidance": {"scale": scale}}}
-
-
-def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array):
-    """Sum of the denoising loss over the real tokens of a batch, (weight, means): see `make_step`.
-
-    Times, noise and what is dropped of captions and classes are functions of (seed, step, clip) alone.
+    Times, noise and dropped captions and classes are functions of (seed, step, clip) alone.
     """
     diffusion = config.diffusion
     key = functools.partial(step_key, config.seed, step)
@@ -209,7 +146,7 @@ def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     sums = denoising_loss(
-        network(params, config, captions),
+        network(params[MODEL], config, captions),
         process,
         diffusion.prediction,
         pack.tokens_BLP.astype(jnp.float32),
@@ -224,16 +161,19 @@ def denoiser_loss(config: DenoiserRun, params: dict, pack: Pack, step: jax.Array
     means = {"loss_by_noise": (sums.loss_bins, sums.weight_bins)}
     if config.model.learned_variance:
         means |= {"mse": (sums.mse, sums.weight), "vlb_bits": (sums.vlb, sums.weight)}
-    return sums.loss, (sums.weight, means)
+    return {MODEL: sums.loss}, ({MODEL: sums.weight}, means)
 
 
-def network(params: dict, config: DenoiserRun, pack: Pack, text: TextContext | None = None) -> Denoise:
-    """The model with everything but noisy tokens and noise levels bound, its input scaled as the process asks."""
+def network(params: dict, config: DenoiserRun, pack: Pack, condition: Any = None) -> Denoise:
+    """Bind everything but noisy tokens and noise levels to the model; its input is scaled as the process asks.
+
+    condition: the result of `encode_condition`, which is computed at every call when None.
+    """
     process = process_named(config.diffusion.process)
 
-    def predict(x_BLP, t_BR):
+    def predict(x_BLP: jax.Array, t_BR: jax.Array) -> jax.Array:
         scale_BL1 = input_scale(process, per_token(t_BR, pack.rows_BL))[:, :, None]
-        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, text)
+        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, condition)
 
     return predict
 
@@ -246,60 +186,64 @@ def _drop(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
 def denoiser_job(
     config: DenoiserRun,
     cache: LatentCache,
-    tokenizer: Tokenizer | PretrainedText | NoText,
+    text: Text,
     preview=None,
     folder: Path | None = None,
-    share: tuple[int, int] = (0, 1),
+    share: Share = Share(),
 ) -> Job:
-    """What the loop needs to train a denoiser on a latent cache; `folder` keeps the tokens of its captions.
+    """Make the job that trains a denoiser on a latent cache.
 
-    share: this process's part of each batch, see `distributed.share_of_batch`.
+    folder: keeps the tokens of all captions. share: this process's part of each batch.
     """
     batches = packed_batches(
-        cache, None if isinstance(tokenizer, PretrainedText) else tokenizer, config.packs, config.batch, config.seed,
-        config.split, *share, config.captions, folder, first=distributed.first(),
-    )  # fmt: skip
+        cache,
+        None if isinstance(text, PretrainedText) else text,
+        config.packs,
+        config.batch,
+        config.seed,
+        config.split,
+        share,
+        config.captions,
+        folder,
+        first=distributed.first(),
+    )
     return Job(
-        name="transformer",
-        specs=transformer_specs(config.model),
-        loss=functools.partial(_job_loss, config),
+        name=config.kind,
+        groups=denoiser_groups(config),
+        loss=functools.partial(denoiser_loss, config),
         batches=lambda start, position: batches.stream(start, config.feed, Position(*position or ())),
-        to_device=functools.partial(_to_device, config.diffusion.times),
+        to_device=functools.partial(to_pack, config.diffusion.times),
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: _names(cache, batch["clip_ids_BS"]),
         preview=preview,
         note=str(batches.report()),
-        shares=share[1],
+        share=share,
     )
 
 
-def _to_device(times: TimesConfig, batch: dict) -> Pack:
-    """The batch as a Pack; stratified times need the place of each clip in the whole of it, all micro-batches."""
+def to_pack(times: TimesConfig, batch: dict) -> Pack:
+    """Make a Pack of a placed batch; stratified times need the rank of each clip in all of it, all micro-batches."""
     return Pack(**batch, ranks_BS=jax.jit(batch_ranks)(batch["clip_ids_BS"]) if times.stratified else None)
 
 
-def _names(cache: LatentCache, clip_ids_BS) -> list[str]:
+def _names(cache: LatentCache, clip_ids_BS: np.ndarray) -> list[str]:
     return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])))))
 
 
-def _job_loss(config: DenoiserRun, params, pack: Pack, step, part):
-    return denoiser_loss(config, params, pack, step)
-
-
-def batch_counts(model: TransformerConfig, batch: dict) -> dict[str, float]:
-    """Clips, real tokens, places for tokens and model FLOPs of a host batch."""
+def batch_counts(model: DenoiserConfig, batch: dict) -> dict[str, float]:
+    """Count clips, real tokens, capacity for tokens and model FLOPs of a host batch."""
     grids = batch["grids_BS3"].astype(np.int64)
     lengths = grids.prod(-1)
     return {
         "clips": int((lengths > 0).sum()),
         "tokens": int(lengths.sum()),
-        "places": batch["segments_BL"].size,
+        "capacity": batch["segments_BL"].size,
         "flops": train_flops(model, batch),
     }
 
 
-def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | PretrainedText | NoText:
-    """What turns captions into what the model of a run takes; UserError where its file is missing."""
+def load_tokenizer(config: DenoiserRun, workdir: Path) -> Text:
+    """Load what turns captions into what the model of a run takes; UserError where its file is missing."""
     if config.model.text is None:
         return NoText()
     if name := config.model.text.pretrained:
@@ -309,8 +253,8 @@ def load_tokenizer(config: DenoiserRun, workdir: Path) -> Tokenizer | Pretrained
     return tokenizers.load(as_path(workdir) / "tokenizer.json")
 
 
-def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Tokenizer | PretrainedText | NoText:
-    """The run's tokenizer: none, the pretrained one, the one in `workdir`, or one learnt from the captions."""
+def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Text:
+    """Return the run's tokenizer: none, the pretrained one, the one in `workdir`, or one learnt from the captions."""
     if config.model.text is None or config.model.text.pretrained or (as_path(workdir) / "tokenizer.json").exists():
         return load_tokenizer(config, workdir)
     tokenizer = tokenizers.train(captions_in_order(cache, cache.indices(config.split)), config.tokenizer)

@@ -1,5 +1,6 @@
-"""Dataset folder -> latent cache: every clip through the frozen autoencoder, once."""
+"""Encode a dataset folder into a latent cache: every clip passes the frozen autoencoder once."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
-from sora_jax.data.canvases import Size, canvas_of, choose_canvases
 from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
-from sora_jax.data.parts import Share
+from sora_jax.data.share import Share
 from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
@@ -22,75 +22,79 @@ from sora_jax.models.tiling import TilingConfig, count, lay_out, nearness
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
+from sora_jax.train.padded_shapes import Size, choose_padded_shapes, padded_shape_of
 
 CLIPS_PER_SHARD = 1024
 
 
-def encode_dataset(
-    autoencoder_run: Path,
-    data: Path,
-    out: Path,
-    batch: int = 16,
-    shapes: int = 4,
-    share: Share = Share(),
-    text: PretrainedText | None = None,
-    clips_per_shard: int = CLIPS_PER_SHARD,
-    tiles: TilingConfig = TilingConfig(),
-) -> bool:
-    """Writes the latent cache `out`, with a copy of the autoencoder inside; a complete one is kept as it is.
+@dataclasses.dataclass(frozen=True)
+class EncodeOptions:
+    """Choose how a dataset is encoded; only `text` and `tiles` change what is in the cache."""
 
-    batch: clips encoded at once. shapes: so many programs are compiled at most for clips of all sizes. share: of the
-    shards, where several processes share the work. text: embeds the captions too. False where others still work on
-    their shards. tiles: what is larger is encoded in tiles, `batch` of them at once. The devices share out each batch.
-    UserError if `out` holds latents of another autoencoder, text encoder or tiling, or of other clips. Nothing that
-    looks complete is left by a crash; the same call goes on after the last complete shard.
+    batch: int = 16  # clips (or tiles) encoded at once; the devices share them
+    shapes: int = 4  # programs compiled at most, for clips of all sizes
+    share: Share = Share()  # of the shards, where several processes share the work
+    text: PretrainedText | None = None  # encoder that embeds the captions, too
+    clips_per_shard: int = CLIPS_PER_SHARD
+    tiles: TilingConfig = TilingConfig()  # larger clips are encoded in tiles
+
+    def __post_init__(self):
+        for name in ("batch", "shapes"):
+            check(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}; it must be positive")
+
+
+def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions = EncodeOptions()) -> bool:
+    """Write the latent cache `out`, with a copy of the autoencoder inside; a complete one is kept as it is.
+
+    Returns False where other processes still work on their shards. Nothing that looks complete is left by a crash; the
+    same call goes on after the last complete shard.
+
+    Raises:
+        UserError: `out` holds latents of another autoencoder, text encoder or tiling, or of other clips.
     """
-    for name, value in (("batch", batch), ("shapes", shapes)):
-        check(value > 0, f"--{name} is {value}; it must be positive")
     autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
-    config = autoencoder.config
-    factors = (config.time_factor, config.space_factor, config.space_factor)
+    config, tiles, each = autoencoder.config, options.tiles, options.clips_per_shard
     check_sizes(config, dataset)
-    order, canvases = _by_canvas(dataset, shapes)
-    grids = [latent_grid(config, *canvas) for canvas in canvases]
+    order, padded_shapes = _by_padded_shape(dataset, options.shapes)
+    grids = [latent_grid(config, *shape) for shape in padded_shapes]
     info = CacheInfo(
         autoencoder.fingerprint,
         dataset.digest,
         config.latent_channels,
-        factors,
-        text.info if text else None,
+        (config.time_factor, config.space_factor, config.space_factor),
+        options.text.info if options.text else None,
         to_dict(tiles) if any(count(lay_out(config, tiles, grid)) > 1 for grid in grids) else None,
     )
     if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)
         return True
-    layout = {"canvases": canvases, "clips_per_shard": clips_per_shard}
-    parts = start_cache(out, info, -(-len(order) // clips_per_shard), layout)
-    missing = parts.missing(share)
-    if missing and (told := nearness(config, tiles, grids, "encode")):
-        print(f"sora-jax: {told}", file=sys.stderr)
+    layout = {"canvases": padded_shapes, "clips_per_shard": each}  # the key that caches begun by 0.1.0 have
+    parts = start_cache(out, info, -(-len(order) // each), layout)
+    missing = parts.missing(options.share)
+    if missing and (warning := nearness(config, tiles, grids, "encode")):
+        print(f"sora-jax: {warning}", file=sys.stderr)
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)
-    work = [order[part * clips_per_shard : (part + 1) * clips_per_shard] for part in missing]
+    work = [order[part * each : (part + 1) * each] for part in missing]
     clips = (dataset[index].frames for index in chain(*work))
-    latents = autoencoder.encode(clips, batch, canvases, tiles=tiles)
+    latents = autoencoder.encode(clips, options.batch, padded_shapes, tiles=tiles)
     latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer, jax.set_mesh(make_mesh()):
             rows = [dataset.row(index) for index in members]
-            for row, texts in zip(rows, _texts(text, rows), strict=True):
+            for row, texts in zip(rows, _texts(options.text, rows), strict=True):
                 add_latent(writer, info, row, next(latents), texts)
     return finish_cache(parts, info)
 
 
-def _by_canvas(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
-    """The clips with those of one canvas together, each in the dataset's order; and the canvases."""
+def _by_padded_shape(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
+    """Order the clips by their padded shape, then as in the dataset; return that order and the padded shapes."""
     sides = np.stack([dataset.table[name].to_numpy() for name in ("frames", "height", "width")], axis=1)
     sizes, which, counts = np.unique(sides, axis=0, return_inverse=True, return_counts=True)
     sizes = [tuple(size) for size in sizes.tolist()]
-    canvases = choose_canvases(dict(zip(sizes, counts.tolist(), strict=True)), shapes)
-    canvas = np.array([canvases.index(canvas_of(size, canvases)) for size in sizes])
-    return np.argsort(canvas[which.ravel()], kind="stable").tolist(), canvases
+    padded_shapes = choose_padded_shapes(dict(zip(sizes, counts.tolist(), strict=True)), shapes)
+    canvas = np.array([padded_shapes.index(padded_shape_of(size, padded_shapes)) for size in sizes])
+    return np.argsort(canvas[which.ravel()], kind="stable").tolist(), padded_shapes
 
 
 def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
@@ -103,7 +107,7 @@ def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
         f"--text-encoder is {name!r}; the cache {str(cache.path)!r} has text of "
         f"{cache.info.text.name if cache.info.text else 'no encoder'!r}; remove it, or give another --out",
     )
-    given, have = (_told(tiles) for tiles in (info.tiles, cache.info.tiles))
+    given, have = (_in_words(tiles) for tiles in (info.tiles, cache.info.tiles))
     check(
         given == have,
         f"--tile and --tile-overlap make {given}; the latent cache {str(cache.path)!r} was made of {have}; remove it, "
@@ -111,12 +115,12 @@ def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
     )
 
 
-def _told(tiles: dict | None) -> str:
+def _in_words(tiles: dict | None) -> str:
     return f"tiles of {'x'.join(map(str, tiles['tile']))} with overlap {tiles['overlap']}" if tiles else "whole clips"
 
 
 def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray] | None]:
-    """For each clip the embeddings of all its captions; of the empty one where it has none."""
+    """Yield for each clip the embeddings of all its captions; of the empty one where it has none."""
     if text is None:
         yield from (None for _ in rows)
         return
@@ -126,9 +130,9 @@ def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[n
 
 
 def copy_autoencoder(run: Path, target: Path) -> None:
-    """Keeps the frozen autoencoder beside what was made with it, so that each folder can be used alone.
+    """Copy the frozen autoencoder beside what was made with it, so that each folder can be used alone.
 
-    A copy that is there stays as it is.
+    An existing copy stays as it is.
     """
     kept = as_path(target) / FOLDER
     if (kept / RECORD).exists():

@@ -1,14 +1,15 @@
 """A trained autoencoder, frozen: weights, latent statistics and a fingerprint in one small folder."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,121 +17,153 @@ import numpy as np
 from flax import serialization, traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.config import check, from_dict, to_dict
-from sora_jax.data.canvases import Size, canvas_of
+from sora_jax.config import check, from_dict, read_json, to_dict
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text, replacing, write_json
 from sora_jax.models import tiling
-from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
+from sora_jax.models.first_stage import (
+    FirstStageConfig,
+    autoencoder_specs,
+    decode,
+    encode,
+    latent_fields,
+    latent_grid,
+)
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
+from sora_jax.train.migrate import migrate_first_stage
+from sora_jax.train.padded_shapes import Size, padded_shape_of
 
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
 SMALLEST_STD = 0.01  # of the largest channel
-# To be changed with whatever changes a latent of the same weights; tests/test_frozen.py knows when.
-CODE = "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1"
+VERSION = 2  # of fingerprints that are made
+# Bump the version whenever the same weights would produce different latents (tests/test_frozen.py detects it).
+CODE = {
+    1: "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1",
+    2: "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 2",
+}
 
 
-@dataclasses.dataclass(frozen=True)
+class _Tile(NamedTuple):
+    """A part of a clip on its way through the network; a clip that is not cut is its only tile."""
+
+    array: np.ndarray
+    axes: tiling.Axes  # the tiles of its clip
+    own: Size = (0, 0, 0)  # the clip's size, before it was padded
+    size: tuple[int, int] = (0, 0)  # height and width of what the tile has of the clip, in its first corner
+
+
+@dataclass(frozen=True)
 class FrozenAutoencoder:
-    """An autoencoder to use, not to train: latents in and out of it are normalised by its own statistics."""
+    """An autoencoder to use, not to train: latents in and out of it are normalised by its own statistics.
+
+    recorded: the fingerprint of the record that it was read from.
+    """
 
     config: FirstStageConfig
     params: dict
     mean_C: np.ndarray
     std_C: np.ndarray
+    recorded: str = ""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest of config, weights, statistics, preprocessing and code version: what a latent depends on."""
-        digest = hashlib.sha256(CODE.encode())
-        digest.update(json.dumps(to_dict(self.config), sort_keys=True).encode())
-        for name, value in sorted(_flat(self).items()):
-            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
+        """Hex digest of what a latent depends on: config, weights, statistics, preprocessing and code version.
+
+        An autoencoder keeps the fingerprint that it was saved with, whatever its version, as do its copies and caches.
+        """
+        return self.recorded or _fingerprint(VERSION, to_dict(self.config), self)
 
     def encode(
         self,
         clips: Iterable[np.ndarray],
         batch: int = 16,
-        canvases: Sequence[Size] | None = None,
+        padded_shapes: Sequence[Size] | None = None,
         tiles: TilingConfig = TilingConfig(),
     ) -> Iterator[np.ndarray]:
-        """uint8 clips (T, H, W, 3) of any sizes -> normalised float32 latents (t, h, w, C), in order.
+        """Encode uint8 clips (T, H, W, 3) of any sizes into normalised float32 latents (t, h, w, C), in order.
 
-        canvases: the shapes that programs are compiled for, each clip taking the smallest that holds it; default its
-        own. The latent is the same to float error: later frames do not reach earlier ones, and what lies beside the
+        padded_shapes: the shapes that programs are compiled for; each clip takes the smallest that holds it, by default
+        its own. The latent is the same to float error: later frames do not reach earlier ones, and what lies beside the
         clip is masked. tiles: what is larger is cut into tiles, `batch` of which are encoded at once.
         """
-        pixels, seen = tiling.factors(self.config), tiling.seen(self.config, "encode")
-        whole: list[tuple[Size, tiling.Axes]] = []  # clips that are on their way
-        sizes: list[tuple[int, int]] = []  # of what the tiles that are on their way have of their clips
-        params = _placed(self.params)
+        pixels = tiling.factors(self.config)
+        field = tiling.receptive_fields(self.config, "encode")
+        params = _on_devices(self.params)
 
-        def placed():
-            for clip in clips:
-                own = clip.shape[:3]
-                canvas = own if canvases is None else canvas_of(own, canvases)
-                axes = tiling.lay_out(self.config, tiles, latent_grid(self.config, *canvas))
-                whole.append((own, axes))
-                sizes.extend(_own_sizes(own, tiling.places(axes, pixels)))
-                yield from tiling.cut(clip if canvas == own else _on_canvas(clip, canvas), axes, pixels)
+        def cut(clip: np.ndarray) -> Iterator[_Tile]:
+            own = clip.shape[:3]
+            shape = own if padded_shapes is None else padded_shape_of(own, padded_shapes)
+            axes = tiling.lay_out(self.config, tiles, latent_grid(self.config, *shape))
+            arrays = tiling.cut(_padded(clip, shape), axes, pixels)
+            sizes = _own_sizes(own, tiling.places(axes, pixels))
+            return (_Tile(array, axes, own, size) for array, size in zip(arrays, sizes, strict=True))
 
-        def run(video_BTHWC):
-            own = sizes[: len(video_BTHWC)]
-            own += own[-1:] * (len(video_BTHWC) - len(own))  # the filler, whose latents are dropped
-            mean, _ = _encode(params, self.config, video_BTHWC, np.array(own, np.int32))
+        def run(batch: Sequence[_Tile]) -> np.ndarray:
+            video_BTHWC = np.stack([tile.array for tile in batch])
+            sizes_B2 = np.array([tile.size for tile in batch], np.int32)
+            mean, _ = _encode(params, self.config, video_BTHWC, sizes_B2)
             return (np.asarray(mean) - self.mean_C) / self.std_C
 
-        found = (part for part in _in_batches(run, placed(), batch) if sizes.pop(0))
-        for first in found:
-            own, axes = whole.pop(0)
-            parts = first, *itertools.islice(found, tiling.count(axes) - 1)
-            t, h, w = latent_grid(self.config, *own)
-            yield tiling.join(parts, axes, tiling.LATENTS, seen)[:t, :h, :w]
+        for tile, parts_ in _by_clip(_in_batches(run, itertools.chain.from_iterable(map(cut, clips)), batch)):
+            t, h, w = latent_grid(self.config, *tile.own)
+            yield tiling.join(parts_, tile.axes, tiling.LATENTS, field)[:t, :h, :w]
 
     def decode(
         self, latents: Iterable[np.ndarray], batch: int = 16, tiles: TilingConfig = TilingConfig()
     ) -> Iterator[np.ndarray]:
-        """Normalised latents of any sizes -> uint8 clips, in order; tiles: as in `encode`."""
-        pixels, seen = tiling.factors(self.config), tiling.seen(self.config, "decode")
-        whole: list[tiling.Axes] = []
-        params = _placed(self.params)
+        """Decode normalised latents of any sizes into uint8 clips, in order; tiles: as in `encode`."""
+        pixels = tiling.factors(self.config)
+        field = tiling.receptive_fields(self.config, "decode")
+        params = _on_devices(self.params)
 
-        def placed():
-            for z_thwC in latents:
-                whole.append(tiling.lay_out(self.config, tiles, z_thwC.shape[:3]))
-                yield from tiling.cut(z_thwC, whole[-1])
+        def cut(z_thwC: np.ndarray) -> Iterator[_Tile]:
+            axes = tiling.lay_out(self.config, tiles, z_thwC.shape[:3])
+            return (_Tile(array, axes) for array in tiling.cut(z_thwC, axes))
 
-        def run(z_BthwC):
-            z_BthwC = np.asarray(z_BthwC, np.float32) * self.std_C + self.mean_C
-            return np.asarray(_decode(params, self.config, z_BthwC))
+        def run(batch: Sequence[_Tile]) -> np.ndarray:
+            z_BthwC = np.stack([tile.array for tile in batch])
+            return np.asarray(_decode(params, self.config, np.asarray(z_BthwC, np.float32) * self.std_C + self.mean_C))
 
-        found = _in_batches(run, placed(), batch)
-        for first in found:
-            axes = whole.pop(0)
-            parts = first, *itertools.islice(found, tiling.count(axes) - 1)
-            yield to_uint8(tiling.join(parts, axes, pixels, seen))
+        for tile, parts_ in _by_clip(_in_batches(run, itertools.chain.from_iterable(map(cut, latents)), batch)):
+            yield to_uint8(tiling.join(parts_, tile.axes, pixels, field))
 
 
-def _placed(params: dict) -> dict:
-    """The parameters on each device of the mesh that is set: once, not with every batch."""
+def _fingerprint(version: int, config: dict, autoencoder: FrozenAutoencoder) -> str:
+    """Return the hex digest of an autoencoder by the rules of a version.
+
+    Version 1 hashed all fields of the config, as they were written then. Version 2 hashes those that change a latent,
+    so that a field that is added, a loss weight, `remat` or `dtype` leaves caches and runs readable.
+    """
+    digest = hashlib.sha256(CODE[version].encode())
+    if version > 1:
+        config = json.loads(json.dumps({"name": autoencoder.config.name} | latent_fields(autoencoder.config)))
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(_flat(autoencoder).items()):
+        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def _on_devices(params: dict) -> dict:
+    """Copy the parameters to each device of the mesh that is set: once, not with every batch."""
     return jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()) if on_mesh() else None)
 
 
 def _own_sizes(clip: Size, places: Iterable[tuple[slice, ...]]) -> Iterator[tuple[int, int]]:
-    """Height and width of what each tile of a canvas has of the clip, in its first corner."""
+    """Return height and width of what each tile of a padded shape has of the clip, in its first corner."""
     for where in places:
         pairs = zip(clip[1:], where[1:], strict=True)
         yield tuple(min(max(size - span.start, 0), span.stop - span.start) for size, span in pairs)
 
 
-def _on_canvas(clip: np.ndarray, canvas: Size) -> np.ndarray:
-    """The clip in the first corner of a larger shape."""
-    return np.pad(clip, [(0, whole - own) for whole, own in zip(canvas, clip.shape)] + [(0, 0)])
+def _padded(clip: np.ndarray, shape: Size) -> np.ndarray:
+    """Place the clip in the first corner of a larger shape."""
+    if clip.shape[:3] == tuple(shape):
+        return clip
+    return np.pad(clip, [(0, whole - own) for whole, own in zip(shape, clip.shape)] + [(0, 0)])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -144,34 +177,44 @@ def _decode(params, config, z):
     return decode(params, config, reshard(z, "batch", None, None, None, None))
 
 
-def _in_batches(function, arrays: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:
-    """Applies `function` to runs of equal shape, filled up to `batch` so that each shape compiles once."""
+def _in_batches(function: Callable, tiles: Iterable[_Tile], batch: int) -> Iterator[tuple[_Tile, np.ndarray]]:
+    """Apply `function` to batches of tiles of one shape; yield each tile with its result, in order.
+
+    The last batch of a shape is filled up by its last tile, so that each shape compiles once.
+    """
     batch = -(-batch // parts("batch")) * parts("batch")
-    held: list[np.ndarray] = []
-    for array in arrays:
-        if held and (array.shape != held[0].shape or len(held) == batch):
-            yield from _flush(function, held, batch)
+    held: list[_Tile] = []
+
+    def flush() -> Iterator[tuple[_Tile, np.ndarray]]:
+        results = function(held + held[-1:] * (batch - len(held)))
+        yield from zip(held, results)  # what the filler gives is dropped
+
+    for tile in tiles:
+        if held and (tile.array.shape != held[0].array.shape or len(held) == batch):
+            yield from flush()
             held = []
-        held.append(array)
+        held.append(tile)
     if held:
-        yield from _flush(function, held, batch)
+        yield from flush()
 
 
-def _flush(function, held: list[np.ndarray], batch: int) -> np.ndarray:
-    filled = held + [held[-1]] * (batch - len(held))
-    return function(np.stack(filled))[: len(held)]
+def _by_clip(found: Iterator[tuple[_Tile, np.ndarray]]) -> Iterator[tuple[_Tile, list[np.ndarray]]]:
+    """Collect the results of all tiles of each clip; yield its first tile with them."""
+    for tile, first in found:
+        rest = itertools.islice(found, tiling.count(tile.axes) - 1)
+        yield tile, [first, *(result for _, result in rest)]
 
 
 def measure_statistics(
-    params,
+    params: dict,
     config: FirstStageConfig,
     clips: Iterable[np.ndarray],
     batch: int = 16,
     tiles: TilingConfig = TilingConfig(),
-):
-    """Mean and standard deviation of each latent channel over clips, each position counting once.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure mean and standard deviation of each latent channel over clips; each position counts once.
 
-    No deviation is taken for less than SMALLEST_STD times the largest.
+    A deviation is at least SMALLEST_STD times the largest.
     """
     raw = FrozenAutoencoder(config, params, np.zeros(1, np.float32), np.ones(1, np.float32))
     count, total, squares = 0, 0.0, 0.0
@@ -187,39 +230,55 @@ def measure_statistics(
 
 
 def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
-    """Writes weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
+    """Write weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
     folder = as_path(folder)
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **_flat(autoencoder))
-    record = {"config": to_dict(autoencoder.config), "fingerprint": autoencoder.fingerprint, **notes}
-    write_json(folder / RECORD, record)
+    record = {"config": to_dict(autoencoder.config), "version": VERSION}
+    record["fingerprint"] = _fingerprint(VERSION, record["config"], autoencoder)
+    write_json(folder / RECORD, record | notes)
 
 
 def frozen_folder(run: Path) -> Path:
-    """Where a run folder keeps its frozen autoencoder; the folder itself where it is that."""
+    """Return where a run folder keeps its frozen autoencoder; the folder itself where it is that."""
     run = as_path(run)
     return run / FOLDER if (run / FOLDER).is_dir() else run
 
 
+def recorded_fingerprint(run: Path) -> str | None:
+    """Return the fingerprint that stands in a run folder, without reading weights; None where there is no record."""
+    path = frozen_folder(run) / RECORD
+    return json.loads(read_text(path))["fingerprint"] if path.exists() else None
+
+
+def autoencoder_config(run: Path) -> FirstStageConfig:
+    """Read the config of the frozen autoencoder of a run folder, without its weights; UserError where there is none."""
+    path = frozen_folder(run) / RECORD
+    check(path.exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    return from_dict(FirstStageConfig, migrate_first_stage(read_json(path)["config"]))
+
+
 def load_autoencoder(run: Path) -> FrozenAutoencoder:
-    """The frozen autoencoder of a run folder (or the frozen folder itself)."""
+    """Read the frozen autoencoder of a run folder (or the frozen folder itself).
+
+    Raises:
+        UserError: there is none, or it is damaged: weights and fingerprint do not match.
+    """
     folder = frozen_folder(run)
     exists = (folder / RECORD).exists()
     check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     try:
-        autoencoder, fingerprint = _read(folder)
+        autoencoder, whole = _read(folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"the autoencoder in {str(folder)!r} is damaged: {error}") from error
-    check(
-        autoencoder.fingerprint == fingerprint,
-        f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint",
-    )
+    check(whole, f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint")
     return autoencoder
 
 
-def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
+def _read(folder: Path) -> tuple[FrozenAutoencoder, bool]:
+    """Read an autoencoder; the second value is True if it has the fingerprint of its record."""
     record = json.loads(read_text(folder / RECORD))
-    config = from_dict(FirstStageConfig, record["config"])
+    config = from_dict(FirstStageConfig, migrate_first_stage(record["config"]))
     with np.load(local_copy(folder / WEIGHTS)) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")
@@ -227,7 +286,9 @@ def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     names = traverse_util.flatten_dict(serialization.to_state_dict(template), keep_empty_nodes=True, sep="/")
     nested = traverse_util.unflatten_dict(names | flat, sep="/")
     params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
-    return FrozenAutoencoder(config, params, mean, std), record["fingerprint"]
+    autoencoder = FrozenAutoencoder(config, params, mean, std, record["fingerprint"])
+    version = record.get("version", 1)  # records of version 1 do not name it
+    return autoencoder, record["fingerprint"] == _fingerprint(version, record["config"], autoencoder)
 
 
 def _flat(autoencoder: FrozenAutoencoder) -> dict[str, np.ndarray]:

@@ -1,4 +1,7 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard, and where its time went; the only file that imports a writer."""
+"""Write what a run reports: `metrics.jsonl`, TensorBoard, and how its time was spent.
+
+The only file that imports a TensorBoard writer.
+"""
 
 import contextlib
 import json
@@ -15,10 +18,10 @@ ROWS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard.
+    """Append one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard.
 
-    Where files cannot grow, in an object store, both are written anew by `keep`, and now and then (`files.Mirror`);
-    a time at which that fails is reported and the run goes on.
+    In an object store, where files cannot grow, both are written anew by `flush`, and from time to time
+    (`files.Mirror`); if that fails it is reported and the run goes on.
 
     `start` is the step that the run goes on from: reports of later steps, which a killed run left, are dropped,
     so that no step is reported twice.
@@ -44,7 +47,7 @@ class MetricsWriter:
         self._stack.__exit__(*error)
 
     def write(self, step: int, metrics: dict) -> None:
-        """`metrics` holds numbers or short vectors; a vector's entries become name/0, name/1..."""
+        """Write numbers or short vectors; a vector's entries become name/0, name/1..."""
         flat = flatten(metrics)
         self._file.write(json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in flat.items()}))
         self._file.write("\n")
@@ -54,22 +57,22 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
         self._mirror.keep_in_time()
 
-    def keep_rows(self) -> None:
-        """The reports are to outlive this process, as the checkpoint does that is saved now."""
+    def flush_rows(self) -> None:
+        """Put the rows on permanent storage; called before the checkpoint that they belong to is saved."""
         self._mirror.keep(ROWS)
 
-    def keep(self) -> None:
-        """So are the scalars and pictures, of which there is much more."""
+    def flush(self) -> None:
+        """Put rows and TensorBoard events on permanent storage. Slower than `flush_rows`: event files are large."""
         self._board.flush()
         self._mirror.keep()
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """A uint8 picture for TensorBoard."""
+        """Write a uint8 picture for TensorBoard."""
         self._board.add_image(name, image_HWC, step, dataformats="HWC")
 
 
 def flatten(metrics: dict) -> dict[str, float]:
-    """Scalars under their names, vectors as name/index."""
+    """Flatten metrics: scalars under their names, vectors as name/index."""
     flat = {}
     for name, value in metrics.items():
         value = np.asarray(value)
@@ -81,19 +84,19 @@ def flatten(metrics: dict) -> dict[str, float]:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The reports of a run, in order."""
+    """Read the reports of a run, in order."""
     path = as_path(workdir) / ROWS
     rows = []
     for line in read_text(path).splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be incomplete
             rows.append(json.loads(line))
     return rows
 
 
 class Stopwatch:
-    """Seconds by cause: `with watch("save"): ...`; the causes of a run add up to the wall time of `fit`.
+    """Measure seconds by cause, `with watch("save"): ...`; the causes of a run add up to the wall time of `fit`.
 
-    Another thread may ask for `now` and `cause` at any time.
+    Another thread may call `now` and `cause` at any time.
     """
 
     def __init__(self):
@@ -111,24 +114,24 @@ class Stopwatch:
             self.seconds[cause] += time.perf_counter() - start
 
     def add(self, seconds: dict[str, float]) -> None:
-        """Of processes that did the run before."""
+        """Add the time spent by earlier processes of the same run."""
         for cause, value in seconds.items():
             self.seconds[cause] += value
 
     @property
     def cause(self) -> str | None:
-        """What is going on."""
+        """The cause that is being measured, None between causes."""
         return self._running and self._running[0]
 
     def now(self) -> dict[str, float]:
-        """`seconds`, with what is still going on."""
+        """Return `seconds`, including the cause that is being measured."""
         running, seconds = self._running, dict(self.seconds)
         if running:
             seconds[running[0]] = seconds.get(running[0], 0.0) + time.perf_counter() - running[1]
         return seconds
 
     def __str__(self) -> str:
-        """In words: the productive share, and where the rest went."""
+        """Describe the share of time spent on steps, and the rest by cause."""
         seconds = self.now()
         whole = sum(seconds.values())
         rest = ", ".join(f"{cause} {value:.1f} s" for cause, value in seconds.items() if cause != "step")

@@ -1,4 +1,4 @@
-"""Optimisers as optax chains from a config."""
+"""Build optimisers as optax chains from a config."""
 
 import dataclasses
 import functools
@@ -14,28 +14,21 @@ from sora_jax.config import check, choose
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW behind global-norm clipping; the learning rate warms up linearly, then follows `schedule`.
+    """Configure AdamW behind clipping by global norm, with a linear warm-up of the learning rate."""
 
-    `decay_steps` is where "cosine" and "linear" reach `final_fraction` of the peak, 0 = the end of the run. Weight
-    decay acts on weights alone (never on biases, gains or embedding tables). `ema` holds decays, several at once; the
-    first one samples. `clip_norm` 0 clips nothing. `ema_warmup` lets young averages follow faster, see `update_ema`.
-    `skip_spikes` leaves out updates whose gradient norm is so many standard deviations above its running mean, see
-    `skip_spikes`; 0 leaves out none.
-    """
-
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 100
-    decay_steps: int = 0
-    final_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    skip_spikes: float = 0.0
-    ema: tuple[float, ...] = (0.999,)
-    ema_warmup: bool = True
+    learning_rate: float = 1e-4  # peak, after the warm-up
+    schedule: str = "constant"  # of the learning rate after the warm-up: constant, cosine or linear
+    warmup_steps: int = 100  # steps in which the learning rate rises linearly to its peak; 0: none
+    decay_steps: int = 0  # step at which cosine and linear end; 0: the last step of the run
+    final_fraction: float = 0.0  # share of the peak at which they end
+    b1: float = 0.9  # Adam's decay of the first moment
+    b2: float = 0.99  # Adam's decay of the second moment
+    eps: float = 1e-8  # Adam's epsilon
+    weight_decay: float = 0.0  # decoupled; of weights alone, never of biases, norm scales or embedding tables
+    clip_norm: float = 1.0  # global norm to which gradients are clipped; 0: no clipping
+    skip_spikes: float = 0.0  # skip updates this many standard deviations above the mean gradient norm; 0: none
+    ema: tuple[float, ...] = (0.999,)  # decays of the averages of the parameters; the first one is sampled with
+    ema_warmup: bool = True  # let the averages follow faster at the start of a run, see `update_ema`
 
     def __post_init__(self):
         choose("optim.schedule", self.schedule, SCHEDULES)
@@ -76,7 +69,7 @@ SCHEDULES = {
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Step -> learning rate; step 0 of a warm-up of n steps already has 1 / n of the peak."""
+    """Return the schedule step -> learning rate; step 0 of a warm-up of n steps already has 1 / n of the peak."""
     after = SCHEDULES[config.schedule](config)
     if not config.warmup_steps:
         return after
@@ -86,7 +79,7 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip by global norm, Adam with decoupled weight decay (1711.05101)."""
+    """Chain clipping by global norm and Adam with decoupled weight decay (1711.05101)."""
     optimizer = optax.chain(
         *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -97,7 +90,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 class SpikeState(NamedTuple):
-    """Running mean and variance of the gradient norm, how many norms are in them, and how many were spikes."""
+    """Hold the running mean and variance of the gradient norm, the number of norms in them, and that of spikes."""
 
     mean: jax.Array
     variance: jax.Array
@@ -107,13 +100,13 @@ class SpikeState(NamedTuple):
 
 
 def skip_spikes(
-    optimizer: optax.GradientTransformation, deviations: float, decay: float = 0.99, young: int = 100
+    optimizer: optax.GradientTransformation, deviations: float, decay: float = 0.99, warmup: int = 100
 ) -> optax.GradientTransformation:
-    """No update, and no change of the optimizer, where the gradient norm is above its running mean + deviations * std.
+    """Skip updates whose gradient norm is above its running mean + deviations * std; the optimizer stays as it was.
 
-    As Open-Sora-Plan does with 3 deviations (2412.00131). A norm that is not finite is a spike, too. The first `young`
-    updates are never left out. A spike enters the statistics as the limit that it exceeded, so a norm that stays high
-    is soon no spike.
+    Open-Sora-Plan does so with 3 deviations (2412.00131). A norm that is not finite counts as a spike. Never skip
+    during the first `warmup` updates. A spike is clipped to the threshold before it is added to the statistics, so a
+    lasting rise of the norm is soon accepted.
     """
 
     def init(params):
@@ -122,7 +115,7 @@ def skip_spikes(
 
     def update(gradient, state, params=None):
         norm = optax.tree.norm(gradient)
-        limit = jnp.where(state.seen < young, jnp.inf, state.mean + deviations * jnp.sqrt(state.variance))
+        limit = jnp.where(state.seen < warmup, jnp.inf, state.mean + deviations * jnp.sqrt(state.variance))
         regular = norm <= limit
         updates, inner = optimizer.update(gradient, state.inner, params)
         choose = functools.partial(jax.tree.map, functools.partial(jax.lax.select, regular))
@@ -139,13 +132,13 @@ def skip_spikes(
     return optax.GradientTransformation(init, update)
 
 
-def weights_only(params):
-    """True for matrices and kernels, by the last name of their path in the parameter tree."""
+def weights_only(params: dict) -> dict:
+    """Return a tree that is True for matrices and kernels, by the last name of their path."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
 
 
-def update_ema(ema: tuple, params, decays: tuple[float, ...], step: jax.Array, warmup: bool = True) -> tuple:
-    """Averages of the *new* parameters; with `warmup` the decay grows as (1 + n) / (10 + n) while the run is young."""
+def update_ema(ema: tuple, params: dict, decays: tuple[float, ...], step: jax.Array, warmup: bool = True) -> tuple:
+    """Update the averages by the *new* parameters; with `warmup` the decay is at most (1 + n) / (10 + n) at step n."""
 
     def one(average, decay):
         warm = jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay

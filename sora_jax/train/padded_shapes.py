@@ -1,4 +1,4 @@
-"""A few shapes for clips of many sizes, so that few programs are compiled."""
+"""A few padded shapes for clips of many sizes, so that few programs are compiled."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ import numpy as np
 Size = tuple[int, int, int]
 
 
-def choose_canvases(sizes: Iterable[Size] | Mapping[Size, int], most: int) -> list[Size]:
-    """At most `most` shapes (frames, height, width), smallest first, such that each size fits into one of them.
+def choose_padded_shapes(sizes: Iterable[Size] | Mapping[Size, int], most: int) -> list[Size]:
+    """Choose at most `most` shapes (frames, height, width), smallest first, such that each size fits into one of them.
 
     sizes: of all clips, or the number of clips of each. From one shape for each size, the two are merged that add least
     volume to the clips in them, until few enough are left.
@@ -26,17 +26,17 @@ def choose_canvases(sizes: Iterable[Size] | Mapping[Size, int], most: int) -> li
         cost = np.delete(np.delete(cost, other, 0), other, 1)
         cost[one] = cost[:, one] = _costs(shapes, clips, one)
     shapes = sorted({tuple(shape) for shape in shapes.tolist()}, key=np.prod)
-    return [shape for shape in shapes if any(canvas_of(size, shapes) == shape for size in counts)]
+    return [shape for shape in shapes if any(padded_shape_of(size, shapes) == shape for size in counts)]
 
 
 def _costs(shapes: np.ndarray, clips: np.ndarray, one: int) -> np.ndarray:
-    """Volume added by merging shape `one` with each; infinite with itself."""
+    """Return the volume added by merging shape `one` with each; infinite with itself."""
     merged = np.maximum(shapes, shapes[one]).prod(1)
     added = clips * (merged - shapes.prod(1)) + clips[one] * (merged - shapes[one].prod())
     added[one] = np.inf
     return added
 
 
-def canvas_of(size: Size, canvases: Iterable[Size]) -> Size:
-    """The smallest of the shapes that holds a clip of this size."""
-    return min((c for c in canvases if all(np.greater_equal(c, size))), key=np.prod)
+def padded_shape_of(size: Size, padded_shapes: Iterable[Size]) -> Size:
+    """Return the smallest of the shapes that holds a clip of this size."""
+    return min((c for c in padded_shapes if all(np.greater_equal(c, size))), key=np.prod)

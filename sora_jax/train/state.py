@@ -1,30 +1,97 @@
-"""Everything that a run changes, as one tree."""
+"""Everything that a run changes, as one tree; trained weights come in groups."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import serialization, struct
 from jax.sharding import Mesh
 
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.nn import params as param
+from sora_jax.train.optim import OptimConfig, make_optimizer
+
+MODEL = "model"  # the group of a run that trains a single network
+PER_GROUP = ("params", "ema", "opt_state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Declare parameters that are trained together, with an optimizer, clip norm and averages of their own."""
+
+    specs: dict
+    optim: OptimConfig
+
+
+class Optimizer(NamedTuple):
+    """How a group is updated: the gradient transformation, and the decays of its averages."""
+
+    transformation: optax.GradientTransformation
+    decays: tuple[float, ...]
+    ema_warmup: bool = True
+
+
+def make_optimizers(groups: Mapping[str, Group], steps: int) -> dict[str, Optimizer]:
+    """Build the optimizer of each group for a run of `steps`, where schedules without an end of their own end."""
+
+    def one(optim: OptimConfig) -> Optimizer:
+        complete = dataclasses.replace(optim, decay_steps=optim.decay_steps or steps)
+        return Optimizer(make_optimizer(complete), optim.ema, optim.ema_warmup)
+
+    return {name: one(group.optim) for name, group in groups.items()}
 
 
 @struct.dataclass
 class TrainState:
-    """step: updates done; ema: one tree of parameters per decay."""
+    """step: updates done. By group: params, a tree; ema, one such tree for each decay; opt_state."""
 
     step: jax.Array
-    params: dict
-    ema: tuple
-    opt_state: optax.OptState
+    params: dict[str, Any]
+    ema: dict[str, tuple]
+    opt_state: dict[str, Any]
 
 
-def init_state(specs, optimizer: optax.GradientTransformation, averages: int, seed: int, mesh: Mesh) -> TrainState:
-    """The state before the first step; every array is born with its sharding."""
-    param.check_splits(specs, mesh)
-    shardings = param.shardings(specs, mesh)
-    params = jax.jit(lambda key: param.init(specs, key), out_shardings=shardings)(step_key(seed, 0, Purpose.INIT))
+def init_state(groups: Mapping[str, Group], optimizers: Mapping[str, Optimizer], seed: int, mesh: Mesh) -> TrainState:
+    """Make the state before the first step; every array is created with its sharding.
+
+    A parameter's key is a function of the seed, its group's place among the groups and its path inside the group.
+    """
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    ema = tuple(copy(params) for _ in range(averages))
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, jax.jit(optimizer.init)(params))
+    params, ema, opt_state = {}, {}, {}
+    for number, (name, group) in enumerate(groups.items()):
+        param.check_splits(group.specs, mesh)
+        key = step_key(seed, number, Purpose.INIT)  # the first group's is that of runs before there were groups
+        shardings = param.shardings(group.specs, mesh)
+        params[name] = jax.jit(partial(param.init, group.specs), out_shardings=shardings)(key)
+        ema[name] = tuple(copy(params[name]) for _ in optimizers[name].decays)
+        opt_state[name] = jax.jit(optimizers[name].transformation.init)(params[name])
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state)
+
+
+def to_stored(state: TrainState) -> dict:
+    """Convert a state into the nested dict that a checkpoint holds; a single group is stored without its name.
+
+    So the checkpoints of a run with one group are those from before there were groups.
+    """
+    tree = serialization.to_state_dict(state)
+    if len(state.params) == 1:
+        for part in PER_GROUP:
+            (tree[part],) = tree[part].values()
+    return tree
+
+
+def from_stored(state: TrainState, tree: dict) -> TrainState:
+    """Convert what a checkpoint holds back into a state with the structure of `state`."""
+    if len(state.params) == 1:
+        (name,) = state.params
+        tree = tree | {part: {name: tree[part]} for part in PER_GROUP}
+    return serialization.from_state_dict(state, tree)
+
+
+def abstract_ema(groups: Mapping[str, Group], mesh: Mesh) -> dict[str, tuple]:
+    """Return the averages of all groups as abstract trees with shardings: what a checkpoint restores into."""
+    return {name: (param.abstract_on(group.specs, mesh),) * len(group.optim.ema) for name, group in groups.items()}

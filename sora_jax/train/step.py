@@ -1,59 +1,77 @@
-"""The training step: a pure function of (state, batch), jitted once, its state donated."""
+"""The training step: a pure function of (state, frozen weights, batch), jitted once, its state donated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sora_jax.train.optim import update_ema
-from sora_jax.train.state import TrainState
+from sora_jax.train.state import Optimizer, TrainState
 
-Means = dict[str, tuple[jax.Array, jax.Array]]
-LossFunction = Callable[..., tuple[jax.Array, tuple[jax.Array, Means]]]
+Sums = dict[str, jax.Array]
+MetricSums = dict[str, tuple[jax.Array, jax.Array]]
+LossFunction = Callable[..., tuple[Sums, tuple[Sums, MetricSums]]]
 
 
-def make_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, decays: tuple[float, ...], ema_warmup: bool = True
-) -> Callable:
-    """Builds `step(state, batches) -> (state, metrics)`.
+def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callable:
+    """Build `step(state, frozen, batches) -> (state, metrics)`.
 
-    `loss(params, batch, step)` returns (sum, (weight, means)): sums over what is counted (tokens, clips), never
-    means, so that micro-batches and devices weigh by what they hold. `batches` has a leading axis of micro-batches
-    whose gradients are accumulated. `means` maps a name to (sum, count). Metrics are scalars or small vectors;
-    "skipped_updates", where the optimizer skips spikes, counts from the beginning of the run.
+    `loss(params, frozen, batch, step, part)` takes the parameters by group and returns
+    ({group: sum}, ({group: weight}, means)): sums over what is counted (tokens, clips), never means, so that
+    micro-batches and devices weigh by what they hold. The gradient of a group is that of its own sum alone, also where
+    the sums of other groups read its parameters. `frozen` holds weights that the loss reads and nothing trains: an
+    argument, since a closure would compile them into the program. `batches` has a leading axis of micro-batches whose
+    gradients are accumulated. `means` maps a name to (sum, count).
+
+    Metrics are scalars or small vectors: "loss" and the norms of gradient, update and parameters, the latter followed
+    by "/group" where there are several groups; "skipped_updates", where an optimizer skips spikes, counts from the
+    beginning of the run.
     """
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batches):
-        gradient, total, weight, means = _accumulate(loss, state, batches)
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+    def step(state: TrainState, frozen: Any, batches: Any) -> tuple[TrainState, dict]:
+        gradients, totals, weights, means = _accumulate(loss, state, frozen, batches)
         # 0 / 0 is NaN, and says that nothing was counted
-        metrics = {name: value / count for name, (value, count) in means.items()} | {
-            "loss": total / weight,
-            "gradient_norm": optax.tree.norm(gradient),
-            "update_norm": optax.tree.norm(updates),
-            "parameter_norm": optax.tree.norm(params),
-        }
-        skipped = optax.tree.get(opt_state, "skipped_updates")
-        metrics |= {} if skipped is None else {"skipped_updates": skipped}
-        ema = update_ema(state.ema, params, decays, state.step, ema_warmup)
+        metrics = {name: value / count for name, (value, count) in means.items()}
+        updated, losses = {}, []
+        for name, optimizer in optimizers.items():
+            gradient = jax.tree.map(lambda g, weight=weights[name]: g / weight, gradients[name])
+            updated[name], found = _update(optimizer, state, name, gradient)
+            losses.append(totals[name] / weights[name])
+            suffix = f"/{name}" if len(optimizers) > 1 else ""
+            metrics |= {f"{metric}{suffix}": value for metric, value in found.items()}
+            metrics |= {f"loss{suffix}": losses[-1]}
+        metrics["loss"] = sum(losses[1:], start=losses[0])
+        params, ema, opt_state = ({name: parts[i] for name, parts in updated.items()} for i in range(3))
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step
 
 
-def _accumulate(loss: LossFunction, state: TrainState, batches):
-    """Sums of gradients, losses, weights and means over the leading axis of `batches`."""
+def _update(optimizer: Optimizer, state: TrainState, name: str, gradient: Any) -> tuple[tuple, dict]:
+    """Return (params, ema, opt_state) of one group after an update, and its metrics."""
+    transformation, decays, ema_warmup = optimizer
+    updates, opt_state = transformation.update(gradient, state.opt_state[name], state.params[name])
+    params = optax.apply_updates(state.params[name], updates)
+    metrics = {
+        "gradient_norm": optax.tree.norm(gradient),
+        "update_norm": optax.tree.norm(updates),
+        "parameter_norm": optax.tree.norm(params),
+    }
+    skipped = optax.tree.get(opt_state, "skipped_updates")
+    metrics |= {} if skipped is None else {"skipped_updates": skipped}
+    return (params, update_ema(state.ema[name], params, decays, state.step, ema_warmup), opt_state), metrics
+
+
+def _accumulate(loss: LossFunction, state: TrainState, frozen: Any, batches: Any) -> tuple:
+    """Sum gradients, losses, weights and means over the leading axis of `batches`."""
 
     def one(index):
         batch = jax.tree.map(lambda x: x[index], batches)
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (total, (weight, means)), gradient = value_and_grad(state.params, batch, state.step, index)
-        return gradient, total, weight, means
+        return gradients(loss, state.params, frozen, batch, state.step, index)
 
     count = jax.tree.leaves(batches)[0].shape[0]
     if count == 1:
@@ -61,3 +79,18 @@ def _accumulate(loss: LossFunction, state: TrainState, batches):
     first = one(0)
     body = lambda sums, index: (jax.tree.map(jnp.add, sums, one(index)), None)  # noqa: E731
     return jax.lax.scan(body, first, jnp.arange(1, count))[0]
+
+
+def gradients(loss: LossFunction, params: dict, frozen: Any, batch: Any, step: jax.Array, part: jax.Array) -> tuple:
+    """Return the gradient of each group's own sum by its own parameters, then sums, weights and means.
+
+    One forward pass serves all. Each sum is pulled back by itself, and what it gives for the parameters of other groups
+    is dropped (and so not computed): no loss has to stop gradients by hand.
+    """
+    sums, pull, (weights, means) = jax.vjp(lambda params: loss(params, frozen, batch, step, part), params, has_aux=True)
+
+    def own(name: str):
+        unit = {other: jnp.ones_like(x) if other == name else jnp.zeros_like(x) for other, x in sums.items()}
+        return pull(unit)[0][name]
+
+    return {name: own(name) for name in params}, sums, weights, means

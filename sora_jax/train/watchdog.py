@@ -1,4 +1,4 @@
-"""A thread beside the loop: keeps on disk where the time went, and speaks up while a step hangs."""
+"""A thread beside the loop: writes the time log, and warns while a step hangs."""
 
 import contextlib
 import statistics
@@ -22,12 +22,12 @@ RECENT, FEWEST = 100, 10  # steps that the median is of
 
 
 class Watchdog:
-    """A context manager; `stepped` tells it of each finished step.
+    """Watch the steps of a run; a context manager whose `stepped` is called after each finished step.
 
-    Every `interval` seconds the seconds by cause go to WORKDIR/time.json (workdir None: nowhere), for `spent_before`;
-    in an object store, which takes no such pace, every ten.
-    A step that has taken ten times the median of the recent ones, and at least `interval`, is reported on stderr at
-    that moment, and again when it ends. Saves and previews are no part of a step.
+    Every `interval` seconds (in an object store every ten) the seconds by cause are written to WORKDIR/time.json, for
+    `spent_before`; workdir None writes nothing. A step that has taken ten times the median of the recent ones, and at
+    least `interval`, is reported on stderr at that moment, and again when it ends. Saves and previews are no part of a
+    step.
     """
 
     def __init__(self, watch: Stopwatch, workdir: Path | None, step: int, interval: float = 1.0):
@@ -48,7 +48,7 @@ class Watchdog:
         self._keep()
 
     def stepped(self, step: int) -> None:
-        """Step `step` is finished."""
+        """Note that step `step` is finished."""
         now = self._busy()
         seconds, self._done, self._step = now - self._done, now, step
         if self._told:
@@ -80,15 +80,15 @@ class Watchdog:
 
     def _keep(self) -> None:
         if self._workdir:
-            # A disk that is full ends the run by the next save, which can say so.
+            # If the disk is full, the next save ends the run with a clear message; this thread must not.
             with contextlib.suppress(Exception):
                 write_json(as_path(self._workdir) / FILE, {"step": self._step, "seconds": self._watch.now()})
 
 
 def spent_before(workdir: Path, start: int, saved: dict[str, float]) -> dict[str, float]:
-    """Seconds by cause of the run so far, which goes on from step `start`; `saved` is what that checkpoint knows.
+    """Return the seconds by cause of a run that goes on from step `start`; `saved` is what that checkpoint knows.
 
-    What a killed process did after it has been for nothing, and is "lost".
+    Time that a killed process spent after that checkpoint is counted as "lost".
     """
     kept = _kept(as_path(workdir) / FILE) or {"step": start, "seconds": saved}
     if kept["step"] <= start:
@@ -98,7 +98,7 @@ def spent_before(workdir: Path, start: int, saved: dict[str, float]) -> dict[str
 
 
 def _kept(path: Path) -> dict | None:
-    """What stands in the file; None, and a word about it, where a power cut left less: no run ends for its books."""
+    """Read the time log. If it is truncated (power loss), warn and return None: bookkeeping must never stop a run."""
     try:
         if not path.exists():
             return None

@@ -1,0 +1,131 @@
+"""From what a user asks for to requests: checked once, before any weights are read."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.data.packing import grid_of
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.models.first_stage import FirstStageConfig, latent_grid
+from sora_jax.train.denoiser import DenoiserRun
+
+Size = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A clip to generate: caption, latent size (t, h, w), identity, class (-1: none) and guidance (1: none).
+
+    `negative` is the caption that guidance leads away from. Equal requests give equal clips.
+    """
+
+    prompt: str
+    size: Size
+    clip_id: int
+    label: int = -1
+    guidance: float = 1.0
+    negative: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a user asks for: one clip for each prompt or class; other values are one for all, or one for each."""
+
+    prompts: Sequence[str] = ()
+    sizes: Size | Sequence[Size] = ()  # (frames, height, width) in pixels
+    classes: Sequence[int] = ()
+    guidance: float | Sequence[float] | None = None  # 1: none; None: that of the run
+    negative: str | Sequence[str] = ""  # captions that guidance leads away from
+    clip_ids: Sequence[int] | None = None  # identities that key the noise; None: 1, 2, ...
+
+
+def plan_requests(
+    config: DenoiserRun, first_stage: FirstStageConfig, wanted: Wanted, sampling: SamplingConfig
+) -> list[Request]:
+    """Check what is asked for and return a request for each clip.
+
+    Raises:
+        UserError: the run takes no such; the sentence names the nearest sizes that are allowed.
+    """
+    prompts, classes = _subjects(config, wanted)
+    count = len(prompts)
+    channels, most = sampling.guidance.channels, config.model.latent_channels
+    check(channels <= most, f"sampling.guidance.channels is {channels}; it must be from 0 (all) to {most}")
+    scales = _each("guidance", sampling.guidance.scale if wanted.guidance is None else wanted.guidance, count)
+    check(all(map(math.isfinite, scales)), f"guidance is {wanted.guidance}; it must be a finite number")
+    negatives = _each("negative", wanted.negative, count)
+    if any(negatives):
+        check(config.model.text, f"negative is {wanted.negative!r}; this run reads no text, leave it out")
+        check(any(s != 1 for s in scales), f"negative is {wanted.negative!r}; it needs a guidance other than 1")
+    sizes = wanted.sizes
+    check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
+    sizes = [sizes] * count if is_whole(sizes[0]) else list(sizes)
+    check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
+    clip_ids = range(1, count + 1) if wanted.clip_ids is None else wanted.clip_ids
+    check(len(clip_ids) == count, f"there are {count} prompts and {len(clip_ids)} clip_ids; give one for each")
+    check(
+        all(is_whole(clip_id) and 0 < clip_id < 2**32 for clip_id in clip_ids),
+        f"clip_ids is {list(clip_ids)}; each must be a whole number from 1 to 4294967295",
+    )
+    latents = [latent_size(config, first_stage, size) for size in sizes]
+    return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, strict=True)]
+
+
+def _subjects(config: DenoiserRun, wanted: Wanted) -> tuple[list[str], list[int]]:
+    """Return a prompt ("" for none) and a class (-1 for none) for each clip."""
+    prompts, classes, known = wanted.prompts, wanted.classes, config.model.classes
+    check(not isinstance(prompts, str), f"prompts is {prompts!r}; it must be a list of texts")
+    count = max(len(prompts), len(classes))
+    check(count > 0, "there is no prompt; give at least one, or a class")
+    check(config.model.text or not len(prompts), "this run takes classes, not prompts; give classes")
+    check(known or not len(classes), "this run takes prompts, not classes; give prompts")
+    for label in classes:
+        check(
+            is_whole(label) and 0 <= label < known,
+            f"class is {label!r}; it must be a whole number from 0 to {known - 1}",
+        )
+    prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
+    same = len(prompts) == len(classes)
+    check(same, f"there are {len(prompts)} prompts and {len(classes)} classes; give one for each")
+    return prompts, classes
+
+
+def check_seed(seed: Any) -> None:
+    """Raise a UserError unless the seed is a whole number of 32 bits."""
+    check(is_whole(seed) and 0 <= seed < 2**32, f"seed is {seed!r}; it must be a whole number from 0 to 4294967295")
+
+
+def latent_size(config: DenoiserRun, first_stage: FirstStageConfig, size: Size) -> Size:
+    """Return the latent (t, h, w) of a clip of (frames, height, width); UserError with the sizes that are allowed."""
+    frames, height, width = size
+    _, *patch = config.model.patch
+    factor = first_stage.space_factor
+    for name, value, step in (("height", height, factor * patch[0]), ("width", width, factor * patch[1])):
+        below = max(value // step, 1) * step
+        nearest = f"{below} or {below + step}"
+        check(value == below, f"{name} is {value}; it must be a multiple of {step}, such as {nearest}")
+    in_time = config.model.positions_in_time
+    check(frames == 1 or in_time, f"frames is {frames}; this model tells no frames apart, it must be 1")
+    latent = latent_grid(first_stage, frames, height, width)
+    grid_of(latent, config.model.patch)  # UserError where the frames do not fill whole patches
+    return latent
+
+
+def is_whole(value: Any) -> bool:
+    """Return True for a whole number, of Python or of NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _each(name: str, values: Any, count: int) -> list:
+    """Return one value for each clip, from one for all or a list; UserError where there are too many or too few."""
+    if np.ndim(values) == 0:
+        return [values] * count
+    check(
+        len(values) == count, f"there are {len(values)} values of {name} for {count} clips; give one, or one for each"
+    )
+    return list(values)

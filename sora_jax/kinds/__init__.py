@@ -1,0 +1,24 @@
+"""The table of kinds of run. A new kind is one module with a `Kind`, and one line in `KINDS`."""
+
+from collections.abc import Mapping
+
+from sora_jax.config import choose, from_dict
+from sora_jax.kinds.autoencoder import AUTOENCODER
+from sora_jax.kinds.denoiser import DENOISER
+from sora_jax.train.kind import Kind
+from sora_jax.train.migrate import migrate_config
+from sora_jax.train.run_config import RunConfig
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (AUTOENCODER, DENOISER)}
+
+
+def kind_of(config: RunConfig) -> Kind:
+    """Return the kind of a run."""
+    return KINDS[config.kind]
+
+
+def run_config(values: Mapping) -> RunConfig:
+    """Build the validated config of a run from a mapping, of this or an earlier version; its `kind` says of which."""
+    values = migrate_config(dict(values))
+    kind = choose("config.kind", values.get("kind"), KINDS)
+    return from_dict(kind.config, values)

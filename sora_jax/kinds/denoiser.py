@@ -1,0 +1,106 @@
+"""Runs of the denoiser: trained on a latent cache, with the cache's autoencoder kept beside it."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from sora_jax.config import check
+from sora_jax.data.latents import LatentCache
+from sora_jax.data.share import Share
+from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.files import as_path
+from sora_jax.generate.preview import denoiser_preview
+from sora_jax.generate.requests import latent_size
+from sora_jax.generate.run import Run
+from sora_jax.parallel import distributed
+from sora_jax.parallel.mesh import check_split, make_mesh
+from sora_jax.plan.denoiser import sample_latents, train_denoiser
+from sora_jax.train.denoiser import DenoiserRun, Text, denoiser_groups, denoiser_job, prepare_tokenizer
+from sora_jax.train.encode import copy_autoencoder
+from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
+from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint
+from sora_jax.train.kind import Inputs, Kind
+from sora_jax.train.loop import Job, log
+from sora_jax.train.state import MODEL
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoiserInputs(Inputs):
+    """cache: the latents. share: this process's part of a batch. computed: the config with its attention chosen."""
+
+    cache: LatentCache
+    autoencoder: FrozenAutoencoder
+    tokenizer: Text
+    computed: DenoiserRun
+    mesh: Mesh
+    share: Share
+
+
+def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInputs:
+    """Open the latent cache with its autoencoder and the tokenizer; check that model, cache and mesh fit together."""
+    check(config.latents, "--config.latents is not given; it must be a folder made by `sora-jax data encode`")
+    cache = LatentCache(config.latents)
+    check(
+        cache.channels == config.model.latent_channels,
+        f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "
+        f"have {cache.channels}",
+    )
+    autoencoder = load_autoencoder(config.latents)
+    cache.check(autoencoder.fingerprint)
+    if text := config.model.text:
+        cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
+    if config.model.classes:
+        cache.check_labels(config.model.classes, config.split)
+    if own := recorded_fingerprint(workdir):
+        cache.check(own)  # latents made anew are not those this run has learnt
+    check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
+    check_split(mesh, "length", config.packing.length, "config.packing.length")
+    check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
+    for size in config.preview.sizes:
+        latent_size(config, autoencoder.config, size)
+    return DenoiserInputs(
+        digest=cache.digest,
+        text=cache.info.text and cache.info.text.fingerprint,
+        cache=cache,
+        autoencoder=autoencoder,
+        tokenizer=prepare_tokenizer(config, cache, workdir),
+        computed=with_fastest_attention(config, mesh, workdir),
+        mesh=mesh,
+        share=distributed.share_of_batch(mesh),
+    )
+
+
+def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
+    """Make the job, with samples of the averaged parameters as previews."""
+    looking = make_mesh(devices=jax.local_devices()) if distributed.several() else inputs.mesh
+    make_run = functools.partial(
+        Run, inputs.computed, tokenizer=inputs.tokenizer, autoencoder=inputs.autoencoder, mesh=looking
+    )
+    preview = denoiser_preview(lambda averages: make_run(params=averages[MODEL]), workdir)
+    if not config.preview.any:
+        log("config.preview names no prompts or classes: no samples are shown while training")
+        preview = None
+    folder = as_path(workdir) / "captions"
+    return denoiser_job(inputs.computed, inputs.cache, inputs.tokenizer, preview, folder, inputs.share)
+
+
+def claim(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> None:
+    """Keep the chosen attention, the autoencoder and the tokenizer, so that the run can be used alone."""
+    if inputs.computed != config:
+        keep_attention(inputs.computed, workdir)
+    copy_autoencoder(config.latents, workdir)
+    if isinstance(inputs.tokenizer, Tokenizer):
+        inputs.tokenizer.save(as_path(workdir) / "tokenizer.json")
+
+
+DENOISER = Kind(
+    config=DenoiserRun,
+    groups=denoiser_groups,
+    open=open_inputs,
+    job=make_job,
+    programs={"train": train_denoiser, "sample": sample_latents},
+    claim=claim,
+)

@@ -1,0 +1,88 @@
+"""Training a run of any kind in its folder: checks first, then the loop, then what the run leaves."""
+
+import functools
+import json
+from pathlib import Path
+
+from sora_jax.config import check, first_difference, read_json, to_dict
+from sora_jax.files import as_path, is_empty, write_json
+from sora_jax.kinds import kind_of, run_config
+from sora_jax.nn import params as param
+from sora_jax.parallel import distributed
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.kind import Inputs
+from sora_jax.train.loop import fit, log
+from sora_jax.train.run_config import RunConfig
+
+# A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
+MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "tiles", "data", "latents")
+
+
+def train(config: RunConfig, workdir: Path) -> None:
+    """Train what the config says in `workdir`, going on from the newest checkpoint there.
+
+    Raises:
+        UserError: the config, the data or the folder does not fit; nothing has been written then.
+        Stopped: after an orderly stop.
+    """
+    workdir, kind, mesh = as_path(workdir), kind_of(config), make_mesh(config.mesh)
+    for group in kind.groups(config).values():
+        param.check_splits(group.specs, mesh)
+    check_workdir(workdir, config)
+    inputs = kind.open(config, workdir, mesh)
+    check_data(workdir, inputs.digest)
+    job = kind.job(config, inputs, workdir)
+    claim_workdir(workdir, config, inputs)
+    if kind.claim and distributed.first():
+        kind.claim(config, inputs, workdir)
+    if job.note:
+        log(job.note)
+    state = fit(job, config.loop, config.seed, mesh, workdir, to_dict(config))
+    if kind.finish:
+        kind.finish(config, inputs, state, workdir)
+
+
+def describe(config: RunConfig) -> str:
+    """Describe the resolved config and the number of parameters, for `--dry-run`."""
+    groups = kind_of(config).groups(config)
+    alone = len(groups) == 1
+    trees = {
+        name if alone else f"{group}/{name}": tree
+        for group, declared in groups.items()
+        for name, tree in declared.specs.items()
+    }
+    sizes = "\n".join(f"  {name:12} {param.count(tree):>14,}" for name, tree in trees.items())
+    return f"{json.dumps(to_dict(config), indent=1)}\nparameters\n{sizes}\n  {'total':12} {param.count(trees):>14,}"
+
+
+def check_workdir(workdir: Path, config: RunConfig) -> None:
+    """Raise a UserError unless the folder is empty or missing, or holds a run of this config."""
+    path = as_path(workdir) / "config.json"
+    refuse = functools.partial("--workdir is {!r}; {}; take an empty folder".format, str(workdir))
+    if not path.exists():
+        check(is_empty(as_path(workdir)), refuse("it is not empty and holds no run"))
+        return
+    old, new = to_dict(run_config(read_json(path))), to_dict(config)
+    kept = [{name: value for name, value in c.items() if name not in MAY_CHANGE} for c in (old, new)]
+    different = first_difference(*kept)
+    check(different is None, refuse(f"it holds a run with another config.{different}"))
+
+
+def check_data(workdir: Path, digest: str) -> None:
+    """Raise a UserError if the run in the folder was trained on data of another digest.
+
+    A dataset built anew, under the same name, may hold out other clips.
+    """
+    path = as_path(workdir) / "data.json"
+    same = not path.exists() or read_json(path)["digest"] == digest
+    check(
+        same, f"--workdir is {str(workdir)!r}; it has learnt from other clips than are there now; take an empty folder"
+    )
+
+
+def claim_workdir(workdir: Path, config: RunConfig, inputs: Inputs) -> None:
+    """Write config.json and data.json just before the first step: what was refused leaves no folder behind."""
+    distributed.barrier("all have seen the folder as it was")
+    if distributed.first():
+        write_json(as_path(workdir) / "config.json", to_dict(config))
+        write_json(as_path(workdir) / "data.json", {"digest": inputs.digest, "text": inputs.text})

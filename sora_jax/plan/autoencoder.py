@@ -1,0 +1,57 @@
+"""The programs of the autoencoder: its training step, and encoding with decoding."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.models.first_stage import autoencoder_specs, decode, encode
+from sora_jax.models.flops import autoencoder_train_flops
+from sora_jax.nn import params as param
+from sora_jax.parallel.compile import abstract_batch
+from sora_jax.parallel.mesh import check_split
+from sora_jax.parallel.rules import parts, reshard
+from sora_jax.plan.programs import AnyMesh, Load, Program, Trained, training_program
+from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoencoder_loss
+
+
+def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
+    """Make the training step on crops."""
+    frames, height, width = config.crop
+    accumulate, batch, flops, pixels = config.loop.accumulate, {}, 0.0, 0
+    for (name, rows), length in zip(config.rows.items(), (frames, 1), strict=True):
+        if not rows:
+            continue
+        check_split(mesh, "batch", rows // accumulate, f"the number of {name} in config.batch / loop.accumulate")
+        shape = (accumulate, rows // accumulate, length, height, width, 3)
+        batch[f"{name}_BTHW3"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        flops += rows * autoencoder_train_flops(config.model, length, height, width)
+        pixels += rows * length * height * width
+    load = Load(flops, pixels, "pixels", config.batch, functools.partial(_smaller_crop, config))
+    batch = abstract_batch(batch, mesh, leading=1)
+    loss = functools.partial(autoencoder_loss, config)
+    return training_program(config, Trained(autoencoder_groups(config), loss), batch, load, mesh)
+
+
+def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:
+    """Make the program that encodes and decodes a batch of clips of the training size."""
+    frames, height, width = config.crop
+    split = parts("batch", mesh)
+    clips = -(-config.batch // split) * split
+    params = param.abstract_on(autoencoder_specs(config.model), mesh)
+    video = abstract_batch(jax.ShapeDtypeStruct((clips, frames, height, width, 3), jnp.float32), mesh)
+    axes = ("batch", None, None, None, None)
+    there = lambda params, x: reshard(encode(params, config.model, x)[0], *axes)  # noqa: E731
+    function = jax.jit(lambda params, x: decode(params, config.model, there(params, x)))
+    flops = clips * autoencoder_train_flops(config.model, frames, height, width) / 3
+    pixels = math.prod(video.shape[:-1])
+    load = Load(flops, pixels, "pixels", config.batch, functools.partial(_smaller_crop, config))
+    return Program(function, (params, video), {"parameters": params, "batch": video}, load)
+
+
+def _smaller_crop(config: AutoencoderRun, factor: float) -> tuple[str, str]:
+    """Return the option for crops with fewer pixels by a factor, and why."""
+    frames, height, width = config.crop
+    side = 2 * max(int(min(height, width) / math.sqrt(factor) / 2 // 8 * 8), 8)
+    return f"--config.crop={frames},{side},{side}", "the activations of a crop fill a chip"

@@ -1,0 +1,51 @@
+"""A kind of run as an object: all that the commands must know of it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sora_jax.train.loop import Job
+from sora_jax.train.run_config import RunConfig
+from sora_jax.train.state import Group, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened and checked; a kind adds its own fields.
+
+    digest: of the data, which a run that goes on must find again. text: fingerprint of a pretrained text encoder.
+    """
+
+    digest: str
+    text: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a kind of run is, as functions of its config.
+
+    config: its dataclass, whose field `kind` names it.
+    groups(config): the parameters that are trained.
+    open(config, workdir, mesh): data, frozen networks and tokenizer, as `Inputs`. All user errors happen here, before
+        anything is written.
+    job(config, inputs, workdir): what the loop trains.
+    programs: what `sora-jax plan` can compile, by name: functions (config, mesh) -> `plan.programs.Program`.
+    claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
+    finish(config, inputs, state, workdir): writes what a run leaves at its end. By all processes.
+    """
+
+    config: type[RunConfig]
+    groups: Callable[[Any], Mapping[str, Group]]
+    open: Callable[[Any, Path, Mesh], Inputs]
+    job: Callable[[Any, Any, Path], Job]
+    programs: Mapping[str, Callable[[Any, Mesh], Any]]
+    claim: Callable[[Any, Any, Path], None] | None = None
+    finish: Callable[[Any, Any, TrainState, Path], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The value of `config.kind`."""
+        return self.config.kind

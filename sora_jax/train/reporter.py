@@ -1,0 +1,136 @@
+"""Reports of a run: means over steps, rates, and the check that every step is finite."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sora_jax.config import check
+from sora_jax.errors import UserError
+from sora_jax.parallel import distributed
+from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
+
+TOTALS = ("skipped_updates",)  # metrics that count since the beginning; of all others a report has means
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Return True every `every` steps and at the last step."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+class Instruments(NamedTuple):
+    """What the loop reports to: metrics file, progress bar, stopwatch, watchdog, and the newest checkpoint's step."""
+
+    writer: MetricsWriter | None
+    bar: tqdm
+    watch: Stopwatch
+    stepped: Callable[[int], None]
+    newest_save: Callable[[], int | None]
+
+
+class Reporter:
+    """Read each step's metrics only after the next step has been dispatched, and report every `log_every` steps.
+
+    A report holds means over the steps since the last one. The first step, which compiles, counts in no rate, and
+    neither does the time of previews and saves.
+    """
+
+    def __init__(self, job, config, instruments: Instruments, means: "MetricAccumulator"):
+        self.instruments = instruments
+        self.means = means
+        self.best_metric: float | None = None
+        self._job = job
+        self._config = config
+        self._held = None
+        self._totals: dict = {}
+        self._counts: dict[str, float] = {}
+        self._since: float | None = None
+
+    def hold(self, step: int, metrics: dict, batch: dict) -> None:
+        """Keep what a step was dispatched with, for `read_previous`."""
+        self._held = (step, metrics, batch)
+
+    def read_previous(self) -> None:
+        """Wait for the held step, check that it is finite, and write a report if one is due."""
+        if self._held is None:
+            return
+        (step, metrics, batch), self._held = self._held, None
+        metrics = jax.device_get(metrics)
+        self.instruments.stepped(step)
+        self._check_finite(step, metrics, batch)
+        self.instruments.bar.update(1)
+        self._totals = {name: metrics.pop(name) for name in list(metrics) if name.partition("/")[0] in TOTALS}
+        self.means.add(metrics)
+        counts = self._job.counts(batch)
+        if self._since is None:
+            self._since = self._clock()
+        else:
+            self._counts = {name: self._counts.get(name, 0) + value for name, value in counts.items()}
+        if self._config.log_every and due(step, self._config.log_every, self._config.steps):
+            self._report(step)
+
+    def _check_finite(self, step: int, metrics: dict, batch: dict) -> None:
+        # A loss may be finite where its gradient is not; the norm shows that the update spoilt the parameters.
+        for name in (name for name in metrics if name.partition("/")[0] in ("loss", "parameter_norm")):
+            if not math.isfinite(metrics[name]):
+                save = self.instruments.newest_save()
+                raise UserError(
+                    f"the {name.replace('_', ' ')} of step {step} is {metrics[name]}; clips of that batch: "
+                    f"{self._job.clip_ids(batch)}; "
+                    f"{'there is no checkpoint yet' if save is None else f'the last good checkpoint is of step {save}'}"
+                )
+
+    def _report(self, step: int) -> None:
+        metrics = self.means.take()
+        seconds = self._clock() - self._since
+        counts, again = distributed.total(self._counts), jax.process_count() / self._job.share.count
+        rates = {f"{name}_per_second": n / again / seconds for name, n in counts.items() if name != "capacity"}
+        if "capacity" in counts:
+            rates["padding_share"] = 1 - counts["tokens"] / counts["capacity"]
+        spent = {f"seconds/{cause}": value for cause, value in self.instruments.watch.seconds.items()}
+        if self.instruments.writer:
+            self.instruments.writer.write(step, metrics | self._totals | rates | spent)
+        if self._config.keep_best:
+            name = self._config.best_metric
+            known = flatten(metrics)
+            check(name in known, f"loop.best_metric is {name!r}; this run reports {', '.join(known)}")
+            self.best_metric = known[name]
+        self.instruments.bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+        self._counts, self._since = {}, self._clock()
+
+    def _clock(self) -> float:
+        """Return seconds that pass while steps are made; the clock stands still during previews and saves."""
+        paused = sum(self.instruments.watch.seconds.get(cause, 0.0) for cause in ("evaluate", "save"))
+        return time.perf_counter() - paused
+
+
+class MetricAccumulator:
+    """Average metrics over steps, entry by entry; an entry that is NaN in a step counted nothing in it.
+
+    `state` is for the checkpoint: after a stop a report is the same as without one.
+    """
+
+    def __init__(self, state: dict | None = None):
+        self._sums = {name: np.array(pair) for name, pair in (state or {}).items()}
+
+    def add(self, metrics: dict) -> None:
+        """Add the metrics of a step."""
+        for name, value in metrics.items():
+            value = np.asarray(value, np.float64)
+            counted = np.isfinite(value)
+            self._sums[name] = self._sums.get(name, 0.0) + np.stack([np.where(counted, value, 0.0), counted])
+
+    def take(self) -> dict:
+        """Return the means since the last call."""
+        with np.errstate(invalid="ignore"):
+            means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def state(self) -> dict:
+        """Return the sums so far as JSON values."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}

@@ -1,0 +1,32 @@
+"""What the configs of all kinds of run have in common."""
+
+import dataclasses
+from typing import Any
+
+from sora_jax.config import check
+from sora_jax.data.feed import FeedConfig
+from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.train.loop import LoopConfig
+from sora_jax.train.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Configure a training run; a kind of run adds its own fields, and a `kind` of its own.
+
+    Annotate the kind as `kind: Literal["name"] = "name"`, so that files with another are refused.
+    """
+
+    kind: str = ""  # which kind of run this is: a key of `sora_jax.kinds.KINDS`
+    seed: int = 0  # of all random draws, from 0 to 4294967295
+    batch: int = 8  # rows of a step over all devices, gradient accumulation included
+    split: str = "train"  # the split of the data that is trained on
+    model: Any = None  # the network
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+    feed: FeedConfig = FeedConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
+        check(self.batch > 0, f"batch is {self.batch}; it must be at least 1")
