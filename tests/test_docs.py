@@ -35,6 +35,7 @@ CI = ROOT / ".ci" / "run"
 QUICKSTART = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/sora-jax quickstart"
 TESTS = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n 2"
 README_BYTES = 12_000
+OTHERS = {"--jaxtyping-packages", "--runner", "--select"}  # options of pytest, Beam and ruff
 
 FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PAGES = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
@@ -119,7 +120,7 @@ def has_field(kind, path: list[str]) -> bool:
 
 @pytest.mark.parametrize("file", FILES)
 def test_each_option_in_the_text_exists(file):
-    known = options_of(cli.make_parser()) | {"--jaxtyping-packages", "--runner"}
+    known = options_of(cli.make_parser()) | OTHERS
     runs = (*(kind.config for kind in KINDS.values()), BuildConfig)
     named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
     for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
