@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 
-def compilation_cache() -> str:
-    """A folder of this user and this machine alone: a compiled program fits one processor only."""
+def processor_digest() -> str:
+    """Identify the kind of processor: on another one a compiled program may round otherwise, or not run."""
     processor = Path("/proc/cpuinfo")
     text = processor.read_text() if processor.exists() else platform.processor()
     features = sorted({line for line in text.splitlines() if line.startswith(("flags", "Features", "model name"))})
-    machine = hashlib.sha256("\n".join([platform.node(), platform.machine(), *features]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
+
+
+def compilation_cache() -> str:
+    """Return a folder of this user and this machine alone: a compiled program fits one processor only."""
+    machine = f"{platform.node()}-{platform.machine()}-{processor_digest()}"
     return str(Path(tempfile.gettempdir()) / f"sora_jax-tests-{getpass.getuser()}-{machine}")
 
 

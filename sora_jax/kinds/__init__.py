@@ -19,6 +19,6 @@ def kind_of(config: RunConfig) -> Kind:
 
 def run_config(values: Mapping) -> RunConfig:
     """Build the validated config of a run from a mapping, of this or an earlier version; its `kind` says of which."""
-    values = migrate_config(dict(values))
+    values = migrate_config(values)
     kind = choose("config.kind", values.get("kind"), KINDS)
     return from_dict(kind.config, values)
