@@ -3,7 +3,7 @@
 import numpy as np
 
 from sora_jax.data.latents import CacheInfo, LatentCache, TextInfo, add_latent, finish_cache, start_cache
-from sora_jax.data.parts import Share
+from sora_jax.data.share import Share
 
 INFO = CacheInfo("print", "data", 2, (2, 4, 4))
 TEXT = TextInfo("encoder", "weights", 3, 16)

@@ -184,7 +184,7 @@ def test_a_frozen_one_is_saved_and_read_with_its_own_statistics(params, tmp_path
     clips = [
         np.random.default_rng(i).integers(0, 256, (2, *size, 3), np.uint8) for i, size in enumerate([(8, 6), (4, 10)])
     ]
-    latents = list(found.encode(clips, batch=2, canvases=[(2, 8, 10)]))
+    latents = list(found.encode(clips, batch=2, padded_shapes=[(2, 8, 10)]))
     for clip, latent in zip(clips, latents, strict=True):
         raw, _ = encode(params, SMALL, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32))
         np.testing.assert_allclose(latent, (raw[0] - mean) / std, atol=1e-5)

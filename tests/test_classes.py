@@ -173,9 +173,9 @@ def model(trained, randomised):
     """The loaded run with random parameters: after four steps the gates have hardly opened."""
     with one_device():
         loaded = load_run(trained)
-    from sora_jax.models.transformer import transformer_specs
+    from sora_jax.models.transformer import denoiser_specs
 
-    return dataclasses.replace(loaded, params=randomised(transformer_specs(loaded.config.model), scale=0.2))
+    return dataclasses.replace(loaded, params=randomised(denoiser_specs(loaded.config.model), scale=0.2))
 
 
 SIZE = (1, 16, 16)

@@ -10,7 +10,7 @@ from sora_jax.config import load
 from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
 from sora_jax.models.first_stage import latent_grid
-from sora_jax.models.transformer import SIZES, transformer_specs
+from sora_jax.models.transformer import SIZES, denoiser_specs
 from sora_jax.nn.params import count
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -70,7 +70,7 @@ def test_previews_fit_the_autoencoder_and_a_pack(file):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_blocks_of_a_size_are_those_of_dit_and_its_cross_attention(size):
     model = read("transformer.py", size).model
-    specs = transformer_specs(model)["blocks"]
+    specs = denoiser_specs(model)["blocks"]
     cross = sum(count(specs[name]) for name in ("cross_q", "cross_kv", "cross_merge", "q_norm", "k_norm"))
     # DiT, 2212.09748: attention 4 D^2 + 4 D, MLP 8 D^2 + 5 D, adaLN-Zero 6 D^2 + 6 D
     assert count(specs) - cross == model.depth * (18 * model.width**2 + 15 * model.width)
@@ -82,10 +82,10 @@ def test_the_blocks_of_a_size_are_those_of_dit_and_its_cross_attention(size):
 )
 def test_sit_is_dit_without_a_learned_variance(size, parameters):
     model = read("sit.py", f"{size}/2").model
-    assert count(transformer_specs(model)) == parameters and not model.learned_variance
+    assert count(denoiser_specs(model)) == parameters and not model.learned_variance
     # The last layer of DiT has another 16 outputs: width + 1 numbers each.
     dit = read("dit.py", f"{size}/2").model
-    assert count(transformer_specs(dit)) - parameters == 16 * (model.width + 1)
+    assert count(denoiser_specs(dit)) - parameters == 16 * (model.width + 1)
 
 
 def test_the_recipe_of_sit_is_that_of_the_paper():

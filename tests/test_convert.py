@@ -25,13 +25,13 @@ from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.media import save_png
 from sora_jax.data.packing import PackingConfig, PackItem, pack, stack, unpatchify
-from sora_jax.diffusion.guidance import GuidanceConfig, guided
-from sora_jax.diffusion.loss import denoising_loss
+from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
+from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named
 from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
 from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, encode
-from sora_jax.models.transformer import SIZES, denoise, transformer_specs
+from sora_jax.models.transformer import SIZES, denoise, denoiser_specs
 from sora_jax.nn.pack import Pack, drop_captions
 from sora_jax.nn.params import abstract, count
 from sora_jax.nn.positions import sincos_table
@@ -252,9 +252,7 @@ def test_guidance_is_that_of_the_peers(network, channels):
         GuidanceConfig(4.0, channels),
         *(functools.partial(denoise, found.params, found.config, each) for each in (images.pack, nothing)),
         jnp.full(images.pack.clip_ids_BS.shape, 4.0),
-        images.pack.segments_BL,
-        channels=4,
-        rows_BL=images.pack.rows_BL,
+        TokenLayout(images.pack.segments_BL, images.pack.rows_BL, 4),
     )
     out = jax.jit(rule)(images.of(wanted["x"]).tokens_BLP, images.times_BR)
     assert relative_error(images.back(out), wanted[f"guided_{channels}"]) < NEAR
@@ -265,15 +263,10 @@ def loss(params, config, images: Images, x0, eps, chosen=(0, 1, 2)):
     slots_BL = jnp.maximum(images.pack.segments_BL - 1, 0)
     weight_BL = jnp.take_along_axis(chosen_BS, slots_BL, 1) & (images.pack.segments_BL > 0)
     return denoising_loss(
+        LossSpec(process_named("vp_linear"), "eps", learned_variance=True),
         functools.partial(denoise, params, config, images.pack),
-        process_named("vp_linear"),
-        "eps",
-        images.of(x0).tokens_BLP,
-        images.of(eps).tokens_BLP,
-        images.times_BR,
-        images.pack.rows_BL,
+        Corruption(images.of(x0).tokens_BLP, images.of(eps).tokens_BLP, images.times_BR, images.pack.rows_BL),
         weight_BL.astype(jnp.float32),
-        learned_variance=True,
     )
 
 
@@ -399,7 +392,7 @@ def test_heads_are_asked_for_where_shapes_do_not_tell(tmp_path):
 def test_the_published_sizes_are_told_by_their_shapes():
     for depth, width, heads in SIZES.values():
         config = dataclasses.replace(dits.DIT, depth=depth, width=width, heads=heads, patch=(1, 4, 4), classes=7)
-        specs = abstract(transformer_specs(config))
+        specs = abstract(denoiser_specs(config))
         zeros = jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), specs)
         names = dits.official_links(dataclasses.replace(config, depth=1))
         tensors = write_tree(names, zeros) | {f"blocks.{depth - 1}.attn.qkv.bias": np.zeros(3 * width)}

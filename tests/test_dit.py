@@ -13,7 +13,7 @@ from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.models.conditioning import MODULATED
 from sora_jax.models.flops import forward_flops
-from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoise, denoiser_specs
 from sora_jax.nn.pack import Pack, drop_captions, per_slot
 from sora_jax.nn.params import count, init, shardings
 from sora_jax.nn.positions import sincos_table
@@ -62,14 +62,14 @@ def one_image(run) -> dict:
 @pytest.mark.parametrize("variant", TABLE)
 def test_parameters_and_multiply_adds_are_those_of_the_paper(variant):
     run, (gflops, params) = read(variant), TABLE[variant]
-    assert count(transformer_specs(run.model)) == params
+    assert count(denoiser_specs(run.model)) == params
     assert forward_flops(run.model, one_image(run)) / 2e9 == pytest.approx(gflops, abs=0.03 if gflops < 200 else 0.2)
 
 
 @pytest.mark.parametrize("conditioning", ABLATION)
 def test_the_ablation_of_conditioning_is_that_of_the_paper(conditioning):
     run, (gflops, millions) = read(f"XL/2,{conditioning}"), ABLATION[conditioning]
-    assert round(count(transformer_specs(run.model)) / 1e6) == millions
+    assert round(count(denoiser_specs(run.model)) / 1e6) == millions
     assert forward_flops(run.model, one_image(run)) / 2e9 == pytest.approx(gflops, abs=0.03)
 
 
@@ -94,7 +94,7 @@ def test_packed_equals_one_by_one_and_the_class_and_time_are_read(
     conditioning, rows_per_clip, labelled, packed, alone, randomised
 ):
     config = dataclasses.replace(SMALL, conditioning=conditioning)
-    params = randomised(transformer_specs(config))
+    params = randomised(denoiser_specs(config))
     run = quick_jit(lambda pack, t: denoise(params, config, pack, pack.tokens_BLP, t))
     pack = packed([labelled[:3], labelled[3:]], rows_per_clip=rows_per_clip)
     together = run(pack, times_of(pack))
@@ -115,7 +115,7 @@ def test_packed_equals_one_by_one_and_the_class_and_time_are_read(
 @pytest.mark.parametrize("conditioning", MODULATED)
 def test_every_way_of_conditioning_runs_on_a_mesh(conditioning, labelled, packed, randomised):
     config = dataclasses.replace(SMALL, conditioning=conditioning)
-    params, pack = randomised(transformer_specs(config)), packed([labelled[:2], labelled[2:]] * 2)
+    params, pack = randomised(denoiser_specs(config)), packed([labelled[:2], labelled[2:]] * 2)
 
     def loss(params, pack):
         return jnp.square(denoise(params, config, pack, pack.tokens_BLP, times_of(pack))).sum()
@@ -123,7 +123,7 @@ def test_every_way_of_conditioning_runs_on_a_mesh(conditioning, labelled, packed
     expected = quick_jit(jax.value_and_grad(loss))(params, pack)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(transformer_specs(config), mesh))
+        placed = jax.device_put(params, shardings(denoiser_specs(config), mesh))
         arrays = {name: values for name, values in vars(pack).items() if values is not None}
         found = quick_jit(jax.value_and_grad(loss))(placed, Pack(**place_batch(arrays, mesh)))
     for one, other in zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(expected), strict=True):
@@ -131,7 +131,7 @@ def test_every_way_of_conditioning_runs_on_a_mesh(conditioning, labelled, packed
 
 
 def test_a_dropped_class_is_the_row_of_none(labelled, packed, randomised):
-    params = randomised(transformer_specs(SMALL))
+    params = randomised(denoiser_specs(SMALL))
     run = quick_jit(lambda params, pack: denoise(params, SMALL, pack, pack.tokens_BLP, times_of(pack)))
     pack = packed([labelled])
     dropped = drop_captions(pack, pack.clip_ids_BS == labelled[1].clip_id)
@@ -146,7 +146,7 @@ def test_a_dropped_class_is_the_row_of_none(labelled, packed, randomised):
 @pytest.mark.parametrize("conditioning", MODULATED)
 def test_at_initialisation_the_output_is_zero_and_with_gates_each_block_is_the_identity(conditioning, labelled, packed):
     config = dataclasses.replace(SMALL, conditioning=conditioning)
-    params, pack = init(transformer_specs(config), jax.random.key(0)), packed([labelled])
+    params, pack = init(denoiser_specs(config), jax.random.key(0)), packed([labelled])
     run = quick_jit(lambda params: denoise(params, config, pack, pack.tokens_BLP, times_of(pack)))
     assert not np.asarray(run(params)).any()
     opened = params | {"head": {"weight": jnp.ones_like(params["head"]["weight"]), "bias": params["head"]["bias"]}}
@@ -158,7 +158,7 @@ def test_at_initialisation_the_output_is_zero_and_with_gates_each_block_is_the_i
 def test_initial_values_are_those_of_the_paper():
     """Xavier uniform has the variance 2 / (fan in + fan out); q, k and v are one matrix to it."""
     model = dataclasses.replace(read("S/2").model, depth=2)
-    params, D = init(transformer_specs(model), jax.random.key(1)), 384
+    params, D = init(denoiser_specs(model), jax.random.key(1)), 384
     blocks = params["blocks"]
     uniform = {
         (D, 3 * D): blocks["qkv"]["weight"],

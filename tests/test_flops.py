@@ -9,7 +9,7 @@ import pytest
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
 from sora_jax.models.flops import autoencoder_train_flops, forward_flops, train_flops
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoise, denoiser_specs
 from sora_jax.nn.params import abstract
 
 TEXT = TextConfig(vocabulary=16, width=64, depth=1, head_width=32)
@@ -55,7 +55,7 @@ def test_agree_with_what_xla_counts(clips, alone):
     def forward(params, pack):
         return denoise(params, CONFIG, pack, pack.tokens_BLP, np.full((1, 1), 0.5, np.float32))
 
-    counted = jax.jit(forward).lower(abstract(transformer_specs(CONFIG)), pack).compile().cost_analysis()["flops"]
+    counted = jax.jit(forward).lower(abstract(denoiser_specs(CONFIG)), pack).compile().cost_analysis()["flops"]
     assert 1.0 < counted / forward_flops(CONFIG, arrays(pack)) < 1.1
 
 

@@ -41,7 +41,7 @@ def test_clips_of_mixed_sizes_come_back_in_order(chain, autoencoder):  # noqa: F
     latents = list(autoencoder.encode(clips))
     for clip, latent in zip(clips, latents, strict=True):
         np.testing.assert_allclose(latent, next(autoencoder.encode([clip])), atol=1e-5)
-    shared = autoencoder.encode(clips, batch=4, canvases=[(9, 24, 24)])  # all by one program
+    shared = autoencoder.encode(clips, batch=4, padded_shapes=[(9, 24, 24)])  # all by one program
     for latent, other in zip(latents, shared, strict=True):
         assert latent.shape == other.shape
         np.testing.assert_allclose(other, latent, atol=1e-4)
@@ -192,12 +192,12 @@ def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_
     options = dict(out=tmp_path / "latents", clips_per_shard=2)
     whole, encoded = FrozenAutoencoder.encode, []
 
-    def counted(self, clips, batch=16, canvases=None, stop=None, **options):
+    def counted(self, clips, batch=16, padded_shapes=None, stop=None, **options):
         for number, clip in enumerate(clips):
             if number == stop:
                 raise KeyboardInterrupt
             encoded.append(clip.shape)
-            yield next(whole(self, [clip], batch, canvases, **options))
+            yield next(whole(self, [clip], batch, padded_shapes, **options))
 
     monkeypatch.setattr(FrozenAutoencoder, "encode", functools.partialmethod(counted, stop=3))
     with pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sora_jax.data import shards
 from sora_jax.data.latents import LatentCache, add_latent, clip_id_of, finish_cache, start_cache
-from sora_jax.data.parts import Share
+from sora_jax.data.share import Share
 from sora_jax.errors import UserError
 
 OTHER = dataclasses.replace(INFO, fingerprint="another")

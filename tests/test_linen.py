@@ -10,7 +10,7 @@ import pytest
 
 from sora_jax.models import autoencoder, autoencoder_kl
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, denoise, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoise, denoiser_specs
 from sora_jax.nn.layers import dense_specs
 from sora_jax.nn.linen import TREE, as_module
 from sora_jax.nn.params import abstract
@@ -71,9 +71,9 @@ def test_the_autoencoder_as_a_module(config, code, randomised):
 def test_the_denoiser_as_a_module(clips, packed, randomised, config):
     labelled = [dataclasses.replace(clip, label=label) for clip, label in zip(clips[:2], (2, 0))]
     pack = packed([labelled])
-    module = as_module(transformer_specs(config), lambda params, *inputs: denoise(params, config, *inputs))
+    module = as_module(denoiser_specs(config), lambda params, *inputs: denoise(params, config, *inputs))
     times = jnp.full((1, pack.row_slots_BR.shape[1]), 0.5)
-    params = randomised(transformer_specs(config))
+    params = randomised(denoiser_specs(config))
 
     def by_module(params):
         return jnp.square(module.apply({"params": {TREE: params}}, pack, pack.tokens_BLP, times)).sum()

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.attention import How, Place, Places, attention, dense_attention
 from sora_jax.nn.params import check_splits
 from sora_jax.parallel.mesh import MeshConfig, _laid_out, check_split, make_mesh, place_batch, with_slices
@@ -116,9 +116,9 @@ def test_what_cannot_be_split_evenly_is_refused_by_name():
     check_split(mesh, "batch", 8, "packs")
     with pytest.raises(UserError, match="packs is 6; with a mesh of data=2 x fsdp=2 it must be a multiple of 4"):
         check_split(mesh, "batch", 6, "packs")
-    check_splits(transformer_specs(MODEL), mesh)
+    check_splits(denoiser_specs(MODEL), mesh)
     with pytest.raises(UserError, match=r"axis 'heads' of parameter blocks/\w+/\w+ is 3; .* multiple of 2"):
-        check_splits(transformer_specs(dataclasses.replace(MODEL, heads=3)), mesh)
+        check_splits(denoiser_specs(dataclasses.replace(MODEL, heads=3)), mesh)
 
 
 def test_all_axes_exist_and_the_open_one_takes_the_rest():

@@ -22,7 +22,7 @@ from sora_jax.generate import sampler
 from sora_jax.generate.sampler import Request, sample_latents
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
@@ -101,7 +101,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def params(randomised):
-    return jax.device_get(randomised(transformer_specs(MODEL)))
+    return jax.device_get(randomised(denoiser_specs(MODEL)))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def batch(clips, packed) -> dict:
 def trained(mesh, params, batch, **model):
     run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **model))
     loss = lambda params, pack, step, part: denoiser_loss(run, params, pack, step)  # noqa: E731
-    return train(mesh, transformer_specs(MODEL), loss, params, batch, Pack)
+    return train(mesh, denoiser_specs(MODEL), loss, params, batch, Pack)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def sampled(mesh, params, **model):
     run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **model))
     settings = SamplingConfig(steps="2")
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(transformer_specs(MODEL), mesh))
+        placed = jax.device_put(params, shardings(denoiser_specs(MODEL), mesh))
         return sample_latents(placed, run, Tokenizer(run.tokenizer), REQUESTS, settings, 5, mesh)
 
 

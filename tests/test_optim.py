@@ -12,7 +12,7 @@ import pytest
 
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
-from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.params import abstract
 from sora_jax.train.optim import OptimConfig, learning_rate, make_optimizer, skip_spikes, update_ema, weights_only
 
@@ -96,7 +96,7 @@ def test_clipping_is_by_the_norm_of_the_whole_tree():
 
 
 @pytest.mark.parametrize(
-    "specs", [transformer_specs(TransformerConfig(depth=2)), autoencoder_specs(AutoencoderConfig(width=8))]
+    "specs", [denoiser_specs(TransformerConfig(depth=2)), autoencoder_specs(AutoencoderConfig(width=8))]
 )
 def test_decay_acts_on_every_matrix_and_kernel_and_on_nothing_else(specs):
     params = abstract(specs)

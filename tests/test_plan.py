@@ -21,7 +21,7 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.params import ParamSpec, count
 from sora_jax.parallel.chips import CHIPS, GIB
 from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_memory, use
@@ -332,7 +332,7 @@ def forbidden(text: str, mesh, run_: DenoiserRun) -> list[str]:
 
     Activations are larger than that, and so are parameters of all layers at once.
     """
-    specs = jax.tree.leaves(transformer_specs(run_.model), is_leaf=lambda x: isinstance(x, ParamSpec))
+    specs = jax.tree.leaves(denoiser_specs(run_.model), is_leaf=lambda x: isinstance(x, ParamSpec))
     largest = max(math.prod(s.shape) // (s.shape[0] if s.axes[0] == "layers" else 1) for s in specs)
     activations = run_.batch * run_.packing.length * run_.model.width
     assert largest < activations / 2
@@ -445,7 +445,7 @@ SIZES = {"tiny": 0.26e6, "s": 51e6, "b": 164e6, "l": 585e6, "xl": 841e6, "3b": 3
 @pytest.mark.parametrize("variant", SIZES)
 def test_configs_have_as_many_parameters_as_they_say(variant):
     config = run_config(load(f"{ROOT}/configs/sora.py:{variant}"))
-    found = count(transformer_specs(config.model))
+    found = count(denoiser_specs(config.model))
     assert found == pytest.approx(SIZES[variant], rel=0.02)
     if variant.endswith("b") and len(variant) > 1:
         assert found == pytest.approx(float(variant[:-1]) * 1e9, rel=0.02)
@@ -579,7 +579,7 @@ def test_a_step_compiled_for_a_tpu_is_planned_and_gathers_nothing_forbidden(monk
     monkeypatch.setattr(report, "compile_program", lambda *_: compiled)
     plan = report.make_plan(run_, "train", topology)
     assert plan.fits and plan.chips == 4 and sum(plan.memory.values()) == plan.needed
-    specs = jax.tree.leaves(transformer_specs(run_.model), is_leaf=lambda x: isinstance(x, ParamSpec))
+    specs = jax.tree.leaves(denoiser_specs(run_.model), is_leaf=lambda x: isinstance(x, ParamSpec))
     # Four bytes each; what has an axis "embed" is split over four chips, the rest is whole on each.
     expected = sum(4 * math.prod(spec.shape) // (4 if "embed" in spec.axes else 1) for spec in specs)
     assert plan.memory["parameters"] == expected

@@ -13,7 +13,7 @@ from fixtures_runs import chain, start, train_options  # noqa: F401
 from fixtures_toy import OPTIM, SPECS, kill, train_slowly  # noqa: F401
 
 from sora_jax.commands import run_config
-from sora_jax.models.transformer import transformer_specs
+from sora_jax.models.transformer import denoiser_specs
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.optim import make_optimizer
@@ -56,7 +56,7 @@ def final_state(workdir):
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest() == STEPS
         optimizer = make_optimizer(config.optim)
-        like = init_state(transformer_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
+        like = init_state(denoiser_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
         return jax.device_get(checkpoints.restore(like)[0])
 
 

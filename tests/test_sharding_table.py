@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_jax.models.transformer import transformer_specs
+from sora_jax.models.transformer import denoiser_specs
 from sora_jax.nn.params import ParamSpec
 from sora_jax.plan.shardings import parameter_table, rules_table
 
@@ -34,7 +34,7 @@ def test_every_parameter_of_the_model_has_a_line(page):
     from sora_jax.config import load
 
     model = run_config(load(f"{PLANS.parents[1]}/configs/sora.py:3b")).model
-    leaves = jax.tree.leaves(transformer_specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
+    leaves = jax.tree.leaves(denoiser_specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
     section = page.split("## Transformer")[1].split("## ")[0]
     assert section.count("\n| ") - 1 == len(leaves)
 

@@ -12,7 +12,7 @@ from fixtures_runs import TINY
 from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.data.packing import PackItem, pack, stack
-from sora_jax.models.transformer import transformer_specs
+from sora_jax.models.transformer import denoiser_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract, shardings
 from sora_jax.parallel.mesh import make_mesh, place_batch
@@ -110,7 +110,7 @@ def test_the_denoiser_accumulates_packs_of_unequal_tokens():
     mesh, batch = make_mesh(devices=jax.devices()[:1]), packs(config)
     tokens = batch["grids_BS3"].prod(-1).sum(-1).reshape(4, 2).sum(-1)
     assert len(set(tokens.tolist())) > 1
-    specs = transformer_specs(config.model)
+    specs = denoiser_specs(config.model)
     rng = np.random.default_rng(0)  # not the initial values, whose closed gates would hide most of the model
     params = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), abstract(specs))
 

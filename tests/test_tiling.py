@@ -69,13 +69,13 @@ def test_tiles_are_in_the_clip_of_one_shape_overlap_enough_and_join_to_what_was_
         assert axis.starts[0] == 0 and axis.starts[-1] + axis.extent == size
         steps = np.diff(axis.starts)
         assert (steps > 0).all() and (steps <= max(1, (1 - overlap) * axis.extent)).all()
-    rng, seen = np.random.default_rng(0), ((margins[0], 0), *[(margins[1],) * 2] * 2)
+    rng, receptive_fields = np.random.default_rng(0), ((margins[0], 0), *[(margins[1],) * 2] * 2)
     for factors in (tiling.LATENTS, tiling.factors(config)):
         t, h, w = (size * factor for size, factor in zip(grid, factors, strict=True))
         whole = rng.standard_normal((1 + t - factors[0], h, w, 2)).astype(np.float32)
         parts = tiling.cut(whole, axes, factors)
         assert len({part.shape for part in parts}) == 1 and len(parts) == tiling.count(axes)
-        np.testing.assert_allclose(tiling.join(parts, axes, factors, seen), whole, atol=1e-5)
+        np.testing.assert_allclose(tiling.join(parts, axes, factors, receptive_fields), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [LEVELS, PATCH], ids=["levels", "patch"])
@@ -127,7 +127,7 @@ def test_clips_of_many_sizes_on_canvases_are_cut_as_they_are_alone(made):
     clips = [clip(5, 24, 16, 1), clip(13, 40, 16, 2), clip(3, 8, 8, 3), clip(13, 40, 16, 4)]
     tiles = TilingConfig((11, 32, 0), 0.8)
     alone = [next(autoencoder.encode([one])) for one in clips]
-    together = autoencoder.encode(clips, 3, canvases=[(13, 40, 16)], tiles=tiles)
+    together = autoencoder.encode(clips, 3, padded_shapes=[(13, 40, 16)], tiles=tiles)
     for one, other in zip(alone, together, strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(other, one, atol=1e-4)

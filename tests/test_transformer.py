@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from sora_jax.data.packing import PackingConfig
-from sora_jax.diffusion.loss import denoising_loss, loss_weight
+from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig, TextContext, encode_text
-from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, transformer_specs
+from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, denoiser_specs
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import count, init
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, denoiser_loss
@@ -59,7 +59,7 @@ def evaluator(run: DenoiserRun):
 
 @pytest.fixture(scope="module")
 def params(randomised):
-    return jax.device_get(randomised(transformer_specs(CONFIG)))
+    return jax.device_get(randomised(denoiser_specs(CONFIG)))
 
 
 def same(found, expected, tolerance=2e-5):
@@ -85,7 +85,7 @@ def test_at_initialisation_the_output_is_exactly_zero(clips, packed, sincos):
 
     @quick_jit
     def start(key):
-        return denoise(init(transformer_specs(config), key), config, pack, pack.tokens_BLP, times_of(pack))
+        return denoise(init(denoiser_specs(config), key), config, pack, pack.tokens_BLP, times_of(pack))
 
     assert not np.asarray(start(jax.random.key(0))).any()
 
@@ -214,7 +214,8 @@ def two_rows():
     def loss(params, x_BLP, eps_BLP, pack, t_BR):
         weight_BL = loss_weight(pack.segments_BL, t_BR, pack.rows_BL)
         model = functools.partial(denoise, params, CONFIG, pack)
-        sums = denoising_loss(model, linear_flow, "velocity", x_BLP, eps_BLP, t_BR, pack.rows_BL, weight_BL)
+        data = Corruption(x_BLP, eps_BLP, t_BR, pack.rows_BL)
+        sums = denoising_loss(LossSpec(linear_flow, "velocity"), model, data, weight_BL)
         return sums.loss, sums.weight
 
     compiled = quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
@@ -277,7 +278,7 @@ def test_parameter_count_in_closed_form():
     modulated = 6 * (D * D + D) + 4 * (D * D + D) + (D * F + F) + (F * D + D) + 2 * K
     cross = 2 * (D * D + D) + 2 * (E * D + D)
     ways_out = 2 * (D * D + D) + (D * P + P)
-    assert count(transformer_specs(config)) == text + ways_in + 5 * (modulated + cross) + ways_out
+    assert count(denoiser_specs(config)) == text + ways_in + 5 * (modulated + cross) + ways_out
 
 
 DIT_COUNTS = {  # trainable parameters of DiT (2212.09748) by size and patch, class table and learnt variance included
@@ -295,7 +296,7 @@ def test_sizes_are_those_of_dit(size, patch):
     """Without text, cross-attention and the norms of q and k, with DiT's class table and second output."""
     depth, width, heads = SIZES[size]
     config = TransformerConfig(depth=depth, width=width, heads=heads, patch=(1, patch, patch), latent_channels=4)
-    specs = transformer_specs(config)
+    specs = denoiser_specs(config)
     ours = {name: specs[name] for name in ("patch", "time_in", "time_out", "modulation")}
     blocks = {name: specs["blocks"][name] for name in ("modulation", "qkv", "merge", "mlp")}
     assert width // heads in (64, 72)

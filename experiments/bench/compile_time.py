@@ -20,7 +20,7 @@ from jax_dit import make_loss
 from timing import machine, report
 
 from sora_jax.data.packing import PackingConfig, PackItem, pack_batch
-from sora_jax.models.transformer import SIZES, TransformerConfig, transformer_specs
+from sora_jax.models.transformer import SIZES, TransformerConfig, denoiser_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract
 from sora_jax.train.optim import OptimConfig, make_optimizer
@@ -52,7 +52,7 @@ def compile_once(config: TransformerConfig) -> tuple[float, float, float]:
     """Seconds to trace and lower, seconds to compile, processor time of both."""
     jax.clear_caches()
     optimizer = make_optimizer(OptimConfig(warmup_steps=0))
-    params = abstract(transformer_specs(config))
+    params = abstract(denoiser_specs(config))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, (params,), jax.eval_shape(optimizer.init, params))
     step = make_step(make_loss(config), optimizer, (0.9999,))
     start, used = time.perf_counter(), time.process_time()

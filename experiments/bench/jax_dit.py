@@ -1,10 +1,12 @@
 """A DiT's forward pass and training step by the package's own model, loss and `make_step`, on given noise and times."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.diffusion.loss import denoising_loss
+from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named
 from sora_jax.models.transformer import TransformerConfig, denoise
 from sora_jax.nn.pack import Pack
@@ -16,15 +18,13 @@ from sora_jax.train.step import make_step
 
 def make_loss(config: TransformerConfig):
     """DiT's hybrid loss for `make_step`; a batch holds pack, eps_BLP and times_BR."""
-    process = process_named("vp_linear")
+    spec = LossSpec(process_named("vp_linear"), "eps", learned_variance=True)
 
     def loss(params, batch, _step, _part):
         pack = batch["pack"]
-        sums = denoising_loss(
-            lambda x_BLP, t_BR: denoise(params, config, pack, x_BLP, t_BR), process, "eps", pack.tokens_BLP,
-            batch["eps_BLP"], batch["times_BR"], pack.rows_BL, (pack.segments_BL > 0).astype(jnp.float32),
-            learned_variance=True,
-        )  # fmt: skip
+        model = functools.partial(denoise, params, config, pack)
+        data = Corruption(pack.tokens_BLP, batch["eps_BLP"], batch["times_BR"], pack.rows_BL)
+        sums = denoising_loss(spec, model, data, (pack.segments_BL > 0).astype(jnp.float32))
         return sums.loss, (sums.weight, {})
 
     return loss

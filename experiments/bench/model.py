@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from sora_jax.models.transformer import TransformerConfig, transformer_specs
+from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.params import abstract
 from sora_jax.parallel.rules import partition
 
@@ -11,7 +11,7 @@ from sora_jax.parallel.rules import partition
 def random_params(model: TransformerConfig) -> dict:
     """Gaussian parameters in which nothing is zero: with its own initial ones the model's output would be."""
     draws = np.random.default_rng(0)
-    return jax.tree.map(lambda x: 0.05 * draws.standard_normal(x.shape, np.float32), abstract(transformer_specs(model)))
+    return jax.tree.map(lambda x: 0.05 * draws.standard_normal(x.shape, np.float32), abstract(denoiser_specs(model)))
 
 
 def place(tree):

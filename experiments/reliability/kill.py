@@ -24,7 +24,7 @@ import numpy as np
 
 from sora_jax import cli, commands
 from sora_jax.config import read_json
-from sora_jax.models.transformer import transformer_specs
+from sora_jax.models.transformer import denoiser_specs
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.metrics import read_metrics
@@ -151,7 +151,7 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(config.optim)
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest() == config.loop.steps
-        like = init_state(transformer_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
+        like = init_state(denoiser_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
         state = jax.device_get(checkpoints.restore(like)[0])
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 

@@ -28,7 +28,7 @@ from sora_jax.data.pipeline import packed_batches
 from sora_jax.evaluate.world import held_out_prompts, score
 from sora_jax.files import write_json
 from sora_jax.generate.run import Run
-from sora_jax.models.transformer import transformer_specs
+from sora_jax.models.transformer import denoiser_specs
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import make_mesh, place_batch
@@ -117,7 +117,7 @@ def train_rung(ladder: Ladder, name: str, budget: float) -> None:
     losses, sampled = wanted_steps(ladder.steps, counts["flops"], budget)
     last = max(sampled)
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=last))
-    described = {"rung": name, "parameters": param.count(transformer_specs(config.model)), **counts, "last": last}
+    described = {"rung": name, "parameters": param.count(denoiser_specs(config.model)), **counts, "last": last}
     write_json(folder / "rung.json", described)
     print(json.dumps(described), flush=True)
     measure = Measure(ladder, config, tokenizer, mesh, folder, set(losses), set(sampled), counts["flops"])
