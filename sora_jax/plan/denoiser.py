@@ -42,7 +42,7 @@ def train_denoiser(config: DenoiserRun, mesh: AnyMesh) -> Program:
     pack = Pack(**many(row, (accumulate, config.batch // accumulate)))
     if config.diffusion.times.stratified:
         pack = pack.replace(ranks_BS=jax.ShapeDtypeStruct(pack.clip_ids_BS.shape, jnp.float32))
-    load = _load(config, 3 * config.batch * forward_flops(config.model, row), config.batch)
+    load = load_of(config, 3 * config.batch * forward_flops(config.model, row), config.batch)
     batch, loss = abstract_batch(pack, mesh, leading=1), functools.partial(denoiser_loss, config)
     return training_program(config, Trained(denoiser_groups(config), loss), batch, load, mesh)
 
@@ -67,10 +67,11 @@ def sample_latents(config: DenoiserRun, mesh: AnyMesh) -> Program:
     flops = packs * _sampling_flops(config, row, calls, 2 if guides else 1)
     conditions = Conditions(batch, batch if guides else None, scale)
     held = {"parameters": params, "batch": conditions}
-    return Program(function, (params, seed, conditions), held, _load(config, flops, packs))
+    return Program(function, (params, seed, conditions), held, load_of(config, flops, packs))
 
 
-def _load(config: DenoiserRun, flops: float, packs: int) -> Load:
+def load_of(config: DenoiserRun, flops: float, packs: int) -> Load:
+    """Describe what a call on so many packs works through."""
     packing = config.packing
     heads = getattr(config.model, "heads", None)
     splits = {"sequence": (packing.length, packing.text_length)} | ({"tensor": (heads,)} if heads else {})
