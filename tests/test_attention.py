@@ -106,10 +106,14 @@ def test_tangents_are_those_of_jax_and_transpose_to_gradients(name):
     np.testing.assert_allclose(back, jnp.vdot(probe, push(*moves)), rtol=1e-4)
 
 
-def test_blocks_without_a_common_segment_are_never_read():
-    """Three clips in three blocks: what is not a number in one of them stays there, forwards and backwards."""
+@pytest.mark.parametrize("other", [300, 257])
+def test_blocks_without_a_common_segment_are_never_read(other):
+    """Three clips in three blocks: what is not a number in one of them stays there, forwards and backwards.
+
+    Segments 1 and 257 have the same remainder by which blocks are told apart; their range tells, too.
+    """
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 24, N, K)).astype(np.float32)
-    segments = np.repeat([[1, 300, 2]], 8, axis=1)
+    segments = np.repeat([[1, other, 2]], 8, axis=1)
     q[:, 8:16], k[:, 8:16], v[:, 8:16] = np.nan, np.nan, np.nan
     attend = lambda *a: blockwise_attention(*a, places(segments), block=8)  # noqa: E731
     for found in (attend(q, k, v), *jax.grad(lambda *a: attend(*a).sum(), (0, 1, 2))(q, k, v)):
@@ -262,5 +266,5 @@ def test_cudnn_is_given_an_even_number_of_keys_of_which_the_last_is_of_no_segmen
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(UserError, match="'sparse'.*'dense'"):
+    with pytest.raises(UserError, match="model.attention is 'sparse'.*'dense'"):
         attention(*inputs()[:3], places(*inputs()[3:]), how=How("sparse"))

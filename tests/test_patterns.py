@@ -166,16 +166,16 @@ def test_a_query_that_sees_no_key_gets_zeros(attend):
 
 
 def poisoned(pattern, coords, **where):
-    """(out, dq, dk, dv) by blocks of eight, of which some of q, k and v are not a number: which blocks are finite."""
-    blocks = len(coords)
-    given = np.random.default_rng(0).standard_normal((3, 1, 8 * blocks, 2, 4)).astype(np.float32)
+    """(out, dq, dk, dv) by blocks of eight, the last cut, of which some of q, k and v are NaN: which are finite."""
+    length = 8 * len(coords) - 3
+    given = np.random.default_rng(0).standard_normal((3, 1, length, 2, 4)).astype(np.float32)
     for name, block in where.items():
         given["qkv".index(name)][:, 8 * block : 8 * block + 8] = np.nan
-    coords = np.repeat(np.array(coords, np.float32), 8)[None, :, None] * np.ones(3, np.float32)
-    place = Place(np.ones((1, 8 * blocks), np.int32), coords, np.arange(8 * blocks, dtype=np.int32)[None])
+    coords = np.repeat(np.array(coords, np.float32), 8)[None, :length, None] * np.ones(3, np.float32)
+    place = Place(np.ones((1, length), np.int32), coords, np.arange(length, dtype=np.int32)[None])
     attend = functools.partial(blockwise_attention, block=8)
     found = with_gradients(attend, pattern, place, *given, np.ones_like(given[0]))
-    return [np.isfinite(x).reshape(blocks, -1).all(1).tolist() for x in found]
+    return [[bool(np.isfinite(x[:, at : at + 8]).all()) for at in range(0, length, 8)] for x in found]
 
 
 def test_blocks_after_a_query_are_never_read_by_causal_attention():
@@ -211,6 +211,24 @@ def test_a_split_sequence_sees_what_one_device_sees(name, how):
     expected = with_gradients(BACKENDS["dense"], PATTERNS[name], packed_place(), *arrays())
     for ours, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours * real, wanted * real, rtol=1e-4, atol=1e-5)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def tangent(attend, pattern, place, q, k, v):
+    return jax.jvp(lambda *qkv: attend(*qkv, Places(place, place), pattern), (q, k, v), (v, q, k))[1]
+
+
+def test_tangents_see_no_more_on_one_device_and_round_a_ring():
+    pattern, real = PATTERNS["both"], (packed_place().segments_BL > 0)[..., None, None]
+    expected = tangent(BACKENDS["dense"], pattern, packed_place(), *arrays()[:3])
+    found = [tangent(BACKENDS["blockwise"], pattern, packed_place(), *arrays()[:3])]
+    mesh = make_mesh(MeshConfig(data=2, sequence=4))
+    with jax.set_mesh(mesh):
+        place, given = (split(x, mesh) for x in packed_place()), (split(x, mesh, "heads", None) for x in arrays()[:3])
+        attend = functools.partial(attention, how=How("blockwise", "ring"))
+        found.append(tangent(attend, pattern, Place(*place), *given))
+    for ours in found:
+        np.testing.assert_allclose(ours * real, expected * real, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern, missing", [(CAUSAL, "index_BL"), (NEARBY, "coords_BL3")])

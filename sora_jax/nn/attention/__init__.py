@@ -1,4 +1,4 @@
-"""One `attention(q, k, v, places, pattern)`, whatever computes it; the only room that imports attention kernels."""
+"""One `attention(q, k, v, places, pattern)`, whatever computes it; the only package that imports attention kernels."""
 
 import functools
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def attention(
     """
     places = needed(pattern, places)
     backend = _backend(how.backend, q_BLNK.shape[1] * k_BMNK.shape[1], pattern)
-    function = functools.partial(choose("attention", backend, BACKENDS), pattern=pattern)
+    function = functools.partial(choose("model.attention", backend, BACKENDS), pattern=pattern)
     with jax.named_scope(f"attention_{backend}"):
         if backend == "dense" or not on_mesh():
             return function(q_BLNK, k_BMNK, v_BMNK, places)

@@ -1,4 +1,4 @@
-"""Kernels that others keep: splash attention on TPU, cuDNN's on NVIDIA GPUs; for inside `jax.shard_map`."""
+"""Kernels of other libraries: splash attention (TPU) and cuDNN's (NVIDIA GPUs). Call them inside `jax.shard_map`."""
 
 import jax
 import jax.numpy as jnp
