@@ -1,14 +1,16 @@
-"""A chain of tiny runs, made once for all test files: clips, dataset, autoencoder, latents, transformer.
+"""A chain of tiny runs, each made once for all test files: clips, dataset, autoencoder, latents, transformer.
 
 A test file imports the fixtures that it uses. What they return is shared, so it must not be changed: copy it.
 """
 
 import contextlib
 import dataclasses
-import functools
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,16 +30,6 @@ CLIPS = [  # name, (frames, height, width), caption, split
     ("white", (5, 24, 16), "a white square moves up", "train"),
     ("black", (9, 16, 24), "a black square moves right", "held-out"),
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """Folders of the chain, each made by the command of its name."""
-
-    folder: Path
-
-    def __getattr__(self, name: str) -> Path:
-        return self.folder / name
 
 
 @contextlib.contextmanager
@@ -60,7 +52,7 @@ def start(*arguments, **options) -> subprocess.Popen:
     """A command as a process of its own, on one CPU device, with pipes for its output."""
     command = [sys.executable, "-m", "sora_jax.cli", *map(str, arguments)]
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "SORA_JAX_CACHE": cache}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SORA_JAX_CACHE": cache}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes, **options)
 
@@ -85,26 +77,68 @@ def train_options(variant: str, workdir: Path, *changes: str) -> list:
     return ["train", f"--config={TINY}:{variant}", f"--workdir={workdir}", *(f"--config.{c}" for c in changes)]
 
 
-@functools.cache  # pytest makes an imported fixture anew for each file that imports it
-def make_chain(folder: Path) -> Chain:
-    """The chain, by all commands up to `sample`, with their own settings."""
-    made = Chain(folder)
-    write_clips(made.clips)
-    assert run(*build_options(made.clips, made.dataset)) == 0
-    previews = ["loop.steps=6", "loop.save_every=3", "loop.preview_every=6"]
-    assert run(*train_options("autoencoder", made.autoencoder, f"data={made.dataset}", *previews)) == 0
-    encode = ["data", "encode", f"--autoencoder={made.autoencoder}", f"--data={made.dataset}", f"--out={made.latents}"]
-    assert run(*encode) == 0
-    show = ["preview.prompts=('a red square moves right','a green square')", "preview.sizes=((9,16,24),(1,16,16))"]
-    show += ["preview.steps=2"]
-    assert run(*train_options("transformer", made.transformer, f"latents={made.latents}", *previews, *show)) == 0
-    return made
+PREVIEWS = ["loop.steps=6", "loop.save_every=3", "loop.preview_every=6"]
+PROMPTS = ["preview.prompts=('a red square moves right','a green square')", "preview.sizes=((9,16,24),(1,16,16))"]
+PROMPTS += ["preview.steps=2"]
+
+
+def made_once(folder: Path, make: Callable[[], object]) -> Path:
+    """Return `folder`, which the first process that asks has made; the others wait for it."""
+    done = folder.with_name(f"{folder.name}.made")
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when a process dies
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make()
+            done.touch()
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Folders of the chain, each made by the command of its name, with its own settings, when it is first asked for."""
+
+    folder: Path
+
+    def made(self, name: str, command: Callable[[Path], list]) -> Path:
+        folder = self.folder / name
+
+        def make():
+            assert run(*command(folder)) == 0
+
+        return made_once(folder, make)
+
+    @property
+    def clips(self) -> Path:
+        return made_once(self.folder / "clips", lambda: write_clips(self.folder / "clips"))
+
+    @property
+    def dataset(self) -> Path:
+        return self.made("dataset", lambda out: build_options(self.clips, out))
+
+    @property
+    def autoencoder(self) -> Path:
+        changes = [f"data={self.dataset}", *PREVIEWS]
+        return self.made("autoencoder", lambda out: train_options("autoencoder", out, *changes))
+
+    @property
+    def latents(self) -> Path:
+        options = [f"--autoencoder={self.autoencoder}", f"--data={self.dataset}"]
+        return self.made("latents", lambda out: ["data", "encode", *options, f"--out={out}"])
+
+    @property
+    def transformer(self) -> Path:
+        changes = [f"latents={self.latents}", *PREVIEWS, *PROMPTS]
+        return self.made("transformer", lambda out: train_options("transformer", out, *changes))
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> Chain:
-    """The folders clips, dataset, autoencoder, latents and transformer."""
-    return make_chain(tmp_path_factory.getbasetemp() / "chain")
+    """The chain of this test run: pytest's workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "chain"
+    folder.mkdir(exist_ok=True)
+    return Chain(folder)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from sora_jax.data.inspect import inspect
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.sheets import grid
 from sora_jax.errors import UserError
-from sora_jax.generate.run import load_run, told
+from sora_jax.generate.run import load_run, validate_requests
 from sora_jax.generate.run import read_run_config as load_config
 
 IMAGES = ROOT / "configs" / "images.py"
@@ -136,7 +136,7 @@ def test_clips_seeds_and_prompts_of_other_types_are_refused(model):
     ):
         with pytest.raises(UserError, match=words):
             model.generate(sizes=SIZE, **dict(classes=[1]) | options)
-    _, classes, *_ = told(model.config, [], np.array([2, 0]), None, "", np.int64(3), model.config.sampling)
+    _, classes, *_ = validate_requests(model.config, [], np.array([2, 0]), None, "", np.int64(3), model.config.sampling)
     assert classes == [2, 0]
 
 

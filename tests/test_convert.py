@@ -480,11 +480,11 @@ def test_a_converted_run_samples(runs, tmp_path):
 
 CONFIG = """
 import json
-from sora_jax.config import frozen, mutable
+from sora_jax.config import from_dict, to_config_dict
 from sora_jax.train.denoiser import DenoiserRun
 
 def get_config(variant=""):
-    return mutable(frozen(DenoiserRun, json.load(open({path!r}))))
+    return to_config_dict(from_dict(DenoiserRun, json.load(open({path!r}))))
 """
 
 
