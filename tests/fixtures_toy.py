@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.data.share import Share
 from sora_jax.errors import LostPeer, Stopped
 from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.loop import Job, LoopConfig, fit
 from sora_jax.train.optim import OptimConfig
+from sora_jax.train.state import MODEL, Group
 
 ROOT = Path(__file__).parents[1]
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -31,15 +33,17 @@ def kill(monkeypatch):
 
 SPECS = {"weight": ParamSpec((4,), (None,), normal(1.0))}
 OPTIM = OptimConfig(0.1, warmup_steps=0)
+GROUPS = {MODEL: Group(SPECS, OPTIM)}
 
 
-def toy_loss(params, batch, step, part):
+def toy_loss(params, frozen, batch, step, part):
     """Squared distance to the batch; the root has no finite slope where `root` is 0."""
-    error = jnp.square(params["weight"] - batch["x"]).sum(-1) + jnp.sqrt(batch["root"] * params["weight"][0] ** 2)
-    return error.sum(), (jnp.float32(error.shape[0]), {})
+    weight = params[MODEL]["weight"]
+    error = jnp.square(weight - batch["x"]).sum(-1) + jnp.sqrt(batch["root"] * weight[0] ** 2)
+    return {MODEL: error.sum()}, ({MODEL: jnp.float32(error.shape[0])}, {})
 
 
-def toy_job(at=None, preview=None, share=(0, 1)) -> Job:
+def toy_job(at=None, preview=None, share=Share(), optim=OPTIM) -> Job:
     """`at` maps a step to what happens while its batch is made: changes to the batch, or None."""
 
     def batches(start, position):
@@ -50,25 +54,25 @@ def toy_job(at=None, preview=None, share=(0, 1)) -> Job:
             batch = {"x": x, "root": np.ones(2, np.float32), "clip": np.array([100 + step, 200 + step])}
             step += 1
             batch |= (at or {}).get(step, dict)() or {}
-            yield {name: np.split(rows, share[1])[share[0]] for name, rows in batch.items()}, step
+            yield {name: np.split(rows, share.count)[share.index] for name, rows in batch.items()}, step
 
     return Job(
         name="toy",
-        specs=SPECS,
+        groups={MODEL: Group(SPECS, optim)},
         loss=toy_loss,
         batches=batches,
         to_device=lambda batch: batch,
-        counts=lambda batch: {"clips": len(batch["x"]), "tokens": 3 * len(batch["x"]), "places": 4 * len(batch["x"])},
+        counts=lambda batch: {"clips": len(batch["x"]), "tokens": 3 * len(batch["x"]), "capacity": 4 * len(batch["x"])},
         clip_ids=lambda batch: batch["clip"].tolist(),
         preview=preview,
-        shares=share[1],
+        share=share,
     )
 
 
 def train(workdir, job=None, optim=OPTIM, devices=1, **options):
     workdir.mkdir(exist_ok=True)
     config = LoopConfig(**(dict(steps=10, log_every=1, save_every=2) | options))
-    return fit(job or toy_job(), config, optim, 0, make_mesh(devices=jax.devices()[:devices]), workdir, {})
+    return fit(job or toy_job(optim=optim), config, 0, make_mesh(devices=jax.devices()[:devices]), workdir, {})
 
 
 def train_slowly(workdir, **options) -> int:

@@ -13,8 +13,9 @@ from sora_jax.nn.attention import BACKENDS, dense_attention
 from sora_jax.nn.attention import measured as room
 from sora_jax.nn.attention.measured import Load, fastest, mixed_segments
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.train import denoiser
-from sora_jax.train.denoiser import DenoiserRun, keep_attention, with_fastest_attention
+from sora_jax.train import fastest_attention
+from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
 
 LOAD = Load(packs=1, length=256, heads=2, head_width=16, dtype="float32")
 
@@ -86,7 +87,7 @@ def test_a_run_measures_what_a_device_does_and_keeps_the_choice(candidates, monk
         make_mesh(MeshConfig(data=2, tensor=2, fsdp=2)),
     )
     asked, answers = [], iter(("slow", "dense"))
-    monkeypatch.setattr(denoiser, "fastest", lambda load: asked.append(load) or (next(answers), ""))
+    monkeypatch.setattr(fastest_attention, "fastest", lambda load: asked.append(load) or (next(answers), ""))
 
     def here(config=config):
         return with_fastest_attention(config, mesh, tmp_path)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from sora_jax.errors import LostPeer, Unreachable, UserError
-from sora_jax.nn.params import ParamSpec, abstract_on, normal
+from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import init_state
+from sora_jax.train.optim import OptimConfig
+from sora_jax.train.state import MODEL, Group, abstract_ema, init_state, make_optimizers
 
 OPTIM = OptimConfig(ema=(0.5, 0.9))
 MESHES = {
@@ -38,7 +38,8 @@ def specs(width=16):
 
 def state_on(mesh, seed=0, width=16, optim=OPTIM):
     """A state in which every array differs from every other."""
-    state = init_state(specs(width), make_optimizer(optim), len(optim.ema), seed, mesh)
+    groups = {MODEL: Group(specs(width), optim)}
+    state = init_state(groups, make_optimizers(groups, 1), seed, mesh)
     leaves, tree = jax.tree.flatten(state)
     return jax.tree.unflatten(tree, [x + jnp.asarray(seed + i, x.dtype) for i, x in enumerate(leaves)])
 
@@ -65,14 +66,17 @@ def test_restored_on_any_mesh(saved, name):
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, like)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_one_average_alone(saved, index, tmp_path):
+def averages_on(mesh, width=16):
+    return abstract_ema({MODEL: Group(specs(width), OPTIM)}, mesh)
+
+
+def test_averages_alone(saved, tmp_path):
     folder, wanted = tmp_path / "checkpoints", saved[1]
     shutil.copytree(saved[0], folder)
     shutil.rmtree(folder / "3" / "state")  # parameters and optimizer are not looked at
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore_ema(abstract_on(specs(), make_mesh(MESHES["all"])), 2, index)
-    chex.assert_trees_all_equal(jax.device_get(found), wanted.ema[index])
+        found = checkpoints.restore_ema(averages_on(make_mesh(MESHES["all"])))
+    chex.assert_trees_all_equal(jax.device_get(found), wanted.ema)
 
 
 OTHERS = {
@@ -152,10 +156,10 @@ def test_sampling_passes_a_damaged_average(pair, tmp_path, capfd):
     flip_one_bit(largest(folder / "6" / "ema"))
     mesh = make_mesh(MESHES["all"])
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore_ema(abstract_on(specs(512), mesh), 2)
+        found = checkpoints.restore_ema(averages_on(mesh, 512))[MODEL][0]
         assert checkpoints.latest() == 3
     with jax.set_mesh(mesh):
-        wanted = state_on(mesh, 3, 512).ema[0]
+        wanted = state_on(mesh, 3, 512).ema[MODEL][0]
     chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(wanted))
     assert re.search(r"checkpoint 6 in .* is damaged, checkpoint 3 is used: ", capfd.readouterr().err)
 
@@ -247,9 +251,9 @@ def measured(tmp_path_factory):
 def test_the_checkpoint_that_is_asked_for(measured, which, step):
     mesh = make_mesh(MESHES["one device"], jax.devices()[:1])
     with jax.set_mesh(mesh), Checkpoints(measured) as checkpoints:
-        found = checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
+        found = checkpoints.restore_ema(averages_on(mesh), which)[MODEL][0]
         assert checkpoints.candidates(which)[0] == step
-        wanted = jax.device_get(state_on(mesh, step).ema[0])
+        wanted = jax.device_get(state_on(mesh, step).ema[MODEL][0])
     chex.assert_trees_all_equal(jax.device_get(found), wanted)
 
 
@@ -263,9 +267,9 @@ def test_a_damaged_one_that_is_asked_for(measured, tmp_path, capfd, which, then,
     with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
         if then is None:
             with pytest.raises(UserError, match=f"^there is no whole checkpoint in {folder} that is '2'$"):
-                checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
+                checkpoints.restore_ema(averages_on(mesh), which)
         else:
-            checkpoints.restore_ema(abstract_on(specs(), mesh), 2, which=which)
+            checkpoints.restore_ema(averages_on(mesh), which)
             assert checkpoints.candidates(which)[0] == then
     assert f"checkpoint 2 in {folder} is damaged, {told}" in capfd.readouterr().err
 

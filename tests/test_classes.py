@@ -13,7 +13,8 @@ from sora_jax.data.inspect import inspect
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.sheets import grid
 from sora_jax.errors import UserError
-from sora_jax.generate.run import load_run, validate_requests
+from sora_jax.generate.requests import Wanted, check_seed, plan_requests
+from sora_jax.generate.run import load_run
 from sora_jax.generate.run import read_run_config as load_config
 
 IMAGES = ROOT / "configs" / "images.py"
@@ -130,14 +131,16 @@ def test_what_is_no_class_is_refused_in_a_sentence(model, label):
 
 def test_clips_seeds_and_prompts_of_other_types_are_refused(model):
     for options, words in (
-        (dict(clips=[1.5]), r"clips is \[1.5\]; each must be a whole number"),
+        (dict(clip_ids=[1.5]), r"clip_ids is \[1.5\]; each must be a whole number"),
         (dict(seed=1.5), "seed is 1.5; it must be a whole number"),
         (dict(prompts="a"), "prompts is 'a'; it must be a list"),
     ):
         with pytest.raises(UserError, match=words):
             model.generate(sizes=SIZE, **dict(classes=[1]) | options)
-    _, classes, *_ = validate_requests(model.config, [], np.array([2, 0]), None, "", np.int64(3), model.config.sampling)
-    assert classes == [2, 0]
+    wanted = Wanted(classes=np.array([2, 0]), sizes=SIZE)
+    requests = plan_requests(model.config, model.autoencoder.config, wanted, model.config.sampling)
+    assert [request.label for request in requests] == [2, 0]
+    check_seed(np.int64(3))
 
 
 @pytest.mark.parametrize(
@@ -183,11 +186,11 @@ SIZE = (1, 16, 16)
 
 def test_pictures_of_several_scales_and_classes_together_are_those_alone(model):
     with one_device():
-        together = model.generate(sizes=SIZE, classes=[0, 1, 2], guidance=[1.0, 4.0, 0.5], clips=[5, 6, 7])
+        together = model.generate(sizes=SIZE, classes=[0, 1, 2], guidance=[1.0, 4.0, 0.5], clip_ids=[5, 6, 7])
         for place, (label, scale) in enumerate([(0, 1.0), (1, 4.0), (2, 0.5)]):
-            (alone,) = model.generate(sizes=SIZE, classes=[label], guidance=scale, clips=[5 + place])
+            (alone,) = model.generate(sizes=SIZE, classes=[label], guidance=scale, clip_ids=[5 + place])
             assert np.abs(alone.astype(int) - together[place]).max() <= 1
-        (other,) = model.generate(sizes=SIZE, classes=[1], guidance=1.0, clips=[6])
+        (other,) = model.generate(sizes=SIZE, classes=[1], guidance=1.0, clip_ids=[6])
         assert (other != together[1]).any()
         with pytest.raises(UserError, match="2 values of guidance for 3"):
             model.generate(sizes=SIZE, classes=[0, 1, 2], guidance=[1.0, 2.0])
@@ -198,7 +201,7 @@ def test_solvers_that_draw_are_keyed_by_clip_and_seed(model, solver):
     def pictures(*clips, seed=0):
         with one_device():
             made = model.generate(
-                sizes=SIZE, classes=[1] * len(clips), clips=clips, solver=solver, steps=3, seed=seed, guidance=1.0
+                sizes=SIZE, classes=[1] * len(clips), clip_ids=clips, solver=solver, steps=3, seed=seed, guidance=1.0
             )
         return [picture.astype(int) for picture in made]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sora_jax.commands import run_config
 from sora_jax.config import first_difference, from_dict, load, to_config_dict, to_dict
 from sora_jax.data.prepare import BuildConfig
 from sora_jax.errors import UserError
+from sora_jax.kinds import run_config
 from sora_jax.quickstart import QuickstartConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

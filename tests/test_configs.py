@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
+from sora_jax.kinds import run_config
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.transformer import SIZES, denoiser_specs
 from sora_jax.nn.params import count

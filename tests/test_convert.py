@@ -16,7 +16,6 @@ from fixtures_models import Golden, dit_weights, relative_error, write_folder, w
 from fixtures_runs import one_device, run
 from peers.tensors import uniform
 
-from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.convert import command
 from sora_jax.convert import dit as dits
@@ -30,6 +29,7 @@ from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named
 from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
+from sora_jax.kinds import run_config
 from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, encode
 from sora_jax.models.transformer import SIZES, denoise, denoiser_specs
 from sora_jax.nn.pack import Pack, drop_captions

@@ -10,6 +10,7 @@ from sora_jax.data.clips import Clip
 from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.data.feed import FeedConfig
 from sora_jax.data.manifest import Dataset, add_clip, write_dataset
+from sora_jax.data.share import Share
 from sora_jax.errors import UserError
 
 
@@ -74,7 +75,7 @@ def test_crop_streams_are_pure_and_shared_by_hosts(clips):
     expected = crop_batches(clips, CROP, seed=3)
     for step, batch in enumerate(islice(crop_batches(clips, CROP, 3).stream(5, FeedConfig(threads=3)), 10), 5):
         same(batch, expected[step])
-    halves = [crop_batches(clips, CROP, 3, process_index=host, process_count=2)[4] for host in (0, 1)]
+    halves = [crop_batches(clips, CROP, 3, share=Share(host, 2))[4] for host in (0, 1)]
     same({name: np.concatenate([half[name] for half in halves]) for name in halves[0]}, expected[4])
     other = crop_batches(clips, CROP, seed=4)[4]
     assert not np.array_equal(other["videos_BTHW3"], expected[4]["videos_BTHW3"])
@@ -98,7 +99,7 @@ def test_crops_of_a_split_of_a_dataset_folder(clips, tmp_path):
     [
         (lambda clips: crop_batches(clips, CropConfig(13, 16, 16), 0), ["13 x 16 x 16", "12 x 40 x 40"]),
         (lambda clips: crop_batches([], CROP, 0), ["0 clips"]),
-        (lambda clips: crop_batches(clips, CROP, 0, process_count=4), ["6 rows", "4 processes"]),
+        (lambda clips: crop_batches(clips, CROP, 0, share=Share(0, 4)), ["6 rows", "4 processes"]),
         (lambda clips: CropConfig(frames=0), ["crop.frames", "0"]),
         (lambda clips: CropConfig(image_share=1.5), ["crop.image_share", "1.5"]),
     ],

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.commands import run_config
 from sora_jax.config import load
+from sora_jax.kinds import run_config
 from sora_jax.models.conditioning import MODULATED
-from sora_jax.models.flops import forward_flops
+from sora_jax.models.denoiser import forward_flops
 from sora_jax.models.transformer import TransformerConfig, denoise, denoiser_specs
 from sora_jax.nn.pack import Pack, drop_captions, per_slot
 from sora_jax.nn.params import count, init, shardings

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode
-from sora_jax.models.flops import autoencoder_train_flops, forward_flops, train_flops
+from sora_jax.models.denoiser import denoise, denoiser_specs, forward_flops, train_flops
+from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, denoise, denoiser_specs
+from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.params import abstract
 
 TEXT = TextConfig(vocabulary=16, width=64, depth=1, head_width=32)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from sora_jax.cli import make_parser
-from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.errors import LostPeer, UserError
+from sora_jax.kinds import run_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "experiments" / "launch"

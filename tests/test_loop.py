@@ -13,28 +13,28 @@ import jax
 import numpy as np
 import pytest
 from fixtures_runs import chain  # noqa: F401
-from fixtures_toy import OPTIM, SPECS, toy_job, train
+from fixtures_toy import GROUPS, OPTIM, toy_job, train
 
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.pipeline import packed_batches
 from sora_jax.errors import Stopped, UserError
 from sora_jax.generate.run import read_run_config
-from sora_jax.models.flops import train_flops
+from sora_jax.models.denoiser import train_flops
 from sora_jax.parallel.mesh import make_mesh
-from sora_jax.train import loop
+from sora_jax.train import reporter as reporters
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.loop import LoopConfig, due
+from sora_jax.train.loop import LoopConfig
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
-from sora_jax.train.optim import make_optimizer
-from sora_jax.train.state import init_state
+from sora_jax.train.reporter import Instruments, MetricAccumulator, Reporter, due
+from sora_jax.train.state import MODEL, init_state, make_optimizers
 from sora_jax.train.watchdog import Watchdog, spent_before
 
 
 def newest(workdir):
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, _ = checkpoints.restore(init_state(SPECS, make_optimizer(OPTIM), 1, 1, mesh))
+        state, _ = checkpoints.restore(init_state(GROUPS, make_optimizers(GROUPS, 1), 1, mesh))
     return jax.device_get(state)
 
 
@@ -122,12 +122,12 @@ def test_the_best_checkpoints_are_those_of_the_best_reports(tmp_path):
 def test_previews_see_the_average_after_each_reported_step(tmp_path):
     seen = []
 
-    def preview(step, params, writer):
-        seen.append((step, len(read_metrics(tmp_path)), np.array(params["weight"])))
+    def preview(step, averages, writer):
+        seen.append((step, len(read_metrics(tmp_path)), np.array(averages[MODEL]["weight"])))
 
     state = train(tmp_path, toy_job(preview=preview), preview_every=4)
     assert [entry[:2] for entry in seen] == [(4, 4), (8, 8), (10, 10)]
-    np.testing.assert_array_equal(seen[-1][2], state.ema[0]["weight"])
+    np.testing.assert_array_equal(seen[-1][2], state.ema[MODEL][0]["weight"])
 
 
 def test_rates_and_seconds(tmp_path):
@@ -145,13 +145,12 @@ def test_rates_and_seconds(tmp_path):
 def test_rates_leave_out_previews_and_saves(monkeypatch):
     """One second a step of six tokens is six tokens a second, whatever comes between the steps."""
     now, reports = [0.0], []
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(reporters.time, "perf_counter", lambda: now[0])
     writer = types.SimpleNamespace(write=lambda step, row: reports.append(row))
     bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
     watch = Stopwatch()
-    reporter = loop.Reporter(
-        toy_job(), writer, bar, watch, LoopConfig(steps=12, log_every=2), loop.MetricAccumulator(), int, int
-    )
+    instruments = Instruments(writer, bar, watch, int, int)
+    reporter = Reporter(toy_job(), LoopConfig(steps=12, log_every=2), instruments, MetricAccumulator())
     for step in range(1, 13):
         now[0] += 1
         reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {"x": (0, 0)})

@@ -19,7 +19,8 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate import sampler
-from sora_jax.generate.sampler import Request, sample_latents
+from sora_jax.generate.requests import Request
+from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, denoiser_specs
@@ -29,7 +30,7 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_loss
 from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
 from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState
+from sora_jax.train.state import MODEL, Optimizer, TrainState
 from sora_jax.train.step import make_step
 
 RELATIVE = 1e-5
@@ -39,11 +40,11 @@ quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
 TEXT = TextConfig(vocabulary=300, width=16, depth=1, head_width=8)
-MODEL = TransformerConfig(
+NETWORK = TransformerConfig(
     depth=2, width=32, heads=4, latent_channels=2, text=TEXT, attention="blockwise", remat="none", dtype="float32"
 )
 RUN = DenoiserRun(
-    model=MODEL,
+    model=NETWORK,
     tokenizer=TokenizerConfig("bytes", max_tokens=16),
     packing=PackingConfig(length=40, slots=4, text_length=12),
     # Adam divides by the root of a gradient's square: where that is about eps, a step is a smooth function of it.
@@ -67,16 +68,18 @@ def remember_gradient() -> optax.GradientTransformation:
 
 def train(mesh, specs, loss, params, batch: dict, make_batch=dict):
     """Losses of two steps on one batch; of the first its gradient, and the parameters and their average after it."""
-    optimizer = optax.chain(remember_gradient(), make_optimizer(RUN.optim))
+    transformation = optax.chain(remember_gradient(), make_optimizer(RUN.optim))
+    optimizers = {MODEL: Optimizer(transformation, RUN.optim.ema)}
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(specs, mesh))
         average = jax.tree.map(lambda x: x.copy(), placed)
-        state = TrainState(jnp.zeros((), jnp.int32), placed, (average,), quick_jit(optimizer.init)(placed))
-        step = quick_jit(make_step(loss, optimizer, RUN.optim.ema))
+        opt_state = quick_jit(transformation.init)(placed)
+        state = TrainState(jnp.zeros((), jnp.int32), {MODEL: placed}, {MODEL: (average,)}, {MODEL: opt_state})
+        step = quick_jit(make_step(loss, optimizers))
         batch = make_batch(**place_batch({name: x[None] for name, x in batch.items()}, mesh, leading=1))
-        state, first = step(state, batch)
-        made = jax.device_get((state.opt_state[0], state.params, state.ema))
-        _, second = step(state, batch)
+        state, first = step(state, (), batch)
+        made = jax.device_get((state.opt_state[MODEL][0], state.params, state.ema))
+        _, second = step(state, (), batch)
     assert abs(first["loss"] - second["loss"]) > 1e-3 * first["loss"]
     names = ("gradient", "parameters", "averages")
     return {"losses": [float(first["loss"]), float(second["loss"])]} | dict(zip(names, made, strict=True))
@@ -101,7 +104,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def params(randomised):
-    return jax.device_get(randomised(denoiser_specs(MODEL)))
+    return jax.device_get(randomised(denoiser_specs(NETWORK)))
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +118,8 @@ def batch(clips, packed) -> dict:
 
 
 def trained(mesh, params, batch, **model):
-    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **model))
-    loss = lambda params, pack, step, part: denoiser_loss(run, params, pack, step)  # noqa: E731
-    return train(mesh, denoiser_specs(MODEL), loss, params, batch, Pack)
+    run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
+    return train(mesh, denoiser_specs(NETWORK), functools.partial(denoiser_loss, run), params, batch, Pack)
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +145,16 @@ REQUESTS = [  # of several packs; one prompt is longer than packs have room for,
 
 
 def sampled(mesh, params, **model):
-    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **model))
+    run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
     settings = SamplingConfig(steps="2")
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(denoiser_specs(MODEL), mesh))
-        return sample_latents(placed, run, Tokenizer(run.tokenizer), REQUESTS, settings, 5, mesh)
+        placed = jax.device_put(params, shardings(denoiser_specs(NETWORK), mesh))
+        return sample_latents(TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh), REQUESTS, settings, 5)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly():
-    solve = quick_jit(sampler.solve_packs.__wrapped__, static_argnums=(1, 2))
+    solve = quick_jit(sampler.solve_packs.__wrapped__, static_argnums=(0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "solve_packs", solve)
         yield

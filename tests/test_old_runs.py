@@ -1,9 +1,9 @@
 """Runs, caches and autoencoders of version 0.1.0 (commit b579176) open, go on and sample as they did there.
 
 tests/data/runs_0_1_0.tar.xz was made by that commit: `tiny.py`, its configs/tiny.py; a dataset of six clips; an
-autoencoder run and a denoiser run of two steps; a latent cache. `expected` has the reports of both runs when that commit
-went on to step 4, `sampled.npz` two clips that it sampled, and `processor.txt` the processor they were computed on:
-there the numbers must agree to the bit, elsewhere to rounding, as other processors run other instructions.
+autoencoder run and a denoiser run of two steps; a latent cache. `expected` has the reports of both runs when that
+commit went on to step 4, `sampled.npz` two clips that it sampled, and `processor.txt` the processor they were computed
+on: there the numbers must agree to the bit, elsewhere to rounding, as other processors run other instructions.
 """
 
 import contextlib

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
 
-from sora_jax.data.feed import FeedConfig, HostShare
+from sora_jax.data.feed import FeedConfig
 from sora_jax.data.latents import clip_id_of
 from sora_jax.data.packing import PackingConfig, unpack, unstack
 from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import TokenizerConfig, train
 from sora_jax.errors import UserError
 
@@ -116,7 +117,7 @@ def test_sections_make_up_the_epoch(cache, section):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_shares_of_hosts_make_up_the_batch_of_one(cache, hosts):
-    shares = [batches(cache, process_index=host, process_count=hosts) for host in range(hosts)]
+    shares = [batches(cache, share=Share(host, hosts)) for host in range(hosts)]
     for step in (0, 11, 30):
         parts = [share[step] for share in shares]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -149,8 +150,8 @@ def test_another_split_has_other_clips(cache):
     [
         (lambda cache: batches(cache, split="none"), "'none'"),
         (lambda cache: batches(cache, batch=0), "batch is 0"),
-        (lambda cache: batches(cache, batch=5, process_count=2), "5 rows"),
-        (lambda cache: batches(cache, process_index=2, process_count=2), "process_index is 2"),
+        (lambda cache: batches(cache, batch=5, share=Share(0, 2)), "5 rows"),
+        (lambda cache: Share(2, 2), "the share is 2/2"),
         (
             lambda cache: packed_batches(cache, BYTES, PackingConfig(length=40, patch=(1, 2, 2)), 4, 0),
             "packing.length is 40",
@@ -168,7 +169,7 @@ def test_mistakes(cache, make, word):
 
 
 def test_shares_part_the_rows():
-    rows = [row for host in range(3) for row in HostShare(host, 3).rows(12)]
+    rows = [row for host in range(3) for row in Share(host, 3).rows(12)]
     assert rows == list(range(12))
 
 
@@ -203,7 +204,7 @@ def test_weights_say_how_often_a_clip_comes_in_an_epoch(tmp_path):
             counts.append(dict.fromkeys([row["id"] for row in rows], 0))
         pack = stream.row(row)
         for clip_id in pack["clip_ids_S"][pack["clip_ids_S"] > 0]:
-            counts[epoch][stream.cache.ids(np.flatnonzero(stream.cache.clip_ids == clip_id))[0]] += 1
+            counts[epoch][stream.store.ids(np.flatnonzero(stream.store.clip_ids == clip_id))[0]] += 1
         row += 1
         epoch = stream._epochs.epoch(row)
     counts = np.array([list(each.values()) for each in counts])  # (epochs, clips)

@@ -14,12 +14,13 @@ import pytest
 from fixtures_runs import run
 from jax.sharding import AbstractMesh, AxisType
 
-from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.errors import UserError
+from sora_jax.kinds import run_config
+from sora_jax.kinds.denoiser import DENOISER
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.params import ParamSpec, count
@@ -27,7 +28,9 @@ from sora_jax.parallel.chips import CHIPS, GIB
 from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_memory, use
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES
-from sora_jax.plan import hlo, hlo_text, network, programs
+from sora_jax.plan import hlo, hlo_text, network
+from sora_jax.plan.denoiser import evaluations, load_of, train_denoiser
+from sora_jax.plan.programs import Program, for_accelerator
 from sora_jax.plan.report import Plan, as_json, as_text
 from sora_jax.plan.suggest import suggest
 from sora_jax.train.denoiser import DenoiserRun
@@ -50,7 +53,7 @@ def one_chip():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def compiled(program: programs.Program, mesh) -> str:
+def compiled(program: Program, mesh) -> str:
     with use(mesh):
         return program.function.lower(*program.arguments).compile(compiler_options=QUICK).as_text()
 
@@ -93,8 +96,8 @@ def test_convolutions_count_as_xla_counts_them(options):
 
 def test_the_compiled_step_does_the_work_of_the_model():
     """The target without recomputation, 1.03 of the model's FLOPs; with it, 1.36, below, on eight devices."""
-    program = programs.program(model(remat="none", attention="dense", text=None), "train", one_chip())
-    ratio = hlo.count(compiled(program, one_chip()), 1).flops / program.model_flops
+    program = train_denoiser(for_accelerator(model(remat="none", attention="dense", text=None)), one_chip())
+    ratio = hlo.count(compiled(program, one_chip()), 1).flops / program.load.model_flops
     assert 0.98 < ratio <= 1.03
 
 
@@ -104,7 +107,7 @@ def test_activations_are_what_remat_says():
 
     def kept(remat):
         run_ = model(remat=remat, attention="blockwise", text=None)
-        arrays = programs.program(run_, "train", one_chip()).activations
+        arrays = train_denoiser(for_accelerator(run_), one_chip()).activations
         return [x for x in arrays if x.shape[:1] == (depth,) and x.size >= depth * tokens * heads]
 
     full, attention, none = (kept(remat) for remat in ("full", "attention", "none"))
@@ -122,7 +125,7 @@ def test_calls_of_the_model_are_counted(solver, spacing, steps, calls):
         RUN, diffusion=dataclasses.replace(RUN.diffusion, process="vp_linear", prediction="eps")
     )  # fmt: skip
     sampling = SamplingConfig(steps=steps, spacing=spacing, solver=SolverConfig(name=solver))
-    assert programs.evaluations(run_, sampling) == calls
+    assert evaluations(run_, sampling) == calls
 
 
 # --- collectives ---
@@ -190,9 +193,7 @@ def test_collectives_of_one_channel_count_each():
 
 def test_a_step_over_slices_gathers_parameters_inside_them_alone():
     mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=4))
-    program = programs.program(
-        dataclasses.replace(model(remat="full", attention="dense", text=None), batch=16), "train", mesh
-    )
+    program = train_denoiser(dataclasses.replace(model(remat="full", attention="dense", text=None), batch=16), mesh)
     axes = {(c.kind, network.axes_of(c.groups, mesh)) for c in hlo.count(compiled(program, mesh), 8).collectives}
     assert ("all-gather", ("fsdp",)) in axes and not any(k == "all-gather" and "slice" in a for k, a in axes)
 
@@ -350,13 +351,13 @@ def test_no_step_gathers_activations_or_more_than_a_layer_of_parameters(name, te
     """Every block computed again, the step does 4/3 of the model's FLOPs; at most 1.36 on all chips together."""
     mesh = make_mesh(MESHES[name])
     run_ = dataclasses.replace(model(remat="full", attention="dense", text=text), batch=16)
-    program = programs.program(run_, "train", mesh)
+    program = train_denoiser(for_accelerator(run_), mesh)
     text = compiled(program, mesh)
     assert forbidden(text, mesh, run_) == []
     counted = hlo.count(text, 8)
     kinds = {c.kind for c in counted.collectives}
     assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
-    assert 1.3 < 8 * counted.flops / program.model_flops <= 1.36
+    assert 1.3 < 8 * counted.flops / program.load.model_flops <= 1.36
 
 
 def test_gathered_activations_and_stacked_parameters_are_found():
@@ -380,7 +381,7 @@ def test_a_whole_training_step_is_laid_out_on_512_devices(sizes):
     """Loss, gradients, optimizer and averages of the 3b config: traced, every new array lies as the old one did."""
     config = run_config(load(f"{ROOT}/configs/sora.py:3b", ["batch=512"]))
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
-    program = programs.program(config, "train", mesh)
+    program = train_denoiser(for_accelerator(config), mesh)
     with use(mesh):
         state, metrics = jax.eval_shape(program.function, *program.arguments)
     layout = lambda x: (x.shape, x.dtype, x.sharding.spec)  # noqa: E731
@@ -469,25 +470,31 @@ def unfit(state: float, work: float, **mesh) -> Plan:
     return dataclasses.replace(PLAN, memory=memory, needed=int((state + work) * GIB), mesh=PLAN.mesh | mesh)
 
 
+def suggestion(run_: DenoiserRun, plan: Plan) -> str:
+    return suggest(run_, plan, load_of(run_, 1.0, run_.batch))
+
+
 def test_what_fits_needs_no_change():
-    assert suggest(RUN, dataclasses.replace(PLAN, fits=True)) == ""
+    assert suggestion(RUN, dataclasses.replace(PLAN, fits=True)) == ""
 
 
 def test_suggestions_go_from_cheap_to_dear():
     run_ = dataclasses.replace(model(remat="dots"), batch=32)
     long = dataclasses.replace(run_, model=MODEL, batch=16, packing=PackingConfig(length=4096, slots=1, text_length=32))
-    assert "--config.mesh.fsdp=8 " in suggest(run_, unfit(30, 1, fsdp=2, data=8))
-    assert "more chips" in suggest(dataclasses.replace(run_, model=dataclasses.replace(MODEL, heads=1)), unfit(30, 1))
-    assert "--config.model.remat=full" in suggest(run_, unfit(1, 20))
-    assert "--config.loop.accumulate=2" in suggest(dataclasses.replace(run_, model=MODEL), unfit(1, 20))
-    said = suggest(long, unfit(1, 20))
+    assert "--config.mesh.fsdp=8 " in suggestion(run_, unfit(30, 1, fsdp=2, data=8))
+    assert "more chips" in suggestion(
+        dataclasses.replace(run_, model=dataclasses.replace(MODEL, heads=1)), unfit(30, 1)
+    )
+    assert "--config.model.remat=full" in suggestion(run_, unfit(1, 20))
+    assert "--config.loop.accumulate=2" in suggestion(dataclasses.replace(run_, model=MODEL), unfit(1, 20))
+    said = suggestion(long, unfit(1, 20))
     assert "--config.mesh.sequence=2" in said and "--config.mesh.fsdp=8" in said and "--pack-length=2816" in said
     sampled = dataclasses.replace(unfit(1, 20), what="sample")
-    assert "--config.mesh.sequence=2" in suggest(long, sampled) and "batch" not in suggest(long, sampled)
+    assert "--config.mesh.sequence=2" in suggestion(long, sampled) and "batch" not in suggestion(long, sampled)
     single = dataclasses.replace(run_, model=dataclasses.replace(MODEL, heads=1), batch=16)
-    assert suggest(single, unfit(14.9, 1.2)).startswith("Try ")  # the state alone would fit
+    assert suggestion(single, unfit(14.9, 1.2)).startswith("Try ")  # the state alone would fit
     crowded = dataclasses.replace(long, packing=dataclasses.replace(long.packing, text_length=31))
-    assert suggest(crowded, unfit(1, 20)).startswith("Try --pack-length=2816")
+    assert suggestion(crowded, unfit(1, 20)).startswith("Try --pack-length=2816")
 
 
 def test_the_compilers_complaint_is_read():
@@ -573,11 +580,11 @@ def test_a_step_compiled_for_a_tpu_is_planned_and_gathers_nothing_forbidden(monk
     topology = Topology.parse("v5e:2x2")
     run_ = dataclasses.replace(model(attention="dense", text=None), mesh=MeshConfig(data=1, fsdp=4))
     mesh = topology_mesh(run_.mesh, topology)
-    program = programs.program(run_, "train", mesh)
+    program = train_denoiser(for_accelerator(run_), mesh)
     compiled = compile_program(program.function, program.arguments, mesh)
     assert forbidden(compiled.as_text(), mesh, run_) == []
     monkeypatch.setattr(report, "compile_program", lambda *_: compiled)
-    plan = report.make_plan(run_, "train", topology)
+    plan = report.make_plan(DENOISER, run_, "train", topology)
     assert plan.fits and plan.chips == 4 and sum(plan.memory.values()) == plan.needed
     specs = jax.tree.leaves(denoiser_specs(run_.model), is_leaf=lambda x: isinstance(x, ParamSpec))
     # Four bytes each; what has an axis "embed" is split over four chips, the rest is whole on each.
@@ -594,5 +601,5 @@ def test_a_sampler_compiled_for_a_tpu_is_planned():
     from sora_jax.plan.report import make_plan
 
     run_ = dataclasses.replace(model(attention="dense", text=None), sampling=SamplingConfig(steps="3"))
-    plan = make_plan(run_, "sample", Topology.parse("v5e:2x2"))
+    plan = make_plan(DENOISER, run_, "sample", Topology.parse("v5e:2x2"))
     assert plan.fits and 1.0 <= plan.ratio < 1.1

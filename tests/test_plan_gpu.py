@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax.data.packing import PackingConfig
+from sora_jax.kinds.denoiser import DENOISER
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.attention import Place, Places, blockwise_attention
 from sora_jax.parallel.chips import CHIPS
@@ -82,7 +83,7 @@ def test_a_step_compiled_for_gpus_is_planned(attention):
     run = DenoiserRun(
         model=model, batch=8, packing=PackingConfig(length=1024, slots=1), mesh=MeshConfig(data=1, fsdp=-1)
     )
-    plan = make_plan(run, "train", Topology.parse("h100:4", slices=2))
+    plan = make_plan(DENOISER, run, "train", Topology.parse("h100:4", slices=2))
     assert plan.model["attention"] == ("cudnn" if attention == "auto" else attention)
     assert plan.fits and plan.chips == 8 and plan.mesh["slice"] == 2 and plan.mesh["fsdp"] == 4
     assert {"slice"} & {axis for row in plan.collectives for axis in row.axes}

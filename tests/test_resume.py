@@ -10,14 +10,12 @@ import chex
 import jax
 import pytest
 from fixtures_runs import chain, start, train_options  # noqa: F401
-from fixtures_toy import OPTIM, SPECS, kill, train_slowly  # noqa: F401
+from fixtures_toy import GROUPS, kill, train_slowly  # noqa: F401
 
-from sora_jax.commands import run_config
-from sora_jax.models.transformer import denoiser_specs
+from sora_jax.kinds import kind_of, run_config
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.optim import make_optimizer
-from sora_jax.train.state import init_state
+from sora_jax.train.state import init_state, make_optimizers
 
 STEPS = 240
 REPORT = 3  # a report is a mean over steps: one that spans a stop must not show it
@@ -55,8 +53,8 @@ def final_state(workdir):
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest() == STEPS
-        optimizer = make_optimizer(config.optim)
-        like = init_state(denoiser_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
+        groups = kind_of(config).groups(config)
+        like = init_state(groups, make_optimizers(groups, STEPS), 0, mesh)
         return jax.device_get(checkpoints.restore(like)[0])
 
 
@@ -106,7 +104,9 @@ def test_twenty_kills_at_any_moment_leave_the_undisturbed_run_to_the_bit(kill, t
     for name in ("killed", "straight"):
         with jax.set_mesh(mesh), Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
             assert checkpoints.latest() == 100
-            found.append(jax.device_get(checkpoints.restore(init_state(SPECS, make_optimizer(OPTIM), 1, 1, mesh))[0]))
+            found.append(
+                jax.device_get(checkpoints.restore(init_state(GROUPS, make_optimizers(GROUPS, 1), 1, mesh))[0])
+            )
     chex.assert_trees_all_equal(*found)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 

@@ -10,7 +10,8 @@ from fixtures_runs import chain, trained  # noqa: F401
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.generate import sampler
-from sora_jax.generate.sampler import Request, sample_latents
+from sora_jax.generate.requests import Request
+from sora_jax.generate.sampler import sample_latents
 
 REQUESTS = [
     Request("a red square moves right", (3, 4, 6), 11),
@@ -34,7 +35,7 @@ def latents(model):
     def draw(requests, seed=5, guidance=3.0):
         requests = [dataclasses.replace(request, guidance=guidance) for request in requests]
         with jax.set_mesh(model.mesh):
-            return sample_latents(model.params, model.config, model.tokenizer, requests, SETTINGS, seed, model.mesh)
+            return sample_latents(model, requests, SETTINGS, seed)
 
     return draw
 
@@ -57,19 +58,17 @@ def test_shapes(together):
     assert all(np.isfinite(z).all() for z in together)
 
 
-def test_calls_of_few_packs_are_one_call_of_all(latents, together, monkeypatch):
+def test_calls_of_few_packs_are_one_call_of_all(model, together, monkeypatch):
     """One pack at a time, with a clip to a pack: the same clips, in the same order."""
     monkeypatch.setattr(sampler, "PACKS_AT_ONCE", 1)
-    whole = sampler._pack_items
-
-    def one_slot(*arguments):
-        items, negatives, packing = whole(*arguments)
-        return items, negatives, dataclasses.replace(packing, slots=1)
-
-    monkeypatch.setattr(sampler, "_pack_items", one_slot)
+    packing = dataclasses.replace(model.config.packing, slots=1)
+    one_slot = dataclasses.replace(model, config=dataclasses.replace(model.config, packing=packing))
     solve, calls = sampler.solve_packs, []
     monkeypatch.setattr(sampler, "solve_packs", lambda *arguments: calls.append(1) or solve(*arguments))
-    for a, b in zip(latents(REQUESTS), together, strict=True):
+    requests = [dataclasses.replace(request, guidance=3.0) for request in REQUESTS]
+    with jax.set_mesh(model.mesh):
+        found = sample_latents(one_slot, requests, SETTINGS, 5)
+    for a, b in zip(found, together, strict=True):
         assert_near(a, b)
     assert len(calls) == len(REQUESTS)
 
@@ -95,7 +94,7 @@ def test_the_same_request_is_the_same_to_the_bit_and_each_part_of_it_matters(lat
     for a, b in zip(latents(REQUESTS), together, strict=True):
         np.testing.assert_array_equal(a, b)
     far(latents(REQUESTS, seed=6)[0], together[0])
-    far(latents([dataclasses.replace(first, clip=12)])[0], together[0])
+    far(latents([dataclasses.replace(first, clip_id=12)])[0], together[0])
     far(latents([dataclasses.replace(first, prompt="a blue square")])[0], together[0])
 
 
@@ -110,11 +109,11 @@ def test_guidance_1_is_the_conditional_model(latents, together):
 
 def test_a_run_makes_clips_and_images_of_the_sizes_asked_for(model):
     sizes = [(9, 16, 24), (1, 16, 16), (5, 24, 16), (1, 16, 24)]
-    prompts, ids = [r.prompt for r in REQUESTS], [r.clip for r in REQUESTS]
-    clips = model.generate(prompts, sizes, steps=2, guidance=3.0, seed=5, clips=ids)
+    prompts, ids = [r.prompt for r in REQUESTS], [r.clip_id for r in REQUESTS]
+    clips = model.generate(prompts, sizes, steps=2, guidance=3.0, seed=5, clip_ids=ids)
     assert [clip.shape for clip in clips] == [(*size, 3) for size in sizes]
     assert all(clip.dtype == np.uint8 for clip in clips)
-    alone = model.generate([prompts[1]], sizes[1], steps=2, guidance=3.0, seed=5, clips=[ids[1]])
+    alone = model.generate([prompts[1]], sizes[1], steps=2, guidance=3.0, seed=5, clip_ids=[ids[1]])
     assert np.abs(alone[0].astype(int) - clips[1].astype(int)).max() <= 1
 
 
@@ -150,7 +149,7 @@ def test_settings_are_checked(model, change, message):
 
 def test_a_negative_prompt_is_what_guidance_leads_away_from(model):
     """At scale 0 the sample is that of the negative prompt alone; the empty one is no prompt."""
-    away = dict(sizes=(1, 16, 16), steps=2, clips=[5])
+    away = dict(sizes=(1, 16, 16), steps=2, clip_ids=[5])
     plain = model.generate(["a red square"], guidance=1.0, **away)[0].astype(int)
     swapped = model.generate(["a blue square"], guidance=0.0, negative="a red square", **away)[0]
     assert np.abs(swapped - plain).max() <= 1

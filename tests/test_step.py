@@ -9,28 +9,29 @@ import numpy as np
 import pytest
 from fixtures_runs import TINY
 
-from sora_jax.commands import run_config
 from sora_jax.config import load
 from sora_jax.data.packing import PackItem, pack, stack
-from sora_jax.models.transformer import denoiser_specs
+from sora_jax.kinds import run_config
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract, shardings
 from sora_jax.parallel.mesh import make_mesh, place_batch
-from sora_jax.train.denoiser import NOISE_BINS, denoiser_loss
+from sora_jax.train.denoiser import NOISE_BINS, denoiser_groups, denoiser_loss
 from sora_jax.train.loop import split_batch
-from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState
+from sora_jax.train.optim import OptimConfig
+from sora_jax.train.state import MODEL, Group, TrainState, make_optimizers
 from sora_jax.train.step import make_step
 
 # Compiles in half the time; the programs are too small to gain from the passes left out.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OPTIM = OptimConfig(1e-2, warmup_steps=2, ema=(0.5, 0.9))
+OPTIMIZERS = make_optimizers({MODEL: Group({}, OPTIM)}, 100)
 
 
-def line_loss(params, batch, step, part):
+def line_loss(params, frozen, batch, step, part):
     """Squared error of a line over real points; the number of points differs between rows."""
-    error = (params["weight"] * batch["x"] + params["bias"] - batch["y"]) ** 2 * batch["real"]
-    return error.sum(), (batch["real"].sum(), {"first": (error[:, 0].sum(), batch["real"][:, 0].sum())})
+    error = (params[MODEL]["weight"] * batch["x"] + params[MODEL]["bias"] - batch["y"]) ** 2 * batch["real"]
+    means = {"first": (error[:, 0].sum(), batch["real"][:, 0].sum())}
+    return {MODEL: error.sum()}, ({MODEL: batch["real"].sum()}, means)
 
 
 def line_batch():
@@ -40,17 +41,21 @@ def line_batch():
     return {"x": x, "y": 3 * x + 1 + 0.1 * rng.standard_normal((8, 6)).astype(np.float32), "real": real}
 
 
-def line_state(optimizer, averages=2):
-    params = {"weight": jnp.float32(0.5), "bias": jnp.float32(0.0)}
-    ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
-    return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+def state_of(params) -> TrainState:
+    """The state of one group before its first step."""
+    ema = tuple(jax.tree.map(jnp.copy, params) for _ in OPTIM.ema)
+    opt_state = OPTIMIZERS[MODEL].transformation.init(params)
+    return TrainState(jnp.int32(0), {MODEL: params}, {MODEL: ema}, {MODEL: opt_state})
 
 
-def steps(loss, state_of, batch, parts, count=3, mesh=None):
-    optimizer = make_optimizer(OPTIM)
-    step, state = jax.jit(make_step(loss, optimizer, OPTIM.ema), compiler_options=QUICK), state_of(optimizer)
+def line_state():
+    return state_of({"weight": jnp.float32(0.5), "bias": jnp.float32(0.0)})
+
+
+def steps(loss, make_state, batch, parts, count=3):
+    step, state = jax.jit(make_step(loss, OPTIMIZERS), compiler_options=QUICK), make_state()
     for _ in range(count):
-        state, metrics = step(state, batch(parts))
+        state, metrics = step(state, (), batch(parts))
     return jax.device_get((state, metrics))
 
 
@@ -64,9 +69,7 @@ def test_micro_batches_of_unequal_counts_equal_one_big_batch(parts):
 
 def test_the_first_step_is_its_formula():
     batch = line_batch()
-    optimizer = make_optimizer(OPTIM)
-    step = make_step(line_loss, optimizer, OPTIM.ema)
-    state, metrics = step(line_state(optimizer), split_batch(batch, 2))
+    state, metrics = make_step(line_loss, OPTIMIZERS)(line_state(), (), split_batch(batch, 2))
     error = (0.5 * batch["x"] - batch["y"]) * batch["real"]
     points = batch["real"].sum()
     gradient = np.array([(2 * error * batch["x"]).sum(), 2 * error.sum()]) / points
@@ -75,19 +78,19 @@ def test_the_first_step_is_its_formula():
     np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-5)
     # Adam's first update is the sign of the gradient times the rate, here half of the peak.
     new = np.array([0.5, 0.0]) - 0.5 * OPTIM.learning_rate * np.sign(gradient)
-    np.testing.assert_allclose([state.params["weight"], state.params["bias"]], new, rtol=1e-4)
+    params = state.params[MODEL]
+    np.testing.assert_allclose([params["weight"], params["bias"]], new, rtol=1e-4)
     np.testing.assert_allclose(metrics["parameter_norm"], np.linalg.norm(new), rtol=1e-4)
     np.testing.assert_allclose(metrics["update_norm"], 0.5 * OPTIM.learning_rate * 2**0.5, rtol=1e-4)
     young = 1 / 10  # both averages start with this decay, from the new parameters
-    averages = [[tree["weight"], tree["bias"]] for tree in state.ema]
+    averages = [[tree["weight"], tree["bias"]] for tree in state.ema[MODEL]]
     np.testing.assert_allclose(averages, [young * np.array([0.5, 0.0]) + (1 - young) * new] * 2, rtol=1e-4)
     assert int(state.step) == 1
 
 
 def test_the_old_state_is_donated():
-    optimizer = make_optimizer(OPTIM)
-    old = line_state(optimizer)
-    make_step(line_loss, optimizer, OPTIM.ema)(old, split_batch(line_batch(), 1))
+    old = line_state()
+    make_step(line_loss, OPTIMIZERS)(old, (), split_batch(line_batch(), 1))
     assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.ema)))
 
 
@@ -110,22 +113,18 @@ def test_the_denoiser_accumulates_packs_of_unequal_tokens():
     mesh, batch = make_mesh(devices=jax.devices()[:1]), packs(config)
     tokens = batch["grids_BS3"].prod(-1).sum(-1).reshape(4, 2).sum(-1)
     assert len(set(tokens.tolist())) > 1
-    specs = denoiser_specs(config.model)
+    specs = denoiser_groups(config)[MODEL].specs
     rng = np.random.default_rng(0)  # not the initial values, whose closed gates would hide most of the model
     params = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), abstract(specs))
 
-    def state_of(optimizer):
-        placed = jax.device_put(params, shardings(specs, mesh))
-        averages = tuple(jax.device_put(params, shardings(specs, mesh)) for _ in OPTIM.ema)
-        return TrainState(jnp.int32(0), placed, averages, optimizer.init(placed))
+    def make_state():
+        return state_of(jax.device_put(params, shardings(specs, mesh)))
 
     def place(parts):
         return Pack(**place_batch(split_batch(batch, parts), mesh, leading=1))
 
-    def loss(params, pack, step, part):
-        return denoiser_loss(config, params, pack, step)
-
     with jax.set_mesh(mesh):
-        whole, split = (steps(loss, state_of, place, parts, 2)[1] for parts in (1, 4))
+        loss = functools.partial(denoiser_loss, config)
+        whole, split = (steps(loss, make_state, place, parts, 2)[1] for parts in (1, 4))
     assert whole["loss_by_noise"].shape == (NOISE_BINS,)
     chex.assert_trees_all_close(split, whole, rtol=2e-4, atol=1e-6)

@@ -37,6 +37,7 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.data.parts import Kind, start
 from sora_jax.data.pipeline import packed_batches
 from sora_jax.data.shards import FLOATS, RecordWriter, shard_name
+from sora_jax.data.share import Share
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.data.tokenizer import TokenizerConfig
 from sora_jax.data.tokenizer import train as train_tokenizer
@@ -309,7 +310,7 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
     arguments = cache, tokenizer, PackingConfig(length=512, patch=(1, 2, 2)), 2, 0
     folder = as_path(f"{ROOT}/shares/captions")
     shares = [
-        packed_batches(*arguments, process_index=k, process_count=2, folder=folder, first=first)
+        packed_batches(*arguments, share=Share(k, 2), folder=folder, first=first)
         for k, first in ((0, False), (1, False), (0, True))  # two that read the same rows, of which one is the first
     ]
     for batches in shares:
@@ -366,15 +367,15 @@ def test_a_failed_upload_of_reports_ends_no_run(bucket, monkeypatch, capfd):  # 
     with MetricsWriter(workdir) as writer:
         monkeypatch.setattr(files, "put", fail)
         writer.write(1, {"loss": 1.0})
-        writer.keep_rows()
-        writer.keep()
+        writer.flush_rows()
+        writer.flush()
         assert capfd.readouterr().err.count(told) == 1
         monkeypatch.setattr(files, "put", put)
-        writer.keep_rows()
+        writer.flush_rows()
         assert names_below(as_path(workdir)) == ["metrics.jsonl"]
         monkeypatch.setattr(files, "put", fail)
         writer.write(2, {"loss": 2.0})
-        writer.keep_rows()
+        writer.flush_rows()
         assert capfd.readouterr().err.count(told) == 1
         monkeypatch.setattr(files, "put", put)
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2]

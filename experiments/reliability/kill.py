@@ -22,14 +22,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax import cli, commands
+from sora_jax import cli
 from sora_jax.config import read_json
-from sora_jax.models.transformer import denoiser_specs
+from sora_jax.kinds import kind_of, run_config
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.metrics import read_metrics
-from sora_jax.train.optim import make_optimizer
-from sora_jax.train.state import init_state
+from sora_jax.train.state import init_state, make_optimizers
 
 ROOT = Path(__file__).parents[2]
 Begin = Callable[[Path], multiprocessing.Process]
@@ -147,11 +146,11 @@ def saves(workdir: Path) -> tuple[int, bool]:
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """All arrays of the newest checkpoint, by their paths."""
-    config = commands.run_config(read_json(workdir / "config.json"))
-    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(config.optim)
+    config = run_config(read_json(workdir / "config.json"))
+    mesh, groups = make_mesh(devices=jax.devices()[:1]), kind_of(config).groups(config)
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest() == config.loop.steps
-        like = init_state(denoiser_specs(config.model), optimizer, len(config.optim.ema), 0, mesh)
+        like = init_state(groups, make_optimizers(groups, config.loop.steps), 0, mesh)
         state = jax.device_get(checkpoints.restore(like)[0])
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
