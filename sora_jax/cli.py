@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from sora_jax import __version__
 from sora_jax.errors import Stopped, UserError
-from sora_jax.files import as_path, no_bug
+from sora_jax.files import as_path, storage_message
 
 EXAMPLES = """\
 examples:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(parsed(arguments))
     except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else no_bug(error)
+        reason = str(error) if isinstance(error, UserError) else storage_message(error)
         if not reason:
             raise
         print(f"sora-jax: {reason}", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""Paths on the disk and in Google Cloud Storage, and files that appear whole or not at all.
+"""Access local files and Google Cloud Storage through one interface, and write files atomically.
 
-`as_path` makes what the package calls a Path: pathlib's for the disk, `etils.epath`'s, which has the same methods, for
-`gs://`. What is different in an object store stands in this file alone:
+`as_path` returns what the package calls a Path: `pathlib.Path` for the disk, `etils.epath.Path`, which has the same
+methods, for `gs://`. This file alone knows how an object store differs from a disk:
 
-- an object appears whole when its upload ends, and never grows: a file is made on the local disk, then put there;
-- what is read here and there and again (records, tar), or by libraries that know the disk alone (NumPy, zip), is read
-  from a `local_copy`, made once;
-- there are no folders to make, to rename, or to lock. A folder that is filled file by file is complete once its last
-  file is there, under a name that says so: `dataset.json`, `cache.json`, `autoencoder.json`, Orbax's own.
+- An object appears when its upload ends and cannot be appended to: a file is written on the local disk, then uploaded.
+- Files with random access (records, tar) and files for libraries that need a local path (NumPy, zip) are read from a
+  `local_copy`, which is downloaded once.
+- There are no folders to create, rename or lock. A folder of several files is complete when the file that is written
+  last exists: `dataset.json`, `cache.json`, `autoencoder.json`, or Orbax's own marker.
 """
 
 import errno
@@ -26,72 +26,80 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from sora_jax.errors import UserError
 
 REMOTE = "gs://"
-PAUSE = 10.0  # seconds between two writes of what would grow on a disk
-SHARE = 20  # a mirror spends at most one part in so many of a run's time
-NOT_A_BUG = {  # full disks and wrong paths
+FLUSH_INTERVAL = 10.0  # seconds, at least, between two uploads of a mirror
+FLUSH_SHARE = 20  # a mirror spends at most 1 / FLUSH_SHARE of a run's time on uploads
+DISK_ERRORS = {  # full disks and wrong paths: mistakes that the user can mend, not bugs
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
-LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # behind gs://
-HELD: list[io.TextIOBase] = []  # open as long as this process lives
-ERRORS = (*LIBRARIES, "aiohttp.", "requests.")  # whose own errors are of the store and the network
+STORAGE_LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # packages that serve gs://
+NETWORK_LIBRARIES = ("aiohttp.", "requests.")  # packages below them, whose exceptions they pass on
+# Lock files that stay open until the process ends: the operating system then releases their locks, also after a kill.
+HELD_LOCKS: list[io.TextIOBase] = []
 
 
 def as_path(name: str | os.PathLike) -> Path:
-    """A path of the disk, or of `gs://BUCKET/...`; UserError for other places, or where gs:// needs a package."""
+    """Return the Path of a local file or of `gs://BUCKET/...`.
+
+    Raises:
+        UserError: the path has another scheme, or gs:// needs a package that is not installed.
+    """
     text = os.fspath(name)
-    if text.startswith("gs:/"):  # pathlib makes one slash of two
+    if text.startswith("gs:/"):  # pathlib collapses the two slashes into one
         try:
             _prepare_storage()
         except ImportError as error:
-            raise UserError(f"{text!r} needs gcsfs, which is not here: pip install 'sora_jax[gcs]'") from error
+            raise UserError(f"{text!r} needs gcsfs, which is not installed: pip install 'sora_jax[gcs]'") from error
         from etils import epath
 
         return epath.Path(REMOTE + text.removeprefix("gs:").lstrip("/"))
     if "://" in text:
-        raise UserError(f"{text!r} cannot be used: paths of this machine and {REMOTE}BUCKET/... can.")
+        raise UserError(f"{text!r} cannot be used; a path must be local or {REMOTE}BUCKET/...")
     return Path(text)
 
 
 @functools.cache
 def _prepare_storage() -> None:
-    # One way to gs://, whatever else is installed: with TensorFlow there epath would take that, and a GPU's memory.
+    # Always gcsfs: where TensorFlow is installed epath would import it, and TensorFlow takes all memory of a GPU.
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec
 
-    # Orbax's arrays come by TensorStore, and other processes write too: a remembered listing would be of yesterday.
+    # No cached listings: TensorStore (Orbax) and other processes write to the bucket without gcsfs knowing.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     fsspec.get_filesystem_class("gcs")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is not of the local disk."""
+    """Return True for a path in an object store."""
     return os.fspath(path).startswith(REMOTE)
 
 
-def of_storage(error: Exception) -> bool:
-    """Whether an error comes from the libraries behind gs://: no permission, no network, no such bucket."""
-    if f"{type(error).__module__}.".startswith(ERRORS):
+def is_storage_error(error: Exception) -> bool:
+    """Return True if the libraries behind gs:// raised the error: no permission, no network, no such bucket."""
+    if f"{type(error).__module__}.".startswith(STORAGE_LIBRARIES + NETWORK_LIBRARIES):
         return True
+    # They also raise plain OSErrors, such as FileNotFoundError: only the traceback tells those from the disk's.
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, OSError) and any(f"{name}.".startswith(LIBRARIES) for name in modules)
+    return isinstance(error, OSError) and any(f"{name}.".startswith(STORAGE_LIBRARIES) for name in modules)
 
 
-def no_bug(error: Exception) -> str:
-    """In one sentence what the disk or the store refuses; "" of any other error, which is to be shown whole."""
-    if of_storage(error):
+def storage_message(error: Exception) -> str:
+    """Describe a disk or bucket error in one sentence. Returns "" for other errors, whose traceback should be shown."""
+    if is_storage_error(error):
         return f"{REMOTE} cannot be used: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if isinstance(error, OSError) and error.errno in NOT_A_BUG:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
     return ""
 
 
-def _storage(path: Path):
-    """(fsspec's file system, the name there) of a remote path."""
+def _storage(path: Path) -> tuple[Any, str]:
+    """Return fsspec's file system of a remote path, and the path's name in it."""
     from fsspec.core import url_to_fs
 
     return url_to_fs(os.fspath(path))
@@ -99,14 +107,14 @@ def _storage(path: Path):
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Turns an OSError (a full disk, a folder without permission) into "WHAT cannot be written: ...", a UserError.
+    """Convert storage errors inside the context to the UserError "WHAT cannot be written: ...".
 
-    Likewise what else the libraries behind gs:// raise where the store refuses or does not answer.
+    Covers every OSError (a full disk, no permission) and every exception of the libraries behind gs://.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not of_storage(error):
+        if not isinstance(error, OSError) and not is_storage_error(error):
             raise
         raise UserError(f"{what} cannot be written: {_reason(error)}.") from error
 
@@ -117,9 +125,13 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A local name to write under: on success it becomes `path`, else it goes. A full disk is a UserError."""
+    """Yield a temporary local path to write to; move it to `path` on success, delete it on failure.
+
+    Raises:
+        UserError: the file cannot be written (see `as_user_error`).
+    """
     with as_user_error(str(path)):
-        temporary = temporary_of(path)
+        temporary = temporary_path(path)
         try:
             make_folder(path.parent)
             yield temporary
@@ -129,28 +141,29 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def temporary_of(path: Path) -> Path:
-    """A hidden name on the local disk, of the same ending, for what is to become `path`: beside it, if that can be."""
-    # Not by process number: processes of several machines may write into one folder.
+def temporary_path(path: Path) -> Path:
+    """Return an unused hidden local path with the suffix of `path`, beside it unless `path` is remote."""
+    # Random, not the process id: processes of several machines may write into one shared folder.
     name = f".{path.stem}.tmp-{uuid.uuid4().hex[:12]}{path.suffix}"
     return _own_folder(cache_folder() / "unfinished") / name if is_remote(path) else path.with_name(name)
 
 
 @functools.cache
 def _own_folder(above: Path) -> Path:
-    """A folder for what this process has not finished yet; those that killed processes have left are removed."""
+    """Create a folder below `above` for unfinished files of this process; remove folders of processes that died."""
     make_folder(above)
-    with _locked(above / ".lock"):
+    with _locked(above / ".lock"):  # no process may see a folder between its creation and its lock
         for folder in (entry for entry in above.iterdir() if entry.is_dir()):
-            with suppress(BlockingIOError), _locked(folder / ".lock", wait=False):  # its process holds it to the end
+            # A live process holds the lock of its folder until it ends, so a free lock means that it is gone.
+            with suppress(BlockingIOError), _locked(folder / ".lock", wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
         own = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=above))
-        HELD.append(_locked(own / ".lock"))
+        HELD_LOCKS.append(_locked(own / ".lock"))
     return own
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Gives a finished file of the local disk its name, over what is there, at one moment."""
+    """Move a finished local file to `path` atomically, replacing a file that is there."""
     if is_remote(path):
         storage, name = _storage(path)
         storage.put_file(str(temporary), name)
@@ -160,8 +173,8 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def create(path: Path, text: str) -> bool:
-    """Writes a file unless it is there; whether it was not. Of several processes one is told so."""
-    try:
+    """Write a file unless it exists, and return True if it did not: of several processes, exactly one gets True."""
+    try:  # both ways of creating are atomic, unlike a check followed by a write
         if is_remote(path):
             storage, name = _storage(path)
             storage.pipe_file(name, text.encode(), mode="create")
@@ -174,29 +187,30 @@ def create(path: Path, text: str) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A UTF-8 text file, whole or not at all. UserError where it cannot be written."""
+    """Write a UTF-8 text file atomically; UserError if it cannot be written."""
     with replacing(as_path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, content) -> None:
-    """A readable JSON file, whole or not at all. UserError where it cannot be written."""
+def write_json(path: str | Path, content: object) -> None:
+    """Write an indented JSON file atomically; UserError if it cannot be written."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """The text of a file. (epath's own takes every encoding for the system's.)"""
+    """Read a text file."""
+    # Not `path.read_text`: that of epath ignores `encoding`.
     with open_text(path, encoding) as file:
         return file.read()
 
 
 def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> io.TextIOBase:
-    """A text file to be read line by line."""
+    """Open a text file for reading line by line."""
     return io.TextIOWrapper(path.open("rb"), encoding=encoding, newline=newline)
 
 
 def size_and_time(path: Path) -> tuple[int, str]:
-    """Bytes of a file, and a text that tells this content from what was there at other times."""
+    """Return the size of a file in bytes and its modification time as text, which identify its content."""
     if is_remote(path):
         storage, name = _storage(path)
         found = storage.info(name)
@@ -206,14 +220,14 @@ def size_and_time(path: Path) -> tuple[int, str]:
 
 
 def names_below(folder: Path) -> list[str]:
-    """Names of all files below a folder, relative to it, sorted."""
+    """List all files below a folder recursively, as sorted names relative to it."""
     if is_remote(folder):
         return sorted(remote_files(folder))
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def matching(pattern: str) -> list[Path]:
-    """The paths that a pattern with *, ? and ** stands for."""
+    """List the paths that match a glob pattern with *, ? and **."""
     if is_remote(pattern):
         storage, name = _storage(as_path(pattern))
         return [as_path(REMOTE + found) for found in storage.glob(name)]
@@ -221,7 +235,7 @@ def matching(pattern: str) -> list[Path]:
 
 
 def remote_files(folder: Path) -> dict[str, int]:
-    """Name, relative to the folder -> bytes of every object below; one question, however many there are."""
+    """Return the size in bytes of every object below a folder, by name relative to it, in one request."""
     storage, root = _storage(folder)
     found = storage.find(root, detail=True)
     return {
@@ -232,7 +246,10 @@ def remote_files(folder: Path) -> dict[str, int]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is below a folder, or there is none; an object in its own name, as consoles make, is nothing."""
+    """Return True if the folder is missing or empty.
+
+    The placeholder object that cloud consoles create for a folder does not count.
+    """
     if is_remote(folder):
         storage, root = _storage(folder)
         with suppress(FileNotFoundError):
@@ -242,7 +259,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def read_together(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Name -> bytes of small remote files of a folder, many at a time; those that cannot be read are left out."""
+    """Read small remote files of a folder concurrently, by name; files that cannot be read are left out."""
     if not names:
         return {}
     storage, root = _storage(folder)
@@ -251,13 +268,13 @@ def read_together(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and those above it, where there are folders."""
+    """Create a folder and its parents; do nothing in an object store, which has no folders."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """With all that is in it."""
+    """Remove a folder and everything in it."""
     if is_remote(folder):
         folder.rmtree(missing_ok=True)
     else:
@@ -265,34 +282,37 @@ def remove_folder(folder: Path) -> None:
 
 
 def unfinished(out: Path) -> Path:
-    """Where a folder is filled: under a hidden name that nobody else has a reason to use; in an object store in place.
+    """Return the hidden folder in which `out` is filled before `finish_folder` renames it.
 
-    There each file would have to be copied to be renamed, and half of them could be seen on the way.
+    For an object store this is `out` itself: renaming would copy every file, and readers could see half of them.
     """
     return out if is_remote(out) else out.with_name(f".{out.name}.sora_jax-unfinished")
 
 
 def finish_folder(out: Path) -> None:
-    """Gives the folder that was filled as `unfinished(out)` its name. OSError where something else has it."""
+    """Rename `unfinished(out)` to `out`; OSError if something else has that name."""
     if not is_remote(out):
         with suppress(OSError):
-            out.rmdir()  # an empty folder of that name may be filled
+            out.rmdir()  # an empty folder of that name may be replaced
         os.rename(unfinished(out), out)
 
 
 def cache_folder() -> Path:
-    """SORA_JAX_CACHE if that is on the disk, else below the user's; to be emptied at will while nothing runs.
+    """Return the local cache folder: SORA_JAX_CACHE if that is a local path, else ~/.cache/sora_jax.
 
-    `files` holds copies of remote files, `captions` tokens of captions, `unfinished` what is to become remote.
+    It may be deleted while nothing runs. Below it, `files` holds copies of remote files, `captions` tokenized captions
+    and `unfinished` files that wait for their upload.
     """
     named = os.environ.get("SORA_JAX_CACHE", "")
     return Path(named) if named and not is_remote(named) else Path.home() / ".cache" / "sora_jax"
 
 
 def local_copy(path: Path) -> Path:
-    """The file itself, or of a remote one a copy on the local disk, made once for each content, by one process or many.
+    """Return a local file itself, or download a remote one, once per content, and return the copy.
 
-    OSError where there is no such file, UserError where it cannot be read, or on a full disk.
+    Raises:
+        OSError: there is no such file.
+        UserError: the file cannot be read, or the copy cannot be written.
     """
     if not is_remote(path):
         return path
@@ -302,26 +322,31 @@ def local_copy(path: Path) -> Path:
         with as_user_error(str(copy)):
             make_folder(copy.parent)
             with _locked(copy.with_name(f".{copy.name}.lock")):
-                if not copy.exists():  # else another has made it in the meantime
+                if not copy.exists():  # checked again: another process may have made it before the lock was free
                     _fetch(path, copy)
     return copy
 
 
 def _fetch(path: Path, copy: Path) -> None:
+    """Download a remote file; a failure to read it is told apart from a failure to write the copy."""
     storage, name = _storage(path)
     with replacing(copy) as temporary:
         try:
             storage.get_file(name, str(temporary))
         except Exception as error:
-            of_disk = isinstance(error, OSError) and error.errno in NOT_A_BUG
-            if of_disk or not (isinstance(error, OSError) or of_storage(error)):
+            of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+            if of_disk or not (isinstance(error, OSError) or is_storage_error(error)):
                 raise
             raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
 
 
 def _locked(path: Path, wait: bool = True) -> io.TextIOBase:
-    """A file that one open file, of all processes, holds until it is closed; BlockingIOError instead of waiting."""
-    import fcntl
+    """Open a file under an exclusive lock between processes, which lasts until the file is closed.
+
+    Raises:
+        BlockingIOError: another process has the lock, and `wait` is False.
+    """
+    import fcntl  # not at the top: there is none on Windows
 
     file = path.open("w")
     try:
@@ -333,58 +358,61 @@ def _locked(path: Path, wait: bool = True) -> io.TextIOBase:
 
 
 class Mirror:
-    """A folder of files that grow: the folder itself, or of a remote one a local folder that is copied there.
+    """Local folder for files that grow, uploaded to a remote folder now and then; a local folder is used in place.
 
-    `keep_in_time` copies what has changed, at most every ten seconds and in a twentieth of the time; `keep`, and the
-    end of the context, at once. A copy that fails is reported once and tried again the next time; only the last one
-    raises UserError. A killed process loses what came after the last copy.
+    `flush_if_due` uploads changed files at most every ten seconds and for at most a twentieth of the time; `flush`, and
+    the end of the context, upload at once. A failed upload is reported once and repeated later; only that at the end of
+    the context raises UserError. A killed process loses what it wrote after its last upload.
     """
 
     def __init__(self, folder: Path):
-        self._target, self._kept, self._next, self._fails = folder, {}, 0.0, False
+        self._target = folder
+        self._uploaded: dict[Path, tuple[int, str]] = {}  # size and time of each file when it was uploaded
+        self._due = 0.0  # of the clock `time.monotonic`
+        self._failing = False
         self.folder = folder
         if is_remote(folder):
             with as_user_error(str(folder)):
                 self.folder = Path(tempfile.mkdtemp(dir=_own_folder(cache_folder() / "unfinished")))
 
-    def __enter__(self):
+    def __enter__(self) -> "Mirror":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self.folder == self._target:
             return
         try:
-            if kind:  # which is to be told, and not this
-                self.keep()
+            if kind:  # a second error, of the upload, must not hide the one that ends the context
+                self.flush()
             else:
-                self._copy("*")
+                self._upload("*")
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def keep_in_time(self) -> None:
-        """Copies what has changed since the last time, if it is time."""
+    def flush_if_due(self) -> None:
+        """Upload the files that changed since the last upload, unless that was a moment ago."""
         start = time.monotonic()
-        if start >= self._next:
-            self.keep()
+        if start >= self._due:
+            self.flush()
             now = time.monotonic()
-            self._next = now + max(PAUSE, SHARE * (now - start))
+            self._due = now + max(FLUSH_INTERVAL, FLUSH_SHARE * (now - start))
 
-    def keep(self, pattern: str = "*") -> None:
-        """Copies at once what has changed since the last time, of the files whose names are like the pattern."""
+    def flush(self, pattern: str = "*") -> None:
+        """Upload now the files that changed since the last upload and whose names match the pattern."""
         if self.folder == self._target:
             return
         try:
-            self._copy(pattern)
-            self._fails = False
+            self._upload(pattern)
+            self._failing = False
         except UserError as error:
-            if not self._fails:
-                print(f"sora-jax: {error} It is tried again now and then.", file=sys.stderr)
-            self._fails = True
+            if not self._failing:
+                print(f"sora-jax: {error} The upload is repeated now and then.", file=sys.stderr)
+            self._failing = True
 
-    def _copy(self, pattern: str) -> None:
+    def _upload(self, pattern: str) -> None:
         for file in sorted(file for file in self.folder.rglob(pattern) if file.is_file()):
-            if self._kept.get(file) != (version := size_and_time(file)):
+            if self._uploaded.get(file) != (version := size_and_time(file)):
                 target = self._target / file.relative_to(self.folder).as_posix()
-                with replacing(target) as temporary:  # a copy, as this file goes on growing
-                    shutil.copyfile(file, temporary)
-                self._kept[file] = version
+                with replacing(target) as temporary:
+                    shutil.copyfile(file, temporary)  # `replacing` deletes what it uploads; this file goes on growing
+                self._uploaded[file] = version

@@ -51,7 +51,7 @@ from sora_jax.files import (
     names_below,
     read_text,
     replacing,
-    temporary_of,
+    temporary_path,
     write_text,
 )
 from sora_jax.train.checkpoint import Checkpoints
@@ -287,7 +287,7 @@ def test_what_a_killed_process_has_not_finished_goes(bucket):  # noqa: F811
         assert other.stdout.readline() == b"\n"
         for left in (1, 0):
             files._own_folder.cache_clear()  # as in the next process
-            temporary_of(path)
+            temporary_path(path)
             assert len([*folder.glob("*/x.part")]) == left
             other.kill()
             other.wait()
@@ -346,7 +346,7 @@ def test_a_killed_run_has_its_reports_up_to_the_last_save(bucket):  # noqa: F811
     killed = MetricsWriter(workdir)
     for step in (1, 2):
         killed.write(step, {"loss": step})
-    killed.keep()
+    killed.flush()
     killed.write(3, {"loss": 3.0})  # too soon after the last copy
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2]
     with MetricsWriter(workdir, 1) as writer:
@@ -399,7 +399,7 @@ def test_a_save_waits_for_the_reports_and_not_for_their_pictures(bucket, monkeyp
 
     monkeypatch.setattr(files, "put", note_put)
     monkeypatch.setattr(Checkpoints, "save", note_save)
-    monkeypatch.setattr(files, "PAUSE", 1000)
+    monkeypatch.setattr(files, "FLUSH_INTERVAL", 1000)
     train_toy(as_path(f"{ROOT}/ordered"), steps=4, save_every=4)
     order = [name.partition(".tfevents")[0] for name in order if "time.json" not in name]
     first = order.index("save")
@@ -524,4 +524,4 @@ def test_without_gcsfs_there_is_one_sentence(bucket, monkeypatch, capsys):  # no
     files._prepare_storage.cache_clear()
     assert cli.main(["sample", f"--workdir={ROOT}/run", "--prompt=a", "--out=x.gif"]) == 2
     said = capsys.readouterr().err
-    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not here: pip install 'sora_jax[gcs]'\n"
+    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not installed: pip install 'sora_jax[gcs]'\n"

@@ -38,7 +38,7 @@ from sora_jax.files import (
     read_text,
     remove_folder,
     replacing,
-    temporary_of,
+    temporary_path,
     unfinished,
 )
 
@@ -259,7 +259,7 @@ def _lines(entries: Sequence[dict]) -> str:
 @contextmanager
 def _inside(path: Path) -> Iterator[Path]:
     """As `replacing`, in a folder that another process may have renamed: it is not made again."""
-    temporary = temporary_of(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         put(temporary, path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sora_jax.files import as_path, local_copy, put, temporary_of
+from sora_jax.files import as_path, local_copy, put, temporary_path
 
 # One record a group, so that reading one clip does not unpack its neighbours; level 1 is as fast as the disk.
 PIXELS = "group_size:1,zstd:1"
@@ -23,7 +23,7 @@ class RecordWriter:
     def __init__(self, path: Path, options: str):
         self._path, self._options = path, options
         # Not of the same ending: a folder of such files may be read while this one grows.
-        self._temporary = temporary_of(path.with_name(f"{path.name}.part"))
+        self._temporary = temporary_path(path.with_name(f"{path.name}.part"))
         self._writer, self._count = None, 0
 
     def write(self, record: bytes) -> None:

@@ -18,7 +18,7 @@ from flax import serialization
 
 from sora_jax.config import check
 from sora_jax.errors import Unreachable, UserError
-from sora_jax.files import REMOTE, as_path, is_remote, of_storage, remove_folder
+from sora_jax.files import REMOTE, as_path, is_remote, is_storage_error, remove_folder
 from sora_jax.parallel import distributed
 from sora_jax.train.state import TrainState, from_stored, to_stored
 
@@ -266,7 +266,7 @@ def _one_sentence(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (ValueError, KeyError, TypeError, OSError)) and not of_storage(error):
+        if not isinstance(error, (ValueError, KeyError, TypeError, OSError)) and not is_storage_error(error):
             raise
         message = f"{what}: {_first_line(error)}"
         raise _kind(error, message)(message) from error
@@ -275,7 +275,7 @@ def _one_sentence(what: str) -> Iterator[None]:
 def _of_store(error: Exception) -> bool:
     """Return True if the store refuses or does not answer; a file that is not there is an answer."""
     absent = isinstance(error, FileNotFoundError)
-    return any(word in str(error) for word in SILENT + REFUSED) or (of_storage(error) and not absent)
+    return any(word in str(error) for word in SILENT + REFUSED) or (is_storage_error(error) and not absent)
 
 
 def _kind(error: Exception, message: str) -> type[UserError]:

@@ -55,16 +55,16 @@ class MetricsWriter:
         for name, value in flat.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
-        self._mirror.keep_in_time()
+        self._mirror.flush_if_due()
 
     def flush_rows(self) -> None:
         """Put the rows on permanent storage; called before the checkpoint that they belong to is saved."""
-        self._mirror.keep(ROWS)
+        self._mirror.flush(ROWS)
 
     def flush(self) -> None:
         """Put rows and TensorBoard events on permanent storage. Slower than `flush_rows`: event files are large."""
         self._board.flush()
-        self._mirror.keep()
+        self._mirror.flush()
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Write a uint8 picture for TensorBoard."""

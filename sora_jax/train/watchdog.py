@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sora_jax.config import read_json
 from sora_jax.errors import UserError
-from sora_jax.files import PAUSE, as_path, is_remote, write_json
+from sora_jax.files import FLUSH_INTERVAL, as_path, is_remote, write_json
 from sora_jax.train.metrics import Stopwatch
 
 FILE = "time.json"
@@ -33,7 +33,7 @@ class Watchdog:
     def __init__(self, watch: Stopwatch, workdir: Path | None, step: int, interval: float = 1.0):
         self._watch, self._workdir, self._step, self._interval = watch, workdir, step, interval
         self._recent, self._done, self._told = deque(maxlen=RECENT), 0.0, False
-        self._pause = max(PAUSE, interval) if workdir and is_remote(workdir) else interval
+        self._pause = max(FLUSH_INTERVAL, interval) if workdir and is_remote(workdir) else interval
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
 
