@@ -1,4 +1,10 @@
-"""The benchmarks run in their tiny form, and what they compare computes the same. No test looks at a time."""
+"""Run each benchmark of experiments/bench in its smallest form; what a benchmark compares computes the same loss.
+
+    .venv/bin/pytest -n 0 .ci/test_bench.py
+
+`.ci/run` does so; the suite does not, since no property of the package depends on it. No test looks at a time.
+tests/test_damage.py runs the judge of `corrupt.py`.
+"""
 
 import os
 import re
@@ -6,18 +12,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from sora_jax.data.media import write_video
 
 ROOT = Path(__file__).parents[1]
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def run_quick(script: str) -> str:
+def run(script: str, *arguments: str) -> str:
     environment = os.environ | {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, f"experiments/bench/{script}", "--quick"]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, f"experiments/bench/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_quick(script: str) -> str:
+    return run(script, "--quick")
 
 
 def losses(text: str) -> list[list[float]]:
@@ -73,3 +86,23 @@ def test_the_feed_is_measured_against_the_bare_records():
     fills = [float(value) for value in re.findall(r"(\d+\.\d+)% \|$", text, re.MULTILINE)]
     assert len(fills) == 5 and all(97 < fill <= 100 for fill in fills)  # 5,000 clips: the last packs are short
     assert "step 500 of 600 clips" in text
+
+
+def test_every_way_of_recomputing_has_the_same_loss():
+    found = re.findall(r"^(\S+): loss of the first step (\d+\.\d+)$", run_quick("remat.py"), re.MULTILINE)
+    values = [float(value) for _, value in found]
+    assert "full" in dict(found) and len(values) > 1
+    assert values == pytest.approx([values[0]] * len(values), rel=1e-5) and values[0] > 0.1
+
+
+def test_reading_a_folder_is_measured_against_a_bare_loop(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8)
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", frames, 8)
+    text = run("decode.py", str(tmp_path), "--rounds=1", "--processes=1")
+    assert re.search(r"^\| .* \| 2 \| 12 \|", text, re.MULTILINE)
+
+
+def test_a_long_file_is_measured():
+    text = run("long_file.py", "--minutes=0.4", "--spans=2")
+    assert re.search(r"^\| hour\.mp4, \d+ MB \| 2 \|", text, re.MULTILINE)
