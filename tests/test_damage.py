@@ -186,6 +186,7 @@ def test_damaged_variants_never_pass_for_whole(tmp_path):
 
 
 def test_the_judge_tells_other_pictures():
+    """The test above proves nothing with a judge that takes other pictures for the intact ones."""
     clip = corrupt.DecodedClip(noise(3), 10.0)
     other = corrupt.DecodedClip(noise(3)[::-1], 10.0)
     assert corrupt.outcome(clip, clip) == "whole, as the intact one"

@@ -96,12 +96,12 @@ def test_captions_are_text_and_one_for_each_clip():
 
 
 def test_importing_the_package_is_cheap_and_loads_no_jax():
-    program = (
-        "import sys, time; start = time.perf_counter(); import sora_jax; seconds = time.perf_counter() - start;"
-        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules); print(seconds)"
-    )
-    run = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT) for _ in range(3)]
-    assert min(float(done.stdout) for done in run) < 0.2, run[0].stderr
+    """By what it loads, which is the same on a busy machine: a few modules of Python's own and of the package."""
+    program = "import sys; before = set(sys.modules); import sora_jax; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = done.stdout.split()
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"sora_jax"}
+    assert len(loaded) < 30, loaded
 
 
 def test_the_lazy_names_are_the_real_ones():
