@@ -110,6 +110,8 @@ def _coerce(kind, value, where: str):
     if one_of or dataclasses.is_dataclass(kind):
         allowed = tuple(one_of.table) if one_of else kind
         return value if isinstance(value, allowed) else from_dict(kind, value, where)
+    if kind is typing.Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return choose(where, value, {argument: argument for argument in arguments})

@@ -21,7 +21,7 @@ class RunConfig:
     seed: int = 0  # of all random draws, from 0 to 4294967295
     batch: int = 8  # rows of a step over all devices, gradient accumulation included
     split: str = "train"  # the split of the data that is trained on
-    model: Any = None  # the network
+    model: Any = None  # the network, by a config of its own
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     feed: FeedConfig = FeedConfig()
