@@ -82,12 +82,12 @@ def train_slowly(workdir, **options) -> int:
     return 0
 
 
-def one_of_two(process: int, port: int, silence: int, devices: int, function, *arguments, **options) -> int:
-    """`function` as one of two processes with so many devices each; `silence` as in `distributed`, in seconds."""
+def one_of_two(process: int, port: int, heartbeat_timeout: int, devices: int, function, *arguments, **options) -> int:
+    """Run `function` as one of two processes with so many devices each; `heartbeat_timeout` is in seconds."""
     os.environ["XLA_FLAGS"] = FAST_COMPILE
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_compilation_cache", False)  # it serves the first alone, and Gloo waits half a minute
-    distributed.SILENCE = silence
+    distributed.HEARTBEAT_TIMEOUT = heartbeat_timeout
     distributed.start(f"127.0.0.1:{port}", 2, process)
     return function(*arguments, **options)
 

@@ -24,7 +24,7 @@ from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.frozen import load_autoencoder
 
-SILENCE = 6  # seconds, instead of a minute
+HEARTBEAT_TIMEOUT = 6  # seconds, instead of a minute
 PATIENCE = 200
 
 
@@ -34,7 +34,7 @@ def begin_two(kill, workdir, devices, function, *arguments, **options):  # noqa:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     call = functools.partial(one_of_two, **options)
-    common = (port, SILENCE, devices, function, *arguments)
+    common = (port, HEARTBEAT_TIMEOUT, devices, function, *arguments)
     return [kill.start(workdir.parent / f"{i}.log", call, i, *common) for i in range(2)]
 
 
@@ -87,7 +87,7 @@ def test_a_stop_and_a_death_in_two_processes_leave_the_run_of_one(kill, tmp_path
     processes[1].kill()
     moment = time.monotonic()  # of the death
     (code, text), _ = end(workdir, processes)
-    assert time.monotonic() - moment < 5 * SILENCE
+    assert time.monotonic() - moment < 5 * HEARTBEAT_TIMEOUT
     # The connection breaks, or the last sign of life is too long ago, whichever is seen first.
     told = {75: "another process of this run has died", -signal.SIGABRT: "another task died"}
     assert told[code] in text
@@ -156,7 +156,7 @@ def test_processes_that_do_not_come_are_told_and_given_up():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         name = f"127.0.0.1:{free.getsockname()[1]}"
-    code = f"from sora_jax.parallel import distributed as d; d.START = 4; d.start({name!r}, 2, 0)"
+    code = f"from sora_jax.parallel import distributed as d; d.START_TIMEOUT = 4; d.start({name!r}, 2, 0)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 75
     assert f"sora-jax: waiting for all of 2 processes at {name}, 4 s at most" in ended.stderr

@@ -25,7 +25,7 @@ from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.params import ParamSpec, count
 from sora_jax.parallel.chips import CHIPS, GIB
-from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_memory, use
+from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_memory, use_mesh
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES
 from sora_jax.plan import hlo, hlo_text, network
@@ -54,7 +54,7 @@ def one_chip():
 
 
 def compiled(program: Program, mesh) -> str:
-    with use(mesh):
+    with use_mesh(mesh):
         return program.function.lower(*program.arguments).compile(compiler_options=QUICK).as_text()
 
 
@@ -382,7 +382,7 @@ def test_a_whole_training_step_is_laid_out_on_512_devices(sizes):
     config = run_config(load(f"{ROOT}/configs/sora.py:3b", ["batch=512"]))
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
     program = train_denoiser(for_accelerator(config), mesh)
-    with use(mesh):
+    with use_mesh(mesh):
         state, metrics = jax.eval_shape(program.function, *program.arguments)
     layout = lambda x: (x.shape, x.dtype, x.sharding.spec)  # noqa: E731
     old = program.arguments[0]
@@ -397,9 +397,9 @@ def test_a_whole_training_step_is_laid_out_on_512_devices(sizes):
 
 @pytest.mark.parametrize("name, said", [
     ("v4:8", "'v4'; allowed: 'v5e', 'v5p', 'v6e', 'a100', 'h100', 'h200'"),
-    ("h100:2x8", "'h100:2x8'.*one number, as h100:8"),
+    ("h100:2x8", "'h100:2x8'.*one number after the chip, such as h100:8"),
     ("v5e:4x0", "2 numbers"),
-    ("v5p:4x4", "'v5p:4x4'.*3 numbers, as v5p:4x4x8"),
+    ("v5p:4x4", "'v5p:4x4'.*3 numbers after the chip, such as v5p:4x4x8"),
     ("v5e:fourxfour", "2 numbers"),
 ])  # fmt: skip
 def test_a_topology_that_is_none_is_refused(name, said):
@@ -552,11 +552,11 @@ def test_a_report_of_what_does_not_fit_says_by_how_much():
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_the_compiler_leaves_as_much_memory_as_the_table_says(chip):
-    from sora_jax.parallel.compile import compile_program, on_mesh, topology_mesh
+    from sora_jax.parallel.compile import abstract_on_mesh, compile_program, topology_mesh
 
     topology = Topology.parse({"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}[chip])
     mesh = topology_mesh(MeshConfig(), topology)
-    huge = on_mesh(jax.ShapeDtypeStruct((2**30, 128), jnp.float32), mesh)
+    huge = abstract_on_mesh(jax.ShapeDtypeStruct((2**30, 128), jnp.float32), mesh)
     found = compile_program(jax.jit(lambda x: x + 1), (huge,), mesh)
     assert found.usable == CHIPS[chip].usable and found.needed == 2 * 2**30 * 128 * 4
 

@@ -1,21 +1,22 @@
-"""Accelerators as their makers describe them: what a program may use of memory, arithmetic and network.
+"""Describe accelerators by their makers' data sheets: arithmetic, memory and network.
 
-TPUs: the system architecture pages of Cloud TPU (docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e, read November 2026)
-for everything but `usable`. Interconnect there is both directions of all ports of a chip together; here a link is one
-direction of one port. Data-centre network there is per chip (v5p) or per pod of 256 chips (v5e 6.4 Tbit/s, v6e 25.6
-Tbit/s). `usable` is what the compiler of libtpu 0.0.52 leaves to a program of the chip's memory.
+TPUs: the system architecture pages of Cloud TPU (docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e, read November 2026),
+except `usable`. Interconnect bandwidth there is the sum over both directions of all ports of a chip; here a link is one
+direction of one port. Data-centre bandwidth there is per chip (v5p) or per pod of 256 chips (v5e 6.4 Tbit/s, v6e 25.6
+Tbit/s). `usable` is the memory that the compiler of libtpu 0.0.52 allows a program.
 
-GPUs: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM; products without sparsity; NVLink there is both
-directions together) and those of DGX A100, H100 and H200 for the network of a node (8 ports of 200 or 400 Gbit/s). What
-XLA's compiler wants to know of them is what CUDA's deviceQuery says. `usable` is the three quarters that JAX takes
-unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPUs: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM; FLOP/s without sparsity; NVLink there is the sum of both
+directions) and those of DGX A100, H100 and H200 for the network of a node (8 ports of 200 or 400 Gbit/s). The device
+description for XLA's compiler is the output of CUDA's deviceQuery. `usable` is the three quarters of memory that JAX
+preallocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 GIB = 2**30
-GPU_LIMITS = {  # of all of them
+GPU_LIMITS = {  # shared by all generations
     "threads_per_warp": 32,
     "threads_per_block_limit": 1024,
     "threads_per_core_limit": 2048,
@@ -48,53 +49,104 @@ HOPPER = GPU_LIMITS | {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip; `peak` in bfloat16 FLOP/s, `memory` in bytes, all bandwidths in bytes per second.
-
-    usable: bytes of `memory` that a program may take. link: one direction of one interconnect port. ports: of a chip,
-    two to an axis of a torus, or one to a switch that joins all chips. torus: how many chips in a row close to a ring,
-    or a divisor of such numbers; a shorter row is a line. gpu: what XLA's compiler wants to know of a GPU, more than
-    this.
-    """
+    """Describe one chip. Bandwidths are in bytes per second."""
 
     name: str
-    peak: float
-    memory: int
-    usable: int
+    peak: float  # FLOP/s in bfloat16
+    memory: int  # bytes
+    usable: int  # bytes of `memory` that a program may allocate
     memory_bandwidth: float
-    link: float
-    ports: int
-    torus: int
-    data_centre: float
-    gpu: Mapping[str, object] | None = None
+    link: float  # bandwidth of one direction of one interconnect port
+    ports: int  # interconnect ports: two per axis of a torus, or one to a switch that joins all chips
+    torus: int  # a row of chips closes to a ring if its length is a multiple of this; other rows are lines
+    data_centre: float  # bandwidth of the data-centre network
+    gpu: Mapping[str, object] | None = None  # further fields of XLA's description of a GPU; None for a TPU
 
     @property
     def switched(self) -> bool:
+        """Return True if a switch joins all chips of a slice."""
         return self.ports == 1
 
     @property
     def dimensions(self) -> int:
-        """How many numbers tell the shape of a slice."""
+        """Return the number of dimensions of a slice's shape."""
         return 1 if self.switched else self.ports // 2
 
     def target_config(self) -> str:
-        """What XLA's compiler is told of a GPU, in its own notation (GpuTargetConfigProto)."""
-        about = {"device_memory_size": self.memory, "memory_bandwidth": int(self.memory_bandwidth), **self.gpu}
-        info = " ".join(f"{name}{'' if str(value).startswith('{') else ':'} {value}" for name, value in about.items())
+        """Return the description of a GPU for XLA's compiler, in its text format (GpuTargetConfigProto)."""
+        sizes = {"device_memory_size": self.memory, "memory_bandwidth": int(self.memory_bandwidth)}
+        fields = sizes | dict(self.gpu or {})
+        info = " ".join(f"{name}{'' if str(value).startswith('{') else ':'} {value}" for name, value in fields.items())
         return f'gpu_device_info {{ {info} }} platform_name: "CUDA" device_description_str: "{self.name}"'
 
 
-def _gpu(name: str, peak: float, memory: int, bandwidth: float, link: float, network: float, about: Mapping) -> Chip:
-    return Chip(name, peak, memory, memory * 3 // 4, bandwidth, link, 1, 1, network, about)
+def _gpu(name: str, memory: int, **about: Any) -> Chip:
+    """Return a GPU: a slice is the node that NVLink's switch joins."""
+    return Chip(name, memory=memory, usable=memory * 3 // 4, ports=1, torus=1, **about)
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16 * GIB, int(15.75 * GIB), 819e9, 400e9 / 8, 4, 16, 6.4e12 / 8 / 256),
-        Chip("v5p", 459e12, 95 * GIB, int(95.73 * GIB), 2765e9, 1200e9 / 12, 6, 4, 50e9 / 8),
-        Chip("v6e", 918e12, 32 * GIB, int(31.24 * GIB), 1638e9, 800e9 / 8, 4, 16, 25.6e12 / 8 / 256),
-        _gpu("a100", 312e12, 85_100_068_864, 2039e9, 600e9 / 2, 200e9 / 8, AMPERE),
-        _gpu("h100", 989e12, 84_942_979_072, 3350e9, 900e9 / 2, 400e9 / 8, HOPPER),
-        _gpu("h200", 989e12, 151_397_597_184, 4800e9, 900e9 / 2, 400e9 / 8, HOPPER),
+        Chip(
+            "v5e",
+            peak=197e12,
+            memory=16 * GIB,
+            usable=int(15.75 * GIB),
+            memory_bandwidth=819e9,
+            link=400e9 / 8,
+            ports=4,
+            torus=16,
+            data_centre=6.4e12 / 8 / 256,
+        ),
+        Chip(
+            "v5p",
+            peak=459e12,
+            memory=95 * GIB,
+            usable=int(95.73 * GIB),
+            memory_bandwidth=2765e9,
+            link=1200e9 / 12,
+            ports=6,
+            torus=4,
+            data_centre=50e9 / 8,
+        ),
+        Chip(
+            "v6e",
+            peak=918e12,
+            memory=32 * GIB,
+            usable=int(31.24 * GIB),
+            memory_bandwidth=1638e9,
+            link=800e9 / 8,
+            ports=4,
+            torus=16,
+            data_centre=25.6e12 / 8 / 256,
+        ),
+        _gpu(
+            "a100",
+            peak=312e12,
+            memory=85_100_068_864,
+            memory_bandwidth=2039e9,
+            link=600e9 / 2,
+            data_centre=200e9 / 8,
+            gpu=AMPERE,
+        ),
+        _gpu(
+            "h100",
+            peak=989e12,
+            memory=84_942_979_072,
+            memory_bandwidth=3350e9,
+            link=900e9 / 2,
+            data_centre=400e9 / 8,
+            gpu=HOPPER,
+        ),
+        _gpu(
+            "h200",
+            peak=989e12,
+            memory=151_397_597_184,
+            memory_bandwidth=4800e9,
+            link=900e9 / 2,
+            data_centre=400e9 / 8,
+            gpu=HOPPER,
+        ),
     )
 }

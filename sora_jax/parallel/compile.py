@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation for a named topology of TPUs or GPUs, on a machine that has none.
+"""Compile ahead of time for a named topology of TPUs or GPUs, on a machine that has none.
 
-libtpu holds the compiler for TPUs and knows their topologies, JAX's CUDA plugin that for GPUs; nothing runs and nothing
-is allocated. The program is the one that would train: the same functions, traced with abstract arrays that carry their
+libtpu contains the compiler for TPUs and their topologies, JAX's CUDA plugin that for GPUs. Nothing runs and nothing is
+allocated. The program is the one that would train: the same functions, traced with abstract arrays that carry their
 shardings.
 """
 
@@ -10,6 +10,8 @@ import importlib.util
 import math
 import os
 import re
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -20,61 +22,67 @@ from sora_jax.parallel.chips import CHIPS, Chip
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, with_slices
 from sora_jax.parallel.rules import MESH_AXES, partition
 
-INSTALL_TPU, INSTALL_GPU = "pip install libtpu", "pip install 'jax[cuda13]'"
-EXAMPLES = {"v5e": "4x4", "v5p": "4x4x8", "v6e": "16x16", "a100": "8", "h100": "8", "h200": "8"}
+INSTALL_TPU = "pip install libtpu"
+INSTALL_GPU = "pip install 'jax[cuda13]'"
+EXAMPLES = {"v5e": "4x4", "v5p": "4x4x8", "v6e": "16x16", "a100": "8", "h100": "8", "h200": "8"}  # of a slice's shape
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` equal parts of a pod, each of `shape` chips: 4x4x8 of v5p is 128 chips. One JAX device is one chip.
+    """Describe a set of equal slices of a pod. One JAX device is one chip.
 
-    A slice of GPUs is what NVLink joins: a node, h100:8.
+    A slice is the chips that the interconnect joins: v5p:4x4x8 has 128 chips, h100:8 is a node of GPUs under NVLink.
     """
 
     chip: Chip
-    shape: tuple[int, ...]
-    slices: int = 1
+    shape: tuple[int, ...]  # chips of a slice along each axis of its torus
+    slices: int = 1  # number of slices, joined by the data-centre network
 
     @classmethod
     def parse(cls, name: str, slices: int = 1) -> "Topology":
-        """From CHIP:A, CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8; UserError where there is no such topology."""
+        """Parse CHIP:A, CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8; UserError if it is malformed."""
         chip, _, text = name.partition(":")
         choose("the chip of --topology", chip, CHIPS)
         dimensions = CHIPS[chip].dimensions
         numbers = f"{dimensions} numbers" if dimensions > 1 else "one number"
         check(
             re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text) is not None and len(text.split("x")) == dimensions,
-            f"--topology is {name!r}; after the chip it must have {numbers}, as {chip}:{EXAMPLES[chip]} has",
+            f"--topology is {name!r}; it must have {numbers} after the chip, such as {chip}:{EXAMPLES[chip]}",
         )
         check(slices > 0, f"--slices is {slices}; it must be positive")
         return cls(CHIPS[chip], tuple(map(int, text.split("x"))), slices)
 
     @property
     def name(self) -> str:
+        """Return the name of a slice as `parse` reads it, which is also libtpu's."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """Return the number of chips of all slices."""
         return self.slices * math.prod(self.shape)
 
     def devices(self) -> list:
-        """Its devices, to compile for; UserError without a compiler, or where it knows no such topology."""
+        """Return device descriptions to compile for.
+
+        Raises:
+            UserError: the compiler is not installed, or it knows no such topology.
+        """
         return self._gpus() if self.chip.gpu else self._tpus()
 
     def _gpus(self) -> list:
         found = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-        check(found, f"to plan for a GPU its compiler is needed, which is not installed: {INSTALL_GPU}")
+        check(found, f"to plan for a GPU its compiler must be installed: {INSTALL_GPU}")
         from jax.experimental import topologies
 
-        shape = f"{self.slices}x1x{self.shape[0]}"  # partitions, hosts of one, devices of one
+        shape = f"{self.slices}x1x{self.shape[0]}"  # partitions, hosts per partition, devices per host
         target = self.chip.target_config()
         return list(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target).devices)
 
     def _tpus(self) -> list:
         found = importlib.util.find_spec("libtpu") is not None
-        check(found, f"to plan for a TPU its compiler is needed, which is not installed: {INSTALL_TPU}")
+        check(found, f"to plan for a TPU its compiler must be installed: {INSTALL_TPU}")
         _quiet()
         from jax.experimental import topologies
 
@@ -85,12 +93,15 @@ class Topology:
             shown = ", ".join(f"{chip}:{shape}" for chip, shape in EXAMPLES.items() if not CHIPS[chip].gpu)
             said = (str(error).splitlines() or [""])[0][:200]
             raise UserError(
-                f"--topology is {self.name!r}; libtpu makes none of that ({said}); some that exist: {shown}"
+                f"--topology is {self.name!r}; it must be one that libtpu knows ({said}), such as {shown}"
             ) from error
 
 
 def _quiet() -> None:
-    """Without a TPU libtpu looks for one and complains; with these it does not look. Several processes may plan."""
+    """Set libtpu's environment variables for a machine without TPUs, unless they are set.
+
+    Otherwise libtpu searches for TPUs, logs errors, and locks out other processes that compile at the same time.
+    """
     for name, value in {
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -103,7 +114,10 @@ def _quiet() -> None:
 
 
 def mesh_sizes(config: MeshConfig, topology: Topology) -> tuple[int, ...]:
-    """The size of each of `MESH_AXES` on a topology; `slice` is the number of slices unless the config gives one."""
+    """Return the size of each of `MESH_AXES` on a topology; UserError if they do not fit it.
+
+    The axis `slice` has the number of slices unless the config gives one.
+    """
     given = with_slices(config, topology.slices)
     sizes = [getattr(given, axis) for axis in MESH_AXES]
     known = math.prod(size for size in sizes if size != -1)
@@ -111,7 +125,7 @@ def mesh_sizes(config: MeshConfig, topology: Topology) -> tuple[int, ...]:
     shown = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     check(
         math.prod(sizes) == topology.chips,
-        f"config.mesh is {shown}; it does not use exactly the {topology.chips} chips of --topology={topology.name}"
+        f"config.mesh is {shown}; it must use exactly the {topology.chips} chips of --topology={topology.name}"
         + (f" --slices={topology.slices}" if topology.slices > 1 else ""),
     )
     check(
@@ -122,51 +136,51 @@ def mesh_sizes(config: MeshConfig, topology: Topology) -> tuple[int, ...]:
 
 
 def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
-    """The Explicit mesh of a config on a topology, axes laid along the interconnect; slices by the outermost axis."""
+    """Return the Explicit mesh of a config on a topology, with axes along the interconnect and slices outermost."""
     return make_mesh(MeshConfig(*mesh_sizes(config, topology)), topology.devices())
 
 
-def use(mesh: Mesh | AbstractMesh):
-    """Sets a mesh for tracing: of devices, or of shapes alone."""
+def use_mesh(mesh: Mesh | AbstractMesh) -> AbstractContextManager:
+    """Set a mesh, of devices or of shapes alone, for tracing inside the context."""
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
-def on_mesh(tree, mesh: Mesh | AbstractMesh):
-    """Abstract arrays with the shardings they were traced with, on `mesh`; those without one are whole everywhere."""
+def abstract_on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Move abstract arrays to `mesh` with the partition specs of their trace; those without one are replicated."""
 
-    def struct(x):
+    def struct(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(struct, tree)
 
 
-def abstract_batch(tree, mesh: Mesh | AbstractMesh, leading: int = 0):
-    """Abstract arrays as `parallel.mesh.place_batch` would place them: split by the axis after the leading ones."""
+def abstract_batch(tree: Any, mesh: Mesh | AbstractMesh, leading: int = 0) -> Any:
+    """Shard abstract arrays as `parallel.mesh.place_batch` places real ones: along the axis after the leading ones."""
 
-    def struct(x):
+    def struct(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = (*(None,) * leading, "batch", *(None,) * (len(x.shape) - leading - 1))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition(*axes)))
 
     return jax.tree.map(struct, tree)
 
 
-def bytes_per_device(tree) -> int:
-    """Bytes that the shards of abstract arrays with shardings take on one device."""
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes on one device of abstract arrays that carry shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """What the compiler says of a program that does not fit: bytes it would take on a chip, bytes it may."""
+    """Report a program that the compiler refuses because it exceeds a chip's memory."""
 
-    needed: int
-    usable: int
+    needed: int  # bytes that the program would allocate on a chip
+    usable: int  # bytes that it may
 
 
-def compile_program(function, arguments: tuple, mesh: Mesh) -> "jax.stages.Compiled | OutOfMemory":
-    """Compiles a jitted function for the devices of `mesh`, from abstract arguments."""
-    with use(mesh):
+def compile_program(function: jax.stages.Wrapped, arguments: tuple, mesh: Mesh) -> jax.stages.Compiled | OutOfMemory:
+    """Compile a jitted function for the devices of `mesh`, from abstract arguments."""
+    with use_mesh(mesh):
         lowered = function.lower(*arguments)
         try:
             return lowered.compile()
@@ -178,11 +192,11 @@ def compile_program(function, arguments: tuple, mesh: Mesh) -> "jax.stages.Compi
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
-    """Reads the compiler's complaint; None where it is about something else."""
-    said = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message) or re.search(
+    """Parse the compiler's error message; return None if it is not about memory."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message) or re.search(
         r"\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)", message
     )
-    if "RESOURCE_EXHAUSTED" not in message or said is None:
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None
-    needed, unit, usable, usable_unit = said.groups()
+    needed, unit, usable, usable_unit = found.groups()
     return OutOfMemory(int(float(needed) * UNITS[unit]), int(float(usable) * UNITS[usable_unit]))

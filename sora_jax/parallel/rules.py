@@ -1,4 +1,4 @@
-"""Logical axis -> mesh axes: the one file that says how arrays are laid out over devices.
+"""Map logical axes to mesh axes: the one file that decides how arrays are laid out over devices.
 
 Every array of the package names its axes logically ("batch", "embed", "heads"...); this file alone turns the names
 into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so the same rules serve every machine.
@@ -47,11 +47,12 @@ RULES = SHARED | TRANSFORMER | AUTOENCODER
 
 
 def partition(*axes: str | None) -> PartitionSpec:
-    """The `PartitionSpec` of an array with these logical axes; None is an axis that is never split.
+    """Return the `PartitionSpec` of an array with these logical axes; None is an axis that is never split.
 
-    Raises ValueError for an unknown name, and when two axes of one array claim the same mesh axis.
+    Raises:
+        ValueError: a name is unknown, or two axes of one array map to the same mesh axis.
     """
-    owners: dict[str, str] = {}
+    owners: dict[str, str | None] = {}
     entries = []
     for name in axes:
         if name is not None and name not in RULES:
@@ -66,42 +67,42 @@ def partition(*axes: str | None) -> PartitionSpec:
 
 
 def on_mesh() -> bool:
-    """Whether a mesh is set; the model's functions also run without one."""
+    """Return True if a mesh is set; the model's functions also run without one."""
     return not jax.sharding.get_abstract_mesh().empty
 
 
 def platform() -> str:
-    """What the program is for: the devices of the mesh that is set, also of one that is only described."""
+    """Return the platform that is traced for: that of the mesh, which may be a description, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def parts(name: str, mesh: Mesh | None = None) -> int:
-    """Into how many parts a logical axis is split on `mesh`, or on the mesh that is set; 1 without a mesh."""
+    """Return the number of shards of a logical axis on `mesh`, or on the mesh that is set; 1 without a mesh."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape.get(axis, 1) for axis in RULES[name])
 
 
 def one_device() -> bool:
-    """Whether nothing can be split: no mesh is set, or one of a single device."""
+    """Return True if no mesh is set, or one of a single device."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1
 
 
 def out_sharding(*axes: str | None) -> PartitionSpec | None:
-    """`partition(*axes)` for an `out_sharding=` argument, or None where no mesh is set."""
+    """Return `partition(*axes)` for an `out_sharding=` argument, or None if no mesh is set."""
     return partition(*axes) if on_mesh() else None
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by its logical axes; unchanged where no mesh is set."""
+    """Reshard `x` by its logical axes; return it unchanged if no mesh is set."""
     return jax.reshard(x, partition(*axes)) if on_mesh() else x
 
 
 def layout_of(x: jax.Array) -> PartitionSpec | None:
-    """How `x` is laid out, for an `out_sharding=` argument; None where no mesh is set."""
+    """Return the sharding of `x` for an `out_sharding=` argument, or None if no mesh is set."""
     return jax.typeof(x).sharding.spec if on_mesh() else None
 
 
 def laid_out_as(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x` laid out as `other` is; unchanged where no mesh is set."""
+    """Reshard `x` like `other`; return it unchanged if no mesh is set."""
     return jax.reshard(x, layout_of(other)) if on_mesh() else x

@@ -16,7 +16,7 @@ from sora_jax.models.denoiser import denoiser_specs, forward_flops
 from sora_jax.models.flops import product_flops
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
-from sora_jax.parallel.compile import abstract_batch, on_mesh
+from sora_jax.parallel.compile import abstract_batch, abstract_on_mesh
 from sora_jax.parallel.mesh import check_split
 from sora_jax.parallel.rules import parts
 from sora_jax.plan.programs import AnyMesh, Load, Program, Trained, many, training_program
@@ -61,7 +61,7 @@ def sample_latents(config: DenoiserRun, mesh: AnyMesh) -> Program:
     guidance = dataclasses.replace(config.sampling.guidance, scale=1.0)
     sampling = dataclasses.replace(config.sampling, guidance=guidance)
     scale = abstract_batch(jax.ShapeDtypeStruct((packs, config.packing.slots), jnp.float32), mesh)
-    seed = on_mesh(jax.ShapeDtypeStruct((), jnp.uint32), mesh)
+    seed = abstract_on_mesh(jax.ShapeDtypeStruct((), jnp.uint32), mesh)
     function = jax.jit(functools.partial(solve_packs, config, sampling))
     calls = evaluations(config, sampling) * (2 if guides else 1)
     flops = packs * _sampling_flops(config, row, calls, 2 if guides else 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from sora_jax.nn import params as param
-from sora_jax.parallel.compile import on_mesh, use
+from sora_jax.parallel.compile import abstract_on_mesh, use_mesh
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import Group, Optimizer, TrainState, make_optimizers
 from sora_jax.train.step import LossFunction, make_step
@@ -90,8 +90,8 @@ def activations(trained: Trained, params: dict, batch: Any, mesh: AnyMesh) -> tu
         micro = jax.tree.map(lambda x: x[0], batch)
         return jax.vjp(lambda params: trained.loss(params, frozen, micro, 0, 0)[0], params)[1]
 
-    with use(mesh):
-        leaves = jax.tree.leaves(on_mesh(jax.eval_shape(kept, params, trained.frozen, batch), mesh))
+    with use_mesh(mesh):
+        leaves = jax.tree.leaves(abstract_on_mesh(jax.eval_shape(kept, params, trained.frozen, batch), mesh))
     known = Counter((x.shape, x.dtype) for x in jax.tree.leaves((params, trained.frozen)))
     found = []
     for leaf in leaves:
@@ -110,10 +110,10 @@ def abstract_state(groups: Mapping[str, Group], optimizers: Mapping[str, Optimiz
         param.check_splits(group.specs, mesh)
         params[name] = param.abstract_on(group.specs, mesh)
         ema[name] = (params[name],) * len(group.optim.ema)
-        with use(mesh):
+        with use_mesh(mesh):
             shapes = jax.eval_shape(optimizers[name].transformation.init, params[name])
-            opt_state[name] = on_mesh(shapes, mesh)
-    return TrainState(on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh), params, ema, opt_state)
+            opt_state[name] = abstract_on_mesh(shapes, mesh)
+    return TrainState(abstract_on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh), params, ema, opt_state)
 
 
 def many(row: dict, leading: tuple[int, ...]) -> dict:
