@@ -147,7 +147,13 @@ def classified(tmp_path_factory):
     build = ["data", "build", f"--path={folder / 'clips'}", f"--out={data}", "--max-frames=9", "--multiple=8"]
     assert run(*build, "--max-pixels=384") == 0
     config = write_config(folder / "toy.py", "from toy_classifier import ClassifierRun", "ClassifierRun()")
-    options = [config, f"--config.data={data}", *SHORT, "--config.optim.learning_rate=0.1"]
+    options = [
+        config,
+        f"--config.data={data}",
+        *SHORT,
+        "--config.optim.learning_rate=0.003",
+        "--config.optim.warmup_steps=0",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KINDS, "classifier", toy_classifier.CLASSIFIER)
         assert run("train", *options, f"--workdir={folder / 'run'}") == 0
