@@ -2,12 +2,14 @@
 
     python experiments/bench/packed_versus_padded.py             about three minutes on two cores
     python experiments/bench/packed_versus_padded.py --quick     seconds; says nothing about speed
+    python experiments/bench/packed_versus_padded.py --only 256  one mix
 
 Same model, same code (`denoiser_loss` in `make_step`), same clips, in turns in one process; prints Markdown.
 """
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -18,7 +20,7 @@ import numpy as np
 from model import place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
-from sora_jax.config import from_dict, load
+from sora_jax.config import check, from_dict, load
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.latents import clip_id_of
 from sora_jax.data.packing import PackingConfig, PackItem, grid_of, pack, stack
@@ -28,9 +30,8 @@ from sora_jax.models.autoencoder import latent_grid
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.quickstart import QuickstartConfig
-from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
-from sora_jax.train.optim import make_optimizer
-from sora_jax.train.state import TrainState
+from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_loss
+from sora_jax.train.state import MODEL, TrainState, make_optimizers
 from sora_jax.train.step import make_step
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -59,17 +60,19 @@ class Mix:
 
 
 def mixes(world: WorldConfig, packing: PackingConfig) -> list[Mix]:
-    """The quickstart's mix with its own packs, a wider one, and clips that are all equal.
+    """Return the quickstart's mix with its own packs, a wider one, and clips that are all equal, short and long.
 
-    For equal clips a pack is the largest multiple of the clip that is no longer than the quickstart's pack: with
-    any other length each pack would end in padding.
+    For equal short clips a pack is the largest multiple of the clip that is no longer than the quickstart's pack: with
+    any other length each pack would end in padding. Four long ones are a pack of 1024 tokens.
     """
     wide = dataclasses.replace(world, sizes=WIDE, frames=(5, 9, 17))
     equal = dataclasses.replace(world, sizes=((24, 24),), frames=(9,), image_share=0.0)
+    long = dataclasses.replace(equal, sizes=((96, 96),), frames=(7,))
     return [
         Mix("quickstart's mix", world, packing.length, packing.slots),
         Mix("wider mix, up to 17 frames of 48x84", wide, 384, 16),
         Mix("equal, 9 frames of 24x24", equal, packing.length // 20 * 20, packing.length // 20),
+        Mix("equal, 7 frames of 96x96: 256 tokens", long, 1024, 4),
     ]
 
 
@@ -99,7 +102,7 @@ def layouts(mix: Mix, run: DenoiserRun, items: list[PackItem]) -> list[Layout]:
     text = max(wordiest, int(np.ceil(words / 16)) * 16)  # enough for all slots, and a multiple of 16
     packed = dataclasses.replace(run.packs, length=mix.length, slots=mix.slots, text_length=text)
     padded = dataclasses.replace(run.packs, length=longest, slots=1, text_length=wordiest)
-    places = run.batch * run.packs.length
+    places = max(run.batch * run.packs.length, mix.length)
     return [
         Layout("packed", packed, max(1, round(places / mix.length))),
         Layout("padded", padded, max(1, round(places / longest))),
@@ -130,17 +133,18 @@ def on_device(batch: dict, mesh) -> Pack:
 
 def trainer(run: DenoiserRun, batches: list[dict], mesh):
     """A function that does one training step on the next of the batches, and waits for it."""
-    optimizer = make_optimizer(run.optim)
+    optimizers = make_optimizers(denoiser_groups(run), run.loop.steps)
     params = place(random_params(run.model))
     ema = tuple(place(random_params(run.model)) for _ in run.optim.ema)
-    state = TrainState(place(np.int32(0)), params, ema, jax.jit(optimizer.init)(params))
-    step = make_step(lambda params, batch, at, part: denoiser_loss(run, params, batch, at), optimizer, run.optim.ema)
+    opt_state = jax.jit(optimizers[MODEL].transformation.init)(params)
+    state = TrainState(place(np.int32(0)), {MODEL: params}, {MODEL: ema}, {MODEL: opt_state})
+    step = make_step(functools.partial(denoiser_loss, run), optimizers)
     placed = [on_device(batch, mesh) for batch in batches]
     calls = 0
 
     def one_step() -> TrainState:
         nonlocal state, calls
-        state, metrics = step(state, placed[calls % len(placed)])
+        state, metrics = step(state, (), placed[calls % len(placed)])
         calls += 1
         return jax.block_until_ready(state)
 
@@ -152,13 +156,13 @@ def check_losses_agree(run: DenoiserRun, pair: list[Layout], row: list[PackItem]
     model = dataclasses.replace(run.model, dtype="float32")
     run = dataclasses.replace(run, model=model)
     params = place(random_params(model))
-    loss = jax.jit(lambda pack: denoiser_loss(run, params, pack, jnp.int32(0))[:2])
+    loss = jax.jit(lambda pack: denoiser_loss(run, {MODEL: params}, (), pack, jnp.int32(0), jnp.int32(0)))
     found = []
     for layout, members in zip(pair, ([row], [[item] for item in row]), strict=True):
         small = dataclasses.replace(layout, rows=len(members))
         (batch,) = batches_of(small, members)
         total, (weight, _) = loss(Pack(**place_batch(batch, mesh)))
-        found.append(float(total / weight))
+        found.append(float(total[MODEL] / weight[MODEL]))
     assert abs(found[0] - found[1]) <= TOLERANCE * abs(found[1]), f"packed {found[0]}, padded {found[1]}"
     return found
 
@@ -210,12 +214,14 @@ def main() -> None:
     parser.add_argument("--config", default=str(CONFIG), help="a quickstart config, for world, model and packs")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--only", default="", help="the mixes whose names contain this")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one mix, one round")
     options = parser.parse_args()
     measured_on = machine()
     config = from_dict(QuickstartConfig, load(options.config))
     rounds, count = options.rounds, options.clips
-    chosen = mixes(config.world, config.transformer.packs)
+    chosen = [mix for mix in mixes(config.world, config.transformer.packs) if options.only in mix.name]
+    check(chosen, f"--only is {options.only!r}; it must be in the name of a mix")
     if options.quick:
         config, rounds, count, chosen = shrunk(config), 1, 200, chosen[:1]
     mesh = make_mesh()
