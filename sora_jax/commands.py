@@ -1,4 +1,4 @@
-"""What each command of `sora-jax` does; `cli.py` only reads the command line."""
+"""Run the commands of `sora-jax`; `cli.py` only reads the command line."""
 
 import argparse
 import math

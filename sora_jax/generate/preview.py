@@ -14,10 +14,10 @@ from sora_jax.generate.run import Run
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.frozen import FrozenAutoencoder
+from sora_jax.train.loop import Preview
 from sora_jax.train.metrics import MetricsWriter
 from sora_jax.train.state import MODEL
 
-Preview = Callable[[int, dict, MetricsWriter], None]
 TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
 
 

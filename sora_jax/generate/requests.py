@@ -1,4 +1,4 @@
-"""From what a user asks for to requests: checked once, before any weights are read."""
+"""Turn what a user asks for into requests: checked once, before any weights are read."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ Size = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A clip to generate: caption, latent size (t, h, w), identity, class (-1: none) and guidance (1: none).
+    """Ask for a clip: caption, latent size (t, h, w), identity, class (-1: none) and guidance (1: none).
 
     `negative` is the caption that guidance leads away from. Equal requests give equal clips.
     """
@@ -34,7 +34,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a user asks for: one clip for each prompt or class; other values are one for all, or one for each."""
+    """Hold what a user asks for: one clip for each prompt or class; other values are one for all, or one for each."""
 
     prompts: Sequence[str] = ()
     sizes: Size | Sequence[Size] = ()  # (frames, height, width) in pixels

@@ -35,7 +35,7 @@ def changed(sampling: SamplingConfig, steps: int | str | None, solver: str | Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(TrainedDenoiser):
-    """A trained denoiser with its autoencoder: from prompts to clips. step: of its checkpoint."""
+    """Generate clips with a trained denoiser and its autoencoder; step: that of its checkpoint."""
 
     autoencoder: FrozenAutoencoder
     step: int = 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ FIGURE = (
 )
 
 
-def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps: float = 8.0):
+def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps: float = 8.0) -> Any:
     """Show clips side by side as `IPython.display.HTML`, pixels enlarged; the page holds them, no file is left.
 
     clips: uint8 (frames, height, width, 3) of any sizes; one frame becomes a picture, more a GIF at `fps`.

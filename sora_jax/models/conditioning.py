@@ -38,7 +38,7 @@ MODULATED = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}
 
 @struct.dataclass
 class Condition:
-    """What tokens are told: time_BRD and label_BRD of each row; rows_BL, the row of each token, spread_BLR one-hot."""
+    """Hold the embeddings of noise level and label of each row, and the row of each token, as number and one-hot."""
 
     time_BRD: jax.Array
     label_BRD: jax.Array
@@ -52,7 +52,7 @@ class Condition:
 
 
 def condition_specs(width: int, text_width: int, classes: int) -> dict:
-    """Embeddings of noise level, class (one row more: no class) and pooled caption; 0 leaves the last two out."""
+    """Declare the embeddings of noise level, class (one more row: none) and pooled caption; 0 leaves these two out."""
     small = normal(0.02)
     return {
         "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
@@ -62,8 +62,13 @@ def condition_specs(width: int, text_width: int, classes: int) -> dict:
     }
 
 
-def condition(params: dict, pack: Pack, times_BR, text: TextContext | None, step_times: bool, dtype) -> Condition:
-    """The embeddings of all rows. step_times: the network sees the number of a discrete step, 1000 t - 1, as DiT's."""
+def condition(
+    params: dict, pack: Pack, times_BR: jax.Array, text: TextContext | None, step_times: bool, dtype: jnp.dtype
+) -> Condition:
+    """Embed noise level and label of all rows.
+
+    step_times: show the network the number of a discrete step, 1000 t - 1, as DiT does.
+    """
     axes = ("batch", None, None)
     number_BR = step_number(times_BR) if step_times else 1000.0 * times_BR
     features = time_features(number_BR, TIME_FEATURES).astype(dtype)
@@ -80,20 +85,20 @@ def condition(params: dict, pack: Pack, times_BR, text: TextContext | None, step
     return Condition(time_BRD, label_BRD, pack.rows_BL, _one_hot(pack.rows_BL, times_BR.shape[1], dtype))
 
 
-def step_number(times_BR) -> jax.Array:
-    """1000 t - 1: the number of a discrete step, whole at its time, which float32 alone would not give."""
+def step_number(times_BR: jax.Array) -> jax.Array:
+    """Return 1000 t - 1, the number of a discrete step: exactly whole at its time, unlike plain float32."""
     number = 1000.0 * times_BR - 1.0
     whole = jnp.round(number)
     return jnp.where(jnp.abs(number - whole) < 1e-3, whole, number)
 
 
 def modulation_specs(width: int, parts: int) -> dict:
-    """The layer that turns a row into `parts` shifts, scales and gates; zero at the start."""
+    """Declare the layer that turns a row into `parts` shifts, scales and gates; zero at the start."""
     return {"modulation": dense_specs(width, parts * width, ("embed", None), zeros)} if parts else {}
 
 
 def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array]:
-    """`parts` tables over rows, spread to tokens: a list of (B, L, D), of (B, 1, D) where there is a single row."""
+    """Compute `parts` tables over rows, spread to tokens: a list of (B, L, D); of (B, 1, D) where there is one row."""
     rows_BRD = jax.nn.silu(condition.time_BRD + condition.label_BRD)
     table_BRX = dense(params["modulation"], rows_BRD, ("batch", None, None))
     tables = jnp.split(table_BRX, parts, axis=-1)
@@ -104,14 +109,17 @@ def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array
 
 
 def _product(table_BRD, _rows_BL, spread_BLR) -> jax.Array:
-    """The row of each token, (B, L, D), by a product with one-hot rows, which every mesh can split."""
+    """Spread rows to tokens, (B, L, D), by a product with one-hot rows, which every mesh can split."""
     sharding = out_sharding("batch", "length", None)
     return jnp.einsum("blr,brd->bld", spread_BLR, table_BRD, out_sharding=sharding)
 
 
 @jax.custom_jvp
 def _look_up(table_BRD, rows_BL, _spread_BLR) -> jax.Array:
-    """The same by reading: it fuses with what uses it. Its derivative is the product: a gather's would be a scatter."""
+    """Spread rows to tokens by a gather, which fuses with what uses it.
+
+    Its derivative is defined as the product's: that of a gather would be a scatter, which is slow.
+    """
     rows = jax.vmap(lambda table, row: table.at[row].get(mode="promise_in_bounds"))(table_BRD, rows_BL)
     return reshard(rows, "batch", "length", None)
 
@@ -121,9 +129,9 @@ def _look_up_jvp(primals, tangents):
     return _look_up(*primals), _product(tangents[0], *primals[1:])
 
 
-def block_modulation(params: dict, condition: Condition, kind: str) -> list:
-    """(shift, scale, gate) of attention, then of the MLP; neutral numbers where the kind has none."""
-    parts = MODULATED[kind]
+def block_modulation(params: dict, condition: Condition, conditioning: str) -> list:
+    """Return (shift, scale, gate) of attention, then of the MLP; neutral numbers where the conditioning has none."""
+    parts = MODULATED[conditioning]
     if parts == 0:
         return [0.0, 0.0, 1.0] * 2
     values = modulation(params, condition, parts)
@@ -131,7 +139,7 @@ def block_modulation(params: dict, condition: Condition, kind: str) -> list:
 
 
 def condition_cross_attention_specs(width: int, heads: int) -> dict:
-    """Cross-attention to noise level and label."""
+    """Declare the cross-attention to noise level and label."""
     head_width = width // heads
     return {
         "pair_q": qkv_proj_specs(width, 1, heads, head_width),
@@ -152,7 +160,7 @@ def condition_cross_attention(params: dict, x_BLD: jax.Array, condition: Conditi
 
 
 def context_segments(pack: Pack) -> jax.Array:
-    """Segments (B, 2 R) of the two tokens that each row adds to its clip; rows of empty slots are padding."""
+    """Return the segments (B, 2 R) of the two tokens that a row adds to its clip; rows of empty slots are padding."""
     slots_BR = jnp.where(per_slot(pack.clip_ids_BS, pack.row_slots_BR) > 0, pack.row_slots_BR + 1, 0)
     return jnp.tile(slots_BR, (1, 2)).astype(pack.segments_BL.dtype)
 

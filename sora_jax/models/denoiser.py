@@ -18,7 +18,7 @@ from sora_jax.nn.pack import Pack
 
 
 class DenoiserConfig(Protocol):
-    """What the config of a network must say of itself; fields or properties of a frozen dataclass."""
+    """List what the config of a network must say of itself, by fields or properties of a frozen dataclass."""
 
     name: str  # tells the network from others in files; a value of its own
     patch: tuple[int, int, int]  # (t, y, x) latent positions in one token

@@ -40,7 +40,9 @@ def receptive_field(config: FirstStageConfig, what: str) -> tuple[float, float]:
     return MODULES[type(config)].receptive_field(config, what)
 
 
-def encode(params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None):
+def encode(
+    params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Mean and log variance of the posterior, float32, each (B, t, h, w, C), of video (B, T, H, W, 3) in [-1, 1].
 
     sizes (B, 2): each clip's own height and width, in the top left corner of its frames; its latent is that of the
@@ -71,7 +73,9 @@ def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
     return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
 
 
-def reconstruction_loss(params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, key: jax.Array):
+def reconstruction_loss(
+    params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The training loss of a batch, and its parts as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
 
     Latents are drawn from the posterior with `key`; PSNR is that of the clipped result, a mean over clips.

@@ -29,18 +29,14 @@ from sora_jax.nn.positions import sincos
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Text encoder: `vocabulary` ids, `depth` blocks of `width` with heads of `head_width`.
+    """Configure the text encoder, whose blocks stand on a learnt table or on a pretrained encoder."""
 
-    pretrained: name or folder of a `transformers` encoder whose embeddings, of `pretrained_width`, take the place of
-    the learnt table; "" learns it. The blocks stand on top of either.
-    """
-
-    vocabulary: int = 512
-    pretrained: str = ""
-    pretrained_width: int = 0
-    width: int = 128
-    depth: int = 2
-    head_width: int = 32
+    vocabulary: int = 512  # token ids
+    pretrained: str = ""  # name or folder of a `transformers` encoder that replaces the learnt table; "": none
+    pretrained_width: int = 0  # width of its embeddings
+    width: int = 128  # E, channels of a text token
+    depth: int = 2  # number of blocks
+    head_width: int = 32  # channels of an attention head
 
     def __post_init__(self):
         check(self.vocabulary >= 3, f"text.vocabulary is {self.vocabulary}; it must be at least 3")
@@ -60,7 +56,7 @@ class TextConfig:
 
 @struct.dataclass
 class TextContext:
-    """Encoded captions: one vector per text token, their segments, and one pooled vector per clip."""
+    """Hold encoded captions: one vector per text token, their segments, and one pooled vector per clip."""
 
     tokens_BME: jax.Array
     segments_BM: jax.Array
@@ -68,6 +64,7 @@ class TextContext:
 
 
 def text_specs(config: TextConfig) -> dict:
+    """Declare all parameters of the text encoder."""
     width = config.width
     block = {
         "qkv": qkv_proj_specs(width, 3, width // config.head_width, config.head_width),
@@ -79,8 +76,8 @@ def text_specs(config: TextConfig) -> dict:
     return {"table": words, **project, "blocks": stack(block, config.depth)}
 
 
-def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32) -> TextContext:
-    """Captions of all clips of the packs, each attending to itself alone: text_BM -> TextContext."""
+def encode_text(params: dict, config: TextConfig, pack: Pack, dtype: jnp.dtype = jnp.float32) -> TextContext:
+    """Encode the captions of all clips of the packs, each attending to itself alone: text_BM -> TextContext."""
     segments_BM = pack.text_segments_BM
     place = Place(segments_BM)
     x_BME = _words(params, config, pack)
@@ -98,7 +95,7 @@ def encode_text(params: dict, config: TextConfig, pack: Pack, dtype=jnp.float32)
 
 
 def _words(params: dict, config: TextConfig, pack: Pack) -> jax.Array:
-    """Vectors of the text tokens: from the learnt table, or of the pretrained encoder, projected to the width.
+    """Look text tokens up in the learnt table, or project the embeddings of the pretrained encoder to the width.
 
     The null caption is learnt in both cases, so that dropping a caption is one thing.
     """

@@ -162,7 +162,7 @@ def encode_condition(params: dict, config: TransformerConfig, pack: Pack) -> Tex
 
 
 class Context(NamedTuple):
-    """What every block reads beside its tokens: condition, rotary angles, places in the pack, captions."""
+    """Hold what every block reads beside its tokens: condition, rotary angles, places in the pack, captions."""
 
     condition: Condition
     angles_BLK: jax.Array | None

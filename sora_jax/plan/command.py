@@ -13,7 +13,7 @@ from sora_jax.train.run_config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """The options of the command; see its help."""
+    """Hold the options of the command; see its help."""
 
     topology: str
     slices: int = 1

@@ -20,7 +20,7 @@ AnyMesh = Mesh | AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What a call works through, and what of it can be split or made smaller.
+    """Describe what a call works through, and what of it can be split or made smaller.
 
     model_flops: of one call on all devices. units: tokens or pixels of clips, named by `unit`. rows: of the batch.
     splits: for a mesh axis, the sizes that it must divide to be used. shorten(factor): options that make a call smaller
@@ -37,7 +37,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with abstract arguments. `held` names the arguments for the memory report.
+    """Hold a jitted function with abstract arguments. `held` names the arguments for the memory report.
 
     activations: what the forward pass keeps for the backward pass, of one micro-batch.
     """
@@ -57,7 +57,7 @@ def for_accelerator(config: RunConfig) -> RunConfig:
 
 
 class Trained(NamedTuple):
-    """What a step trains: groups of parameters, the loss, and weights that it reads (abstract arrays on a mesh)."""
+    """Hold what a step trains: groups of parameters, the loss, and weights that it reads (abstract arrays on a mesh)."""
 
     groups: Mapping[str, Group]
     loss: LossFunction

@@ -17,7 +17,7 @@ from sora_jax.train.run_config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one compiled program needs of every chip: bytes, FLOPs and seconds of one call.
+    """Hold what one compiled program needs of every chip: bytes, FLOPs and seconds of one call.
 
     flops and bytes are of one chip, model_flops and units (tokens, pixels) of all. memory: bytes by what holds them;
     activations are what the forward pass keeps for the backward pass. Compiled FLOPs, traffic, collectives and times

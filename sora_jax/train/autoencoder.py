@@ -18,9 +18,10 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, latent_grid, reconstruction_loss
 from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.models.tiling import TilingConfig, tile_grid
-from sora_jax.train.loop import Job
+from sora_jax.train.loop import Job, Preview
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
+from sora_jax.train.step import LossResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class AutoencoderRun(RunConfig):
 
     @property
     def crops(self) -> CropConfig:
-        """How crops are drawn."""
+        """The config of the crops."""
         return CropConfig(*self.crop, batch=self.batch, image_share=self.image_share)
 
     @property
@@ -72,7 +73,9 @@ def to_uint8(video: jax.Array | np.ndarray) -> np.ndarray:
     return np.clip(np.round((np.asarray(video) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def autoencoder_loss(config: AutoencoderRun, params: dict, frozen: Any, batch: dict, step: jax.Array, part: jax.Array):
+def autoencoder_loss(
+    config: AutoencoderRun, params: dict, frozen: Any, batch: dict, step: jax.Array, part: jax.Array
+) -> LossResult:
     """Return the sum of the reconstruction loss over clips and images, its weight, and means: see `make_step`."""
     key = jax.random.fold_in(step_key(config.seed, step, Purpose.NOISE), part)
     total, count, means = 0.0, jnp.float32(0.0), {}
@@ -98,7 +101,9 @@ def check_sizes(config: FirstStageConfig, dataset: Dataset) -> None:
             raise UserError(message) from error
 
 
-def autoencoder_job(config: AutoencoderRun, dataset: Dataset, preview=None, share: Share = Share()) -> Job:
+def autoencoder_job(
+    config: AutoencoderRun, dataset: Dataset, preview: Preview | None = None, share: Share = Share()
+) -> Job:
     """Make the job that trains an autoencoder on a dataset folder; share: this process's part of each batch."""
     check_sizes(config.model, dataset)
     sizes, clips = sizes_and_clips(dataset, config.split)

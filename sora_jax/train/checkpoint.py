@@ -155,7 +155,7 @@ class Checkpoints:
         raise UserError(f"there is no whole checkpoint in {self._folder}" + f" that is {which!r}" * (which != NEWEST))
 
     def _attempt(self, step: int, trees: dict, notes: tuple[str, ...]) -> tuple[dict, str]:
-        """Return what checkpoint `step` holds, and why it is damaged ("" if not); UserError if it is of another model."""
+        """Return what checkpoint `step` holds, and why it is damaged ("" if not); UserError for another model."""
         what = f"checkpoint {step} in {self._folder} is"
         if not self._has_table(step):
             with _one_sentence(f"{what} damaged or of another model"):

@@ -48,7 +48,7 @@ CODE = {
 
 
 class _Tile(NamedTuple):
-    """A part of a clip on its way through the network; a clip that is not cut is its only tile."""
+    """Hold a part of a clip on its way through the network; a clip that is not cut is its only tile."""
 
     array: np.ndarray
     axes: tiling.Axes  # the tiles of its clip
@@ -58,7 +58,7 @@ class _Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class FrozenAutoencoder:
-    """An autoencoder to use, not to train: latents in and out of it are normalised by its own statistics.
+    """Encode and decode with a trained autoencoder; latents are normalised by its own statistics.
 
     recorded: the fingerprint of the record that it was read from.
     """
@@ -167,13 +167,13 @@ def _padded(clip: np.ndarray, shape: Size) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _encode(params, config, frames, sizes_B2):
+def _encode(params: dict, config: FirstStageConfig, frames: jax.Array, sizes_B2: jax.Array) -> tuple:
     frames = to_float(reshard(frames, "batch", None, None, None, None))
     return encode(params, config, frames, reshard(sizes_B2, "batch", None))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _decode(params, config, z):
+def _decode(params: dict, config: FirstStageConfig, z: jax.Array) -> jax.Array:
     return decode(params, config, reshard(z, "batch", None, None, None, None))
 
 

@@ -14,7 +14,7 @@ from sora_jax.train.state import Group, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a run reads, opened and checked; a kind adds its own fields.
+    """Hold what a run reads, opened and checked; a kind adds its own fields.
 
     digest: of the data, which a run that goes on must find again. text: fingerprint of a pretrained text encoder.
     """
@@ -25,7 +25,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a kind of run is, as functions of its config.
+    """Describe a kind of run by functions of its config.
 
     config: its dataclass, whose field `kind` names it.
     groups(config): the parameters that are trained.

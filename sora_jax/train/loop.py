@@ -25,6 +25,7 @@ from sora_jax.train.state import Group, TrainState, init_state, make_optimizers
 from sora_jax.train.step import LossFunction, make_step
 from sora_jax.train.watchdog import Watchdog, spent_before
 
+Preview = Callable[[int, dict, MetricsWriter | None], None]  # (step, averages by group, writer)
 STOPPING = b"\nsora-jax: stopping after this step, with a save; Ctrl-C again ends at once\n"
 
 
@@ -60,7 +61,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run trains, as values and functions; the loop knows nothing else of it.
+    """Tell the loop what a run trains, as values and functions; it knows nothing else of the run.
 
     groups: what is trained, by name. loss: see `make_step`. batches(step, position): host batches from a step on, pure
     in (seed, step), every array with the batch as its first axis; each comes with its position, JSON that is kept with
@@ -79,7 +80,7 @@ class Job:
     to_device: Callable[[dict], Any]
     counts: Callable[[dict], dict[str, float]]
     clip_ids: Callable[[dict], list]
-    preview: Callable[[int, dict, MetricsWriter | None], None] | None = None
+    preview: Preview | None = None
     note: str = ""
     share: Share = Share()
     frozen: Any = ()
@@ -196,7 +197,7 @@ def split_batch(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarra
 
 
 @contextlib.contextmanager
-def stop_signal():
+def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Yield stop(step), True if SIGINT or SIGTERM asked to stop after it; a second Ctrl-C interrupts at once.
 
     Several processes agree on the step, whichever of them was sent the signal.

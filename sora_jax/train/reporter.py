@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,9 @@ from sora_jax.errors import UserError
 from sora_jax.parallel import distributed
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
 
+if TYPE_CHECKING:
+    from sora_jax.train.loop import Job, LoopConfig
+
 TOTALS = ("skipped_updates",)  # metrics that count since the beginning; of all others a report has means
 
 
@@ -23,7 +26,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 class Instruments(NamedTuple):
-    """What the loop reports to: metrics file, progress bar, stopwatch, watchdog, and the newest checkpoint's step."""
+    """Hold what the loop reports to: metrics file, progress bar, stopwatch, watchdog, step of the newest checkpoint."""
 
     writer: MetricsWriter | None
     bar: tqdm
@@ -39,7 +42,7 @@ class Reporter:
     neither does the time of previews and saves.
     """
 
-    def __init__(self, job, config, instruments: Instruments, means: "MetricAccumulator"):
+    def __init__(self, job: "Job", config: "LoopConfig", instruments: Instruments, means: "MetricAccumulator"):
         self.instruments = instruments
         self.means = means
         self.best_metric: float | None = None

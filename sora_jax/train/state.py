@@ -28,7 +28,7 @@ class Group:
 
 
 class Optimizer(NamedTuple):
-    """How a group is updated: the gradient transformation, and the decays of its averages."""
+    """Update a group: the gradient transformation, and the decays of its averages."""
 
     transformation: optax.GradientTransformation
     decays: tuple[float, ...]
@@ -47,7 +47,7 @@ def make_optimizers(groups: Mapping[str, Group], steps: int) -> dict[str, Optimi
 
 @struct.dataclass
 class TrainState:
-    """step: updates done. By group: params, a tree; ema, one such tree for each decay; opt_state."""
+    """Hold the updates done (step) and, by group: params, a tree; ema, such a tree for each decay; opt_state."""
 
     step: jax.Array
     params: dict[str, Any]

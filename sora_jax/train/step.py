@@ -13,7 +13,8 @@ from sora_jax.train.state import Optimizer, TrainState
 
 Sums = dict[str, jax.Array]
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
-LossFunction = Callable[..., tuple[Sums, tuple[Sums, MetricSums]]]
+LossResult = tuple[Sums, tuple[Sums, MetricSums]]
+LossFunction = Callable[..., LossResult]
 
 
 def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callable:
