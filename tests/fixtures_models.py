@@ -49,10 +49,3 @@ def write_official(path: Path, golden: Golden, **changes) -> Path:
     """The official checkpoint as safetensors."""
     write_tensors(path, dit_weights(golden) | changes)
     return path
-
-
-def relative_error(found, wanted) -> float:
-    """The largest difference over the largest value."""
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())

@@ -21,10 +21,6 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.parallel.rules import partition
 from sora_jax.plan.hlo import COLLECTIVES
 
-# Compiles in a fifth of the time; the programs are too small to gain from the passes left out.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 SMALL = dict(width=8, latent_channels=4, encoder_blocks=1, decoder_blocks=1, dtype="float32")
 FACTORISED = ((3, 1, 1), (1, 3, 3))
 CONFIGS = {  # half of the compression by levels, and all of it by the first fold
@@ -136,10 +132,10 @@ def test_a_clip_on_a_larger_canvas_has_the_latent_it_has_alone(config):
 def test_clips_on_a_canvas_are_masked_by_rows_of_every_device():
     config, mesh = CONFIGS["levels"], make_mesh(MeshConfig(data=2, sequence=4))
     params, video, sizes = random_params(config), np.asarray(clips(2, 5)), np.array([[8, 12], [12, 4]], np.int32)
-    wanted = quick_jit(functools.partial(encode, params, config))(video, sizes)
+    wanted = jax.jit(functools.partial(encode, params, config))(video, sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(autoencoder_specs(config), mesh)), *place_batch((video, sizes), mesh)
-        found = quick_jit(lambda p, v, s: encode(p, config, v, s))(*placed)
+        found = jax.jit(lambda p, v, s: encode(p, config, v, s))(*placed)
     chex.assert_trees_all_close(found, wanted, atol=2e-5)
 
 
@@ -228,14 +224,14 @@ def on_rows_of_clips():
     with jax.set_mesh(mesh):
         params = jax.device_put(random_params(config), shardings(autoencoder_specs(config), mesh))
         arguments = params, place_batch(np.asarray(clips(4, 5)), mesh)
-        program = quick_jit(functools.partial(loss_and_gradient, config)).lower(*arguments).compile()
+        program = jax.jit(functools.partial(loss_and_gradient, config)).lower(*arguments).compile()
         return program.as_text(), program(*arguments)
 
 
 def test_rows_of_clips_on_several_devices_are_clips_on_one():
     """To 1e-5 of the largest entry of each parameter's gradient: float error of sums in another order."""
     config = CONFIGS["levels"]
-    wanted = quick_jit(functools.partial(loss_and_gradient, config))(random_params(config), clips(4, 5))
+    wanted = jax.jit(functools.partial(loss_and_gradient, config))(random_params(config), clips(4, 5))
     for found, one in zip(*map(jax.tree.leaves, (on_rows_of_clips()[1], wanted)), strict=True):
         np.testing.assert_allclose(found, one, rtol=0, atol=1e-5 * np.abs(one).max())
 

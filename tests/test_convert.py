@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures_models import Golden, dit_weights, relative_error, write_folder, write_official
+from compare import relative_error
+from fixtures_models import Golden, dit_weights, write_folder, write_official
 from fixtures_runs import one_device, run
 from peers.tensors import uniform
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import islice
 
+import chex
 import numpy as np
 import pytest
 
@@ -12,12 +13,6 @@ from sora_jax.data.feed import FeedConfig
 from sora_jax.data.manifest import Dataset, add_clip, write_dataset
 from sora_jax.data.share import Share
 from sora_jax.errors import UserError
-
-
-def same(one, other):
-    assert set(one) == set(other)
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 @dataclass
@@ -74,9 +69,11 @@ def test_one_kind_only(clips):
 def test_crop_streams_are_pure_and_shared_by_hosts(clips):
     expected = crop_batches(clips, CROP, seed=3)
     for step, batch in enumerate(islice(crop_batches(clips, CROP, 3).stream(5, FeedConfig(threads=3)), 10), 5):
-        same(batch, expected[step])
+        chex.assert_trees_all_equal(batch, expected[step])
     halves = [crop_batches(clips, CROP, 3, share=Share(host, 2))[4] for host in (0, 1)]
-    same({name: np.concatenate([half[name] for half in halves]) for name in halves[0]}, expected[4])
+    chex.assert_trees_all_equal(
+        {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}, expected[4]
+    )
     other = crop_batches(clips, CROP, seed=4)[4]
     assert not np.array_equal(other["videos_BTHW3"], expected[4]["videos_BTHW3"])
     assert not np.array_equal(expected[5]["videos_BTHW3"], expected[4]["videos_BTHW3"])
@@ -91,7 +88,7 @@ def test_crops_of_a_split_of_a_dataset_folder(clips, tmp_path):
     np.testing.assert_array_equal(sizes, SIZES)
     batch = crop_batches(dataset, CROP, 0, sizes, train_clips)[0]
     assert set(batch["videos_clips_B"]) == {2}  # clip 1 is large enough, but in the other split
-    same(batch, crop_batches(clips, CROP, 0, clips=train_clips)[0])
+    chex.assert_trees_all_equal(batch, crop_batches(clips, CROP, 0, clips=train_clips)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """DiT as a configuration: the paper's counts, its four ways of conditioning, its initial values, its positions."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
@@ -46,7 +45,6 @@ SMALL = TransformerConfig(
     sincos_positions=True, sincos_axes="xy", learned_variance=True, step_times=True, joint_qkv_init=True,
     remat="none", dtype="float32",
 )  # fmt: skip
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def read(variant: str):
@@ -95,7 +93,7 @@ def test_packed_equals_one_by_one_and_the_class_and_time_are_read(
 ):
     config = dataclasses.replace(SMALL, conditioning=conditioning)
     params = randomised(denoiser_specs(config))
-    run = quick_jit(lambda pack, t: denoise(params, config, pack, pack.tokens_BLP, t))
+    run = jax.jit(lambda pack, t: denoise(params, config, pack, pack.tokens_BLP, t))
     pack = packed([labelled[:3], labelled[3:]], rows_per_clip=rows_per_clip)
     together = run(pack, times_of(pack))
     assert together.shape[-1] == 2 * SMALL.patch_values
@@ -120,19 +118,19 @@ def test_every_way_of_conditioning_runs_on_a_mesh(conditioning, labelled, packed
     def loss(params, pack):
         return jnp.square(denoise(params, config, pack, pack.tokens_BLP, times_of(pack))).sum()
 
-    expected = quick_jit(jax.value_and_grad(loss))(params, pack)
+    expected = jax.jit(jax.value_and_grad(loss))(params, pack)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(denoiser_specs(config), mesh))
         arrays = {name: values for name, values in vars(pack).items() if values is not None}
-        found = quick_jit(jax.value_and_grad(loss))(placed, Pack(**place_batch(arrays, mesh)))
+        found = jax.jit(jax.value_and_grad(loss))(placed, Pack(**place_batch(arrays, mesh)))
     for one, other in zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-5 * max(np.abs(other).max(), 1e-2))
 
 
 def test_a_dropped_class_is_the_row_of_none(labelled, packed, randomised):
     params = randomised(denoiser_specs(SMALL))
-    run = quick_jit(lambda params, pack: denoise(params, SMALL, pack, pack.tokens_BLP, times_of(pack)))
+    run = jax.jit(lambda params, pack: denoise(params, SMALL, pack, pack.tokens_BLP, times_of(pack)))
     pack = packed([labelled])
     dropped = drop_captions(pack, pack.clip_ids_BS == labelled[1].clip_id)
     table = params["classes"]
@@ -147,7 +145,7 @@ def test_a_dropped_class_is_the_row_of_none(labelled, packed, randomised):
 def test_at_initialisation_the_output_is_zero_and_with_gates_each_block_is_the_identity(conditioning, labelled, packed):
     config = dataclasses.replace(SMALL, conditioning=conditioning)
     params, pack = init(denoiser_specs(config), jax.random.key(0)), packed([labelled])
-    run = quick_jit(lambda params: denoise(params, config, pack, pack.tokens_BLP, times_of(pack)))
+    run = jax.jit(lambda params: denoise(params, config, pack, pack.tokens_BLP, times_of(pack)))
     assert not np.asarray(run(params)).any()
     opened = params | {"head": {"weight": jnp.ones_like(params["head"]["weight"]), "bias": params["head"]["bias"]}}
     other_blocks = jax.tree.map(jnp.zeros_like, opened["blocks"])

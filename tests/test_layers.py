@@ -1,6 +1,5 @@
 """Layers against flax.linen on random weights, initial spreads in closed form, and the timestep embedding."""
 
-import functools
 import re
 
 import flax.linen as nn
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_near
 
 from sora_jax.nn.layers import (
     compute_dtype,
@@ -30,10 +30,6 @@ from sora_jax.nn.params import init
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import partition
 
-# Compiles in half the time; the programs are too small to gain from the passes left out.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 AXES = ("batch", "length", "width")
 B, L, D, F, N, K = 2, 5, 12, 20, 3, 4
 
@@ -51,28 +47,24 @@ def kernel(params):
     return {"kernel" if name == "weight" else name: value for name, value in params.items()}
 
 
-def assert_close(ours, theirs):
-    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_equals_flax(randomised, bias):
     params, x = randomised(dense_specs(D, F, bias=bias)), random(B, L, D)
     assert ("bias" in params) == bias
-    assert_close(dense(params, x, AXES), linen(nn.Dense(F, use_bias=bias), kernel(params), x))
+    assert_near(dense(params, x, AXES), linen(nn.Dense(F, use_bias=bias), kernel(params), x))
 
 
 @pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (1e-3, 0.0), (30.0, 500.0)])
 def test_layer_norm_equals_flax(scale, offset):
     x = scale * random(B, L, D) + offset
     module = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False)
-    assert_close(layer_norm(x), linen(module, {}, x))
+    assert_near(layer_norm(x), linen(module, {}, x))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 100.0])
 def test_rms_norm_equals_flax(randomised, scale):
     gain, x = randomised(rms_norm_specs(D)), scale * random(B, L, D)
-    assert_close(rms_norm(gain, x), linen(nn.RMSNorm(epsilon=1e-6), {"scale": gain}, x))
+    assert_near(rms_norm(gain, x), linen(nn.RMSNorm(epsilon=1e-6), {"scale": gain}, x))
 
 
 @pytest.mark.parametrize("norm", [layer_norm, lambda x: rms_norm(jnp.ones(x.shape[-1]), x)])
@@ -85,7 +77,7 @@ def test_norms_of_bfloat16_are_taken_in_float32(norm):
 def test_mlp_equals_flax(randomised):
     params, x = randomised(mlp_specs(D, F)), random(B, L, D)
     module = nn.Sequential([nn.Dense(F), nn.gelu, nn.Dense(D)])
-    assert_close(
+    assert_near(
         mlp(params, x), linen(module, {"layers_0": kernel(params["up"]), "layers_2": kernel(params["down"])}, x)
     )
 
@@ -99,9 +91,9 @@ def test_head_projections_equal_flax(randomised):
     params, x = randomised(qkv_proj_specs(D, 2, N, K)), random(B, L, D)
     expected = linen(nn.DenseGeneral((2, N, K)), kernel(params), x)
     parts = qkv_proj(params, x)
-    assert_close(jnp.stack(parts, axis=2), expected)
+    assert_near(jnp.stack(parts, axis=2), expected)
     back = randomised(out_proj_specs(N, K, D))
-    assert_close(out_proj(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
+    assert_near(out_proj(back, parts[1]), linen(nn.DenseGeneral(D, axis=(-2, -1)), kernel(back), expected[:, :, 1]))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +107,7 @@ def test_head_projections_equal_flax(randomised):
 )
 def test_projections_start_xavier_uniform(specs, fans):
     """Uniform within sqrt(6 / (fan in + fan out)), biases zero (Glorot and Bengio 2010, equation 16)."""
-    params, bound = quick_jit(lambda key: init(specs, key))(jax.random.key(0)), np.sqrt(6 / sum(fans))
+    params, bound = jax.jit(lambda key: init(specs, key))(jax.random.key(0)), np.sqrt(6 / sum(fans))
     weight = np.abs(params["weight"])
     assert 0.999 * bound < weight.max() <= bound * (1 + 1e-6)
     np.testing.assert_allclose(weight.mean(), bound / 2, rtol=0.01)

@@ -29,10 +29,6 @@ from sora_jax.parallel.rules import (
     reshard,
 )
 
-# Compiles in half the time; the programs are too small to gain from the passes left out.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 TEXT = TextConfig(vocabulary=16, width=16, depth=1, head_width=8)
 MODEL = TransformerConfig(depth=2, width=24, heads=2, latent_channels=2, text=TEXT, dtype="float32")
 
@@ -44,7 +40,7 @@ def clips_on_a_line():
     q, k, v = rng.standard_normal((3, 4, 32, 8, 4), np.float32)
     segments = np.sort(rng.integers(0, 5, (4, 32), np.int32), axis=1)
     segments[:, -1] = 1
-    return (q, k, v, segments), quick_jit(derivatives(dense_attention))(q, k, v, segments)
+    return (q, k, v, segments), jax.jit(derivatives(dense_attention))(q, k, v, segments)
 
 
 def derivatives(attend):
@@ -69,7 +65,7 @@ def test_attention_on_a_split_sequence_is_that_on_one_device(clips_on_a_line, me
         layouts = [*[("batch", "length", "heads", None)] * 3, ("batch", "length")]
         arrays = zip(arrays, layouts, strict=True)
         placed = [jax.device_put(x, NamedSharding(mesh, partition(*axes))) for x, axes in arrays]
-        found = quick_jit(derivatives(lambda *a: attention(*a, how=How(*how))))(*placed)
+        found = jax.jit(derivatives(lambda *a: attention(*a, how=How(*how))))(*placed)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

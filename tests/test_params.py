@@ -1,7 +1,5 @@
 """Parameter trees: values by path, stacking, and everything that is derived from a spec."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,10 +11,6 @@ from sora_jax.nn.params import ParamSpec, abstract, abstract_on, count, lecun, n
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import partition
 
-# Compiles in half the time; the programs are too small to gain from the passes left out.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 SPECS = {
     "in": {"weight": ParamSpec((8, 6), ("embed", "hidden"), xavier()), "bias": ParamSpec((6,), ("hidden",))},
     "out": {"weight": ParamSpec((6, 8), ("hidden", "embed"), xavier())},
@@ -25,7 +19,7 @@ SIZE = 8 * 6 + 6 + 6 * 8
 
 
 def init(specs, key):
-    return quick_jit(lambda key: params.init(specs, key))(key)
+    return jax.jit(lambda key: params.init(specs, key))(key)
 
 
 def test_a_new_parameter_changes_no_other():
@@ -75,7 +69,7 @@ def test_abstract_trees_describe_the_values():
 
 def test_values_do_not_depend_on_the_mesh():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    split = quick_jit(lambda key: params.init(SPECS, key), out_shardings=shardings(SPECS, mesh))(jax.random.key(3))
+    split = jax.jit(lambda key: params.init(SPECS, key), out_shardings=shardings(SPECS, mesh))(jax.random.key(3))
     weight = split["in"]["weight"]
     assert weight.sharding.spec == partition("embed", "hidden")
     assert weight.addressable_shards[0].data.shape == (4, 3)

@@ -1,8 +1,10 @@
 """Streams: a pure function of (seed, step), the same for any threads, restarts and numbers of hosts."""
 
+import functools
 import pickle
 from itertools import islice
 
+import chex
 import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
@@ -31,15 +33,11 @@ def cache(tmp_path_factory):
     return write_cache(tmp_path_factory.mktemp("latents") / "cache", rows)
 
 
+assert_same = functools.partial(chex.assert_trees_all_equal, strict=True)  # types, too
+
+
 def batches(cache, seed=0, batch=4, **options):
     return packed_batches(cache, BYTES, CONFIG, batch, seed, **options)
-
-
-def assert_same(one, other):
-    assert set(one) == set(other)
-    for name in one:
-        assert one[name].dtype == other[name].dtype
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def test_an_epoch_has_every_clip_of_the_split_once_with_its_latent_and_caption(cache):

@@ -1,10 +1,12 @@
 """The packed sampler: what shares a pack with a clip, and in which order, changes nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
+from compare import assert_far, assert_near
 from fixtures_runs import chain, trained  # noqa: F401
 
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -20,6 +22,7 @@ REQUESTS = [
     Request("", (1, 4, 6), 44),
 ]
 SETTINGS = SamplingConfig(steps="2")
+near = functools.partial(assert_near, tolerance=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +48,6 @@ def together(latents):
     return latents(REQUESTS)
 
 
-def assert_near(a, b):
-    np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
-
-
-def far(a, b):
-    assert np.abs(a - b).mean() > 1e-2
-
-
 def test_shapes(together):
     assert [z.shape for z in together] == [(*r.size, 4) for r in REQUESTS]
     assert all(np.isfinite(z).all() for z in together)
@@ -69,42 +64,42 @@ def test_calls_of_few_packs_are_one_call_of_all(model, together, monkeypatch):
     with jax.set_mesh(model.mesh):
         found = sample_latents(one_slot, requests, SETTINGS, 5)
     for a, b in zip(found, together, strict=True):
-        assert_near(a, b)
+        near(a, b)
     assert len(calls) == len(REQUESTS)
 
 
 @pytest.mark.parametrize("i", range(len(REQUESTS)))
 def test_together_is_alone(latents, together, i):
-    assert_near(latents([REQUESTS[i]])[0], together[i])
+    near(latents([REQUESTS[i]])[0], together[i])
 
 
 def test_order_does_not_matter(latents, together):
     order = [2, 0, 3, 1]
     for i, z in zip(order, latents([REQUESTS[i] for i in order]), strict=True):
-        assert_near(z, together[i])
+        near(z, together[i])
 
 
 def test_requests_beyond_one_pack(latents, together):
     for i, z in enumerate(latents([*REQUESTS, *REQUESTS[:2]])):
-        assert_near(z, together[i % len(REQUESTS)])
+        near(z, together[i % len(REQUESTS)])
 
 
 def test_the_same_request_is_the_same_to_the_bit_and_each_part_of_it_matters(latents, together):
     first = REQUESTS[0]
     for a, b in zip(latents(REQUESTS), together, strict=True):
         np.testing.assert_array_equal(a, b)
-    far(latents(REQUESTS, seed=6)[0], together[0])
-    far(latents([dataclasses.replace(first, clip_id=12)])[0], together[0])
-    far(latents([dataclasses.replace(first, prompt="a blue square")])[0], together[0])
+    assert_far(latents(REQUESTS, seed=6)[0], together[0])
+    assert_far(latents([dataclasses.replace(first, clip_id=12)])[0], together[0])
+    assert_far(latents([dataclasses.replace(first, prompt="a blue square")])[0], together[0])
 
 
 def test_guidance_1_is_the_conditional_model(latents, together):
     conditional = latents(REQUESTS, guidance=1.0)
     almost = latents(REQUESTS, guidance=1 + 2.0**-23)  # through the guided program
     for a, b in zip(conditional, almost, strict=True):
-        assert_near(a, b)
-    far(conditional[0], together[0])
-    assert_near(conditional[3], together[3])  # without a caption there is nothing to be guided by
+        near(a, b)
+    assert_far(conditional[0], together[0])
+    near(conditional[3], together[3])  # without a caption there is nothing to be guided by
 
 
 def test_a_run_makes_clips_and_images_of_the_sizes_asked_for(model):

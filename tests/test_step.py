@@ -21,8 +21,6 @@ from sora_jax.train.optim import OptimConfig
 from sora_jax.train.state import MODEL, Group, TrainState, make_optimizers
 from sora_jax.train.step import make_step
 
-# Compiles in half the time; the programs are too small to gain from the passes left out.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OPTIM = OptimConfig(1e-2, warmup_steps=2, ema=(0.5, 0.9))
 OPTIMIZERS = make_optimizers({MODEL: Group({}, OPTIM)}, 100)
 
@@ -53,7 +51,7 @@ def line_state():
 
 
 def steps(loss, make_state, batch, parts, count=3):
-    step, state = jax.jit(make_step(loss, OPTIMIZERS), compiler_options=QUICK), make_state()
+    step, state = jax.jit(make_step(loss, OPTIMIZERS)), make_state()
     for _ in range(count):
         state, metrics = step(state, (), batch(parts))
     return jax.device_get((state, metrics))

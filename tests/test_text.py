@@ -14,12 +14,8 @@ from sora_jax.models.text import TextConfig, encode_text, text_specs
 from sora_jax.nn.pack import drop_captions
 from sora_jax.nn.params import count
 
-# Compiles in half the time; the programs are too small to gain from the passes left out.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 CONFIG = TextConfig(vocabulary=16, width=16, depth=2, head_width=8)
-encode = quick_jit(functools.partial(encode_text, config=CONFIG))
+encode = jax.jit(functools.partial(encode_text, config=CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +58,7 @@ def test_other_captions_have_exactly_no_gradient(params, clips, packed):
         own = (pack.text_segments_BM == slot + 1)[..., None]
         return jnp.square(context.pooled_BSE[:, slot]).sum() + jnp.where(own, context.tokens_BME**3, 0).sum()
 
-    gradient = quick_jit(jax.grad(loss))
+    gradient = jax.jit(jax.grad(loss))
     for slot, clip in enumerate(clips):
         read = np.asarray(gradient(params["table"], slot)).any(-1)
         assert set(np.flatnonzero(read)) == set(clip.text.tolist())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_near
 
 from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
@@ -22,10 +23,6 @@ from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import count, init
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, denoiser_loss
 
-# Compiles in half the time; the programs are too small to gain from the passes left out.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 TEXT = TextConfig(vocabulary=16, width=16, depth=1, head_width=8)
 CONFIG = TransformerConfig(depth=2, width=24, heads=2, latent_channels=2, text=TEXT, remat="none", dtype="float32")
 RUN = DenoiserRun(model=CONFIG, packing=PackingConfig(), diffusion=DiffusionConfig(caption_dropout=0.5))
@@ -53,19 +50,13 @@ def evaluator(run: DenoiserRun):
         (total, (weight, _)), gradient = jax.value_and_grad(loss, has_aux=True)(params, pack, 3)
         return Result(output_BLP, total, weight, gradient)
 
-    compiled = quick_jit(evaluate)
+    compiled = jax.jit(evaluate)
     return lambda params, pack: jax.device_get(compiled(params, pack))
 
 
 @pytest.fixture(scope="module")
 def params(randomised):
     return jax.device_get(randomised(denoiser_specs(CONFIG)))
-
-
-def same(found, expected, tolerance=2e-5):
-    found, expected = jax.device_get((found, expected))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-3))
 
 
 def outputs(result: Result, pack: Pack) -> dict[int, np.ndarray]:
@@ -83,7 +74,7 @@ def test_at_initialisation_the_output_is_exactly_zero(clips, packed, sincos):
     config = dataclasses.replace(CONFIG, sincos_positions=sincos)
     pack = packed([clips])
 
-    @quick_jit
+    @jax.jit
     def start(key):
         return denoise(init(denoiser_specs(config), key), config, pack, pack.tokens_BLP, times_of(pack))
 
@@ -98,12 +89,12 @@ def test_packed_equals_one_by_one(params, clips, packed, alone):
     found = outputs(both, together)
     for clip, single in zip(clips, singles, strict=True):
         assert np.abs(single.output_BLP).max() > 0.1
-        same(found[clip.clip_id], single.output_BLP[0])
+        assert_near(found[clip.clip_id], single.output_BLP[0])
     assert both.weight == sum(single.weight for single in singles) == 28
-    same(both.loss, sum(single.loss for single in singles))
+    assert_near(both.loss, sum(single.loss for single in singles))
     total = jax.tree.map(lambda *parts: sum(parts), *(single.gradient for single in singles))
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(total))
-    same(both.gradient, total)
+    assert_near(both.gradient, total)
 
 
 def test_the_place_in_the_batch_does_not_matter(params, clips, packed):
@@ -111,8 +102,8 @@ def test_the_place_in_the_batch_does_not_matter(params, clips, packed):
     a, b, c, d = clips
     first, second = packed([[a, b, c], [d]]), packed([[d, c], [b, a]])
     one, other = (evaluator(RUN)(params, pack) for pack in (first, second))
-    same(outputs(other, second), outputs(one, first))
-    same((other.loss, other.gradient), (one.loss, one.gradient))
+    assert_near(outputs(other, second), outputs(one, first))
+    assert_near((other.loss, other.gradient), (one.loss, one.gradient))
 
 
 def test_the_order_of_tokens_does_not_matter(params, clips, packed):
@@ -122,8 +113,8 @@ def test_the_order_of_tokens_does_not_matter(params, clips, packed):
     names = ("tokens_BLP", "segments_BL", "coords_BL3", "index_BL", "rows_BL")
     shuffled = pack.replace(**{name: getattr(pack, name)[:, order] for name in names})
     one, other = (evaluator(RUN)(params, p) for p in (pack, shuffled))
-    same(other.output_BLP, one.output_BLP[:, order])
-    same((other.loss, other.gradient), (one.loss, one.gradient))
+    assert_near(other.output_BLP, one.output_BLP[:, order])
+    assert_near((other.loss, other.gradient), (one.loss, one.gradient))
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -137,7 +128,7 @@ def test_coordinates_and_not_indices_say_where_a_token_is(params, clips, packed,
     changed = outputs(Result(evaluator(RUN)(params, moved).output_BLP, 0, 0, {}), pack)[clips[0].clip_id]
     assert np.abs(changed - outputs(Result(one, 0, 0, {}), pack)[clips[0].clip_id]).max() > 1e-3
     shifted = pack.replace(coords_BL3=pack.coords_BL3 + np.float32(2) * (stretch - 1))
-    same(evaluator(RUN)(params, shifted).output_BLP, one, 1e-4)  # rotary positions are relative
+    assert_near(evaluator(RUN)(params, shifted).output_BLP, one, 1e-4)  # rotary positions are relative
 
 
 def test_other_clips_and_padding_have_exactly_no_gradient(params, clips, packed):
@@ -146,7 +137,7 @@ def test_other_clips_and_padding_have_exactly_no_gradient(params, clips, packed)
     mine_BL = np.zeros(pack.segments_BL.shape, bool)
     mine_BL[0] = pack.segments_BL[0] == 2
 
-    @quick_jit
+    @jax.jit
     @jax.grad
     def slope(inputs, params):
         x_BLP, coords_BL3, times_BR, text = inputs
@@ -154,7 +145,7 @@ def test_other_clips_and_padding_have_exactly_no_gradient(params, clips, packed)
         output = denoise(params, CONFIG, pack.replace(coords_BL3=coords_BL3), x_BLP, times_BR, text)
         return jnp.where(mine_BL[..., None], jnp.sin(output), 0).sum()
 
-    context = quick_jit(lambda p: encode_text(p, TEXT, pack))(params["text"])
+    context = jax.jit(lambda p: encode_text(p, TEXT, pack))(params["text"])
     inputs = (pack.tokens_BLP, pack.coords_BL3, times_of(pack), (context.tokens_BME, context.pooled_BSE))
     x, coords, times, (text, pooled) = (jax.tree.map(np.asarray, part) for part in slope(inputs, params))
     clip_BS = np.arange(8).reshape(2, 4) == 1
@@ -184,7 +175,7 @@ def test_what_stands_in_padding_changes_nothing(params, clips, packed):
     np.testing.assert_array_equal(
         np.where(padding[..., None], 0, other.output_BLP), np.where(padding[..., None], 0, one.output_BLP)
     )
-    same((other.loss, other.gradient), (one.loss, one.gradient))
+    assert_near((other.loss, other.gradient), (one.loss, one.gradient))
 
 
 def ints(pack):
@@ -204,7 +195,7 @@ WAYS = [
 def test_every_way_to_run_gives_the_same_gradient(params, clips, packed, way):
     pack = packed([clips[:3], clips[3:]], length=300)  # two blocks of queries
     run = dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, **way))
-    same(evaluator(run)(params, pack), evaluator(RUN)(params, pack))
+    assert_near(evaluator(run)(params, pack), evaluator(RUN)(params, pack))
 
 
 @functools.cache
@@ -218,7 +209,7 @@ def two_rows():
         sums = denoising_loss(LossSpec(linear_flow, "velocity"), model, data, weight_BL)
         return sums.loss, sums.weight
 
-    compiled = quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
     return lambda *arguments: jax.device_get(compiled(*arguments))
 
 
@@ -247,7 +238,7 @@ def test_given_tokens_are_read_but_not_learnt(params, clips, packed):
         one, t_BR, _ = given_first_frame(packed([[clip]], 12, 1, 4, rows_per_clip=2))
         (value, _), (slope, _, _) = two_rows()(params, one.tokens_BLP, noise_of(one), one, t_BR)
         total, gradients = total + value, [*gradients, slope]
-    same((loss, gradient), (total, jax.tree.map(np.add, *gradients)))
+    assert_near((loss, gradient), (total, jax.tree.map(np.add, *gradients)))
 
 
 def test_two_rows_at_one_time_are_one_row(params, clips, packed):
@@ -255,17 +246,17 @@ def test_two_rows_at_one_time_are_one_row(params, clips, packed):
     one, two = packed(rows), packed(rows, rows_per_clip=2)
     mixed = two.replace(rows_BL=two.rows_BL + (two.index_BL % 2) * (two.segments_BL > 0))
     found, expected = (evaluator(RUN)(params, pack) for pack in (mixed, one))
-    same(outputs(found, mixed), outputs(expected, one))
-    same((found.loss, found.gradient), (expected.loss, expected.gradient))
+    assert_near(outputs(found, mixed), outputs(expected, one))
+    assert_near((found.loss, found.gradient), (expected.loss, expected.gradient))
 
 
 def test_encoded_text_may_be_given(params, clips, packed):
     """The captions of another pack, given encoded, take the place of the pack's own."""
     pack = packed([clips[:3], clips[3:]])
     other = pack.replace(text_BM=np.where(pack.text_BM > 0, 15 - pack.text_BM, 0))
-    text = quick_jit(lambda p: encode_text(p["text"], TEXT, other))(params)
-    run = quick_jit(lambda p, text: denoise(p, CONFIG, pack, pack.tokens_BLP, times_of(pack), text))
-    same(run(params, text), evaluator(RUN)(params, other).output_BLP)
+    text = jax.jit(lambda p: encode_text(p["text"], TEXT, other))(params)
+    run = jax.jit(lambda p, text: denoise(p, CONFIG, pack, pack.tokens_BLP, times_of(pack), text))
+    assert_near(run(params, text), evaluator(RUN)(params, other).output_BLP)
 
 
 def test_parameter_count_in_closed_form():
@@ -305,7 +296,7 @@ def test_sizes_are_those_of_dit(size, patch):
 
 def test_float32_output_of_a_bfloat16_model(params, clips, packed):
     config, pack = dataclasses.replace(CONFIG, dtype="bfloat16"), packed([clips[:3], clips[3:]])
-    output = quick_jit(lambda p: denoise(p, config, pack, pack.tokens_BLP, times_of(pack)))(params)
+    output = jax.jit(lambda p: denoise(p, config, pack, pack.tokens_BLP, times_of(pack)))(params)
     output = jax.device_get(output)
     exact = evaluator(RUN)(params, pack).output_BLP
     assert output.dtype == jnp.float32
