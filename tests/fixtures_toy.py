@@ -1,6 +1,5 @@
 """The smallest job that the loop takes, to see what the loop does; it also runs in processes of its own."""
 
-import os
 import time
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from sora_jax.train.optim import OptimConfig
 from sora_jax.train.state import MODEL, Group
 
 ROOT = Path(__file__).parents[1]
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture
@@ -84,7 +82,6 @@ def train_slowly(workdir, **options) -> int:
 
 def one_of_two(process: int, port: int, heartbeat_timeout: int, devices: int, function, *arguments, **options) -> int:
     """Run `function` as one of two processes with so many devices each; `heartbeat_timeout` is in seconds."""
-    os.environ["XLA_FLAGS"] = FAST_COMPILE
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_compilation_cache", False)  # it serves the first alone, and Gloo waits half a minute
     distributed.HEARTBEAT_TIMEOUT = heartbeat_timeout

@@ -36,7 +36,6 @@ from sora_jax.plan.suggest import suggest
 from sora_jax.train.denoiser import DenoiserRun
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TEXT = TextConfig(vocabulary=32, width=64, depth=2, head_width=32)
 MODEL = TransformerConfig(depth=4, width=128, heads=4, latent_channels=4, text=TEXT, dtype="float32")
 RUN = DenoiserRun(model=MODEL, batch=8, packing=PackingConfig(length=256, slots=1, text_length=32))
@@ -55,7 +54,7 @@ def one_chip():
 
 def compiled(program: Program, mesh) -> str:
     with use_mesh(mesh):
-        return program.function.lower(*program.arguments).compile(compiler_options=QUICK).as_text()
+        return program.function.lower(*program.arguments).compile().as_text()
 
 
 def text_of(function, *arguments) -> str:
