@@ -33,7 +33,7 @@ from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
-from sora_jax.train.migrate import migrate_first_stage
+from sora_jax.train.migrate import migrate_model
 from sora_jax.train.padded_shapes import Size, padded_shape_of
 
 FOLDER = "frozen"
@@ -255,7 +255,7 @@ def autoencoder_config(run: Path) -> FirstStageConfig:
     """Read the config of the frozen autoencoder of a run folder, without its weights; UserError where there is none."""
     path = frozen_folder(run) / RECORD
     check(path.exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
-    return from_dict(FirstStageConfig, migrate_first_stage(read_json(path)["config"]))
+    return from_dict(FirstStageConfig, migrate_model(read_json(path)["config"]))
 
 
 def load_autoencoder(run: Path) -> FrozenAutoencoder:
@@ -278,7 +278,7 @@ def load_autoencoder(run: Path) -> FrozenAutoencoder:
 def _read(folder: Path) -> tuple[FrozenAutoencoder, bool]:
     """Read an autoencoder; the second value is True if it has the fingerprint of its record."""
     record = json.loads(read_text(folder / RECORD))
-    config = from_dict(FirstStageConfig, migrate_first_stage(record["config"]))
+    config = from_dict(FirstStageConfig, migrate_model(record["config"]))
     with np.load(local_copy(folder / WEIGHTS)) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")

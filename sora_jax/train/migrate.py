@@ -1,4 +1,4 @@
-"""Configs that earlier versions wrote, as this version reads them."""
+"""Read configs that earlier versions wrote, as this version has them."""
 
 from collections.abc import Mapping
 
@@ -8,23 +8,22 @@ KINDS = {"transformer": "denoiser"}  # renamed kinds of run
 
 
 def migrate_config(values: Mapping) -> dict:
-    """Return the config of a run, as a nested dict, in the form of this version.
+    """Return the config of a run, as a mapping, in the form of this version.
 
-    Since 0.1.0 the kind of a denoiser's run is called so, and models have a name. Before, previews had a number of
-    steps and a guidance of their own.
+    In version 0.1.0 the kind of a denoiser's run was "transformer", and models had no name. Before that, previews had a
+    number of steps and a guidance of their own.
     """
     values = dict(values) | {"kind": KINDS.get(values.get("kind"), values.get("kind"))}
-    if values["kind"] == "autoencoder" and "model" in values:
-        values |= {"model": migrate_first_stage(values["model"])}
-    if values["kind"] == "denoiser":
-        values |= {"model": {"name": "transformer"} | dict(values["model"])} if "model" in values else {}
-        values |= _migrate_preview(values)
-    return values
+    if values.get("model") is not None:
+        values["model"] = migrate_model(values["model"])
+    return values | _migrate_preview(values)
 
 
-def migrate_first_stage(values: Mapping) -> dict:
-    """Return the config of an autoencoder, as a dict, with the name that tells its class."""
-    return {"name": "causal" if "multipliers" in values else "kl"} | dict(values)
+def migrate_model(values: Mapping) -> dict:
+    """Return the config of a model, as a mapping, with the name that tells its class."""
+    known = {"multipliers": "causal", "widths": "kl", "heads": "transformer"}  # a field that the others do not have
+    name = next((name for field, name in known.items() if field in values), None)
+    return {"name": name} | dict(values) if name else dict(values)
 
 
 def _migrate_preview(values: Mapping) -> dict:
