@@ -169,7 +169,7 @@ def test_wrong_sizes_name_the_nearest(size, message):
     ],
 )
 def test_wrong_configs_name_the_option(options, name):
-    with pytest.raises(UserError, match=f"autoencoder.{name}"):
+    with pytest.raises(UserError, match=f"model.{name}"):
         AutoencoderConfig(**options)
 
 

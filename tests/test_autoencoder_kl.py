@@ -70,7 +70,7 @@ def test_other_sizes_are_refused_with_the_nearest(size, named):
 
 @pytest.mark.parametrize("change", [dict(widths=(8, 18)), dict(widths=()), dict(groups=0), dict(kl_weight=-1.0)])
 def test_a_config_that_cannot_be_is_refused(change):
-    with pytest.raises(UserError, match=f"autoencoder.{next(iter(change))} is"):
+    with pytest.raises(UserError, match=f"model.{next(iter(change))} is"):
         dataclasses.replace(SMALL, **change)
 
 

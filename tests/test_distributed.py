@@ -146,9 +146,9 @@ def test_a_coordinator_that_is_not_there_is_named():
         closed.bind(("127.0.0.1", 0))
         name = f"127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(LostPeer, match=f"--coordinator is '{name}'; nobody answers there"):
-        distributed._wait_for(name, until=time.monotonic() + 0.1)
+        distributed._wait_for(name, deadline=time.monotonic() + 0.1)
     with pytest.raises(UserError, match="--coordinator is 'no.such.host.invalid:1'; nobody answers there") as mistake:
-        distributed._wait_for("no.such.host.invalid:1", until=0.0)
+        distributed._wait_for("no.such.host.invalid:1", deadline=0.0)
     assert mistake.value.code == 2
 
 

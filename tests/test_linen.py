@@ -41,7 +41,7 @@ def shapes(tree):
 
 def test_the_first_parameters_are_drawn_by_the_key():
     specs = dense_specs(2, 3)
-    module = as_module(specs, lambda params, x: x @ params["weight"] + params["bias"])
+    module = as_module(specs, lambda params, x: x @ params["weight"] + params["bias"][None])
     x = jnp.ones((1, 2))
     one, again, other = (module.init(jax.random.key(seed), x)["params"][TREE] for seed in (0, 0, 1))
     assert shapes(one) == shapes(abstract(specs))

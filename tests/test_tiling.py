@@ -114,10 +114,12 @@ def test_tiles_that_overlap_enough_are_the_whole_and_others_are_near(made, name)
         tolerance = 1e-4 if what == "encode" else 1  # of uint8
         assert np.abs(enough - whole).max() <= tolerance < np.abs(little - whole).max()
         grid = tiling.latent_grid(config, *size)
-        told = [tiling.nearness(config, TilingConfig(tile, share), [grid], what) for share in (overlap, 0.2)]
-        assert told[0] == "" and told[1].startswith("these tiles come near the whole; exact from an overlap of 0.")
+        told = [tiling.tiling_warning(config, TilingConfig(tile, share), [grid], what) for share in (overlap, 0.2)]
+        assert told[0] == "" and "exact from an overlap of 0." in told[1]
         least = float(told[1].split()[-1])
-        exact = [tiling.nearness(config, TilingConfig(tile, x), [grid], what) == "" for x in (least, least - 0.25)]
+        exact = [
+            tiling.tiling_warning(config, TilingConfig(tile, x), [grid], what) == "" for x in (least, least - 0.25)
+        ]
         assert exact == [True, False]
         assert np.abs(little - whole).mean() < 0.2 * np.abs(whole - whole.mean()).mean()
 
@@ -178,8 +180,13 @@ def test_pictures_of_latent_diffusion_are_mixed(made):
     whole = next(autoencoder.encode([video]))
     frames = next(autoencoder.encode([video], tiles=TilingConfig((2, 0, 0), 0.0)))
     np.testing.assert_allclose(frames, whole, atol=1e-4)
-    told = [tiling.nearness(KL, TilingConfig(tile, 0.0), [(4, 8, 8)], "encode") for tile in ((2, 0, 0), (0, 8, 8))]
-    assert told == ["", "these tiles come near the whole; none of their size are exact at any overlap"]
+    told = [
+        tiling.tiling_warning(KL, TilingConfig(tile, 0.0), [(4, 8, 8)], "encode") for tile in ((2, 0, 0), (0, 8, 8))
+    ]
+    assert told == [
+        "",
+        "tiled results only approximate those of the whole clip; tiles of this size are exact at no overlap",
+    ]
     tiled = next(autoencoder.encode([video], tiles=TilingConfig((0, 8, 8), 0.5)))
     assert 1e-3 < np.abs(tiled - whole).mean() < np.abs(whole).mean()
 
@@ -189,7 +196,7 @@ def test_pictures_of_latent_diffusion_are_mixed(made):
     [
         (LEVELS, (5, 30, 0), "tile is .*; its height is 30; .*28 or 32"),
         (LEVELS, (4, 32, 0), "tile is .*; its frames is 4; .*3 or 5"),
-        (LEVELS, (1, 32, 0), "tiles of one frame cannot overlap"),
+        (LEVELS, (1, 32, 0), "it must have more than . frames, as tiles of one cannot overlap"),
         (KL, (1, 3, 0), "height is 3"),
     ],
 )
@@ -203,7 +210,7 @@ def test_a_tile_on_the_command_line_is_three_numbers(text):
     assert TilingConfig.parse("17x256x0", 0.5) == TilingConfig((17, 256, 0), 0.5)
     with pytest.raises(UserError, match=f"--tile is {text!r}; it must be FRAMESxHEIGHTxWIDTH"):
         TilingConfig.parse(text)
-    with pytest.raises(UserError, match="overlap is 1"):
+    with pytest.raises(UserError, match="--tile-overlap is 1"):
         dataclasses.replace(TilingConfig(), overlap=1.0)
 
 
@@ -213,11 +220,11 @@ def test_encode_and_sample_take_tiles(chain, tmp_path, capsys):  # noqa: F811
     tiled, whole = LatentCache(tmp_path / "latents"), LatentCache(chain.latents)
     same = [np.allclose(tiled[i], whole[i], atol=4e-3) for i in range(len(whole))]
     assert all(tiled[i].shape == whole[i].shape for i in range(len(whole)))
-    assert capsys.readouterr().err.count("these tiles come near the whole") == 1
+    assert capsys.readouterr().err.count("tiled results only approximate those of the whole clip") == 1
     fits = [whole[i].shape[0] <= 2 and whole[i].shape[1] <= 4 for i in range(len(whole))]
     assert not all(same) and all(one for one, fit in zip(same, fits, strict=True) if fit)
     sample = ["sample", f"--workdir={chain.transformer}", "--prompt=a fox", "--steps=1", "--frames=9", "--height=16"]
     sample += ["--width=24", f"--out={tmp_path / 'fox.gif'}", "--tile=5x0x16"]
     assert run(*sample) == 0 and (tmp_path / "fox.gif").exists()
     assert run(*sample, "--tile=4x0x16") == 2 and "its frames is 4" in capsys.readouterr().err
-    assert run(*sample, "--tile-overlap=1") == 2 and "tile overlap is 1" in capsys.readouterr().err
+    assert run(*sample, "--tile-overlap=1") == 2 and "--tile-overlap is 1" in capsys.readouterr().err

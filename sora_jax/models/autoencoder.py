@@ -1,12 +1,13 @@
-"""The causal video autoencoder: clips to small Gaussian latents and back (1312.6114; MAGVIT-v2 2310.05737).
+"""Encode clips to Gaussian latents and back by a causal video autoencoder (1312.6114; MAGVIT-v2 2310.05737).
 
-An image is a clip of one frame and has the same latent as the first frame of a clip; a latent frame depends
-on no later frame, and a decoded frame on no later latent.
+An image is a clip of one frame and has the same latent as the first frame of a clip. A latent frame depends on no later
+frame, and a decoded frame on no later latent.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -24,73 +25,69 @@ LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp(logvar) finite, as in latent diffusion
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Compression, sizes and loss of the autoencoder.
+    """Compression, sizes and loss of the causal video autoencoder.
 
-    `time_factor` and `space_factor` are the compression per axis: `patch` (time, space) of it by folding
-    pixels into channels before the first convolution, the rest by factors of 2 between levels, in space
-    first, in time last. Level i has `width * multipliers[i]` channels and `encoder_blocks` or
-    `decoder_blocks` residual blocks, each a chain of convolutions with `kernels` (time, height, width); the
-    first kernel also serves the first and the last convolution. `remat` recomputes blocks in the backward
-    pass to save memory. The loss is `l1_weight` L1 + `l2_weight` L2 + `kl_weight` KL, each a mean over its
-    elements.
+    Level i has `width * multipliers[i]` channels. The compression that `patch` leaves is done by factors of 2 between
+    levels: in space from the first level on, in time up to the last. The loss is `l1_weight` L1 + `l2_weight` L2 +
+    `kl_weight` KL, each a mean over its elements.
     """
 
-    time_factor: int = 4
-    space_factor: int = 8
+    time_factor: int = 4  # frames to a latent frame
+    space_factor: int = 8  # pixels to a latent position, in height and in width
     latent_channels: int = 16
-    patch: tuple[int, int] = (1, 1)
-    width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    encoder_blocks: int = 2
-    decoder_blocks: int = 3
+    patch: tuple[int, int] = (1, 1)  # (time, space) of the compression: by space to depth, before the first convolution
+    width: int = 128  # channels at full resolution
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of `width`, one for each level, finest first
+    encoder_blocks: int = 2  # residual blocks of each level of the encoder
+    decoder_blocks: int = 3  # residual blocks of each level of the decoder
     kernels: tuple[tuple[int, int, int], ...] = ((3, 3, 3), (3, 3, 3))
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0
-    kl_weight: float = 1e-6
-    remat: bool = False
-    dtype: str = "auto"
-
-    name: Literal["causal"] = "causal"
-    """tells this autoencoder from others in files"""
+    """(time, height, width) of each convolution of a residual block; the first and last layers use the first"""
+    l1_weight: float = 1.0  # of the mean absolute error in the loss
+    l2_weight: float = 0.0  # of the mean squared error in the loss
+    kl_weight: float = 1e-6  # of the KL divergence of the posterior from a standard normal in the loss
+    remat: bool = False  # recompute blocks in the backward pass, to save memory
+    dtype: str = "auto"  # of activations: "float32", "bfloat16" or "auto" (`nn.layers.compute_dtype`)
+    name: Literal["causal"] = "causal"  # tells this autoencoder from others in files
 
     def __post_init__(self):
         for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks", "multipliers", "patch"):
             value = getattr(self, name)
-            check(_positive(value), f"autoencoder.{name} is {value}; it must be positive")
+            check(_positive(value), f"model.{name} is {value}; it must be positive")
         for name in ("l1_weight", "l2_weight", "kl_weight"):
             value = getattr(self, name)
-            check(value >= 0, f"autoencoder.{name} is {value}; it must not be negative")
+            check(value >= 0, f"model.{name} is {value}; it must be 0 or more")
         check(
             bool(self.kernels) and all(_positive(k) and k[1] % 2 and k[2] % 2 for k in self.kernels),
-            f"autoencoder.kernels is {self.kernels}; each must be (time, height, width), the last two odd",
+            f"model.kernels is {self.kernels}; it must hold (time, height, width) of each, height and width odd",
         )
         for axis, factor, patch in zip(("time", "space"), self.factors, self.patch, strict=True):
             allowed = [patch * 2**n for n in range(len(self.multipliers))]
             check(
                 factor in allowed,
-                f"autoencoder.{axis}_factor is {factor}; with a {axis} patch of {patch} and "
+                f"model.{axis}_factor is {factor}; with a {axis} patch of {patch} and "
                 f"{len(allowed)} multipliers it must be one of {', '.join(map(str, allowed))}",
             )
-        choose("autoencoder.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def factors(self) -> tuple[int, int]:
+        """Return the compression in (time, space)."""
         return self.time_factor, self.space_factor
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
+        """Return the channels of each level, finest first."""
         return tuple(self.width * m for m in self.multipliers)
 
     @property
     def first_block(self) -> tuple[int, int, int]:
-        """Pixels (time, height, width) that are folded into channels before the first convolution."""
+        """Return the block (time, height, width) of the space to depth before the first convolution."""
         time, space = self.patch
         return time, space, space
 
     @property
     def steps(self) -> tuple[tuple[int, int, int], ...]:
-        """Reduction (time, height, width) between one level and the next, finest first."""
+        """Return the downsampling (time, height, width) between one level and the next, finest first."""
         count = len(self.multipliers) - 1
         in_time, in_space = (round(math.log2(f / p)) for f, p in zip(self.factors, self.patch, strict=True))
         space = [2 if i < in_space else 1 for i in range(count)]
@@ -123,9 +120,10 @@ def latent_fields(config: AutoencoderConfig) -> dict:
 
 
 def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(t, h, w) of a clip's latent.
+    """Return the size (t, h, w) of a clip's latent: frames = 1 + f_t (t - 1), height = f_s h, width = f_s w.
 
-    frames = 1 + f_t (t - 1), height = f_s h and width = f_s w; other sizes raise UserError with the nearest.
+    Raises:
+        UserError: the clip has another size; the sentence names the nearest.
     """
     time, space = config.factors
     _check_size("frames", frames, time, 1)
@@ -142,26 +140,29 @@ def _check_size(name: str, size: int, factor: int, rest: int) -> None:
     check(size >= smallest and size == below, f"{name} is {size}; it must be {rule}, such as {nearest}")
 
 
-def receptive_field(config: AutoencoderConfig, what: str) -> tuple[int, int]:
-    """How far what is made of a position depends on others, in latents: in time backwards, in space on every side.
+def receptive_field(config: AutoencoderConfig, direction: str) -> tuple[int, int]:
+    """Return the radius of the receptive field of "encode" or "decode": (backward in time, both ways in space).
 
-    what: "encode" or "decode". A latent more in time: of the first one of a clip there is only a frame.
+    It is the distance, in latent positions, of the farthest input that one output depends on. Time gets one extra
+    latent because a clip's first latent covers a single frame.
     """
-    blocks = {"encode": config.encoder_blocks, "decode": config.decoder_blocks}[what]
-    pixels = np.cumprod([config.first_block, *config.steps], axis=0)[:, :2]  # of a position of each level
-    around = np.array([(time - 1, max(space) // 2) for time, *space in config.kernels])
-    total = (pixels * blocks * around.sum(0)).sum(0) + (pixels[0] + pixels[-1]) * around[0]
+    blocks = {"encode": config.encoder_blocks, "decode": config.decoder_blocks}[direction]
+    pixels = np.cumprod([config.first_block, *config.steps], axis=0)[:, :2]  # (time, space) of a position of each level
+    radius = np.array([(time - 1, max(space) // 2) for time, *space in config.kernels])  # of each convolution
+    total = (pixels * blocks * radius.sum(0)).sum(0) + (pixels[0] + pixels[-1]) * radius[0]
     time, space = (-(-total // config.factors)).tolist()
     return time + 1, space
 
 
 def autoencoder_specs(config: AutoencoderConfig) -> dict:
-    """All parameters: {"encoder", "decoder"}."""
+    """Declare all parameters: {"encoder", "decoder"}."""
     return {"encoder": encoder_specs(config), "decoder": decoder_specs(config)}
 
 
 def encoder_specs(config: AutoencoderConfig) -> dict:
-    widths, kernel = config.widths, config.kernels[0]
+    """Declare the parameters of `encode`."""
+    widths = config.widths
+    kernel = config.kernels[0]
     return {
         "stem": causal_conv3d_specs(3 * math.prod(config.first_block), widths[0], kernel),
         "levels": [[block_specs(config, width) for _ in range(config.encoder_blocks)] for width in widths],
@@ -177,16 +178,23 @@ def encoder_specs(config: AutoencoderConfig) -> dict:
 def encode(
     params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance of the posterior, float32, each (B, t, h, w, C).
+    """Return mean and log variance of the posterior, float32, each (B, t, h, w, C).
 
-    video (B, T, H, W, 3) in [-1, 1]; T = 1 + f_t (t - 1), H = f_s h, W = f_s w, other sizes raise UserError.
-    sizes (B, 2): each clip's own height and width, in the top left corner of its frames, so that clips of many sizes
-    share one compiled program; what lies outside is as the zeros that convolutions see beyond the edge, so the latent
-    in the clip's own part is that of the clip alone.
+    Args:
+        params: the tree that `autoencoder_specs` declares.
+        config: that of the autoencoder.
+        video_BTHWC: (B, T, H, W, 3) in [-1, 1]; T = 1 + f_t (t - 1), H = f_s h, W = f_s w.
+        sizes_B2: height and width of each clip in the top left corner of its frames, so that clips of several sizes
+            share one compiled program. The latent of a clip's own part is that of the clip alone.
+
+    Raises:
+        UserError: the video has another size.
     """
     latent_grid(config, *video_BTHWC.shape[1:4])
     p = params["encoder"]
-    inside = functools.partial(_inside, sizes_B2, video_BTHWC.shape[2:4])
+    _, _, height, width, _ = video_BTHWC.shape
+    # Zeros outside of a clip after every convolution are what a convolution sees beyond the edge of the clip alone.
+    inside = functools.partial(_inside, sizes_B2, (height, width))
     x = inside(space_to_depth(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block))
     x = _blocks(p["levels"][0], config, inside(causal_conv3d(p["stem"], x)), inside)
     for step, down, blocks in zip(config.steps, p["downs"], p["levels"][1:], strict=True):
@@ -196,20 +204,22 @@ def encode(
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
-def _inside(sizes_B2: jax.Array | None, canvas: tuple[int, int], x_BTHWC: jax.Array) -> jax.Array:
-    """x, with zeros outside of the clips' own sizes, which count pixels of the canvas (height, width)."""
+def _inside(sizes_B2: jax.Array | None, padded: tuple[int, int], x_BTHWC: jax.Array) -> jax.Array:
+    """Set x to zero outside of the clips' own sizes, which are in pixels of frames of the `padded` (height, width)."""
     if sizes_B2 is None:
         return x_BTHWC
     rows, columns = (
-        jnp.arange(side) * whole < sizes_B2[:, axis, None] * side
-        for axis, (side, whole) in enumerate(zip(x_BTHWC.shape[2:4], canvas, strict=True))
+        (jnp.arange(side) * whole)[None] < sizes_B2[:, axis, None] * side
+        for axis, (side, whole) in enumerate(zip(x_BTHWC.shape[2:4], padded, strict=True))
     )
     mask = rows[:, None, :, None, None] & columns[:, None, None, :, None]
     return jnp.where(spread(mask), x_BTHWC, 0)
 
 
 def decoder_specs(config: AutoencoderConfig) -> dict:
-    widths, kernel = config.widths[::-1], config.kernels[0]
+    """Declare the parameters of `decode`."""
+    widths = config.widths[::-1]
+    kernel = config.kernels[0]
     return {
         "stem": causal_conv3d_specs(config.latent_channels, widths[0], kernel),
         "levels": [[block_specs(config, width) for _ in range(config.decoder_blocks)] for width in widths],
@@ -223,7 +233,7 @@ def decoder_specs(config: AutoencoderConfig) -> dict:
 
 
 def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.Array:
-    """(B, t, h, w, C) -> (B, 1 + f_t (t - 1), f_s h, f_s w, 3) float32, about [-1, 1] but not clipped."""
+    """Decode latents: (B, t, h, w, C) -> (B, 1 + f_t (t - 1), f_s h, f_s w, 3) float32, about [-1, 1], not clipped."""
     channels = z_BthwC.shape[-1]
     check(
         channels == config.latent_channels,
@@ -239,16 +249,16 @@ def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.A
 
 
 def block_specs(config: AutoencoderConfig, width: int) -> list[dict]:
-    """A residual block of constant width; its last convolution is zero at the start."""
+    """Declare a residual block of constant width, whose last convolution is zero at the start."""
     inits = [None] * (len(config.kernels) - 1) + [zeros]
     convs = [causal_conv3d_specs(width, width, *part) for part in zip(config.kernels, inits, strict=True)]
     return [{"norm": rms_norm_specs(width, ("channels",)), "conv": conv} for conv in convs]
 
 
-def block(p: list[dict], x_BTHWC: jax.Array, inside=lambda y: y) -> jax.Array:
-    """x plus a chain of norm, SiLU, convolution; the norm is over the channels of a position, so causal.
+def block(p: list[dict], x_BTHWC: jax.Array, inside: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
+    """Add to x a chain of norm, SiLU, convolution; the norm is over the channels of one position, so it is causal.
 
-    inside: applied to what each convolution makes.
+    `inside` is applied to the output of each convolution.
     """
     y = x_BTHWC
     for part in p:
@@ -256,8 +266,10 @@ def block(p: list[dict], x_BTHWC: jax.Array, inside=lambda y: y) -> jax.Array:
     return x_BTHWC + y
 
 
-def _blocks(parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array, inside=lambda y: y) -> jax.Array:
-    run = functools.partial(block, inside=inside)
+def _blocks(
+    parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array, inside: Callable[[jax.Array], jax.Array] = lambda y: y
+) -> jax.Array:
+    run: Callable = functools.partial(block, inside=inside)
     run = jax.checkpoint(run) if config.remat else run
     for p in parts:
         x_BTHWC = run(p, x_BTHWC)

@@ -1,15 +1,16 @@
-"""The image autoencoder of latent diffusion: pictures to small Gaussian latents and back (2112.10752, appendix G).
+"""Encode images to Gaussian latents and back by the autoencoder of latent diffusion (2112.10752, appendix G).
 
-A clip is as many pictures as it has frames: nothing is compressed or mixed in time. With 4 latent channels it is the
-autoencoder of Stable Diffusion and DiT, with 16 and without convolutions around the latent that of SD3 (2403.03206).
+The frames of a clip are independent images: nothing is compressed or mixed in time. With 4 latent channels this is the
+autoencoder of Stable Diffusion and DiT, with 16 and without `quant` that of SD3 (2403.03206).
 
-Pictures are shared out over a mesh, but each is whole on its device: group norms and the attention in the middle see
-all of it. What is too large for a device is cut into tiles (`models.tiling`).
+A mesh splits the batch of images. Each image is whole on one device, because group norms and the attention in the
+middle depend on all of it; images that are too large for a device are processed in tiles (`models.tiling`).
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -21,52 +22,51 @@ from sora_jax.nn.images import IMAGES, conv2d, conv2d_specs, group_norm, group_n
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs
 from sora_jax.parallel.rules import out_sharding
 
-QUERIES_AT_ONCE = 1024  # of the attention in the middle: bounds its memory for large pictures
-MASKED = -1e30
+QUERIES_AT_ONCE = 1024  # of the attention in the middle: bounds the memory of its scores for large images
+MASKED = -1e30  # score of a masked position: not -inf, as a row of only such scores would have the softmax NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """Sizes and loss of the image autoencoder.
+    """Sizes and loss of the image autoencoder. The loss is that of `AutoencoderConfig`.
 
-    Level i has `widths[i]` channels, finest first, and half the height and width of the one before; the encoder has
-    `blocks` residual blocks on each, the decoder one more. Group normalisation has `groups` groups. `quant`: whether
-    convolutions of one pixel stand behind the encoder and before the decoder. The loss is that of AutoencoderConfig.
+    Each level has half the height and width of the one before.
     """
 
     latent_channels: int = 4
-    widths: tuple[int, ...] = (128, 256, 512, 512)
-    blocks: int = 2
-    groups: int = 32
-    quant: bool = True
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0
-    kl_weight: float = 1e-6
-    remat: bool = False
-    dtype: str = "auto"
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level, finest first
+    blocks: int = 2  # residual blocks of each level of the encoder; the decoder has one more
+    groups: int = 32  # of the group normalisation; divides all widths
+    quant: bool = True  # convolutions of kernel size 1 after the encoder and before the decoder
+    l1_weight: float = 1.0  # of the mean absolute error in the loss
+    l2_weight: float = 0.0  # of the mean squared error in the loss
+    kl_weight: float = 1e-6  # of the KL divergence of the posterior from a standard normal in the loss
+    remat: bool = False  # recompute blocks in the backward pass, to save memory
+    dtype: str = "auto"  # of activations: "float32", "bfloat16" or "auto" (`nn.layers.compute_dtype`)
 
-    name: Literal["kl"] = "kl"
-    """tells this autoencoder from others in files"""
+    name: Literal["kl"] = "kl"  # tells this autoencoder from others in files
 
     def __post_init__(self):
         for name in ("latent_channels", "blocks", "groups"):
             value = getattr(self, name)
-            check(value > 0, f"autoencoder.{name} is {value}; it must be positive")
+            check(value > 0, f"model.{name} is {value}; it must be positive")
         for name in ("l1_weight", "l2_weight", "kl_weight"):
             value = getattr(self, name)
-            check(value >= 0, f"autoencoder.{name} is {value}; it must not be negative")
+            check(value >= 0, f"model.{name} is {value}; it must be 0 or more")
         check(
             bool(self.widths) and all(width > 0 and width % self.groups == 0 for width in self.widths),
-            f"autoencoder.widths is {self.widths}; each must be a multiple of autoencoder.groups = {self.groups}",
+            f"model.widths is {self.widths}; each must be a multiple of model.groups = {self.groups}",
         )
-        choose("autoencoder.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def time_factor(self) -> int:
+        """Return the frames to a latent frame: time is not compressed."""
         return 1
 
     @property
     def space_factor(self) -> int:
+        """Return the pixels to a latent position, in height and in width."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -81,7 +81,11 @@ def latent_fields(config: KLConfig) -> dict:
 
 
 def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(t, h, w) of a clip's latent: t = frames, height = f h and width = f w; else UserError with the nearest."""
+    """Return the size (t, h, w) of a clip's latent: t = frames, height = f h, width = f w.
+
+    Raises:
+        UserError: the clip has another size; the sentence names the nearest.
+    """
     check(frames > 0, f"frames is {frames}; it must be positive")
     factor = config.space_factor
     for name, size in (("height", height), ("width", width)):
@@ -91,19 +95,20 @@ def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple
     return frames, height // factor, width // factor
 
 
-def receptive_field(config: KLConfig, what: str) -> tuple[int, float]:
-    """As `autoencoder.reach`: frames are apart, and in a picture everything depends on everything."""
+def receptive_field(config: KLConfig, direction: str) -> tuple[int, float]:
+    """Return (0, inf): a frame depends on no other, and each of its positions on all of them."""
     return 0, math.inf
 
 
 def autoencoder_specs(config: KLConfig) -> dict:
-    """All parameters: {"encoder", "decoder"}, and {"quant", "post_quant"} where the config has them."""
+    """Declare all parameters: {"encoder", "decoder"}, and {"quant", "post_quant"} if `config.quant`."""
     latent = config.latent_channels
     quant = {"quant": conv2d_specs(2 * latent, 2 * latent, 1), "post_quant": conv2d_specs(latent, latent, 1)}
     return {"encoder": encoder_specs(config), "decoder": decoder_specs(config)} | (quant if config.quant else {})
 
 
 def encoder_specs(config: KLConfig) -> dict:
+    """Declare the parameters of `encode`."""
     widths = config.widths
     return {
         "stem": conv2d_specs(3, widths[0]),
@@ -118,31 +123,40 @@ def encoder_specs(config: KLConfig) -> dict:
 def encode(
     params: dict, config: KLConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance of the posterior, float32, each (B, T, h, w, C).
+    """Return mean and log variance of the posterior, float32, each (B, T, h, w, C).
 
-    video (B, T, H, W, 3) in [-1, 1]; H = f h, W = f w, other sizes raise UserError. sizes (B, 2): each clip's own
-    height and width, in the top left corner of its frames; what lies outside reaches neither convolutions nor norms
-    nor attention, so the latent in the clip's own part is that of the clip alone.
+    Args:
+        params: the tree that `autoencoder_specs` declares.
+        config: that of the autoencoder.
+        video_BTHWC: (B, T, H, W, 3) in [-1, 1]; H = f h, W = f w.
+        sizes_B2: height and width of each clip in the top left corner of its frames. Pixels outside reach neither
+            convolutions nor norms nor attention: the latent of a clip's own part is that of the clip alone.
+
+    Raises:
+        UserError: the video has another size.
     """
     latent_grid(config, *video_BTHWC.shape[1:4])
-    p, canvas = params["encoder"], video_BTHWC.shape[2:4]
-    sizes_I2 = None if sizes_B2 is None else _frames(sizes_B2[:, None].repeat(video_BTHWC.shape[1], 1))
+    p = params["encoder"]
+    clips, frames, height, width, _ = video_BTHWC.shape
+    padded = height, width
+    sizes_I2 = None if sizes_B2 is None else _frames(sizes_B2[:, None].repeat(frames, 1))
     x = _frames(video_BTHWC.astype(compute_dtype(config.dtype)))
-    mask = _mask(sizes_I2, canvas, x)
+    mask = _mask(sizes_I2, padded, x)
     x = conv2d(p["stem"], x, mask)
     for number, blocks in enumerate(p["levels"]):
         if number:
             x = conv2d(p["downs"][number - 1], x, mask, stride=2)
-            mask = _mask(sizes_I2, canvas, x)
+            mask = _mask(sizes_I2, padded, x)
         x = _level(blocks, config, x, mask)
     x = _middle(p["middle"], config, x, mask)
     x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups, mask)), mask)
     x = conv2d(params["quant"], x) if config.quant else x
-    mean, logvar = jnp.split(_clips(x, video_BTHWC.shape[:2]).astype(jnp.float32), 2, axis=-1)
+    mean, logvar = jnp.split(_clips(x, (clips, frames)).astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
 def decoder_specs(config: KLConfig) -> dict:
+    """Declare the parameters of `decode`."""
     widths = config.widths[::-1]
     return {
         "stem": conv2d_specs(config.latent_channels, widths[0]),
@@ -155,13 +169,14 @@ def decoder_specs(config: KLConfig) -> dict:
 
 
 def decode(params: dict, config: KLConfig, z_BthwC: jax.Array) -> jax.Array:
-    """(B, T, h, w, C) -> (B, T, f h, f w, 3) float32, about [-1, 1] but not clipped."""
-    channels = z_BthwC.shape[-1]
+    """Decode latents: (B, T, h, w, C) -> (B, T, f h, f w, 3) float32, about [-1, 1], not clipped."""
+    clips, frames, _, _, channels = z_BthwC.shape
     check(
         channels == config.latent_channels,
         f"latents have {channels} channels; this autoencoder decodes {config.latent_channels}",
     )
-    p, x = params["decoder"], _frames(z_BthwC.astype(compute_dtype(config.dtype)))
+    p = params["decoder"]
+    x = _frames(z_BthwC.astype(compute_dtype(config.dtype)))
     x = conv2d(params["post_quant"], x) if config.quant else x
     x = _middle(p["middle"], config, conv2d(p["stem"], x))
     for number, blocks in enumerate(p["levels"]):
@@ -169,16 +184,16 @@ def decode(params: dict, config: KLConfig, z_BthwC: jax.Array) -> jax.Array:
             x = conv2d(p["ups"][number - 1], upsample_nearest(x))
         x = _level(blocks, config, x)
     x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups)))
-    return _clips(x, z_BthwC.shape[:2]).astype(jnp.float32)
+    return _clips(x, (clips, frames)).astype(jnp.float32)
 
 
 def level_specs(inputs: int, outputs: int, blocks: int) -> list[dict]:
-    """Residual blocks, the first of which changes the width."""
+    """Declare residual blocks, the first of which changes the width."""
     return [block_specs(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
 
 
 def _level(blocks: list[dict], config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    run = functools.partial(block, groups=config.groups)
+    run: Callable = functools.partial(block, groups=config.groups)
     run = jax.checkpoint(run) if config.remat else run
     for p in blocks:
         x_IHWD = run(p, x_IHWD, mask)
@@ -186,6 +201,7 @@ def _level(blocks: list[dict], config: KLConfig, x_IHWD: jax.Array, mask: jax.Ar
 
 
 def block_specs(inputs: int, outputs: int) -> dict:
+    """Declare a residual block, with a convolution of kernel size 1 as its shortcut if the width changes."""
     specs = {
         "norm1": group_norm_specs(inputs),
         "conv1": conv2d_specs(inputs, outputs),
@@ -196,20 +212,21 @@ def block_specs(inputs: int, outputs: int) -> dict:
 
 
 def block(p: dict, x_IHWD: jax.Array, mask: jax.Array | None = None, *, groups: int) -> jax.Array:
-    """x, brought to the new width where that changes, plus twice norm, SiLU, convolution."""
+    """Add to x, projected to the new width if that changes, twice norm, SiLU, convolution."""
     y = conv2d(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x_IHWD, groups, mask)), mask)
     y = conv2d(p["conv2"], jax.nn.silu(group_norm(p["norm2"], y, groups, mask)), mask)
     return (conv2d(p["shortcut"], x_IHWD) if "shortcut" in p else x_IHWD) + y
 
 
 def middle_specs(width: int) -> dict:
+    """Declare the middle of encoder and decoder: block, attention, block. Checkpoints name its projection `merge`."""
     projections = {name: dense_specs(width, width, ("conv_in", "conv_out")) for name in ("q", "k", "v", "merge")}
     attention = {"norm": group_norm_specs(width), **projections}
     return {"first": block_specs(width, width), "attention": attention, "second": block_specs(width, width)}
 
 
 def _middle(p: dict, config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Block, attention of one head among all positions of a picture, block."""
+    """Apply a block, attention of one head among all positions of an image, and a block."""
     x_IHWD = _level([p["first"]], config, x_IHWD, mask)
     with jax.named_scope("attention"):
         y = group_norm(p["attention"]["norm"], x_IHWD, config.groups, mask)
@@ -219,42 +236,42 @@ def _middle(p: dict, config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None
 
 
 def _attend(q_IHWD: jax.Array, k_IHWD: jax.Array, v_IHWD: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax attention with one head of full width, so many rows of queries at once that memory stays bounded."""
+    """Attend with one head of full width, in chunks of rows of queries, so that the memory of scores is bounded."""
     images, height, width, channels = q_IHWD.shape
     rows = next(n for n in range(height, 0, -1) if height % n == 0 and (n == 1 or n * width <= QUERIES_AT_ONCE))
     bias = None if mask is None else jnp.where(mask[:, None, None, :, :, 0], 0.0, MASKED)
 
-    @jax.checkpoint
-    def some(q_IrWD):
+    @jax.checkpoint  # the scores of all chunks together are what the chunks avoid: recompute them in the backward pass
+    def attend_chunk(q_IrWD: jax.Array) -> jax.Array:
         scores = jnp.einsum("irwd,ihud->irwhu", q_IrWD, k_IHWD, preferred_element_type=jnp.float32) * channels**-0.5
         weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=(-2, -1)).astype(v_IHWD.dtype)
         return jnp.einsum("irwhu,ihud->irwd", weights, v_IHWD)
 
     if rows == height:
-        return some(q_IHWD)
+        return attend_chunk(q_IHWD)
     apart = (images, height // rows, rows, width, channels)
     parts = jnp.reshape(q_IHWD, apart, out_sharding=out_sharding(IMAGES[0], None, *IMAGES[1:]))
-    out = jnp.moveaxis(jax.lax.map(some, jnp.moveaxis(parts, 1, 0)), 0, 1)
+    out = jnp.moveaxis(jax.lax.map(attend_chunk, jnp.moveaxis(parts, 1, 0)), 0, 1)
     return jnp.reshape(out, q_IHWD.shape, out_sharding=out_sharding(*IMAGES))
 
 
-def _mask(sizes_I2: jax.Array | None, canvas: tuple[int, int], x_IHWD: jax.Array) -> jax.Array | None:
-    """(I, H, W, 1): which pixels of x belong to the pictures, whose sizes count pixels of the canvas."""
+def _mask(sizes_I2: jax.Array | None, padded: tuple[int, int], x_IHWD: jax.Array) -> jax.Array | None:
+    """Return the mask (I, H, W, 1) of the images in x; their sizes are in pixels of the `padded` (height, width)."""
     if sizes_I2 is None:
         return None
     rows, columns = (
-        jnp.arange(side) * whole < sizes_I2[:, axis, None] * side
-        for axis, (side, whole) in enumerate(zip(x_IHWD.shape[1:3], canvas, strict=True))
+        (jnp.arange(side) * whole)[None] < sizes_I2[:, axis, None] * side
+        for axis, (side, whole) in enumerate(zip(x_IHWD.shape[1:3], padded, strict=True))
     )
     return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
 def _frames(x: jax.Array) -> jax.Array:
-    """(B, T, ...) -> (B T, ...)."""
+    """Merge clips and frames: (B, T, ...) -> (B T, ...)."""
     shape = (x.shape[0] * x.shape[1], *x.shape[2:])
     return jnp.reshape(x, shape, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
 
 
 def _clips(x_IHWD: jax.Array, clips: tuple[int, int]) -> jax.Array:
-    """(B T, H, W, D) -> (B, T, H, W, D)."""
+    """Split clips and frames: (B T, H, W, D) -> (B, T, H, W, D)."""
     return jnp.reshape(x_IHWD, (*clips, *x_IHWD.shape[1:]), out_sharding=out_sharding("batch", "time", *IMAGES[1:]))

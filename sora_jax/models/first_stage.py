@@ -1,7 +1,7 @@
-"""Every autoencoder there is behind one set of functions; what training one needs.
+"""Call every kind of autoencoder through one set of functions, and compute the loss that trains it.
 
-The class of the config says which module does the work. Each has the same functions: `autoencoder_specs`,
-`latent_grid`, `reach`, `encode`, `decode`.
+The class of the config selects the module. Every module has the same functions: `autoencoder_specs`, `latent_fields`,
+`latent_grid`, `receptive_field`, `encode`, `decode`.
 """
 
 from types import ModuleType
@@ -21,7 +21,7 @@ FirstStageConfig = Annotated[AutoencoderConfig | KLConfig, OneOf(MODULES)]
 
 
 def autoencoder_specs(config: FirstStageConfig) -> dict:
-    """All parameters."""
+    """Declare all parameters."""
     return MODULES[type(config)].autoencoder_specs(config)
 
 
@@ -31,44 +31,47 @@ def latent_fields(config: FirstStageConfig) -> dict:
 
 
 def latent_grid(config: FirstStageConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(t, h, w) of a clip's latent; UserError with the nearest sizes that are allowed where there is none."""
+    """Return the size (t, h, w) of a clip's latent; UserError, with the nearest size, if the clip has none."""
     return MODULES[type(config)].latent_grid(config, frames, height, width)
 
 
-def receptive_field(config: FirstStageConfig, what: str) -> tuple[float, float]:
-    """How many latents away a position changes what "encode" or "decode" makes: back in time, and in space around."""
-    return MODULES[type(config)].receptive_field(config, what)
+def receptive_field(config: FirstStageConfig, direction: str) -> tuple[float, float]:
+    """Return the radius of the receptive field of "encode" or "decode": (backward in time, both ways in space).
+
+    It is the distance, in latent positions, of the farthest input that one output depends on.
+    """
+    return MODULES[type(config)].receptive_field(config, direction)
 
 
 def encode(
     params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance of the posterior, float32, each (B, t, h, w, C), of video (B, T, H, W, 3) in [-1, 1].
+    """Return mean and log variance of the posterior of video (B, T, H, W, 3) in [-1, 1], float32, each (B, t, h, w, C).
 
-    sizes (B, 2): each clip's own height and width, in the top left corner of its frames; its latent is that of the
-    clip alone.
+    `sizes_B2` are the height and width of each clip in the top left corner of its frames; the latent of that part is
+    that of the clip alone.
     """
     return MODULES[type(config)].encode(params, config, video_BTHWC, sizes_B2)
 
 
 def decode(params: dict, config: FirstStageConfig, z_BthwC: jax.Array) -> jax.Array:
-    """(B, t, h, w, C) -> (B, T, H, W, 3) float32, about [-1, 1] but not clipped."""
+    """Decode latents: (B, t, h, w, C) -> (B, T, H, W, 3) float32, about [-1, 1], not clipped."""
     return MODULES[type(config)].decode(params, config, z_BthwC)
 
 
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
-    """mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
+    """Draw mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
     eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=layout_of(mean_BthwC))
     return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
 
 
 def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each element, in nats (1312.6114, appendix B)."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each element, in nats (1312.6114, appendix B)."""
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
 
 
 def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
-    """Peak signal to noise ratio of each clip in dB, (B,), for values in [-1, 1], peak 2; at most 100."""
+    """Return the peak signal-to-noise ratio (B,) of each clip in dB, for values in [-1, 1], peak 2; at most 100."""
     error_B = jnp.square(video_BTHWC - reference_BTHWC).mean(axis=(1, 2, 3, 4))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
 
@@ -76,9 +79,9 @@ def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
 def reconstruction_loss(
     params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The training loss of a batch, and its parts as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
+    """Return the training loss of a batch, and its terms as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
 
-    Latents are drawn from the posterior with `key`; PSNR is that of the clipped result, a mean over clips.
+    Latents are drawn from the posterior with `key`. PSNR is a mean over clips, of the result clipped to [-1, 1].
     """
     mean, logvar = encode(params, config, video_BTHWC)
     decoded = decode(params, config, sample_posterior(key, mean, logvar))

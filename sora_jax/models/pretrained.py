@@ -1,9 +1,11 @@
-"""Text embeddings of a pretrained encoder (T5, UMT5, CLIP), by `transformers`; computed once, beside the latents."""
+"""Embed captions by a pretrained text encoder (T5, UMT5, CLIP) of `transformers`, once, for the latent cache."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -19,38 +21,40 @@ CLASSES = {
     "clip": "CLIPTextModel",
     "clip_text_model": "CLIPTextModel",
 }
-BATCH = 16
+BATCH = 16  # captions embedded at once
 INSTALL = "pip install 'sora_jax[text]'"
 
 
 @dataclass(frozen=True)
 class PretrainedText:
-    """A text encoder by its name on a hub, or its folder: captions to embeddings (m, E), m <= max_tokens.
+    """Embed captions by a pretrained encoder: text to (m, E) with m <= max_tokens.
 
-    It stands where a tokenizer stands; its ids only tell the null caption (of a caption without content) from others.
-    fingerprint: of the weights that are expected. UserError where the library or the model is not there, or is another.
+    It takes the place of a tokenizer. Its token ids only tell null captions, which have no content, from others.
+
+    Raises:
+        UserError: on first use, if the library or the model is missing, or the weights are not the expected ones.
     """
 
-    name: str
-    max_tokens: int
-    fingerprint: str | None = None
+    name: str  # on the Hugging Face hub, or a local folder
+    max_tokens: int  # a longer caption is truncated
+    fingerprint: str | None = None  # of the expected weights; None: any
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (m,) int32: NULL for a caption without content, else UNKNOWN."""
+        """Return token ids (m,) int32: NULL for a caption without content, else UNKNOWN."""
         return np.full(len(self.embed(text)), UNKNOWN if text.strip() else NULL, np.int32)
 
     def embed(self, text: str) -> np.ndarray:
-        """The embedding (m, E) float16 of one caption."""
+        """Return the embedding (m, E) of one caption in float16."""
         return self.embed_all([text])[0]
 
     def length(self, text: str) -> int:
-        """Tokens of a text before it is cut to max_tokens."""
+        """Return the number of tokens of a text before truncation to max_tokens."""
         return len(self._tokenizer(text)["input_ids"])
 
     def embed_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The embeddings of many captions; equal ones are computed once, those of like length together."""
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))
-        found = {}
+        """Return the embeddings of several captions; equal captions are computed once."""
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # similar lengths in a batch: little padding
+        found: dict[str, np.ndarray] = {}
         for start in range(0, len(distinct), BATCH):
             batch = distinct[start : start + BATCH]
             found |= zip(batch, self._run(batch), strict=True)
@@ -58,12 +62,12 @@ class PretrainedText:
 
     @property
     def info(self) -> TextInfo:
-        """What a cache keeps of it; the fingerprint is of the weights."""
+        """Return the description that a latent cache stores."""
         return TextInfo(self.name, _fingerprint(self._model), self.width, self.max_tokens)
 
     @property
     def width(self) -> int:
-        """E."""
+        """Return E, the width of an embedding."""
         config = self._model.config
         return getattr(config, "d_model", None) or config.hidden_size
 
@@ -78,28 +82,29 @@ class PretrainedText:
         values = [row[mask > 0] for row, mask in zip(hidden, inputs["attention_mask"].cpu().numpy(), strict=True)]
         check(
             all(np.isfinite(v).all() for v in values),
-            f"--text-encoder is {self.name!r}; it gave values that are not finite",
+            f"--text-encoder is {self.name!r}; its embeddings must be finite, and some are not",
         )
         return [value.astype(np.float16) for value in values]
 
     @cached_property
-    def _model(self):
+    def _model(self) -> Any:
         transformers = _library()
         config = self._load(transformers.AutoConfig)
         model = self._load(getattr(transformers, CLASSES.get(config.model_type, "AutoModel"))).eval()
         check(
             self.fingerprint in (None, _fingerprint(model)),
-            f"the text encoder {self.name!r} has other weights than those that this run has learnt from",
+            f"--text-encoder is {self.name!r}; it must have the weights that this run was trained with, and has others",
         )
         import torch
 
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
-    def _tokenizer(self):
+    def _tokenizer(self) -> Any:
         return self._load(_library().AutoTokenizer)
 
-    def _load(self, kind):
+    def _load(self, kind: Any) -> Any:
+        """Load a model, config or tokenizer by the class `kind` of transformers."""
         try:
             return kind.from_pretrained(self.name)
         except (OSError, ValueError) as error:
@@ -107,16 +112,18 @@ class PretrainedText:
             raise UserError(f"--text-encoder is {self.name!r}; it cannot be loaded: {first}") from error
 
 
-def _fingerprint(model) -> str:
+def _fingerprint(model: Any) -> str:
+    """Return a hash of the weights of a PyTorch model."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _library():
+def _library() -> ModuleType:
+    """Import transformers; UserError if it or torch is missing."""
     try:
-        import torch  # noqa: F401 - transformers imports without it, and fails later
+        import torch  # noqa: F401 - without it, transformers can be imported but fails later
         import transformers
     except ImportError as error:
         raise UserError(f"a pretrained text encoder needs {error.name}: {INSTALL}") from error

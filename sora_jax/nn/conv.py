@@ -1,26 +1,31 @@
-"""Causal 3-D convolution, and folding of small blocks of a video into channels and back.
+"""Convolve videos causally, and move blocks of pixels into channels and back.
 
-Videos are (B, T, H, W, C). A frame depends on no later frame: before the first frame stand copies of it, so
-that an image is a clip of one frame, and a still clip looks the same at every time (CogVideoX, 2408.06072).
+Videos are (B, T, H, W, C). A frame depends on no later frame: the clip is padded with copies of its first frame, so
+that an image is a clip of one frame, and a still clip has the same output at every time (CogVideoX, 2408.06072).
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sora_jax.nn.params import ParamSpec, lecun, zeros
+from sora_jax.nn.params import Initializer, ParamSpec, lecun, zeros
 from sora_jax.parallel.rules import RULES, on_mesh, out_sharding, partition, parts, reshard
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros (above, below), (left, right)
 
 
 def repeat_first(x_BTHWC: jax.Array, copies: int) -> jax.Array:
-    """The clip with `copies` copies of its first frame before it: (B, copies + T, H, W, C)."""
+    """Pad a clip in time with copies of its first frame: (B, T, H, W, C) -> (B, copies + T, H, W, C)."""
     return jnp.concatenate([x_BTHWC[:, :1]] * copies + [x_BTHWC], axis=1)
 
 
-def causal_conv3d_specs(inputs: int, outputs: int, kernel: tuple[int, int, int], init=None) -> dict:
-    """Weight (kernel t, y, x, inputs, outputs), LeCun normal unless `init` is given, and a zero bias."""
+def causal_conv3d_specs(
+    inputs: int, outputs: int, kernel: tuple[int, int, int], init: Initializer | None = None
+) -> dict:
+    """Declare a weight (kernel t, y, x, inputs, outputs), LeCun normal unless `init` is given, and a zero bias."""
     axes = ("kernel", "kernel", "kernel", "conv_in", "conv_out")
     return {
         "weight": ParamSpec((*kernel, inputs, outputs), axes, init or lecun()),
@@ -29,10 +34,10 @@ def causal_conv3d_specs(inputs: int, outputs: int, kernel: tuple[int, int, int],
 
 
 def causal_conv3d(params: dict, x_BTHWC: jax.Array) -> jax.Array:
-    """Stride 1, same size: in time repeats of the first frame stand in front, in space zeros around.
+    """Convolve with stride 1 and the same output size: (B, T, H, W, inputs) -> (B, T, H, W, outputs), dtype of x.
 
-    (B, T, H, W, inputs) -> (B, T, H, W, outputs) in the dtype of x. MAGVIT-v2, 2310.05737, section 3.2. On a mesh
-    every device convolves the clips and rows that it holds, after its neighbours have sent the rows at their edges.
+    The padding is zeros in space and copies of the first frame in time (MAGVIT-v2, 2310.05737, section 3.2). On a mesh
+    every device convolves its own clips and rows, after a halo exchange with its neighbours.
     """
     with jax.named_scope("causal_conv3d"):
         if not on_mesh():
@@ -41,12 +46,14 @@ def causal_conv3d(params: dict, x_BTHWC: jax.Array) -> jax.Array:
 
 
 def _on_each_device(params: dict, x_BTHWC: jax.Array) -> jax.Array:
-    """The convolution of a clip as `spread` lays it out."""
-    axes, rows = clip_axes(x_BTHWC.shape[2]), _same(params["weight"].shape[1])
+    """Convolve a clip that is laid out by `spread`."""
+    axes = clip_axes(x_BTHWC.shape[2])
+    rows = _same(params["weight"].shape[1])
     split = tuple(mesh_axis for name in axes if name for mesh_axis in RULES[name])
 
-    def local(params, x):
-        # Their gradient is summed over devices here, not in the branch of a platform, where sums could run at once.
+    def local(params: dict, x: jax.Array) -> jax.Array:
+        # The transpose of this cast is the sum of the weights' gradient over devices. It must stand outside of
+        # `platform_dependent`: in its branches several of these collectives could run at the same time.
         params = jax.lax.pcast(params, split, to="varying")
         if parts("height") == 1 or axes[2] is None:
             return _padded_conv3d(params, x, rows)
@@ -57,34 +64,42 @@ def _on_each_device(params: dict, x_BTHWC: jax.Array) -> jax.Array:
 
 
 def halo_exchange(x_BTHWC: jax.Array, above: int, below: int) -> jax.Array:
-    """A device's rows between those of its neighbours, zeros beyond the edge of the clip; inside `jax.shard_map`."""
-    before, after = _edges(x_BTHWC, above, 1), _edges(x_BTHWC, below, -1)
+    """Extend a device's rows by those of its neighbours, zeros beyond the edge of the clip; inside `jax.shard_map`."""
+    before = _halo_rows(x_BTHWC, above, 1)
+    after = _halo_rows(x_BTHWC, below, -1)
     return jnp.concatenate([*before[::-1], x_BTHWC, *after], axis=2)
 
 
-def _edges(x_BTHWC: jax.Array, count: int, step: int) -> list[jax.Array]:
-    """`count` rows on one side of a device's own, nearest first: from as many devices as it takes to find them."""
-    own, devices, found = x_BTHWC.shape[2], parts("height"), []
-    for hop in range(-(-count // own)):
+def _halo_rows(x_BTHWC: jax.Array, count: int, step: int) -> list[jax.Array]:
+    """Receive `count` rows from the devices above (step 1) or below (step -1), those of the nearest device first."""
+    own = x_BTHWC.shape[2]
+    devices = parts("height")
+    received = []
+    for hop in range(-(-count // own)):  # a device may hold fewer rows than the halo has: then ask the next one, too
         rows = min(own, count - hop * own)
-        edge = x_BTHWC[:, :, -rows:] if step > 0 else x_BTHWC[:, :, :rows]
-        places = [(i, i + step * (hop + 1)) for i in range(devices) if 0 <= i + step * (hop + 1) < devices]
-        found.append(jax.lax.ppermute(edge, RULES["height"], places))  # zeros where nobody sends
-    return found
+        sent = x_BTHWC[:, :, -rows:] if step > 0 else x_BTHWC[:, :, :rows]
+        pairs = [(i, i + step * (hop + 1)) for i in range(devices) if 0 <= i + step * (hop + 1) < devices]
+        received.append(jax.lax.ppermute(sent, RULES["height"], pairs))  # zeros where nobody sends: the clip's edge
+    return received
 
 
 def _padded_conv3d(params: dict, x_BTHWC: jax.Array, rows: tuple[int, int]) -> jax.Array:
-    """With `rows` of zeros above and below, and as many columns as the kernel asks for."""
-    weight, bias = (params[name].astype(x_BTHWC.dtype) for name in ("weight", "bias"))
+    """Convolve with `rows` (above, below) of zero padding in height; the padding in width and time is the kernel's."""
+    weight = params["weight"].astype(x_BTHWC.dtype)
+    bias = params["bias"].astype(x_BTHWC.dtype)
     padding = rows, _same(weight.shape[2])
     padded = repeat_first(x_BTHWC, weight.shape[0] - 1)
-    ways = {"cpu": _sum_over_taps, "default": _convolution}
-    ways = {name: functools.partial(way, padding=padding) for name, way in ways.items()}
-    return jax.lax.platform_dependent(padded, weight, **ways) + bias
+    y = jax.lax.platform_dependent(
+        padded,
+        weight,
+        cpu=functools.partial(_sum_over_taps, padding=padding),
+        default=functools.partial(_convolution, padding=padding),
+    )
+    return y + jax.lax.broadcast_to_rank(bias, y.ndim)
 
 
-def _convolution(padded, weight, padding) -> jax.Array:
-    """One 3-D convolution, valid in time."""
+def _convolution(padded: jax.Array, weight: jax.Array, padding: Padding) -> jax.Array:
+    """Convolve by one 3-D convolution, without padding in time."""
     return jax.lax.conv_general_dilated(
         padded,
         weight,
@@ -94,15 +109,16 @@ def _convolution(padded, weight, padding) -> jax.Array:
     )
 
 
-def _sum_over_taps(padded, weight, padding) -> jax.Array:
-    """The same as a sum of 2-D convolutions: on CPUs two to three times as fast as XLA's 3-D convolution."""
+def _sum_over_taps(padded: jax.Array, weight: jax.Array, padding: Padding) -> jax.Array:
+    """Convolve by a sum of 2-D convolutions: on CPUs two to three times as fast as XLA's 3-D convolution."""
     taps = weight.shape[0]
     frames = padded.shape[1] - taps + 1
-    return sum(_frames_conv2d(padded[:, k : k + frames], weight[k], padding) for k in range(taps))
+    first, *others = (_frames_conv2d(padded[:, k : k + frames], weight[k], padding) for k in range(taps))
+    return sum(others, first)
 
 
-def _frames_conv2d(x_BTHWC, weight, padding) -> jax.Array:
-    """Every frame convolved with one 2-D kernel; a kernel of one pixel is a matrix product."""
+def _frames_conv2d(x_BTHWC: jax.Array, weight: jax.Array, padding: Padding) -> jax.Array:
+    """Convolve every frame with one 2-D kernel; a kernel of one pixel is a matrix product."""
     height, breadth = weight.shape[:2]
     if height == breadth == 1:
         return jnp.einsum("bthwi,io->bthwo", x_BTHWC, weight[0, 0])
@@ -112,26 +128,28 @@ def _frames_conv2d(x_BTHWC, weight, padding) -> jax.Array:
 
 
 def _same(size: int) -> tuple[int, int]:
+    """Return the padding before and after that keeps the size of an axis."""
     return (size - 1) // 2, size // 2
 
 
 def clip_axes(rows: int) -> tuple[str | None, ...]:
-    """The logical axes of clips of so many rows: whole in height where the mesh cannot share the rows out evenly."""
+    """Return the logical axes of clips with so many rows: rows that the mesh cannot split evenly are not split."""
     return "batch", "time", None if rows % parts("height") else "height", "breadth", "channels"
 
 
 def spread(x_BTHWC: jax.Array) -> jax.Array:
-    """Clips laid out by their `clip_axes`; unchanged where no mesh is set."""
+    """Reshard clips by their `clip_axes`; return them unchanged if no mesh is set."""
     return reshard(x_BTHWC, *clip_axes(x_BTHWC.shape[2]))
 
 
 def space_to_depth(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
-    """Blocks of (time, height, width) into channels, block axes before C; repeats of frame 0 stand in front.
+    """Move blocks of pixels (pt, ph, pw) into channels: (B, 1 + pt (t - 1), ph h, pw w, C) -> (B, t, h, w, pt ph pw C).
 
-    (B, 1 + pt (t - 1), ph h, pw w, C) -> (B, t, h, w, pt ph pw C): the first frame fills its own block alone.
-    Inverse: `depth_to_space`. Space to depth, Shi et al. 1609.05158; causal in time as in Cosmos, 2501.03575.
+    The channels run block time, height, width, then C. Copies of the first frame fill the first block. The inverse is
+    `depth_to_space`. Space to depth: Shi et al. 1609.05158; causal in time as in Cosmos, 2501.03575.
     """
     pt, ph, pw = block
+    # The mesh splits blocks, not rows of pixels: a block that lay on two devices would have to be moved.
     batch, time, height, breadth, channels = axes = clip_axes(x_BTHWC.shape[2] // ph)
     x = repeat_first(reshard(x_BTHWC, *axes), pt - 1)
     B, T, H, W, C = x.shape
@@ -142,9 +160,9 @@ def space_to_depth(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array
 
 
 def depth_to_space(x_BthwC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
-    """Inverse of `space_to_depth`: (B, t, h, w, pt ph pw C) -> (B, 1 + pt (t - 1), ph h, pw w, C).
+    """Invert `space_to_depth`: (B, t, h, w, pt ph pw C) -> (B, 1 + pt (t - 1), ph h, pw w, C).
 
-    Of the first block only the last frame is kept, the one that `space_to_depth` did not add.
+    Only the last frame of the first block is returned: the others are copies that `space_to_depth` added.
     """
     pt, ph, pw = block
     batch, time, height, breadth, channels = axes = clip_axes(x_BthwC.shape[2])
@@ -156,6 +174,6 @@ def depth_to_space(x_BthwC: jax.Array, block: tuple[int, int, int]) -> jax.Array
     return spread(x[:, pt - 1 :])
 
 
-def _reshape(x, shape, axes) -> jax.Array:
-    """A reshape with the logical axes of its result."""
+def _reshape(x: jax.Array, shape: tuple[int, ...], axes: Sequence[str | None]) -> jax.Array:
+    """Reshape `x`; `axes` are the logical axes of the result, which JAX cannot infer where a split axis is merged."""
     return jnp.reshape(x, shape, out_sharding=out_sharding(*axes))

@@ -1,7 +1,8 @@
-"""Layers over images (I, H, W, D): 2-D convolution, group normalisation, nearest-neighbour enlargement.
+"""Apply layers to images (I, H, W, D): 2-D convolution, group normalisation, nearest-neighbour upsampling.
 
-Images of many sizes may share one canvas: a mask (I, H, W, 1) says which pixels belong to each. What lies outside is
-then as if it were not there, so that an image has the same result on every canvas. A mesh shares out images, whole.
+Images of several sizes may be padded to one shape: a mask (I, H, W, 1) marks the pixels that belong to each. Pixels
+outside of it have no influence, so that the result of an image is the same in every padded shape. A mesh splits the
+batch of images; each image is whole on one device.
 """
 
 import jax
@@ -14,7 +15,7 @@ IMAGES = ("batch", "picture", "picture", "channels")
 
 
 def conv2d_specs(inputs: int, outputs: int, size: int = 3) -> dict:
-    """Weight (size, size, inputs, outputs), LeCun normal, and a zero bias."""
+    """Declare a weight (size, size, inputs, outputs), LeCun normal, and a zero bias."""
     axes = ("kernel", "kernel", "conv_in", "conv_out")
     return {
         "weight": ParamSpec((size, size, inputs, outputs), axes, lecun((0, 1, 2), 3)),
@@ -23,12 +24,13 @@ def conv2d_specs(inputs: int, outputs: int, size: int = 3) -> dict:
 
 
 def conv2d(params: dict, x_IHWD: jax.Array, mask: jax.Array | None = None, stride: int = 1) -> jax.Array:
-    """(I, H, W, inputs) -> (I, H / stride, W / stride, outputs) in the dtype of x, with zeros beyond the edge.
+    """Convolve with zero padding: (I, H, W, inputs) -> (I, H / stride, W / stride, outputs), in the dtype of x.
 
-    An odd kernel with stride 1 has the same number of zeros on every side; with stride 2 and a kernel of 3 there is
-    one row below and one column on the right (the downsampling of 2112.10752, official code).
+    An odd kernel with stride 1 is padded equally on every side; a kernel of 3 with stride 2 by one row below and one
+    column on the right (the downsampling of 2112.10752, official code).
     """
-    weight, bias = params["weight"].astype(x_IHWD.dtype), params["bias"].astype(x_IHWD.dtype)
+    weight = params["weight"].astype(x_IHWD.dtype)
+    bias = jax.lax.broadcast_to_rank(params["bias"].astype(x_IHWD.dtype), 4)
     size = weight.shape[0]
     if size == stride == 1:
         axes = out_sharding(*IMAGES)
@@ -41,22 +43,23 @@ def conv2d(params: dict, x_IHWD: jax.Array, mask: jax.Array | None = None, strid
 
 
 def group_norm_specs(width: int) -> dict:
-    """A gain of 1 and a bias of 0 for each channel."""
+    """Declare a scale of 1 (`gain`, as checkpoints name it) and a bias of 0 for each channel."""
     return {"gain": ParamSpec((width,), ("channels",), ones), "bias": ParamSpec((width,), ("channels",), zeros)}
 
 
 def group_norm(
     params: dict, x_IHWD: jax.Array, groups: int, mask: jax.Array | None = None, eps: float = 1e-6
 ) -> jax.Array:
-    """Zero mean and unit variance over pixels and channels of each of `groups`, in float32 (1803.08494)."""
+    """Normalise the pixels of each of `groups` groups of channels to mean 0, variance 1, in float32 (1803.08494)."""
     x32 = x_IHWD.astype(jnp.float32)
     x32 = x32 - _group_mean(x32, groups, mask)
     x32 = x32 * jax.lax.rsqrt(_group_mean(jnp.square(x32), groups, mask) + eps)
-    return (x32 * params["gain"] + params["bias"]).astype(x_IHWD.dtype)
+    scale, bias = (jax.lax.broadcast_to_rank(params[name], 4) for name in ("gain", "bias"))
+    return (x32 * scale + bias).astype(x_IHWD.dtype)
 
 
 def _group_mean(x_IHWD: jax.Array, groups: int, mask: jax.Array | None) -> jax.Array:
-    """The mean over the pixels of the mask and the channels of a group, at each channel: (I, 1, 1, D)."""
+    """Return each channel's mean over the masked pixels and the channels of its group: (I, 1, 1, D)."""
     images, *_, width = x_IHWD.shape
     if mask is None:
         mean_ID = x_IHWD.mean((1, 2))
@@ -68,7 +71,7 @@ def _group_mean(x_IHWD: jax.Array, groups: int, mask: jax.Array | None) -> jax.A
 
 
 def upsample_nearest(x_IHWD: jax.Array) -> jax.Array:
-    """Every pixel four times: (I, H, W, D) -> (I, 2 H, 2 W, D)."""
+    """Repeat every pixel in a block of 2 x 2: (I, H, W, D) -> (I, 2 H, 2 W, D)."""
     images, height, width, channels = x_IHWD.shape
     x = jnp.broadcast_to(x_IHWD[:, :, None, :, None], (images, height, 2, width, 2, channels))
     return jnp.reshape(x, (images, 2 * height, 2 * width, channels), out_sharding=out_sharding(*IMAGES))

@@ -1,4 +1,4 @@
-"""Pure functions of declared parameters as Flax Linen modules, for code that is written around modules.
+"""Wrap pure functions of declared parameters in Flax Linen modules, for code that is written around modules.
 
 module = as_module(denoiser_specs(config), lambda params, *inputs: denoise(params, config, *inputs))
 variables = module.init(key, pack, x_BLP, times_BR)
@@ -6,6 +6,7 @@ module.apply(variables, pack, x_BLP, times_BR)   # equals denoise(variables["par
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
@@ -15,15 +16,15 @@ TREE = "tree"
 
 
 def as_module(specs: dict, function: Callable) -> nn.Module:
-    """A Linen module whose parameters are those of `specs`, under the one name TREE, and which calls `function`.
+    """Return a Linen module that calls `function(params, *inputs)`, which may return anything.
 
-    `function(params, *inputs)` may return anything. The initial values are those of `init(specs, key)` with the key
-    that Linen gives to a parameter. Trees of parameters go in and out unchanged: {"params": {TREE: params}}.
+    The module has one parameter, the tree declared by `specs`: its variables are {"params": {TREE: params}}. Initial
+    values are those of `init(specs, key)` with the key that Linen gives to a parameter.
     """
 
     class Function(nn.Module):
         @nn.compact
-        def __call__(self, *inputs):
+        def __call__(self, *inputs: Any) -> Any:
             return function(self.param(TREE, lambda key: init(specs, key)), *inputs)
 
     return Function()

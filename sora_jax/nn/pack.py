@@ -1,4 +1,4 @@
-"""The pack as the device sees it: a fixed-shape batch of several clips of any size."""
+"""Hold a batch of packs on the device: arrays of fixed shape with several clips of any size."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ from sora_jax.data.tokenizer import NULL
 
 @struct.dataclass
 class Pack:
-    """Arrays of a batch of packs, by the names that `data.packing` gives them.
+    """Hold the arrays of a batch of packs, under the names that `data.packing` gives them.
 
-    tokens_BLP        clean latent patches; None where a sampler makes them
+    tokens_BLP        clean latent patches; None if a sampler generates them
     segments_BL       clip slot + 1 of each token, 0 = padding
     coords_BL3        real (t, y, x) coordinates of each token inside its clip
     index_BL          index of each token inside its clip, raster order
@@ -23,9 +23,8 @@ class Pack:
     text_BM           text token ids
     text_segments_BM  clip slot + 1 of each text token, 0 = padding
     text_positions_BM position of each text token inside its caption
-    embeddings_BME    embedding of each text token by a pretrained encoder, where there is one; text_BM then only marks
-                      the null caption
-    ranks_BS          place of each clip among all of a batch, in [0, 1), where times are stratified
+    embeddings_BME    embedding of each text token by a pretrained encoder; with it, text_BM only marks the null caption
+    ranks_BS          rank of each clip among those of the batch, in [0, 1), for stratified times
     """
 
     segments_BL: jax.Array
@@ -45,24 +44,25 @@ class Pack:
 
     @property
     def slots(self) -> int:
+        """Return S, the number of clip slots of a pack."""
         return self.clip_ids_BS.shape[-1]
 
 
 def slot_of(segments: jax.Array) -> jax.Array:
-    """Clip slot of each token; padding is given slot 0, its values are never used."""
+    """Return the clip slot of each token; padding gets slot 0, whose values it never uses."""
     return jnp.maximum(segments - 1, 0)
 
 
 def per_slot(values_BS: jax.Array, slots: jax.Array) -> jax.Array:
-    """For each token or row the value of its own clip: (B, S, ...), (B, X) -> (B, X, ...)."""
+    """Gather for each token or row the value of its own clip: (B, S, ...), (B, X) -> (B, X, ...)."""
     return jax.vmap(lambda values, index: values[index])(values_BS, slots)
 
 
 def drop_captions(pack: Pack, drop_BS: jax.Array) -> Pack:
-    """Replaces the captions of the clips marked in `drop_BS` by the null caption, and their classes by none.
+    """Replace the captions of the clips marked in `drop_BS` by the null caption, and their classes by none.
 
-    A dropped caption is the null token repeated at position 0; attention over equal tokens is attention over
-    one, so this equals the caption "" whatever the length of the dropped one.
+    A dropped caption is the null token repeated at position 0. Attention over equal tokens equals attention over one of
+    them, so this is the caption "" whatever the length of the dropped one.
     """
     dropped_BM = per_slot(drop_BS, slot_of(pack.text_segments_BM)) & (pack.text_segments_BM > 0)
     return pack.replace(

@@ -11,7 +11,6 @@ import math
 import os
 import re
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +20,7 @@ from sora_jax.errors import UserError
 from sora_jax.parallel.chips import CHIPS, Chip
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, with_slices
 from sora_jax.parallel.rules import MESH_AXES, partition
+from sora_jax.shapes import PyTree
 
 INSTALL_TPU = "pip install libtpu"
 INSTALL_GPU = "pip install 'jax[cuda13]'"
@@ -145,7 +145,7 @@ def use_mesh(mesh: Mesh | AbstractMesh) -> AbstractContextManager:
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
-def abstract_on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def abstract_on_mesh(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """Move abstract arrays to `mesh` with the partition specs of their trace; those without one are replicated."""
 
     def struct(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -155,7 +155,7 @@ def abstract_on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(struct, tree)
 
 
-def abstract_batch(tree: Any, mesh: Mesh | AbstractMesh, leading: int = 0) -> Any:
+def abstract_batch(tree: PyTree, mesh: Mesh | AbstractMesh, leading: int = 0) -> PyTree:
     """Shard abstract arrays as `parallel.mesh.place_batch` places real ones: along the axis after the leading ones."""
 
     def struct(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -165,7 +165,7 @@ def abstract_batch(tree: Any, mesh: Mesh | AbstractMesh, leading: int = 0) -> An
     return jax.tree.map(struct, tree)
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: PyTree) -> int:
     """Return the bytes on one device of abstract arrays that carry shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

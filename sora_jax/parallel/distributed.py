@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from sora_jax.config import check
 from sora_jax.data.share import Share
 from sora_jax.errors import LostPeer, Unreachable, UserError
 from sora_jax.parallel.rules import partition, parts
+from sora_jax.shapes import PyTree
 
 CONNECTION_ERRORS = ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")  # words of messages
 START_TIMEOUT = 300  # seconds in which all processes must have started
@@ -156,7 +157,7 @@ def total(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def on_host(tree: Any) -> Any:
+def on_host(tree: PyTree) -> PyTree:
     """Return the arrays of a tree as NumPy arrays, gathered from all processes into the memory of each."""
     if several():  # shards of other processes cannot be read from here: replicate first
         mesh = jax.tree.leaves(tree)[0].sharding.mesh

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.parallel.rules import MESH_AXES, RULES, partition, parts
+from sora_jax.shapes import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def check_split(mesh: Mesh, axis: str, size: int, option: str) -> None:
         raise UserError(f"{option} is {size}; with a mesh of {wide} it must be a multiple of {parts(axis, mesh)}")
 
 
-def place_batch(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
+def place_batch(tree: PyTree, mesh: Mesh, leading: int = 0) -> PyTree:
     """Assemble a global batch, sharded over the mesh, from the rows that this process holds as host arrays.
 
     `leading` is the number of axes before the batch axis (micro-batches), which are not split.
