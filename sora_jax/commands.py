@@ -19,7 +19,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path, read_text
 from sora_jax.generate.requests import Request, Wanted, check_seed, plan_requests
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
-from sora_jax.models.tiling import TilingConfig, nearness
+from sora_jax.models.tiling import TilingConfig, tiling_warning
 from sora_jax.parallel import distributed
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import autoencoder_config
@@ -55,7 +55,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     requests = plan_requests(config, first_stage, wanted, sampling)
     check_seed(options.seed)
     run = load_run(options.workdir, options.autoencoder, options.checkpoint)
-    if warning := nearness(first_stage, tiles, [requests[0].size], "decode"):
+    if warning := tiling_warning(first_stage, tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
     _announce(run, requests, sampling, size)
     clips = run.sample(requests, sampling, options.seed, tiles)

@@ -18,7 +18,7 @@ from sora_jax.data.share import Share
 from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pretrained import PretrainedText
-from sora_jax.models.tiling import TilingConfig, count, lay_out, nearness
+from sora_jax.models.tiling import TilingConfig, count, lay_out, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
@@ -71,7 +71,7 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     layout = {"canvases": padded_shapes, "clips_per_shard": each}  # the key that caches begun by 0.1.0 have
     parts = start_cache(out, info, -(-len(order) // each), layout)
     missing = parts.missing(options.share)
-    if missing and (warning := nearness(config, tiles, grids, "encode")):
+    if missing and (warning := tiling_warning(config, tiles, grids, "encode")):
         print(f"sora-jax: {warning}", file=sys.stderr)
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)

@@ -99,7 +99,7 @@ class FrozenAutoencoder:
             shape = own if padded_shapes is None else padded_shape_of(own, padded_shapes)
             axes = tiling.lay_out(self.config, tiles, latent_grid(self.config, *shape))
             arrays = tiling.cut(_padded(clip, shape), axes, pixels)
-            sizes = _own_sizes(own, tiling.places(axes, pixels))
+            sizes = _own_sizes(own, tiling.tile_slices(axes, pixels))
             return (_Tile(array, axes, own, size) for array, size in zip(arrays, sizes, strict=True))
 
         def run(batch: Sequence[_Tile]) -> np.ndarray:
