@@ -328,7 +328,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
     write_tensors(tmp_path / "dit.safetensors", weights)
     said = refused(dits.read_dit, tmp_path / "dit.safetensors", heads=2)
     assert "missing: t_embedder.mlp.0.weight, blocks.1.mlp.fc2.bias" in said
-    assert "not known: extra.weight" in said and "blocks.0.mlp.fc1.bias (95,) instead of (96,)" in said
+    assert "unknown: extra.weight" in said and "blocks.0.mlp.fc1.bias (95,) instead of (96,)" in said
 
 
 def test_other_positions_are_refused(tmp_path):
@@ -447,8 +447,8 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, name,
     monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
     (tmp_path / name).write_bytes(content)
     assert said in refused(read_tensors, tmp_path / name)
-    assert "there is no such file" in refused(read_tensors, tmp_path / "nothing")
-    assert f"no {WEIGHTS}.safetensors" in refused(read_tensors, tmp_path)
+    assert "it must be a file or folder that exists" in refused(read_tensors, tmp_path / "nothing")
+    assert f"it must hold {WEIGHTS}.safetensors" in refused(read_tensors, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- command
@@ -546,9 +546,12 @@ def test_the_folder_of_a_pipeline_is_taken_apart(tmp_path, vae_folder):
         (["--from=dit", "--weights=x", "--out=y", "--heads=0"], "--heads is 0; it must be positive"),
         (["--from=dit", "--weights=x", "--out=y", "--heads=-2"], "--heads is -2; it must be positive"),
         (["--from=keras", "--weights=x", "--out=y"], "--from is 'keras'; allowed: 'dit'"),
-        (["--from=diffusers-dit", "--weights=x", "--out=y", "--heads=2"], "says itself how many"),
-        (["--from=diffusers-vae", "--weights=x", "--out=y", "--autoencoder=z"], "makes one itself"),
-        (["--from=diffusers-vae", "--weights=x", "--out=y"], "there is no config.json"),
+        (["--from=diffusers-dit", "--weights=x", "--out=y", "--heads=2"], "--heads is 2; with --from=diffusers-dit it"),
+        (
+            ["--from=diffusers-vae", "--weights=x", "--out=y", "--autoencoder=z"],
+            "with --from=diffusers-vae it must not",
+        ),
+        (["--from=diffusers-vae", "--weights=x", "--out=y"], "it must hold config.json"),
         (["--to=dit", "--workdir=x", "--out=y"], "there is no config.json"),
     ],
 )
@@ -566,5 +569,5 @@ def test_an_autoencoder_of_other_channels_is_refused(tmp_path, vae_folder, capsy
     path = write_official(tmp_path / "dit.safetensors", golden("dit_official"))
     options = [f"--weights={path}", f"--autoencoder={tmp_path / 'kl16'}", "--heads=2", f"--out={tmp_path / 'dit'}"]
     assert run("convert", "--from=dit", *options) == 2
-    assert "its latents have 16 channels, those of the weights 4" in capsys.readouterr().err
+    assert "its latents must have 4 channels, and have 16" in capsys.readouterr().err
     assert not (tmp_path / "dit").exists()

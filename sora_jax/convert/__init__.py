@@ -1,1 +1,1 @@
-"""Weights of others to our trees and back, tensor by tensor: nothing is skipped in silence."""
+"""Convert published weights to parameter trees and back; every tensor that does not fit is an error."""

@@ -1,4 +1,4 @@
-"""`sora-jax convert`: weights of others -> a run folder, and back."""
+"""Convert published weights to a run folder and back: `sora-jax convert`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -30,38 +30,49 @@ from sora_jax.train.optim import OptimConfig
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group, TrainState, abstract_ema, make_optimizers
 
-FACTOR = 8  # pixels to a latent position, of the autoencoder that DiT was trained with
-SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)  # of configs/dit.py
+FACTOR = 8  # pixels to a latent position of the autoencoder that DiT was trained with
+SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)  # classes of the preview, as in configs/dit.py
 
 
 def convert_from(
     kind: str, weights: Path, out: Path, autoencoder: Path | None = None, heads: int | None = None
 ) -> list[str]:
-    """Makes the run folder `out` of published weights: a checkpoint at step 0, and what else a run needs.
+    """Write the run folder `out` from published weights, with a checkpoint at step 0; return notes for the user.
 
-    kind: "dit", "diffusers-dit" or "diffusers-vae". autoencoder: the run whose frozen autoencoder a DiT decodes with.
-    Returns what is to be said of it. UserError where a tensor is missing, not known or of another shape.
+    Args:
+        kind: "dit", "diffusers-dit" or "diffusers-vae".
+        weights: file or folder of the weights.
+        out: a new or empty folder.
+        autoencoder: the run whose frozen autoencoder the DiT decodes with; it is copied into `out`.
+        heads: attention heads of a "dit" whose depth and width are not those of a published size.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape, or options do not fit the kind.
     """
     read = choose("--from", kind, READERS)
     out = as_path(out)
-    check(not out.is_file() and is_empty(out), f"--out is {str(out)!r}; it must be an empty folder, or none yet")
-    check(autoencoder is None or kind != VAE, f"--autoencoder is given; --from={VAE} makes one itself")
-    check(heads is None or kind == OFFICIAL, f"--heads is {heads}; --from={kind} says itself how many there are")
+    check(not out.is_file() and is_empty(out), f"--out is {str(out)!r}; it must be a new or empty folder")
+    check(
+        autoencoder is None or kind != VAE,
+        f"--autoencoder is {str(autoencoder)!r}; with --from={VAE} it must not be given",
+    )
+    check(heads is None or kind == OFFICIAL, f"--heads is {heads}; with --from={kind} it must not be given")
     check(heads is None or heads > 0, f"--heads is {heads}; it must be positive")
     return read(as_path(weights), out, autoencoder, heads)
 
 
 def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
-    """Writes the averaged weights of a run, or its frozen autoencoder, in the format `kind`: the inverse."""
+    """Write the averaged weights of a run, or its frozen autoencoder, to `out` in the format `kind`; return notes."""
     write = choose("--to", kind, WRITERS)
     out = as_path(out)
     occupied = out.is_file() or not is_empty(out)
-    check(not occupied, f"--out is {str(out)!r}; it is there already")
+    check(not occupied, f"--out is {str(out)!r}; it must not exist yet")
     return write(as_path(workdir), out)
 
 
 def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
-    vae = read_vae(_part(weights, "vae"))
+    vae = read_vae(_model_folder(weights, "vae"))
+    assert isinstance(vae.config, KLConfig)  # `read_vae` reads no other
     config = autoencoder_run(vae.config)
     _save_run(out, config, vae.params, autoencoder_groups(config))
     save_autoencoder(vae, out / FOLDER, {"steps": 0, "held_out_psnr": None})
@@ -71,33 +82,33 @@ def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads:
 def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
     factor, channels = FACTOR, None
     if autoencoder is not None:
-        config = load_autoencoder(autoencoder).config
-        factor, channels = config.space_factor, config.latent_channels
+        first_stage = load_autoencoder(autoencoder).config
+        factor, channels = first_stage.space_factor, first_stage.latent_channels
     network: Network = read(weights, heads)
     found = network.config.latent_channels
     check(
         channels in (None, found),
-        f"--autoencoder is {str(autoencoder)!r}; its latents have {channels} channels, those of the weights {found}",
+        f"--autoencoder is {str(autoencoder)!r}; its latents must have {found} channels, and have {channels}",
     )
     config = denoiser_run(network, factor)
     _save_run(out, config, network.params, denoiser_groups(config))
-    said = [
-        "its table of positions is computed, not kept",
-        f"it samples pictures of {network.side * factor} x {network.side * factor} pixels",
+    notes = [
+        "the position table is not stored: it is computed",
+        f"it samples images of {network.side * factor} x {network.side * factor} pixels",
     ]
     if autoencoder is None:
-        return [*said, "it holds no autoencoder: give one to `sora-jax sample` by --autoencoder"]
+        return [*notes, "the run has no autoencoder: give one to `sora-jax sample` by --autoencoder"]
     copy_autoencoder(autoencoder, out)
-    return said
+    return notes
 
 
 def denoiser_run(network: Network, factor: int = FACTOR) -> DenoiserRun:
-    """The run of a DiT at its own size of images, by the recipe of the paper: that of configs/dit.py.
+    """Return the config that trains a DiT at its own image size by the recipe of the paper, as configs/dit.py does.
 
-    factor: pixels to a latent position.
+    `factor` is the number of pixels to a latent position.
     """
     model, side = network.config, network.side
-    channels = min(3, model.latent_channels)  # as the official code does
+    channels = min(3, model.latent_channels)  # the official code guides only the first three channels
     return DenoiserRun(
         batch=256,
         model=model,
@@ -113,7 +124,7 @@ def denoiser_run(network: Network, factor: int = FACTOR) -> DenoiserRun:
 
 
 def autoencoder_run(model: KLConfig) -> AutoencoderRun:
-    """The run of an image autoencoder, by the recipe of configs/autoencoder.py:kl4."""
+    """Return the config that trains an image autoencoder by the recipe of configs/autoencoder.py:kl4."""
     return AutoencoderRun(
         batch=16,
         crop=(1, 256, 256),
@@ -125,7 +136,7 @@ def autoencoder_run(model: KLConfig) -> AutoencoderRun:
 
 
 def _save_run(out: Path, config: RunConfig, params: dict, groups: Mapping[str, Group]) -> None:
-    """Write config.json and a checkpoint of step 0, as training would have left them; averages equal the weights."""
+    """Write config.json and a checkpoint of step 0, as training would have left them; the EMAs equal the weights."""
     mesh = make_mesh()
     optimizers = make_optimizers(groups, config.loop.steps)
     ((name, group),) = groups.items()
@@ -139,8 +150,8 @@ def _save_run(out: Path, config: RunConfig, params: dict, groups: Mapping[str, G
     write_json(out / "config.json", to_dict(config))
 
 
-def _part(folder: Path, name: str) -> Path:
-    """The model's own folder, also where that of a whole pipeline is named."""
+def _model_folder(folder: Path, name: str) -> Path:
+    """Return the folder of a model: `folder` itself, or its subfolder `name` if it is that of a whole pipeline."""
     return folder / name if (folder / "model_index.json").exists() else folder
 
 
@@ -155,21 +166,21 @@ def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
     frames, height, width = config.preview.sizes[0] if config.preview.sizes else (0, 0, 0)
     check(
         frames == 1 and height == width and height % (factor * config.model.patch[1]) == 0,
-        f"config.preview.sizes is {config.preview.sizes}; the first must be that of one square image: the format has a "
-        "table of positions for it",
+        f"config.preview.sizes is {config.preview.sizes}; the first must be that of a square image, for which the "
+        "format has a position table",
     )
     process, prediction = config.diffusion.process, config.diffusion.prediction
     check(
         (process, prediction) == ("vp_linear", "eps"),
-        f"config.diffusion has process {process!r} and prediction {prediction!r}; the format holds only models of "
+        f"config.diffusion.process is {process!r} and prediction {prediction!r}; for this format they must be "
         "'vp_linear' and 'eps'",
     )
     mesh = make_mesh()
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        check(checkpoints.latest() is not None, f"--workdir is {str(workdir)!r}; it has no checkpoint yet")
+        check(checkpoints.latest() is not None, f"--workdir is {str(workdir)!r}; it must have a checkpoint")
         params = checkpoints.restore_ema(abstract_ema(denoiser_groups(config), mesh))[MODEL][0]
     write(Network(config.model, params, height // factor), out)
-    return [f"the average of decay {config.optim.ema[0]} was written"]
+    return [f"the EMA of decay {config.optim.ema[0]} was written"]
 
 
 OFFICIAL = "dit"
@@ -177,7 +188,7 @@ FOLDERS = "diffusers-dit"
 VAE = "diffusers-vae"
 READERS: dict[str, Callable] = {
     OFFICIAL: functools.partial(_read_denoiser, read_dit),
-    FOLDERS: functools.partial(_read_denoiser, lambda path, heads: read_diffusers(_part(path, "transformer"))),
+    FOLDERS: functools.partial(_read_denoiser, lambda path, heads: read_diffusers(_model_folder(path, "transformer"))),
     VAE: _read_autoencoder,
 }
 WRITERS: dict[str, Callable] = {

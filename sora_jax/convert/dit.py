@@ -1,8 +1,8 @@
-"""DiT's weights by the names of its official checkpoint and of diffusers' DiTTransformer2DModel, and back.
+"""Convert DiT's weights from and to its official checkpoint and diffusers' DiTTransformer2DModel.
 
-Both hold the same network, with two differences in what diffusers computes from it: its time features have the
-frequencies 10000^(-i/127), the official code and we 10000^(-i/128); and its norm before the MLP takes `norm_eps` of
-config.json, 1e-5 for the published folder, where the weights were trained with 1e-6. Here they run as trained.
+Both formats hold the same network, but diffusers computes with it differently in two places. Its time features have the
+frequencies 10000^(-i/127), those of the official code and of this package 10000^(-i/128). Its norm before the MLP takes
+`norm_eps` of config.json, 1e-5 in the published folder, whereas the weights were trained with 1e-6, as used here.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ DIT = TransformerConfig(
     step_times=True,
     joint_qkv_init=True,
 )
-# What the formats leave open; in all else a model must be as DIT.
+# Fields that the formats leave open; in all others a model must equal DIT.
 OPEN = (
     "depth", "width", "heads", "mlp_ratio", "patch", "latent_channels", "classes", "learned_variance",
     "joint_qkv_init", "attention", "remat", "unroll", "dtype",
 )  # fmt: skip
 POSITIONS = "pos_embed"
-TABLE = "pos_embed.pos_embed"  # in folders that older versions of diffusers wrote
-POSITION_ERROR = 1e-5
+TABLE = "pos_embed.pos_embed"  # in folders of older versions of diffusers
+POSITION_ERROR = 1e-5  # largest difference of a stored position table from the computed one: float32 rounding
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 FIXED = {
     "activation_fn": "gelu-approximate",
@@ -50,16 +50,17 @@ FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A DiT: config, weights, and the side of the latents that its table of positions is for."""
+    """Hold a DiT."""
 
     config: TransformerConfig
     params: dict
-    side: int
+    side: int  # height and width of the latents that its position table is for
 
 
 def read_dit(path: Path, heads: int | None = None) -> Network:
-    """The network of an official checkpoint; `heads` where depth and width are not those of one of DiT's sizes."""
-    source, tensors = str(path), read_tensors(path)
+    """Read an official checkpoint; `heads` is needed if depth and width are not those of a published size."""
+    source = str(path)
+    tensors = read_tensors(path)
     config = _infer(tensors, heads, source)
     tokens = tensors[POSITIONS].size // config.width if POSITIONS in tensors else 0
     grid = math.isqrt(tokens)
@@ -73,7 +74,7 @@ def read_dit(path: Path, heads: int | None = None) -> Network:
 
 
 def write_dit(network: Network, path: Path) -> None:
-    """A safetensors file with the names of the official checkpoint, its table of positions among them."""
+    """Write a safetensors file with the names of the official checkpoint, including the position table."""
     config = network.config
     check(as_path(path).suffix == ".safetensors", f"--out is {str(path)!r}; for --to=dit it must end in .safetensors")
     _check_fits(config, "dit")
@@ -82,10 +83,12 @@ def write_dit(network: Network, path: Path) -> None:
 
 
 def read_diffusers(folder: Path) -> Network:
-    """The network of a folder; its blocks hold copies of the embeddings, which must be equal."""
-    record, source = read_record(as_path(folder) / "config.json"), str(folder)
+    """Read a folder of diffusers. Each of its blocks stores a copy of the embeddings; they must be equal."""
+    source = str(folder)
+    record = read_record(as_path(folder) / "config.json")
     config = _from_record(record)
-    side, patch = record.whole("sample_size", 32), config.patch[1]
+    side = record.whole("sample_size", 32)
+    patch = config.patch[1]
     record.require(side % patch == 0, "sample_size", f"a multiple of patch_size = {patch}")
     tensors = read_tensors(folder)
     if TABLE in tensors:
@@ -96,11 +99,11 @@ def read_diffusers(folder: Path) -> Network:
 
 
 def write_diffusers(network: Network, folder: Path) -> None:
-    """Writes config.json and weights as diffusers reads them."""
+    """Write config.json and weights as diffusers reads them."""
     config = network.config
     _check_fits(config, "diffusers-dit")
     ratio = config.mlp_ratio
-    check(ratio == 4, f"config.model.mlp_ratio is {ratio}; the format 'diffusers-dit' holds only models with 4")
+    check(ratio == 4, f"config.model.mlp_ratio is {ratio}; for the format 'diffusers-dit' it must be 4")
     channels = config.latent_channels
     record = {
         "_class_name": CLASSES[0],
@@ -122,7 +125,7 @@ def write_diffusers(network: Network, folder: Path) -> None:
 
 
 def position_table(width: int, grid: int) -> np.ndarray:
-    """The fixed table of a square grid of tokens, row by row: (grid^2, width) float32, first half of x, then of y."""
+    """Return the fixed position table of a square grid of tokens in raster order: (grid^2, width) float32, x then y."""
     frequencies = 1 / 10_000.0 ** (np.arange(width // 4) / (width / 4))
     angles = np.arange(grid)[:, None] * frequencies
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -136,16 +139,16 @@ def _check_positions(name: str, found: np.ndarray, width: int, grid: int, source
         found.shape == wanted,
         f"the tensors of {source!r} are not those of this model: {name} {found.shape} instead of {wanted}",
     )
-    # It is computed and not learnt: what is left out here must be what is computed.
+    # The table is dropped and computed again, so it must be the fixed one and not learned.
     error = np.abs(found.reshape(grid**2, width) - position_table(width, grid)).max()
     check(
         bool(error < POSITION_ERROR),
-        f"{name} of {source!r} differs by {error:.2g} from DiT's table of positions; learnt ones are not known here",
+        f"{name} of {source!r} differs by {error:.2g} from DiT's position table; learned tables are not supported",
     )
 
 
 def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> TransformerConfig:
-    """The config that the shapes of an official checkpoint imply."""
+    """Infer the config from the shapes of an official checkpoint."""
     shapes = {name: x.shape for name, x in tensors.items()}
     needed = {
         "x_embedder.proj.weight": 4,
@@ -154,20 +157,20 @@ def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> Tr
         "final_layer.linear.weight": 2,
     }
     missing = [name for name, axes in needed.items() if len(shapes.get(name, ())) != axes]
-    check(not missing, f"{source!r} is no checkpoint of DiT; missing, or of another shape: {', '.join(missing)}")
+    check(not missing, f"{source!r} is no checkpoint of DiT; missing or of another shape: {', '.join(missing)}")
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if m)
     known = {(d, w): n for d, w, n in SIZES.values()}.get((depth, width))
     check(
         bool(heads or known),
-        f"--heads is not given; {source!r} has {depth} blocks of width {width}, which is none of DiT's sizes, and its "
-        f"shapes do not tell the number of attention heads",
+        f"--heads is not given; it must be, as {source!r} has {depth} blocks of width {width}, which is none of DiT's "
+        f"sizes, and shapes do not determine the number of attention heads",
     )
     return dataclasses.replace(
         DIT,
         depth=depth,
         width=width,
-        heads=heads or known,
+        heads=heads or known or 0,
         mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
         patch=(1, patch, patch),
         latent_channels=channels,
@@ -177,6 +180,7 @@ def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> Tr
 
 
 def _from_record(record: Record) -> TransformerConfig:
+    """Read the config from config.json of diffusers."""
     record.known("_class_name", CLASSES, CLASSES[0])
     for name, value in FIXED.items():
         record.known(name, (value,), value)
@@ -202,37 +206,37 @@ def _check_fits(config: TransformerConfig, kind: str) -> None:
         found, wanted = (getattr(c, field.name) for c in (config, DIT))
         check(
             field.name in OPEN or found == wanted,
-            f"config.model.{field.name} is {found!r}; the format {kind!r} holds only models with {wanted!r}",
+            f"config.model.{field.name} is {found!r}; for the format {kind!r} it must be {wanted!r}",
         )
     time, rows, columns = config.patch
     check(
         time == 1 and rows == columns and config.classes > 0,
-        f"config.model.patch is {config.patch} and classes {config.classes}; the format {kind!r} holds only models of "
-        f"images with square patches and with classes",
+        f"config.model.patch is {config.patch} and classes {config.classes}; for the format {kind!r} patches must be "
+        f"square, of one frame, and there must be classes",
     )
 
 
 def _copies(depth: int, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    """The names of the later blocks' embeddings, and of what of the first block each of them is a copy."""
+    """Map the names of the later blocks' embeddings to those of the first block that they copy."""
     first = "transformer_blocks.0.norm1.emb."
     shared = [name for name in tensors if name.startswith(first)]
     return {name.replace(".0.", f".{block}.", 1): name for name in shared for block in range(1, depth)}
 
 
 def _without_copies(tensors: dict[str, np.ndarray], depth: int, source: str) -> dict[str, np.ndarray]:
-    """The tensors with the embeddings once; UserError with the names of copies that are missing or differ."""
+    """Return the tensors with the embeddings once; UserError names copies that are missing or differ."""
     copies = _copies(depth, tensors)
     differ = [
         name
         for name, first in copies.items()
         if name not in tensors or not np.array_equal(tensors[name], tensors[first])
     ]
-    check(not differ, f"all blocks of {source!r} must hold equal embeddings; missing, or others: {', '.join(differ)}")
+    check(not differ, f"all blocks of {source!r} must hold equal embeddings; missing or different: {', '.join(differ)}")
     return {name: x for name, x in tensors.items() if name not in copies}
 
 
 def official_links(config: TransformerConfig) -> list[Link]:
-    """Every tensor of the official checkpoint but the table of positions."""
+    """Link every tensor of the official checkpoint except the position table."""
     found = _patch("x_embedder.proj", config)
     found += layer_links(("time_in",), "t_embedder.mlp.0", MATRIX)
     found += layer_links(("time_out",), "t_embedder.mlp.2", MATRIX)
@@ -250,7 +254,7 @@ def official_links(config: TransformerConfig) -> list[Link]:
 
 
 def diffusers_links(config: TransformerConfig) -> list[Link]:
-    """Every tensor of diffusers' folder, the embeddings once, under the first block."""
+    """Link every tensor of a diffusers folder, with the embeddings once, under the first block."""
     first = "transformer_blocks.0.norm1.emb"
     found = _patch("pos_embed.proj", config)
     found += layer_links(("time_in",), f"{first}.timestep_embedder.linear_1", MATRIX)
@@ -268,20 +272,20 @@ def diffusers_links(config: TransformerConfig) -> list[Link]:
     return found
 
 
-def _block_links(i: int, config: TransformerConfig, modulation: str, merge: str, mlp: str) -> list[Link]:
+def _block_links(i: int, config: TransformerConfig, modulation: str, out_proj: str, mlp: str) -> list[Link]:
     heads, head_width, width = config.heads, config.head_width, config.width
     to_width = form(lambda w: w.transpose(1, 0).reshape(heads, head_width, width), lambda w: w.reshape(-1, width).T)
     up, down = (f"{mlp}1", f"{mlp}2") if mlp.endswith("fc") else (f"{mlp}.0.proj", f"{mlp}.2")
     return [
         *layer_links(("blocks", "modulation"), modulation, MATRIX, i),
-        *layer_links(("blocks", "merge"), merge, to_width, i),
+        *layer_links(("blocks", "merge"), out_proj, to_width, i),
         *layer_links(("blocks", "mlp", "up"), up, MATRIX, i),
         *layer_links(("blocks", "mlp", "down"), down, MATRIX, i),
     ]
 
 
 def _patch(name: str, config: TransformerConfig) -> list[Link]:
-    """A convolution of (width, channels, rows, columns); a token runs row, column, channel."""
+    """Link the patch embedding, a convolution (width, channels, rows, columns); a token runs row, column, channel."""
     _, rows, columns = config.patch
     shape = (rows, columns, config.latent_channels, config.width)
     kernel = form(
@@ -291,7 +295,7 @@ def _patch(name: str, config: TransformerConfig) -> list[Link]:
 
 
 def _head(name: str, config: TransformerConfig) -> list[Link]:
-    """Outputs run row, column, (prediction or variance), channel; ours has all predictions first."""
+    """Link the last layer: outputs run row, column, (prediction or variance), channel; ours has predictions first."""
     halves, channels = (2 if config.learned_variance else 1), config.latent_channels
     theirs, ours = (-1, halves, channels), (halves, -1, channels)
     weight = form(
@@ -306,23 +310,24 @@ def _head(name: str, config: TransformerConfig) -> list[Link]:
 
 
 def _joint(config: TransformerConfig) -> Form:
-    """Queries, keys and values of all heads in one tensor: weight (3 D, D) or bias (3 D)."""
+    """Return the layout of queries, keys and values of all heads in one tensor: weight (3 D, D) or bias (3 D)."""
     parts = (3, config.heads, config.head_width)
 
-    def write(x):
+    def write(x: np.ndarray) -> np.ndarray:
         return x.reshape(-1) if x.ndim == 3 else x.transpose(1, 2, 3, 0).reshape(-1, config.width)
 
-    def read(w):
+    def read(w: np.ndarray) -> np.ndarray:
         return w.reshape(parts) if w.ndim == 1 else w.reshape(*parts, -1).transpose(3, 0, 1, 2)
 
     return form(read, write)
 
 
 def _separate(config: TransformerConfig) -> Form:
-    """The same as a tensor each."""
-    joint, width = _joint(config), config.width
+    """Return the layout of queries, keys and values in a tensor each."""
+    joint = _joint(config)
+    width = config.width
 
-    def write(x):
+    def write(x: np.ndarray) -> list[np.ndarray]:
         (whole,) = joint.write(x)
         return [whole[i * width : (i + 1) * width] for i in range(3)]
 

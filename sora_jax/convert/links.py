@@ -1,4 +1,4 @@
-"""Which tensors of a file are which of our parameters, said once and used in both directions."""
+"""Link the tensors of a file to parameters, once for both directions."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -9,18 +9,19 @@ import numpy as np
 
 from sora_jax.errors import UserError
 from sora_jax.nn.params import ParamSpec, abstract
+from sora_jax.shapes import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How tensors are laid out: `read` makes our parameter of the file's tensors, `write` is its inverse."""
+    """Convert between a parameter and the layout of a file's tensors."""
 
-    read: Callable[..., np.ndarray]
-    write: Callable[[np.ndarray], Sequence[np.ndarray]]
+    read: Callable[..., np.ndarray]  # tensors of the file -> parameter
+    write: Callable[[np.ndarray], Sequence[np.ndarray]]  # the inverse
 
 
 def form(read: Callable, write: Callable) -> Form:
-    """Of one tensor."""
+    """Return the form of a parameter that a single tensor holds."""
     return Form(read, lambda x: (write(x),))
 
 
@@ -32,33 +33,34 @@ KERNEL = form(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """One of our parameters, or one layer of a stacked one, and the names of the tensors that hold it."""
+    """Link a parameter, or one layer of a stacked one, to the tensors that hold it."""
 
-    path: tuple
-    names: tuple[str, ...]
+    path: tuple  # keys from the root of the tree to the parameter
+    names: tuple[str, ...]  # of the tensors
     form: Form = SAME
-    layer: int | None = None
+    layer: int | None = None  # index along the first axis of a stacked parameter; None: not stacked
 
 
 def layer_links(path: tuple, name: str, weight: Form, layer: int | None = None) -> list[Link]:
-    """Weight and bias of one module."""
+    """Link weight and bias of one module."""
     return [
         Link((*path, "weight"), (f"{name}.weight",), weight, layer),
         Link((*path, "bias"), (f"{name}.bias",), SAME, layer),
     ]
 
 
-def read_tree(links: Iterable[Link], specs, tensors: dict[str, np.ndarray], source: str):
-    """The tree of parameters that the tensors hold.
+def read_tree(links: Iterable[Link], specs: PyTree, tensors: dict[str, np.ndarray], source: str) -> PyTree:
+    """Return the tree of parameters that the tensors hold.
 
-    UserError that lists by name every tensor which is missing, is not known, or is of another shape.
+    Raises:
+        UserError: tensors are missing, unknown or of another shape; the sentence lists all of them.
     """
     grouped: dict[tuple, list[Link]] = {}
     for link in links:
         grouped.setdefault(link.path, []).append(link)
     _check_names(_shapes(grouped, specs), {name: x.shape for name, x in tensors.items()}, source)
 
-    def value(path, _):
+    def value(path: tuple, _: jax.ShapeDtypeStruct) -> jax.Array:
         members = grouped[_keys(path)]
         layers = [link.form.read(*(tensors[name] for name in link.names)) for link in members]
         return jnp.asarray(layers[0] if members[0].layer is None else np.stack(layers))
@@ -66,10 +68,10 @@ def read_tree(links: Iterable[Link], specs, tensors: dict[str, np.ndarray], sour
     return jax.tree_util.tree_map_with_path(value, abstract(specs))
 
 
-def write_tree(links: Iterable[Link], params) -> dict[str, np.ndarray]:
-    """The tensors that hold a tree of parameters; the inverse of `read_tree`."""
+def write_tree(links: Iterable[Link], params: PyTree) -> dict[str, np.ndarray]:
+    """Return the tensors that hold a tree of parameters: the inverse of `read_tree`."""
     values = {_keys(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for link in links:
         x = values[link.path]
         parts = link.form.write(x if link.layer is None else x[link.layer])
@@ -77,16 +79,16 @@ def write_tree(links: Iterable[Link], params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _shapes(grouped: dict[tuple, list[Link]], specs) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a file must hold, by its name."""
+def _shapes(grouped: dict[tuple, list[Link]], specs: PyTree) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a file must hold, by its name."""
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    specs = {_keys(path): spec for path, spec in leaves}
-    if set(specs) != set(grouped):
-        raise ValueError(f"parameters without a tensor, or the other way: {set(specs) ^ set(grouped)}")
-    shapes = {}
+    by_path = {_keys(path): spec for path, spec in leaves}
+    if set(by_path) != set(grouped):
+        raise ValueError(f"parameters without links, or links without a parameter: {set(by_path) ^ set(grouped)}")
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, members in grouped.items():
         for link in members:
-            own = specs[path].shape[0 if link.layer is None else 1 :]
+            own = by_path[path].shape[0 if link.layer is None else 1 :]
             parts = jax.eval_shape(link.form.write, jax.ShapeDtypeStruct(own, np.float32))
             shapes |= {name: part.shape for name, part in zip(link.names, parts, strict=True)}
     return shapes
@@ -96,15 +98,16 @@ def _check_names(wanted: dict, found: dict, source: str) -> None:
     shared = [name for name in wanted if name in found]
     faults = {
         "missing": [name for name in wanted if name not in found],
-        "not known": [name for name in found if name not in wanted],
+        "unknown": [name for name in found if name not in wanted],
         "of another shape": [
             f"{name} {found[name]} instead of {wanted[name]}" for name in shared if found[name] != wanted[name]
         ],
     }
-    said = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-    if said:
-        raise UserError(f"the tensors of {source!r} are not those of this model: {said}")
+    listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+    if listed:
+        raise UserError(f"the tensors of {source!r} are not those of this model: {listed}")
 
 
-def _keys(path) -> tuple:
+def _keys(path: tuple) -> tuple:
+    """Return the dict keys and list indices of a JAX key path."""
     return tuple(getattr(entry, "key", getattr(entry, "idx", None)) for entry in path)

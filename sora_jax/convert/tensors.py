@@ -1,6 +1,7 @@
-"""Files of named tensors: safetensors, and PyTorch's own where torch is installed."""
+"""Read and write files of named tensors: safetensors, and PyTorch's own if torch is installed."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,12 +16,13 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file, or of the weight files of a folder, widened to float32.
+    """Read all tensors of a file, or of the weight files of a folder, as float32.
 
-    UserError where there is none, where one is damaged, and where torch is needed and missing.
+    Raises:
+        UserError: there is no file, one is damaged, or torch is needed and missing.
     """
     path = as_path(path)
-    check(path.exists(), f"--weights is {str(path)!r}; there is no such file or folder")
+    check(path.exists(), f"--weights is {str(path)!r}; it must be a file or folder that exists")
     files = _weight_files(path) if path.is_dir() else [path]
     tensors: dict[str, np.ndarray] = {}
     for file in files:
@@ -28,24 +30,26 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             file.suffix in (".safetensors", *PICKLED),
             f"--weights is {str(file)!r}; it must end in .safetensors, or in one of {', '.join(PICKLED)}",
         )
-        check(file.exists(), f"--weights is {str(path)!r}; {file.name}, which its index names, is not there")
+        check(file.exists(), f"--weights is {str(path)!r}; it must hold {file.name}, which its index names")
         tensors |= _read_pickled(file) if file.suffix in PICKLED else _read_safetensors(file)
     return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of a folder of diffusers: one, or those that an index names; safetensors first."""
+    """List the weight files of a diffusers folder: one, or those that an index names; safetensors are preferred."""
     for ending in ("safetensors", "bin"):
-        index, whole = folder / f"{WEIGHTS}.{ending}.index.json", folder / f"{WEIGHTS}.{ending}"
+        index = folder / f"{WEIGHTS}.{ending}.index.json"
+        whole = folder / f"{WEIGHTS}.{ending}"
         if index.exists():
             return [folder / name for name in _named_files(read_record(index))]
         if whole.exists():
             return [whole]
-    raise UserError(f"--weights is {str(folder)!r}; there is no {WEIGHTS}.safetensors in that folder")
+    raise UserError(f"--weights is {str(folder)!r}; it must hold {WEIGHTS}.safetensors")
 
 
 def _named_files(index: Record) -> list[str]:
-    files = index.values.get("weight_map")
+    """List the files that an index names."""
+    files: Any = index.values.get("weight_map")
     fits = isinstance(files, dict) and bool(files) and all(isinstance(name, str) for name in files.values())
     index.require(fits, "weight_map", "an object that names the file of each tensor")
     return sorted(set(files.values()))
@@ -55,7 +59,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # As JAX's arrays: NumPy alone has no bfloat16.
+        # Read as JAX arrays, not by safetensors.numpy, which cannot read bfloat16.
         with jax.default_device(jax.devices("cpu")[0]), safe_open(local_copy(path), framework="flax") as file:
             return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}
     except (SafetensorError, OSError) as error:
@@ -70,10 +74,10 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"--weights is {str(path)!r}; {reason}") from error
     try:
         found = torch.load(local_copy(path), map_location="cpu", weights_only=True)
-    except Exception as error:  # of the library, of many types
-        reason = "it holds more than tensors, or is damaged: save its tensors (the average, 'ema') as .safetensors"
+    except Exception as error:  # torch raises many types for damaged files
+        reason = "it holds more than tensors, or is damaged: save its tensors (those of the EMA) as .safetensors"
         raise UserError(f"--weights is {str(path)!r}; {reason}") from error
-    # A training checkpoint of the official code holds the average beside the weights; its samples use the average.
+    # A training checkpoint of the official code holds the EMA beside the weights, and samples with the EMA.
     found = found.get("ema", found) if isinstance(found, dict) else found
     whole = isinstance(found, dict) and all(isinstance(x, torch.Tensor) for x in found.values())
     check(whole, f"--weights is {str(path)!r}; it must hold named tensors, alone or under 'ema'")
@@ -81,7 +85,7 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     from safetensors.numpy import save_file
 
     with replacing(as_path(path)) as temporary:

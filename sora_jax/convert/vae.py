@@ -1,29 +1,32 @@
-"""Folders of diffusers' AutoencoderKL (config.json and weights) to frozen autoencoders and back."""
+"""Convert folders of diffusers' AutoencoderKL (config.json and weights) to frozen autoencoders and back."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from sora_jax.config import check
 from sora_jax.convert.links import KERNEL, MATRIX, SAME, Link, layer_links, read_tree, write_tree
 from sora_jax.convert.record import Record, read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
+from sora_jax.errors import UserError
 from sora_jax.files import as_path, write_json
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.train.frozen import FrozenAutoencoder
 
 CLASS = "AutoencoderKL"
-# What the format leaves open and ours does not.
+# Fields of config.json that have one value in `KLConfig`'s network.
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True}
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+# Names of attention layers before 2023, which published folders still have.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def read_vae(folder: Path) -> FrozenAutoencoder:
-    """The autoencoder of a folder; latents are normalised by what its config.json says of them.
+    """Read a folder; latents are normalised by the statistics in its config.json.
 
-    UserError for an architecture that is not ours, and with the names of all tensors that do not fit.
+    Raises:
+        UserError: the architecture is not that of `KLConfig`, or tensors do not fit.
     """
     record = read_record(as_path(folder) / "config.json")
     config = _config(record)
@@ -34,12 +37,11 @@ def read_vae(folder: Path) -> FrozenAutoencoder:
 
 
 def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
-    """Writes config.json and weights as diffusers reads them; UserError if it is no image autoencoder of this kind."""
+    """Write config.json and weights as diffusers reads them; UserError unless the autoencoder has a `KLConfig`."""
     config = autoencoder.config
-    check(
-        isinstance(config, KLConfig),
-        f"--to is 'diffusers-vae'; it holds only an autoencoder of KLConfig, and this one has {type(config).__name__}",
-    )
+    if not isinstance(config, KLConfig):
+        reason = f"the autoencoder must have a KLConfig for that format, and has {type(config).__name__}"
+        raise UserError(f"--to is 'diffusers-vae'; {reason}")
     levels = len(config.widths)
     record = {
         "_class_name": CLASS,
@@ -80,7 +82,7 @@ def _config(record: Record) -> KLConfig:
 
 
 def _latents(record: Record, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each channel."""
+    """Read mean and standard deviation of each latent channel."""
     scale = np.float32(record.number("scaling_factor", 0.18215, positive=True))
     shift = record.number("shift_factor", 0.0) if record.has("shift_factor") else 0.0
     mean = record.numbers("latents_mean", channels) if record.has("latents_mean") else [shift] * channels
@@ -89,29 +91,29 @@ def _latents(record: Record, channels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _statistics(mean_C: np.ndarray, std_C: np.ndarray) -> dict:
-    """Shift and scale as the format says them: one for all channels, or one for each."""
+    """Return the fields of config.json for these statistics: one for all channels, or one for each."""
     if len(set(mean_C.tolist())) == len(set(std_C.tolist())) == 1:
         shift = _shortest(lambda x: np.float32(x), mean_C[0])
         return {"scaling_factor": _shortest(lambda x: 1 / np.float32(x), std_C[0]), "shift_factor": shift or None}
     return {"scaling_factor": 1.0, "latents_mean": mean_C.tolist(), "latents_std": std_C.tolist()}
 
 
-def _shortest(function, wanted: np.float32) -> float:
-    """The number with fewest digits for which `function` gives the wanted float32: 0.18215, not 0.18215000629425049."""
+def _shortest(function: Callable, wanted: np.float32) -> float:
+    """Return the shortest number that `function` maps to a float32: 0.18215, not 0.18215000629425049."""
     near = float(function(wanted))
     candidates = (float(f"{near:.{digits}g}") for digits in range(1, 18))
     return next(x for x in candidates if x == near or np.float32(function(x)) == wanted)
 
 
 def _new_name(name: str) -> str:
-    """The names that attention has had since 2023, for those it had before."""
+    """Return the current name of a tensor of attention that has an old one."""
     head, _, rest = name.partition(".attentions.0.")
     module, _, kind = rest.rpartition(".")
     return f"{head}.attentions.0.{OLD_NAMES.get(module, module)}.{kind}" if rest else name
 
 
 def links(config: KLConfig) -> list[Link]:
-    """Every tensor of the folder."""
+    """Link every tensor of the folder."""
     count = len(config.widths)
     widths = config.widths
     found = _middle("encoder") + _middle("decoder")

@@ -1,1 +1,1 @@
-"""How good the generated clips are."""
+"""Measure generated clips and training runs."""

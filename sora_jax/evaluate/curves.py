@@ -1,13 +1,14 @@
-"""Loss curves of runs, as a picture."""
+"""Plot the loss curves of runs."""
 
 from pathlib import Path
+from typing import Any
 
 from sora_jax.files import as_path, replacing
 from sora_jax.train.metrics import read_metrics
 
 
 def draw_losses(runs: dict[str, Path], out: Path) -> None:
-    """One panel per run: its loss against steps; the transformer's also by noise level."""
+    """Plot the loss of each run by name against steps, also by noise level if it is reported, and save it to `out`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,12 +23,14 @@ def draw_losses(runs: dict[str, Path], out: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw(panel, name: str, rows: list[dict]) -> None:
+def _draw(panel: Any, name: str, rows: list[dict]) -> None:
+    """Plot the rows of one run on the axes `panel`."""
     steps = [row["step"] for row in rows]
     levels = sorted({key for row in rows for key in row if key.startswith("loss_by_noise/")}, key=lambda k: int(k[14:]))
     for i, level in enumerate(levels):
         shade = str(0.85 - 0.5 * i / max(len(levels) - 1, 1))
-        drawn = [(row["step"], row[level]) for row in rows if row.get(level)]  # 0 or None: no token of that level
+        # A level without tokens in a batch is reported as 0 or None, which a logarithmic axis cannot show.
+        drawn = [(row["step"], row[level]) for row in rows if row.get(level)]
         panel.plot(*zip(*drawn), color=shade, linewidth=0.8)
     panel.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="all" if levels else "loss")
     if levels:

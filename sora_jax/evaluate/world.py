@@ -1,4 +1,4 @@
-"""The world's oracle as a metric: does a generated clip show what its prompt says?"""
+"""Measure by the world's oracle if generated clips show what their prompts say."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,27 +8,26 @@ import numpy as np
 from sora_jax.data.manifest import Dataset, caption_of
 from sora_jax.data.oracle import Agreement, agreement, read
 
-MOST_SHAPES = 3  # named in words
+MOST_SHAPES = 3  # that `in_words` names
 FACTS = ("colour", "kind", "motion", "count")
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Rates in [0, 1] over clips; a fact counts where the prompt states it. `triple` is colour, kind and motion
-    together; physics_error is in short sides of the frame."""
+    """Report how well clips agree with their prompts. Rates are in [0, 1], over the prompts that state the fact."""
 
-    clips: int
-    triple: float
+    clips: int  # number of clips
+    triple: float  # rate of clips in which colour, kind and motion are all right
     colour: float
     kind: float
-    motion: float
-    count: float
-    constancy: float
-    physics_error: float
+    motion: float  # with its direction
+    count: float  # of shapes
+    constancy: float  # share of shapes that stay the same from frame to frame, a mean over clips of several frames
+    physics_error: float  # in short sides of the frame, a mean over clips of several frames
 
 
 def score(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> Score:
-    """Agreement of generated clips, uint8 (T, H, W, 3), with their prompts, by the oracle."""
+    """Score generated clips, uint8 (T, H, W, 3), against their prompts by the oracle."""
     found = [agreement(prompt, clip) for prompt, clip in zip(prompts, clips, strict=True)]
     rates = {name: _rate([getattr(a, name) for a in found]) for name in FACTS}
     moving = [a for a, clip in zip(found, clips, strict=True) if len(clip) > 1]
@@ -42,7 +41,7 @@ def score(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> Score:
 
 
 def triple(found: Agreement) -> bool:
-    """Whether colour, kind and motion with its direction are all right, as far as the prompt states them."""
+    """Return True if colour, kind, and motion with its direction are right, as far as the prompt states them."""
     return all(getattr(found, name) is not False for name in ("colour", "kind", "motion"))
 
 
@@ -55,7 +54,7 @@ def _mean(values: list) -> float:
 
 
 def in_words(clip: np.ndarray) -> str:
-    """What the oracle reads in a clip, shape by shape."""
+    """Describe in words the shapes that the oracle reads in a clip."""
     reading = read(clip)
     words = []
     for shape in reading.shapes:
@@ -66,11 +65,11 @@ def in_words(clip: np.ndarray) -> str:
 
 
 def held_out_prompts(dataset: Dataset, count: int) -> list[tuple[str, tuple[int, int, int]]]:
-    """Captions and sizes of held-out moving clips whose caption no training clip has; the first `count` of them."""
-    seen = {caption_of(row) for row in dataset.rows("train")}
+    """Return captions and sizes (T, H, W) of the first held-out moving clips whose caption no training clip has."""
+    known = {caption_of(row) for row in dataset.rows("train")}
     found = [
         (caption_of(row), (row["frames"], row["height"], row["width"]))
         for row in dataset.held_out()
-        if row["frames"] > 1 and caption_of(row) not in seen and "moves" in caption_of(row)
+        if row["frames"] > 1 and caption_of(row) not in known and "moves" in caption_of(row)
     ]
     return found[:count]
