@@ -1,4 +1,4 @@
-"""How long collectives take on the interconnect of a slice and between slices: bandwidths alone, no latencies.
+"""Estimate the time of collectives inside a slice and between slices from bandwidths, without latencies.
 
 A group of n chips along rings moves, of the b bytes that a chip holds after a gather or before a scatter,
 
@@ -6,10 +6,10 @@ A group of n chips along rings moves, of the b bytes that a chip holds after a g
     all-reduce                  2 b (n - 1) / n        (2)
     all-to-all                    b n / 4, at most     (3)
 
-through a chip's links of the physical axes that the group spans, both directions where an axis closes to a ring, one
-where it is a line; a collective-permute moves b through one link. (Chan et al. 2007, Collective communication; for
-(3) a ring's links carry b n / 8 in each direction.) A group over several slices does its part inside each slice first,
-so that between slices a chip moves its share alone.
+through a chip's links along the physical axes that the group spans: in both directions if an axis closes to a ring, in
+one if it is a line. A collective-permute moves b through one link. (Chan et al. 2007, Collective communication; for
+(3) a ring's links carry b n / 8 in each direction.) A group over several slices communicates inside each slice first,
+so that between slices a chip moves only its share.
 """
 
 import dataclasses
@@ -26,28 +26,25 @@ from sora_jax.plan.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind over the same mesh axes: how many run, bytes they hold on a chip, seconds they take.
-
-    seconds: on the interconnect; between: in the data-centre network.
-    """
+    """Sum all collectives of one kind over the same mesh axes."""
 
     kind: str
     axes: tuple[str, ...]
-    runs: int
-    bytes: float
-    seconds: float
-    between: float
+    runs: int  # executions
+    bytes: float  # that they hold on a chip: b of the equations
+    seconds: float  # on the interconnect
+    between: float  # seconds in the data-centre network, between slices
 
 
 def axes_of(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ."""
-    places = np.stack(np.unravel_index(groups, tuple(mesh.shape[axis] for axis in MESH_AXES)), -1)
-    differ = (places != places[:, :1]).any((0, 1))
+    """Return the mesh axes along which the members of a group differ."""
+    coords = np.stack(np.unravel_index(groups, tuple(mesh.shape[axis] for axis in MESH_AXES)), -1)
+    differ = (coords != coords[:, :1]).any((0, 1))
     return tuple(axis for axis, moves in zip(MESH_AXES, differ, strict=True) if moves)
 
 
 def links(axes: Iterable[str], mesh: Mesh, chip: Chip) -> int:
-    """Links of a chip, each one direction of a port, that a group over these mesh axes can use inside its slice."""
+    """Count the links of a chip (one direction of a port each) that a group over these mesh axes uses in its slice."""
     if chip.switched:
         return 1
     index = tuple(slice(None) if axis in axes and axis != SLICE else 0 for axis in MESH_AXES)
@@ -57,12 +54,12 @@ def links(axes: Iterable[str], mesh: Mesh, chip: Chip) -> int:
 
 
 def held(collective: Collective, members: int) -> float:
-    """b of the equations: the whole buffer of a chip; what an all-gather is given is a share of it."""
+    """Return b of the equations, the largest buffer of a chip: the operand of an all-gather is only a share of it."""
     return collective.bytes * (members if collective.kind == "all-gather" else 1)
 
 
 def seconds(collective: Collective, axes: tuple[str, ...], mesh: Mesh, chip: Chip) -> tuple[float, float]:
-    """Seconds of one run on the interconnect, and between slices."""
+    """Return the seconds of one execution on the interconnect, and between slices."""
     members = collective.groups.shape[1]
     slices = mesh.shape[SLICE] if SLICE in axes else 1
     inside = members // slices
@@ -78,7 +75,7 @@ def seconds(collective: Collective, axes: tuple[str, ...], mesh: Mesh, chip: Chi
 
 
 def _moved(kind: str, size: float, members: int, switched: bool) -> float:
-    """Bytes through a chip's links: equations (1) to (3); through a network that joins all with all, (3) is (1)."""
+    """Return the bytes through a chip's links by equations (1) to (3); if a switch joins all chips, (3) equals (1)."""
     if members < 2:
         return 0.0
     share = size * (members - 1) / members
@@ -88,8 +85,8 @@ def _moved(kind: str, size: float, members: int, switched: bool) -> float:
 
 
 def summed(collectives: Iterable[Collective], mesh: Mesh, chip: Chip) -> list[Traffic]:
-    """Collectives by kind and mesh axes, those that take longest first."""
-    sums: dict[tuple, Counter] = {}
+    """Sum collectives by kind and mesh axes; those that take longest come first."""
+    sums: dict[tuple, Counter[str]] = {}
     for collective in collectives:
         axes = axes_of(collective.groups, mesh)
         if not axes:
