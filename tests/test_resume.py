@@ -17,7 +17,7 @@ from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.state import init_state, make_optimizers
 
-STEPS = 240
+STEPS = 150
 REPORT = 3  # a report is a mean over steps: one that spans a stop must not show it
 PATIENCE = 300  # seconds, for busy machines
 
