@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
+from mixture import Mixture, denoiser
 
-from sora_jax.diffusion.mixture import Mixture, denoiser
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.solvers import Problem
 
@@ -24,10 +24,10 @@ def one_row(length, packs=1):
     return jnp.zeros((packs, length), jnp.int32)
 
 
-def perfect(process, kind, rows_BL, mixture=PLANE, **fields) -> Problem:
+def perfect(process, prediction_type, rows_BL, mixture=PLANE, **fields) -> Problem:
     """The perfect model of the mixture as a problem."""
     process = process_named(process) if isinstance(process, str) else process
-    return Problem(denoiser(mixture, process, kind, rows_BL), kind, process, rows_BL, **fields)
+    return Problem(denoiser(mixture, process, prediction_type, rows_BL), prediction_type, process, rows_BL, **fields)
 
 
 def grid(*columns):

@@ -205,7 +205,7 @@ def test_a_dry_run_refuses_sizes_that_no_model_has(tmp_path, capsys, change):
 def test_a_dry_run_refuses_numbers_of_diffusion_that_are_not_finite(tmp_path, capsys, change):
     name, value = change.split("=")
     options = train_options("transformer", tmp_path / "run", f"diffusion.{change}")
-    assert f"{name} must be finite, not {value}" in refused(capsys, *options, "--dry-run")
+    assert f"{name} is {value}; it must be finite" in refused(capsys, *options, "--dry-run")
 
 
 @pytest.mark.parametrize(

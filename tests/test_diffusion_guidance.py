@@ -1,13 +1,15 @@
 """Guidance: every rule token by token in plain NumPy, exactness at scale 1, clips that do not see each other."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 
-from sora_jax.diffusion.guidance import GuidanceConfig, guided, guided_by_two
+from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, TwoConditions, TwoScales, guided, guided_by_two
 from sora_jax.errors import UserError
 
 P, C = 8, 4
@@ -29,20 +31,21 @@ def strict():
         yield
 
 
-def models(width):
-    values = jnp.asarray(MODELS[..., :width], jnp.float32)
-    return [lambda x, t, value=value: value for value in values]
+@functools.partial(quick_jit, static_argnums=0)
+def compiled(config, outputs, scales, second):
+    """Guided outputs of three models that say `outputs`, by one condition or, with scales for a second, by two."""
+    models = [lambda x, t, output=output: output for output in outputs]
+    layout = TokenLayout(jnp.asarray(SEGMENTS), jnp.asarray(ROWS), C)
+    if second is None:
+        model = guided(config, *models[:2], scales, layout)
+    else:
+        model = guided_by_two(config, TwoConditions(*models), TwoScales(scales, second), layout)
+    return model(jnp.zeros((*SEGMENTS.shape, P)), jnp.asarray(TIMES))
 
 
 def run(config, width=P, scales=SCALES, second=None, dtype=jnp.float32):
-    x_BLP = jnp.zeros((*SEGMENTS.shape, P))
-    functions = [lambda x, t, f=f: f(x, t).astype(dtype) for f in models(width)]
-    layout = jnp.asarray(SEGMENTS), jnp.asarray(ROWS), C
-    if second is None:
-        model = guided(config, *functions[:2], jnp.asarray(scales), *layout)
-    else:
-        model = guided_by_two(config, *functions, jnp.asarray(scales), jnp.asarray(second), *layout)
-    return np.asarray(jax.jit(model)(x_BLP, jnp.asarray(TIMES)))
+    outputs = jnp.asarray(MODELS[..., :width], jnp.float32).astype(dtype)
+    return np.asarray(compiled(config, outputs, jnp.asarray(scales), None if second is None else jnp.asarray(second)))
 
 
 def scale_of(b, token, scales=SCALES):
@@ -165,11 +168,12 @@ def test_float32_whatever_the_model_computes_in():
 
 def test_bad_options_are_user_errors():
     for options, said in (
-        ({"scale": float("nan")}, "guidance.scale must be a finite number, not nan"),
-        ({"channels": -1}, "guidance.channels must be 0 .all. or more, not -1"),
-        ({"rescale": 1.5}, "guidance.rescale must be from 0 to 1, not 1.5"),
-        ({"start": 0.8, "end": 0.2}, "not 0.8, 0.2"),
-        ({"power": -1.0}, "guidance.power must be 0 .off. or more, not -1.0"),
+        ({"scale": float("nan")}, "guidance.scale is nan; it must be a finite number"),
+        ({"channels": -1}, "guidance.channels is -1; it must be 0 .all. or more"),
+        ({"rescale": 1.5}, "guidance.rescale is 1.5; it must be from 0 to 1"),
+        ({"start": 0.8, "end": 0.2}, "guidance.start is 0.8; it must be from 0 to guidance.end = 0.2"),
+        ({"end": 1.2}, "guidance.end is 1.2; it must be from 0 to 1"),
+        ({"power": -1.0}, "guidance.power is -1.0; it must be 0 .off. or more"),
     ):
         with pytest.raises(UserError, match=said):
             dataclasses.replace(GuidanceConfig(), **options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.diffusion.prediction import FORMS, check_pair, convert, express, solve
+from sora_jax.diffusion.prediction import FORMS, check_pair, convert, from_x0_and_eps, to_x0_and_eps
 from sora_jax.diffusion.process import (
     PROCESSES,
     corrupt,
@@ -58,9 +58,11 @@ def test_every_prediction_converts_to_every_other_and_back(process):
     x0, eps = clean_and_noise()
     t = inside(process)[:, None]
     x_t = corrupt(process, x0, eps, t)
-    given = {kind: express(process, kind, x0, eps, t) for kind in FORMS}
+    given = {prediction_type: from_x0_and_eps(process, prediction_type, x0, eps, t) for prediction_type in FORMS}
 
-    scale = {kind: 1.0 + np.abs(given[kind]).max(axis=1, keepdims=True) for kind in FORMS}
+    scale = {
+        prediction_type: 1.0 + np.abs(given[prediction_type]).max(axis=1, keepdims=True) for prediction_type in FORMS
+    }
     for source, target in itertools.product(FORMS, FORMS):
         there = convert(process, source, target, given[source], x_t, t)
         wrong = np.abs(there - given[target]) / scale[target]
@@ -75,16 +77,16 @@ def test_conversions_match_the_formula_card():
     t = jnp.full((COUNT, 1), 0.3)
     a, b = np.cos(0.15 * np.pi), np.sin(0.15 * np.pi)
     x_t, v = a * x0 + b * eps, a * eps - b * x0
-    solved = solve(trigonometric, "v", v, x_t, t)
+    solved = to_x0_and_eps(trigonometric, "v", v, x_t, t)
     np.testing.assert_allclose(solved[0], a * x_t - b * v, atol=1e-5)
     np.testing.assert_allclose(solved[1], b * x_t + a * v, atol=1e-5)
-    solved = solve(trigonometric, "score", -eps / b, x_t, t)
+    solved = to_x0_and_eps(trigonometric, "score", -eps / b, x_t, t)
     np.testing.assert_allclose(solved[0], x0, atol=1e-5)
     np.testing.assert_allclose(solved[1], eps, atol=1e-5)
     x_t, u = 0.7 * x0 + 0.3 * eps, eps - x0
-    np.testing.assert_allclose(express(linear_flow, "velocity", x0, eps, t), u, atol=1e-6)
+    np.testing.assert_allclose(from_x0_and_eps(linear_flow, "velocity", x0, eps, t), u, atol=1e-6)
     np.testing.assert_allclose(convert(linear_flow, "velocity", "score", u, x_t, t), -(x_t + 0.7 * u) / 0.3, atol=1e-4)
-    np.testing.assert_allclose(solve(linear_flow, "velocity", u, x_t, t)[0], x_t - 0.3 * u, atol=1e-5)
+    np.testing.assert_allclose(to_x0_and_eps(linear_flow, "velocity", u, x_t, t)[0], x_t - 0.3 * u, atol=1e-5)
 
 
 def test_edm_is_the_network_of_the_paper():
@@ -92,10 +94,10 @@ def test_edm_is_the_network_of_the_paper():
     x0, eps = clean_and_noise()
     t = inside(edm)[:, None]
     sigma = np.asarray(edm.b(t), np.float64)
-    x, network = corrupt(edm, x0, eps, t), express(edm, "edm", x0, eps, t)
+    x, network = corrupt(edm, x0, eps, t), from_x0_and_eps(edm, "edm", x0, eps, t)
     denoised = x / (sigma**2 + 1) + sigma / np.sqrt(sigma**2 + 1) * network
     np.testing.assert_allclose(denoised, x0, atol=5e-5)
-    np.testing.assert_allclose(solve(edm, "edm", network, x, t)[0], x0, atol=5e-5)
+    np.testing.assert_allclose(to_x0_and_eps(edm, "edm", network, x, t)[0], x0, atol=5e-5)
 
 
 def test_score_is_the_gradient_of_the_log_density():
@@ -104,17 +106,19 @@ def test_score_is_the_gradient_of_the_log_density():
     t = jnp.linspace(0.1, 0.9, 7)[:, None]
     x_t = corrupt(linear_flow, x0, eps, t)
     gradient = jax.grad(lambda x: jnp.sum(jax.scipy.stats.norm.logpdf(x, (1 - t) * x0, t)))(x_t)
-    np.testing.assert_allclose(express(linear_flow, "score", x0, eps, t), gradient, rtol=1e-4)
+    np.testing.assert_allclose(from_x0_and_eps(linear_flow, "score", x0, eps, t), gradient, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "kind, end", [("v", 0), ("v", 1), ("edm", 0), ("edm", 1), ("velocity", 1), ("x0", 1), ("eps", 0)]
+    "prediction_type, end", [("v", 0), ("v", 1), ("edm", 0), ("edm", 1), ("velocity", 1), ("x0", 1), ("eps", 0)]
 )
 @pytest.mark.parametrize("process", ALL, ids=name_of)
-def test_ends_that_lose_nothing(process, kind, end):
+def test_ends_that_lose_nothing(process, prediction_type, end):
     x0, eps = clean_and_noise()
     t = jnp.full((COUNT, 1), float(end))
-    solved = solve(process, kind, express(process, kind, x0, eps, t), corrupt(process, x0, eps, t), t)
+    solved = to_x0_and_eps(
+        process, prediction_type, from_x0_and_eps(process, prediction_type, x0, eps, t), corrupt(process, x0, eps, t), t
+    )
     size = float(process.b(jnp.float32(1.0)))  # of edm: the digits of x_0 in x_t are those of 1 in 80
     np.testing.assert_allclose(solved[0], x0, atol=2e-6 * size)
     np.testing.assert_allclose(solved[1], eps, atol=2e-6)
@@ -131,9 +135,15 @@ def test_ends_that_lose_a_half_give_its_mean():
         (vp_linear, "velocity", 0.0, 1),
         (edm, "velocity", 0.0, 1),
     )
-    for process, kind, end, lost in cases:
+    for process, prediction_type, end, lost in cases:
         t = jnp.full((COUNT, 1), end)
-        solved = solve(process, kind, express(process, kind, x0, eps, t), corrupt(process, x0, eps, t), t)
+        solved = to_x0_and_eps(
+            process,
+            prediction_type,
+            from_x0_and_eps(process, prediction_type, x0, eps, t),
+            corrupt(process, x0, eps, t),
+            t,
+        )
         np.testing.assert_array_equal(solved[lost], 0.0)
         np.testing.assert_allclose(solved[1 - lost], (x0, eps)[1 - lost], rtol=2e-6)
 
@@ -143,39 +153,47 @@ def test_gradients_are_finite_on_the_whole_interval(process):
     x0, eps = clean_and_noise((5, 2))
     t = jnp.array([[0.0], [1e-5], [0.5], [0.9995], [1.0]])
 
-    def total(kind, y, x_t, t):
-        return sum(jnp.sum(half) for half in solve(process, kind, y, x_t, t))
+    def total(prediction_type, y, x_t, t):
+        return sum(jnp.sum(half) for half in to_x0_and_eps(process, prediction_type, y, x_t, t))
 
-    for kind in FORMS:
-        y, x_t = express(process, kind, x0, eps, t), corrupt(process, x0, eps, t)
-        assert all(bool(jnp.all(jnp.isfinite(half))) for half in solve(process, kind, y, x_t, t)), kind
-        gradients = jax.grad(total, (1, 2))(kind, y, x_t, t)
-        assert all(bool(jnp.all(jnp.isfinite(gradient))) for gradient in gradients), kind
+    for prediction_type in FORMS:
+        y, x_t = from_x0_and_eps(process, prediction_type, x0, eps, t), corrupt(process, x0, eps, t)
+        assert all(bool(jnp.all(jnp.isfinite(half))) for half in to_x0_and_eps(process, prediction_type, y, x_t, t)), (
+            prediction_type
+        )
+        gradients = jax.grad(total, (1, 2))(prediction_type, y, x_t, t)
+        assert all(bool(jnp.all(jnp.isfinite(gradient))) for gradient in gradients), prediction_type
 
 
 def test_unknown_names_are_user_errors():
-    with pytest.raises(UserError, match="x0, eps, v, velocity, score, edm, not 'mean'"):
-        express(trigonometric, "mean", *clean_and_noise(), jnp.ones((COUNT, 1)))
+    with pytest.raises(UserError, match="prediction is 'mean'; allowed: 'x0', 'eps', 'v', 'velocity', 'score', 'edm'"):
+        from_x0_and_eps(trigonometric, "mean", *clean_and_noise(), jnp.ones((COUNT, 1)))
 
 
 def test_pairs_that_cannot_work_are_user_errors():
     """The rest can: what is refused is told with what may stand in its place."""
-    refused = {(name, kind) for name in PROCESSES for kind in FORMS if not works(name, kind)}
+    refused = {
+        (name, prediction_type) for name in PROCESSES for prediction_type in FORMS if not works(name, prediction_type)
+    }
     zero = ("vp_linear_zero_snr", "vp_scaled_linear_zero_snr")
     assert refused == {("edm", "velocity"), ("edm", "score"), *itertools.product(zero, ("eps", "score"))}
-    with pytest.raises(UserError, match="one of x0, v, velocity, edm with the process vp_linear_zero_snr, not 'eps'"):
+    with pytest.raises(
+        UserError, match="prediction is 'eps'; with the process vp_linear_zero_snr it must be one of x0, v, velo"
+    ):
         check_pair("vp_linear_zero_snr", "eps")
-    for kind in ("velocity", "score"):
-        with pytest.raises(UserError, match=f"one of x0, eps, v, edm with the process edm, not '{kind}'"):
-            check_pair("edm", kind)
+    for prediction_type in ("velocity", "score"):
+        with pytest.raises(
+            UserError, match=f"'{prediction_type}'; with the process edm it must be one of x0, eps, v, edm"
+        ):
+            check_pair("edm", prediction_type)
     for pair in (("vp_cubic", "v"), ("vp", "noise")):
-        with pytest.raises(UserError, match="must be one of"):
+        with pytest.raises(UserError, match="; allowed: "):
             check_pair(*pair)
 
 
-def works(name, kind):
+def works(name, prediction_type):
     try:
-        check_pair(name, kind)
+        check_pair(name, prediction_type)
     except UserError:
         return False
     return True

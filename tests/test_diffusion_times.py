@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 from scipy import special, stats
 
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
@@ -14,7 +15,6 @@ from sora_jax.diffusion.process import (
     half_log_snr,
     initial,
     linear_flow,
-    snr,
     time_of_step,
     trigonometric,
     vp_linear,
@@ -24,6 +24,7 @@ from sora_jax.diffusion.times import (
     MAX_MODE_SCALE,
     MIN_TIME,
     QUANTILES,
+    ClipBatch,
     TimesConfig,
     batch_ranks,
     draw_times,
@@ -34,13 +35,15 @@ from sora_jax.diffusion.times import (
 from sora_jax.errors import UserError
 
 KEY = step_key(0, 7, Purpose.TIME)
-_draw = jax.jit(draw_times, static_argnums=(0, 5))
+_draw = quick_jit(draw_times, static_argnums=(0, 1))
+_shift = quick_jit(shift, static_argnums=(0, 3))
+_sampling_times = quick_jit(sampling_times, static_argnums=(0, 3))
 QUANTILES_AT = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
 
 def draw(config, key, clip_ids_BS, tokens_BS, ranks_BS=None, process=edm):
-    return _draw(config, key, clip_ids_BS, tokens_BS, ranks_BS, process)
+    return _draw(config, process, key, ClipBatch(clip_ids_BS, tokens_BS, ranks_BS))
 
 
 def many_draws(config, tokens=256, count=40_000, process=edm):
@@ -140,9 +143,8 @@ def test_stratified_times_fill_the_distribution_evenly(distribution):
     grain = 2e-3 if distribution == "steps" else 1e-5
     np.testing.assert_allclose(gaps, 1 / count, atol=grain)
     keys = jax.vmap(lambda step: step_key(0, step, Purpose.TIME))(jnp.arange(2000))
-    times = jax.jit(jax.vmap(lambda key: draw_times(config, key, clip_ids_BS[:1], tokens_BS[:1], None, edm)[0, 3]))(
-        keys
-    )
+    first = ClipBatch(clip_ids_BS[:1], tokens_BS[:1])
+    times = quick_jit(jax.vmap(lambda key: draw_times(config, edm, key, first)[0, 3]))(keys)
     plain = stats.norm.cdf(special.logit(np.asarray(times))) if distribution == "logit_normal" else times
     assert stats.kstest(np.asarray(plain), "uniform").pvalue > 0.01
 
@@ -199,7 +201,7 @@ def test_no_clip_in_training_is_at_time_zero():
 )
 def test_shift_table(alpha, wanted):
     tokens = jnp.full((3,), 100 * alpha**2, jnp.int32)
-    shifted = shift(TimesConfig(base_tokens=100), jnp.array([0.25, 0.5, 0.75]), tokens, linear_flow)
+    shifted = _shift(TimesConfig(base_tokens=100), jnp.array([0.25, 0.5, 0.75]), tokens, linear_flow)
     np.testing.assert_allclose(shifted, wanted, atol=5e-5)
 
 
@@ -208,10 +210,11 @@ def test_shift_table(alpha, wanted):
 def test_shift_multiplies_noise_over_signal(process, tokens):
     """By alpha, the root of the size ratio, at every time of every process, up to the noise it ends with."""
     t = jnp.linspace(0.02, 0.98, 49)
-    shifted = shift(TimesConfig(base_tokens=100), t, jnp.full((49,), tokens, jnp.int32), process)
+    shifted = _shift(TimesConfig(base_tokens=100), t, jnp.full((49,), tokens, jnp.int32), process)
     assert np.all(np.diff(shifted) >= 0)
     reached = np.asarray(shifted) < 1
-    ratio = np.sqrt(np.float64(snr(process, t)) / np.float64(snr(process, shifted)))
+    levels = [np.float64(process.a(times)) / np.float64(process.b(times)) for times in (t, shifted)]
+    ratio = levels[0] / levels[1]
     np.testing.assert_allclose(ratio[reached], np.sqrt(tokens / 100), rtol=1e-3)
     # The others would have more noise than there is.
     assert reached.sum() > 35 and np.all(ratio[~reached] < np.sqrt(tokens / 100) * (1 + 1e-3))
@@ -221,7 +224,7 @@ def test_shift_in_closed_form():
     """tan(pi t / 2) of the trigonometric path and 80 t^7 of EDM's are multiplied by alpha = 2."""
     t, tokens = jnp.linspace(0.05, 0.85, 17), jnp.full((17,), 400, jnp.int32)
     time = np.linspace(0.05, 0.85, 17)
-    found = [shift(TimesConfig(base_tokens=100), t, tokens, process) for process in (trigonometric, edm)]
+    found = [_shift(TimesConfig(base_tokens=100), t, tokens, process) for process in (trigonometric, edm)]
     np.testing.assert_allclose(found[0], np.arctan(2 * np.tan(np.pi * time / 2)) * 2 / np.pi, rtol=2e-6)
     np.testing.assert_allclose(found[1], 2 ** (1 / 7) * time, rtol=2e-6)
 
@@ -230,7 +233,7 @@ def test_exponential_shift_of_flux():
     """exp(mu) / (exp(mu) + 1 / t - 1), mu = 0.5 at 256 tokens and 1.15 at 4096, linear between and beyond."""
     t = np.array([0.1, 0.5, 0.9, 0.5])
     tokens, mu = np.array([256, 4096, 2176, 7936]), np.array([0.5, 1.15, 0.825, 1.8])
-    found = shift(
+    found = _shift(
         TimesConfig(shift_rule="exponential"), jnp.asarray(t, jnp.float32), jnp.asarray(tokens, jnp.int32), linear_flow
     )
     np.testing.assert_allclose(found, np.exp(mu) / (np.exp(mu) + 1 / t - 1), rtol=1e-6)
@@ -242,15 +245,15 @@ def test_shift_is_exact_at_both_ends_and_can_be_off(process):
     for rule in ("root", "exponential"):
         for end in (0.0, 1.0):
             t = jnp.full(tokens.shape, end)
-            np.testing.assert_array_equal(shift(TimesConfig(shift_rule=rule), t, tokens, process), t)
+            np.testing.assert_array_equal(_shift(TimesConfig(shift_rule=rule), t, tokens, process), t)
     t = jnp.linspace(0.0, 1.0, tokens.size)
-    np.testing.assert_array_equal(shift(TimesConfig(base_tokens=0), t, tokens, process), t)
-    np.testing.assert_array_equal(shift(TimesConfig(base_tokens=99), t, jnp.full_like(tokens, 99), process), t)
+    np.testing.assert_array_equal(_shift(TimesConfig(base_tokens=0), t, tokens, process), t)
+    np.testing.assert_array_equal(_shift(TimesConfig(base_tokens=99), t, jnp.full_like(tokens, 99), process), t)
 
 
 def test_sampling_grid():
     tokens_BR = jnp.array([[256, 1024, 0], [17, 256, 40_000]], jnp.int32)
-    times_KBR = sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 11), tokens_BR, linear_flow)
+    times_KBR = _sampling_times(TimesConfig(), jnp.linspace(1.0, 0.0, 11), tokens_BR, linear_flow)
     assert times_KBR.shape == (11, 2, 3) and times_KBR.dtype == jnp.float32
     np.testing.assert_array_equal(times_KBR[0], 1.0)
     np.testing.assert_array_equal(times_KBR[-1], 0.0)
@@ -265,13 +268,13 @@ def test_training_and_sampling_shift_alike(process):
     tokens = 1600
     drawn = many_draws(TimesConfig("uniform"), tokens=tokens, process=process)
     base_K = jnp.asarray(np.append(np.linspace(0.99, 0.01, 50), 0.0), jnp.float32)
-    times_KBR = sampling_times(TimesConfig("uniform"), base_K, jnp.full((1, 1), tokens, jnp.int32), process)
+    times_KBR = _sampling_times(TimesConfig("uniform"), base_K, jnp.full((1, 1), tokens, jnp.int32), process)
     np.testing.assert_allclose(np.quantile(drawn, base_K[:-1]), times_KBR[:-1, 0, 0], atol=0.01)
 
 
 def test_solvers_take_grids_whose_first_steps_have_no_length():
     """Shifted towards noise, EDM's grid begins with times that are all 1: samples are those of the grid without."""
-    times_KBR = sampling_times(
+    times_KBR = _sampling_times(
         TimesConfig(base_tokens=100), jnp.linspace(1.0, 0.0, 21), jnp.full((1, 1), 400, jnp.int32), edm
     )
     idle = int(jnp.sum(times_KBR == 1.0)) - 1
@@ -279,7 +282,8 @@ def test_solvers_take_grids_whose_first_steps_have_no_length():
     x_BLP = initial(edm, jax.random.normal(KEY, (1, 5, 1)), times_KBR[0, :, :, None])
     problem = Problem(lambda x, t: jnp.tanh(x), "edm", edm, jnp.zeros((1, 5), jnp.int32))
     for name in ("dpm2", "unipc"):
-        ends = [solve(SolverConfig(name), problem, x_BLP, grid) for grid in (times_KBR, times_KBR[idle:])]
+        run = quick_jit(lambda x, grid, name=name: solve(SolverConfig(name), problem, x, grid))
+        ends = [run(x_BLP, grid) for grid in (times_KBR, times_KBR[idle:])]
         np.testing.assert_allclose(*ends, rtol=1e-6, err_msg=name)
 
 
@@ -298,7 +302,7 @@ def test_times_follow_the_clip_not_its_slot():
 def test_noise_follows_the_token_not_its_place():
     """Three clips in one pack, then in other orders, with padding or alone: bit for bit the same noise."""
     lengths = {11: 5, 12: 9, 13: 3, 0: 4}
-    noise_of = jax.jit(token_noise, static_argnums=3)
+    noise_of = quick_jit(token_noise, static_argnums=3)
 
     def by_clip(*clips):
         ids_L, index_L = np.zeros(32, np.uint32), np.zeros(32, np.int32)
@@ -318,7 +322,7 @@ def test_noise_follows_the_token_not_its_place():
 def test_noise_is_standard_normal_and_independent():
     clip_ids_BL = jnp.repeat(jnp.arange(1, 41, dtype=jnp.uint32), 50)[None]
     index_BL = jnp.tile(jnp.arange(50, dtype=jnp.int32), 40)[None]
-    noise = np.asarray(token_noise(KEY, clip_ids_BL, index_BL, 16))[0]
+    noise = np.asarray(quick_jit(token_noise, static_argnums=3)(KEY, clip_ids_BL, index_BL, 16))[0]
     assert noise.dtype == np.float32 and np.unique(noise[:, 0]).size == 2000
     assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
     correlation = np.corrcoef(noise.reshape(40, -1))
@@ -357,16 +361,19 @@ def test_per_token_is_indexing(dtype):
 
 def test_bad_options_are_user_errors():
     for options, said in (
-        ({"distribution": "beta"}, "uniform, logit_normal, mode, cosmap, log_sigma, steps, not 'beta'"),
-        ({"std": 0.0}, "times.std must be above 0, not 0.0"),
-        ({"mode_scale": 2.0}, "times.mode_scale must be from -1 to 1.7519, not 2.0"),
-        ({"base_tokens": -1}, "not -1"),
-        ({"distribution": "steps"}, "must be 0 .no shift. with times.distribution 'steps', not 256"),
-        ({"shift_rule": "linear"}, "times.shift_rule must be one of root, exponential, not 'linear'"),
+        (
+            {"distribution": "beta"},
+            "times.distribution is 'beta'; allowed: 'uniform', 'logit_normal', 'mode', .*, 'steps'",
+        ),
+        ({"std": 0.0}, "times.std is 0.0; it must be above 0"),
+        ({"mode_scale": 2.0}, "times.mode_scale is 2.0; it must be from -1 to 1.7519"),
+        ({"base_tokens": -1}, "times.base_tokens is -1; it must be 0 .no shift. or more"),
+        ({"distribution": "steps"}, "times.base_tokens is 256; with times.distribution 'steps' it must be 0"),
+        ({"shift_rule": "linear"}, "times.shift_rule is 'linear'; allowed: 'root', 'exponential'"),
     ):
         with pytest.raises(UserError, match=said):
             TimesConfig(**options)
-    with pytest.raises(UserError, match="not -1"):
+    with pytest.raises(UserError, match="seed is -1; it must be from 0 to 4294967295"):
         step_key(-1, 0, Purpose.TIME)
 
 

@@ -57,7 +57,7 @@ def test_a_png_is_one_frame_and_several_prompts_are_numbered(chain, tmp_path):  
         (["--sampling.solver.eta=1"], "--sampling.solver.eta is given; it is for ddim, and the solver is euler"),
         (["--solver=edm", "--sampling.solver.coefficient=sine"], "it is for euler_sde, heun_sde, and the solver is"),
         (["--guidance=2", "--sampling.guidance.scale=9"], "--guidance and --sampling.guidance.scale are both given"),
-        (["--solver="], "solver must be one of euler"),
+        (["--solver="], "solver is ''; allowed: 'euler'"),
         (["--steps=3", "--sampling.steps=4"], "--steps and --sampling.steps are both given"),
     ],
 )

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 from fixtures_mixtures import PLANE, gaussian, perfect
+from mixture import draw_data, log_density
 
-from sora_jax.diffusion.likelihood import LikelihoodConfig, ascending_times, log_likelihood
-from sora_jax.diffusion.mixture import draw_data, log_density
+from sora_jax.diffusion.likelihood import ClipTokens, LikelihoodConfig, ascending_times, log_likelihood
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.solvers import Problem
 from sora_jax.errors import UserError
@@ -30,7 +31,8 @@ def times_of(process, steps, packs=2, rows=3):
 
 
 def measured(config, problem, x_BLP, times_KBR, segments_BL=SEGMENTS, index_BL=INDEX, slots=3):
-    return jax.jit(lambda x, t: log_likelihood(config, problem, x, t, segments_BL, index_BL, slots))(x_BLP, times_KBR)
+    clips = ClipTokens(segments_BL, index_BL, slots)
+    return quick_jit(lambda x, t: log_likelihood(config, problem, x, t, clips))(x_BLP, times_KBR)
 
 
 def exact(x_BLP):
@@ -60,7 +62,7 @@ def test_a_wider_model_is_less_likely():
     np.testing.assert_allclose(found.nats_BS, wanted, atol=0.02)
 
 
-def mixing(segments_BL, kind="v"):
+def mixing(segments_BL, prediction_type="v"):
     """A model whose tokens see the others of their clip, with a full Jacobian inside it."""
     same_BLL = (segments_BL[:, :, None] == segments_BL[:, None, :]) & (segments_BL > 0)[:, :, None]
     share_BLL = same_BLL / jnp.maximum(same_BLL.sum(axis=2, keepdims=True), 1)
@@ -78,7 +80,7 @@ def mixing(segments_BL, kind="v"):
         draw = jax.vmap(jax.vmap(lambda clip, i: jax.random.normal(jax.random.fold_in(key, 100 * clip + i), (2,))))
         return draw(count_BL, index_BL)
 
-    return Problem(denoise, kind, process_named("linear_flow"), rows_BL, noise)
+    return Problem(denoise, prediction_type, process_named("linear_flow"), rows_BL, noise)
 
 
 @pytest.mark.parametrize("probes", [0, 3])
@@ -127,10 +129,10 @@ def test_given_tokens_are_no_part_of_the_density():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(UserError, match="likelihood.method must be one of heun, rk4, not 'euler'"):
+    with pytest.raises(UserError, match="likelihood.method is 'euler'; allowed: 'heun', 'rk4'"):
         LikelihoodConfig("euler")
-    with pytest.raises(UserError, match="likelihood.probes must be 0"):
+    with pytest.raises(UserError, match="likelihood.probes is -1; it must be 0"):
         LikelihoodConfig(probes=-1)
     process = process_named("linear_flow")
-    with pytest.raises(UserError, match="noise must be given to a likelihood with probes"):
+    with pytest.raises(UserError, match="noise is None; with likelihood.probes = 1 it must be given"):
         measured(LikelihoodConfig(probes=1), perfect(process, "v", ROWS), tokens(), times_of(process, 2))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures_mixtures import PLANE, one_row
+from mixture import denoiser, draw_data, log_density, petals, posterior_means
 from scipy import stats
 
-from sora_jax.diffusion.mixture import denoiser, draw_data, log_density, petals, posterior_means
 from sora_jax.diffusion.process import PROCESSES, process_named
 
 

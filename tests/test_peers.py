@@ -1,15 +1,21 @@
 """Our solvers against the schedulers of diffusers: the same states on the same noise, to 1e-5 of their scale."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 from peers.solver_cases import CASES, GOLDENS, network
 
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.solvers import Problem, solve
 from sora_jax.diffusion.spacing import base_times
 from sora_jax.diffusion.times import TimesConfig, sampling_times
+
+SEEN = []
+_sampling_times = quick_jit(sampling_times, static_argnums=(0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +29,30 @@ def times_of(case):
     config = TimesConfig(base_tokens=100, shift_rule="exponential" if case.tokens else "root")
     tokens_BR = jnp.full((1, 1), case.tokens or round(config.base_tokens * case.shift**2), jnp.int32)
     base_K = jnp.asarray(base_times(case.process, case.steps, case.spacing), jnp.float32)
-    return sampling_times(config, base_K, tokens_BR, process_named(case.process))
+    return _sampling_times(config, base_K, tokens_BR, process_named(case.process))
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1, 2, 3))
+def end_of(solver, process, prediction_type, variance, inputs, times_KBR):
+    """The end of a trajectory; the states at which the model is evaluated are appended to SEEN."""
+
+    def denoise(x_BLP, t_BR):
+        jax.debug.callback(lambda x: SEEN.append(np.asarray(x)), x_BLP, ordered=True)
+        return network(inputs, x_BLP, t_BR[0, 0], variance == "learned", jnp)
+
+    rows_BL = jnp.zeros(inputs["start"].shape[:2], jnp.int32)
+    noise = lambda step: inputs["draws"][step]  # noqa: E731
+    problem = Problem(denoise, prediction_type, process_named(process), rows_BL, noise, variance)
+    return solve(solver, problem, inputs["start"], times_KBR)
 
 
 def states(case, inputs):
     """What our solver lets the model see, step by step, and the end."""
-    seen = []
-
-    def denoise(x_BLP, t_BR):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x_BLP, ordered=True)
-        return network(inputs, x_BLP, t_BR[0, 0], case.variance == "learned", jnp)
-
-    rows_BL = jnp.zeros(inputs["start"].shape[:2], jnp.int32)
-    draws = jnp.asarray(inputs["draws"])
-    problem = Problem(denoise, case.kind, process_named(case.process), rows_BL, lambda step: draws[step], case.variance)
-    end = jax.jit(lambda x, t: solve(case.solver, problem, x, t))(jnp.asarray(inputs["start"]), times_of(case))
+    SEEN.clear()
+    inputs = {name: jnp.asarray(inputs[name]) for name in ("start", "draws", "token", "time", "out")}
+    end = end_of(case.solver, case.process, case.prediction_type, case.variance, inputs, times_of(case))
     jax.effects_barrier()
-    return np.stack([*seen, end])
+    return np.stack([*SEEN, end])
 
 
 @pytest.mark.parametrize("name", CASES)

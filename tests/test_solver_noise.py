@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 from fixtures_mixtures import PLANE, down, gaussian, one_row, perfect
+from mixture import draw_data
 
-from sora_jax.diffusion.mixture import draw_data
 from sora_jax.diffusion.process import initial, process_named
 from sora_jax.diffusion.solvers import COEFFICIENTS, Problem, SolverConfig, solve
 from sora_jax.diffusion.spacing import base_times
@@ -29,7 +30,7 @@ def variance(config, name, times, deviation, scale=1.0, **fields):
             name, "v", one_row(draws + 1), gaussian(0.0, deviation), noise=lambda step: units_NBLP[step], **fields
         )
         times_KBR = jnp.asarray(times)[:, None, None]
-        weights = jax.jit(lambda x, t: solve(config, problem, x, t))(x_BLP, times_KBR)
+        weights = quick_jit(lambda x, t: solve(config, problem, x, t))(x_BLP, times_KBR)
         return float(jnp.sum(jnp.square(weights)))
 
 
@@ -118,7 +119,7 @@ def test_a_learned_variance_lies_where_the_model_says():
 
     def ends(variance, denoise):
         problem = Problem(denoise, "eps", process, rows_BL, lambda step: noise_BLP, variance)
-        return np.asarray(solve(SolverConfig("ddpm"), problem, x_BLP, times_KBR))[0, :, 0]
+        return np.asarray(quick_jit(lambda x, t: solve(SolverConfig("ddpm"), problem, x, t))(x_BLP, times_KBR))[0, :, 0]
 
     lower, upper = (ends(variance, lambda x, t: 0 * x)[0] for variance in ("lower", "upper"))
     learned = ends("learned", lambda x, t: jnp.concatenate([0 * x, values_BL1], axis=2))
@@ -132,7 +133,8 @@ def test_ddim_with_eta_one_is_finite_on_the_longest_steps(spacing, steps):
     for name in ("vp_linear", "vp_scaled_linear", "vp_cosine", "vp"):
         problem = perfect(name, "v", one_row(2), gaussian(0.0, 0.6), noise=lambda step: jnp.ones((1, 2, 1)))
         times_KBR = jnp.asarray(base_times(name, steps, spacing), jnp.float32)[:, None, None]
-        assert np.all(np.isfinite(solve(SolverConfig("ddim", eta=1.0), problem, jnp.ones((1, 2, 1)), times_KBR)))
+        run = quick_jit(lambda x, t, problem=problem: solve(SolverConfig("ddim", eta=1.0), problem, x, t))
+        assert np.all(np.isfinite(run(jnp.ones((1, 2, 1)), times_KBR)))
 
 
 def test_ddim_with_eta_one_is_ancestral():
@@ -162,7 +164,7 @@ def test_samples_have_the_distribution_of_the_data(name, data):
     times_KBR = jnp.asarray(down(100), jnp.float32)[:, None, None]
     x_BLP = initial(process, jax.random.normal(jax.random.key(1), (1, count, 2)), jnp.ones((1, 1, 1)))
 
-    @jax.jit
+    @quick_jit
     def samples(x_BLP, scale):
         def noise(step):
             return scale * jax.random.normal(jax.random.fold_in(jax.random.key(2), step), (1, count, 2))

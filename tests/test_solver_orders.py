@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 from fixtures_mixtures import PLANE, perfect
+from mixture import posterior_means
 from scipy import integrate
 
-from sora_jax.diffusion.mixture import posterior_means
 from sora_jax.diffusion.process import process_named
-from sora_jax.diffusion.solvers import SOLVERS, SolverConfig, draws, solve
+from sora_jax.diffusion.solvers import SOLVERS, SolverConfig, is_stochastic, solve
 
 ORDERS = {
     "euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "dpm1": 1, "dpm2": 2, "dpm3": 3, "edm": 2,
@@ -109,7 +110,7 @@ def errors(config, name, counts, wanted, short_start=False, to_data=False):
     times_KBR = jnp.asarray(np.stack(columns, axis=1)[:, None, :])
     problem = perfect(name, "v", rows_BL)
     x_BLP = jnp.asarray(np.tile(x, (len(counts), 1))[None])
-    found = np.asarray(jax.jit(lambda x, t: solve(config, problem, x, t))(x_BLP, times_KBR))
+    found = np.asarray(quick_jit(lambda x, t: solve(config, problem, x, t))(x_BLP, times_KBR))
     return np.sqrt(np.mean((found.reshape(len(counts), *ends.shape) - ends) ** 2, axis=(1, 2)))
 
 
@@ -148,7 +149,7 @@ def test_order_all_the_way_to_data(name, solver, order, wanted):
 
 
 def test_every_deterministic_solver_is_measured():
-    assert set(ORDERS) == {name for name in SOLVERS if not draws(SolverConfig(name))}
+    assert set(ORDERS) == {name for name in SOLVERS if not is_stochastic(SolverConfig(name))}
 
 
 def test_halved_curvature_costs_an_order(wanted):

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures_diffusion import quick_jit
 from fixtures_mixtures import PLANE, down, gaussian, grid, one_row, perfect
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sora_jax.diffusion.prediction import FORMS, express
+from sora_jax.diffusion.prediction import FORMS, from_x0_and_eps
 from sora_jax.diffusion.process import edm, linear_flow, process_named
-from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, draws, evaluations, solve, solver_named
+from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, evaluations, is_stochastic, solve
 from sora_jax.diffusion.times import per_token
 from sora_jax.errors import UserError
 
 # Every solver, and again with the options that make it draw.
 CONFIGS = {name: SolverConfig(name) for name in SOLVERS}
 CONFIGS |= {"ddim, eta": SolverConfig("ddim", eta=0.7), "edm, churn": SolverConfig("edm", churn=3.0)}
-# One of each kind of step: those left out differ by a number from one that is in.
+# One of each sort of step: those left out differ by a number from one that is in.
 STEPS = {name: config for name, config in CONFIGS.items() if name not in ("dpm1", "dpm2", "unipc")}
 every_solver = pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
 
@@ -40,17 +41,17 @@ def drawn(shape):
 
 
 def run(config, problem, x_BLP, times_KBR):
-    return np.asarray(jax.jit(lambda x, times: solve(config, problem, x, times))(x_BLP, times_KBR))
+    return np.asarray(quick_jit(lambda x, times: solve(config, problem, x, times))(x_BLP, times_KBR))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def bent(config, name, kind, x_BLP, rows_BL, times_KBR, noise_NBLP):
+@functools.partial(quick_jit, static_argnums=(0, 1, 2))
+def bent(config, name, prediction_type, x_BLP, rows_BL, times_KBR, noise_NBLP):
     """The solution for a model that is cheap to compile and has no symmetry, with noise from a table."""
 
     def denoise(x_BLP, t_BR):
         return jnp.tanh(x_BLP * 0.8 + per_token(jnp.cos(3.0 * t_BR), rows_BL)[:, :, None])
 
-    problem = Problem(denoise, kind, process_named(name), rows_BL, lambda step: noise_NBLP[step])
+    problem = Problem(denoise, prediction_type, process_named(name), rows_BL, lambda step: noise_NBLP[step])
     return solve(config, problem, x_BLP, times_KBR)
 
 
@@ -115,26 +116,27 @@ def test_all_predictions_give_one_trajectory(name, solver):
     """From t = 0.9: at t = 1 an eps prediction says little about x_0."""
     process, rows_BL = process_named(name), one_row(12)
 
-    def trajectory(kind):
+    def trajectory(prediction_type, x_BLP, times_KBR):
         def denoise(x_BLP, t_BR):
             t_BL1 = per_token(t_BR, rows_BL)[:, :, None]
             clean_BLP = jnp.tanh(x_BLP)
             noise_BLP = (x_BLP - process.a(t_BL1) * clean_BLP) / process.b(t_BL1)
-            return express(process, kind, clean_BLP, noise_BLP, t_BL1)
+            return from_x0_and_eps(process, prediction_type, clean_BLP, noise_BLP, t_BL1)
 
-        problem = Problem(denoise, kind, process, rows_BL)
-        return run(SolverConfig(solver), problem, normal((1, 12, 2)), grid(down(9, 0.9)))
+        problem = Problem(denoise, prediction_type, process, rows_BL)
+        return solve(SolverConfig(solver), problem, x_BLP, times_KBR)
 
-    wanted = trajectory("v")
-    for kind in FORMS:
-        np.testing.assert_allclose(trajectory(kind), wanted, atol=2e-5, err_msg=kind)
+    trajectories = quick_jit(lambda *arguments: {form: trajectory(form, *arguments) for form in FORMS})
+    found = trajectories(normal((1, 12, 2)), grid(down(9, 0.9)))
+    for prediction_type in FORMS:
+        np.testing.assert_allclose(found[prediction_type], found["v"], atol=2e-5, err_msg=prediction_type)
 
 
 @pytest.mark.parametrize("name", ["heun", "ddpm", "dpm3", "unipc", "edm"])
 def test_eps_predictions_start_safely_from_pure_noise(name):
     """Where a = 0 an eps prediction cannot say x_0; the mean of normalised data takes its place, for one step."""
     x_BLP, noise, times_KBR = normal((1, 33, 2)), drawn((1, 33, 2)), grid(down(64))
-    problems = [perfect("linear_flow", kind, one_row(33), gaussian(width=2), noise=noise) for kind in ("eps", "v")]
+    problems = [perfect("linear_flow", form, one_row(33), gaussian(width=2), noise=noise) for form in ("eps", "v")]
     np.testing.assert_allclose(*[run(CONFIGS[name], problem, x_BLP, times_KBR) for problem in problems], atol=0.02)
 
 
@@ -171,8 +173,9 @@ def test_ddim_is_euler_in_sigma():
     times = down(6, 0.6)
     sigma = np.asarray(edm.b(jnp.asarray(times, jnp.float32)))
     wanted = x_BLP
+    denoise = quick_jit(problem.denoise)
     for t, here, there in zip(times, sigma, sigma[1:], strict=False):
-        wanted = wanted + (there - here) * problem.denoise(wanted, jnp.full((1, 1), t, jnp.float32))
+        wanted = wanted + (there - here) * denoise(wanted, jnp.full((1, 1), t, jnp.float32))
     np.testing.assert_allclose(run(SolverConfig("ddim"), problem, x_BLP, grid(times)), wanted, atol=1e-5)
 
 
@@ -190,19 +193,22 @@ def test_a_model_that_learns_its_variance_is_solved_by_its_first_half():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: solver_named("rk5"), "solver must be one of euler, heun, midpoint, rk4, ddpm, .*, not 'rk5'"),
-        (lambda: SolverConfig("ddim", eta=1.5), "eta must be between 0 and 1, not 1.5"),
-        (lambda: SolverConfig(coefficient="cubic"), "coefficient must be one of sigma, .*, not 'cubic'"),
-        (lambda: SolverConfig(churn=-1.0), "churn must be 0 or more and finite, not -1.0"),
-        (lambda: SolverConfig("ddpm", variance="learned"), "variance must be one of lower, upper, not 'learned'"),
-        (lambda: Problem(jnp.sin, "v", linear_flow, one_row(1), variance="both"), "variance must be one of lower"),
+        (lambda: SolverConfig("rk5"), "solver is 'rk5'; allowed: 'euler', 'heun', 'midpoint', 'rk4', 'ddpm', .*"),
+        (lambda: SolverConfig("ddim", eta=1.5), "solver.eta is 1.5; it must be from 0 to 1"),
+        (lambda: SolverConfig(coefficient="cubic"), "solver.coefficient is 'cubic'; allowed: 'sigma', .*"),
+        (lambda: SolverConfig(churn=-1.0), "solver.churn is -1.0; it must be 0 or more, and finite"),
+        (lambda: SolverConfig("ddpm", variance="learned"), "solver.variance is 'learned'; allowed: 'lower', 'upper'"),
+        (
+            lambda: Problem(jnp.sin, "v", linear_flow, one_row(1), variance="both"),
+            "variance is 'both'; allowed: 'lower', 'upper', 'learned'",
+        ),
         (
             lambda: run(SolverConfig("ddpm"), perfect("vp", "v", one_row(2)), jnp.ones((1, 2, 2)), grid(down(2))),
-            "noise must be given to a solver that draws",
+            "noise is None; with a stochastic solver it must be given",
         ),
         (
             lambda: run(SolverConfig(), perfect("vp", "v", one_row(2)), jnp.ones((1, 2, 2)), grid([1.0])),
-            "times must be at least 2",
+            "times has 1 of them; there must be at least 2",
         ),
     ],
 )
@@ -211,11 +217,11 @@ def test_mistakes_are_told(make, message):
         make()
 
 
-def test_draws_says_which_solvers_need_noise():
+def test_stochastic_solvers_are_those_that_need_noise():
     for config in CONFIGS.values():
         problem = perfect("linear_flow", "v", one_row(2), PLANE)
         try:
             jax.eval_shape(lambda x, t: solve(config, problem, x, t), jnp.ones((1, 2, 2)), grid(down(3)))  # noqa: B023
-            assert not draws(config)
+            assert not is_stochastic(config)
         except UserError:
-            assert draws(config)
+            assert is_stochastic(config)

@@ -11,7 +11,7 @@ import pytest
 
 from sora_jax.diffusion.process import PROCESSES, half_log_snr, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
-from sora_jax.diffusion.spacing import SPACINGS, base_times, check_spacing, respaced_steps
+from sora_jax.diffusion.spacing import SPACINGS, base_times, count_steps, respaced_steps
 from sora_jax.errors import UserError
 
 
@@ -22,7 +22,7 @@ def test_grids_descend_to_zero(process, spacing, steps):
     times = base_times(process, steps, spacing)
     assert times.shape == (steps + 1,) and times[-1] == 0 and times[0] <= 1
     assert np.all(np.diff(times.astype(np.float32)) < 0)
-    assert check_spacing(steps, spacing) == steps
+    assert count_steps(steps, spacing) == steps
 
 
 def test_even_times():
@@ -81,21 +81,21 @@ def test_karras_levels_of_edm_are_even_in_time():
 @pytest.mark.parametrize(
     "steps, spacing, message",
     [
-        (10, "cubic", "spacing must be one of even, respaced, .*, not 'cubic'"),
-        (0, "even", "steps must be a whole number of 1 or more, not 0"),
-        ("ddim50", "even", "steps must be a whole number of 1 or more, not 'ddim50'"),
-        (1001, "trailing", "steps must be a whole number from 1 to 1000, not 1001"),
-        ("10,x", "respaced", "steps must be a whole number from 1 to 500, not 'x'"),
+        (10, "cubic", "spacing is 'cubic'; allowed: 'even', 'respaced', .*"),
+        (0, "even", "steps is 0; it must be a whole number of 1 or more"),
+        ("ddim50", "even", "steps is 'ddim50'; it must be a whole number of 1 or more"),
+        (1001, "trailing", "steps is 1001; it must be a whole number from 1 to 1000"),
+        ("10,x", "respaced", "steps is 'x'; it must be a whole number from 1 to 500"),
         ("ddim300", "respaced", "no whole stride keeps 300 of 1000"),
-        ("600,10", "respaced", "steps must be a whole number from 1 to 500, not '600'"),
+        ("600,10", "respaced", "steps is '600'; it must be a whole number from 1 to 500"),
     ],
 )
 def test_mistakes_are_told(steps, spacing, message):
     with pytest.raises(UserError, match=message):
         base_times("vp", steps, spacing)
     with pytest.raises(UserError, match=message):
-        check_spacing(steps, spacing)
-    with pytest.raises(UserError, match=message.replace("not 0", "not '0'").replace("not 1001", "not '1001'")):
+        count_steps(steps, spacing)
+    with pytest.raises(UserError, match=message.replace("is 0;", "is '0';").replace("is 1001", "is '1001'")):
         SamplingConfig(str(steps), spacing)
 
 

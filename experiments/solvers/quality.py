@@ -8,6 +8,7 @@ Prints Markdown tables and writes quality.png beside this file; about five minut
 import argparse
 import functools
 import platform
+import sys
 from pathlib import Path
 
 import jax
@@ -16,10 +17,12 @@ import matplotlib
 import numpy as np
 from scipy import integrate
 
-from sora_jax.diffusion.mixture import denoiser, draw_data, petals, posterior_means
 from sora_jax.diffusion.process import initial, process_named
-from sora_jax.diffusion.solvers import Problem, SolverConfig, draws, evaluations, solve
+from sora_jax.diffusion.solvers import Problem, SolverConfig, evaluations, is_stochastic, solve
 from sora_jax.diffusion.spacing import base_times
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # the oracle of the solvers' tests
+from mixture import denoiser, draw_data, petals, posterior_means
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -114,7 +117,7 @@ def measure(name, eps_BLP, exact):
             chosen = SolverConfig(**{**vars(config), "churn": config.churn * steps})
             times_K = jnp.asarray(base_times(name, steps, spacing), jnp.float32)
             found = np.asarray(samples(chosen, name, eps_BLP, times_K))
-            error = None if draws(config) else float(np.sqrt(np.mean((found[:FOLLOWED] - wanted) ** 2)))
+            error = None if is_stochastic(config) else float(np.sqrt(np.mean((found[:FOLLOWED] - wanted) ** 2)))
             table[label].append((evaluations(config, steps), sliced_wasserstein(found, exact), error))
     return table
 

@@ -1,8 +1,8 @@
-"""The mathematics of diffusion; it knows no model and takes a `denoise` function. `process` holds the theory.
+"""The mathematics of diffusion. It imports no model and takes a `denoise` function; `process` holds the theory.
 
-process prediction posterior     noising paths; what a model predicts; one step back
-times weights loss               training: noise levels, what counts, the denoising and the hybrid loss
-spacing solvers guidance         sampling: grids of times, walks down them, conditions made stronger
-sampling likelihood mixture      put together; the density of a clip; the truth that tests are held against
-keys                             every random draw as a function of (seed, step, purpose, clip)
+process prediction posterior     noising paths; types of prediction; the posterior of one step
+times weights loss               training: noise levels, their weights, the denoising and the hybrid loss
+spacing solvers guidance         sampling: grids of times, solvers, classifier-free guidance
+sampling likelihood              all of it put together; the likelihood of a clip
+keys                             random keys as functions of (seed, step, purpose, clip)
 """

@@ -2,19 +2,19 @@
 
     out = u_uncond + w (u_cond - u_uncond)                                               (1)
 
-The same in every kind of prediction, since conversions are linear. (The paper's own scale is w - 1.) A negative
-prompt is nothing new: it is what `unconditional` is conditioned on. With two conditions, text and given frames, each
-has its scale (Brooks et al. 2211.09800, equation 3):
+It is the same for every type of prediction, since conversions are linear. (The paper's own scale is w - 1.) For a
+negative prompt, condition `unconditional` on it. With two conditions, text and given frames, each has its scale (Brooks
+et al. 2211.09800, equation 3):
 
     out = u_none + w_frames (u_frames - u_none) + w_text (u_both - u_frames)             (2)
 
 Scales may depend on time: 1 outside an interval of times (Kynkaanniemi et al. 2404.07724), or growing from 1 at
-pure noise to w at the data, t = 0, by a power of the cosine (Gao et al. 2303.14389):
+pure noise to w at the data, t = 0, by a power-cosine schedule (Gao et al. 2303.14389):
 
     w(t) = 1 + (w - 1) (1 - cos(pi (1 - t)^power)) / 2                                   (3)
 
-Guidance makes predictions larger; they may be scaled back to the spread of the conditional one, clip by clip, and
-mixed (Lin et al. 2305.08891, equations 15 and 16):
+Guidance makes predictions larger; they may be rescaled to the standard deviation of the conditional one, clip by clip,
+and mixed (Lin et al. 2305.08891, equations 15 and 16):
 
     out <- (1 - rescale) out + rescale out std(u_cond) / std(out)                        (4)
 
@@ -23,98 +23,97 @@ Where only some channels are guided, (4) is measured over these and applied to t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from sora_jax.config import check
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.times import per_token
-from sora_jax.errors import UserError
-from sora_jax.shapes import SegmentsBL, TimesBR, TokensBLP
-
-ScaleBS = Float[Array, "B S"]
+from sora_jax.shapes import PerClipBS, PerTokenBL1, RowsBL, SegmentsBL, TimesBR, TokensBLP
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """Scale (1 = none) and what is done with it: see the equations above.
+    """Configure classifier-free guidance: equations (1), (3) and (4)."""
 
-    channels: only the first so many latent channels are guided, the others stay conditional; 0 = all. (The code of
-        DiT guides 3 of 4.)
-    rescale: the share in equation (4).
-    start, end: the interval of times in which clips are guided, ends included.
-    power: of equation (3); 0 = the same scale at all times.
-    """
-
-    scale: float = 1.0
-    channels: int = 0
-    rescale: float = 0.0
-    start: float = 0.0
-    end: float = 1.0
-    power: float = 0.0
+    scale: float = 1.0  # w of equation (1); 1: no guidance
+    channels: int = 0  # guide the first so many latent channels alone, as DiT's code does 3 of 4; 0: all
+    rescale: float = 0.0  # the share of equation (4), from 0 to 1
+    start: float = 0.0  # first time at which clips are guided
+    end: float = 1.0  # last time at which clips are guided
+    power: float = 0.0  # of equation (3); 0: the same scale at all times
 
     def __post_init__(self):
-        if not abs(self.scale) < float("inf"):
-            raise UserError(f"guidance.scale must be a finite number, not {self.scale}.")
-        if self.channels < 0:
-            raise UserError(f"guidance.channels must be 0 (all) or more, not {self.channels}.")
-        if not 0 <= self.rescale <= 1:
-            raise UserError(f"guidance.rescale must be from 0 to 1, not {self.rescale}.")
-        if not 0 <= self.start <= self.end <= 1:
-            raise UserError(f"guidance.start, end must be 0 <= start <= end <= 1, not {self.start}, {self.end}.")
-        if not 0 <= self.power < float("inf"):
-            raise UserError(f"guidance.power must be 0 (off) or more, not {self.power}.")
+        check(abs(self.scale) < float("inf"), f"guidance.scale is {self.scale}; it must be a finite number")
+        check(self.channels >= 0, f"guidance.channels is {self.channels}; it must be 0 (all) or more")
+        check(0 <= self.rescale <= 1, f"guidance.rescale is {self.rescale}; it must be from 0 to 1")
+        check(0 <= self.end <= 1, f"guidance.end is {self.end}; it must be from 0 to 1")
+        check(
+            0 <= self.start <= self.end,
+            f"guidance.start is {self.start}; it must be from 0 to guidance.end = {self.end}",
+        )
+        check(0 <= self.power < float("inf"), f"guidance.power is {self.power}; it must be 0 (off) or more, and finite")
+
+
+class TokenLayout(NamedTuple):
+    """Locate the tokens of packs: their clips, their noise-level rows, and the latent channels of their values."""
+
+    segments_BL: SegmentsBL
+    rows_BL: RowsBL
+    channels: int  # of the latent, the fastest axis of a token's values
+
+
+class TwoConditions(NamedTuple):
+    """Hold denoise functions for two conditions, text and frames: given both, frames alone, and neither."""
+
+    both: Denoise
+    frames: Denoise
+    neither: Denoise
+
+
+class TwoScales(NamedTuple):
+    """Hold the guidance scales of two conditions, a number for each clip."""
+
+    text_BS: PerClipBS
+    frames_BS: PerClipBS
+
+
+# Predictions and times -> the guided prediction, and where it is exactly the first of the predictions.
+Combine = Callable[[Sequence[TokensBLP], PerTokenBL1], tuple[TokensBLP, Bool[Array, "B L 1"]]]
 
 
 def guided(
-    config: GuidanceConfig,
-    conditional: Denoise,
-    unconditional: Denoise,
-    scale_BS: ScaleBS,
-    segments_BL: SegmentsBL,
-    rows_BL: Int[Array, "B L"],
-    channels: int,
+    config: GuidanceConfig, conditional: Denoise, unconditional: Denoise, scale_BS: PerClipBS, layout: TokenLayout
 ) -> Denoise:
-    """A denoise function that guides every clip by the scale of its slot: equations (1), (3) and (4), float32.
+    """Make a denoise function that guides every clip by the scale of its slot: equations (1), (3) and (4), float32.
 
-    scale_BS is used, not config.scale. `channels` counts the channels of the latent, the fastest axis of a token.
-    rows_BL points every token at its noise-level row. Variance values stay the conditional ones. A clip of scale 1
-    gets exactly the conditional prediction.
+    scale_BS is used, not config.scale. Variance values stay the conditional ones. A clip of scale 1 gets exactly the
+    conditional prediction.
     """
 
-    def combine(outputs: Sequence[TokensBLP], t_BL1: Array) -> tuple[TokensBLP, Array]:
-        w_BL1 = _scale_at(config, scale_BS, segments_BL, t_BL1)
+    def combine(outputs: Sequence[TokensBLP], t_BL1: PerTokenBL1) -> tuple[TokensBLP, Bool[Array, "B L 1"]]:
+        w_BL1 = _scale_at(config, scale_BS, layout.segments_BL, t_BL1)
         # Equation (1) as a weighted mean, the form that rounding leaves exact at 0 and 1.
         return w_BL1 * outputs[0] + (1.0 - w_BL1) * outputs[1], w_BL1 == 1.0
 
-    return _guided(config, (conditional, unconditional), combine, segments_BL, rows_BL, channels, scale_BS.shape[1])
+    return _guided(config, (conditional, unconditional), combine, layout, scale_BS.shape[1])
 
 
-def guided_by_two(
-    config: GuidanceConfig,
-    both: Denoise,
-    frames: Denoise,
-    neither: Denoise,
-    text_scale_BS: ScaleBS,
-    frames_scale_BS: ScaleBS,
-    segments_BL: SegmentsBL,
-    rows_BL: Int[Array, "B L"],
-    channels: int,
-) -> Denoise:
-    """As `guided`, by equation (2): given both conditions, frames alone, and neither.
+def guided_by_two(config: GuidanceConfig, models: TwoConditions, scales: TwoScales, layout: TokenLayout) -> Denoise:
+    """Make a denoise function that guides by two conditions: equation (2), then (3) and (4) as in `guided`.
 
-    With frames_scale 1 it is `guided(both, frames)`; with equal scales, `guided(both, neither)`.
+    With frames scale 1 it is `guided` by `both` and `frames`; with equal scales, by `both` and `neither`.
     """
 
-    def combine(outputs: Sequence[TokensBLP], t_BL1: Array) -> tuple[TokensBLP, Array]:
-        text_BL1 = _scale_at(config, text_scale_BS, segments_BL, t_BL1)
-        frames_BL1 = _scale_at(config, frames_scale_BS, segments_BL, t_BL1)
+    def combine(outputs: Sequence[TokensBLP], t_BL1: PerTokenBL1) -> tuple[TokensBLP, Bool[Array, "B L 1"]]:
+        text_BL1, frames_BL1 = (_scale_at(config, scale_BS, layout.segments_BL, t_BL1) for scale_BS in scales)
         out_BLP = text_BL1 * outputs[0] + (frames_BL1 - text_BL1) * outputs[1] + (1.0 - frames_BL1) * outputs[2]
         return out_BLP, (text_BL1 == 1.0) & (frames_BL1 == 1.0)
 
-    slots = text_scale_BS.shape[1]
-    return _guided(config, (both, frames, neither), combine, segments_BL, rows_BL, channels, slots)
+    return _guided(config, models, combine, layout, scales.text_BS.shape[1])
 
 
 def rescaled(
@@ -124,36 +123,30 @@ def rescaled(
     members_BLS: Float[Array, "B L S"],
     values_P: Bool[np.ndarray, " P"],
 ) -> TokensBLP:
-    """Equation (4), every value scaled by the factor of its clip.
+    """Scale every value by the factor of its clip: equation (4).
 
     The standard deviations are taken over the values of a token that values_P chooses, at least one, in the tokens of
     the clip for which members_BLS is 1.
     """
-    ratio_BS = _spread(conditional_BLP, members_BLS, values_P) / _spread(out_BLP, members_BLS, values_P)
+    ratio_BS = _clip_std(conditional_BLP, members_BLS, values_P) / _clip_std(out_BLP, members_BLS, values_P)
     factor_BL1 = jnp.sum(members_BLS * (1.0 + share * (ratio_BS - 1.0))[:, None, :], axis=2)[:, :, None]
     return jnp.where(factor_BL1 > 0, factor_BL1 * out_BLP, out_BLP)
 
 
 def _guided(
-    config: GuidanceConfig,
-    functions: Sequence[Denoise],
-    combine: Callable[[Sequence[Array], Array], tuple[Array, Array]],
-    segments_BL: Array,
-    rows_BL: Array,
-    channels: int,
-    slots: int,
+    config: GuidanceConfig, models: Sequence[Denoise], combine: Combine, layout: TokenLayout, slots: int
 ) -> Denoise:
-    """What both rules share: `combine` takes predictions and times to the guided prediction and where it is none."""
+    """Make a denoise function that combines the predictions of several, then rescales and selects channels."""
 
     def denoise(x_BLP: TokensBLP, t_BR: TimesBR) -> Float[Array, "B L out"]:
-        t_BL1 = per_token(t_BR, rows_BL)[:, :, None]
-        outputs = [function(x_BLP, t_BR).astype(jnp.float32) for function in functions]
+        t_BL1 = per_token(t_BR, layout.rows_BL)[:, :, None]
+        outputs = [model(x_BLP, t_BR).astype(jnp.float32) for model in models]
         predictions = [output[:, :, : x_BLP.shape[2]] for output in outputs]
         out_BLP, same_BL1 = combine(predictions, t_BL1)
-        guided_P = _first_channels(config.channels, channels, x_BLP.shape[2])
+        guided_P = _first_channels(config.channels, layout.channels, x_BLP.shape[2])
         if config.rescale:
-            # Tokens that are given, at time 0, have predictions without a meaning.
-            members_BLS = _members(jnp.where(t_BL1[:, :, 0] > 0, segments_BL, 0), slots)
+            # Predictions at tokens that are given, at time 0, mean nothing: leave them out of the statistics.
+            members_BLS = _members(jnp.where(t_BL1[:, :, 0] > 0, layout.segments_BL, 0), slots)
             out_BLP = rescaled(out_BLP, predictions[0], config.rescale, members_BLS, guided_P)
         out_BLP = jnp.where(same_BL1 | ~guided_P[None, None, :], predictions[0], out_BLP)
         return jnp.concatenate([out_BLP, outputs[0][:, :, x_BLP.shape[2] :]], axis=2)
@@ -161,8 +154,8 @@ def _guided(
     return denoise
 
 
-def _scale_at(config: GuidanceConfig, scale_BS: Array, segments_BL: Array, t_BL1: Array) -> Array:
-    """The scale of every token: that of its clip, at its time."""
+def _scale_at(config: GuidanceConfig, scale_BS: PerClipBS, segments_BL: SegmentsBL, t_BL1: PerTokenBL1) -> PerTokenBL1:
+    """Return the scale of every token: its clip's, at its time."""
     scale_BL1 = per_token(scale_BS, jnp.maximum(segments_BL - 1, 0))[:, :, None]
     if config.power:
         scale_BL1 = 1.0 + (scale_BL1 - 1.0) * 0.5 * (1.0 - jnp.cos(jnp.pi * (1.0 - t_BL1) ** config.power))
@@ -170,18 +163,18 @@ def _scale_at(config: GuidanceConfig, scale_BS: Array, segments_BL: Array, t_BL1
 
 
 def _first_channels(first: int, channels: int, values: int) -> np.ndarray:
-    """Which values (P,) of a token are guided; all where `first` is 0."""
+    """Mark the values (P,) of a token that are guided; all where `first` is 0."""
     return np.arange(values) % channels < (first or channels)
 
 
 def _members(segments_BL: Array, slots: int) -> Array:
-    """1 where token l belongs to the clip of slot s, float32; padding belongs to none."""
+    """Return 1 where token l belongs to the clip of slot s, float32; padding belongs to none."""
     slots_11S = jnp.arange(1, slots + 1, dtype=segments_BL.dtype)[None, None, :]
     return (segments_BL[:, :, None] == slots_11S).astype(jnp.float32)
 
 
-def _spread(values_BLP: Array, members_BLS: Array, chosen_P: np.ndarray) -> Array:
-    """The standard deviation over the chosen values of every clip; 1 where there is none, (B, S)."""
+def _clip_std(values_BLP: Array, members_BLS: Array, chosen_P: np.ndarray) -> Array:
+    """Return the standard deviation (B, S) over the chosen values of every clip; 1 where it is 0."""
     count_BS = jnp.maximum(jnp.sum(members_BLS, axis=1) * float(chosen_P.sum()), 1.0)
     mean_BS = _clip_sums(values_BLP, members_BLS, chosen_P) / count_BS
     mean_BL = jnp.sum(mean_BS[:, None, :] * members_BLS, axis=2)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from sora_jax.errors import UserError
-from sora_jax.shapes import ClipIdsBS
+from sora_jax.config import check
+from sora_jax.shapes import ClipIdsBS, IndexBL
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for. The numbers enter the keys: changing one changes every run."""
+    """Name the purpose of a random draw. The numbers enter the keys: changing one changes every run."""
 
     INIT = 0
     TIME = 1
@@ -26,27 +26,27 @@ class Purpose(enum.IntEnum):
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:
-    """The key of one purpose at one training step; both numbers may be traced.
+    """Return the key of one purpose at one training step; seed and step may be traced.
 
     Raises:
         UserError: the seed does not fit in 32 bits, where two seeds could give one key.
     """
-    if isinstance(seed, int) and not 0 <= seed < 2**32:
-        raise UserError(f"seed must be between 0 and 4294967295, not {seed}.")
+    fits = not isinstance(seed, int) or 0 <= seed < 2**32
+    check(fits, f"seed is {seed}; it must be from 0 to 4294967295")
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), step), int(purpose))
 
 
 def clip_keys(key: Key[Array, ""], clip_ids_BS: ClipIdsBS) -> Key[Array, "B S"]:
-    """One key per clip slot, from the clip's id alone."""
+    """Return one key per clip slot, a function of the clip's id alone."""
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, clip_ids_BS)
 
 
 def token_noise(
-    key: Key[Array, ""], clip_ids_BL: UInt32[Array, "B L"], index_BL: Int[Array, "B L"], width: int
+    key: Key[Array, ""], clip_ids_BL: UInt32[Array, "B L"], index_BL: IndexBL, width: int
 ) -> Float[Array, "B L {width}"]:
-    """Standard normal float32 noise (B, L, width): a function of (key, clip id, token index in the clip).
+    """Draw standard normal float32 noise (B, L, width), a function of (key, clip id, token index in the clip).
 
-    Padding (clip 0, index 0) gets finite noise like any token.
+    Padding (clip id 0, index 0) gets finite noise like any token.
     """
 
     def one_token(clip: Array, index: Array) -> Array:

@@ -10,7 +10,7 @@ from sora_jax.diffusion.process import Process, lost_snr, transition
 
 
 def posterior_mean(process: Process, x0: Array, x_t: Array, s: Array, t: Array) -> Array:
-    """m of equation (10): E[x_s | x_t, x_0]. Exactly x_t where s = t, x_0 where s = 0 < t."""
+    """Return m of equation (10), E[x_s | x_t, x_0]; exactly x_t where s = t, exactly x_0 where s = 0 < t."""
     moves = s < t
     noise = process.b(jnp.where(moves, t, 1.0))
     ratio = jnp.where(moves, process.b(s) / noise, 1.0)
@@ -19,11 +19,11 @@ def posterior_mean(process: Process, x0: Array, x_t: Array, s: Array, t: Array) 
 
 
 def log_variance_bounds(process: Process, s: Array, t: Array) -> tuple[Array, Array]:
-    """(log w, log v) of equation (10), the ends of equation (11); finite also where nothing moves (s = t).
+    """Return (log w, log v) of equation (10), the bounds of equation (11); finite also where s = t.
 
     Where s = 0, w is 0: its logarithm is taken one step earlier, of (t, 2 t), as DDPM's code does at its first step.
     """
-    # One step earlier, or, where that would be beyond the noise, the upper end itself.
+    # One step earlier, or, where that would be beyond t = 1, the upper bound itself.
     first = (s <= 0) & (t < 1.0)
     before, after = jnp.where(first, t, s), jnp.where(first, jnp.minimum(2.0 * t, 1.0), t)
     upper = _log_or_least(transition(process, s, t)[1])
@@ -32,11 +32,12 @@ def log_variance_bounds(process: Process, s: Array, t: Array) -> tuple[Array, Ar
 
 
 def learned_log_variance(process: Process, v: Array, s: Array, t: Array) -> Array:
-    """Equation (11): v = -1 is the lower end of `log_variance_bounds`, v = 1 the upper; other values go beyond."""
+    """Return equation (11): v = -1 is the lower of `log_variance_bounds`, v = 1 the upper; others go beyond."""
     lower, upper = log_variance_bounds(process, s, t)
     share = 0.5 * (v + 1.0)
     return share * upper + (1.0 - share) * lower
 
 
 def _log_or_least(variance: Array) -> Array:
+    """Return the logarithm, finite at 0."""
     return jnp.log(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))

@@ -74,7 +74,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from sora_jax.errors import UserError
+from sora_jax.config import choose
 
 Coefficient = Callable[[Array], Array]
 
@@ -92,77 +92,72 @@ _BISECTIONS = 48
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A noising process: its name and the elementwise functions a and b of equation (1).
+    """Describe a noising process by the elementwise functions a and b of equation (1)."""
 
-    `log_alpha(s, t)` is log(a_t / a_s) without cancellation between neighbouring steps; only a process that
-    preserves variance may have it. `unit_input` says that a network is given x_t at unit variance.
-    """
-
-    name: str
-    a: Coefficient
-    b: Coefficient
+    name: str  # a key of PROCESSES
+    a: Coefficient  # scale of the data
+    b: Coefficient  # scale of the noise
+    # log(a_t / a_s) of (s, t), without cancellation between neighbouring steps; only where variance is preserved.
     log_alpha: Callable[[Array, Array], Array] | None = None
-    unit_input: bool = False
+    unit_input: bool = False  # scale x_t to unit variance before a network sees it
 
 
 def derivatives(process: Process, t: Array) -> tuple[Array, Array]:
-    """a'(t) and b'(t), shaped like t, by forward-mode differentiation.
+    """Return a'(t) and b'(t), shaped like t, by forward-mode differentiation.
 
-    Where b' is infinite, at t = 0 of the discrete processes and of `vp`, it is given as 0, so that a masked
-    token stays finite.
+    Where b' is infinite, at t = 0 of the discrete processes and of `vp`, return 0, so that a masked token stays
+    finite.
     """
     one = jnp.ones_like(t)
     return jax.jvp(process.a, (t,), (one,))[1], jax.jvp(process.b, (t,), (one,))[1]
 
 
-def snr(process: Process, t: Array) -> Array:
-    """Signal-to-noise ratio a^2 / b^2 of equation (2), shaped like t; infinite at t = 0."""
-    return jnp.square(process.a(t) / process.b(t))
-
-
 def half_log_snr(process: Process, t: Array) -> Array:
-    """lambda = log(a / b) of equation (2), shaped like t; infinite at t = 0, -infinite where a = 0."""
+    """Return lambda = log(a / b) of equation (2), shaped like t; infinite at t = 0, -infinite where a = 0."""
     return jnp.log(process.a(t)) - jnp.log(process.b(t))
 
 
 def half_log_snr_slope(process: Process, t: Array) -> Array:
-    """d lambda / dt, shaped like t, by forward-mode differentiation; negative."""
+    """Return d lambda / dt, shaped like t and negative, by forward-mode differentiation."""
     return jax.jvp(lambda t: half_log_snr(process, t), (t,), (jnp.ones_like(t),))[1]
 
 
 def time_of_half_log_snr(process: Process, value: Array) -> Array:
-    """The time at which lambda of equation (2) has this value, by bisection; 0 or 1 beyond the ends."""
+    """Return the time at which lambda of equation (2) has this value, by bisection; 0 or 1 beyond the ends."""
 
-    def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
         later = half_log_snr(process, middle) > value
         return jnp.where(later, middle, low), jnp.where(later, high, middle)
 
-    # All of these are times: so that the loop's carry has the type of `value`, sharding included.
+    # zeros_like and ones_like: the loop's carry must have the type of `value`, sharding included.
     return jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(value), jnp.ones_like(value)))[1]
 
 
 def corrupt(process: Process, x0: Array, eps: Array, t: Array) -> Array:
-    """Noised data x_t of equation (1); t has the rank of x0 and broadcasts to it. Exactly x0 at t = 0."""
+    """Return the noised data x_t of equation (1), exactly x0 at t = 0; t has the rank of x0 and broadcasts to it."""
     return process.a(t) * x0 + process.b(t) * eps
 
 
 def initial(process: Process, eps: Array, t: Array) -> Array:
-    """What a sampler starts from at time t: standard normal noise with the variance of x_t, sqrt(a^2 + b^2) eps.
+    """Scale standard normal noise to the variance of x_t: the start of a sampler, sqrt(a^2 + b^2) eps.
 
-    For data of unit variance; exactly eps where a = 0 and b = 1. Shapes as in `corrupt`.
+    The data are taken to have unit variance. The result is exactly eps where a = 0 and b = 1. Shapes as in `corrupt`.
     """
     return _norm(process, t) * eps
 
 
 def input_scale(process: Process, t: Array) -> Array:
-    """The factor on x_t before a network sees it: 1 / sqrt(sigma^2 + 1) for `edm` (2206.00364, table 1), else 1."""
+    """Return the factor on a network's input x_t: 1 / sqrt(sigma^2 + 1) for `edm` (2206.00364, table 1), else 1."""
     return 1.0 / _norm(process, t) if process.unit_input else jnp.ones_like(t)
 
 
 def lost_snr(process: Process, s: Array, t: Array) -> Array:
-    """g = 1 - snr(t) / snr(s) of equation (9), for s <= t of one shape: 1 from s = 0 or to a = 0, 0 where s = t."""
+    """Return g = 1 - snr(t) / snr(s) of equation (9), for s <= t of one shape.
+
+    It is exactly 1 from s = 0 or to a = 0, and exactly 0 where s = t.
+    """
     # Rounding may go beyond either end, and roots of g and of 1 - g are taken.
     if process.log_alpha is not None:
         variance, noise = -jnp.expm1(2.0 * process.log_alpha(s, t)), jnp.square(process.b(t))
@@ -175,7 +170,7 @@ def lost_snr(process: Process, s: Array, t: Array) -> Array:
 
 
 def transition(process: Process, s: Array, t: Array) -> tuple[Array, Array]:
-    """(alpha, v) of equation (8) for s <= t of one shape, accurate between neighbouring steps too."""
+    """Return (alpha, v) of equation (8) for s <= t of one shape, accurate between neighbouring steps too."""
     if process.log_alpha is not None:
         log_alpha = process.log_alpha(s, t)
         return jnp.exp(log_alpha), -jnp.expm1(2.0 * log_alpha)
@@ -183,30 +178,28 @@ def transition(process: Process, s: Array, t: Array) -> tuple[Array, Array]:
 
 
 def time_of_step(step: ArrayLike, steps: int = DDPM_STEPS) -> ArrayLike:
-    """Time of a discrete step 0 .. steps - 1 by equation (21)."""
+    """Return the time of a discrete step 0 .. steps - 1 by equation (21)."""
     return (step + 1) / steps
 
 
 def step_before(t: Array, steps: int = DDPM_STEPS) -> Array:
-    """The time one discrete step before t, 0 for the first step and for anything earlier."""
+    """Return the time one discrete step before t; 0 for the first step and for anything earlier."""
     count = t * steps
     whole = jnp.round(count)
     return jnp.maximum(jnp.where(jnp.abs(count - whole) < 1e-3, whole, count) - 1.0, 0.0) / steps
 
 
 def process_named(name: str) -> Process:
-    """The process called `name`, one of the keys of PROCESSES.
+    """Return the process called `name`, a key of PROCESSES.
 
     Raises:
         UserError: no process has this name.
     """
-    if name not in PROCESSES:
-        raise UserError(f"process must be one of {', '.join(PROCESSES)}, not {name!r}.")
-    return PROCESSES[name]
+    return choose("process", name, PROCESSES)
 
 
 def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
-    """A variance-preserving process without signal at t = 1: equation (19) from the first step t_0 on.
+    """Make a variance-preserving process that ends without signal: equation (19) from the first step t_0 on.
 
     Before the first step, where (19) would exceed 1, the process stays what it was; the two meet there.
     """
@@ -230,7 +223,7 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
 
     def log_alpha(s: Array, t: Array) -> Array:
         late_s, late_t = jnp.maximum(s, first), jnp.maximum(t, first)
-        # What is left of the signal at s, a(s) - a(1), as in `a`: none from a rounding error before the end.
+        # The signal that remains at s, a(s) - a(1), as in `a`: 0 from a rounding error before the end.
         left = _constants(process, 1.0)[0] * jnp.expm1(-process.log_alpha(late_s, jnp.ones_like(s)))
         silent = left <= 0
         fall = process.a(late_s) * jnp.expm1(process.log_alpha(late_s, late_t)) / jnp.where(silent, 1.0, left)
@@ -242,24 +235,26 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
 
 @functools.cache
 def _constants(process: Process, time: float) -> tuple[float, float]:
-    """a and b at one time as numbers; computed when first used, so that an import starts no device."""
+    """Compute a and b at one time as numbers, when they are first used: an import must start no device."""
     with jax.ensure_compile_time_eval():
         t = jnp.float32(time)
         return float(process.a(t)), float(process.b(t))
 
 
 def _norm(process: Process, t: Array) -> Array:
+    """Return sqrt(a^2 + b^2), the standard deviation of x_t for data of unit variance."""
     return jnp.sqrt(jnp.square(process.a(t)) + jnp.square(process.b(t)))
 
 
 def _root(variance: Array) -> Array:
-    # The square root has no derivative at 0: keep its argument away from 0 also in the branch not taken.
+    """Return the square root, with derivative 0 at 0."""
+    # Its derivative there is infinite: keep the argument away from 0 in the branch that is not taken, too.
     noisy = variance > 0
     return jnp.where(noisy, jnp.sqrt(jnp.where(noisy, variance, 1.0)), 0.0)
 
 
 def _gap(s: Array, t: Array) -> Array:
-    """t - s; the rounding of two neighbouring steps to float32, 6e-5 of their difference, is undone."""
+    """Return t - s, without the rounding of two neighbouring steps to float32, 6e-5 of their difference."""
     gap = t - s
     whole = jnp.round(gap * DDPM_STEPS) / DDPM_STEPS
     # The correction is a constant: the derivatives are those of t - s.
@@ -267,7 +262,7 @@ def _gap(s: Array, t: Array) -> Array:
 
 
 def _polynomial(name: str, ascending: np.ndarray) -> Process:
-    """The variance-preserving process with log a^2 = ascending[0] t + ascending[1] t^2 + ..."""
+    """Make the variance-preserving process with log a^2 = ascending[0] t + ascending[1] t^2 + ..."""
     coefficients = [*map(float, ascending[::-1]), 0.0]
 
     def log_abar(t: Array) -> Array:
@@ -288,7 +283,7 @@ def _polynomial(name: str, ascending: np.ndarray) -> Process:
 
 
 def _from_betas(name: str, betas: np.ndarray) -> Process:
-    """The variance-preserving process that meets every discrete step of a beta schedule: equation (16)."""
+    """Make the variance-preserving process that meets every discrete step of a beta schedule: equation (16)."""
     times = time_of_step(np.arange(len(betas)), len(betas))
     powers = times[:, None] ** np.arange(1, _POLYNOMIAL_DEGREE + 1)
     return _polynomial(name, np.linalg.lstsq(powers, np.cumsum(np.log1p(-betas)), rcond=None)[0])
@@ -304,7 +299,10 @@ def _reversed_quarter_sine(t: Array) -> Array:
 
 
 def _cosine(name: str) -> Process:
-    """Equation (18). Its last beta would be 1 and is 0.999: over the last step a is linear and ends above 0."""
+    """Make the process of equation (18), whose last beta is clipped from 1 to 0.999.
+
+    Over the last step a is linear and ends above 0.
+    """
     first_angle = 0.5 * math.pi * COSINE_OFFSET / (1.0 + COSINE_OFFSET)
     rate = 0.5 * math.pi / (1.0 + COSINE_OFFSET)
     last = time_of_step(DDPM_STEPS - 2)

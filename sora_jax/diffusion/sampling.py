@@ -11,25 +11,22 @@ from jaxtyping import Array, Int
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import initial
 from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
-from sora_jax.diffusion.spacing import base_times, check_spacing
+from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TokensBLP
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model is sampled: number of steps and how they are spaced (see `spacing`), solver, guidance.
+    """Configure how a model is sampled."""
 
-    steps is a text, since DDPM's spacing takes more than a number: "250", "ddim50", "10,15,20".
-    """
-
-    steps: str = "30"
-    spacing: str = "even"
+    steps: str = "30"  # number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20"
+    spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()
     guidance: GuidanceConfig = GuidanceConfig()
 
     def __post_init__(self):
-        check_spacing(self.steps, self.spacing)
+        count_steps(self.steps, self.spacing)
 
 
 def sample(
@@ -39,8 +36,11 @@ def sample(
     eps_BLP: TokensBLP,
     tokens_BR: Int[Array, "B R"],
 ) -> TokensBLP:
-    """Data tokens (B, L, P) from standard normal noise; `times` shifts the grid of a row by its clip's tokens."""
-    # The grid before its shift is host code, also where the program is compiled for devices that are not here.
+    """Sample data tokens (B, L, P) from standard normal noise; `times` shifts the grid of a row by its clip's size.
+
+    tokens_BR counts the tokens of the clip that a row serves.
+    """
+    # The unshifted grid is computed on the host, also when the program is compiled ahead for absent devices.
     with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         base_K = np.asarray(base_times(problem.process, config.steps, config.spacing), np.float32)
     times_KBR = sampling_times(times, jnp.asarray(base_K), tokens_BR, problem.process)

@@ -1,6 +1,6 @@
-"""The grid of times along which a sampler walks, before it is shifted by clip size: host code.
+"""The grid of times along which a solver steps, before it is shifted by clip size: host code.
 
-    spacing    times of n steps, then 0
+    spacing    the times at which n steps begin; the last step ends at 0
     even       1, 1 - 1/n, .. 1/n
     trailing   every (1000 / n)th discrete step, counted back from the last, 999
     leading    every (1000 // n)th discrete step, counted up from the first, 0
@@ -13,9 +13,13 @@ The ends of `karras` (2206.00364, equation 5) are the levels of the first and th
 80 where the last is infinite.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike
 
+from sora_jax.config import check, choose
 from sora_jax.diffusion.process import (
     DDPM_STEPS,
     EDM_RHO,
@@ -26,54 +30,43 @@ from sora_jax.diffusion.process import (
     time_of_half_log_snr,
     time_of_step,
 )
-from sora_jax.errors import UserError
 
-SPACINGS = ("even", "respaced", "leading", "trailing", "linspace", "karras")
 SIGMA_MIN = 0.002
 _INFINITE = 1e4  # no process with a signal at t = 1 has so high a noise level
 
 
 def base_times(process: str | Process, steps: int | str, spacing: str = "even") -> np.ndarray:
-    """Times (K,) float64, strictly decreasing to 0: one for each of the K - 1 steps, and the end.
+    """Return times (K,) float64, strictly decreasing to 0: one for each of the K - 1 steps, and the end.
 
     `steps` is a number; for `respaced` also a text.
 
     Raises:
         UserError: an unknown spacing, a number of steps that the spacing cannot make, or a text it cannot read.
     """
-    count = check_spacing(steps, spacing)
+    count = count_steps(steps, spacing)
     if spacing == "respaced":
         return _times_of(respaced_steps(str(steps)))
-    if spacing == "even":
-        return np.linspace(1.0, 0.0, count + 1)
-    if spacing == "karras":
-        return _karras(process_named(process) if isinstance(process, str) else process, count)
-    if spacing == "leading":
-        return _times_of(np.arange(count) * (DDPM_STEPS // count))
-    if spacing == "trailing":
-        return _times_of(np.round(DDPM_STEPS - np.arange(count) * DDPM_STEPS / count) - 1)
-    return _times_of(np.round(np.linspace(0, DDPM_STEPS - 1, count)) if count > 1 else [DDPM_STEPS - 1])
+    return SPACINGS[spacing](process_named(process) if isinstance(process, str) else process, count)
 
 
-def check_spacing(steps: int | str, spacing: str) -> int:
-    """How many steps `base_times` makes of these, for any process; reads texts alone and starts no device.
+def count_steps(steps: int | str, spacing: str) -> int:
+    """Count the steps that `base_times` makes, for any process; no device is started.
 
     Raises:
         UserError: as `base_times`.
     """
-    if spacing not in SPACINGS:
-        raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}.")
+    choose("spacing", spacing, SPACINGS)
     if spacing == "respaced":
         return len(respaced_steps(str(steps)))
     return _count(steps, most=None if spacing in ("even", "karras") else DDPM_STEPS)
 
 
 def respaced_steps(sections: str, steps: int = DDPM_STEPS) -> list[int]:
-    """The discrete steps, ascending, that a text keeps (the convention of Dhariwal and Nichol's code, and DiT's).
+    """Return the discrete steps, ascending, that a text keeps, as in the code of Dhariwal and Nichol and of DiT.
 
     "250" keeps that many, evenly from the first step to the last; "10,15,20" cuts the steps into as many equal
     sections and keeps that many of each; "ddim50" keeps every k-th from the first, k the smallest whole stride
-    that gives just so many.
+    that gives exactly so many.
 
     Raises:
         UserError: the text cannot be read, a section has fewer steps than it should keep, or no stride fits.
@@ -81,8 +74,7 @@ def respaced_steps(sections: str, steps: int = DDPM_STEPS) -> list[int]:
     if sections.startswith("ddim"):
         count = _count(sections.removeprefix("ddim"), steps)
         strides = [stride for stride in range(1, steps) if len(range(0, steps, stride)) == count]
-        if not strides:
-            raise UserError(f"steps is {sections!r}; no whole stride keeps {count} of {steps} steps.")
+        check(strides, f"steps is {sections!r}; no whole stride keeps {count} of {steps} steps")
         return list(range(0, steps, strides[0]))
     parts = sections.split(",")
     sizes = [steps // len(parts) + (part < steps % len(parts)) for part in range(len(parts))]
@@ -103,12 +95,13 @@ def _spread(start: int, size: int, count: int) -> list[int]:
 def _count(text: int | str, most: int | None) -> int:
     allowed = "a whole number of 1 or more" if most is None else f"a whole number from 1 to {most}"
     digits = str(text).strip()
-    if not (digits.isascii() and digits.isdigit() and 1 <= int(digits) <= (most or int(digits))):
-        raise UserError(f"steps must be {allowed}, not {text!r}.")
+    valid = digits.isascii() and digits.isdigit() and 1 <= int(digits) <= (most or int(digits))
+    check(valid, f"steps is {text!r}; it must be {allowed}")
     return int(digits)
 
 
-def _times_of(steps) -> np.ndarray:
+def _times_of(steps: ArrayLike | Sequence[int]) -> np.ndarray:
+    """Return the times of discrete steps, from the last to the first, then 0."""
     return np.array([*time_of_step(np.sort(np.asarray(steps, np.float64))[::-1]), 0.0])
 
 
@@ -119,3 +112,30 @@ def _karras(process: Process, count: int) -> np.ndarray:
     roots = np.linspace(largest ** (1 / EDM_RHO), max(smallest, SIGMA_MIN) ** (1 / EDM_RHO), count)
     levels = jnp.asarray(-EDM_RHO * np.log(roots), jnp.float32)
     return np.array([*np.asarray(time_of_half_log_snr(process, levels), np.float64), 0.0])
+
+
+def _even(process: Process, count: int) -> np.ndarray:
+    return np.linspace(1.0, 0.0, count + 1)
+
+
+def _leading(process: Process, count: int) -> np.ndarray:
+    return _times_of(np.arange(count) * (DDPM_STEPS // count))
+
+
+def _trailing(process: Process, count: int) -> np.ndarray:
+    return _times_of(np.round(DDPM_STEPS - np.arange(count) * DDPM_STEPS / count) - 1)
+
+
+def _linspace(process: Process, count: int) -> np.ndarray:
+    return _times_of(np.round(np.linspace(0, DDPM_STEPS - 1, count)) if count > 1 else [DDPM_STEPS - 1])
+
+
+# (process, number of steps) -> times; `respaced` reads a text instead of a number.
+SPACINGS: dict[str, Callable[[Process, int], np.ndarray] | None] = {
+    "even": _even,
+    "respaced": None,
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "karras": _karras,
+}

@@ -1,7 +1,7 @@
 """Noise levels: the times at which a clip is trained and the grid along which it is sampled.
 
-Both pass through the same size-dependent shift: more tokens average noise away more easily, so a large clip
-needs more of it to lose as much. On every process noise over signal, b / a, is multiplied by one factor (Esser et al.
+Both pass through the same size-dependent shift: more tokens average noise away more easily, so a large clip needs more
+noise to lose as much. On every process the shift multiplies noise over signal, b / a, by one factor (Esser et al.
 2403.03206, section 5.3.2, for the linear flow; Hoogeboom et al. 2301.11093, section 3.1, where variance is preserved),
 
     lambda(shift(t)) = lambda(t) - log alpha,    alpha = sqrt(tokens / base_tokens)       (1)
@@ -22,11 +22,13 @@ fill [0, 1) evenly over the whole batch (the low-discrepancy sampler of Kingma e
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
+from sora_jax.config import check, choose
 from sora_jax.diffusion.keys import clip_keys
 from sora_jax.diffusion.process import (
     DDPM_STEPS,
@@ -36,12 +38,10 @@ from sora_jax.diffusion.process import (
     time_of_half_log_snr,
     time_of_step,
 )
-from sora_jax.errors import UserError
-from sora_jax.shapes import ClipIdsBS
+from sora_jax.shapes import ClipIdsBS, PerClipBS, RowsBL
 
-# Time 0 is kept for tokens that are given; a clip in training always has at least this much noise.
+# Time 0 is reserved for tokens that are given; a clip in training always has at least this much noise.
 MIN_TIME = 1e-5
-SHIFT_RULES = ("root", "exponential")
 FLUX_TOKENS, FLUX_LOG_SHIFTS = (256, 4096), (0.5, 1.15)
 # Beyond this scale the quantile function of `mode` is not monotonic (2403.03206, section 3.1).
 MAX_MODE_SCALE = 1.7519
@@ -49,7 +49,9 @@ MAX_MODE_SCALE = 1.7519
 
 @dataclass(frozen=True)
 class TimesConfig:
-    """How training times are drawn and how clip size moves all times; n ~ N(0, 1) and u ~ U[0, 1) below.
+    """Configure how training times are drawn and how clip size shifts all times.
+
+    With n ~ N(0, 1) and u ~ U[0, 1) the distributions are
 
     distribution    time
     uniform         u
@@ -57,39 +59,41 @@ class TimesConfig:
     mode            1 - u - mode_scale (cos^2(pi u / 2) - 1 + u); 2403.03206, equation 20
     cosmap          1 - 1 / (1 + tan(pi u / 2)), the noise levels of `trigonometric`; 2403.03206, equation 21
     log_sigma       where b / a = exp(mean + std n); Karras et al. 2206.00364, table 1, has mean -1.2 and std 1.2
-    steps           one of the thousand discrete steps, each as often; DDPM and DiT; not to be shifted
-
-    shift_rule: `root` is equation (1), `exponential` that of FLUX. By `root` a clip of `base_tokens` tokens is not
-    shifted; base_tokens = 0 shifts no clip, whatever the rule.
+    steps           one of the thousand discrete steps, all equally likely; DDPM and DiT; takes no shift
     """
 
-    distribution: str = "logit_normal"
-    mean: float = 0.0
-    std: float = 1.0
-    mode_scale: float = 1.29
-    base_tokens: int = 256
-    shift_rule: str = "root"
-    stratified: bool = False
+    distribution: str = "logit_normal"  # a key of QUANTILES: the table above
+    mean: float = 0.0  # of the normal number, for logit_normal and log_sigma
+    std: float = 1.0  # of the normal number, for logit_normal and log_sigma
+    mode_scale: float = 1.29  # for mode, from -1 to 1.7519: positive favours the middle, negative the ends
+    base_tokens: int = 256  # a clip of so many tokens is not shifted by `root`; 0: no clip is shifted by any rule
+    shift_rule: str = "root"  # `root` is equation (1), `exponential` the rule of FLUX
+    stratified: bool = False  # spread the times of a batch evenly over the distribution: equation (2)
 
     def __post_init__(self):
-        if self.distribution not in QUANTILES:
-            allowed = ", ".join(QUANTILES)
-            raise UserError(f"times.distribution must be one of {allowed}, not {self.distribution!r}.")
+        choose("times.distribution", self.distribution, QUANTILES)
+        choose("times.shift_rule", self.shift_rule, SHIFT_RULES)
         for name in ("mean", "std"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"times.{name} must be finite, not {getattr(self, name)}.")
-        if not self.std > 0:
-            raise UserError(f"times.std must be above 0, not {self.std}.")
-        if not -1.0 <= self.mode_scale <= MAX_MODE_SCALE:
-            raise UserError(f"times.mode_scale must be from -1 to {MAX_MODE_SCALE}, not {self.mode_scale}.")
-        if self.shift_rule not in SHIFT_RULES:
-            raise UserError(f"times.shift_rule must be one of {', '.join(SHIFT_RULES)}, not {self.shift_rule!r}.")
-        if self.base_tokens < 0:
-            raise UserError(f"times.base_tokens must be 0 (no shift) or more, not {self.base_tokens}.")
-        if self.distribution == "steps" and self.base_tokens:
-            raise UserError(
-                f"times.base_tokens must be 0 (no shift) with times.distribution 'steps', not {self.base_tokens}."
-            )
+            value = getattr(self, name)
+            check(math.isfinite(value), f"times.{name} is {value}; it must be finite")
+        check(self.std > 0, f"times.std is {self.std}; it must be above 0")
+        check(
+            -1.0 <= self.mode_scale <= MAX_MODE_SCALE,
+            f"times.mode_scale is {self.mode_scale}; it must be from -1 to {MAX_MODE_SCALE}",
+        )
+        check(self.base_tokens >= 0, f"times.base_tokens is {self.base_tokens}; it must be 0 (no shift) or more")
+        check(
+            self.distribution != "steps" or self.base_tokens == 0,
+            f"times.base_tokens is {self.base_tokens}; with times.distribution 'steps' it must be 0 (no shift)",
+        )
+
+
+class ClipBatch(NamedTuple):
+    """Identify the clips of packs, slot by slot; an empty slot has id 0."""
+
+    clip_ids_BS: ClipIdsBS
+    tokens_BS: Int[Array, "B S"]  # the size of each clip
+    ranks_BS: PerClipBS | None = None  # the slice of `batch_ranks`, if these clips are a part of the batch
 
 
 def _normal(config: TimesConfig, u: Array) -> Array:
@@ -118,7 +122,7 @@ def _steps(config: TimesConfig, process: Process, u: Array) -> Array:
     return time_of_step(jnp.minimum(jnp.floor(u * DDPM_STEPS), DDPM_STEPS - 1.0))
 
 
-# Quantile functions: time from a uniform number.
+# Quantile functions: (config, process, uniform number) -> time.
 QUANTILES: dict[str, Callable[[TimesConfig, Process, Array], Array]] = {
     "uniform": lambda config, process, u: u,
     "logit_normal": _logit_normal,
@@ -129,48 +133,50 @@ QUANTILES: dict[str, Callable[[TimesConfig, Process, Array], Array]] = {
 }
 
 
+def _root_alpha(config: TimesConfig, count: Array) -> Array:
+    return jnp.sqrt(count / config.base_tokens)
+
+
+def _flux_alpha(config: TimesConfig, count: Array) -> Array:
+    (small, large), (low, high) = FLUX_TOKENS, FLUX_LOG_SHIFTS
+    return jnp.exp(low + (high - low) * (count - small) / (large - small))
+
+
+# (config, float32 number of tokens) -> alpha of equation (1).
+SHIFT_RULES: dict[str, Callable[[TimesConfig, Array], Array]] = {"root": _root_alpha, "exponential": _flux_alpha}
+
+
 def shift(
     config: TimesConfig, t: Float[Array, "..."], tokens: Int[Array, "..."], process: Process
 ) -> Float[Array, "..."]:
-    """Times moved by clip size, equation (1); t and tokens have one shape. Exact at t = 0 and t = 1, and for alpha = 1.
+    """Shift times by clip size, equation (1); t and tokens have one shape.
 
-    Never falls in t; where the process keeps some signal at t = 1, times that would lie beyond are 1.
+    The result never falls in t and is exactly t at t = 0, at t = 1 and for alpha = 1. Where the process keeps some
+    signal at t = 1, times that would lie beyond are 1.
     """
     if config.base_tokens == 0:
         return t
     # An empty slot has no tokens: any positive count keeps its time finite.
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
-    alpha = jnp.sqrt(count / config.base_tokens) if config.shift_rule == "root" else _flux_alpha(count)
-    moved = alpha * t / (alpha * t + (1.0 - t)) if process is linear_flow else _less_signal(process, t, alpha)
+    alpha = SHIFT_RULES[config.shift_rule](config, count)
+    moved = alpha * t / (alpha * t + (1.0 - t)) if process is linear_flow else _shift_by_snr(process, t, alpha)
     return jnp.where((t <= 0.0) | (t >= 1.0) | (alpha == 1.0), t, moved)
 
 
-def _less_signal(process: Process, t: Array, factor: Array) -> Array:
-    return time_of_half_log_snr(process, half_log_snr(process, t) - jnp.log(factor))
+def _shift_by_snr(process: Process, t: Array, alpha: Array) -> Array:
+    return time_of_half_log_snr(process, half_log_snr(process, t) - jnp.log(alpha))
 
 
-def _flux_alpha(count: Array) -> Array:
-    (small, large), (low, high) = FLUX_TOKENS, FLUX_LOG_SHIFTS
-    return jnp.exp(low + (high - low) * (count - small) / (large - small))
+def draw_times(config: TimesConfig, process: Process, key: Key[Array, ""], clips: ClipBatch) -> PerClipBS:
+    """Draw one training time per clip, in [MIN_TIME, 1], float32: a function of (key, clip id, clip size).
 
-
-def draw_times(
-    config: TimesConfig,
-    key: Key[Array, ""],
-    clip_ids_BS: ClipIdsBS,
-    tokens_BS: Int[Array, "B S"],
-    ranks_BS: Float[Array, "B S"] | None,
-    process: Process,
-) -> Float[Array, "B S"]:
-    """One training time per clip, in [MIN_TIME, 1], float32: a function of (key, clip id, clip size).
-
-    Stratified times are a function of (key, rank, clip size). `ranks_BS` is then needed if clip_ids_BS is not the whole
-    batch but a part of it: the part's slice of the whole's `batch_ranks`. Else it may be None. Of `process`, log_sigma
-    and the shift take the times at which noise levels are reached.
+    Stratified times are a function of (key, rank, clip size); without `clips.ranks_BS` the clips count as the whole
+    batch. The process tells log_sigma and the shift at which times noise levels are reached.
     """
+    clip_ids_BS, tokens_BS, ranks_BS = clips
     if config.stratified:
         ranks_BS = batch_ranks(clip_ids_BS) if ranks_BS is None else ranks_BS
-        # No clip has id 0: the step's own number is nobody else's.
+        # No clip has id 0, so the draw of the step coincides with that of no clip.
         drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0))
         uniform_BS = drawn_BS - jnp.floor(drawn_BS)
     else:
@@ -181,22 +187,22 @@ def draw_times(
 
 
 def batch_ranks(clips: UInt32[Array, "*slots"]) -> Float[Array, "*slots"]:
-    """i / n of equation (2) for every clip of the batch, in [0, 1); 0 for empty slots. Any shape of clip ids.
+    """Rank the clips of a batch: i / n of equation (2), in [0, 1); 0 for empty slots. Clip ids have any shape.
 
-    The order i is that of the scrambled clip ids: the same wherever the clips are packed and however the batch lies
-    on a mesh (the ids are gathered: four bytes per slot). Under gradient accumulation call it on the whole batch.
+    The order i is that of the scrambled clip ids: the same wherever the clips are packed and however the batch is
+    sharded (the ids are gathered: four bytes per slot). Under gradient accumulation rank the whole batch.
     """
     sharding = jax.typeof(clips).sharding
     if sharding.mesh.empty:
         return _ranks(clips)
-    # The array's own mesh, not one that is set: batches are ranked where they are placed, too.
+    # The array's own mesh, not the current one: placed batches are ranked outside `jax.set_mesh`, too.
     everywhere = jax.NamedSharding(sharding.mesh, jax.P(*[None] * clips.ndim))
     return jax.sharding.reshard(_ranks(jax.sharding.reshard(clips, everywhere)), sharding)
 
 
 def _ranks(clips: Array) -> Array:
     ids = clips.ravel()
-    # Ids that follow each other often belong to like clips; an odd factor scrambles the order and keeps ids apart.
+    # Neighbouring ids often belong to similar clips; an odd factor scrambles the order and keeps ids distinct.
     place = jnp.argsort(jnp.argsort(ids * jnp.uint32(2654435761)))
     empty = jnp.sum(ids == 0)
     count = jnp.maximum(ids.size - empty, 1).astype(jnp.float32)
@@ -206,18 +212,17 @@ def _ranks(clips: Array) -> Array:
 def sampling_times(
     config: TimesConfig, base_K: Float[Array, " K"], tokens_BR: Int[Array, "B R"], process: Process
 ) -> Float[Array, "K B R"]:
-    """The times of every row, float32: the decreasing grid base_K (`spacing.base_times`), shifted by the row's size.
+    """Return the times of every row, float32: the decreasing grid base_K (`spacing.base_times`) with the row's shift.
 
-    tokens_BR counts the tokens of the clip that a row serves. To hold a row of given tokens, set all its
-    times to 0.
+    tokens_BR counts the tokens of the clip that a row serves. To hold a row of given tokens, set all its times to 0.
     """
     base_K = jnp.asarray(base_K, jnp.float32)
     return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR, process))(base_K)
 
 
-def per_token(values_BR: Num[Array, "B R"], rows_BL: Int[Array, "B L"]) -> Num[Array, "B L"]:
-    """The value of every token's row (or slot): values_BR[b, rows_BL[b, l]]."""
-    # Comparison and sum, not a gather: legal and local whichever axes of rows_BL are sharded.
+def per_token(values_BR: Num[Array, "B R"], rows_BL: RowsBL) -> Num[Array, "B L"]:
+    """Return the value of every token's row (or slot): values_BR[b, rows_BL[b, l]]."""
+    # Comparison and sum, not a gather: legal and without communication whichever axes of rows_BL are sharded.
     rows_11R = jnp.arange(values_BR.shape[1], dtype=rows_BL.dtype)[None, None, :]
     mine_BLR = rows_BL[:, :, None] == rows_11R
     return jnp.sum(jnp.where(mine_BLR, values_BR[:, None, :], 0), axis=2, dtype=values_BR.dtype)

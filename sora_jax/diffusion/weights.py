@@ -1,7 +1,7 @@
-"""How much the error of a prediction counts at each noise level.
+"""The weight of a prediction's error at each noise level.
 
-Each weight is defined once, on the squared error of x_0 or of eps, and carried to whatever the model predicts: by
-equation (7) of `process`, an error e of the prediction c x_0 + d eps at a known x_t is one of
+Each weight is defined once, on the squared error of x_0 or of eps, and converted to the model's prediction: by
+equation (7) of `process`, an error e of the prediction c x_0 + d eps at a known x_t is an error of
 
     -b e / (a d - b c)  in x_0,      a e / (a d - b c)  in eps                            (1)
 
@@ -27,34 +27,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sora_jax.diffusion.prediction import FORMS, check_kind
+from sora_jax.config import check, choose
+from sora_jax.diffusion.prediction import form_of
 from sora_jax.diffusion.process import Process, half_log_snr, half_log_snr_slope
-from sora_jax.errors import UserError
 
-# Beyond these lambda a model cannot tell data from noise; the weights stay finite in float32.
+# Beyond this |lambda| a model cannot tell data from noise; the limit keeps the weights finite in float32.
 _MAX_HALF_LOG_SNR = 15.0
-# Without signal at t = 1 lambda falls ever faster: the last of a thousand steps weighs what its start does.
+# Without signal at t = 1 lambda falls to -infinity: the last of a thousand steps has the weight of its start.
 _LATEST = 0.999
 
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """A weight by name; gamma is of min_snr, bias of sigmoid, sigma_data of edm."""
+    """Choose the weight of the squared error at each noise level."""
 
-    name: str = "uniform"
-    gamma: float = 5.0
-    bias: float = 2.0
-    sigma_data: float = 1.0
+    name: str = "uniform"  # a key of WEIGHTS: the table of `diffusion/weights.py`
+    gamma: float = 5.0  # of min_snr: the largest signal-to-noise ratio that counts
+    bias: float = 2.0  # of sigmoid: the log signal-to-noise ratio at which the sigmoid is 1/2
+    sigma_data: float = 1.0  # of edm: the standard deviation of the data
 
     def __post_init__(self):
-        if self.name not in WEIGHTS:
-            raise UserError(f"weight.name must be one of {', '.join(WEIGHTS)}, not {self.name!r}.")
+        choose("weight.name", self.name, WEIGHTS)
         for name in ("gamma", "bias", "sigma_data"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"weight.{name} must be finite, not {getattr(self, name)}.")
-        for name in ("gamma", "sigma_data"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"weight.{name} must be above 0, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            check(math.isfinite(value), f"weight.{name} is {value}; it must be finite")
+            check(name == "bias" or value > 0, f"weight.{name} is {value}; it must be above 0")
 
 
 # (config, lambda, d log snr / dt) -> weight, and the space it is defined in ("" for the model's own).
@@ -68,29 +65,32 @@ WEIGHTS: dict[str, tuple[str, Callable[[WeightConfig, Array, Array], Array]]] = 
 }
 
 
-def check_weight(name: str, kind: str) -> None:
-    """Whether errors of this kind of prediction can be weighed so.
+def check_weight(name: str, prediction_type: str) -> None:
+    """Check that the error of this prediction can have this weight.
 
     Raises:
         UserError: `uniform` with score, whose squared error grows as 1 / b^2 towards the data.
     """
-    if name == "uniform" and check_kind(kind) == "score":
-        allowed = ", ".join(other for other in WEIGHTS if other != "uniform")
-        raise UserError(f"weight.name must be one of {allowed} with the prediction score, not 'uniform'.")
+    form_of(prediction_type)
+    check(
+        (name, prediction_type) != ("uniform", "score"),
+        f"weight.name is {name!r}; with the prediction score it must be one of "
+        f"{', '.join(other for other in WEIGHTS if other != 'uniform')}",
+    )
 
 
-def loss_scale(config: WeightConfig, process: Process, kind: str, t: Array) -> Array:
-    """The factor on the squared error of predictions of this kind, float32, shaped like t; for 0 < t."""
+def noise_level_weight(config: WeightConfig, process: Process, prediction_type: str, t: Array) -> Array:
+    """Return the factor on the squared error of a prediction, float32, shaped like t; for 0 < t."""
     space, weight = WEIGHTS[config.name]
     t = jnp.minimum(t, _LATEST)
     half = jnp.clip(half_log_snr(process, t), -_MAX_HALF_LOG_SNR, _MAX_HALF_LOG_SNR)
     value = weight(config, half, 2.0 * half_log_snr_slope(process, t))
-    return value * jnp.square(_gain(process, check_kind(kind), space, half, t)) if space else value
+    return value * jnp.square(_error_ratio(process, prediction_type, space, half, t)) if space else value
 
 
-def _gain(process: Process, kind: str, space: str, half: Array, t: Array) -> Array:
-    """Equation (1) for e = 1, divided through by a or b so that neither end is lost."""
-    c, d = FORMS[kind](process, t)
+def _error_ratio(process: Process, prediction_type: str, space: str, half: Array, t: Array) -> Array:
+    """Evaluate equation (1) for e = 1, divided through by a or b: neither end of time may overflow."""
+    c, d = form_of(prediction_type)(process, t)
     if space == "x0":
         return 1.0 / (c - jnp.exp(half) * d)
     return 1.0 / (d - jnp.exp(-half) * c)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sora_jax.data.packing import EmptyItem, PackingConfig, grid_of, pack_batch, unpack, unstack
 from sora_jax.data.planning import plan
-from sora_jax.diffusion.guidance import guided
+from sora_jax.diffusion.guidance import TokenLayout, guided
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
@@ -31,7 +31,7 @@ PACKS_AT_ONCE = 8  # rounded up to the parts of the mesh; bounds the memory of a
 
 @dataclasses.dataclass(frozen=True)
 class TrainedDenoiser:
-    """A denoiser with its averaged weights and tokenizer, placed on a mesh."""
+    """Hold a denoiser: its averaged weights and tokenizer, placed on a mesh."""
 
     config: DenoiserRun
     params: dict
@@ -40,7 +40,7 @@ class TrainedDenoiser:
 
 
 class Conditions(NamedTuple):
-    """What packs are sampled with: their clips, the same with what guidance leads away from, and each clip's scale.
+    """Hold what packs are sampled with: their clips, the same with negative captions, and each clip's guidance scale.
 
     Without guidance `negative` is None.
     """
@@ -51,7 +51,7 @@ class Conditions(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Requests as items to pack, the same for their negatives, which row holds which, and the sizes of packs."""
+    """Hold requests as items to pack, the same for their negatives, which row holds which, and the sizes of packs."""
 
     items: list[EmptyItem]
     negatives: list[EmptyItem]
@@ -155,5 +155,5 @@ def _denoiser(config: DenoiserRun, sampling: SamplingConfig, params: dict, condi
     if conditions.negative is None:
         return conditioned(pack)
     both = conditioned(pack), conditioned(conditions.negative)
-    channels = config.model.latent_channels
-    return guided(sampling.guidance, *both, conditions.scale_BS, pack.segments_BL, pack.rows_BL, channels)
+    layout = TokenLayout(pack.segments_BL, pack.rows_BL, config.model.latent_channels)
+    return guided(sampling.guidance, *both, conditions.scale_BS, layout)

@@ -20,11 +20,11 @@ from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
-from sora_jax.diffusion.loss import denoising_loss, loss_weight
+from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
 from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
-from sora_jax.diffusion.times import TimesConfig, batch_ranks, draw_times, per_token
+from sora_jax.diffusion.times import ClipBatch, TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig, check_weight
 from sora_jax.files import as_path
 from sora_jax.models.denoiser import AnyDenoiser, DenoiserConfig, denoise, denoiser_specs, train_flops
@@ -32,9 +32,10 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel import distributed
-from sora_jax.train.loop import Job
+from sora_jax.train.loop import Job, Preview
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
+from sora_jax.train.step import LossResult
 
 NOISE_BINS = 10
 Text = Tokenizer | PretrainedText | NoText  # what turns captions into what a model takes
@@ -131,33 +132,26 @@ def denoiser_groups(config: DenoiserRun) -> dict[str, Group]:
     return {MODEL: Group(denoiser_specs(config.model), config.optim)}
 
 
-def denoiser_loss(config: DenoiserRun, params: dict, frozen: Any, pack: Pack, step: jax.Array, part: jax.Array):
+def denoiser_loss(
+    config: DenoiserRun, params: dict, frozen: Any, pack: Pack, step: jax.Array, part: jax.Array
+) -> LossResult:
     """Return the sum of the denoising loss over the real tokens of a batch, its weight, and means: see `make_step`.
 
     Times, noise and dropped captions and classes are functions of (seed, step, clip) alone.
     """
     diffusion = config.diffusion
     key = functools.partial(step_key, config.seed, step)
-    tokens_BS = pack.grids_BS3.prod(-1)
     process = process_named(diffusion.process)
-    times_BS = draw_times(diffusion.times, key(Purpose.TIME), pack.clip_ids_BS, tokens_BS, pack.ranks_BS, process)
+    clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1), pack.ranks_BS)
+    times_BS = draw_times(diffusion.times, process, key(Purpose.TIME), clips)
     times_BR = per_slot(times_BS, pack.row_slots_BR)
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
-    sums = denoising_loss(
-        network(params[MODEL], config, captions),
-        process,
-        diffusion.prediction,
-        pack.tokens_BLP.astype(jnp.float32),
-        eps_BLP,
-        times_BR,
-        pack.rows_BL,
-        loss_weight(pack.segments_BL, times_BR, pack.rows_BL),
-        NOISE_BINS,
-        diffusion.weight,
-        config.model.learned_variance,
-    )
+    spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
+    data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, pack.rows_BL)
+    weight_BL = loss_weight(pack.segments_BL, times_BR, pack.rows_BL)
+    sums = denoising_loss(spec, network(params[MODEL], config, captions), data, weight_BL)
     means = {"loss_by_noise": (sums.loss_bins, sums.weight_bins)}
     if config.model.learned_variance:
         means |= {"mse": (sums.mse, sums.weight), "vlb_bits": (sums.vlb, sums.weight)}
@@ -187,7 +181,7 @@ def denoiser_job(
     config: DenoiserRun,
     cache: LatentCache,
     text: Text,
-    preview=None,
+    preview: Preview | None = None,
     folder: Path | None = None,
     share: Share = Share(),
 ) -> Job:

@@ -21,7 +21,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 ZERO_SNR = {"rescale_betas_zero_snr": True}
 SPACED = {"timestep_spacing": "trailing"}
 FIXED = {"clip_sample": False, "timestep_spacing": "leading"}
-KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     arguments: dict
     solver: SolverConfig
     process: str
-    kind: str = "eps"
+    prediction_type: str = "eps"
     steps: int = 10
     spacing: str = "trailing"
     variance: str = "lower"
@@ -45,27 +45,31 @@ class Case:
 
     @property
     def peer_arguments(self) -> dict:
-        known = {} if self.scheduler.startswith("FlowMatch") else {"prediction_type": KINDS[self.kind]}
+        known = (
+            {}
+            if self.scheduler.startswith("FlowMatch")
+            else {"prediction_type": PREDICTION_TYPES[self.prediction_type]}
+        )
         return {**self.arguments, **known}
 
 
-def _dpm(order: int, steps: int, kind: str = "eps") -> Case:
+def _dpm(order: int, steps: int, prediction_type: str = "eps") -> Case:
     # The peer gives the second derivative half its weight at order 3 (test_halved_curvature_costs_an_order).
     solver = SolverConfig(f"dpm{order}", halved_curvature=order == 3)
     arguments = {**SCALED, **SPACED, "solver_order": order, "algorithm_type": "dpmsolver++"}
-    return Case("DPMSolverMultistepScheduler", arguments, solver, "vp_scaled_linear", kind, steps)
+    return Case("DPMSolverMultistepScheduler", arguments, solver, "vp_scaled_linear", prediction_type, steps)
 
 
-def _unipc(order: int, kind: str) -> Case:
+def _unipc(order: int, prediction_type: str) -> Case:
     arguments = {**SCALED, **SPACED, "solver_order": order, "solver_type": "bh2"}
     solver = SolverConfig("unipc" if order == 2 else "unipc3")
-    return Case("UniPCMultistepScheduler", arguments, solver, "vp_scaled_linear", kind)
+    return Case("UniPCMultistepScheduler", arguments, solver, "vp_scaled_linear", prediction_type)
 
 
-def _ddpm(schedule: dict, process: str, kind: str, peer_variance: str, variance: str) -> Case:
-    # Leading steps end at the peer's step 0, the only one at which it draws nothing for every kind of variance.
+def _ddpm(schedule: dict, process: str, prediction_type: str, peer_variance: str, variance: str) -> Case:
+    # Leading steps end at the peer's step 0, the only one at which it draws nothing for every type of variance.
     arguments = {**schedule, **FIXED, "variance_type": peer_variance}
-    return Case("DDPMScheduler", arguments, SolverConfig("ddpm"), process, kind, 10, "leading", variance)
+    return Case("DDPMScheduler", arguments, SolverConfig("ddpm"), process, prediction_type, 10, "leading", variance)
 
 
 # The peer's other choice for the last step of DDIM, set_alpha_to_one=False, ends at the noise of its first step.
@@ -84,12 +88,12 @@ CASES = {
     ),
     **{f"dpm{order}, {steps} steps": _dpm(order, steps) for order in (1, 2, 3) for steps in (10, 20)},
     "dpm2, v": _dpm(2, 10, "v"),
-    **{f"unipc order {order}, {kind}": _unipc(order, kind) for order in (2, 3) for kind in ("eps", "v")},
+    **{f"unipc order {order}, {form}": _unipc(order, form) for order in (2, 3) for form in ("eps", "v")},
     **{
-        f"euler, {kind}": Case(
-            "EulerDiscreteScheduler", {**SCALED, **SPACED}, SolverConfig("ddim"), "vp_scaled_linear", kind
+        f"euler, {prediction_type}": Case(
+            "EulerDiscreteScheduler", {**SCALED, **SPACED}, SolverConfig("ddim"), "vp_scaled_linear", prediction_type
         )
-        for kind in ("eps", "v")
+        for prediction_type in ("eps", "v")
     },
     "flow euler": Case(
         "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, SolverConfig("euler"), "linear_flow", "velocity", 10, "even"

@@ -1,130 +1,141 @@
-"""Solvers, from noise at t = 1 to data at t = 0: which there are, their options, and `solve`."""
+"""Solvers, from noise at t = 1 to data at t = 0: the table of solvers, their options, and `solve`."""
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sora_jax.config import check, choose
 from sora_jax.diffusion.solvers.ancestral import ddim, ddpm
-from sora_jax.diffusion.solvers.edm import edm
+from sora_jax.diffusion.solvers.edm import Churn, edm
 from sora_jax.diffusion.solvers.multistep import dpm_solver, unipc
 from sora_jax.diffusion.solvers.ode import euler, heun, midpoint, rk4
-from sora_jax.diffusion.solvers.problem import FIXED_VARIANCES, Noise, Problem, TimesKBR, predict
+from sora_jax.diffusion.solvers.problem import FIXED_VARIANCES, Noise, Problem, predict
 from sora_jax.diffusion.solvers.sde import COEFFICIENTS, euler_sde, heun_sde
-from sora_jax.errors import UserError
-from sora_jax.shapes import TokensBLP
+from sora_jax.shapes import TimesKBR, TokensBLP
 
 __all__ = [
-    "COEFFICIENTS", "FIXED_VARIANCES", "SOLVERS", "Method", "Noise", "Problem", "SolverConfig", "TimesKBR", "ddim",
-    "ddpm", "dpm_solver", "draws", "edm", "euler", "euler_sde", "evaluations", "heun", "heun_sde", "midpoint",
-    "predict", "rk4", "solve", "solver_named", "unipc",
+    "COEFFICIENTS", "FIXED_VARIANCES", "SOLVERS", "Churn", "Method", "Noise", "Problem", "SolverConfig", "ddim", "ddpm",
+    "dpm_solver", "edm", "euler", "euler_sde", "evaluations", "heun", "heun_sde", "is_stochastic", "midpoint",
+    "predict", "rk4", "solve", "unipc",
 ]  # fmt: skip
 
-Solver = Callable[..., TokensBLP]
+Solver = Callable[[Problem, TokensBLP, TimesKBR], TokensBLP]
 
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """Which solver, and the options of those that have some.
+    """Choose a solver and its options; an option of another solver has no effect."""
 
-    eta: `ddim`'s share of noise drawn anew, 0 none to 1 ancestral. variance: of `ddpm`, one of FIXED_VARIANCES, where
-    the problem does not say (`Problem.variance`). coefficient: of `euler_sde` and `heun_sde`, a key of COEFFICIENTS.
-    churn ..: those of `edm`, of the whole grid, and the noise levels b / a it is confined to.
-    lower_order_final: `dpm2`, `dpm3`, `unipc` and `unipc3` end grids of fewer steps than this with orders 2 and 1.
-    halved_curvature: `dpm3` as in the authors' code and diffusers.
-    """
-
-    name: str = "euler"
-    eta: float = 0.0
-    variance: str = "lower"
-    coefficient: str = "auto"
-    churn: float = 0.0
-    churn_from: float = 0.0
-    churn_to: float = 1e6
-    churn_noise: float = 1.0
-    lower_order_final: int = 15
+    name: str = "euler"  # a key of SOLVERS
+    eta: float = 0.0  # of `ddim`: from 0, deterministic, to 1, ancestral (Song et al. 2010.02502, equation 16)
+    variance: str = "lower"  # of `ddpm`, one of FIXED_VARIANCES, where `Problem.variance` is None
+    coefficient: str = "auto"  # of `euler_sde` and `heun_sde`: the noise, a key of COEFFICIENTS
+    churn: float = 0.0  # of `edm`: S_churn of Karras et al. 2206.00364, over the whole grid; 0 is deterministic
+    churn_from: float = 0.0  # of `edm`: S_tmin, the least noise level b / a that gets churn
+    churn_to: float = 1e6  # of `edm`: S_tmax, the greatest noise level b / a that gets churn
+    churn_noise: float = 1.0  # of `edm`: S_noise, the factor on the standard deviation of the churn; 1 is exact
+    lower_order_final: int = 15  # `dpm2`, `dpm3`, `unipc`, `unipc3` end grids of fewer steps with orders 2 and 1
+    # Of `dpm3`: give the second derivative of x_0 half its weight, as the authors' code and diffusers do.
     halved_curvature: bool = False
 
     def __post_init__(self):
         _method(self.name)
-        if not 0.0 <= self.eta <= 1.0:
-            raise UserError(f"eta must be between 0 and 1, not {self.eta}.")
-        if self.variance not in FIXED_VARIANCES:
-            raise UserError(f"variance must be one of {', '.join(FIXED_VARIANCES)}, not {self.variance!r}.")
-        if self.coefficient not in COEFFICIENTS:
-            raise UserError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {self.coefficient!r}.")
+        check(0.0 <= self.eta <= 1.0, f"solver.eta is {self.eta}; it must be from 0 to 1")
+        choose("solver.variance", self.variance, dict.fromkeys(FIXED_VARIANCES))
+        choose("solver.coefficient", self.coefficient, COEFFICIENTS)
         for option in (*_CHURN, *_MULTISTEP):
-            if not 0.0 <= getattr(self, option) < math.inf:
-                raise UserError(f"{option} must be 0 or more and finite, not {getattr(self, option)}.")
+            value = getattr(self, option)
+            check(0.0 <= value < math.inf, f"solver.{option} is {value}; it must be 0 or more, and finite")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A solver, the fields of SolverConfig that are its options, and its model evaluations: each step, last step."""
+    """Describe a solver: how it is made, its options, and how often it evaluates the model."""
 
-    solver: Solver
-    options: tuple[str, ...] = ()
-    each: int = 1
-    last: int = 1
+    make: Callable[[SolverConfig], Solver]
+    options: tuple[str, ...] = ()  # the fields of SolverConfig that it reads
+    each: int = 1  # model evaluations of every step but the last
+    last: int = 1  # model evaluations of the last step
+
+
+def _ddpm(config: SolverConfig) -> Solver:
+    return functools.partial(ddpm, variance=config.variance)
+
+
+def _ddim(config: SolverConfig) -> Solver:
+    return functools.partial(ddim, eta=config.eta)
+
+
+def _dpm2(config: SolverConfig) -> Solver:
+    return functools.partial(dpm_solver, order=2, lower_order_final=config.lower_order_final)
+
+
+def _dpm3(config: SolverConfig) -> Solver:
+    scale = 0.5 if config.halved_curvature else 1.0
+    return functools.partial(
+        dpm_solver, order=3, lower_order_final=config.lower_order_final, second_derivative_scale=scale
+    )
+
+
+def _unipc(order: int, config: SolverConfig) -> Solver:
+    return functools.partial(unipc, order=order, lower_order_final=config.lower_order_final)
+
+
+def _sde(solver: Callable[..., TokensBLP], config: SolverConfig) -> Solver:
+    return functools.partial(solver, coefficient=config.coefficient)
+
+
+def _edm(config: SolverConfig) -> Solver:
+    churn = Churn(config.churn, config.churn_from, config.churn_to, config.churn_noise)
+    return functools.partial(edm, churn=churn)
 
 
 _CHURN = ("churn", "churn_from", "churn_to", "churn_noise")
 _MULTISTEP = ("lower_order_final",)
 
 SOLVERS: dict[str, Method] = {
-    "euler": Method(euler),
-    "heun": Method(heun, each=2),
-    "midpoint": Method(midpoint, each=2, last=2),
-    "rk4": Method(rk4, each=4, last=3),
-    "ddpm": Method(ddpm, ("variance",)),
-    "ddim": Method(ddim, ("eta",)),
-    "dpm1": Method(functools.partial(dpm_solver, order=1)),
-    "dpm2": Method(functools.partial(dpm_solver, order=2), _MULTISTEP),
-    "dpm3": Method(functools.partial(dpm_solver, order=3), (*_MULTISTEP, "halved_curvature")),
-    "unipc": Method(functools.partial(unipc, order=2), _MULTISTEP),
-    "unipc3": Method(functools.partial(unipc, order=3), _MULTISTEP),
-    "euler_sde": Method(euler_sde, ("coefficient",)),
-    "heun_sde": Method(heun_sde, ("coefficient",), each=2),
-    "edm": Method(edm, _CHURN, each=2),
+    "euler": Method(lambda config: euler),
+    "heun": Method(lambda config: heun, each=2),
+    "midpoint": Method(lambda config: midpoint, each=2, last=2),
+    "rk4": Method(lambda config: rk4, each=4, last=3),
+    "ddpm": Method(_ddpm, ("variance",)),
+    "ddim": Method(_ddim, ("eta",)),
+    "dpm1": Method(lambda config: functools.partial(dpm_solver, order=1)),
+    "dpm2": Method(_dpm2, _MULTISTEP),
+    "dpm3": Method(_dpm3, (*_MULTISTEP, "halved_curvature")),
+    "unipc": Method(functools.partial(_unipc, 2), _MULTISTEP),
+    "unipc3": Method(functools.partial(_unipc, 3), _MULTISTEP),
+    "euler_sde": Method(functools.partial(_sde, euler_sde), ("coefficient",)),
+    "heun_sde": Method(functools.partial(_sde, heun_sde), ("coefficient",), each=2),
+    "edm": Method(_edm, _CHURN, each=2),
 }
 
 
 def solve(config: SolverConfig, problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
-    """The tokens at the last times, from x_BLP at the first, float32 (or x's dtype); a pure function.
+    """Solve for the tokens at the last times, from x_BLP at the first, float32 (or x's dtype); a pure function.
 
     Times descend in every row, or stay: a row held at time 0 keeps its tokens exactly.
 
     Raises:
-        UserError: the solver draws noise and the problem has none, or there is no step to take.
+        UserError: a stochastic solver has a problem without noise, or there is no step to take.
     """
-    if len(times_KBR) < 2:
-        raise UserError(f"times must be at least 2, a start and an end, not {len(times_KBR)}.")
-    method = _method(config.name)
-    return method.solver(problem, x_BLP, times_KBR, **{name: getattr(config, name) for name in method.options})
+    count = len(times_KBR)
+    check(count >= 2, f"times has {count} of them; there must be at least 2, a start and an end")
+    return _method(config.name).make(config)(problem, x_BLP, times_KBR)
 
 
-def draws(config: SolverConfig) -> bool:
-    """Whether the solver, with these options, asks for `Problem.noise`."""
+def is_stochastic(config: SolverConfig) -> bool:
+    """Return True if the solver, with these options, draws from `Problem.noise`."""
     always = config.name in ("ddpm", "euler_sde", "heun_sde")
     return always or (config.name == "ddim" and config.eta > 0) or (config.name == "edm" and config.churn > 0)
 
 
 def evaluations(config: SolverConfig, steps: int) -> int:
-    """How often the model is called for a grid of so many steps."""
+    """Count the model evaluations of a grid of so many steps."""
     method = _method(config.name)
     return method.each * (steps - 1) + method.last
 
 
-def solver_named(name: str) -> Callable[[Problem, TokensBLP, TimesKBR], TokensBLP]:
-    """The solver called `name`, one of the keys of SOLVERS, with its default options.
-
-    Raises:
-        UserError: no solver has this name.
-    """
-    return functools.partial(solve, SolverConfig(name))
-
-
 def _method(name: str) -> Method:
-    if name not in SOLVERS:
-        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, not {name!r}.")
-    return SOLVERS[name]
+    return choose("solver", name, SOLVERS)

@@ -1,6 +1,6 @@
-"""Steps that jump by the posterior of the process: ancestral DDPM sampling and DDIM.
+"""Solvers that sample the posterior of the process: ancestral DDPM sampling and DDIM.
 
-Both hold for every process and s < t. A share of the noise is kept and the rest drawn anew:
+Both hold for every process and s < t. They keep a part of the noise and draw the rest anew:
 
     x_s = a(s) x_0 + sqrt(b(s)^2 - sigma^2) eps + sigma z                                (1)
     sigma = eta b(s) sqrt(1 - snr(t) / snr(s))                                           (2)
@@ -13,23 +13,22 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sora_jax.diffusion.posterior import learned_log_variance, log_variance_bounds, posterior_mean
-from sora_jax.diffusion.prediction import solve
+from sora_jax.diffusion.prediction import to_x0_and_eps
 from sora_jax.diffusion.process import lost_snr
 from sora_jax.diffusion.solvers.problem import (
     Problem,
     Step,
-    TimesKBR,
-    draw,
+    draw_noise,
     evaluate,
-    predict_ends,
+    predict_x0_and_eps,
     token_times,
     walk,
 )
-from sora_jax.shapes import TokensBLP
+from sora_jax.shapes import TimesKBR, TokensBLP
 
 
 def ddpm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, variance: str = "lower") -> TokensBLP:
-    """Ancestral sampling (Ho et al. 2006.11239, algorithm 2) on any grid of times; K - 1 evaluations, as many draws.
+    """Solve by ancestral sampling (Ho et al. 2006.11239, algorithm 2); K - 1 evaluations and draws for K times.
 
     The variance is `problem.variance`, or `variance` where that is None. The step to time 0 is the mean alone, which
     is the model's x_0.
@@ -38,28 +37,28 @@ def ddpm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, variance: str 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
         s_BL1, t_BL1 = token_times(problem, step.s_BR), token_times(problem, step.t_BR)
         y_BLP, values_BLP = evaluate(problem, x_BLP, step.t_BR)
-        x0_BLP, _ = solve(problem.process, problem.kind, y_BLP, x_BLP, t_BL1)
+        x0_BLP, _ = to_x0_and_eps(problem.process, problem.prediction_type, y_BLP, x_BLP, t_BL1)
         mean_BLP = posterior_mean(problem.process, x0_BLP, x_BLP, s_BL1, t_BL1)
         deviation = jnp.exp(0.5 * _log_variance(problem, problem.variance or variance, values_BLP, s_BL1, t_BL1))
-        return mean_BLP + jnp.where(s_BL1 > 0, deviation, 0.0) * draw(problem, step)
+        return mean_BLP + jnp.where(s_BL1 > 0, deviation, 0.0) * draw_noise(problem, step)
 
     return walk(problem, advance, x_BLP, times_KBR)
 
 
 def ddim(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, eta: float = 0.0) -> TokensBLP:
-    """Steps of equation (1); K - 1 evaluations for K times, and as many draws unless eta is 0.
+    """Solve by steps of equation (1); K - 1 evaluations for K times, and as many draws unless eta is 0.
 
-    With eta = 0 this is Euler's method for x / a in b / a, which is how Karras et al. (2206.00364) write it.
+    With eta = 0 this is Euler's method for x / a in b / a, the form of Karras et al. (2206.00364).
     """
 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
         s_BL1, t_BL1 = token_times(problem, step.s_BR), token_times(problem, step.t_BR)
-        x0_BLP, eps_BLP = predict_ends(problem, x_BLP, step.t_BR)
+        x0_BLP, eps_BLP = predict_x0_and_eps(problem, x_BLP, step.t_BR)
         clean_BLP, b_BL1 = problem.process.a(s_BL1) * x0_BLP, problem.process.b(s_BL1)
         if eta == 0:
             return clean_BLP + b_BL1 * eps_BLP
         fresh_BL1 = eta**2 * lost_snr(problem.process, s_BL1, t_BL1)
-        drawn_BLP = b_BL1 * jnp.sqrt(fresh_BL1) * draw(problem, step)
+        drawn_BLP = b_BL1 * jnp.sqrt(fresh_BL1) * draw_noise(problem, step)
         return clean_BLP + b_BL1 * jnp.sqrt(1.0 - fresh_BL1) * eps_BLP + drawn_BLP
 
     return walk(problem, advance, x_BLP, times_KBR)

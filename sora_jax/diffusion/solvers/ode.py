@@ -1,8 +1,8 @@
 """Runge-Kutta solvers of the probability-flow ODE dx/dt = u(x, t), in steps of time t.
 
 The velocity of a smooth density is bounded for every process, and the orders are those of the textbook. Where data
-are finer than the noise b of the last step, so that the model sees them as a point, steps in t end there only if b
-is linear in t near 0 (linear_flow, trigonometric). Of a unit of noise, with data at one point and 30 steps, remain
+are finer than the noise b of the last step, so that the model sees them as a point, steps in t reach that point only if
+b is linear in t near 0 (linear_flow, trigonometric). Of a unit of noise, for data at one point, 30 steps leave
 
     process      spacing    last b    euler     heun     midpoint    rk4
     edm          karras     0.002     0.0005    0.022    0.12        0.0015
@@ -11,8 +11,8 @@ is linear in t near 0 (linear_flow, trigonometric). Of a unit of noise, with dat
     vp_linear    even       0.12      0.015     0.013    0.010       0.010
 
 since b is like t^7 in `edm`, and the last step of `karras` goes from t = 0.22 to 0; and like the square root of t in
-the discrete processes and `vp`. There take `ddim`, `dpm2`, `unipc` or `edm`, which leave nothing: they end at the
-model's x_0. `edm` is Heun's method in the noise level, the sampler of 2206.00364.
+the discrete processes and `vp`. There use `ddim`, `dpm2`, `unipc` or `edm`, which end exactly at the model's x_0.
+`edm` is Heun's method in the noise level, the sampler of 2206.00364.
 """
 
 import functools
@@ -20,24 +20,22 @@ import functools
 from sora_jax.diffusion.solvers.problem import (
     Problem,
     Step,
-    TimesKBR,
     keep_held,
     last_interval,
     predict,
     token_times,
     walk,
 )
-from sora_jax.shapes import TokensBLP
+from sora_jax.shapes import PerTokenBL1, TimesKBR, TokensBLP
 
 
 def euler(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
-    """First-order steps along the velocity; K - 1 evaluations for K times."""
-
+    """Solve by first-order steps along the velocity; K - 1 evaluations for K times."""
     return walk(problem, functools.partial(_euler_step, problem), x_BLP, times_KBR)
 
 
 def heun(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
-    """Second-order steps: the mean of the velocities at both ends; 2 K - 3 evaluations for K times.
+    """Solve by second-order steps along the mean velocity of both ends; 2 K - 3 evaluations for K times.
 
     The last step is Euler's, since at t = 0 the velocity of some predictions is undefined; one step of first order
     leaves the second order of the whole (Karras et al. 2206.00364, algorithm 1).
@@ -54,7 +52,7 @@ def heun(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
 
 
 def midpoint(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
-    """Second-order steps along the velocity half-way; 2 K - 2 evaluations for K times."""
+    """Solve by second-order steps along the velocity half-way; 2 K - 2 evaluations for K times."""
 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
         return x_BLP + _length(problem, step) * _velocities(problem, x_BLP, step, (0.0, 1 / 2))[-1]
@@ -63,7 +61,7 @@ def midpoint(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensB
 
 
 def rk4(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
-    """The classical fourth-order steps; 4 K - 5 evaluations for K times.
+    """Solve by the classical fourth-order steps; 4 K - 5 evaluations for K times.
 
     The last step is Heun's method of third order, whose stages lie at 0, 1/3 and 2/3 of it and so never at
     t = 0; one such step leaves the fourth order of the whole (Hairer, Norsett and Wanner, table II.1.1).
@@ -84,7 +82,7 @@ def _euler_step(problem: Problem, x_BLP: TokensBLP, step: Step) -> TokensBLP:
 
 
 def _velocities(problem: Problem, x_BLP: TokensBLP, step: Step, nodes: tuple[float, ...]) -> list[TokensBLP]:
-    """Velocities at fractions of the step, each reached from x along the velocity before it."""
+    """Evaluate velocities at fractions of the step, each reached from x along the velocity before it."""
     velocities, before_BLP = [], 0.0
     for node in nodes:
         t_BR = step.t_BR + node * (step.s_BR - step.t_BR) if node < 1 else step.s_BR
@@ -94,5 +92,5 @@ def _velocities(problem: Problem, x_BLP: TokensBLP, step: Step, nodes: tuple[flo
     return velocities
 
 
-def _length(problem: Problem, step: Step):
+def _length(problem: Problem, step: Step) -> PerTokenBL1:
     return token_times(problem, step.s_BR - step.t_BR)

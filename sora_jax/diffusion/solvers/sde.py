@@ -7,10 +7,10 @@ For every w(t) >= 0 (Ma et al. 2401.08740, equation 5)
 The coefficient w is free even after training: `sigma` b, `sine` sin(pi t)^2, `linear` t, `constant` 1, or
 `reverse` 2 b b' - 2 b^2 a' / a, that of the process's own reversal (Song et al. 2011.13456, equation 6), taken as
 0 where a = 0 makes it infinite. `auto` is `reverse` for `edm` and `sigma` for the others. For a quarter of its time
-`edm` has b below 1/100; there the others are so large beside b^2 that Euler's steps overshoot and lose variance: in 50
-steps of Karras et al. `sigma` makes 0.18 of the variance 0.36 of normal data, `reverse` 0.365.
+`edm` has b below 1/100; there the others are so large beside b^2 that Euler's steps overshoot and lose variance: for
+normal data of variance 0.36, 50 steps of Karras et al. give samples of variance 0.18 by `sigma`, of 0.365 by `reverse`.
 
-The last step draws nothing and is of first order, since (1) has no score at t = 0.
+The last step adds no noise and is of first order, since (1) has no score at t = 0.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,19 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sora_jax.diffusion.prediction import express
+from sora_jax.diffusion.prediction import from_x0_and_eps
 from sora_jax.diffusion.process import Process, derivatives
 from sora_jax.diffusion.solvers.problem import (
     Problem,
     Step,
-    TimesKBR,
-    draw,
-    first_order,
+    ddim_step,
+    draw_noise,
     last_interval,
-    predict_ends,
+    predict_x0_and_eps,
     token_times,
     walk,
 )
-from sora_jax.shapes import TimesBR, TokensBLP
+from sora_jax.shapes import TimesBR, TimesKBR, TokensBLP
 
 
 def _reverse(process: Process, t: Array) -> Array:
@@ -51,43 +50,43 @@ COEFFICIENTS: dict[str, Callable[[Process, Array], Array]] = {
 
 
 def euler_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "auto") -> TokensBLP:
-    """Euler and Maruyama's steps of (1), of weak order 1; K - 1 evaluations and K - 2 draws for K times."""
+    """Solve (1) by the Euler-Maruyama method, of weak order 1; K - 1 evaluations and K - 2 draws for K times."""
 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
         h_BL1 = token_times(problem, step.s_BR - step.t_BR)
         spread_BL1 = jnp.sqrt(-h_BL1 * _coefficient(problem, coefficient, step.t_BR))
         drift_BLP = _drift(problem, coefficient, x_BLP, step.t_BR)
-        return x_BLP + h_BL1 * drift_BLP + spread_BL1 * draw(problem, step)
+        return x_BLP + h_BL1 * drift_BLP + spread_BL1 * draw_noise(problem, step)
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return first_order(problem, x_BLP, last_interval(times_KBR))
+    return ddim_step(problem, x_BLP, last_interval(times_KBR))
 
 
 def heun_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, coefficient: str = "auto") -> TokensBLP:
-    """Heun's steps of (1), of weak order 2; 2 K - 3 evaluations and K - 2 draws for K times.
+    """Solve (1) by Heun's method, of weak order 2; 2 K - 3 evaluations and K - 2 draws for K times.
 
-    The drift is averaged over both ends and the one draw has the mean variance (Kloeden and Platen 1992, section
+    A step averages the drift over both ends; its one draw has the mean variance (Kloeden and Platen 1992, section
     15.1, for noise that does not depend on x).
     """
 
     def advance(x_BLP: TokensBLP, step: Step) -> TokensBLP:
         h_BL1 = token_times(problem, step.s_BR - step.t_BR)
         w_BL1 = 0.5 * sum(_coefficient(problem, coefficient, time_BR) for time_BR in (step.t_BR, step.s_BR))
-        noisy_BLP = x_BLP + jnp.sqrt(-h_BL1 * w_BL1) * draw(problem, step)
+        noisy_BLP = x_BLP + jnp.sqrt(-h_BL1 * w_BL1) * draw_noise(problem, step)
         first_BLP = _drift(problem, coefficient, x_BLP, step.t_BR)
         second_BLP = _drift(problem, coefficient, noisy_BLP + h_BL1 * first_BLP, step.s_BR)
         return noisy_BLP + h_BL1 * 0.5 * (first_BLP + second_BLP)
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return first_order(problem, x_BLP, last_interval(times_KBR))
+    return ddim_step(problem, x_BLP, last_interval(times_KBR))
 
 
 def _drift(problem: Problem, coefficient: str, x_BLP: TokensBLP, t_BR: TimesBR) -> TokensBLP:
     t_BL1 = token_times(problem, t_BR)
-    x0_BLP, eps_BLP = predict_ends(problem, x_BLP, t_BR)
+    x0_BLP, eps_BLP = predict_x0_and_eps(problem, x_BLP, t_BR)
     b_BL1 = problem.process.b(t_BL1)
     pull_BL1 = 0.5 * _coefficient(problem, coefficient, t_BR) / jnp.where(b_BL1 > 0, b_BL1, 1.0)
-    return express(problem.process, "velocity", x0_BLP, eps_BLP, t_BL1) + pull_BL1 * eps_BLP
+    return from_x0_and_eps(problem.process, "velocity", x0_BLP, eps_BLP, t_BL1) + pull_BL1 * eps_BLP
 
 
 def _coefficient(problem: Problem, name: str, t_BR: TimesBR) -> Array:
