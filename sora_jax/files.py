@@ -276,7 +276,8 @@ def make_folder(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder and everything in it."""
     if is_remote(folder):
-        folder.rmtree(missing_ok=True)
+        remote: Any = folder  # a method that epath has and pathlib has not
+        remote.rmtree(missing_ok=True)
     else:
         shutil.rmtree(folder)
 
@@ -378,7 +379,7 @@ class Mirror:
     def __enter__(self) -> "Mirror":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.folder == self._target:
             return
         try:

@@ -15,9 +15,11 @@ from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.diffusion.times import TimesConfig
+from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups
@@ -162,6 +164,8 @@ def _write_autoencoder(workdir: Path, out: Path) -> list[str]:
 
 def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
     config = read_run_config(workdir)
+    if not isinstance(config.model, TransformerConfig):
+        raise UserError(f"config.model.name is {config.model.name!r}; for this format it must be 'transformer'")
     factor = load_autoencoder(workdir).config.space_factor if (workdir / FOLDER / RECORD).exists() else FACTOR
     frames, height, width = config.preview.sizes[0] if config.preview.sizes else (0, 0, 0)
     check(

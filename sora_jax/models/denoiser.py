@@ -18,16 +18,39 @@ from sora_jax.nn.pack import Pack
 
 
 class DenoiserConfig(Protocol):
-    """List what the config of a network must say of itself, by fields or properties of a frozen dataclass."""
+    """List what the config of a network must have: fields or properties of a frozen dataclass."""
 
-    name: str  # tells the network from others in files; a value of its own
-    patch: tuple[int, int, int]  # (t, y, x) latent positions in one token
-    latent_channels: int  # C, channels of the latents
-    patch_values: int  # P, values in a token
-    learned_variance: bool  # the output has a second half, for the variance of a step
-    positions_in_time: bool  # tokens of different frames are told apart, so clips may have several frames
-    text: TextConfig | None  # text encoder; None for a network that reads no captions
-    classes: int  # number of classes; 0 for none
+    @property
+    def name(self) -> str:
+        """Return the name by which files tell the network from others."""
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Return the latent positions (t, y, x) in one token."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Return C, the channels of the latents."""
+
+    @property
+    def patch_values(self) -> int:
+        """Return P, the values in a token."""
+
+    @property
+    def learned_variance(self) -> bool:
+        """Return True if the output has a second half, for the variance of a step."""
+
+    @property
+    def positions_in_time(self) -> bool:
+        """Return True if positions tell tokens of different frames apart: clips may have several frames."""
+
+    @property
+    def text(self) -> TextConfig | None:
+        """Return the config of the text encoder; None for a network that reads no captions."""
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes; 0 for none."""
 
 
 MODULES: dict[type, ModuleType] = {TransformerConfig: transformer}

@@ -1,5 +1,7 @@
 """Hold a batch of packs on the device: arrays of fixed shape with several clips of any size."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -65,7 +67,8 @@ def drop_captions(pack: Pack, drop_BS: jax.Array) -> Pack:
     them, so this is the caption "" whatever the length of the dropped one.
     """
     dropped_BM = per_slot(drop_BS, slot_of(pack.text_segments_BM)) & (pack.text_segments_BM > 0)
-    return pack.replace(
+    return dataclasses.replace(
+        pack,
         labels_BS=jnp.where(drop_BS, 0, pack.labels_BS),
         text_BM=jnp.where(dropped_BM, NULL, pack.text_BM),
         text_positions_BM=jnp.where(dropped_BM, 0, pack.text_positions_BM),

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from sora_jax.parallel.mesh import check_split
-from sora_jax.parallel.rules import partition
+from sora_jax.parallel.rules import AnyMesh, partition
 from sora_jax.shapes import PyTree
 
 zeros = jax.nn.initializers.zeros
@@ -85,7 +85,7 @@ def abstract(specs: PyTree) -> PyTree:
     return _map(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
 
 
-def abstract_on(specs: PyTree, mesh: Mesh) -> PyTree:
+def abstract_on(specs: PyTree, mesh: AnyMesh) -> PyTree:
     """Return the tree of `jax.ShapeDtypeStruct` with shardings on `mesh`, for restoring a checkpoint."""
 
     def struct(_: tuple, spec: ParamSpec) -> jax.ShapeDtypeStruct:
@@ -94,12 +94,12 @@ def abstract_on(specs: PyTree, mesh: Mesh) -> PyTree:
     return _map(struct, specs)
 
 
-def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
+def shardings(specs: PyTree, mesh: AnyMesh) -> PyTree:
     """Return the tree of `NamedSharding` on `mesh`."""
     return _map(lambda _, spec: NamedSharding(mesh, partition(*spec.axes)), specs)
 
 
-def check_splits(specs: PyTree, mesh: Mesh) -> None:
+def check_splits(specs: PyTree, mesh: AnyMesh) -> None:
     """Raise UserError, naming the parameter, if the mesh would split one unevenly."""
 
     def visit(path: tuple, spec: ParamSpec) -> None:

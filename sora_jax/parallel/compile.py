@@ -13,13 +13,13 @@ import re
 from contextlib import AbstractContextManager
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check, choose
 from sora_jax.errors import UserError
 from sora_jax.parallel.chips import CHIPS, Chip
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, with_slices
-from sora_jax.parallel.rules import MESH_AXES, partition
+from sora_jax.parallel.rules import MESH_AXES, AnyMesh, partition
 from sora_jax.shapes import PyTree
 
 INSTALL_TPU = "pip install libtpu"
@@ -140,12 +140,12 @@ def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
     return make_mesh(MeshConfig(*mesh_sizes(config, topology)), topology.devices())
 
 
-def use_mesh(mesh: Mesh | AbstractMesh) -> AbstractContextManager:
+def use_mesh(mesh: AnyMesh) -> AbstractContextManager:
     """Set a mesh, of devices or of shapes alone, for tracing inside the context."""
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
-def abstract_on_mesh(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+def abstract_on_mesh(tree: PyTree, mesh: AnyMesh) -> PyTree:
     """Move abstract arrays to `mesh` with the partition specs of their trace; those without one are replicated."""
 
     def struct(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -155,7 +155,7 @@ def abstract_on_mesh(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     return jax.tree.map(struct, tree)
 
 
-def abstract_batch(tree: PyTree, mesh: Mesh | AbstractMesh, leading: int = 0) -> PyTree:
+def abstract_batch(tree: PyTree, mesh: AnyMesh, leading: int = 0) -> PyTree:
     """Shard abstract arrays as `parallel.mesh.place_batch` places real ones: along the axis after the leading ones."""
 
     def struct(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

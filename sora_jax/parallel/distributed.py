@@ -132,7 +132,7 @@ def share_of_batch(mesh: Mesh) -> Share:
     """
     count = parts("batch", mesh)
     placed = NamedSharding(mesh, partition("batch")).addressable_devices_indices_map((count,))  # one row a part
-    rows = sorted({rows.start or 0 for (rows,) in placed.values()})
+    rows = sorted({index[0].start or 0 for index in placed.values() if index})
     even = rows == list(range(rows[0], rows[0] + len(rows))) and count % len(rows) == rows[0] % len(rows) == 0
     check(even, f"the mesh gives process {jax.process_index()} parts {rows} of a batch; they must follow each other")
     return Share(rows[0] // len(rows), count // len(rows))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from sora_jax.config import check
 from sora_jax.errors import UserError
-from sora_jax.parallel.rules import MESH_AXES, RULES, partition, parts
+from sora_jax.parallel.rules import MESH_AXES, RULES, AnyMesh, partition, parts
 from sora_jax.shapes import PyTree
 
 
@@ -70,7 +70,7 @@ def _laid_out(sizes: list[int], devices: list) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
-def check_split(mesh: Mesh, axis: str, size: int, option: str) -> None:
+def check_split(mesh: AnyMesh, axis: str, size: int, option: str) -> None:
     """Raise UserError, naming the option, unless the mesh splits a logical axis of this size evenly."""
     if size % parts(axis, mesh):
         wide = " x ".join(f"{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)

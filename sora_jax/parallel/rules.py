@@ -7,8 +7,9 @@ into a `PartitionSpec`. All mesh axes always exist, with size 1 when unused, so 
 import math
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of shapes alone
 SLICE, DATA, FSDP, SEQUENCE, TENSOR = MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
 # The batch is split in the same way by all models.
@@ -77,7 +78,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def parts(name: str, mesh: Mesh | None = None) -> int:
+def parts(name: str, mesh: AnyMesh | None = None) -> int:
     """Return the number of shards of a logical axis on `mesh`, or on the mesh that is set; 1 without a mesh."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return math.prod(shape.get(axis, 1) for axis in RULES[name])
