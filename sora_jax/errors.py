@@ -1,8 +1,8 @@
-"""How the package ends early: a mistake that the user can mend, and an orderly stop."""
+"""Define the exceptions that end a command without a traceback: mistakes of the user, and orderly stops."""
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence naming the option, the value given and what is allowed.
+    """Report a user's mistake in one sentence that names the option, its value and what is allowed.
 
     The command line prints it without a traceback and ends with its exit code; library callers may catch it.
     """
@@ -11,20 +11,23 @@ class UserError(Exception):
 
 
 class LostPeer(UserError):
-    """Another process of the run has died; code 75 (EX_TEMPFAIL of sysexits.h) tells schedulers to start all again."""
+    """Report that another process of the run died.
+
+    The exit code 75 (EX_TEMPFAIL of sysexits.h) tells schedulers to restart all processes.
+    """
 
     code = 75
 
 
 class Unreachable(UserError):
-    """The store that a run is kept in does not answer; code 75, as a restart may find that it does again."""
+    """Report that the object store of a run does not answer. The exit code is 75, as a restart may succeed."""
 
     code = 75
 
 
 class Stopped(Exception):
-    """A run was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved."""
+    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there")
         self.step = step

@@ -115,21 +115,21 @@ def test_a_shift_by_the_space_factor_shifts_the_latent():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_clip_on_a_larger_canvas_has_the_latent_it_has_alone(config):
-    """Two clips of different sizes on one canvas, junk around them, later frames of junk behind them."""
-    params, canvas = random_params(config), np.random.default_rng(1).uniform(-1, 1, (2, 9, 16, 12, 3)).astype("f4")
+def test_a_padded_clip_has_the_latent_it_has_alone(config):
+    """Pad two clips of different sizes to one shape, junk around them, later frames of junk behind them."""
+    params, padded = random_params(config), np.random.default_rng(1).uniform(-1, 1, (2, 9, 16, 12, 3)).astype("f4")
     sizes = np.array([[8, 12], [12, 4]], np.int32)
     run = jax.jit(functools.partial(encode, params, config))
-    mean, logvar = run(canvas, sizes)
+    mean, logvar = run(padded, sizes)
     for number, (frames, height, width) in enumerate(((9, 8, 12), (5, 12, 4))):
-        own = canvas[number : number + 1, :frames, :height, :width]
+        own = padded[number : number + 1, :frames, :height, :width]
         t, h, w = latent_grid(config, frames, height, width)
         for whole, part in zip((mean, logvar), run(own), strict=True):
             np.testing.assert_allclose(whole[number : number + 1, :t, :h, :w], part, atol=2e-5)
-    assert not np.allclose(mean, run(canvas, np.full_like(sizes, 12))[0], atol=1e-2)  # the sizes do matter
+    assert not np.allclose(mean, run(padded, np.full_like(sizes, 12))[0], atol=1e-2)  # the sizes do matter
 
 
-def test_clips_on_a_canvas_are_masked_by_rows_of_every_device():
+def test_padded_clips_are_masked_by_rows_of_every_device():
     config, mesh = CONFIGS["levels"], make_mesh(MeshConfig(data=2, sequence=4))
     params, video, sizes = random_params(config), np.asarray(clips(2, 5)), np.array([[8, 12], [12, 4]], np.int32)
     wanted = jax.jit(functools.partial(encode, params, config))(video, sizes)

@@ -1,4 +1,4 @@
-"""The image autoencoder: sizes, pictures on larger canvases, frames as pictures, mesh, and independent layers."""
+"""The image autoencoder: sizes, padded pictures, frames as pictures, mesh, and independent layers."""
 
 import dataclasses
 import functools
@@ -102,7 +102,7 @@ def test_attention_by_rows_is_attention_at_once(monkeypatch):
     np.testing.assert_allclose(kl._attend(q, k, v, mask), whole, atol=2e-6)
 
 
-def test_a_picture_on_a_larger_canvas_has_the_latent_it_has_alone(params):
+def test_a_padded_picture_has_the_latent_it_has_alone(params):
     sizes = [(8, 6), (4, 10), (8, 10)]
     video = pictures(3, 2, 8, 10)
     for function in (lambda x: x, lambda x: x * 0 + 1e3):  # what lies outside does not matter, whatever it is

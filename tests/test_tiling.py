@@ -25,6 +25,7 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train import frozen as frozen_autoencoder
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.frozen import FrozenAutoencoder, measure_statistics
+from sora_jax.train.state import MODEL
 
 SMALL = dict(width=4, latent_channels=2, encoder_blocks=1, decoder_blocks=1, dtype="float32")
 LEVELS = AutoencoderConfig(
@@ -79,7 +80,7 @@ def test_tiles_are_in_the_clip_of_one_shape_overlap_enough_and_join_to_what_was_
 
 
 @pytest.mark.parametrize("config", [LEVELS, PATCH], ids=["levels", "patch"])
-def test_the_reach_is_where_gradients_end(config, randomised):
+def test_the_receptive_field_is_where_gradients_end(config, randomised):
     """Of the middle of a clip: everything within reach is near it, and what is a latent beyond it is not."""
     params, (ft, fs, _) = randomised(autoencoder_specs(config)), tiling.factors(config)
     t, side, middle = 12, 15, 7
@@ -124,7 +125,7 @@ def test_tiles_that_overlap_enough_are_the_whole_and_others_are_near(made, name)
         assert np.abs(little - whole).mean() < 0.2 * np.abs(whole - whole.mean()).mean()
 
 
-def test_clips_of_many_sizes_on_canvases_are_cut_as_they_are_alone(made):
+def test_padded_clips_of_many_sizes_are_cut_as_they_are_alone(made):
     autoencoder = made(LEVELS)
     clips = [clip(5, 24, 16, 1), clip(13, 40, 16, 2), clip(3, 8, 8, 3), clip(13, 40, 16, 4)]
     tiles = TilingConfig((11, 32, 0), 0.8)
@@ -164,7 +165,7 @@ def test_training_an_autoencoder_shows_and_measures_large_clips_in_tiles(made, t
         found = [measure_statistics(autoencoder.params, LEVELS, clips, 2, config.tiles)]
         found.append(held_out_psnr(autoencoder, clips, config.tiles))
         writer = types.SimpleNamespace(picture=lambda *_: None)
-        reconstruction_preview(config, clips, tmp_path)(1, autoencoder.params, writer)
+        reconstruction_preview(config, clips, tmp_path)(1, {MODEL: autoencoder.params}, writer)
     assert set(sizes) == {(11, 32, 16)} and (tmp_path / "samples" / "step_000001.png").exists()
     np.testing.assert_allclose(np.stack(found[0]), np.stack(wanted[0]), atol=1e-4)
     np.testing.assert_allclose(found[1], wanted[1], atol=0.05)

@@ -1,1 +1,1 @@
-"""What is learnt: autoencoder, text encoder, transformer."""
+"""Define what is trained: autoencoders, text encoder, denoisers."""

@@ -1,1 +1,1 @@
-"""Layers as functions of parameters."""
+"""Apply layers as functions of parameters."""

@@ -1,1 +1,1 @@
-"""The only room that knows the axes of the mesh."""
+"""Lay out arrays over devices: no other subpackage names the axes of the mesh."""
