@@ -208,7 +208,7 @@ def test_the_kind_of_autoencoder_is_known_by_the_names_in_its_config():
         config = AutoencoderRun(model=model, crop=(1, 16, 16))
         assert from_dict(AutoencoderRun, to_dict(config)) == config
     with pytest.raises(UserError, match="config.model.colour is not an option"):
-        from_dict(AutoencoderRun, {"model": {"colour": 3}})
+        from_dict(AutoencoderRun, {"model": {"name": "kl", "colour": 3}})
 
 
 CONFIG = """
