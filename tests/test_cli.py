@@ -21,7 +21,7 @@ from sora_jax.data.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 from sora_jax.generate.run import Run, load_run
 from sora_jax.parallel.compile import Topology
-from sora_jax.train.encode import encode_dataset
+from sora_jax.train.encode import EncodeOptions
 
 
 def parsers(parser=None, name="sora-jax"):
@@ -87,7 +87,7 @@ def test_the_defaults_of_the_command_line_are_those_of_the_functions():
 
     encode, generate, plan, load = (
         {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-        for function in (encode_dataset, Run.generate, Topology.parse, load_run)
+        for function in (EncodeOptions, Run.generate, Topology.parse, load_run)
     )
     assert [default("data encode", name) for name in ("batch", "shapes")] == [encode["batch"], encode["shapes"]]
     share, tiles = encode["share"], encode["tiles"]
@@ -248,8 +248,8 @@ def test_wrong_files_and_folders(chain, tmp_path, capsys):  # noqa: F811
         (train_options("transformer", tmp_path / "file" / "run", latents), "file"),
         (train_options("transformer", chain.transformer, latents, "optim.eps=1e-7"), "another config.optim.eps"),
         (["sample", f"--workdir={tmp_path / 'empty'}", "--prompt=a", "--out=a.gif"], "not a run folder"),
-        (["sample", f"--workdir={chain.autoencoder}", "--prompt=a", "--out=a.gif"], "it must be a 'transformer'"),
-        (["convert", "--to=dit", f"--workdir={chain.autoencoder}", "--out=x"], "it must be a 'transformer'"),
+        (["sample", f"--workdir={chain.autoencoder}", "--prompt=a", "--out=a.gif"], "it must be 'denoiser'"),
+        (["convert", "--to=dit", f"--workdir={chain.autoencoder}", "--out=x"], "it must be 'denoiser'"),
         (["data", "inspect", tmp_path / "empty"], "data build"),
         (["data", "encode", encoder, f"--data={chain.dataset}", "--out=x"], "no trained autoencoder"),
         (["data", "encode", f"--autoencoder={chain.autoencoder}", f"--data={tmp_path}", "--out=x"], "data build"),

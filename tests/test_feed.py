@@ -17,6 +17,7 @@ from fixtures_caches import clip_row, write_cache
 from sora_jax.data.feed import FeedConfig, read_ahead
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import TokenizerConfig, train
 from sora_jax.errors import UserError
 
@@ -26,7 +27,7 @@ BATCH, SECTION, STEPS = 4, 40, 60
 
 def stream_of(cache, host=0, hosts=1):
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=24))
-    return packed_batches(cache, tokenizer, CONFIG, BATCH, 5, "train", host, hosts, "sd3", section=SECTION)
+    return packed_batches(cache, tokenizer, CONFIG, BATCH, 5, "train", Share(host, hosts), "sd3", section=SECTION)
 
 
 def digest(pack) -> str:

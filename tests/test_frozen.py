@@ -12,12 +12,16 @@ from fixtures_runs import build_options, chain, one_device, run  # noqa: F401
 
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
+from sora_jax.data.share import Share
 from sora_jax.errors import UserError
+from sora_jax.models import autoencoder as causal
+from sora_jax.models import first_stage
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn.params import abstract
 from sora_jax.train import encode as encoding
 from sora_jax.train import frozen
+from sora_jax.train.encode import EncodeOptions
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, save_autoencoder
 
 
@@ -56,13 +60,13 @@ def test_the_cache_holds_these_latents_and_the_autoencoder(chain, autoencoder): 
     for i, name in enumerate(cache.ids(range(len(cache)))):
         latent = next(autoencoder.encode([dataset[rows[name]["index"]].frames]))
         np.testing.assert_allclose(cache[i], latent, atol=2e-3)  # float16
-    fingerprints = {load_autoencoder(chain.folder / name).fingerprint for name in ("latents", "transformer")}
+    fingerprints = {load_autoencoder(getattr(chain, name)).fingerprint for name in ("latents", "transformer")}
     assert fingerprints == {autoencoder.fingerprint, cache.info.fingerprint}
 
 
 def changed(autoencoder: FrozenAutoencoder, what: str) -> FrozenAutoencoder:
     if what == "config":
-        return dataclasses.replace(autoencoder, config=dataclasses.replace(autoencoder.config, kl_weight=0.5))
+        return dataclasses.replace(autoencoder, config=dataclasses.replace(autoencoder.config, time_factor=2))
     if what == "weight":
         bias = autoencoder.params["decoder"]["head"]["bias"]
         head = autoencoder.params["decoder"]["head"] | {"bias": bias.at[-1].add(1e-6)}
@@ -77,8 +81,32 @@ def test_the_fingerprint_is_of_all_that_latents_depend_on(autoencoder, what):
     assert changed(autoencoder, what).fingerprint != autoencoder.fingerprint
 
 
+@pytest.mark.parametrize("change", [dict(kl_weight=0.5), dict(remat=True), dict(dtype="bfloat16"), dict(l1_weight=2.0)])
+def test_the_fingerprint_leaves_out_what_changes_no_latent(autoencoder, change):
+    other = dataclasses.replace(autoencoder, config=dataclasses.replace(autoencoder.config, **change))
+    assert other.fingerprint == autoencoder.fingerprint
+    older, other = (dataclasses.replace(one, version=1) for one in (autoencoder, other))
+    assert other.fingerprint != older.fingerprint != autoencoder.fingerprint  # version 1 covered all fields
+
+
+def test_a_field_that_is_added_to_a_config_leaves_autoencoders_readable(chain, tmp_path, monkeypatch):  # noqa: F811
+    @dataclasses.dataclass(frozen=True)
+    class Later(AutoencoderConfig):
+        """The config of a later version, with one more field."""
+
+        adversarial_weight: float = 0.0
+
+    old = load_autoencoder(chain.autoencoder)
+    monkeypatch.delitem(first_stage.MODULES, AutoencoderConfig)
+    monkeypatch.setitem(first_stage.MODULES, Later, causal)
+    new = load_autoencoder(chain.autoencoder)
+    assert type(new.config) is Later and new.fingerprint == old.fingerprint
+    first = dataclasses.replace(old, version=1)
+    assert dataclasses.replace(new, version=1).fingerprint == first.fingerprint
+
+
 def test_the_latents_of_known_weights_are_those_of_this_version_of_the_code():
-    """If this fails, a latent has changed for the same weights: change `frozen.CODE`, then the numbers here."""
+    """If this fails, a latent has changed for the same weights: change `frozen.VERSION`, then the numbers here."""
     config = AutoencoderConfig(
         time_factor=2, space_factor=4, patch=(1, 2), multipliers=(1, 2), width=4, latent_channels=2, encoder_blocks=1,
         decoder_blocks=1, dtype="float32",
@@ -93,7 +121,7 @@ def test_the_latents_of_known_weights_are_those_of_this_version_of_the_code():
     # caches hold latents of earlier versions, which a change of the code would silently mix with its own.
     first_rows = [[[-0.1145, 0.4435], [-0.0245, -0.5331]], [[0.0392, 0.5596], [0.0109, 0.0911]]]
     np.testing.assert_allclose(latent[:, :, 0], first_rows, atol=2e-4)
-    assert frozen.CODE.endswith("version 1")
+    assert frozen.VERSION == 2
 
 
 def damage_cut(folder):
@@ -127,7 +155,7 @@ def damage_record(folder):
 
 def damage_other(folder):
     record = json.loads((folder / "autoencoder.json").read_text())
-    record["config"]["kl_weight"] = 0.25
+    record["config"]["time_factor"] = 2
     (folder / "autoencoder.json").write_text(json.dumps(record))
 
 
@@ -167,9 +195,8 @@ def test_a_complete_cache_is_kept_and_one_of_something_else_refused(chain, tmp_p
 def test_a_complete_cache_knows_the_tiles_that_clips_were_cut_into(chain, tmp_path):  # noqa: F811
     def encode_in(name, tile, overlap=0.5):
         with one_device():
-            encoding.encode_dataset(
-                chain.autoencoder, chain.dataset, tmp_path / name, tiles=TilingConfig(tile, overlap)
-            )
+            options = EncodeOptions(tiles=TilingConfig(tile, overlap))
+            encoding.encode_dataset(chain.autoencoder, chain.dataset, tmp_path / name, options)
         return LatentCache(tmp_path / name)
 
     cut, whole = encode_in("cut", (5, 16, 0)), LatentCache(chain.latents)
@@ -191,7 +218,7 @@ def test_an_interrupted_copy_of_the_autoencoder_is_made_again(chain, tmp_path, a
 
 
 def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
-    options = dict(out=tmp_path / "latents", clips_per_shard=2)
+    out, options = tmp_path / "latents", EncodeOptions(clips_per_shard=2)
     whole, encoded = FrozenAutoencoder.encode, []
 
     def counted(self, clips, batch=16, padded_shapes=None, stop=None, **options):
@@ -203,11 +230,11 @@ def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_
 
     monkeypatch.setattr(FrozenAutoencoder, "encode", functools.partialmethod(counted, stop=3))
     with pytest.raises(KeyboardInterrupt):
-        encoding.encode_dataset(chain.autoencoder, chain.dataset, **options)
+        encoding.encode_dataset(chain.autoencoder, chain.dataset, out, options)
     assert not (tmp_path / "latents").exists()
     encoded.clear()
     monkeypatch.setattr(FrozenAutoencoder, "encode", counted)
-    assert encoding.encode_dataset(chain.autoencoder, chain.dataset, **options)
+    assert encoding.encode_dataset(chain.autoencoder, chain.dataset, out, options)
     assert len(encoded) == 6 - 2
     found, wanted = LatentCache(tmp_path / "latents"), LatentCache(chain.latents)
     assert found.ids(range(6)) == wanted.ids(range(6))
@@ -217,8 +244,8 @@ def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_
 
 def test_shares_of_two_machines_make_the_cache_of_one(chain, tmp_path, capsys):  # noqa: F811
     for number in range(2):
-        share = encoding.Share(number, 2)
-        done = encoding.encode_dataset(chain.autoencoder, chain.dataset, tmp_path / "l", share=share, clips_per_shard=2)
+        options = EncodeOptions(share=Share(number, 2), clips_per_shard=2)
+        done = encoding.encode_dataset(chain.autoencoder, chain.dataset, tmp_path / "l", options)
         assert done == (number == 1) == (tmp_path / "l").exists()
     assert load_autoencoder(tmp_path / "l").fingerprint == LatentCache(tmp_path / "l").info.fingerprint
     assert encode(chain, tmp_path / "l") == 0  # complete: kept

@@ -237,7 +237,7 @@ def test_uids_are_32_bit_and_never_zero(id):
 
 
 def test_uid_is_stable_across_processes_and_spreads():
-    code = "from sora_jax.data.latents import clip_uid; print(clip_uid('clip-7'))"
+    code = "from sora_jax.data.clips import clip_id_of; print(clip_id_of('clip-7'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) == clip_id_of("clip-7")
     assert len({clip_id_of(f"world-{n}") for n in range(20_000)}) > 19_990

@@ -34,9 +34,9 @@ class AutoencoderConfig:
 
     time_factor: int = 4  # frames to a latent frame
     space_factor: int = 8  # pixels to a latent position, in height and in width
-    latent_channels: int = 16
-    patch: tuple[int, int] = (1, 1)  # (time, space) of the compression: by space to depth, before the first convolution
-    width: int = 128  # channels at full resolution
+    latent_channels: int = 16  # C, channels of a latent
+    patch: tuple[int, int] = (1, 1)  # (time, space) compression by space to depth before the first convolution
+    width: int = 128  # channels that `multipliers` multiply
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of `width`, one for each level, finest first
     encoder_blocks: int = 2  # residual blocks of each level of the encoder
     decoder_blocks: int = 3  # residual blocks of each level of the decoder
@@ -100,13 +100,13 @@ def _positive(value: int | tuple[int, ...]) -> bool:
     return bool(values) and min(values) > 0
 
 
-def latent_fields(config: AutoencoderConfig) -> dict:
-    """Return the fields that change a latent of given weights and pixels, for its fingerprint.
+def latent_fields(config: AutoencoderConfig) -> tuple[str, ...]:
+    """Return the names of the fields that change a latent of given weights and pixels, for its fingerprint.
 
     A field that is added later joins only where it departs from what the network did before, so that fingerprints of
     older autoencoders stay as they are.
     """
-    names = (
+    return (
         "time_factor",
         "space_factor",
         "latent_channels",
@@ -116,7 +116,6 @@ def latent_fields(config: AutoencoderConfig) -> dict:
         "encoder_blocks",
         "kernels",
     )
-    return {name: getattr(config, name) for name in names}
 
 
 def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:

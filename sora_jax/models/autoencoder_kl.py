@@ -33,7 +33,7 @@ class KLConfig:
     Each level has half the height and width of the one before.
     """
 
-    latent_channels: int = 4
+    latent_channels: int = 4  # C, channels of a latent
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level, finest first
     blocks: int = 2  # residual blocks of each level of the encoder; the decoder has one more
     groups: int = 32  # of the group normalisation; divides all widths
@@ -70,14 +70,13 @@ class KLConfig:
         return 2 ** (len(self.widths) - 1)
 
 
-def latent_fields(config: KLConfig) -> dict:
-    """Return the fields that change a latent of given weights and pixels, for its fingerprint.
+def latent_fields(config: KLConfig) -> tuple[str, ...]:
+    """Return the names of the fields that change a latent of given weights and pixels, for its fingerprint.
 
     A field that is added later joins only where it departs from what the network did before, so that fingerprints of
     older autoencoders stay as they are.
     """
-    names = ("latent_channels", "widths", "blocks", "groups", "quant")
-    return {name: getattr(config, name) for name in names}
+    return "latent_channels", "widths", "blocks", "groups", "quant"
 
 
 def latent_grid(config: KLConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:

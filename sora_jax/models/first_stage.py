@@ -25,8 +25,8 @@ def autoencoder_specs(config: FirstStageConfig) -> dict:
     return MODULES[type(config)].autoencoder_specs(config)
 
 
-def latent_fields(config: FirstStageConfig) -> dict:
-    """Return the fields that change a latent of given weights and pixels: what its fingerprint covers."""
+def latent_fields(config: FirstStageConfig) -> tuple[str, ...]:
+    """Return the names of the fields that change a latent of given weights and pixels, for its fingerprint."""
     return MODULES[type(config)].latent_fields(config)
 
 

@@ -39,12 +39,17 @@ from sora_jax.train.padded_shapes import Size, padded_shape_of
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
 SMALLEST_STD = 0.01  # of the largest channel
-VERSION = 2  # of fingerprints that are made
+VERSION = 2  # of the fingerprints of new autoencoders
 # Bump the version whenever the same weights would produce different latents (tests/test_frozen.py detects it).
 CODE = {
     1: "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1",
     2: "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 2",
 }
+# The fields that configs had when fingerprints of version 1 were made, by the name of the config.
+SHARED_1 = ("latent_channels", "l1_weight", "l2_weight", "kl_weight", "remat", "dtype")
+FACTORS_1 = ("time_factor", "space_factor", "patch")
+SIZES_1 = ("width", "multipliers", "encoder_blocks", "decoder_blocks", "kernels")
+FIELDS_1 = {"causal": FACTORS_1 + SIZES_1 + SHARED_1, "kl": ("widths", "blocks", "groups", "quant", *SHARED_1)}
 
 
 class _Tile(NamedTuple):
@@ -60,22 +65,29 @@ class _Tile(NamedTuple):
 class FrozenAutoencoder:
     """Encode and decode with a trained autoencoder; latents are normalised by its own statistics.
 
-    recorded: the fingerprint of the record that it was read from.
+    version: of its fingerprint; an autoencoder keeps the one that it was saved with.
     """
 
     config: FirstStageConfig
     params: dict
     mean_C: np.ndarray
     std_C: np.ndarray
-    recorded: str = ""
+    version: int = VERSION
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex digest of what a latent depends on: config, weights, statistics, preprocessing and code version.
 
-        An autoencoder keeps the fingerprint that it was saved with, whatever its version, as do its copies and caches.
+        Version 1 covers all fields that configs had then. Version 2 covers those that change a latent, so that a field
+        that is added, a loss weight, `remat` or `dtype` leaves caches and runs readable.
         """
-        return self.recorded or _fingerprint(VERSION, to_dict(self.config), self)
+        config = to_dict(self.config)
+        covered = FIELDS_1[config["name"]] if self.version == 1 else ("name", *latent_fields(self.config))
+        digest = hashlib.sha256(CODE[self.version].encode())
+        digest.update(json.dumps({name: config[name] for name in covered}, sort_keys=True).encode())
+        for name, value in sorted(_flat(self).items()):
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
 
     def encode(
         self,
@@ -130,21 +142,6 @@ class FrozenAutoencoder:
 
         for tile, parts_ in _by_clip(_in_batches(run, itertools.chain.from_iterable(map(cut, latents)), batch)):
             yield to_uint8(tiling.join(parts_, tile.axes, pixels, field))
-
-
-def _fingerprint(version: int, config: dict, autoencoder: FrozenAutoencoder) -> str:
-    """Return the hex digest of an autoencoder by the rules of a version.
-
-    Version 1 hashed all fields of the config, as they were written then. Version 2 hashes those that change a latent,
-    so that a field that is added, a loss weight, `remat` or `dtype` leaves caches and runs readable.
-    """
-    digest = hashlib.sha256(CODE[version].encode())
-    if version > 1:
-        config = json.loads(json.dumps({"name": autoencoder.config.name} | latent_fields(autoencoder.config)))
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(_flat(autoencoder).items()):
-        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
 
 
 def _on_devices(params: dict) -> dict:
@@ -234,9 +231,8 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
     folder = as_path(folder)
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **_flat(autoencoder))
-    record = {"config": to_dict(autoencoder.config), "version": VERSION}
-    record["fingerprint"] = _fingerprint(VERSION, record["config"], autoencoder)
-    write_json(folder / RECORD, record | notes)
+    record = {"config": to_dict(autoencoder.config), "version": autoencoder.version}
+    write_json(folder / RECORD, record | {"fingerprint": autoencoder.fingerprint} | notes)
 
 
 def frozen_folder(run: Path) -> Path:
@@ -268,15 +264,16 @@ def load_autoencoder(run: Path) -> FrozenAutoencoder:
     exists = (folder / RECORD).exists()
     check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     try:
-        autoencoder, whole = _read(folder)
+        autoencoder, fingerprint = _read(folder)
+        whole = autoencoder.fingerprint == fingerprint
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"the autoencoder in {str(folder)!r} is damaged: {error}") from error
     check(whole, f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint")
     return autoencoder
 
 
-def _read(folder: Path) -> tuple[FrozenAutoencoder, bool]:
-    """Read an autoencoder; the second value is True if it has the fingerprint of its record."""
+def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
+    """Read an autoencoder, and the fingerprint in its record."""
     record = json.loads(read_text(folder / RECORD))
     config = from_dict(FirstStageConfig, migrate_model(record["config"]))
     with np.load(local_copy(folder / WEIGHTS)) as file:
@@ -286,9 +283,8 @@ def _read(folder: Path) -> tuple[FrozenAutoencoder, bool]:
     names = traverse_util.flatten_dict(serialization.to_state_dict(template), keep_empty_nodes=True, sep="/")
     nested = traverse_util.unflatten_dict(names | flat, sep="/")
     params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
-    autoencoder = FrozenAutoencoder(config, params, mean, std, record["fingerprint"])
     version = record.get("version", 1)  # records of version 1 do not name it
-    return autoencoder, record["fingerprint"] == _fingerprint(version, record["config"], autoencoder)
+    return FrozenAutoencoder(config, params, mean, std, version), record["fingerprint"]
 
 
 def _flat(autoencoder: FrozenAutoencoder) -> dict[str, np.ndarray]:
