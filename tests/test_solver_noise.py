@@ -133,8 +133,8 @@ def test_ddim_with_eta_one_is_finite_on_the_longest_steps(spacing, steps):
     for name in ("vp_linear", "vp_scaled_linear", "vp_cosine", "vp"):
         problem = perfect(name, "v", one_row(2), gaussian(0.0, 0.6), noise=lambda step: jnp.ones((1, 2, 1)))
         times_KBR = jnp.asarray(base_times(name, steps, spacing), jnp.float32)[:, None, None]
-        run = quick_jit(lambda x, t, problem=problem: solve(SolverConfig("ddim", eta=1.0), problem, x, t))
-        assert np.all(np.isfinite(run(jnp.ones((1, 2, 1)), times_KBR)))
+        # Not compiled: it is the rounding of single operations that would go below 0.
+        assert np.all(np.isfinite(solve(SolverConfig("ddim", eta=1.0), problem, jnp.ones((1, 2, 1)), times_KBR)))
 
 
 def test_ddim_with_eta_one_is_ancestral():
