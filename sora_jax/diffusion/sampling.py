@@ -22,8 +22,8 @@ class SamplingConfig:
 
     steps: str = "30"  # number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20"
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
-    solver: SolverConfig = SolverConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
+    solver: SolverConfig = SolverConfig()  # the solver and its options
+    guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
 
     def __post_init__(self):
         count_steps(self.steps, self.spacing)
