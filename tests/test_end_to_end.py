@@ -19,9 +19,8 @@ def test_every_stage_leaves_what_it_promises(chain):  # noqa: F811
     for row, grid in zip(cache.ids(range(len(cache))), cache.grids, strict=True):
         frames, height, width = sizes[names[row].removesuffix(".mp4")]
         assert tuple(grid) == (1 + (frames - 1) // 4, height // 4, width // 4)
-    for name in ("autoencoder", "transformer"):
-        workdir = chain.folder / name
-        assert json.loads((workdir / "config.json").read_text())["kind"] == name
+    for workdir, kind in ((chain.autoencoder, "autoencoder"), (chain.transformer, "denoiser")):
+        assert json.loads((workdir / "config.json").read_text())["kind"] == kind
         assert [row["step"] for row in read_metrics(workdir)] == list(range(1, 7))
         assert list((workdir / "tensorboard").glob("events*"))
         assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6"]

@@ -220,21 +220,21 @@ def test_spikes_are_skipped_and_counted_also_over_a_restart(tmp_path):
     far = {"x": np.full((2, 4), 1e4, np.float32)}
     at = dict.fromkeys((120, 130), lambda: far)
     optim = dataclasses.replace(OPTIM, skip_spikes=3.0)
-    state = train(tmp_path / "whole", toy_job(at), optim=optim, steps=140, save_every=125, log_every=20)
-    train(tmp_path / "parts", toy_job(at), optim=optim, steps=125, log_every=20, save_every=0)
-    parts = train(tmp_path / "parts", toy_job(at), optim=optim, steps=140, log_every=20, save_every=0)
+    state = train(tmp_path / "whole", toy_job(at, optim=optim), steps=140, save_every=125, log_every=20)
+    train(tmp_path / "parts", toy_job(at, optim=optim), steps=125, log_every=20, save_every=0)
+    parts = train(tmp_path / "parts", toy_job(at, optim=optim), steps=140, log_every=20, save_every=0)
     chex.assert_trees_all_equal(jax.device_get(parts), jax.device_get(state))
     skipped = {row["step"]: row["skipped_updates"] for row in read_metrics(tmp_path / "parts")}
     assert skipped[100] == 0 and skipped[120] >= 1 and skipped[140] >= skipped[120] + 1
-    assert np.abs(state.params["weight"]).max() < 10
+    assert np.abs(state.params[MODEL]["weight"]).max() < 10
 
 
 def test_means_go_on_after_a_stop():
     rows = [{"loss": np.float32(x), "bins": np.array([x, np.nan if x > 2 else 1.0])} for x in (1, 2, 3, 4)]
-    whole, first = loop.MetricAccumulator(), loop.MetricAccumulator()
+    whole, first = MetricAccumulator(), MetricAccumulator()
     for row in rows[:3]:
         first.add(row)
-    second = loop.MetricAccumulator(json.loads(json.dumps(first.state())))
+    second = MetricAccumulator(json.loads(json.dumps(first.state())))
     second.add(rows[3])
     for row in rows:
         whole.add(row)

@@ -154,9 +154,9 @@ def test_the_ends_of_what_is_allowed_are_allowed(field, value):
     assert getattr(OptimConfig(**{field: value}), field) == value
 
 
-def norms_through(norms, deviations=3.0, young=20):
+def norms_through(norms, deviations=3.0, warmup=20):
     """Which of these gradient norms change the parameter, and the state after each."""
-    optimizer = skip_spikes(optax.scale_by_adam(), deviations, young=young)
+    optimizer = skip_spikes(optax.scale_by_adam(), deviations, warmup=warmup)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     state, states, moved = optimizer.init(params), [], []
     update = jax.jit(optimizer.update)
@@ -184,5 +184,5 @@ def test_a_spike_of_the_gradient_changes_nothing_but_the_count():
 
 
 def test_a_gradient_that_stays_large_is_no_spike_for_long():
-    moved, _ = norms_through([*(1 + 0.1 * (-1) ** i for i in range(100)), *[1000.0] * 400], young=50)
+    moved, _ = norms_through([*(1 + 0.1 * (-1) ** i for i in range(100)), *[1000.0] * 400], warmup=50)
     assert moved[:100].all() and not moved[100:120].any() and moved[-100:].all()
