@@ -334,7 +334,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
 def test_other_positions_are_refused(tmp_path):
     table = golden("dit_official")["pos_embed"] + np.float32(1e-3)
     path = write_official(tmp_path / "dit.safetensors", golden("dit_official"), pos_embed=table)
-    assert "differs by 0.001 from DiT's table" in refused(dits.read_dit, path, heads=2)
+    assert "differs by 0.001 from DiT's position table" in refused(dits.read_dit, path, heads=2)
     path = write_official(tmp_path / "dit.safetensors", golden("dit_official"), pos_embed=table[:, :-1])
     assert "pos_embed must have shape" in refused(dits.read_dit, path, heads=2)
 
@@ -542,7 +542,7 @@ def test_the_folder_of_a_pipeline_is_taken_apart(tmp_path, vae_folder):
     [
         (["--from=dit", "--out=x"], "--weights is not given"),
         (["--to=dit", "--out=x"], "--workdir is not given"),
-        (["--to=dit", "--out=x", "--workdir=y", "--heads=2"], "--heads is '2'; --to takes none"),
+        (["--to=dit", "--out=x", "--workdir=y", "--heads=2"], "--heads is '2'; it must not be given with --to"),
         (["--from=dit", "--weights=x", "--out=y", "--heads=0"], "--heads is 0; it must be positive"),
         (["--from=dit", "--weights=x", "--out=y", "--heads=-2"], "--heads is -2; it must be positive"),
         (["--from=keras", "--weights=x", "--out=y"], "--from is 'keras'; allowed: 'dit'"),

@@ -76,7 +76,7 @@ def read_record(path: Path) -> Record:
         values = json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged: {error}") from error
-    check(isinstance(values, dict), f"{str(path)!r} is not a JSON object; it must be")
+    check(isinstance(values, dict), f"{str(path)!r} holds no fields; it must be a JSON object")
     return Record(path, values)
 
 
