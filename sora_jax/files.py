@@ -379,7 +379,9 @@ class Mirror:
     def __enter__(self) -> "Mirror":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.folder == self._target:
             return
         try:
