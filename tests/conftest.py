@@ -54,6 +54,7 @@ SETTINGS = {
     "jax_compilation_cache_dir": compilation_cache(),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_numpy_rank_promotion": "raise",
 }
 # In the environment for the processes that tests start; before the first import of JAX.
 os.environ.update({name.upper(): str(value) for name, value in SETTINGS.items()})

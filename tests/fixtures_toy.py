@@ -37,7 +37,7 @@ GROUPS = {MODEL: Group(SPECS, OPTIM)}
 def toy_loss(params, frozen, batch, step, part):
     """Squared distance to the batch; the root has no finite slope where `root` is 0."""
     weight = params[MODEL]["weight"]
-    error = jnp.square(weight - batch["x"]).sum(-1) + jnp.sqrt(batch["root"] * weight[0] ** 2)
+    error = jnp.square(weight[None] - batch["x"]).sum(-1) + jnp.sqrt(batch["root"] * weight[0] ** 2)
     return {MODEL: error.sum()}, ({MODEL: jnp.float32(error.shape[0])}, {})
 
 

@@ -22,6 +22,8 @@ from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, denoi
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import count, init
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, denoiser_loss
+from sora_jax.train.state import MODEL
+from sora_jax.train.step import gradients
 
 TEXT = TextConfig(vocabulary=16, width=16, depth=1, head_width=8)
 CONFIG = TransformerConfig(depth=2, width=24, heads=2, latent_channels=2, text=TEXT, remat="none", dtype="float32")
@@ -46,9 +48,8 @@ def evaluator(run: DenoiserRun):
 
     def evaluate(params, pack):
         output_BLP = denoise(params, run.model, pack, pack.tokens_BLP, times_of(pack))
-        loss = functools.partial(denoiser_loss, run)
-        (total, (weight, _)), gradient = jax.value_and_grad(loss, has_aux=True)(params, pack, 3)
-        return Result(output_BLP, total, weight, gradient)
+        gradient, total, weight, _ = gradients(functools.partial(denoiser_loss, run), {MODEL: params}, (), pack, 3, 0)
+        return Result(output_BLP, total[MODEL], weight[MODEL], gradient[MODEL])
 
     compiled = jax.jit(evaluate)
     return lambda params, pack: jax.device_get(compiled(params, pack))

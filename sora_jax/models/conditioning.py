@@ -82,7 +82,7 @@ def condition(
     if text is not None:
         pooled_BSD = dense(params["pooled"], layer_norm(text.pooled_BSE), axes)  # a mean of many words is small
         label_BRD += per_slot(pooled_BSD, pack.row_slots_BR)
-    return Condition(time_BRD, label_BRD, pack.rows_BL, _one_hot(pack.rows_BL, times_BR.shape[1], dtype))
+    return Condition(time_BRD, label_BRD, pack.rows_BL, jax.nn.one_hot(pack.rows_BL, times_BR.shape[1], dtype=dtype))
 
 
 def step_number(times_BR: jax.Array) -> jax.Array:
@@ -163,7 +163,3 @@ def context_segments(pack: Pack) -> jax.Array:
     """Return the segments (B, 2 R) of the two tokens that a row adds to its clip; rows of empty slots are padding."""
     slots_BR = jnp.where(per_slot(pack.clip_ids_BS, pack.row_slots_BR) > 0, pack.row_slots_BR + 1, 0)
     return jnp.tile(slots_BR, (1, 2)).astype(pack.segments_BL.dtype)
-
-
-def _one_hot(rows_BL, rows: int, dtype) -> jax.Array:
-    return (rows_BL[..., None] == jnp.arange(rows)).astype(dtype)

@@ -108,6 +108,6 @@ def _words(params: dict, config: TextConfig, pack: Pack) -> jax.Array:
 
 
 def _mean_per_slot(x_BME: jax.Array, segments_BM: jax.Array, slots: int) -> jax.Array:
-    member_BMS = (segments_BM[:, :, None] == jnp.arange(1, slots + 1)).astype(x_BME.dtype)
+    member_BMS = jax.nn.one_hot(segments_BM - 1, slots, dtype=x_BME.dtype)  # all zero for padding
     total_BSE = jnp.einsum("bms,bme->bse", member_BMS, x_BME)
     return total_BSE / jnp.maximum(member_BMS.sum(1), 1)[..., None]
