@@ -9,7 +9,7 @@ _ROOMS = {"load_run": "sora_jax.generate.run", "show": "sora_jax.generate.show"}
 
 
 def __getattr__(name: str):
-    """What a notebook needs, imported when it is first used: `import sora_jax` alone loads no JAX."""
+    """Import what a notebook needs when it is first used: `import sora_jax` alone loads no JAX."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_ROOMS[name]), name)

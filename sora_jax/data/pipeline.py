@@ -189,7 +189,8 @@ def packed_batches(
     tokenizer: None takes the embeddings that a latent cache holds, NoText leaves all captions out. captions: the mix,
     see `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are
     planned at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket.
-    UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is empty.
+    UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is
+    empty.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")

@@ -11,7 +11,7 @@ from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.kind import Inputs
-from sora_jax.train.loop import fit, log
+from sora_jax.train.loop import check_accumulation, fit, log
 from sora_jax.train.run_config import RunConfig
 
 # A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
@@ -32,6 +32,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     inputs = kind.open(config, workdir, mesh)
     check_data(workdir, inputs.digest)
     job = kind.job(config, inputs, workdir)
+    check_accumulation(job, config.loop)
     claim_workdir(workdir, config, inputs)
     if kind.claim and distributed.first():
         kind.claim(config, inputs, workdir)

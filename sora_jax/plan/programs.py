@@ -57,7 +57,7 @@ def for_accelerator(config: RunConfig) -> RunConfig:
 
 
 class Trained(NamedTuple):
-    """Hold what a step trains: groups of parameters, the loss, and weights that it reads (abstract arrays on a mesh)."""
+    """Hold what a step trains: groups of parameters, the loss, and frozen weights (abstract arrays on a mesh)."""
 
     groups: Mapping[str, Group]
     loss: LossFunction

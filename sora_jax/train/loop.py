@@ -97,10 +97,7 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
         Stopped: after an orderly stop.
         UserError: a step is not finite, or the config asks for what the job forbids.
     """
-    check(
-        job.micro_batches or config.accumulate == 1,
-        f"loop.accumulate is {config.accumulate}; the loss of this kind of run needs whole batches: it must be 1",
-    )
+    check_accumulation(job, config)
     watch = Stopwatch()
     optimizers = make_optimizers(job.groups, config.steps)
     with contextlib.ExitStack() as stack:
@@ -159,6 +156,14 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
     if stopping:
         raise Stopped(step)
     return state
+
+
+def check_accumulation(job: Job, config: LoopConfig) -> None:
+    """Raise a UserError where gradients would be accumulated and the job forbids it."""
+    check(
+        job.micro_batches or config.accumulate == 1,
+        f"loop.accumulate is {config.accumulate}; the loss of this kind of run needs whole batches: it must be 1",
+    )
 
 
 def log(text: str) -> None:
