@@ -34,7 +34,7 @@ def run_quick(script: str) -> str:
 
 
 def losses(text: str) -> list[list[float]]:
-    """The two losses of every line that compares two."""
+    """Return the two losses of every line that compares two."""
     lines = [line for line in text.splitlines() if ": loss of " in line]
     return [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in lines]
 
