@@ -1,4 +1,4 @@
-"""Plans every config of configs/sora.py on hardware that it fits, and writes the table of experiments/plans/README.md.
+"""Plan every config of configs/sora.py on hardware that it fits, and write the table of experiments/plans/README.md.
 
 pip install libtpu 'jax[cuda13]'
 python experiments/plans/run.py                all rows, two hours on two busy cores
@@ -51,7 +51,7 @@ REMAT_HEAD = (
 
 
 def plan(name: str) -> None:
-    """Runs one plan and keeps its JSON, with the command and the time it took."""
+    """Run one plan and keep its JSON, with the command and the time it took."""
     command = [sys.executable, "-m", "sora_jax.cli", "plan", *PLANS[name].split(), "--json"]
     began = time.time()
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -67,7 +67,7 @@ def plan(name: str) -> None:
 
 
 def row(name: str) -> str:
-    """One line of the table."""
+    """Return a line of the table."""
     p = json.loads((HERE / f"{name}.json").read_text())
     memory = f"{'yes' if p['fits'] else 'no'}: {p['needed'] / GIB:.2f} of {p['usable'] / GIB:.2f}"
     cells = [f"[{name}]({name}.json)", f"`{PLANS[name]}`", memory]
@@ -81,7 +81,7 @@ def row(name: str) -> str:
 
 
 def remat_row(name: str) -> str:
-    """One line of the table of remat policies."""
+    """Return a line of the table of remat policies."""
     p = json.loads((HERE / f"{name}.json").read_text())
     times = {cause: 1e3 * seconds for cause, seconds in p["times"].items()}
     kept = p["memory"]["activations"] / GIB
@@ -91,7 +91,7 @@ def remat_row(name: str) -> str:
 
 
 def write_tables() -> None:
-    """Puts the rows of all plans that were run between the marks of the README."""
+    """Put the rows of all plans that were run between the marks of the README."""
     there = [name for name in PLANS if (HERE / f"{name}.json").exists()]
     _between("table", [HEAD, *map(row, there)])
     if set(REMAT) <= set(there):

@@ -1,12 +1,12 @@
-"""Writes experiments/plans/sharding.md: the axes of every array of a run; a test compares it with the code.
+"""Write experiments/plans/sharding.md: the axes of every array of a run; a test compares it with the code.
 
 python experiments/plans/write_shardings.py
 """
 
 from pathlib import Path
 
-from sora_jax.commands import run_config
 from sora_jax.config import load
+from sora_jax.kinds import run_config
 from sora_jax.plan.shardings import shardings
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ of the optimizer and the averages of the parameters lie as the parameters do.
 
 
 def page() -> str:
-    """The whole file."""
+    """Return the whole page."""
     run = run_config(load(f"{CONFIGS}/sora.py:3b"))
     names = {"Autoencoder, configs/autoencoder.py:base": "base", "Autoencoder, configs/autoencoder.py:kl4": "kl4"}
     models = {title: run_config(load(f"{CONFIGS}/autoencoder.py:{name}")).model for title, name in names.items()}
