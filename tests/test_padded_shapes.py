@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_jax.train.padded_shapes import padded_shape_of, choose_padded_shapes
+from sora_jax.train.padded_shapes import choose_padded_shapes, padded_shape_of
 
 SIZES = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=30)
 

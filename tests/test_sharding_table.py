@@ -30,8 +30,8 @@ def test_the_committed_table_is_that_of_the_code(page):
 def test_every_parameter_of_the_model_has_a_line(page):
     import jax
 
-    from sora_jax.commands import run_config
     from sora_jax.config import load
+    from sora_jax.kinds import run_config
 
     model = run_config(load(f"{PLANS.parents[1]}/configs/sora.py:3b")).model
     leaves = jax.tree.leaves(denoiser_specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
