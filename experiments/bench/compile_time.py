@@ -1,4 +1,4 @@
-"""How long the training step of DiT-XL/2 takes to compile, against that of DiT-S/2.
+"""Measure how long the training step of DiT-XL/2 takes to compile, against that of DiT-S/2.
 
     python experiments/bench/compile_time.py             about a minute on two cores
     python experiments/bench/compile_time.py --quick     two tiny models
@@ -14,9 +14,9 @@ import time
 from statistics import median
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax_dit import make_loss
+from model import first_state
 from timing import machine, report
 
 from sora_jax.data.packing import PackingConfig, PackItem, pack_batch
@@ -24,7 +24,7 @@ from sora_jax.models.transformer import SIZES, TransformerConfig, denoiser_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract
 from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState
+from sora_jax.train.state import MODEL, Optimizer
 from sora_jax.train.step import make_step
 
 DIT = TransformerConfig(
@@ -40,7 +40,7 @@ def model_of(depth: int, width: int, heads: int) -> TransformerConfig:
 
 
 def batch_of(config: TransformerConfig) -> dict:
-    """Shapes of a batch of 8 latents, one micro-batch."""
+    """Return the shapes of a batch of 8 latents, one micro-batch."""
     packing = PackingConfig(length=(SIDE // config.patch[1]) ** 2, slots=1, text_length=1, patch=config.patch)
     items = [[PackItem(np.zeros((1, SIDE, SIDE, 4), np.float32), 1, np.array([0]), label=0)]] * BATCH
     packed = pack_batch(items, packing)
@@ -49,14 +49,14 @@ def batch_of(config: TransformerConfig) -> dict:
 
 
 def compile_once(config: TransformerConfig) -> tuple[float, float, float]:
-    """Seconds to trace and lower, seconds to compile, processor time of both."""
+    """Return seconds to trace and lower, seconds to compile, processor time of both."""
     jax.clear_caches()
-    optimizer = make_optimizer(OptimConfig(warmup_steps=0))
+    optimizer = Optimizer(make_optimizer(OptimConfig(warmup_steps=0)), (0.9999,))
     params = abstract(denoiser_specs(config))
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, (params,), jax.eval_shape(optimizer.init, params))
-    step = make_step(make_loss(config), optimizer, (0.9999,))
+    state = jax.eval_shape(lambda params: first_state(params, optimizer), params)
+    step = make_step(make_loss(config), {MODEL: optimizer})
     start, used = time.perf_counter(), time.process_time()
-    lowered = step.lower(state, batch_of(config))
+    lowered = step.lower(state, (), batch_of(config))
     traced = time.perf_counter()
     lowered.compile()
     return traced - start, time.perf_counter() - traced, time.process_time() - used

@@ -1,4 +1,4 @@
-"""Real tokens per second of a training step: packed rows against one clip per row, padded to the longest clip.
+"""Measure real tokens per second of a training step: packed rows against one clip per row, padded to the longest clip.
 
     python experiments/bench/packed_versus_padded.py             about three minutes on two cores
     python experiments/bench/packed_versus_padded.py --quick     seconds; says nothing about speed
@@ -17,7 +17,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 import numpy as np
-from model import place, random_params
+from model import first_state, place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
 from sora_jax.config import check, from_dict, load
@@ -132,12 +132,9 @@ def on_device(batch: dict, mesh) -> Pack:
 
 
 def trainer(run: DenoiserRun, batches: list[dict], mesh):
-    """A function that does one training step on the next of the batches, and waits for it."""
+    """Return a function that does one training step on the next of the batches, and waits for it."""
     optimizers = make_optimizers(denoiser_groups(run), run.loop.steps)
-    params = place(random_params(run.model))
-    ema = tuple(place(random_params(run.model)) for _ in run.optim.ema)
-    opt_state = jax.jit(optimizers[MODEL].transformation.init)(params)
-    state = TrainState(place(np.int32(0)), {MODEL: params}, {MODEL: ema}, {MODEL: opt_state})
+    state = first_state(place(random_params(run.model)), optimizers[MODEL])
     step = make_step(functools.partial(denoiser_loss, run), optimizers)
     placed = [on_device(batch, mesh) for batch in batches]
     calls = 0
@@ -152,7 +149,7 @@ def trainer(run: DenoiserRun, batches: list[dict], mesh):
 
 
 def check_losses_agree(run: DenoiserRun, pair: list[Layout], row: list[PackItem], mesh) -> list[float]:
-    """The loss of the clips of one pack, packed and padded, at the same random parameters; both must agree."""
+    """Return the losses of the clips of one pack, packed and padded, at the same random parameters; both must agree."""
     model = dataclasses.replace(run.model, dtype="float32")
     run = dataclasses.replace(run, model=model)
     params = place(random_params(model))

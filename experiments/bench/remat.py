@@ -1,4 +1,4 @@
-"""What each `model.remat` costs: time and memory of a training step, and how often its products are computed.
+"""Measure what each `model.remat` costs: time and memory of a training step, and how often its products are computed.
 
     python experiments/bench/remat.py             about six minutes on two cores
     python experiments/bench/remat.py --quick     a tiny model; says nothing about speed
@@ -20,10 +20,9 @@ from sora_jax.models.transformer import REMAT, TransformerConfig
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.plan import hlo
-from sora_jax.plan.programs import full_pack, program, specs_of
-from sora_jax.train.denoiser import DenoiserRun
-from sora_jax.train.optim import make_optimizer
-from sora_jax.train.state import TrainState, init_state
+from sora_jax.plan.denoiser import full_pack, train_denoiser
+from sora_jax.train.denoiser import DenoiserRun, denoiser_groups
+from sora_jax.train.state import TrainState, init_state, make_optimizers
 
 HEADER = ("remat", "compiled / model FLOPs", "memory MiB", "step ms", "against full")
 
@@ -37,18 +36,18 @@ def config_of(remat: str, quick: bool) -> DenoiserRun:
 
 
 def prepare(config: DenoiserRun, state: TrainState, mesh):
-    """A call that does one step and returns its loss, compiled FLOPs over the model's, MiB of temporaries."""
-    made = program(config, "train", mesh)
+    """Return a call that does one step and returns its loss, compiled FLOPs over the model's, MiB of temporaries."""
+    made = train_denoiser(config, mesh)
     compiled = made.function.lower(*made.arguments).compile()
     rows = {name: np.broadcast_to(x, (1, config.batch, *x.shape[1:])) for name, x in full_pack(config).items()}
     state, batch = jax.tree.map(jnp.copy, state), place_batch(Pack(**rows), mesh, leading=1)
 
     def step() -> float:
         nonlocal state
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, (), batch)
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
-    flops = hlo.count(compiled.as_text(), 1).flops / made.model_flops
+    flops = hlo.count(compiled.as_text(), 1).flops / made.load.model_flops
     return step, flops, compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
@@ -60,7 +59,8 @@ def main() -> None:
     measured_on, mesh = machine(), make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         config = config_of("full", options.quick)
-        state = init_state(specs_of(config), make_optimizer(config.optim), len(config.optim.ema), 0, mesh)
+        groups = denoiser_groups(config)
+        state = init_state(groups, make_optimizers(groups, config.loop.steps), 0, mesh)
         prepared = {name: prepare(config_of(name, options.quick), state, mesh) for name in REMAT}
         for name, (step, *_) in prepared.items():
             print(f"{name}: loss of the first step {step():.6f}")

@@ -1,4 +1,4 @@
-"""Time of a training step: `sora_jax.models.transformer` against the same model written by hand (by_hand.py).
+"""Measure a training step: `sora_jax.models.transformer` against the same model written by hand (by_hand.py).
 
     python experiments/bench/step_versus_by_hand.py             about three minutes on two cores
     python experiments/bench/step_versus_by_hand.py --quick     seconds; says nothing about speed
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from model import place, random_params
+from model import first_state, place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
 from sora_jax.config import from_dict, load
@@ -30,7 +30,7 @@ from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.quickstart import QuickstartConfig
 from sora_jax.train.optim import OptimConfig, make_optimizer
-from sora_jax.train.state import TrainState
+from sora_jax.train.state import MODEL, Optimizer
 from sora_jax.train.step import make_step
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -85,33 +85,31 @@ def make_pack(case: Case, ids_BM: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def ours(case: Case, optim: OptimConfig, data: dict, mesh):
-    """A function that does one training step of the package's model and returns its loss."""
+    """Return a function that does one training step of the package's model and returns its loss."""
 
-    def loss(params, batch, _step, _part):
-        predicted_BLP = denoise(params, case.model, batch["pack"], batch["x_BLP"], batch["times_B"][:, None])
+    def loss(params, _frozen, batch, _step, _part):
+        predicted_BLP = denoise(params[MODEL], case.model, batch["pack"], batch["x_BLP"], batch["times_B"][:, None])
         error_BL = jnp.square(predicted_BLP - batch["target_BLP"]).mean(-1)
-        return error_BL.sum(), (jnp.float32(error_BL.size), {})
+        return {MODEL: error_BL.sum()}, ({MODEL: jnp.float32(error_BL.size)}, {})
 
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(optim)
-        params = place(random_params(case.model))
-        ema = tuple(place(random_params(case.model)) for _ in optim.ema)
-        state = TrainState(place(np.int32(0)), params, ema, jax.jit(optimizer.init)(params))
-        step = make_step(loss, optimizer, optim.ema)
+        optimizer = Optimizer(make_optimizer(optim), optim.ema)
+        state = first_state(place(random_params(case.model)), optimizer)
+        step = make_step(loss, {MODEL: optimizer})
         batch = {**data, "pack": Pack(**make_pack(case, data["ids_BM"]))}
         batch = place_batch(jax.tree.map(lambda x: x[None], batch), mesh, leading=1)
 
     def one_step() -> float:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, (), batch)
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     return one_step
 
 
 def theirs(case: Case, optim: OptimConfig, data: dict):
-    """The same for the model written by hand, with a step written by hand."""
+    """Return the same for the model written by hand, with a step written by hand."""
     optimizer = make_optimizer(optim)
     constants = by_hand.tables(case.model, case.grid, WORDS)
     dtype = compute_dtype(case.model.dtype)

@@ -1,4 +1,4 @@
-"""Scores a quickstart run on prompts that no choice of its settings has seen.
+"""Score a quickstart run on prompts that no choice of its settings has seen.
 
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from sora_jax.config import check, from_dict, load
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.manifest import Dataset, caption_of
 from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene
 from sora_jax.evaluate.world import Score, score
 from sora_jax.generate.run import load_run
@@ -24,7 +24,7 @@ FIRST = HELD_OUT + 1_000_000  # far behind the held-out clips of any dataset
 
 
 def fresh_clips(world: WorldConfig, seen: set[str], count: int) -> list[tuple[str, np.ndarray]]:
-    """The first `count` moving clips, from FIRST on, whose caption is not among the seen."""
+    """Return the first `count` moving clips, from FIRST on, whose caption is not among the seen."""
     found = []
     for index in range(FIRST, FIRST + 1000 * count):
         caption = scene(world, index).caption
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256)
     options = parser.parse_args()
     config = from_dict(QuickstartConfig, load(options.config or default_config()))
-    seen = {row["caption"] for row in Dataset(options.workdir / "world").rows()}
+    seen = {caption_of(row) for row in Dataset(options.workdir / "world").rows()}
     captions, clips = zip(*fresh_clips(config.world, seen, options.count), strict=True)
     print(f"{len(captions)} clips, {len(set(captions))} different captions")
     print(line("real clips", score(captions, clips)), flush=True)

@@ -1,4 +1,4 @@
-"""Trains a ladder of small transformers on one latent cache: sizes XS to L, and patches of 9, 3 or 1 latent places.
+"""Train a ladder of small transformers on one latent cache: sizes XS to L, and patches of 9, 3 or 1 latent places.
 
     sora-jax quickstart
     python experiments/scaling/train_ladder.py --quickstart=runs/quickstart --out=runs/scaling
@@ -36,6 +36,7 @@ from sora_jax.quickstart import QuickstartConfig, default_config
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, denoiser_job, denoiser_loss, prepare_tokenizer
 from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.loop import fit
+from sora_jax.train.state import MODEL
 
 SIZES = {"XS": (2, 64, 2), "S": (2, 96, 3), "M": (3, 128, 4), "L": (4, 192, 6)}  # depth, width, heads
 PATCHES = {9: (1, 3, 3), 3: (1, 1, 3), 1: (1, 1, 1)}
@@ -62,7 +63,7 @@ class Ladder:
 
 
 def rung_config(ladder: Ladder, name: str) -> DenoiserRun:
-    """The run of a rung: packs and the shift of times are in proportion to its tokens, so that nothing else differs."""
+    """Return the run of a rung: packs and the shift of times follow its tokens, so that nothing else differs."""
     size, places = name.split("/")
     (depth, width, heads), finer = SIZES[size], 9 // int(places)
     base = ladder.base
@@ -85,14 +86,14 @@ def rung_config(ladder: Ladder, name: str) -> DenoiserRun:
 
 
 def step_counts(config: DenoiserRun, ladder: Ladder, tokenizer) -> dict[str, float]:
-    """Mean clips, tokens and FLOPs of a training step."""
+    """Return the mean clips, tokens and FLOPs of a training step."""
     batches = packed_batches(ladder.cache, tokenizer, config.packs, config.batch, config.seed, config.split)
     counts = [batch_counts(config.model, batches[step]) for step in range(50)]
     return {name: sum(c[name] for c in counts) / len(counts) for name in ("clips", "tokens", "flops")}
 
 
 def wanted_steps(steps: int, flops: float, budget: float) -> tuple[list[int], list[int]]:
-    """The steps at which only the loss is measured, and those at which prompts are sampled too.
+    """Return the steps at which only the loss is measured, and those at which prompts are sampled too.
 
     `budget` FLOPs are what the reference spends; a step of this rung costs `flops`.
     """
@@ -108,7 +109,7 @@ def _rounded(steps: float) -> int:
 
 
 def train_rung(ladder: Ladder, name: str, budget: float) -> None:
-    """Trains one rung and measures it on the way."""
+    """Train one rung and measure it on the way."""
     config, folder = rung_config(ladder, name), ladder.out / name.replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(config.mesh)
@@ -122,14 +123,14 @@ def train_rung(ladder: Ladder, name: str, budget: float) -> None:
     print(json.dumps(described), flush=True)
     measure = Measure(ladder, config, tokenizer, mesh, folder, set(losses), set(sampled), counts["flops"])
     job = denoiser_job(config, ladder.cache, tokenizer, measure, folder / "captions")
-    state = fit(job, config.loop, config.optim, config.seed, mesh, folder, to_dict(config))
+    state = fit(job, config.loop, config.seed, mesh, folder, to_dict(config))
     if ladder.prompts and not measure.known(last):
         with jax.set_mesh(mesh):
-            measure(last, state.ema[0])
+            measure(last, {name: averages[0] for name, averages in state.ema.items()})
 
 
 class Measure:
-    """The loop's preview: held-out loss and agreement of the averaged weights, appended to points.jsonl."""
+    """Append held-out loss and agreement of the averaged weights to points.jsonl; the loop's preview."""
 
     def __init__(self, ladder, config, tokenizer, mesh, folder: Path, losses, sampled, flops: float):
         self.config, self.mesh, self.folder, self.flops = config, mesh, folder, flops
@@ -141,15 +142,15 @@ class Measure:
         self.held_out = packed_batches(ladder.cache, tokenizer, config.packs, config.batch, HELD_OUT_SEED, "held-out")
 
     def known(self, step: int) -> bool:
-        """Whether an earlier call has sampled at this step."""
+        """Return True if an earlier call has sampled at this step."""
         path = self.folder / "points.jsonl"
         points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         return any(point["step"] == step and "agreement" in point for point in points)
 
-    def __call__(self, step: int, params: dict, writer=None) -> None:
+    def __call__(self, step: int, averages: dict, writer=None) -> None:
         if step not in self.losses | self.sampled:
             return
-        start = time.perf_counter()
+        params, start = averages[MODEL], time.perf_counter()
         point = {"step": step, "flops": step * self.flops, "loss": self.loss(params)}
         if step in self.sampled and self.chosen:
             point |= self.agreement(params)
@@ -159,7 +160,7 @@ class Measure:
         print(json.dumps(point), flush=True)
 
     def loss(self, params: dict) -> float:
-        """Mean over the held-out clips, once each, with the captions, at times and noise that never change."""
+        """Return the mean over the held-out clips, once each, with captions, at times and noise that never change."""
         config = dataclasses.replace(
             self.config, seed=HELD_OUT_SEED, diffusion=dataclasses.replace(self.config.diffusion, caption_dropout=0.0)
         )
@@ -168,7 +169,7 @@ class Measure:
         return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
     def agreement(self, params: dict) -> dict[str, float]:
-        """What the oracle finds right in clips of the held-out prompts."""
+        """Return what the oracle finds right in clips of the held-out prompts."""
         prompts, sizes = [p for p, _ in self.chosen], [s for _, s in self.chosen]
         clips = self.run(params=params).generate(prompts, sizes, **SAMPLING)
         found = score(prompts, clips)
@@ -179,8 +180,8 @@ class Measure:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(config: DenoiserRun, params: dict, pack: Pack, draw: jax.Array):
-    loss, (weight, _) = denoiser_loss(config, params, pack, jnp.asarray(draw, jnp.int32))
-    return loss, weight
+    loss, (weight, _) = denoiser_loss(config, {MODEL: params}, (), pack, jnp.asarray(draw, jnp.int32), jnp.int32(0))
+    return loss[MODEL], weight[MODEL]
 
 
 def main() -> None:

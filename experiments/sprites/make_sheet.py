@@ -1,4 +1,4 @@
-"""A sheet of held-out prompts: the caption, what was generated, and the real clip beside it.
+"""Make a sheet of held-out prompts: the caption, what was generated, and the real clip beside it.
 
     python experiments/sprites/make_sheet.py --workdir=runs/sprites --data=data/sprites --out=sprites.png
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.manifest import Dataset, caption_of
 from sora_jax.data.media import save_png
 from sora_jax.data.sheets import contact_sheet, strip
 from sora_jax.generate.run import load_run
@@ -22,20 +22,20 @@ GAP = 12
 
 
 def choose_rows(dataset: Dataset, split: str, count: int) -> list[dict]:
-    """`count` manifest rows of clips that are not of the trained split, evenly spread."""
+    """Choose `count` manifest rows of clips that are not of the trained split, evenly spread."""
     rows = dataset.held_out(split)
     check(bool(rows), f"--data is {str(dataset.path)!r}; it holds no clip outside the split {split!r}")
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
 
 
 def side_by_side(generated: np.ndarray, real: np.ndarray, shown: int, scale: int) -> np.ndarray:
-    """Two clips of equal height as strips, generated left, real right; uint8 (H, W, 3)."""
+    """Draw two clips of equal height as strips, generated left, real right; uint8 (H, W, 3)."""
     left, right = strip(generated, shown, scale), strip(real, shown, scale)
     return np.concatenate([left, np.full((len(left), GAP, 3), 255, np.uint8), right], axis=1)
 
 
 def make_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray]], captions: Sequence[str], shown: int, scale: int):
-    """One row per pair with its caption below; uint8 (H, W, 3)."""
+    """Draw one row per pair with its caption below; uint8 (H, W, 3)."""
     rows = [side_by_side(generated, real, shown, scale)[None] for generated, real in pairs]
     return contact_sheet(rows, captions, columns=1, shown=1)
 
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     run, dataset = load_run(options.workdir), Dataset(options.data)
     rows = choose_rows(dataset, run.config.split, options.count)
-    captions = [row["caption"] for row in rows]
+    captions = [caption_of(row) for row in rows]
     sizes = [(row["frames"], row["height"], row["width"]) for row in rows]
     generated = run.generate(captions, sizes, options.steps, options.guidance, options.seed)
     pairs = [(clip, dataset[row["index"]].frames) for clip, row in zip(generated, rows, strict=True)]
