@@ -82,10 +82,11 @@ def from_dict(cls, values, where: str = "config"):
         UserError: a name is unknown or a value has the wrong type; the sentence names the field.
     """
     check(hasattr(values, "items"), f"{where} is {values!r}; it must hold the fields of {_name_of(cls)}")
+    of = f" where {where}.name is {values.get('name')!r}" if _one_of(cls) else ""
     cls = _member(cls, values, where)
     types_ = typing.get_type_hints(cls, include_extras=True)
     unknown = [name for name in values if name not in types_]
-    check(not unknown, f"{where}.{unknown and unknown[0]} is not an option; allowed: {', '.join(types_)}")
+    check(not unknown, f"{where}.{unknown and unknown[0]} is not an option{of}; allowed: {', '.join(types_)}")
     arguments = {name: _coerce(types_[name], value, f"{where}.{name}") for name, value in values.items()}
     return cls(**arguments)
 
