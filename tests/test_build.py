@@ -295,7 +295,7 @@ def test_shares_of_two_processes_make_the_dataset_of_one(tmp_path, folder):
     shared = make(tmp_path, folder, clips_per_shard=1, shard="0/2")
     same_folder(whole.path, shared.path)
     for wrong in ("2/2", "x", "1"):
-        with pytest.raises(UserError, match="shard="):
+        with pytest.raises(UserError, match="--shard is"):
             make(tmp_path, folder, out=str(tmp_path / "other"), shard=wrong)
 
 
