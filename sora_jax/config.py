@@ -36,7 +36,7 @@ class OneOf:
     apart. The table may grow after the mark was made.
     """
 
-    table: Mapping[type, object]
+    table: Mapping[type[typing.Any], object]
 
     def member(self, values: Mapping, where: str) -> type:
         """Return the dataclass that a mapping of fields names; UserError where none has that name."""

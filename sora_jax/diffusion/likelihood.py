@@ -68,8 +68,8 @@ class Likelihood(NamedTuple):
 def ascending_times(process: Process, steps: int, first: float = 1e-3) -> np.ndarray:
     """Return steps + 1 times (K,) float64 from `first` to 1, even in the angle theta: a grid for `log_likelihood`."""
     ends = jnp.asarray([first, 1.0], jnp.float32)
-    angles = np.arctan2(np.asarray(process.b(ends), np.float64), np.asarray(process.a(ends), np.float64))
-    inner = jnp.asarray(np.linspace(*angles, steps + 1)[1:-1], jnp.float32)
+    low, high = np.arctan2(np.asarray(process.b(ends), np.float64), np.asarray(process.a(ends), np.float64))
+    inner = jnp.asarray(np.linspace(low, high, steps + 1)[1:-1], jnp.float32)
     return np.array([first, *np.asarray(time_of_half_log_snr(process, _log_cotangent(inner)), np.float64), 1.0])
 
 
@@ -140,11 +140,13 @@ def _exact(x_BLP: TokensBLP, index_BL: IndexBL, unknown_BL1: PerTokenBL1) -> Tra
 
 def _hutchinson(problem: Problem, probes: int, unknown_BL1: PerTokenBL1) -> Trace:
     """Make the estimate of the trace by random signs."""
-    check(problem.noise, f"noise is None; with likelihood.probes = {probes} it must be given")
+    noise = problem.noise
+    check(noise, f"noise is None; with likelihood.probes = {probes} it must be given")
+    assert noise is not None
 
     def trace(jvp: Jvp) -> PerTokenBL1:
         def add(sum_BL1: PerTokenBL1, probe: Array) -> tuple[PerTokenBL1, None]:
-            signs_BLP = unknown_BL1 * jnp.where(problem.noise(probe) < 0, -1.0, 1.0).astype(unknown_BL1.dtype)
+            signs_BLP = unknown_BL1 * jnp.where(noise(probe) < 0, -1.0, 1.0).astype(unknown_BL1.dtype)
             return sum_BL1 + jnp.sum(signs_BLP * jvp(signs_BLP), axis=2, keepdims=True) / probes, None
 
         return jax.lax.scan(add, jnp.zeros_like(unknown_BL1), jnp.arange(probes))[0]
@@ -156,7 +158,7 @@ def _heun(problem: Problem, field: Field, state: State, step: Step) -> State:
     h_BL1 = _angle(problem, step.s_BR) - _angle(problem, step.t_BR)
     first = field(state[0], step.t_BR)
     second = field(state[0] + h_BL1 * first[0], step.s_BR)
-    return tuple(y + 0.5 * h_BL1 * (k1 + k2) for y, k1, k2 in zip(state, first, second, strict=True))
+    return jax.tree.map(lambda y, k1, k2: y + 0.5 * h_BL1 * (k1 + k2), state, first, second)
 
 
 def _rk4(problem: Problem, field: Field, state: State, step: Step) -> State:
@@ -166,8 +168,8 @@ def _rk4(problem: Problem, field: Field, state: State, step: Step) -> State:
     second = field(state[0] + 0.5 * h_BL1 * first[0], middle_BR)
     third = field(state[0] + 0.5 * h_BL1 * second[0], middle_BR)
     fourth = field(state[0] + h_BL1 * third[0], step.s_BR)
-    slopes = zip(state, first, second, third, fourth, strict=True)
-    return tuple(y + h_BL1 / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4) for y, k1, k2, k3, k4 in slopes)
+    moved = lambda y, k1, k2, k3, k4: y + h_BL1 / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)  # noqa: E731
+    return jax.tree.map(moved, state, first, second, third, fourth)
 
 
 METHODS: dict[str, Callable[[Problem, Field, State, Step], State]] = {"heun": _heun, "rk4": _rk4}

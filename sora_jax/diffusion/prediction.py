@@ -76,7 +76,7 @@ def check_pair(process_name: str, prediction_type: str) -> None:
             7 sigma / t and 1 / sigma, span nine decades, more than float32 can resolve.
     """
     process_named(process_name), form_of(prediction_type)
-    refused = ()
+    refused: tuple[str, ...] = ()
     if process_name.endswith("_zero_snr"):
         refused = ("eps", "score")
     if process_name == "edm":

@@ -68,6 +68,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,7 @@ Coefficient = Callable[[Array], Array]
 DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)
 STABLE_DIFFUSION_BETAS = (0.00085, 0.012)
+STABLE_DIFFUSION_ROOTS = (math.sqrt(STABLE_DIFFUSION_BETAS[0]), math.sqrt(STABLE_DIFFUSION_BETAS[1]))
 VP_SDE_BETAS = (0.1, 20.0)
 EDM_SIGMA_MAX = 80.0
 EDM_RHO = 7
@@ -177,6 +179,12 @@ def transition(process: Process, s: Array, t: Array) -> tuple[Array, Array]:
     return process.a(t) / process.a(s), jnp.square(process.b(t)) * lost_snr(process, s, t)
 
 
+@overload
+def time_of_step(step: float, steps: int = DDPM_STEPS) -> float: ...
+@overload
+def time_of_step(step: np.ndarray, steps: int = DDPM_STEPS) -> np.ndarray: ...
+@overload
+def time_of_step(step: Array, steps: int = DDPM_STEPS) -> Array: ...
 def time_of_step(step: ArrayLike, steps: int = DDPM_STEPS) -> ArrayLike:
     """Return the time of a discrete step 0 .. steps - 1 by equation (21)."""
     return (step + 1) / steps
@@ -203,7 +211,8 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
 
     Before the first step, where (19) would exceed 1, the process stays what it was; the two meet there.
     """
-    first = time_of_step(0, steps)
+    first, log_alpha_before = time_of_step(0, steps), process.log_alpha
+    assert log_alpha_before is not None  # the process preserves variance
 
     def missing(t: Array) -> Array:
         # 1 - a: with u = b^2 / (1 + a), equation (19) reads u -> (u a_0 - u_0 a_1) / (a_0 - a_1).
@@ -214,7 +223,7 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
     def a(t: Array) -> Array:
         a_0, a_1 = _constants(process, first)[0], _constants(process, 1.0)[0]
         # a - a(1) as a(1) (exp(..) - 1): exactly 0 at t = 1, without losing its slope there.
-        signal = a_1 * jnp.expm1(-process.log_alpha(t, jnp.ones_like(t))) * a_0 / (a_0 - a_1)
+        signal = a_1 * jnp.expm1(-log_alpha_before(t, jnp.ones_like(t))) * a_0 / (a_0 - a_1)
         return jnp.where(t < first, process.a(t), jnp.where(signal > 0.5, 1.0 - missing(t), signal))
 
     def b(t: Array) -> Array:
@@ -224,11 +233,11 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
     def log_alpha(s: Array, t: Array) -> Array:
         late_s, late_t = jnp.maximum(s, first), jnp.maximum(t, first)
         # The signal that remains at s, a(s) - a(1), as in `a`: 0 from a rounding error before the end.
-        left = _constants(process, 1.0)[0] * jnp.expm1(-process.log_alpha(late_s, jnp.ones_like(s)))
+        left = _constants(process, 1.0)[0] * jnp.expm1(-log_alpha_before(late_s, jnp.ones_like(s)))
         silent = left <= 0
-        fall = process.a(late_s) * jnp.expm1(process.log_alpha(late_s, late_t)) / jnp.where(silent, 1.0, left)
+        fall = process.a(late_s) * jnp.expm1(log_alpha_before(late_s, late_t)) / jnp.where(silent, 1.0, left)
         late = jnp.log1p(jnp.where(silent, 0.0, jnp.where(t < 1.0, jnp.maximum(fall, -1.0), -1.0)))
-        return process.log_alpha(jnp.minimum(s, first), jnp.minimum(t, first)) + late
+        return log_alpha_before(jnp.minimum(s, first), jnp.minimum(t, first)) + late
 
     return Process(f"{process.name}_zero_snr", a, b, log_alpha)
 
@@ -339,7 +348,7 @@ linear_flow = Process("linear_flow", lambda t: 1.0 - t, lambda t: t)
 trigonometric = Process("trigonometric", _reversed_quarter_sine, _quarter_sine)
 vp = _vp_sde("vp", *VP_SDE_BETAS)
 vp_linear = _from_betas("vp_linear", np.linspace(*DDPM_BETAS, DDPM_STEPS))
-vp_scaled_linear = _from_betas("vp_scaled_linear", np.linspace(*np.sqrt(STABLE_DIFFUSION_BETAS), DDPM_STEPS) ** 2)
+vp_scaled_linear = _from_betas("vp_scaled_linear", np.linspace(*STABLE_DIFFUSION_ROOTS, DDPM_STEPS) ** 2)
 vp_cosine = _cosine("vp_cosine")
 vp_linear_zero_snr = zero_terminal_snr(vp_linear)
 vp_scaled_linear_zero_snr = zero_terminal_snr(vp_scaled_linear)

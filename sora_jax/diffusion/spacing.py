@@ -44,9 +44,10 @@ def base_times(process: str | Process, steps: int | str, spacing: str = "even") 
         UserError: an unknown spacing, a number of steps that the spacing cannot make, or a text it cannot read.
     """
     count = count_steps(steps, spacing)
-    if spacing == "respaced":
+    times_of = SPACINGS[spacing]
+    if times_of is None:
         return _times_of(respaced_steps(str(steps)))
-    return SPACINGS[spacing](process_named(process) if isinstance(process, str) else process, count)
+    return times_of(process_named(process) if isinstance(process, str) else process, count)
 
 
 def count_steps(steps: int | str, spacing: str) -> int:

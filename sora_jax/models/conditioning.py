@@ -108,14 +108,14 @@ def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array
     return [spread(table_BRD, condition.rows_BL, condition.spread_BLR) for table_BRD in tables]
 
 
-def _product(table_BRD, _rows_BL, spread_BLR) -> jax.Array:
+def _product(table_BRD: jax.Array, _rows_BL: jax.Array, spread_BLR: jax.Array) -> jax.Array:
     """Spread rows to tokens, (B, L, D), by a product with one-hot rows, which every mesh can split."""
     sharding = out_sharding("batch", "length", None)
     return jnp.einsum("blr,brd->bld", spread_BLR, table_BRD, out_sharding=sharding)
 
 
 @jax.custom_jvp
-def _look_up(table_BRD, rows_BL, _spread_BLR) -> jax.Array:
+def _look_up(table_BRD: jax.Array, rows_BL: jax.Array, _spread_BLR: jax.Array) -> jax.Array:
     """Spread rows to tokens by a gather, which fuses with what uses it.
 
     Its derivative is defined as the product's: that of a gather would be a scatter, which is slow.

@@ -4,10 +4,11 @@ Only what the model needs is counted; recomputation is work, but not model FLOPs
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AbstractMesh
 
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, decode, encode, latent_grid
@@ -27,20 +28,25 @@ def autoencoder_train_flops(config: FirstStageConfig, frames: int, height: int, 
         return 3 * sum(product_flops(jax.make_jaxpr(function)(params, x).jaxpr) for function, x in passes)
 
 
-def product_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+def product_flops(jaxpr: Jaxpr) -> int:
     """Count the FLOPs of all matrix products and convolutions in a traced function; of branches, the largest counts."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [product_flops(getattr(sub, "jaxpr", sub)) for sub in jaxprs_in_params(equation.params)]
-        out = math.prod(equation.outvars[0].aval.shape)
+        out = math.prod(_shape(equation.outvars[0]))
         if equation.primitive.name == "dot_general":
-            left, (contracted, _), _ = equation.invars[0].aval.shape, *equation.params["dimension_numbers"]
+            left, (contracted, _) = _shape(equation.invars[0]), equation.params["dimension_numbers"][0]
             total += 2 * out * math.prod(left[axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
-            kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            kernel, outputs = _shape(equation.invars[1]), equation.params["dimension_numbers"].rhs_spec[0]
             total += 2 * out * math.prod(kernel) // kernel[outputs]
         elif equation.primitive.name == "cond":
             total += max(inner)
         else:
             total += equation.params.get("length", 1) * sum(inner)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    """Return the shape of a variable of a trace; JAX's type for its abstract value declares none."""
+    return variable.aval.shape

@@ -102,6 +102,7 @@ def _words(params: dict, config: TextConfig, pack: Pack) -> jax.Array:
     axes = ("batch", "length", "width")
     if not config.pretrained:
         return embed(params["table"], pack.text_BM, axes)
+    assert pack.embeddings_BME is not None  # packs for a model with a pretrained encoder have them
     null_BME = embed(params["table"], jnp.minimum(pack.text_BM, NULL), axes)
     given_BME = dense(params["project"], pack.embeddings_BME.astype(jnp.float32), axes)
     return jnp.where(pack.text_BM[..., None] > NULL, given_BME, null_BME)

@@ -240,7 +240,7 @@ def block_specs(config: TransformerConfig) -> dict:
         **norms,
         "merge": out_proj_specs(heads, head_width, width),
         **(condition_cross_attention_specs(width, heads) if config.conditioning == "cross_attention" else {}),
-        **(caption_attention_specs(config) if config.text else {}),
+        **(caption_attention_specs(config, config.text.width) if config.text else {}),
         "mlp": mlp_specs(width, int(config.mlp_ratio * width)),
     }
 
@@ -271,12 +271,12 @@ def _placed(scale: jax.Array | None, x_BLNK: jax.Array, angles_BLK: jax.Array | 
     return x_BLNK if angles_BLK is None else rotate(x_BLNK, angles_BLK)
 
 
-def caption_attention_specs(config: TransformerConfig) -> dict:
+def caption_attention_specs(config: TransformerConfig, text_width: int) -> dict:
     """Declare the cross-attention to captions; its output projection is zero at the start."""
     heads, head_width = config.heads, config.head_width
     return {
         "cross_q": qkv_proj_specs(config.width, 1, heads, head_width),
-        "cross_kv": qkv_proj_specs(config.text.width, 2, heads, head_width),
+        "cross_kv": qkv_proj_specs(text_width, 2, heads, head_width),
         "cross_merge": out_proj_specs(heads, head_width, config.width, zeros),
     }
 

@@ -83,12 +83,11 @@ def _euler_step(problem: Problem, x_BLP: TokensBLP, step: Step) -> TokensBLP:
 
 def _velocities(problem: Problem, x_BLP: TokensBLP, step: Step, nodes: tuple[float, ...]) -> list[TokensBLP]:
     """Evaluate velocities at fractions of the step, each reached from x along the velocity before it."""
-    velocities, before_BLP = [], 0.0
+    velocities: list[TokensBLP] = []
     for node in nodes:
         t_BR = step.t_BR + node * (step.s_BR - step.t_BR) if node < 1 else step.s_BR
-        at_BLP = x_BLP + node * _length(problem, step) * before_BLP if node else x_BLP
-        before_BLP = predict(problem, "velocity", at_BLP, t_BR)
-        velocities.append(before_BLP)
+        at_BLP = x_BLP + node * _length(problem, step) * velocities[-1] if node else x_BLP
+        velocities.append(predict(problem, "velocity", at_BLP, t_BR))
     return velocities
 
 

@@ -48,7 +48,7 @@ class Problem:
 class Step(NamedTuple):
     """Describe one step of the grid, from times t to times s <= t."""
 
-    index: Int[Array, ""]  # from 0
+    index: Int[Array, ""]  # type: ignore[assignment]  # from 0; hides `tuple.index`, which nothing calls on a step
     t_BR: TimesBR
     s_BR: TimesBR
 
@@ -123,4 +123,5 @@ def draw_noise(problem: Problem, step: Step) -> TokensBLP:
         UserError: the problem has no noise.
     """
     check(problem.noise, "noise is None; with a stochastic solver it must be given")
+    assert problem.noise is not None
     return problem.noise(step.index)

@@ -14,6 +14,7 @@ from sora_jax.nn.attention.kernels import cudnn_attention, splash_attention
 from sora_jax.nn.attention.pattern import FULL, Pattern, Place, Places, needed, visible
 from sora_jax.nn.attention.sequence import all_to_all, ring
 from sora_jax.parallel.rules import RULES, on_mesh, out_sharding, parts, platform, reshard
+from sora_jax.shapes import PyTree
 
 __all__ = [
     "BACKENDS",
@@ -110,12 +111,12 @@ def _sequence(name: str, heads: int) -> str:
 def _on_each_device(function: Callable, keys: str, q_BLNK, k_BMNK, v_BMNK, places: Places) -> jax.Array:
     """Call `function` on what each device holds: its packs and heads, its queries, and its keys or all of them."""
 
-    def axes(length: str, place: Place) -> Place:
-        return Place(*(x if x is None else ("batch", length, *[None] * (x.ndim - 2)) for x in place))
+    def axes(length: str, place: Place) -> PyTree:
+        return jax.tree.map(lambda x: ("batch", length, *[None] * (x.ndim - 2)), place)
 
     arrays = q_BLNK, k_BMNK, v_BMNK, places
     heads = (("batch", length, "heads", None) for length in ("length", keys, keys))
-    names = *heads, Places(axes("length", places.q), axes(keys, places.k))
+    names: PyTree = *heads, Places(axes("length", places.q), axes(keys, places.k))
     arrays = jax.tree.map(lambda x, names: reshard(x, *names), arrays, names)
     specs = jax.tree.map(lambda _, names: out_sharding(*names), arrays, names)
     # Kernels are opaque to the type system of shardings, so no replication is checked.

@@ -72,8 +72,8 @@ def chunked_attention(
     chunks: Chunks, q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array, places: Places
 ) -> jax.Array:
     """Compute attention by `chunks`, with its derivatives; layouts as of `attention`."""
-    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK * q_BLNK.shape[-1] ** -0.5, k_BMNK, v_BMNK))
-    return jnp.swapaxes(_chunked(chunks, Inputs(*heads_first, places)), 1, 2)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK * q_BLNK.shape[-1] ** -0.5, k_BMNK, v_BMNK))
+    return jnp.swapaxes(_chunked(chunks, Inputs(q, k, v, places)), 1, 2)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -159,8 +159,8 @@ def _cut(setting: _Setting, place: Place, fill: int, *arrays) -> _Blocks:
         return jnp.pad(x, [(0, extra), *[(0, 0)] * (x.ndim - 1)], **how).reshape(-1, block, *x.shape[1:])
 
     segments, *others = place
-    others = (x if x is None else cut_place(x, mode="edge") for x in others)
-    return _Blocks(tuple(map(cut, arrays)), Place(cut_place(segments, constant_values=fill), *others))
+    edges = (x if x is None else cut_place(x, mode="edge") for x in others)
+    return _Blocks(tuple(map(cut, arrays)), Place(cut_place(segments, constant_values=fill), *edges))
 
 
 def _block(place: Place, at) -> Place:

@@ -58,6 +58,7 @@ def splash_attention(
 def _in_order(places: Places) -> jax.Array:
     """Return which packs have the same queries and keys, and those of each clip by growing index: (B,)."""
     (q_segments, _, q_index), (k_segments, _, k_index) = places
+    assert q_index is not None  # of a causal pattern, whose places have it
     same = (q_segments == k_segments) & (q_index == k_index)
     by_clip = jnp.argsort(q_segments, axis=1, stable=True)
     segments, index = (jnp.take_along_axis(x, by_clip, axis=1) for x in (q_segments, q_index))

@@ -1,5 +1,7 @@
 """Which keys a query sees: a function of where both stand and of a static pattern, defined once for all backends."""
 
+import functools
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,12 +60,12 @@ def reachable(pattern: Pattern, q: Place, k: Place) -> jax.Array:
     difference of two floats grows with the first and falls with the second, rounding included, so the bound is safe.
     """
     within = (q.segments_BL, k.segments_BL, 0, 0)
-    possible = True
+    bounds = []
     for of_q, of_k, low, high in (within, *_limits(pattern, q, k)):
-        possible &= of_k.min(1)[None, :] - of_q.max(1)[:, None] <= high
+        bounds.append(of_k.min(1)[None, :] - of_q.max(1)[:, None] <= high)
         if low is not None:
-            possible &= of_k.max(1)[None, :] - of_q.min(1)[:, None] >= low
-    return possible
+            bounds.append(of_k.max(1)[None, :] - of_q.min(1)[:, None] >= low)
+    return functools.reduce(operator.and_, bounds)
 
 
 def _limits(pattern: Pattern, q: Place, k: Place) -> Iterator[tuple]:
@@ -75,6 +77,7 @@ def _limits(pattern: Pattern, q: Place, k: Place) -> Iterator[tuple]:
         yield q.index_BL, k.index_BL, None, 0
     for axis, radius in enumerate(pattern.nearby or ()):
         if radius is not None:
+            assert q.coords_BL3 is not None and k.coords_BL3 is not None  # `needed` refuses places without them
             yield q.coords_BL3[..., axis], k.coords_BL3[..., axis], -radius, radius
 
 
