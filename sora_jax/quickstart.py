@@ -124,6 +124,7 @@ def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
         time_factor=config.autoencoder.model.time_factor, multiple=config.autoencoder.model.space_factor,
     )  # fmt: skip
     dataset = build(options)
+    assert dataset is not None  # one process builds all of it
     check(
         bool(held_out_prompts(dataset, 1)),
         "no held-out clip moves and has a caption that no training clip has, so nothing can be scored: "

@@ -42,7 +42,7 @@ class CropBatches:
 
     def __init__(
         self,
-        dataset: Sequence,
+        dataset: Dataset | Sequence,
         config: CropConfig,
         seed: int,
         sizes: np.ndarray,
@@ -91,7 +91,7 @@ class CropBatches:
 
 
 def crop_batches(
-    dataset: Sequence,
+    dataset: Dataset | Sequence,
     config: CropConfig,
     seed: int,
     sizes: np.ndarray | None = None,

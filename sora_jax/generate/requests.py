@@ -62,9 +62,9 @@ def plan_requests(
     if any(negatives):
         check(config.model.text, f"negative is {wanted.negative!r}; this run reads no text, leave it out")
         check(any(s != 1 for s in scales), f"negative is {wanted.negative!r}; it needs a guidance other than 1")
-    sizes = wanted.sizes
-    check(len(sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
-    sizes = [sizes] * count if is_whole(sizes[0]) else list(sizes)
+    given: Any = wanted.sizes  # one, or one for each
+    check(len(given) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
+    sizes: list[Size] = [given] * count if is_whole(given[0]) else list(given)
     check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
     clip_ids = range(1, count + 1) if wanted.clip_ids is None else wanted.clip_ids
     check(len(clip_ids) == count, f"there are {count} prompts and {len(clip_ids)} clip_ids; give one for each")

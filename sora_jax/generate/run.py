@@ -116,7 +116,7 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
     own = (folder / FOLDER).exists()
     check(own or other is not None, f"--workdir is {str(folder)!r}; it holds no autoencoder, give one by --autoencoder")
     check(not own or other is None, f"--autoencoder is {str(other)!r}; {str(folder)!r} has its own, leave it out")
-    return folder if own else as_path(other)
+    return folder if other is None else as_path(other)
 
 
 def _mesh_here(config: MeshConfig) -> Mesh:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def sample_latents(
     starts = range(0, len(layout.rows), at_once)
     # The scale is given clip by clip, so that one program serves all scales.
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
-    latents: list[np.ndarray | None] = [None] * len(requests)
+    latents: dict[int, np.ndarray] = {}
     for start in tqdm(starts, "sampling", unit="batch", disable=len(starts) == 1):
         rows = layout.rows[start : start + at_once]
         rows += rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
@@ -82,9 +83,9 @@ def sample_latents(
         tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions)
         packs = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
         for pack, row in zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows):
-            for member, latent in zip(row, unpack(pack, layout.packing.patch), strict=True):
+            for member, latent in zip(row, unpack(pack, model.config.model.patch), strict=True):
                 latents[member] = latent
-    return latents
+    return [latents[member] for member in range(len(requests))]
 
 
 def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequence[Request]) -> Conditions:
@@ -109,18 +110,18 @@ def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
     packing, text, split = model.config.packs, model.tokenizer, parts("length", model.mesh)
 
     def item(request: Request, caption: str, label: int) -> EmptyItem:
-        return EmptyItem(request.size, np.uint32(request.clip_id), text.encode(caption), text.embed(caption), label)
+        return EmptyItem(request.size, request.clip_id, text.encode(caption), text.embed(caption), label)
 
     items = [item(request, request.prompt, request.label) for request in requests]
     negatives = [item(request, request.negative, -1) for request in requests]
-    lengths = np.array([np.prod(grid_of(request.size, packing.patch)) for request in requests])
+    lengths = np.array([math.prod(grid_of(request.size, model.config.model.patch)) for request in requests])
     words = np.array([max(len(one.text), len(other.text)) for one, other in zip(items, negatives, strict=True)])
     longest = int(lengths.max())
-    sizes = {
-        "length": packing.length if longest <= packing.length else -(-longest // 128) * 128,
-        "text_length": max(packing.text_length, int(words.max())),
-    }
-    packing = dataclasses.replace(packing, **{name: -(-size // split) * split for name, size in sizes.items()})
+    length = packing.length if longest <= packing.length else -(-longest // 128) * 128
+    text_length = max(packing.text_length, int(words.max()))
+    packing = dataclasses.replace(
+        packing, length=-(-length // split) * split, text_length=-(-text_length // split) * split
+    )
     planned = plan(0, 0, lengths, words, packing.length, packing.slots, packing.text_length, packing.window)
     return _Layout(items, negatives, [list(map(int, planned[row])) for row in range(len(planned))], packing)
 

@@ -63,7 +63,7 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
         latent_size(config, autoencoder.config, size)
     return DenoiserInputs(
         digest=cache.digest,
-        text=cache.info.text and cache.info.text.fingerprint,
+        text=cache.info.text.fingerprint if cache.info.text else None,
         cache=cache,
         autoencoder=autoencoder,
         tokenizer=prepare_tokenizer(config, cache, workdir),
@@ -79,10 +79,11 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
     make_run = functools.partial(
         Run, inputs.computed, tokenizer=inputs.tokenizer, autoencoder=inputs.autoencoder, mesh=looking
     )
-    preview = denoiser_preview(lambda averages: make_run(params=averages[MODEL]), workdir)
-    if not config.preview.any:
+    preview = None
+    if config.preview.any:
+        preview = denoiser_preview(lambda averages: make_run(params=averages[MODEL]), workdir)
+    else:
         log("config.preview names no prompts or classes: no samples are shown while training")
-        preview = None
     folder = as_path(workdir) / "captions"
     return denoiser_job(inputs.computed, inputs.cache, inputs.tokenizer, preview, folder, inputs.share)
 

@@ -64,8 +64,8 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
         check(is_empty(as_path(workdir)), refuse("it is not empty and holds no run"))
         return
     old, new = to_dict(run_config(read_json(path))), to_dict(config)
-    kept = [{name: value for name, value in c.items() if name not in MAY_CHANGE} for c in (old, new)]
-    different = first_difference(*kept)
+    old, new = ({name: value for name, value in c.items() if name not in MAY_CHANGE} for c in (old, new))
+    different = first_difference(old, new)
     check(different is None, refuse(f"it holds a run with another config.{different}"))
 
 

@@ -1,6 +1,7 @@
 """What `sora-jax plan` does."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -28,9 +29,10 @@ def plan(kind: Kind, config: RunConfig, options: PlanOptions) -> str:
     choose(f"--what, for a config of kind {kind.name!r},", options.what, kind.programs)
     length = options.pack_length
     if length is not None:
-        packed = hasattr(config, "packing")
-        check(packed, f"--pack-length is {length}; a config of kind {kind.name!r} has no packs, leave it out")
-        config = dataclasses.replace(config, packing=dataclasses.replace(config.packing, length=length))
+        packs: Any = getattr(config, "packing", None)
+        check(packs, f"--pack-length is {length}; a config of kind {kind.name!r} has no packs, leave it out")
+        changes: dict[str, Any] = {"packing": dataclasses.replace(packs, length=length)}
+        config = dataclasses.replace(config, **changes)
     topology = Topology.parse(options.topology, options.slices)
     made = make_plan(kind, config, options.what, topology)
     return (as_json if options.json else as_text)(made, topology)

@@ -28,8 +28,8 @@ ROUND = 128  # tokens; a pack length is suggested in such steps
 def full_pack(config: DenoiserRun) -> dict[str, np.ndarray]:
     """Make a batch of one pack, filled by a single clip and its text by a caption: all that is computed is used."""
     packs, text = config.packs, config.model.text
-    frames = packs.length * packs.patch[0]
-    latent = np.zeros((frames, *packs.patch[1:], config.model.latent_channels), np.float32)
+    frames, height, width = config.model.patch
+    latent = np.zeros((packs.length * frames, height, width, config.model.latent_channels), np.float32)
     words = packs.text_length if text else 1
     pretrained = np.zeros((words, text.pretrained_width), np.float16) if text and text.pretrained else None
     return pack_batch([[PackItem(latent, 1, np.full(words, 2, np.int32), pretrained)]], packs)
@@ -39,11 +39,11 @@ def train_denoiser(config: DenoiserRun, mesh: AnyMesh) -> Program:
     """Make the training step on packs, as the loop places them."""
     accumulate, row = config.loop.accumulate, full_pack(config)
     _check_packs(config, config.batch // accumulate, mesh)
-    pack = Pack(**many(row, (accumulate, config.batch // accumulate)))
+    arrays = many(row, (accumulate, config.batch // accumulate))
     if config.diffusion.times.stratified:
-        pack = pack.replace(ranks_BS=jax.ShapeDtypeStruct(pack.clip_ids_BS.shape, jnp.float32))
+        arrays["ranks_BS"] = jax.ShapeDtypeStruct(arrays["clip_ids_BS"].shape, jnp.float32)
     load = load_of(config, 3 * config.batch * forward_flops(config.model, row), config.batch)
-    batch, loss = abstract_batch(pack, mesh, leading=1), functools.partial(denoiser_loss, config)
+    batch, loss = abstract_batch(Pack(**arrays), mesh, leading=1), functools.partial(denoiser_loss, config)
     return training_program(config, Trained(denoiser_groups(config), loss), batch, load, mesh)
 
 

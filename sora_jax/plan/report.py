@@ -49,17 +49,16 @@ class Plan:
     @property
     def binding(self) -> str | None:
         """The resource that takes longest."""
-        return max(self.times, key=self.times.get) if self.times else None
+        return max(self.times.items(), key=lambda cause: cause[1])[0] if self.times else None
 
     @property
     def ratio(self) -> float | None:
         """Compiled FLOPs of all chips over model FLOPs."""
         return self.chips * self.flops / self.model_flops if self.flops else None
 
-    def utilisation(self, peak: float) -> tuple[float, float] | None:
-        """Return the model-FLOPs utilisation if all that can overlap does, and if nothing does."""
-        if not self.times:
-            return None
+    def utilisation(self, peak: float) -> tuple[float, float]:
+        """Return the model-FLOPs utilisation if all that can overlap does, and if nothing does; of a plan that fits."""
+        assert self.times is not None
         ideal = self.model_flops / self.chips / peak
         return ideal / max(self.times.values()), ideal / sum(self.times.values())
 
@@ -77,8 +76,10 @@ def make_plan(kind: Kind, config: RunConfig, what: str, topology: Topology) -> P
     compiled = compile_program(made.function, made.arguments, mesh)
     parameters = sum(param.count(group.specs) for group in kind.groups(config).values())
     plan = dataclasses.replace(_bare(config, topology, mesh, made, compiled), what=what, parameters=parameters)
-    if plan.fits:
-        plan = _counted(plan, compiled.as_text(), topology, mesh)
+    if plan.fits and not isinstance(compiled, OutOfMemory):
+        text = compiled.as_text()
+        assert text is not None  # the compilers for TPUs and GPUs give it
+        plan = _counted(plan, text, topology, mesh)
     return dataclasses.replace(plan, suggestion=suggest(config, plan, made.load))
 
 
@@ -175,7 +176,9 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _work(plan: Plan, topology: Topology) -> list[str]:
-    chip, best, serial = topology.chip, *plan.utilisation(topology.chip.peak)
+    assert plan.flops is not None and plan.bytes is not None and plan.times is not None  # known of a plan that fits
+    chip = topology.chip
+    best, serial = plan.utilisation(chip.peak)
     lines = [
         f"\nFLOPs of a call: {plan.chips * plan.flops:.4g} compiled, {plan.model_flops:.4g} of the model,"
         f" {plan.ratio:.3f}x",

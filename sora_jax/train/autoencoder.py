@@ -21,7 +21,7 @@ from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.train.loop import Job, Preview
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
-from sora_jax.train.step import LossResult
+from sora_jax.train.step import LossResult, MetricSums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,8 @@ def autoencoder_loss(
 ) -> LossResult:
     """Return the sum of the reconstruction loss over clips and images, its weight, and means: see `make_step`."""
     key = jax.random.fold_in(step_key(config.seed, step, Purpose.NOISE), part)
-    total, count, means = 0.0, jnp.float32(0.0), {}
+    total, count = jnp.float32(0.0), jnp.float32(0.0)
+    means: MetricSums = {}
     for number, name in enumerate(sorted(batch)):
         video_BTHWC = to_float(batch[name])
         loss, parts = reconstruction_loss(params[MODEL], config.model, video_BTHWC, jax.random.fold_in(key, number))

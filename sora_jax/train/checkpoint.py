@@ -43,7 +43,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = None, best: int = 0):
         folder = as_path(folder)
-        self._folder, self._writes, self._damaged = folder, keep is not None, set()
+        self._folder, self._writes = folder, keep is not None
+        self._damaged: set[int] = set()
         if not is_remote(folder):
             self._folder = folder.absolute()
         if keep is None:
@@ -240,7 +241,9 @@ def _table(tree) -> dict[str, list]:
 
 def _difference(saved: dict | None, trees: dict) -> str:
     """Say in one line which array is not what was saved; "" if all are, or if nothing is known of them."""
-    for name, tree in trees.items() if saved else ():
+    if not saved:
+        return ""
+    for name, tree in trees.items():
         for array, (*_, digest) in _table(tree).items():
             if digest != saved[name][array][2]:
                 return f"the values of {name}/{array} are not those that were saved"

@@ -146,6 +146,7 @@ def denoiser_loss(
     times_BS = draw_times(diffusion.times, process, key(Purpose.TIME), clips)
     times_BR = per_slot(times_BS, pack.row_slots_BR)
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
+    assert pack.tokens_BLP is not None  # what is trained on is there
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
@@ -221,7 +222,7 @@ def to_pack(times: TimesConfig, batch: dict) -> Pack:
 
 
 def _names(cache: LatentCache, clip_ids_BS: np.ndarray) -> list[str]:
-    return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])))))
+    return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])).tolist())))
 
 
 def batch_counts(model: DenoiserConfig, batch: dict) -> dict[str, float]:

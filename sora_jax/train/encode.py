@@ -90,8 +90,8 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
 def _by_padded_shape(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
     """Order the clips by their padded shape, then as in the dataset; return that order and the padded shapes."""
     sides = np.stack([dataset.table[name].to_numpy() for name in ("frames", "height", "width")], axis=1)
-    sizes, which, counts = np.unique(sides, axis=0, return_inverse=True, return_counts=True)
-    sizes = [tuple(size) for size in sizes.tolist()]
+    unique, which, counts = np.unique(sides, axis=0, return_inverse=True, return_counts=True)
+    sizes: list[Size] = [(frames, height, width) for frames, height, width in unique.tolist()]
     padded_shapes = choose_padded_shapes(dict(zip(sizes, counts.tolist(), strict=True)), shapes)
     canvas = np.array([padded_shapes.index(padded_shape_of(size, padded_shapes)) for size in sizes])
     return np.argsort(canvas[which.ravel()], kind="stable").tolist(), padded_shapes
@@ -129,7 +129,7 @@ def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[n
     yield from ([next(found) for _ in each] for each in captions)
 
 
-def copy_autoencoder(run: Path, target: Path) -> None:
+def copy_autoencoder(run: str | Path, target: Path) -> None:
     """Copy the frozen autoencoder beside what was made with it, so that each folder can be used alone.
 
     An existing copy stays as it is.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path) -> De
     The choice that `keep_attention` wrote for this kind of device is taken again, so that a run that goes on, and what
     is sampled from it, is computed by the same program.
     """
-    model = config.model
+    model: Any = config.model  # whose fields below are not those of every network
     if getattr(model, "attention", None) != "auto" or not candidates():
         return config
     kept = kept_attention(workdir).get(device_kind())
@@ -39,7 +40,8 @@ def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path) -> De
 
 def keep_attention(config: DenoiserRun, workdir: Path) -> None:
     """Write what computes attention on this kind of device to WORKDIR/attention.json."""
-    write_json(as_path(workdir) / CHOICES, kept_attention(workdir) | {device_kind(): config.model.attention})
+    model: Any = config.model
+    write_json(as_path(workdir) / CHOICES, kept_attention(workdir) | {device_kind(): model.attention})
 
 
 def kept_attention(workdir: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +214,7 @@ def measure_statistics(
     A deviation is at least SMALLEST_STD times the largest.
     """
     raw = FrozenAutoencoder(config, params, np.zeros(1, np.float32), np.ones(1, np.float32))
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares = 0, np.zeros(config.latent_channels), np.zeros(config.latent_channels)
     for z_thwC in raw.encode(clips, batch, tiles=tiles):
         flat = z_thwC.reshape(-1, z_thwC.shape[-1]).astype(np.float64)
         count, total, squares = count + len(flat), total + flat.sum(0), squares + np.square(flat).sum(0)
@@ -228,14 +228,14 @@ def measure_statistics(
 
 def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
     """Write weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
-    folder = as_path(folder)
+    folder, arrays = as_path(folder), _flat(autoencoder)
     with replacing(folder / WEIGHTS) as temporary:
-        np.savez(temporary, **_flat(autoencoder))
+        np.savez(temporary, **arrays)
     record = {"config": to_dict(autoencoder.config), "version": autoencoder.version}
     write_json(folder / RECORD, record | {"fingerprint": autoencoder.fingerprint} | notes)
 
 
-def frozen_folder(run: Path) -> Path:
+def frozen_folder(run: str | Path) -> Path:
     """Return where a run folder keeps its frozen autoencoder; the folder itself where it is that."""
     run = as_path(run)
     return run / FOLDER if (run / FOLDER).is_dir() else run
@@ -254,7 +254,7 @@ def autoencoder_config(run: Path) -> FirstStageConfig:
     return from_dict(FirstStageConfig, migrate_model(read_json(path)["config"]))
 
 
-def load_autoencoder(run: Path) -> FrozenAutoencoder:
+def load_autoencoder(run: str | Path) -> FrozenAutoencoder:
     """Read the frozen autoencoder of a run folder (or the frozen folder itself).
 
     Raises:
@@ -287,7 +287,7 @@ def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     return FrozenAutoencoder(config, params, mean, std, version), record["fingerprint"]
 
 
-def _flat(autoencoder: FrozenAutoencoder) -> dict[str, np.ndarray]:
+def _flat(autoencoder: FrozenAutoencoder) -> dict[str, Any]:
     nested = serialization.to_state_dict(autoencoder.params)
     flat = {name: np.asarray(x) for name, x in traverse_util.flatten_dict(nested, sep="/").items()}
     return flat | {"mean_C": autoencoder.mean_C, "std_C": autoencoder.std_C}

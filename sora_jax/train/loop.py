@@ -25,7 +25,7 @@ from sora_jax.train.state import Group, TrainState, init_state, make_optimizers
 from sora_jax.train.step import LossFunction, make_step
 from sora_jax.train.watchdog import Watchdog, spent_before
 
-Preview = Callable[[int, dict, MetricsWriter | None], None]  # (step, averages by group, writer)
+Preview = Callable[[int, dict, MetricsWriter], None]  # (step, averages by group, writer)
 STOPPING = b"\nsora-jax: stopping after this step, with a save; Ctrl-C again ends at once\n"
 
 
@@ -135,17 +135,17 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
             reporter.hold(step, metrics, batch)
             stopping = stop(step)  # asked once: a signal that comes after this line waits for the next step's save
             saving = stopping or due(step, config.save_every, config.steps)
-            previewing = job.preview and due(step, config.preview_every, config.steps)
-            if saving or previewing:
+            preview = job.preview if due(step, config.preview_every, config.steps) else None
+            if saving or preview:
                 with watch("step"):  # what is waited for here is the step, not the save
                     reporter.read_previous()
             if saving:
                 with watch("save"):
                     notes = {"config": run, "step": step, "seed": seed, "position": position}
                     _save(checkpoints, state, notes, reporter)
-            if previewing:
+            if preview:
                 with watch("evaluate"):
-                    _preview(job, step, {name: averages[0] for name, averages in state.ema.items()}, writer)
+                    _preview(preview, step, {name: averages[0] for name, averages in state.ema.items()}, writer)
             if stopping:
                 break
         with watch("save"):
@@ -183,12 +183,12 @@ def _save(checkpoints: Checkpoints, state: TrainState, notes: dict, reporter: Re
         writer.flush()
 
 
-def _preview(job: Job, step: int, averages: dict, writer: MetricsWriter | None) -> None:
+def _preview(preview: Preview, step: int, averages: dict, writer: MetricsWriter | None) -> None:
     """Look at the model. Several processes gather the parameters, and the first alone does, on its own devices."""
     averages = distributed.on_host(averages) if distributed.several() else averages
-    if distributed.first():
+    if writer is not None:  # the first process has one
         with jax.set_mesh(make_mesh(devices=jax.sharding.get_mesh().local_devices)):
-            job.preview(step, averages, writer)
+            preview(step, averages, writer)
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:
@@ -207,7 +207,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 
     Several processes agree on the step, whichever of them was sent the signal.
     """
-    asked = []
+    asked: list[int] = []
     previous = {}
 
     def handle(number, _frame):

@@ -1,6 +1,7 @@
 """Read configs that earlier versions wrote, as this version has them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from sora_jax.diffusion.sampling import SamplingConfig
 
@@ -13,10 +14,11 @@ def migrate_config(values: Mapping) -> dict:
     In version 0.1.0 the kind of a denoiser's run was "transformer", and models had no name. Before that, previews had a
     number of steps and a guidance of their own.
     """
-    values = dict(values) | {"kind": KINDS.get(values.get("kind"), values.get("kind"))}
-    if values.get("model") is not None:
-        values["model"] = migrate_model(values["model"])
-    return values | _migrate_preview(values)
+    kind: Any = values.get("kind")
+    config: dict[str, Any] = dict(values) | {"kind": KINDS.get(kind, kind)}
+    if config.get("model") is not None:
+        config["model"] = migrate_model(config["model"])
+    return config | _migrate_preview(config)
 
 
 def migrate_model(values: Mapping) -> dict:

@@ -1,5 +1,6 @@
 """A few padded shapes for clips of many sizes, so that few programs are compiled."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -17,7 +18,7 @@ def choose_padded_shapes(sizes: Iterable[Size] | Mapping[Size, int], most: int) 
     counts = Counter(sizes)
     shapes = np.array(list(counts), np.int64).reshape(-1, 3)
     clips = np.array(list(counts.values()), np.float64)
-    cost = np.stack([_costs(shapes, clips, i) for i in range(len(shapes))]) if len(shapes) > most else None
+    cost = np.stack([_costs(shapes, clips, i) for i in range(len(shapes))]) if len(shapes) > most else np.empty((0, 0))
     while len(shapes) > most:
         one, other = sorted(divmod(int(cost.argmin()), len(shapes)))
         shapes[one] = np.maximum(shapes[one], shapes[other])
@@ -25,8 +26,8 @@ def choose_padded_shapes(sizes: Iterable[Size] | Mapping[Size, int], most: int) 
         shapes, clips = np.delete(shapes, other, 0), np.delete(clips, other)
         cost = np.delete(np.delete(cost, other, 0), other, 1)
         cost[one] = cost[:, one] = _costs(shapes, clips, one)
-    shapes = sorted({tuple(shape) for shape in shapes.tolist()}, key=np.prod)
-    return [shape for shape in shapes if any(padded_shape_of(size, shapes) == shape for size in counts)]
+    merged = sorted({(frames, height, width) for frames, height, width in shapes.tolist()}, key=math.prod)
+    return [shape for shape in merged if any(padded_shape_of(size, merged) == shape for size in counts)]
 
 
 def _costs(shapes: np.ndarray, clips: np.ndarray, one: int) -> np.ndarray:
@@ -39,4 +40,4 @@ def _costs(shapes: np.ndarray, clips: np.ndarray, one: int) -> np.ndarray:
 
 def padded_shape_of(size: Size, padded_shapes: Iterable[Size]) -> Size:
     """Return the smallest of the shapes that holds a clip of this size."""
-    return min((c for c in padded_shapes if all(np.greater_equal(c, size))), key=np.prod)
+    return min((c for c in padded_shapes if all(np.greater_equal(c, size))), key=math.prod)

@@ -48,7 +48,7 @@ class Reporter:
         self.best_metric: float | None = None
         self._job = job
         self._config = config
-        self._held = None
+        self._held: tuple[int, dict, dict] | None = None
         self._totals: dict = {}
         self._counts: dict[str, float] = {}
         self._since: float | None = None
@@ -88,6 +88,7 @@ class Reporter:
                 )
 
     def _report(self, step: int) -> None:
+        assert self._since is not None  # `read_previous` sets it before
         metrics = self.means.take()
         seconds = self._clock() - self._since
         counts, again = distributed.total(self._counts), jax.process_count() / self._job.share.count

@@ -32,7 +32,8 @@ class Watchdog:
 
     def __init__(self, watch: Stopwatch, workdir: Path | None, step: int, interval: float = 1.0):
         self._watch, self._workdir, self._step, self._interval = watch, workdir, step, interval
-        self._recent, self._done, self._told = deque(maxlen=RECENT), 0.0, False
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._done, self._told = 0.0, False
         self._pause = max(FLUSH_INTERVAL, interval) if workdir and is_remote(workdir) else interval
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
