@@ -14,11 +14,11 @@ from sora_jax.files import as_path, storage_message
 EXAMPLES = """\
 examples:
   sora-jax quickstart                                   a text-to-video model from scratch, in about ten minutes
-  sora-jax data build --source=folder --path=clips --out=data/clips
+  sora-jax data build --path=clips --out=data/clips --max-frames=9 --multiple=8 --max-pixels=384
   sora-jax train --config=configs/tiny.py:autoencoder --workdir=runs/autoencoder --config.data=data/clips
   sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents
   sora-jax train --config=configs/tiny.py --workdir=runs/video --config.latents=data/latents
-  sora-jax sample --workdir=runs/video --prompt="a fox runs" --frames=17 --height=48 --width=80 --out=fox.mp4
+  sora-jax sample --workdir=runs/video --prompt="a fox runs" --frames=9 --height=16 --width=24 --out=fox.gif
   sora-jax data inspect data/clips
 """
 

@@ -44,8 +44,10 @@ def sample(options: argparse.Namespace) -> list[Path]:
     """
     prompts, classes = _prompts(options), _classes(options.classes)
     config = read_run_config(options.workdir)
+    takes = config.model.text or config.model.classes
+    check(prompts or classes or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
     options = _with_defaults(options, config)
-    paths = [options.out] if classes else _numbered(options.out, len(prompts))
+    paths = [options.out] if classes else _numbered(options.out, max(len(prompts), 1))
     _check_output(options, paths)
     sampling = _sampling(options, config)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
@@ -118,7 +120,6 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             message = f"--prompts-file is {str(options.prompts_file)!r}; it must be UTF-8 text: {error}"
             raise UserError(message) from error
         prompts += [line.strip() for line in lines if line.strip()]
-    check(prompts or options.classes, "there is no prompt; give --prompt or --prompts-file, or --class")
     check(not (prompts and options.classes), "--prompt and --class are both given; give one of them")
     return prompts
 

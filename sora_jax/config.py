@@ -75,14 +75,14 @@ def to_config_dict(config):
     return convert(config).lock()
 
 
-def from_dict(cls, values, where: str = "config"):
-    """Build dataclass `cls` (or a member of an annotated `OneOf`) from a mapping.
+def from_dict(cls, values, where: str = "config", of: str = ""):
+    """Build dataclass `cls` (or a member of an annotated `OneOf`) from a mapping; `of` says whose options they are.
 
     Raises:
         UserError: a name is unknown or a value has the wrong type; the sentence names the field.
     """
     check(hasattr(values, "items"), f"{where} is {values!r}; it must hold the fields of {_name_of(cls)}")
-    of = f" where {where}.name is {values.get('name')!r}" if _one_of(cls) else ""
+    of = f" where {where}.name is {values.get('name')!r}" if _one_of(cls) else of
     cls = _member(cls, values, where)
     types_ = typing.get_type_hints(cls, include_extras=True)
     unknown = [name for name in values if name not in types_]
@@ -220,3 +220,10 @@ def first_difference(old: dict, new: dict, where: str = "") -> str | None:
         elif a != b:
             return path
     return None
+
+
+def value_at(values: typing.Any, path: str) -> typing.Any:
+    """Return the value at a dotted path of a plain config; None where there is none."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values

@@ -153,7 +153,7 @@ def refused(capsys, *arguments) -> str:
         ("batch=many", ["config.batch", "many"]),
         ("batch=2.5", ["config.batch", "2.5"]),
         ("model.latent_channels=9", ["config.model.latent_channels is 9", "4"]),
-        ("packing.length=8", ["packing.length is 8", "at least 12"]),
+        ("packing.length=8", ["packing.length is 8", "at least 18"]),
         ("batch=6", ["batch is 6", "loop.accumulate = 4"]),
         ("mesh.data=3", ["data=3", "1 devices"]),
         ("split=none", ["'none'", "held-out, train"]),

@@ -16,6 +16,7 @@ import toy_denoiser
 from fixtures_runs import ROOT, chain, run, write_clips  # noqa: F401
 
 from sora_jax.config import OneOf, from_dict, to_dict
+from sora_jax.data.media import decode
 from sora_jax.errors import UserError
 from sora_jax.kinds import KINDS, kind_of, run_config
 from sora_jax.models.autoencoder import AutoencoderConfig
@@ -62,11 +63,9 @@ def toy_run(chain, tmp_path_factory):  # noqa: F811
     """The config file and the folder of a finished run of the toy denoiser."""
     folder = tmp_path_factory.mktemp("toy")
     lines = ["from toy_denoiser import ToyConfig", "from sora_jax.train.denoiser import DenoiserRun"]
-    lines += ["from sora_jax.data.packing import PackingConfig", "from sora_jax.data.tokenizer import TokenizerConfig"]
-    packing = "packing=PackingConfig(length=48, slots=4, text_length=64)"
-    config = write_config(
-        folder / "toy.py", *lines, f"DenoiserRun(model=ToyConfig(), {packing}, tokenizer=TokenizerConfig(vocab=48))"
-    )
+    lines += ["from sora_jax.data.packing import PackingConfig"]
+    packing = "packing=PackingConfig(length=48, slots=4)"
+    config = write_config(folder / "toy.py", *lines, f"DenoiserRun(model=ToyConfig(), {packing})")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODULES, toy_denoiser.ToyConfig, toy_denoiser)
         assert run("train", config, f"--workdir={folder / 'run'}", f"--config.latents={chain.latents}", *SHORT) == 0
@@ -90,11 +89,22 @@ def test_a_strangers_network_goes_on_to_the_bit(toy_run, chain, tmp_path):  # no
     same_runs(tmp_path / "run", straight)
 
 
-def test_a_strangers_network_is_sampled(toy_run, tmp_path):
+def test_a_strangers_network_is_sampled(toy_run, tmp_path, capsys):
+    """It takes neither prompts nor classes: a clip for each size."""
     out = tmp_path / "clip.gif"
-    size = ["--frames=5", "--height=16", "--width=24", "--steps=2"]
-    assert run("sample", f"--workdir={toy_run[1]}", "--prompt=a red square", *size, f"--out={out}") == 0
-    assert out.stat().st_size > 0
+    sample = [
+        "sample",
+        f"--workdir={toy_run[1]}",
+        "--frames=5",
+        "--height=16",
+        "--width=24",
+        "--steps=2",
+        "--guidance=1",
+    ]
+    assert run(*sample, f"--out={out}") == 0
+    assert decode(out).frames.shape == (5, 16, 24, 3)
+    assert run(*sample, "--prompt=a red square", f"--out={out}") == 2
+    assert "takes neither prompts nor classes" in capsys.readouterr().err
 
 
 @pytest.fixture

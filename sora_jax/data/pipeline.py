@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +207,7 @@ def _token_counts(sizes_N3: np.ndarray, config: PackingConfig, rows: np.ndarray)
     t, h, w = sizes_N3[rows].T
     _, first, which = np.unique(t << 40 | h << 20 | w, return_index=True, return_inverse=True)
     grids = [grid_of(size, config.patch) for size in sizes_N3[rows[first]]]
-    for grid in grids:
-        check_fits(grid, config.length)
+    check_fits(max(grids, key=math.prod), config.length)
     tokens = np.zeros(len(sizes_N3), np.int64)
     tokens[rows] = np.prod(grids, axis=1)[which]
     return tokens

@@ -34,7 +34,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Hold what a user asks for: one clip for each prompt or class; other values are one for all, or one for each."""
+    """Hold what a user asks for: one clip for each prompt or class; other values are one for all, or one for each.
+
+    A run that takes neither prompts nor classes makes one clip for each size.
+    """
 
     prompts: Sequence[str] = ()
     sizes: Size | Sequence[Size] = ()  # (frames, height, width) in pixels
@@ -52,6 +55,7 @@ def plan_requests(
     Raises:
         UserError: the run takes no such; the sentence names the nearest sizes that are allowed.
     """
+    check(len(wanted.sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
     prompts, classes = _subjects(config, wanted)
     count = len(prompts)
     channels, most = sampling.guidance.channels, config.model.latent_channels
@@ -63,7 +67,6 @@ def plan_requests(
         check(config.model.text, f"negative is {wanted.negative!r}; this run reads no text, leave it out")
         check(any(s != 1 for s in scales), f"negative is {wanted.negative!r}; it needs a guidance other than 1")
     given: Any = wanted.sizes  # one, or one for each
-    check(len(given) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
     sizes: list[Size] = [given] * count if is_whole(given[0]) else list(given)
     check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
     clip_ids = range(1, count + 1) if wanted.clip_ids is None else wanted.clip_ids
@@ -80,6 +83,10 @@ def _subjects(config: DenoiserRun, wanted: Wanted) -> tuple[list[str], list[int]
     """Return a prompt ("" for none) and a class (-1 for none) for each clip."""
     prompts, classes, known = wanted.prompts, wanted.classes, config.model.classes
     check(not isinstance(prompts, str), f"prompts is {prompts!r}; it must be a list of texts")
+    if not (config.model.text or known):
+        check(not len(prompts) and not len(classes), "this run takes neither prompts nor classes; give sizes alone")
+        count = 1 if is_whole(wanted.sizes[0]) else len(wanted.sizes)
+        return [""] * count, [-1] * count
     count = max(len(prompts), len(classes))
     check(count > 0, "there is no prompt; give at least one, or a class")
     check(config.model.text or not len(prompts), "this run takes classes, not prompts; give classes")

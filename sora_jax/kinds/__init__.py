@@ -21,4 +21,4 @@ def run_config(values: Mapping) -> RunConfig:
     """Build the validated config of a run from a mapping, of this or an earlier version; its `kind` says of which."""
     values = migrate_config(values)
     kind = choose("config.kind", values.get("kind"), KINDS)
-    return from_dict(kind.config, values)
+    return from_dict(kind.config, values, of=f" of kind {kind.name!r}")

@@ -4,7 +4,8 @@ import functools
 import json
 from pathlib import Path
 
-from sora_jax.config import check, first_difference, read_json, to_dict
+from sora_jax.config import check, first_difference, read_json, to_dict, value_at
+from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.kinds import kind_of, run_config
 from sora_jax.nn import params as param
@@ -66,7 +67,9 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
     old, new = to_dict(run_config(read_json(path))), to_dict(config)
     old, new = ({name: value for name, value in c.items() if name not in MAY_CHANGE} for c in (old, new))
     different = first_difference(old, new)
-    check(different is None, refuse(f"it holds a run with another config.{different}"))
+    if different:
+        there, here = (value_at(c, different) for c in (old, new))
+        raise UserError(refuse(f"it holds a run with another config.{different}, {there!r} there and {here!r} here"))
 
 
 def check_data(workdir: Path, digest: str) -> None:
