@@ -125,7 +125,7 @@ def _train(commands) -> None:
         "example:\n  sora-jax train --config=configs/tiny.py:transformer --workdir=runs/tiny"
         " --config.latents=data/latents --config.loop.steps=5000"
     )
-    p = _parser(commands.add_parser, "train", help="train an autoencoder or a transformer", epilog=example)
+    p = _parser(commands.add_parser, "train", help="train an autoencoder or a denoiser", epilog=example)
     about = "configs/FILE.py or configs/FILE.py:VARIANT; --config.a.b=VALUE overrides a field"
     p.add_argument("--config", required=True, help=about)
     p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there is resumed")
@@ -163,7 +163,7 @@ def _sample(commands) -> None:
         "--sampling.NAME=VALUE overrides any field of the run's config.sampling"
     )
     p = _parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
-    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained transformer")
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser")
     p.add_argument("--prompt", action="append", default=[], help="text prompt; may be given several times")
     p.add_argument("--prompts-file", type=as_path, help="UTF-8 text file with one prompt a line")
     p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")
@@ -418,7 +418,7 @@ def _plan(commands) -> None:
     p.add_argument("--topology", required=True, help=about)
     p.add_argument("--slices", type=int, default=1, help="number of slices (nodes of GPUs) joined by the network")
     p.add_argument("--pack-length", type=int, help="tokens per pack (default: config.packing.length)")
-    p.add_argument("--what", default="train", help="train, sample (a transformer) or autoencoder (encode and decode)")
+    p.add_argument("--what", default="train", help="train, sample (a denoiser) or autoencoder (encode and decode)")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")
     p.set_defaults(function=plan, changes=[])
 

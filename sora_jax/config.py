@@ -109,8 +109,8 @@ def _name_of(kind) -> str:
 def _coerce(kind, value, where: str):
     one_of = _one_of(kind)
     if one_of or dataclasses.is_dataclass(kind):
-        allowed = tuple(one_of.table) if one_of else kind
-        return value if isinstance(value, allowed) else from_dict(kind, value, where)
+        ready = type(value) in one_of.table if one_of else isinstance(value, kind)
+        return value if ready else from_dict(kind, value, where)
     if kind is typing.Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

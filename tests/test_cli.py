@@ -214,7 +214,7 @@ def test_a_dry_run_refuses_numbers_of_diffusion_that_are_not_finite(tmp_path, ca
     [
         ("crop=(9,64,64)", ["9 x 64 x 64", "24"]),
         ("crop=(6,16,16)", ["frames is 6", "5 or 9"]),
-        ("loop.accumulate=3", ["8 videos", "loop.accumulate = 3"]),
+        ("loop.accumulate=3", ["batch is 16", "loop.accumulate = 3"]),
         ("split=none", ["config.split is 'none'"]),
         ("model.time_factor=2", ["5 or 7"]),
         ("data=nowhere", ["nowhere", "data build"]),

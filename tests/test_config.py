@@ -157,3 +157,22 @@ def test_first_difference_is_the_path_of_the_first_value_that_differs():
     assert first_difference(to_dict(EXAMPLE), to_dict(other)) == "inner.name"
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}, "c": None}) is None
     assert first_difference({"a": 1}, {"a": {"b": 1}}) == "a"
+
+
+@pytest.mark.parametrize("kind, model, name", [
+    ("transformer", dict(depth=2), "transformer"),
+    ("denoiser", dict(width=96), "transformer"),
+    ("autoencoder", dict(latent_channels=4, width=8), "causal"),
+    ("autoencoder", dict(widths=(32, 64)), "kl"),
+])  # fmt: skip
+def test_a_model_without_a_name_is_the_first_of_version_0_1_0_that_has_all_fields(kind, model, name):
+    assert run_config(dict(kind=kind, model=model)).model.name == name
+
+
+def test_what_a_user_gives_is_not_taken_for_a_stored_config():
+    assert run_config(dict(kind="denoiser", sampling=dict(steps="7"))).sampling.steps == "7"
+    with pytest.raises(UserError, match="config.preview.steps is 20; it must be of type str"):
+        run_config(dict(kind="denoiser", preview=dict(steps=20)))
+    for values in (dict(preview=None), dict(preview="x"), dict(model="x"), dict(model=[1]), dict(kind=["a"])):
+        with pytest.raises(UserError, match=r"^config\.(preview|model|kind) is "):
+            run_config(dict(kind="denoiser") | values)

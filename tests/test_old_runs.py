@@ -41,10 +41,10 @@ def old(tmp_path_factory) -> Path:
     return folder
 
 
-def agree(found, expected, old: Path) -> None:
+def agree(found, expected, old: Path, tolerance: float = 1e-4) -> None:
     """To the bit on the processor that made the numbers, compiled as then (`.ci/run` does so); else to rounding."""
     same = (old / "expected" / "processor.txt").read_text() == processor_digest() and not os.environ["XLA_FLAGS"]
-    np.testing.assert_allclose(found, expected, rtol=0 if same else 1e-3, atol=0 if same else 1e-4)
+    np.testing.assert_allclose(found, expected, rtol=0 if same else 1e-3, atol=0 if same else tolerance)
 
 
 def test_an_autoencoder_opens_by_its_old_fingerprint(old):
@@ -67,7 +67,7 @@ def test_clips_are_sampled_to_the_bit(old):
         clips = model.generate(prompts, sizes, steps=2)
     with np.load(old / "sampled.npz") as expected:
         for number, clip in enumerate(clips):
-            agree(clip / 255.0, expected[f"arr_{number}"] / 255.0, old)
+            agree(clip / 255.0, expected[f"arr_{number}"] / 255.0, old, 1.01 / 255)
 
 
 @pytest.mark.parametrize("variant, reports", [("transformer", "denoiser"), ("autoencoder", "autoencoder")])

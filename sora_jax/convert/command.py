@@ -26,7 +26,7 @@ from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig, denoiser_groups
 from sora_jax.train.encode import copy_autoencoder
-from sora_jax.train.frozen import FOLDER, RECORD, load_autoencoder, save_autoencoder
+from sora_jax.train.frozen import FOLDER, RECORD, autoencoder_config, load_autoencoder, save_autoencoder
 from sora_jax.train.loop import LoopConfig
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.run_config import RunConfig
@@ -84,7 +84,7 @@ def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads:
 def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
     factor, channels = FACTOR, None
     if autoencoder is not None:
-        first_stage = load_autoencoder(autoencoder).config
+        first_stage = autoencoder_config(autoencoder)
         factor, channels = first_stage.space_factor, first_stage.latent_channels
     network: Network = read(weights, heads)
     found = network.config.latent_channels
@@ -166,7 +166,7 @@ def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
     config = read_run_config(workdir)
     if not isinstance(config.model, TransformerConfig):
         raise UserError(f"config.model.name is {config.model.name!r}; for this format it must be 'transformer'")
-    factor = load_autoencoder(workdir).config.space_factor if (workdir / FOLDER / RECORD).exists() else FACTOR
+    factor = autoencoder_config(workdir).space_factor if (workdir / FOLDER / RECORD).exists() else FACTOR
     frames, height, width = config.preview.sizes[0] if config.preview.sizes else (0, 0, 0)
     check(
         frames == 1 and height == width and height % (factor * config.model.patch[1]) == 0,

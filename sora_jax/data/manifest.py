@@ -88,6 +88,12 @@ class Dataset:
     def __len__(self) -> int:
         return self.info["clips"]
 
+    def __getstate__(self):
+        return self.path
+
+    def __setstate__(self, path):
+        self.__init__(path)
+
     @property
     def table(self):
         if self._table is None:

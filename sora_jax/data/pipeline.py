@@ -207,7 +207,7 @@ def _token_counts(sizes_N3: np.ndarray, config: PackingConfig, rows: np.ndarray)
     t, h, w = sizes_N3[rows].T
     _, first, which = np.unique(t << 40 | h << 20 | w, return_index=True, return_inverse=True)
     grids = [grid_of(size, config.patch) for size in sizes_N3[rows[first]]]
-    check_fits(max(grids, key=math.prod), config.length)
+    check_fits(max(grids, key=math.prod), config.length)  # what fits depends on the number of tokens alone
     tokens = np.zeros(len(sizes_N3), np.int64)
     tokens[rows] = np.prod(grids, axis=1)[which]
     return tokens

@@ -1,4 +1,4 @@
-"""What a model predicts, and how any prediction becomes any other: equations (6) and (7) of `process`.
+"""Convert any prediction of a model into any other: equations (6) and (7) of `process`.
 
 Every prediction y is a linear form c x_0 + d eps, and so is the model's input a x_0 + b eps:
 

@@ -61,6 +61,8 @@ def plan_requests(
     channels, most = sampling.guidance.channels, config.model.latent_channels
     check(channels <= most, f"sampling.guidance.channels is {channels}; it must be from 0 (all) to {most}")
     scales = _each("guidance", sampling.guidance.scale if wanted.guidance is None else wanted.guidance, count)
+    if not (config.model.text or config.model.classes):
+        scales = [1.0] * count  # there is nothing to be guided away from
     check(all(map(math.isfinite, scales)), f"guidance is {wanted.guidance}; it must be a finite number")
     negatives = _each("negative", wanted.negative, count)
     if any(negatives):

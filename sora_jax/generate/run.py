@@ -20,7 +20,7 @@ from sora_jax.train.checkpoint import NEWEST, Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, load_tokenizer
 from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
-from sora_jax.train.migrate import migrate_config
+from sora_jax.train.migrate import migrate_stored
 from sora_jax.train.state import MODEL, abstract_ema
 
 
@@ -133,7 +133,7 @@ def read_run_config(folder: Path) -> DenoiserRun:
     inside = as_path(folder) / "transformer"
     hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
     check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder{hint}")
-    config = migrate_config(read_json(path))
+    config = migrate_stored(read_json(path))
     kind, wanted = config.get("kind"), DenoiserRun.kind
     check(kind == wanted, f"--workdir is {str(folder)!r}; that run is of kind {kind!r}, and it must be {wanted!r}")
     return from_dict(DenoiserRun, config)

@@ -6,7 +6,7 @@ from sora_jax.config import choose, from_dict
 from sora_jax.kinds.autoencoder import AUTOENCODER
 from sora_jax.kinds.denoiser import DENOISER
 from sora_jax.train.kind import Kind
-from sora_jax.train.migrate import migrate_config
+from sora_jax.train.migrate import migrate_config, migrate_stored
 from sora_jax.train.run_config import RunConfig
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (AUTOENCODER, DENOISER)}
@@ -18,7 +18,15 @@ def kind_of(config: RunConfig) -> Kind:
 
 
 def run_config(values: Mapping) -> RunConfig:
-    """Build the validated config of a run from a mapping, of this or an earlier version; its `kind` says of which."""
-    values = migrate_config(values)
+    """Build the validated config of a run from what a user gives; its `kind` says of which."""
+    return _build(migrate_config(values))
+
+
+def stored_config(values: Mapping) -> RunConfig:
+    """Build the config that a run folder keeps, written by this or an earlier version."""
+    return _build(migrate_stored(values))
+
+
+def _build(values: Mapping) -> RunConfig:
     kind = choose("config.kind", values.get("kind"), KINDS)
     return from_dict(kind.config, values, of=f" of kind {kind.name!r}")

@@ -104,5 +104,6 @@ AUTOENCODER = Kind(
     open=open_inputs,
     job=make_job,
     programs={"train": train_autoencoder, "autoencoder": reconstruct},
+    may_change=("data", "tiles"),
     finish=finish,
 )

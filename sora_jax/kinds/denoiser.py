@@ -103,5 +103,6 @@ DENOISER = Kind(
     open=open_inputs,
     job=make_job,
     programs={"train": train_denoiser, "sample": sample_latents},
+    may_change=("latents", "preview", "sampling"),
     claim=claim,
 )

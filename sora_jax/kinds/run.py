@@ -7,16 +7,16 @@ from pathlib import Path
 from sora_jax.config import check, first_difference, read_json, to_dict, value_at
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, write_json
-from sora_jax.kinds import kind_of, run_config
+from sora_jax.kinds import kind_of, stored_config
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
-from sora_jax.parallel.mesh import make_mesh
+from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.kind import Inputs
 from sora_jax.train.loop import check_accumulation, fit, log
 from sora_jax.train.run_config import RunConfig
 
-# A run may be made longer, watched otherwise, moved to another mesh; data may lie elsewhere: its digest must agree.
-MAY_CHANGE = ("loop", "feed", "preview", "sampling", "mesh", "tiles", "data", "latents")
+# A run may be made longer or moved to another mesh; a kind adds fields of its own.
+MAY_CHANGE = ("loop", "feed", "mesh")
 
 
 def train(config: RunConfig, workdir: Path) -> None:
@@ -34,6 +34,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     check_data(workdir, inputs.digest)
     job = kind.job(config, inputs, workdir)
     check_accumulation(job, config.loop)
+    check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     claim_workdir(workdir, config, inputs)
     if kind.claim and distributed.first():
         kind.claim(config, inputs, workdir)
@@ -64,8 +65,9 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
     if not path.exists():
         check(is_empty(as_path(workdir)), refuse("it is not empty and holds no run"))
         return
-    old, new = to_dict(run_config(read_json(path))), to_dict(config)
-    old, new = ({name: value for name, value in c.items() if name not in MAY_CHANGE} for c in (old, new))
+    old, new = to_dict(stored_config(read_json(path))), to_dict(config)
+    free = {*MAY_CHANGE, *kind_of(config).may_change}
+    old, new = ({name: value for name, value in c.items() if name not in free} for c in (old, new))
     different = first_difference(old, new)
     if different:
         there, here = (value_at(c, different) for c in (old, new))

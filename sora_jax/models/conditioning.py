@@ -1,4 +1,4 @@
-"""How the noise level, the class and the caption of a clip reach the blocks: the four ways of DiT (2212.09748, 3.2).
+"""Bring noise level, class and caption of a clip to the blocks, in the four ways of DiT (2212.09748, 3.2).
 
 name               noise level and label                                                     a block has
 adaln_zero         modulate every norm and gate every residual, closed at the start          6 D of modulation

@@ -1,1 +1,1 @@
-"""What a run would need of accelerators that are not here: compiled ahead of time, counted, and told."""
+"""Plan a run for accelerators that are not here: compile ahead of time, count and report."""

@@ -1,4 +1,4 @@
-"""What `sora-jax plan` does."""
+"""Run `sora-jax plan`."""
 
 import dataclasses
 from typing import Any

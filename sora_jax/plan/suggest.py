@@ -1,4 +1,4 @@
-"""What to change when a program does not fit: the first change that is estimated to be enough."""
+"""Suggest what to change when a program does not fit: the first change that is estimated to be enough."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def suggest(config: RunConfig, plan, load: Load) -> str:
     """
     if plan.fits:
         return ""
-    state = sum(plan.memory.get(name, 0) for name in ("parameters", "optimizer", "averages"))
+    state = sum(plan.memory.get(name, 0) for name in ("parameters", "optimizer", "averages", "frozen"))
     need = Need(state, plan.needed - state, int(KEPT * plan.usable), load)
     return next(sentence for rule in RULES if (sentence := rule(config, plan, need)))
 
@@ -60,11 +60,11 @@ def _divides(need: Need, axis: str, parts: int) -> bool:
 
 
 def _remat(config: RunConfig, plan, need: Need) -> str:
-    if plan.what != "train" or getattr(config.model, "remat", "full") == "full":
+    remat = getattr(config.model, "remat", "full")
+    if plan.what != "train" or remat in ("full", True):
         return ""
-    return _try(
-        "--config.model.remat=full", f"what the backward pass keeps (remat {config.model.remat!r}) is most of it"
-    )
+    more = "True" if remat is False else "full"
+    return _try(f"--config.model.remat={more}", f"what the backward pass keeps (remat {remat!r}) is most of it")
 
 
 def _batch(config: RunConfig, plan, need: Need) -> str:

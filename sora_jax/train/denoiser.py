@@ -98,10 +98,6 @@ class DenoiserRun(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         parse_mix(self.captions)
-        check(
-            self.batch % self.loop.accumulate == 0,
-            f"batch is {self.batch}; it must be a multiple of loop.accumulate = {self.loop.accumulate}",
-        )
         self._check_preview()
         check(
             self.packing.patch in (None, self.model.patch),

@@ -93,8 +93,8 @@ def _by_padded_shape(dataset: Dataset, shapes: int) -> tuple[list[int], list[Siz
     unique, which, counts = np.unique(sides, axis=0, return_inverse=True, return_counts=True)
     sizes: list[Size] = [(frames, height, width) for frames, height, width in unique.tolist()]
     padded_shapes = choose_padded_shapes(dict(zip(sizes, counts.tolist(), strict=True)), shapes)
-    canvas = np.array([padded_shapes.index(padded_shape_of(size, padded_shapes)) for size in sizes])
-    return np.argsort(canvas[which.ravel()], kind="stable").tolist(), padded_shapes
+    shape = np.array([padded_shapes.index(padded_shape_of(size, padded_shapes)) for size in sizes])
+    return np.argsort(shape[which.ravel()], kind="stable").tolist(), padded_shapes
 
 
 def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which backend computes the attention of a run, where only a measurement on this device can tell."""
+"""Choose the backend of attention by measurement, where nothing else can tell."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,8 @@ def with_fastest_attention(config: DenoiserRun, mesh: Mesh, workdir: Path) -> De
     is sampled from it, is computed by the same program.
     """
     model: Any = config.model  # whose fields below are not those of every network
-    if getattr(model, "attention", None) != "auto" or not candidates():
+    measurable = getattr(model, "attention", None) == "auto" and hasattr(model, "head_width")
+    if not measurable or not candidates():
         return config
     kept = kept_attention(workdir).get(device_kind())
     if not distributed.all_true(kept is not None):

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.config import check, from_dict, read_json, to_dict
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, local_copy, read_text, replacing, write_json
+from sora_jax.files import as_path, local_copy, replacing, write_json
 from sora_jax.models import tiling
 from sora_jax.models.first_stage import (
     FirstStageConfig,
@@ -33,7 +33,7 @@ from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train.autoencoder import to_float, to_uint8
-from sora_jax.train.migrate import migrate_model
+from sora_jax.train.migrate import migrate_autoencoder
 from sora_jax.train.padded_shapes import Size, padded_shape_of
 
 FOLDER = "frozen"
@@ -243,15 +243,25 @@ def frozen_folder(run: str | Path) -> Path:
 
 def recorded_fingerprint(run: Path) -> str | None:
     """Return the fingerprint that stands in a run folder, without reading weights; None where there is no record."""
-    path = frozen_folder(run) / RECORD
-    return json.loads(read_text(path))["fingerprint"] if path.exists() else None
+    return _record(frozen_folder(run))["fingerprint"] if (frozen_folder(run) / RECORD).exists() else None
 
 
 def autoencoder_config(run: Path) -> FirstStageConfig:
     """Read the config of the frozen autoencoder of a run folder, without its weights; UserError where there is none."""
-    path = frozen_folder(run) / RECORD
-    check(path.exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
-    return from_dict(FirstStageConfig, migrate_model(read_json(path)["config"]))
+    exists = (frozen_folder(run) / RECORD).exists()
+    check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    return from_dict(FirstStageConfig, migrate_autoencoder(_record(frozen_folder(run))["config"]))
+
+
+def _record(folder: Path) -> dict:
+    """Read the record of a frozen autoencoder; UserError where it is damaged or of a later version."""
+    record = read_json(folder / RECORD)
+    whole = isinstance(record, dict) and hasattr(record.get("config"), "items") and "fingerprint" in record
+    check(whole, f"the autoencoder in {str(folder)!r} is damaged: {RECORD} has no config or no fingerprint")
+    version = record.setdefault("version", 1)  # records of version 1 do not name it
+    known = ", ".join(map(str, CODE))
+    check(version in CODE, f"the autoencoder in {str(folder)!r} is of version {version!r}; this package reads {known}")
+    return record
 
 
 def load_autoencoder(run: str | Path) -> FrozenAutoencoder:
@@ -274,8 +284,8 @@ def load_autoencoder(run: str | Path) -> FrozenAutoencoder:
 
 def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     """Read an autoencoder, and the fingerprint in its record."""
-    record = json.loads(read_text(folder / RECORD))
-    config = from_dict(FirstStageConfig, migrate_model(record["config"]))
+    record = _record(folder)
+    config = from_dict(FirstStageConfig, migrate_autoencoder(record["config"]))
     with np.load(local_copy(folder / WEIGHTS)) as file:
         flat = dict(file)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")
@@ -283,8 +293,7 @@ def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     names = traverse_util.flatten_dict(serialization.to_state_dict(template), keep_empty_nodes=True, sep="/")
     nested = traverse_util.unflatten_dict(names | flat, sep="/")
     params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
-    version = record.get("version", 1)  # records of version 1 do not name it
-    return FrozenAutoencoder(config, params, mean, std, version), record["fingerprint"]
+    return FrozenAutoencoder(config, params, mean, std, record["version"]), record["fingerprint"]
 
 
 def _flat(autoencoder: FrozenAutoencoder) -> dict[str, Any]:

@@ -29,10 +29,11 @@ class Kind:
 
     config: its dataclass, whose field `kind` names it.
     groups(config): the parameters that are trained.
-    open(config, workdir, mesh): data, frozen networks and tokenizer, as `Inputs`. All user errors happen here, before
-        anything is written.
+    open(config, workdir, mesh): data, frozen networks and tokenizer, as `Inputs`. User errors happen here, or in `job`:
+        before anything is written.
     job(config, inputs, workdir): what the loop trains.
     programs: what `sora-jax plan` can compile, by name: functions (config, mesh) -> `plan.programs.Program`.
+    may_change: fields that may change when a run goes on, beside those of all kinds, such as the path of its data.
     claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
     finish(config, inputs, state, workdir): writes what a run leaves at its end. By all processes.
     """
@@ -42,6 +43,7 @@ class Kind:
     open: Callable[[Any, Path, Mesh], Inputs]
     job: Callable[[Any, Any, Path], Job]
     programs: Mapping[str, Callable[[Any, Mesh], Any]]
+    may_change: tuple[str, ...] = ()
     claim: Callable[[Any, Any, Path], None] | None = None
     finish: Callable[[Any, Any, TrainState, Path], None] | None = None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sora_jax.config import check
@@ -69,8 +69,9 @@ class Job:
     takes. counts(batch): what to add up for the report ("clips", "tokens", "capacity", "flops"). clip_ids(batch): for
     the message when a loss is not finite. preview(step, averages, writer): looks at the model now and then; averages:
     of each group the tree of its first decay. note: what to print before the first step. share: this process's part of
-    a batch; `batches`, `counts` and `clip_ids` are of this part. frozen: placed weights that the loss reads and nothing
-    trains. micro_batches: False for a loss that is no sum over parts of a batch, such as a contrastive one.
+    a batch; `batches`, `counts` and `clip_ids` are of this part. frozen: weights that the loss reads and nothing
+    trains; those that are not on the mesh yet are copied to each of its devices. micro_batches: False for a loss that
+    is no sum over parts of a batch, such as a contrastive one.
     """
 
     name: str
@@ -123,6 +124,7 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
         instruments = Instruments(writer, bar, watch, dog.stepped, checkpoints.latest)
         reporter = Reporter(job, config, instruments, MetricAccumulator(saved.get("means")))
         step_function = make_step(job.loss, optimizers)
+        frozen = _on_mesh(job.frozen, mesh)
         batches = job.batches(start, saved.get("position"))
         for step in range(start + 1, config.steps + 1):
             with watch("data"):
@@ -130,7 +132,7 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
                 placed = job.to_device(place_batch(split_batch(batch, config.accumulate), mesh, leading=1))
             with watch("step" if step > start + 1 else "compile"):
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step_function(state, job.frozen, placed)
+                    state, metrics = step_function(state, frozen, placed)
                 reporter.read_previous()
             reporter.hold(step, metrics, batch)
             stopping = stop(step)  # asked once: a signal that comes after this line waits for the next step's save
@@ -156,6 +158,16 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
     if stopping:
         raise Stopped(step)
     return state
+
+
+def _on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """Copy arrays that are not on the mesh yet to each of its devices."""
+
+    def one(x: Any) -> jax.Array:
+        there = isinstance(x, jax.Array) and getattr(x.sharding, "mesh", None) == mesh
+        return x if there else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(one, tree)
 
 
 def check_accumulation(job: Job, config: LoopConfig) -> None:

@@ -17,6 +17,7 @@ from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
 if TYPE_CHECKING:
     from sora_jax.train.loop import Job, LoopConfig
 
+FINITE = ("loss", "parameter_norm")  # metrics that end a run where they are not finite
 TOTALS = ("skipped_updates",)  # metrics that count since the beginning; of all others a report has means
 
 
@@ -78,7 +79,8 @@ class Reporter:
 
     def _check_finite(self, step: int, metrics: dict, batch: dict) -> None:
         # A loss may be finite where its gradient is not; the norm shows that the update spoilt the parameters.
-        for name in (name for name in metrics if name.partition("/")[0] in ("loss", "parameter_norm")):
+        groups = ["", *(f"/{group}" for group in self._job.groups)]
+        for name in (name for name in (f"{what}{group}" for what in FINITE for group in groups) if name in metrics):
             if not math.isfinite(metrics[name]):
                 save = self.instruments.newest_save()
                 raise UserError(

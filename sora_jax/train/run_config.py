@@ -1,4 +1,4 @@
-"""What the configs of all kinds of run have in common."""
+"""The base of the configs of all kinds of run."""
 
 import dataclasses
 from typing import Any
@@ -29,4 +29,8 @@ class RunConfig:
 
     def __post_init__(self):
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to 4294967295")
-        check(self.batch > 0, f"batch is {self.batch}; it must be at least 1")
+        each = self.loop.accumulate
+        check(
+            self.batch > 0 and self.batch % each == 0,
+            f"batch is {self.batch}; it must be a multiple of loop.accumulate = {each}",
+        )

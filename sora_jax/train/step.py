@@ -14,6 +14,7 @@ from sora_jax.train.state import Optimizer, TrainState
 Sums = dict[str, jax.Array]
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 LossResult = tuple[Sums, tuple[Sums, MetricSums]]
+METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm", "skipped_updates")
 LossFunction = Callable[..., LossResult]
 
 
@@ -25,7 +26,8 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
     micro-batches and devices weigh by what they hold. The gradient of a group is that of its own sum alone, also where
     the sums of other groups read its parameters. `frozen` holds weights that the loss reads and nothing trains: an
     argument, since a closure would compile them into the program. `batches` has a leading axis of micro-batches whose
-    gradients are accumulated. `means` maps a name to (sum, count).
+    gradients are accumulated. `means` maps a name to (sum, count). Where there are several groups, one with weight 0
+    rests in this step: its parameters, averages and optimizer stay as they are.
 
     Metrics are scalars or small vectors: "loss" and the norms of gradient, update and parameters, the latter followed
     by "/group" where there are several groups; "skipped_updates", where an optimizer skips spikes, counts from the
@@ -36,12 +38,21 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
     def step(state: TrainState, frozen: Any, batches: Any) -> tuple[TrainState, dict]:
         gradients, totals, weights, means = _accumulate(loss, state, frozen, batches)
         # 0 / 0 is NaN, and says that nothing was counted
+        _check_names(means, optimizers)
         metrics = {name: value / count for name, (value, count) in means.items()}
         updated, losses = {}, []
         for name, optimizer in optimizers.items():
             gradient = jax.tree.map(lambda g, weight=weights[name]: g / weight, gradients[name])
             updated[name], found = _update(optimizer, state, name, gradient)
-            losses.append(totals[name] / weights[name])
+            loss_of_group = totals[name] / weights[name]
+            if len(optimizers) > 1:
+                before = state.params[name], state.ema[name], state.opt_state[name]
+                resting = dict.fromkeys(found, 0.0) | {"parameter_norm": optax.tree.norm(state.params[name])}
+                rested = before, 0.0, resting
+                updated[name], loss_of_group, found = jax.tree.map(
+                    partial(jnp.where, weights[name] > 0), (updated[name], loss_of_group, found), rested
+                )
+            losses.append(loss_of_group)
             suffix = f"/{name}" if len(optimizers) > 1 else ""
             metrics |= {f"{metric}{suffix}": value for metric, value in found.items()}
             metrics |= {f"loss{suffix}": losses[-1]}
@@ -50,6 +61,13 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step
+
+
+def _check_names(means: MetricSums, optimizers: Mapping[str, Optimizer]) -> None:
+    """Raise a ValueError where a loss names a mean as the step names its own metrics."""
+    own = set(METRICS) | {f"{metric}/{name}" for metric in METRICS for name in optimizers}
+    if taken := own & means.keys():
+        raise ValueError(f"a loss has means named {', '.join(sorted(taken))}; these names are the training step's own")
 
 
 def _update(optimizer: Optimizer, state: TrainState, name: str, gradient: Any) -> tuple[tuple, dict]:

@@ -44,7 +44,7 @@ BLOCKS_FROM_ELSEWHERE = 1024**2
 
 
 class How(NamedTuple):
-    """What computes attention; the values of `model.attention` and `model.sequence`.
+    """Select what computes attention; the values of `model.attention` and `model.sequence`.
 
     backend: "dense", the reference; "blockwise", which skips what is masked; "splash" (TPU); "cudnn" (GPU); "auto"
     takes what suits the machine, the lengths and the pattern. All agree to float error.

@@ -31,7 +31,7 @@ NO_QUERY, NO_KEY = -2, -1  # segments of what fills up the last block
 
 
 class Inputs(NamedTuple):
-    """What attention reads, heads first, queries scaled; without the first axis where it is of one pack."""
+    """Hold what attention reads, heads first, queries scaled; without the first axis where it is of one pack."""
 
     q_BNLK: jax.Array
     k_BNMK: jax.Array
@@ -109,7 +109,7 @@ def _chunked_jvp(chunks: Chunks, primals, tangents):
 
 
 class _Setting(NamedTuple):
-    """What is static: the block, whether packs are taken side by side, the pattern."""
+    """Hold what is static: the block, whether packs are taken side by side, the pattern."""
 
     block: int
     together: bool

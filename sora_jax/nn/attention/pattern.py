@@ -1,4 +1,4 @@
-"""Which keys a query sees: a function of where both stand and of a static pattern, defined once for all backends."""
+"""Define which keys a query sees, once for all backends: by the places of both and a static pattern."""
 
 import functools
 import operator
@@ -9,7 +9,7 @@ import jax
 
 
 class Place(NamedTuple):
-    """Where tokens stand: queries, or keys. Leading axes are free, (B, L) in a batch of packs.
+    """Hold the places of tokens: queries, or keys. Leading axes are free, (B, L) in a batch of packs.
 
     segments_BL  clip of each token, any integers; padding is a segment of its own
     coords_BL3   (t, y, x) of each token in its clip, for `Pattern.nearby`
@@ -29,7 +29,7 @@ class Places(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """What a query sees of its own segment; everything by default. Static and hashable.
+    """Select what a query sees of its own segment; everything by default. Static and hashable.
 
     causal: keys whose index is not above the query's own.
     nearby: keys within these distances in (t, y, x), in the units of the coordinates, bounds included; None is any.
