@@ -1,5 +1,6 @@
 """The table of kinds of run. A new kind is one module with a `Kind`, and one line in `KINDS`."""
 
+import sys
 from collections.abc import Mapping
 
 from sora_jax.config import choose, from_dict
@@ -19,7 +20,10 @@ def kind_of(config: RunConfig) -> Kind:
 
 def run_config(values: Mapping) -> RunConfig:
     """Build the validated config of a run from what a user gives; its `kind` says of which."""
-    return _build(migrate_config(values))
+    migrated = migrate_config(values)
+    if migrated["kind"] != values.get("kind"):
+        print(f"sora-jax: the kind {values['kind']!r} is called {migrated['kind']!r} now", file=sys.stderr)
+    return _build(migrated)
 
 
 def stored_config(values: Mapping) -> RunConfig:

@@ -18,8 +18,7 @@ def migrate_config(values: Mapping) -> dict:
     """
     migrated = dict(values)
     kind = values.get("kind")
-    if isinstance(kind, str):
-        migrated["kind"] = KINDS.get(kind, kind)
+    migrated["kind"] = KINDS.get(kind, kind) if isinstance(kind, str) else kind
     if hasattr(values.get("model"), "items"):
         rename = {"autoencoder": migrate_autoencoder, "denoiser": _migrate_denoiser}.get(
             str(migrated.get("kind")), dict

@@ -33,7 +33,7 @@ class Watchdog:
     def __init__(self, watch: Stopwatch, workdir: Path | None, step: int, interval: float = 1.0):
         self._watch, self._workdir, self._step, self._interval = watch, workdir, step, interval
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self._done, self._told = 0.0, False
+        self._done, self._reported = 0.0, False
         self._pause = max(FLUSH_INTERVAL, interval) if workdir and is_remote(workdir) else interval
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
@@ -52,9 +52,9 @@ class Watchdog:
         """Note that step `step` is finished."""
         now = self._busy()
         seconds, self._done, self._step = now - self._done, now, step
-        if self._told:
+        if self._reported:
             tqdm.write(f"sora-jax: step {step} took {seconds:.1f} s", file=sys.stderr)
-        self._told = False
+        self._reported = False
         self._recent.append(seconds)
 
     def _run(self) -> None:
@@ -71,11 +71,11 @@ class Watchdog:
 
     def _look(self) -> None:
         step, seconds, cause = self._step + 1, self._busy() - self._done, self._watch.cause
-        if self._told or len(self._recent) < FEWEST or cause not in WAITING:
+        if self._reported or len(self._recent) < FEWEST or cause not in WAITING:
             return
         usual = statistics.median(list(self._recent))
         if seconds > max(SLOW * usual, self._interval):
-            self._told = True
+            self._reported = True
             text = f"step {step} has taken {seconds:.1f} s so far, the median is {usual:.2g} s; it waits for"
             tqdm.write(f"sora-jax: {text} {WAITING[cause]}", file=sys.stderr)
 
