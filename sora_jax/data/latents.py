@@ -241,7 +241,7 @@ class LatentCache:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """How often each clip comes in an epoch, on average (n,) float64."""
+        """Give how often each clip comes in an epoch, on average (n,) float64."""
         return self._numbers("weight").astype(np.float64)
 
     @cached_property

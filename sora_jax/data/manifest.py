@@ -130,7 +130,7 @@ class Dataset:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """How often each clip comes in an epoch, on average, (n,) float64."""
+        """Give how often each clip comes in an epoch, on average, (n,) float64."""
         return self.column("weight").to_numpy().astype(np.float64)
 
     @property

@@ -1,4 +1,4 @@
-"""What packing is fed by: anything with clips."""
+"""Say what packing is fed by: anything with clips."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ class ClipStore(Protocol):
 
     @property
     def weights(self) -> np.ndarray:
-        """How often each clip comes in an epoch, on average, (n,) float64."""
+        """Give how often each clip comes in an epoch, on average, (n,) float64."""
 
     @property
     def has_variants(self) -> bool:
