@@ -15,7 +15,6 @@ from sora_jax.config import from_dict, to_dict
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.errors import UserError
-from sora_jax.models import autoencoder_kl as kl
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.first_stage import reconstruction_loss
@@ -95,11 +94,11 @@ def test_attention_by_rows_is_attention_at_once(monkeypatch):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 4, 8))
     mask = jnp.arange(4)[None, None, :, None] < jnp.array([4, 3])[:, None, None, None]
     mask = jnp.broadcast_to(mask, (2, 6, 4, 1))
-    whole = kl._attend(q, k, v, mask)
+    whole = images.attend_in_images(q, k, v, mask)
     wanted = nn.dot_product_attention(*(x[1, :, :3].reshape(1, 18, 1, 8) for x in (q, k, v)))
     np.testing.assert_allclose(whole[1, :, :3].reshape(1, 18, 1, 8), wanted, atol=2e-6)
-    monkeypatch.setattr(kl, "QUERIES_AT_ONCE", 8)
-    np.testing.assert_allclose(kl._attend(q, k, v, mask), whole, atol=2e-6)
+    monkeypatch.setattr(images, "QUERIES_AT_ONCE", 8)
+    np.testing.assert_allclose(images.attend_in_images(q, k, v, mask), whole, atol=2e-6)
 
 
 def test_a_padded_picture_has_the_latent_it_has_alone(params):

@@ -1,13 +1,13 @@
 """Encode clips to Gaussian latents and back by a causal video autoencoder (1312.6114; MAGVIT-v2 2310.05737).
 
 An image is a clip of one frame and has the same latent as the first frame of a clip. A latent frame depends on no later
-frame, and a decoded frame on no later latent.
+frame, and a decoded frame on no later latent. Blocks of frames are folded into channels before causal convolutions, so
+that the frames of a block see each other (group-causal convolution, IV-VAE, 2411.06449).
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,12 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, depth_to_space, space_to_depth, spread
-from sora_jax.nn.layers import compute_dtype, rms_norm, rms_norm_specs
-from sora_jax.nn.params import zeros
+from sora_jax.models.autoencoder_layers import (
+    Pass,
+    attention,
+    attention_specs,
+    block_specs,
+    shortcut,
+    with_shortcut,
+    zero_conv_specs,
+)
+from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, depth_to_space, space_to_depth
+from sora_jax.nn.layers import compute_dtype, rms_norm_specs
+from sora_jax.nn.past import Past
 
 POINT = (1, 1, 1)
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp(logvar) finite, as in latent diffusion (2112.10752, official code)
+LINEAR_LOGVAR = -5.0  # log variance of the posterior where a run starts from a linear codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +39,7 @@ class AutoencoderConfig:
 
     Level i has `width * multipliers[i]` channels. The compression that `patch` leaves is done by factors of 2 between
     levels: in space from the first level on, in time up to the last. The loss is `l1_weight` L1 + `l2_weight` L2 +
-    `kl_weight` KL, each a mean over its elements.
+    `kl_weight` KL, each a mean over its elements, and the terms of `train.reconstruction.LossConfig`.
     """
 
     time_factor: int = 4  # frames to a latent frame
@@ -48,12 +58,17 @@ class AutoencoderConfig:
     remat: bool = False  # recompute blocks in the backward pass, to save memory
     dtype: str = "auto"  # of activations: "float32", "bfloat16" or "auto" (`nn.layers.compute_dtype`)
     name: Literal["causal"] = "causal"  # tells this autoencoder from others in files
+    decoder_width: int = 0  # channels that `multipliers` multiply in the decoder; 0: `width`
+    shortcuts: bool = False  # identity paths without parameters over changes of resolution and width (DC-AE 2410.10733)
+    linear: bool = False  # a linear path from pixels to latents and back, which a run fits to its data at the start
+    norm: Literal["rms", "frame"] = "rms"  # over the channels of a position, or over a whole frame (group norm)
+    attention: bool = False  # inside each frame at the coarsest level, with one head
 
     def __post_init__(self):
         for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks", "multipliers", "patch"):
             value = getattr(self, name)
             check(_positive(value), f"model.{name} is {value}; it must be positive")
-        for name in ("l1_weight", "l2_weight", "kl_weight"):
+        for name in ("l1_weight", "l2_weight", "kl_weight", "decoder_width"):
             value = getattr(self, name)
             check(value >= 0, f"model.{name} is {value}; it must be 0 or more")
         check(
@@ -68,6 +83,20 @@ class AutoencoderConfig:
                 f"{len(allowed)} multipliers it must be one of {', '.join(map(str, allowed))}",
             )
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+        if self.shortcuts:
+            self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        """Raise a UserError unless the wider side of every shortcut is a multiple of the narrower one."""
+        for side, widths in (("encoder", self.widths), ("decoder", self.decoder_widths)):
+            steps = zip(self.steps, widths, widths[1:], strict=False)
+            pairs = [(math.prod(step) * fine, coarse) for step, fine, coarse in steps]
+            for one, other in [*pairs, (widths[-1], self.latent_channels)]:
+                check(
+                    max(one, other) % min(one, other) == 0,
+                    f"model.shortcuts is True; one of the {side} joins {one} and {other} channels; one must be "
+                    "a multiple of the other: change model.width, model.multipliers or model.latent_channels",
+                )
 
     @property
     def factors(self) -> tuple[int, int]:
@@ -75,9 +104,19 @@ class AutoencoderConfig:
         return self.time_factor, self.space_factor
 
     @property
+    def block(self) -> tuple[int, int, int]:
+        """Return the block (time, height, width) of pixels that a latent position stands for."""
+        return self.time_factor, self.space_factor, self.space_factor
+
+    @property
     def widths(self) -> tuple[int, ...]:
-        """Return the channels of each level, finest first."""
+        """Return the channels of each level of the encoder, finest first."""
         return tuple(self.width * m for m in self.multipliers)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Return the channels of each level of the decoder, finest first."""
+        return tuple((self.decoder_width or self.width) * m for m in self.multipliers)
 
     @property
     def first_block(self) -> tuple[int, int, int]:
@@ -103,19 +142,13 @@ def _positive(value: int | tuple[int, ...]) -> bool:
 def latent_fields(config: AutoencoderConfig) -> tuple[str, ...]:
     """Return the names of the fields that change a latent of given weights and pixels, for its fingerprint.
 
-    A field that is added later joins only where it departs from what the network did before, so that fingerprints of
+    A field that was added later joins only where it departs from what the network did before, so that fingerprints of
     older autoencoders stay as they are.
     """
-    return (
-        "time_factor",
-        "space_factor",
-        "latent_channels",
-        "patch",
-        "width",
-        "multipliers",
-        "encoder_blocks",
-        "kernels",
-    )
+    first = ("time_factor", "space_factor", "latent_channels", "patch", "width", "multipliers", "encoder_blocks")
+    default = AutoencoderConfig()
+    later = ("shortcuts", "linear", "norm", "attention")
+    return (*first, "kernels", *(name for name in later if getattr(config, name) != getattr(default, name)))
 
 
 def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -139,7 +172,7 @@ def _check_size(name: str, size: int, factor: int, rest: int) -> None:
     check(size >= smallest and size == below, f"{name} is {size}; it must be {rule}, such as {nearest}")
 
 
-def receptive_field(config: AutoencoderConfig, direction: str) -> tuple[int, int]:
+def receptive_field(config: AutoencoderConfig, direction: str) -> tuple[int, float]:
     """Return the radius of the receptive field of "encode" or "decode": (backward in time, both ways in space).
 
     It is the distance, in latent positions, of the farthest input that one output depends on. Time gets one extra
@@ -150,7 +183,7 @@ def receptive_field(config: AutoencoderConfig, direction: str) -> tuple[int, int
     radius = np.array([(time - 1, max(space) // 2) for time, *space in config.kernels])  # of each convolution
     total = (pixels * blocks * radius.sum(0)).sum(0) + (pixels[0] + pixels[-1]) * radius[0]
     time, space = (-(-total // config.factors)).tolist()
-    return time + 1, space
+    return time + 1, math.inf if config.attention or config.norm == "frame" else space
 
 
 def autoencoder_specs(config: AutoencoderConfig) -> dict:
@@ -162,20 +195,35 @@ def encoder_specs(config: AutoencoderConfig) -> dict:
     """Declare the parameters of `encode`."""
     widths = config.widths
     kernel = config.kernels[0]
-    return {
+    head = causal_conv3d_specs(widths[-1], 2 * config.latent_channels, kernel)
+    specs = {
         "stem": causal_conv3d_specs(3 * math.prod(config.first_block), widths[0], kernel),
-        "levels": [[block_specs(config, width) for _ in range(config.encoder_blocks)] for width in widths],
+        "levels": [[block_specs(width, config.kernels) for _ in range(config.encoder_blocks)] for width in widths],
         "downs": [
             causal_conv3d_specs(math.prod(step) * fine, coarse, POINT)
             for step, fine, coarse in zip(config.steps, widths, widths[1:], strict=False)
         ],
         "norm": rms_norm_specs(widths[-1], ("channels",)),
-        "head": causal_conv3d_specs(widths[-1], 2 * config.latent_channels, kernel),
+        "head": head,
     }
+    if config.attention:
+        specs["attention"] = attention_specs(widths[-1])
+    if config.linear:
+        specs["linear"] = causal_conv3d_specs(3 * math.prod(config.block), config.latent_channels, POINT)
+        specs["head"] = zero_conv_specs(head, partial(_linear_head_bias, config.latent_channels))
+    return specs
+
+
+def _linear_head_bias(channels: int, key: jax.Array, shape: tuple, dtype: jnp.dtype, **_) -> jax.Array:
+    return jnp.concatenate([jnp.zeros(channels, dtype), jnp.full(shape[0] - channels, LINEAR_LOGVAR, dtype)])
 
 
 def encode(
-    params: dict, config: AutoencoderConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+    params: dict,
+    config: AutoencoderConfig,
+    video_BTHWC: jax.Array,
+    sizes_B2: jax.Array | None = None,
+    past: Past | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return mean and log variance of the posterior, float32, each (B, t, h, w, C).
 
@@ -185,91 +233,115 @@ def encode(
         video_BTHWC: (B, T, H, W, 3) in [-1, 1]; T = 1 + f_t (t - 1), H = f_s h, W = f_s w.
         sizes_B2: height and width of each clip in the top left corner of its frames, so that clips of several sizes
             share one compiled program. The latent of a clip's own part is that of the clip alone.
+        past: the frames before, where the video is a chunk of a clip: T = f_t t, and a clip that begins has its first
+            frame f_t times.
 
     Raises:
         UserError: the video has another size.
     """
-    latent_grid(config, *video_BTHWC.shape[1:4])
+    frames, height, width = video_BTHWC.shape[1:4]
+    latent_grid(config, frames if past is None else frames - config.time_factor + 1, height, width)
     p = params["encoder"]
-    _, _, height, width, _ = video_BTHWC.shape
-    # Zeros outside of a clip after every convolution are what a convolution sees beyond the edge of the clip alone.
-    inside = functools.partial(_inside, sizes_B2, (height, width))
-    x = inside(space_to_depth(video_BTHWC.astype(compute_dtype(config.dtype)), config.first_block))
-    x = _blocks(p["levels"][0], config, inside(causal_conv3d(p["stem"], x)), inside)
+    this = Pass(sizes_B2, (height, width), past, config.norm == "frame", config.remat)
+    video = this.inside(video_BTHWC.astype(compute_dtype(config.dtype)))
+    x = this.conv(p["stem"], space_to_depth(video, config.first_block, past))
+    x = this.blocks(p["levels"][0], x)
     for step, down, blocks in zip(config.steps, p["downs"], p["levels"][1:], strict=True):
-        x = _blocks(blocks, config, inside(causal_conv3d(down, space_to_depth(x, step))), inside)
-    x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
-    mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        x = space_to_depth(x, step, past)
+        down = with_shortcut(down, math.prod(step)) if config.shortcuts else down
+        x = this.blocks(blocks, this.conv(down, x))
+    x = attention(this, p["attention"], x) if config.attention else x
+    y = this.conv(p["head"], jax.nn.silu(this.norm(p["norm"], x))).astype(jnp.float32)
+    mean, logvar = jnp.split(y, 2, axis=-1)
+    if config.linear:
+        mean = mean + causal_conv3d(p["linear"], space_to_depth(video, config.block, past)).astype(jnp.float32)
+    elif config.shortcuts:
+        mean = mean + shortcut(x, config.latent_channels).astype(jnp.float32)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
-
-
-def _inside(sizes_B2: jax.Array | None, padded: tuple[int, int], x_BTHWC: jax.Array) -> jax.Array:
-    """Set x to zero outside of the clips' own sizes, which are in pixels of frames of the `padded` (height, width)."""
-    if sizes_B2 is None:
-        return x_BTHWC
-    rows, columns = (
-        (jnp.arange(side) * whole)[None] < sizes_B2[:, axis, None] * side
-        for axis, (side, whole) in enumerate(zip(x_BTHWC.shape[2:4], padded, strict=True))
-    )
-    mask = rows[:, None, :, None, None] & columns[:, None, None, :, None]
-    return jnp.where(spread(mask), x_BTHWC, 0)
 
 
 def decoder_specs(config: AutoencoderConfig) -> dict:
     """Declare the parameters of `decode`."""
-    widths = config.widths[::-1]
+    widths = config.decoder_widths[::-1]
     kernel = config.kernels[0]
-    return {
+    head = causal_conv3d_specs(widths[-1], 3 * math.prod(config.first_block), kernel)
+    specs = {
         "stem": causal_conv3d_specs(config.latent_channels, widths[0], kernel),
-        "levels": [[block_specs(config, width) for _ in range(config.decoder_blocks)] for width in widths],
+        "levels": [[block_specs(width, config.kernels) for _ in range(config.decoder_blocks)] for width in widths],
         "ups": [
             causal_conv3d_specs(coarse, math.prod(step) * fine, POINT)
             for step, coarse, fine in zip(config.steps[::-1], widths, widths[1:], strict=False)
         ],
         "norm": rms_norm_specs(widths[-1], ("channels",)),
-        "head": causal_conv3d_specs(widths[-1], 3 * math.prod(config.first_block), kernel),
+        "head": head,
     }
+    if config.attention:
+        specs["attention"] = attention_specs(widths[0])
+    if config.linear:
+        specs["linear"] = causal_conv3d_specs(config.latent_channels, 3 * math.prod(config.block), POINT)
+        specs["head"] = zero_conv_specs(head)
+    return specs
 
 
-def decode(params: dict, config: AutoencoderConfig, z_BthwC: jax.Array) -> jax.Array:
-    """Decode latents: (B, t, h, w, C) -> (B, 1 + f_t (t - 1), f_s h, f_s w, 3) float32, about [-1, 1], not clipped."""
+def decode(
+    params: dict,
+    config: AutoencoderConfig,
+    z_BthwC: jax.Array,
+    sizes_B2: jax.Array | None = None,
+    past: Past | None = None,
+) -> jax.Array:
+    """Decode latents: (B, t, h, w, C) -> (B, 1 + f_t (t - 1), f_s h, f_s w, 3) float32, about [-1, 1], not clipped.
+
+    Args:
+        params: the tree that `autoencoder_specs` declares.
+        config: that of the autoencoder.
+        z_BthwC: latents, not normalised.
+        sizes_B2: height and width, in pixels, of each clip in the top left corner of its frames: see `encode`.
+        past: the latents before, where these are a chunk of a clip: f_t t frames are returned, and of the first f_t of
+            a clip that begins only the last belongs to it.
+
+    Raises:
+        UserError: the latents have another number of channels.
+    """
     channels = z_BthwC.shape[-1]
     check(
         channels == config.latent_channels,
         f"latents have {channels} channels; this autoencoder decodes {config.latent_channels}",
     )
     p = params["decoder"]
-    x = causal_conv3d(p["stem"], z_BthwC.astype(compute_dtype(config.dtype)))
-    x = _blocks(p["levels"][0], config, x)
+    padded = z_BthwC.shape[2] * config.space_factor, z_BthwC.shape[3] * config.space_factor
+    this = Pass(sizes_B2, padded, past, config.norm == "frame", config.remat)
+    z = this.inside(z_BthwC.astype(compute_dtype(config.dtype)))
+    x = this.conv(p["stem"], z)
+    if config.shortcuts and not config.linear:
+        x = x + shortcut(z, x.shape[-1])
+    x = attention(this, p["attention"], x) if config.attention else x
+    x = this.blocks(p["levels"][0], x)
+    group = 1  # frames of a latent
     for step, up, blocks in zip(config.steps[::-1], p["ups"], p["levels"][1:], strict=True):
-        x = _blocks(blocks, config, depth_to_space(causal_conv3d(up, x), step))
-    x = causal_conv3d(p["head"], jax.nn.silu(rms_norm(p["norm"], x)))
-    return depth_to_space(x, config.first_block).astype(jnp.float32)
+        up = with_shortcut(up, math.prod(step)) if config.shortcuts else up
+        x = this.blocks(blocks, depth_to_space(this.conv(up, x), step, past, group))
+        group *= step[0]
+    x = this.conv(p["head"], jax.nn.silu(this.norm(p["norm"], x)))
+    video = depth_to_space(x, config.first_block, past, group)
+    if config.linear:
+        video = video + depth_to_space(causal_conv3d(p["linear"], z), config.block, past)
+    return video.astype(jnp.float32)
 
 
-def block_specs(config: AutoencoderConfig, width: int) -> list[dict]:
-    """Declare a residual block of constant width, whose last convolution is zero at the start."""
-    inits = [None] * (len(config.kernels) - 1) + [zeros]
-    convs = [causal_conv3d_specs(width, width, *part) for part in zip(config.kernels, inits, strict=True)]
-    return [{"norm": rms_norm_specs(width, ("channels",)), "conv": conv} for conv in convs]
+def start_from_linear(params: dict, weight_PC: np.ndarray, center_P: np.ndarray, scale_C: np.ndarray) -> dict:
+    """Return the parameters with their linear paths those of a linear codec, such as PCA.
 
-
-def block(p: list[dict], x_BTHWC: jax.Array, inside: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
-    """Add to x a chain of norm, SiLU, convolution; the norm is over the channels of one position, so it is causal.
-
-    `inside` is applied to the output of each convolution.
+    Args:
+        params: of an autoencoder with `config.linear`.
+        weight_PC: orthonormal directions of blocks of P pixel values.
+        center_P: mean of the blocks.
+        scale_C: standard deviation of the blocks along each direction; latents are divided by it.
     """
-    y = x_BTHWC
-    for part in p:
-        y = inside(causal_conv3d(part["conv"], jax.nn.silu(rms_norm(part["norm"], y))))
-    return x_BTHWC + y
-
-
-def _blocks(
-    parts: list, config: AutoencoderConfig, x_BTHWC: jax.Array, inside: Callable[[jax.Array], jax.Array] = lambda y: y
-) -> jax.Array:
-    run: Callable = functools.partial(block, inside=inside)
-    run = jax.checkpoint(run) if config.remat else run
-    for p in parts:
-        x_BTHWC = run(p, x_BTHWC)
-    return x_BTHWC
+    there, back = weight_PC / scale_C, (weight_PC * scale_C).T
+    parts = {"encoder": (there, -center_P @ there), "decoder": (back, center_P)}
+    linear = {
+        side: {"weight": jnp.asarray(weight, jnp.float32)[None, None, None], "bias": jnp.asarray(bias, jnp.float32)}
+        for side, (weight, bias) in parts.items()
+    }
+    return params | {side: params[side] | {"linear": linear[side]} for side in linear}

@@ -18,12 +18,19 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.models.autoencoder import LOGVAR_RANGE
-from sora_jax.nn.images import IMAGES, conv2d, conv2d_specs, group_norm, group_norm_specs, upsample_nearest
+from sora_jax.nn.images import (
+    IMAGES,
+    attend_in_images,
+    conv2d,
+    conv2d_specs,
+    group_norm,
+    group_norm_specs,
+    to_clips,
+    to_images,
+    upsample_nearest,
+)
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs
-from sora_jax.parallel.rules import out_sharding
-
-QUERIES_AT_ONCE = 1024  # of the attention in the middle: bounds the memory of its scores for large images
-MASKED = -1e30  # score of a masked position: not -inf, as a row of only such scores would have the softmax NaN
+from sora_jax.nn.past import Past
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +127,7 @@ def encoder_specs(config: KLConfig) -> dict:
 
 
 def encode(
-    params: dict, config: KLConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+    params: dict, config: KLConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None, past: Past | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Return mean and log variance of the posterior, float32, each (B, T, h, w, C).
 
@@ -130,6 +137,7 @@ def encode(
         video_BTHWC: (B, T, H, W, 3) in [-1, 1]; H = f h, W = f w.
         sizes_B2: height and width of each clip in the top left corner of its frames. Pixels outside reach neither
             convolutions nor norms nor attention: the latent of a clip's own part is that of the clip alone.
+        past: not read, because frames are independent: a chunk is encoded as a clip.
 
     Raises:
         UserError: the video has another size.
@@ -138,8 +146,8 @@ def encode(
     p = params["encoder"]
     clips, frames, height, width, _ = video_BTHWC.shape
     padded = height, width
-    sizes_I2 = None if sizes_B2 is None else _frames(sizes_B2[:, None].repeat(frames, 1))
-    x = _frames(video_BTHWC.astype(compute_dtype(config.dtype)))
+    sizes_I2 = None if sizes_B2 is None else to_images(sizes_B2[:, None].repeat(frames, 1))
+    x = to_images(video_BTHWC.astype(compute_dtype(config.dtype)))
     mask = _mask(sizes_I2, padded, x)
     x = conv2d(p["stem"], x, mask)
     for number, blocks in enumerate(p["levels"]):
@@ -150,7 +158,7 @@ def encode(
     x = _middle(p["middle"], config, x, mask)
     x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups, mask)), mask)
     x = conv2d(params["quant"], x) if config.quant else x
-    mean, logvar = jnp.split(_clips(x, (clips, frames)).astype(jnp.float32), 2, axis=-1)
+    mean, logvar = jnp.split(to_clips(x, (clips, frames)).astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
@@ -167,23 +175,33 @@ def decoder_specs(config: KLConfig) -> dict:
     }
 
 
-def decode(params: dict, config: KLConfig, z_BthwC: jax.Array) -> jax.Array:
-    """Decode latents: (B, T, h, w, C) -> (B, T, f h, f w, 3) float32, about [-1, 1], not clipped."""
-    clips, frames, _, _, channels = z_BthwC.shape
+def decode(
+    params: dict, config: KLConfig, z_BthwC: jax.Array, sizes_B2: jax.Array | None = None, past: Past | None = None
+) -> jax.Array:
+    """Decode latents: (B, T, h, w, C) -> (B, T, f h, f w, 3) float32, about [-1, 1], not clipped.
+
+    `sizes_B2` are height and width, in pixels, of each clip in the top left corner of its frames: see `encode`.
+    """
+    clips, frames, height, width, channels = z_BthwC.shape
     check(
         channels == config.latent_channels,
         f"latents have {channels} channels; this autoencoder decodes {config.latent_channels}",
     )
     p = params["decoder"]
-    x = _frames(z_BthwC.astype(compute_dtype(config.dtype)))
+    padded = height * config.space_factor, width * config.space_factor
+    sizes_I2 = None if sizes_B2 is None else to_images(sizes_B2[:, None].repeat(frames, 1))
+    x = to_images(z_BthwC.astype(compute_dtype(config.dtype)))
+    mask = _mask(sizes_I2, padded, x)
     x = conv2d(params["post_quant"], x) if config.quant else x
-    x = _middle(p["middle"], config, conv2d(p["stem"], x))
+    x = _middle(p["middle"], config, conv2d(p["stem"], x, mask), mask)
     for number, blocks in enumerate(p["levels"]):
         if number:
-            x = conv2d(p["ups"][number - 1], upsample_nearest(x))
-        x = _level(blocks, config, x)
-    x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups)))
-    return _clips(x, (clips, frames)).astype(jnp.float32)
+            x = upsample_nearest(x)
+            mask = _mask(sizes_I2, padded, x)
+            x = conv2d(p["ups"][number - 1], x, mask)
+        x = _level(blocks, config, x, mask)
+    x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups, mask)), mask)
+    return to_clips(x, (clips, frames)).astype(jnp.float32)
 
 
 def level_specs(inputs: int, outputs: int, blocks: int) -> list[dict]:
@@ -230,28 +248,8 @@ def _middle(p: dict, config: KLConfig, x_IHWD: jax.Array, mask: jax.Array | None
     with jax.named_scope("attention"):
         y = group_norm(p["attention"]["norm"], x_IHWD, config.groups, mask)
         q, k, v = (dense(p["attention"][name], y, IMAGES) for name in ("q", "k", "v"))
-        x_IHWD += dense(p["attention"]["merge"], _attend(q, k, v, mask), IMAGES)
+        x_IHWD += dense(p["attention"]["merge"], attend_in_images(q, k, v, mask), IMAGES)
     return _level([p["second"]], config, x_IHWD, mask)
-
-
-def _attend(q_IHWD: jax.Array, k_IHWD: jax.Array, v_IHWD: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend with one head of full width, in chunks of rows of queries, so that the memory of scores is bounded."""
-    images, height, width, channels = q_IHWD.shape
-    rows = next(n for n in range(height, 0, -1) if height % n == 0 and (n == 1 or n * width <= QUERIES_AT_ONCE))
-    bias = None if mask is None else jnp.where(mask[:, None, None, :, :, 0], 0.0, MASKED)
-
-    @jax.checkpoint  # the scores of all chunks together are what the chunks avoid: recompute them in the backward pass
-    def attend_chunk(q_IrWD: jax.Array) -> jax.Array:
-        scores = jnp.einsum("irwd,ihud->irwhu", q_IrWD, k_IHWD, preferred_element_type=jnp.float32) * channels**-0.5
-        weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=(-2, -1)).astype(v_IHWD.dtype)
-        return jnp.einsum("irwhu,ihud->irwd", weights, v_IHWD)
-
-    if rows == height:
-        return attend_chunk(q_IHWD)
-    apart = (images, height // rows, rows, width, channels)
-    parts = jnp.reshape(q_IHWD, apart, out_sharding=out_sharding(IMAGES[0], None, *IMAGES[1:]))
-    out = jnp.moveaxis(jax.lax.map(attend_chunk, jnp.moveaxis(parts, 1, 0)), 0, 1)
-    return jnp.reshape(out, q_IHWD.shape, out_sharding=out_sharding(*IMAGES))
 
 
 def _mask(sizes_I2: jax.Array | None, padded: tuple[int, int], x_IHWD: jax.Array) -> jax.Array | None:
@@ -263,14 +261,3 @@ def _mask(sizes_I2: jax.Array | None, padded: tuple[int, int], x_IHWD: jax.Array
         for axis, (side, whole) in enumerate(zip(x_IHWD.shape[1:3], padded, strict=True))
     )
     return (rows[:, :, None] & columns[:, None, :])[..., None]
-
-
-def _frames(x: jax.Array) -> jax.Array:
-    """Merge clips and frames: (B, T, ...) -> (B T, ...)."""
-    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-    return jnp.reshape(x, shape, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
-
-
-def _clips(x_IHWD: jax.Array, clips: tuple[int, int]) -> jax.Array:
-    """Split clips and frames: (B T, H, W, D) -> (B, T, H, W, D)."""
-    return jnp.reshape(x_IHWD, (*clips, *x_IHWD.shape[1:]), out_sharding=out_sharding("batch", "time", *IMAGES[1:]))

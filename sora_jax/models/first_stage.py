@@ -11,18 +11,29 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import OneOf
-from sora_jax.models import autoencoder, autoencoder_kl
+from sora_jax.models import autoencoder, autoencoder_kl, autoencoder_wan
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.models.autoencoder_wan import WanConfig
+from sora_jax.nn.past import Past
 from sora_jax.parallel.rules import laid_out_as, layout_of
 
-MODULES: dict[type, ModuleType] = {AutoencoderConfig: autoencoder, KLConfig: autoencoder_kl}
-FirstStageConfig = Annotated[AutoencoderConfig | KLConfig, OneOf(MODULES)]
+MODULES: dict[type, ModuleType] = {
+    AutoencoderConfig: autoencoder,
+    KLConfig: autoencoder_kl,
+    WanConfig: autoencoder_wan,
+}
+FirstStageConfig = Annotated[AutoencoderConfig | KLConfig | WanConfig, OneOf(MODULES)]
 
 
 def autoencoder_specs(config: FirstStageConfig) -> dict:
     """Declare all parameters."""
     return MODULES[type(config)].autoencoder_specs(config)
+
+
+def block_of(config: FirstStageConfig) -> tuple[int, int, int]:
+    """Return the block (time, height, width) of pixels that a latent position stands for."""
+    return config.time_factor, config.space_factor, config.space_factor
 
 
 def latent_fields(config: FirstStageConfig) -> tuple[str, ...]:
@@ -44,19 +55,33 @@ def receptive_field(config: FirstStageConfig, direction: str) -> tuple[float, fl
 
 
 def encode(
-    params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+    params: dict,
+    config: FirstStageConfig,
+    video_BTHWC: jax.Array,
+    sizes_B2: jax.Array | None = None,
+    past: Past | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return mean and log variance of the posterior of video (B, T, H, W, 3) in [-1, 1], float32, each (B, t, h, w, C).
 
     `sizes_B2` are the height and width of each clip in the top left corner of its frames; the latent of that part is
-    that of the clip alone.
+    that of the clip alone. `past`: the video is a chunk of f_t t frames of a clip, see `nn.past`.
     """
-    return MODULES[type(config)].encode(params, config, video_BTHWC, sizes_B2)
+    return MODULES[type(config)].encode(params, config, video_BTHWC, sizes_B2, past)
 
 
-def decode(params: dict, config: FirstStageConfig, z_BthwC: jax.Array) -> jax.Array:
-    """Decode latents: (B, t, h, w, C) -> (B, T, H, W, 3) float32, about [-1, 1], not clipped."""
-    return MODULES[type(config)].decode(params, config, z_BthwC)
+def decode(
+    params: dict,
+    config: FirstStageConfig,
+    z_BthwC: jax.Array,
+    sizes_B2: jax.Array | None = None,
+    past: Past | None = None,
+) -> jax.Array:
+    """Decode latents: (B, t, h, w, C) -> (B, T, H, W, 3) float32, about [-1, 1], not clipped.
+
+    `sizes_B2` are heights and widths of the decoded clips, in pixels, as for `encode`. `past`: the latents are a chunk
+    of a clip, and f_t t frames are returned, see `nn.past`.
+    """
+    return MODULES[type(config)].decode(params, config, z_BthwC, sizes_B2, past)
 
 
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:

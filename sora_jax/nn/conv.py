@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sora_jax.nn.params import Initializer, ParamSpec, lecun, zeros
+from sora_jax.nn.past import Past, clip_axes, spread
 from sora_jax.parallel.rules import RULES, on_mesh, out_sharding, partition, parts, reshard
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros (above, below), (left, right)
@@ -33,19 +34,27 @@ def causal_conv3d_specs(
     }
 
 
-def causal_conv3d(params: dict, x_BTHWC: jax.Array) -> jax.Array:
+def causal_conv3d(params: dict, x_BTHWC: jax.Array, past: Past | None = None, zeros: bool = False) -> jax.Array:
     """Convolve with stride 1 and the same output size: (B, T, H, W, inputs) -> (B, T, H, W, outputs), dtype of x.
 
-    The padding is zeros in space and copies of the first frame in time (MAGVIT-v2, 2310.05737, section 3.2). On a mesh
-    every device convolves its own clips and rows, after a halo exchange with its neighbours.
+    The padding is zeros in space and, in time, copies of the first frame (MAGVIT-v2, 2310.05737, section 3.2) or, if
+    `zeros`, zeros as well; of a chunk of a clip, the frames before it. On a mesh every device convolves its own clips
+    and rows, after a halo exchange with its neighbours.
     """
+    copies = params["weight"].shape[0] - 1
     with jax.named_scope("causal_conv3d"):
+        if past is not None:
+            x_BTHWC, copies = past.extend(x_BTHWC, copies, zeros), 0
+        elif zeros:
+            unread = max(0, copies + 1 - x_BTHWC.shape[1])  # taps that see nothing but zeros, such as those of an image
+            params = params | {"weight": params["weight"][unread:]}
+            x_BTHWC, copies = jnp.pad(x_BTHWC, [(0, 0), (copies - unread, 0), (0, 0), (0, 0), (0, 0)]), 0
         if not on_mesh():
-            return _padded_conv3d(params, x_BTHWC, _same(params["weight"].shape[1]))
-        return _on_each_device(params, spread(x_BTHWC))
+            return _padded_conv3d(params, x_BTHWC, _same(params["weight"].shape[1]), copies)
+        return _on_each_device(params, spread(x_BTHWC), copies)
 
 
-def _on_each_device(params: dict, x_BTHWC: jax.Array) -> jax.Array:
+def _on_each_device(params: dict, x_BTHWC: jax.Array, copies: int) -> jax.Array:
     """Convolve a clip that is laid out by `spread`."""
     axes = clip_axes(x_BTHWC.shape[2])
     rows = _same(params["weight"].shape[1])
@@ -56,8 +65,8 @@ def _on_each_device(params: dict, x_BTHWC: jax.Array) -> jax.Array:
         # `platform_dependent`: in its branches several of these collectives could run at the same time.
         params = jax.lax.pcast(params, split, to="varying")
         if parts("height") == 1 or axes[2] is None:
-            return _padded_conv3d(params, x, rows)
-        return _padded_conv3d(params, halo_exchange(x, *rows), (0, 0))
+            return _padded_conv3d(params, x, rows, copies)
+        return _padded_conv3d(params, halo_exchange(x, *rows), (0, 0), copies)
 
     whole = jax.tree.map(lambda _: PartitionSpec(), params)
     return jax.shard_map(local, in_specs=(whole, partition(*axes)), out_specs=partition(*axes))(params, x_BTHWC)
@@ -83,12 +92,12 @@ def _halo_rows(x_BTHWC: jax.Array, count: int, step: int) -> list[jax.Array]:
     return received
 
 
-def _padded_conv3d(params: dict, x_BTHWC: jax.Array, rows: tuple[int, int]) -> jax.Array:
-    """Convolve with `rows` (above, below) of zero padding in height; the padding in width and time is the kernel's."""
+def _padded_conv3d(params: dict, x_BTHWC: jax.Array, rows: tuple[int, int], copies: int) -> jax.Array:
+    """Convolve with `rows` (above, below) of zeros in height, `copies` of the first frame, and zeros in width."""
     weight = params["weight"].astype(x_BTHWC.dtype)
     bias = params["bias"].astype(x_BTHWC.dtype)
     padding = rows, _same(weight.shape[2])
-    padded = repeat_first(x_BTHWC, weight.shape[0] - 1)
+    padded = repeat_first(x_BTHWC, copies)
     y = jax.lax.platform_dependent(
         padded,
         weight,
@@ -132,26 +141,17 @@ def _same(size: int) -> tuple[int, int]:
     return (size - 1) // 2, size // 2
 
 
-def clip_axes(rows: int) -> tuple[str | None, ...]:
-    """Return the logical axes of clips with so many rows: rows that the mesh cannot split evenly are not split."""
-    return "batch", "time", None if rows % parts("height") else "height", "breadth", "channels"
-
-
-def spread(x_BTHWC: jax.Array) -> jax.Array:
-    """Reshard clips by their `clip_axes`; return them unchanged if no mesh is set."""
-    return reshard(x_BTHWC, *clip_axes(x_BTHWC.shape[2]))
-
-
-def space_to_depth(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
+def space_to_depth(x_BTHWC: jax.Array, block: tuple[int, int, int], past: Past | None = None) -> jax.Array:
     """Move blocks of pixels (pt, ph, pw) into channels: (B, 1 + pt (t - 1), ph h, pw w, C) -> (B, t, h, w, pt ph pw C).
 
-    The channels run block time, height, width, then C. Copies of the first frame fill the first block. The inverse is
-    `depth_to_space`. Space to depth: Shi et al. 1609.05158; causal in time as in Cosmos, 2501.03575.
+    The channels run block time, height, width, then C. Copies of the first frame fill the first block; a chunk of a
+    clip (`past`) has pt t frames, with these copies in it. The inverse is `depth_to_space`. Space to depth: Shi et al.
+    1609.05158; causal in time as in Cosmos, 2501.03575.
     """
     pt, ph, pw = block
     # The mesh splits blocks, not rows of pixels: a block that lay on two devices would have to be moved.
     batch, time, height, breadth, channels = axes = clip_axes(x_BTHWC.shape[2] // ph)
-    x = repeat_first(reshard(x_BTHWC, *axes), pt - 1)
+    x = repeat_first(reshard(x_BTHWC, *axes), pt - 1 if past is None else 0)
     B, T, H, W, C = x.shape
     apart = batch, time, None, height, None, breadth, None, channels
     x = _reshape(x, (B, T // pt, pt, H // ph, ph, W // pw, pw, C), apart)
@@ -159,10 +159,14 @@ def space_to_depth(x_BTHWC: jax.Array, block: tuple[int, int, int]) -> jax.Array
     return _reshape(x, (B, T // pt, H // ph, W // pw, pt * ph * pw * C), axes)
 
 
-def depth_to_space(x_BthwC: jax.Array, block: tuple[int, int, int]) -> jax.Array:
+def depth_to_space(
+    x_BthwC: jax.Array, block: tuple[int, int, int], past: Past | None = None, group: int = 1
+) -> jax.Array:
     """Invert `space_to_depth`: (B, t, h, w, pt ph pw C) -> (B, 1 + pt (t - 1), ph h, pw w, C).
 
-    Only the last frame of the first block is returned: the others are copies that `space_to_depth` added.
+    Only the last frame of the first block is returned: the others are copies that `space_to_depth` added. Of a chunk of
+    a clip (`past`), whose latents have `group` frames in x, all pt t frames are returned, and those of a clip's first
+    latent are copies of its last.
     """
     pt, ph, pw = block
     batch, time, height, breadth, channels = axes = clip_axes(x_BthwC.shape[2])
@@ -171,7 +175,7 @@ def depth_to_space(x_BthwC: jax.Array, block: tuple[int, int, int]) -> jax.Array
     x = _reshape(reshard(x_BthwC, *axes), (B, t, h, w, pt, ph, pw, C // (pt * ph * pw)), apart)
     x = jnp.transpose(x, (0, 1, 4, 2, 5, 3, 6, 7))
     x = _reshape(x, (B, t * pt, h * ph, w * pw, C // (pt * ph * pw)), axes)
-    return spread(x[:, pt - 1 :])
+    return spread(x[:, pt - 1 :] if past is None else past.repeat_last_of_first_group(x, pt * group))
 
 
 def _reshape(x: jax.Array, shape: tuple[int, ...], axes: Sequence[str | None]) -> jax.Array:

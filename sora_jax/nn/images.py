@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.nn.params import ParamSpec, lecun, ones, zeros
-from sora_jax.parallel.rules import out_sharding
+from sora_jax.parallel.rules import out_sharding, reshard
 
 IMAGES = ("batch", "picture", "picture", "channels")
+QUERIES_AT_ONCE = 1024  # of the attention in the middle: bounds the memory of its scores for large images
+MASKED = -1e30  # score of a masked position: not -inf, as a row of only such scores would have the softmax NaN
 
 
 def conv2d_specs(inputs: int, outputs: int, size: int = 3) -> dict:
@@ -75,3 +77,38 @@ def upsample_nearest(x_IHWD: jax.Array) -> jax.Array:
     images, height, width, channels = x_IHWD.shape
     x = jnp.broadcast_to(x_IHWD[:, :, None, :, None], (images, height, 2, width, 2, channels))
     return jnp.reshape(x, (images, 2 * height, 2 * width, channels), out_sharding=out_sharding(*IMAGES))
+
+
+def attend_in_images(q_IHWD: jax.Array, k_IHWD: jax.Array, v_IHWD: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend inside each image with one head of full width, where `mask` (I, H, W, 1) is True: all (I, H, W, D).
+
+    The queries are taken in chunks of rows, so that the memory of the scores is bounded.
+    """
+    images, height, width, channels = q_IHWD.shape
+    rows = next(n for n in range(height, 0, -1) if height % n == 0 and (n == 1 or n * width <= QUERIES_AT_ONCE))
+    bias = None if mask is None else jnp.where(mask[:, None, None, :, :, 0], 0.0, MASKED)
+
+    @jax.checkpoint  # the scores of all chunks together are what the chunks avoid: recompute them in the backward pass
+    def attend_chunk(q_IrWD: jax.Array) -> jax.Array:
+        scores = jnp.einsum("irwd,ihud->irwhu", q_IrWD, k_IHWD, preferred_element_type=jnp.float32) * channels**-0.5
+        weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=(-2, -1)).astype(v_IHWD.dtype)
+        return jnp.einsum("irwhu,ihud->irwd", weights, v_IHWD)
+
+    if rows == height:
+        return attend_chunk(q_IHWD)
+    apart = (images, height // rows, rows, width, channels)
+    parts = jnp.reshape(q_IHWD, apart, out_sharding=out_sharding(IMAGES[0], None, *IMAGES[1:]))
+    out = jnp.moveaxis(jax.lax.map(attend_chunk, jnp.moveaxis(parts, 1, 0)), 0, 1)
+    return jnp.reshape(out, q_IHWD.shape, out_sharding=out_sharding(*IMAGES))
+
+
+def to_images(x: jax.Array) -> jax.Array:
+    """Merge clips and frames: (B, T, ...) -> (B T, ...). On a mesh each image is then whole on one device."""
+    x = reshard(x, "batch", *(None,) * (x.ndim - 1))
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    return jnp.reshape(x, shape, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
+
+
+def to_clips(x_IHWD: jax.Array, clips: tuple[int, int]) -> jax.Array:
+    """Split clips and frames, `clips` of (B, T): (B T, H, W, D) -> (B, T, H, W, D)."""
+    return jnp.reshape(x_IHWD, (*clips, *x_IHWD.shape[1:]), out_sharding=out_sharding("batch", "time", *IMAGES[1:]))

@@ -16,9 +16,9 @@ from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cac
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.files import as_path, local_copy, replacing
-from sora_jax.models.first_stage import latent_grid
+from sora_jax.models.first_stage import block_of, latent_grid
 from sora_jax.models.pretrained import PretrainedText
-from sora_jax.models.tiling import TilingConfig, count, lay_out, tiling_warning
+from sora_jax.models.tiling import TilingConfig, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
@@ -61,9 +61,9 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
         autoencoder.fingerprint,
         dataset.digest,
         config.latent_channels,
-        (config.time_factor, config.space_factor, config.space_factor),
+        block_of(config),
         options.text.info if options.text else None,
-        to_dict(tiles) if any(count(lay_out(config, tiles, grid)) > 1 for grid in grids) else None,
+        to_dict(tiles) if any(is_cut(config, tiles, grid) for grid in grids) else None,
     )
     if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)

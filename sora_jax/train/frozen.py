@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import itertools
 import json
 import zipfile
 import zlib
@@ -20,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sora_jax.config import check, from_dict, read_json, to_dict
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, replacing, write_json
-from sora_jax.models import tiling
 from sora_jax.models.first_stage import (
     FirstStageConfig,
     autoencoder_specs,
@@ -32,6 +30,7 @@ from sora_jax.models.first_stage import (
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.rules import on_mesh, parts, reshard
+from sora_jax.train import streaming
 from sora_jax.train.autoencoder import to_float, to_uint8
 from sora_jax.train.migrate import migrate_autoencoder
 from sora_jax.train.padded_shapes import Size, padded_shape_of
@@ -52,13 +51,11 @@ SIZES_1 = ("width", "multipliers", "encoder_blocks", "decoder_blocks", "kernels"
 FIELDS_1 = {"causal": FACTORS_1 + SIZES_1 + SHARED_1, "kl": ("widths", "blocks", "groups", "quant", *SHARED_1)}
 
 
-class _Tile(NamedTuple):
-    """Hold a part of a clip on its way through the network; a clip that is not cut is its only tile."""
+class _Clip(NamedTuple):
+    """Hold a clip on its way through the network."""
 
-    array: np.ndarray
-    axes: tiling.Axes  # the tiles of its clip
-    own: Size = (0, 0, 0)  # the clip's size, before it was padded
-    size: tuple[int, int] = (0, 0)  # height and width of what the tile has of the clip, in its first corner
+    array: np.ndarray  # padded
+    own: Size  # before it was padded
 
 
 @dataclass(frozen=True)
@@ -100,67 +97,67 @@ class FrozenAutoencoder:
 
         padded_shapes: the shapes that programs are compiled for; each clip takes the smallest that holds it, by default
         its own. The latent is the same to float error: later frames do not reach earlier ones, and what lies beside the
-        clip is masked. tiles: what is larger is cut into tiles, `batch` of which are encoded at once.
+        clip is masked. tiles: if given, one program encodes `batch` tiles at once, chunk by chunk.
         """
-        pixels = tiling.factors(self.config)
-        field = tiling.receptive_fields(self.config, "encode")
         params = _on_devices(self.params)
+        if tiles:
+            for mean in streaming.encode_stream(params, self.config, clips, tiles, batch):
+                yield (mean - self.mean_C) / self.std_C
+            return
 
-        def cut(clip: np.ndarray) -> Iterator[_Tile]:
+        def pad(clip: np.ndarray) -> _Clip:
             own = clip.shape[:3]
             shape = own if padded_shapes is None else padded_shape_of(own, padded_shapes)
-            axes = tiling.lay_out(self.config, tiles, latent_grid(self.config, *shape))
-            arrays = tiling.cut(_padded(clip, shape), axes, pixels)
-            sizes = _own_sizes(own, tiling.tile_slices(axes, pixels))
-            return (_Tile(array, axes, own, size) for array, size in zip(arrays, sizes, strict=True))
+            return _Clip(np.pad(clip, [(0, whole - side) for whole, side in zip(shape, own)] + [(0, 0)]), own)
 
-        def run(batch: Sequence[_Tile]) -> np.ndarray:
-            video_BTHWC = np.stack([tile.array for tile in batch])
-            sizes_B2 = np.array([tile.size for tile in batch], np.int32)
+        def run(batch: Sequence[_Clip]) -> np.ndarray:
+            video_BTHWC = np.stack([clip.array for clip in batch])
+            sizes_B2 = np.array([clip.own[1:] for clip in batch], np.int32)
             mean, _ = _encode(params, self.config, video_BTHWC, sizes_B2)
             return (np.asarray(mean) - self.mean_C) / self.std_C
 
-        for tile, parts_ in _by_clip(_in_batches(run, itertools.chain.from_iterable(map(cut, clips)), batch)):
-            t, h, w = latent_grid(self.config, *tile.own)
-            yield tiling.join(parts_, tile.axes, tiling.LATENTS, field)[:t, :h, :w]
+        for clip, z in _in_batches(run, map(pad, clips), batch):
+            t, h, w = latent_grid(self.config, *clip.own)
+            yield z[:t, :h, :w]
 
     def decode(
         self, latents: Iterable[np.ndarray], batch: int = 16, tiles: TilingConfig = TilingConfig()
     ) -> Iterator[np.ndarray]:
         """Decode normalised latents of any sizes into uint8 clips, in order; tiles: as in `encode`."""
-        pixels = tiling.factors(self.config)
-        field = tiling.receptive_fields(self.config, "decode")
         params = _on_devices(self.params)
+        if tiles:
+            scaled = map(self._scaled, latents)
+            yield from map(to_uint8, streaming.decode_stream(params, self.config, scaled, tiles, batch))
+            return
 
-        def cut(z_thwC: np.ndarray) -> Iterator[_Tile]:
-            axes = tiling.lay_out(self.config, tiles, z_thwC.shape[:3])
-            return (_Tile(array, axes) for array in tiling.cut(z_thwC, axes))
+        def run(batch: Sequence[_Clip]) -> np.ndarray:
+            return np.asarray(_decode(params, self.config, self._scaled(np.stack([clip.array for clip in batch]))))
 
-        def run(batch: Sequence[_Tile]) -> np.ndarray:
-            z_BthwC = np.stack([tile.array for tile in batch])
-            return np.asarray(_decode(params, self.config, np.asarray(z_BthwC, np.float32) * self.std_C + self.mean_C))
+        clips = (_Clip(z, z.shape[:3]) for z in latents)
+        yield from (to_uint8(video) for _, video in _in_batches(run, clips, batch))
 
-        for tile, parts_ in _by_clip(_in_batches(run, itertools.chain.from_iterable(map(cut, latents)), batch)):
-            yield to_uint8(tiling.join(parts_, tile.axes, pixels, field))
+    def decode_chunks(
+        self, z_thwC: np.ndarray, tiles: TilingConfig = TilingConfig(), batch: int = 16
+    ) -> Iterator[np.ndarray]:
+        """Decode one normalised latent part by part, in order: uint8 (T, H, W, 3).
+
+        Memory does not grow with the clip. `tiles.tile` has the length of a part in frames, by default of one latent.
+        """
+        z = self._scaled(z_thwC)
+        yield from map(to_uint8, streaming.decode_chunks(_on_devices(self.params), self.config, z, tiles, batch))
+
+    def decode_ring(self, z_thwC: np.ndarray, tiles: TilingConfig = TilingConfig(), batch: int = 16) -> np.ndarray:
+        """Decode a normalised latent whose last frame is followed by its first into a uint8 loop (f_t t, H, W, 3)."""
+        z = self._scaled(z_thwC)
+        return to_uint8(streaming.decode_ring(_on_devices(self.params), self.config, z, tiles, batch))
+
+    def _scaled(self, z: np.ndarray) -> np.ndarray:
+        return np.asarray(z, np.float32) * self.std_C + self.mean_C
 
 
 def _on_devices(params: dict) -> dict:
     """Copy the parameters to each device of the mesh that is set: once, not with every batch."""
     return jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()) if on_mesh() else None)
-
-
-def _own_sizes(clip: Size, places: Iterable[tuple[slice, ...]]) -> Iterator[tuple[int, int]]:
-    """Return height and width of what each tile of a padded shape has of the clip, in its first corner."""
-    for where in places:
-        pairs = zip(clip[1:], where[1:], strict=True)
-        yield tuple(min(max(size - span.start, 0), span.stop - span.start) for size, span in pairs)
-
-
-def _padded(clip: np.ndarray, shape: Size) -> np.ndarray:
-    """Place the clip in the first corner of a larger shape."""
-    if clip.shape[:3] == tuple(shape):
-        return clip
-    return np.pad(clip, [(0, whole - own) for whole, own in zip(shape, clip.shape)] + [(0, 0)])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -174,32 +171,25 @@ def _decode(params: dict, config: FirstStageConfig, z: jax.Array) -> jax.Array:
     return decode(params, config, reshard(z, "batch", None, None, None, None))
 
 
-def _in_batches(function: Callable, tiles: Iterable[_Tile], batch: int) -> Iterator[tuple[_Tile, np.ndarray]]:
-    """Apply `function` to batches of tiles of one shape; yield each tile with its result, in order.
+def _in_batches(function: Callable, clips: Iterable[_Clip], batch: int) -> Iterator[tuple[_Clip, np.ndarray]]:
+    """Apply `function` to batches of clips of one shape; yield each clip with its result, in order.
 
-    The last batch of a shape is filled up by its last tile, so that each shape compiles once.
+    The last batch of a shape is filled up by its last clip, so that each shape compiles once.
     """
     batch = -(-batch // parts("batch")) * parts("batch")
-    held: list[_Tile] = []
+    held: list[_Clip] = []
 
-    def flush() -> Iterator[tuple[_Tile, np.ndarray]]:
+    def flush() -> Iterator[tuple[_Clip, np.ndarray]]:
         results = function(held + held[-1:] * (batch - len(held)))
         yield from zip(held, results)  # what the filler gives is dropped
 
-    for tile in tiles:
-        if held and (tile.array.shape != held[0].array.shape or len(held) == batch):
+    for clip in clips:
+        if held and (clip.array.shape != held[0].array.shape or len(held) == batch):
             yield from flush()
             held = []
-        held.append(tile)
+        held.append(clip)
     if held:
         yield from flush()
-
-
-def _by_clip(found: Iterator[tuple[_Tile, np.ndarray]]) -> Iterator[tuple[_Tile, list[np.ndarray]]]:
-    """Collect the results of all tiles of each clip; yield its first tile with them."""
-    for tile, first in found:
-        rest = itertools.islice(found, tiling.count(tile.axes) - 1)
-        yield tile, [first, *(result for _, result in rest)]
 
 
 def measure_statistics(
