@@ -15,11 +15,12 @@ import scipy.stats
 
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
-from sora_jax.models.first_stage import kl_to_standard_normal, psnr, reconstruction_loss, sample_posterior
+from sora_jax.models.first_stage import kl_to_standard_normal, psnr, sample_posterior
 from sora_jax.nn.params import abstract, count, init, shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.parallel.rules import partition
 from sora_jax.plan.hlo import COLLECTIVES
+from sora_jax.train.reconstruction import reconstruction_loss
 
 SMALL = dict(width=8, latent_channels=4, encoder_blocks=1, decoder_blocks=1, dtype="float32")
 FACTORISED = ((3, 1, 1), (1, 3, 3))
@@ -212,7 +213,7 @@ def test_narrow_4x8x8x16_autoencoder_runs():
 
 def loss_and_gradient(config, params, video):
     def loss(p):
-        return reconstruction_loss(p, config, video, jax.random.key(3))[0]
+        return reconstruction_loss(p, config, video, jax.random.key(3)).model
 
     return jax.value_and_grad(loss)(params)
 
@@ -275,7 +276,11 @@ def test_overfitting_one_clip_raises_psnr():
     @jax.jit
     def step(params, state, number):
         key = jax.random.fold_in(jax.random.key(0), number)
-        loss = lambda p: reconstruction_loss(p, config, video, key)  # noqa: E731
+
+        def loss(p):
+            found = reconstruction_loss(p, config, video, key)
+            return found.model, found.metrics
+
         gradient, metrics = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, metrics["psnr"]
@@ -290,7 +295,7 @@ def test_overfitting_one_clip_raises_psnr():
 def test_loss_is_the_weighted_sum_of_its_parts():
     config = dataclasses.replace(CONFIGS["patch"], l1_weight=0.5, l2_weight=2.0, kl_weight=0.1)
     params, video, key = random_params(config), clips(2, 5), jax.random.key(0)
-    loss, metrics = jax.jit(lambda p, v: reconstruction_loss(p, config, v, key))(params, video)
+    loss, _, metrics = jax.jit(lambda p, v: reconstruction_loss(p, config, v, key))(params, video)
     mean, logvar = jit_encode(config)(params, video)
     error = np.asarray(jit_decode(config)(params, sample_posterior(key, mean, logvar)) - video)
     kl = kl_to_standard_normal(mean, logvar).mean()

@@ -17,13 +17,13 @@ from sora_jax.data.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, encode, latent_grid
-from sora_jax.models.first_stage import reconstruction_loss
 from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.nn import images
 from sora_jax.nn.params import abstract, count, shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, save_autoencoder
+from sora_jax.train.reconstruction import reconstruction_loss
 
 SMALL = KLConfig(latent_channels=2, widths=(8, 16), blocks=1, groups=4, dtype="float32")
 DEEP = KLConfig(latent_channels=2, widths=(8, 16, 16), blocks=1, groups=4, quant=False, dtype="float32")
@@ -131,7 +131,7 @@ KEY = jax.random.key(3)
 
 
 def loss_of(config, params):
-    return reconstruction_loss(params, config, pictures(2, 1, 8, 8), KEY)[0]
+    return reconstruction_loss(params, config, pictures(2, 1, 8, 8), KEY).model
 
 
 @functools.cache

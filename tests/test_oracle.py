@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from sora_jax.config import from_dict, load
 from sora_jax.data import oracle
-from sora_jax.data.oracle import agree, agreement, read
+from sora_jax.data.oracle import agree, agreement, read, read_frames
 from sora_jax.data.world import FULL_WORLD, WorldConfig, captions, clip, scene, wanted
 from sora_jax.data.world.captions import COLOURS, MOTIONS, STYLES, TONES
 from sora_jax.data.world.render import render
@@ -312,6 +312,8 @@ def test_any_clip_can_be_read_and_scored(make, shape, seed, prompt):
         words, rated = in_words(frames), score([prompt], [frames])
     assert bool(reading.shapes) == (words != "nothing")
     assert 0 <= reading.constancy <= 1 and np.isfinite(reading.physics_error) and rated.clips == 1
+    shown = any(frame.shapes for frame in read_frames(frames))
+    assert (0 <= rated.edge_error <= 1) == shown and not rated.speckle > 1
     for shape_read in reading.shapes:
         assert np.isfinite(shape_read.diameter)
         seen = np.isfinite(shape_read.diameters_T)

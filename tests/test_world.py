@@ -6,7 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sora_jax.data.world import FULL_WORLD, HELD_OUT, WorldConfig, captions, clip, render, scene, scenes, split, wanted
+from sora_jax.data.sources import SourceConfig
+from sora_jax.data.sources.world import WorldReader
+from sora_jax.data.world import (
+    FULL_WORLD,
+    HELD_OUT,
+    WorldConfig,
+    captions,
+    captions_of,
+    clip,
+    render,
+    scene,
+    scenes,
+    split,
+    wanted,
+)
 from sora_jax.data.world.captions import COLOURS, LEVELS, MOTIONS, TONES
 from sora_jax.data.world.figures import FIGURES
 from sora_jax.errors import UserError
@@ -196,6 +210,42 @@ def test_captions_parse_back_to_the_scene_at_every_level():
     assert seen == set(MOTIONS) | set(captions.CAMERAS) | {"behind", None}
 
 
+def test_short_captions_tell_of_shapes_alone():
+    shape = captions.WantedShape("orange", "ring", "large", "move", "left")
+    moving, image = (captions.Wanted((s,), "plain", "white") for s in (shape, replace(shape, motion=None)))
+    written = {level: captions.write(moving, level) for level in captions.SHORT}
+    assert written == {
+        "short": "an orange ring moves left",
+        "short_tags": "orange ring, moves left",
+        "shape": "an orange ring",
+    }
+    assert captions.write(image, "short") == "an orange ring"
+    pair = replace(
+        moving, shapes=(replace(shape, motion="pass"), captions.WantedShape("red", "star", "large", "behind"))
+    )
+    assert captions.write(pair, "short") == "an orange ring moves left in front of a red star"
+    assert captions.write(pair, "shape") == "an orange ring and a red star"
+    assert captions.parse("A red circle moves left") == captions.Wanted(
+        (captions.WantedShape("red", "circle", None, "move", "left"),)
+    )
+
+
+def test_extra_captions_leave_clips_their_ids_and_first_captions():
+    plain, rich = WorldConfig(seed=3), WorldConfig(seed=3, extra_captions=("short", "shape"))
+    first, second = (
+        WorldReader(SourceConfig("world", limit=9, world=world, world_held_out=2)) for world in (plain, rich)
+    )
+    assert first.open(5).content_id() == second.open(5).content_id() == "world/870241c2/5"  # as before there were any
+    assert first.digest() != second.digest()
+    for index in range(9):
+        planned = scene(rich, index if index < 7 else HELD_OUT + index - 7)
+        found = second.entry(index).captions
+        assert list(found) == ["original", "short", "shape"] and found == captions_of(rich, planned)
+        assert first.entry(index).captions == {"original": found["original"]} == {"original": planned.caption}
+        assert found["original"].startswith(found["short"]) and found["short"].startswith(found["shape"])
+    np.testing.assert_array_equal(clip(plain, 5)[0], clip(rich, 5)[0])
+
+
 def test_parse_leaves_open_what_a_prompt_does_not_say():
     found = captions.parse("A circle, please")
     assert found == captions.Wanted((captions.WantedShape(None, "circle"),))
@@ -223,6 +273,8 @@ def test_colours_are_apart_in_hue_and_more_saturated_than_backdrops():
         (dict(motions=("pass", "move")), "max_shapes"),
         (dict(motions=("rotate",), shapes=("ring",)), "ring"),
         (dict(seed=-1), "-1"),
+        (dict(extra_captions=("short", "long")), "long"),
+        (dict(extra_captions=("short", "short")), "each once"),
     ],
 )
 def test_bad_options_are_named(options, named):

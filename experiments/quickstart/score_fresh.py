@@ -1,26 +1,36 @@
 """Score a quickstart run on prompts that no choice of its settings has seen.
 
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256
+    python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256 --short
 
 The 64 prompts that the quickstart scores also served to choose its settings. These are captions of other clips of the
 same world, only such as no clip of the run's dataset has, trained on or held out. Prints what the oracle finds in the
-real clips, in the same clips through the autoencoder, and in clips generated from their captions.
+real clips, in the same clips through the autoencoder, and in clips generated from their captions; then how diverse the
+clips of one prompt are that show what it says, against the world's own clips of that caption (1 is as diverse, 0
+always the same).
+
+With --short the prompts name no background ("a red circle moves left"), and the same facts are scored.
 """
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from sora_jax.config import check, from_dict, load
-from sora_jax.data.manifest import Dataset, caption_of
+from sora_jax.data.manifest import Dataset
 from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene
+from sora_jax.data.world.captions import parse, write
+from sora_jax.evaluate.diversity import Diversity, diversity, mean_diversity, world_clips
 from sora_jax.evaluate.world import Score, score
-from sora_jax.generate.run import load_run
+from sora_jax.generate.run import Run, load_run
 from sora_jax.quickstart import QuickstartConfig, default_config
 
 FIRST = HELD_OUT + 1_000_000  # far behind the held-out clips of any dataset
+REAL = 64  # of the world's own clips that the diversity of a prompt is compared with
 
 
 def fresh_clips(world: WorldConfig, seen: set[str], count: int) -> list[tuple[str, np.ndarray]]:
@@ -37,7 +47,34 @@ def fresh_clips(world: WorldConfig, seen: set[str], count: int) -> list[tuple[st
 
 def line(name: str, found: Score) -> str:
     rates = ", ".join(f"{fact} {getattr(found, fact):.1%}" for fact in ("colour", "kind", "motion", "count"))
-    return f"{name:28} all of colour, kind and motion {found.triple:6.1%}   ({rates})"
+    return (
+        f"{name:28} all of colour, kind and motion {found.triple:6.1%}   ({rates})   "
+        f"shape constancy {found.shape_constancy:6.1%}, edge error {found.edge_error:.4f}, speckle {found.speckle:.4f}"
+    )
+
+
+def prompts_of(captions: Sequence[str], short: bool) -> list[str]:
+    """Return the captions, or, if they are to be short, what they say of shapes alone."""
+    return [write(parse(caption), "short") for caption in captions] if short else list(captions)
+
+
+def measure_diversity(
+    run: Run, config: QuickstartConfig, prompts: Sequence[tuple[str, tuple[int, int, int]]], seeds: int
+) -> list[Diversity]:
+    """Sample each prompt at its size (T, H, W) from as many seeds, and compare with the world's own clips."""
+    asked = [pair for pair in prompts for _ in range(seeds)]
+    texts, sizes = [text for text, _ in asked], [size for _, size in asked]
+    clips = run.generate(texts, sizes, config.show.steps or None, seed=2)
+    groups = [clips[i : i + seeds] for i in range(0, len(clips), seeds)]
+    return [
+        diversity(group, world_clips(config.world, text, size, REAL), text)
+        for (text, size), group in zip(prompts, groups, strict=True)
+    ]
+
+
+def diversity_line(name: str, found: Diversity) -> str:
+    values = ", ".join(f"{fact} {value:.2f}" for fact, value in dataclasses.asdict(found).items())
+    return f"diversity: {values}   {name}"
 
 
 def main() -> None:
@@ -45,9 +82,12 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--config", default=None, help="of the quickstart run (default: its full form)")
     parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--short", action="store_true", help="prompts that name no background")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts whose diversity is measured (0: none)")
+    parser.add_argument("--seeds", type=int, default=16, help="clips of each of them")
     options = parser.parse_args()
     config = from_dict(QuickstartConfig, load(options.config or default_config()))
-    seen = {caption_of(row) for row in Dataset(options.workdir / "world").rows()}
+    seen = {caption for row in Dataset(options.workdir / "world").rows() for caption in row["captions"]}
     captions, clips = zip(*fresh_clips(config.world, seen, options.count), strict=True)
     print(f"{len(captions)} clips, {len(set(captions))} different captions")
     print(line("real clips", score(captions, clips)), flush=True)
@@ -56,8 +96,16 @@ def main() -> None:
         order = sorted(range(len(clips)), key=lambda i: clips[i].shape)
         decoded = list(run.autoencoder.decode(run.autoencoder.encode(clips[i] for i in order)))
     print(line("through the autoencoder", score([captions[i] for i in order], decoded)), flush=True)
-    generated = run.generate(captions, [c.shape[:3] for c in clips], config.show.steps or None, seed=1)
-    print(line("generated from the captions", score(captions, generated)))
+    prompts, sizes = prompts_of(captions, options.short), [c.shape[:3] for c in clips]
+    generated = run.generate(prompts, sizes, config.show.steps or None, seed=1)
+    name = "generated from short prompts" if options.short else "generated from the captions"
+    print(line(name, score(prompts, generated)), flush=True)
+    chosen = list(dict(zip(prompts, sizes, strict=True)).items())[: options.prompts]
+    if chosen:
+        found = measure_diversity(run, config, chosen, options.seeds)
+        for (text, _), each in zip(chosen, found, strict=True):
+            print(diversity_line(text, each))
+        print(diversity_line(f"mean of {len(found)} prompts x {options.seeds} seeds", mean_diversity(found)))
 
 
 if __name__ == "__main__":

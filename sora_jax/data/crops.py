@@ -13,6 +13,8 @@ from sora_jax.data.planning import generator
 from sora_jax.data.share import Share
 from sora_jax.errors import UserError
 
+Size = tuple[int, int, int]  # frames, height, width
+
 
 @dataclass(frozen=True)
 class CropConfig:
@@ -23,13 +25,21 @@ class CropConfig:
     width: int = 64
     batch: int = 8  # rows over all hosts, videos and images together
     image_share: float = 0.0  # of the rows, rounded to whole rows
+    further: tuple[tuple[int, int, int], ...] = ()  # other (frames, height, width); each step takes one of all sizes
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"crop.{name} is {getattr(self, name)}; it must be at least 1")
+        if any(min(size) < 1 for size in self.further):
+            raise UserError(f"crops is {self.further}; all numbers must be at least 1")
         if not 0.0 <= self.image_share <= 1.0:
             raise UserError(f"crop.image_share is {self.image_share}; it must be 0 to 1")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """All sizes (frames, height, width) of crops."""
+        return ((self.frames, self.height, self.width), *self.further)
 
     @property
     def images(self) -> int:
@@ -51,17 +61,22 @@ class CropBatches:
     ):
         self.dataset, self.config, self.seed = dataset, config, seed
         self.sizes, self.clips = sizes, clips
-        self.groups = [
-            ("videos", config.frames, share.rows(config.batch - config.images)),
-            ("images", 1, share.rows(config.images)),
-        ]
-        self.eligible = {frames: self._large_enough(frames) for _, frames, rows in self.groups if len(rows)}
+        self.rows = {"videos": share.rows(config.batch - config.images), "images": share.rows(config.images)}
+        crops = [self._size(name, size) for size in config.sizes for name, rows in self.rows.items() if len(rows)]
+        self.eligible = {crop: self._large_enough(crop) for crop in crops}
+
+    @staticmethod
+    def _size(name: str, size: Size) -> Size:
+        return (1, *size[1:]) if name == "images" else size
 
     def __getitem__(self, step: int) -> Batch:
         batch: Batch = {}
-        for name, frames, rows in self.groups:
+        sizes = self.config.sizes
+        # With one size nothing is drawn: the draws of the crops are those of configs that have a single one.
+        size = sizes[generator(self.seed, "crop size", step, 0).integers(len(sizes))] if len(sizes) > 1 else sizes[0]
+        for name, rows in self.rows.items():
             if len(rows):
-                crops = [self._crop(name, frames, step, row) for row in rows]
+                crops = [self._crop(name, self._size(name, size), step, row) for row in rows]
                 batch[f"{name}_BTHW3"] = np.stack([pixels for _, pixels in crops])
                 batch[f"{name}_clips_B"] = np.array([clip for clip, _ in crops], np.int32)
         return batch
@@ -70,16 +85,14 @@ class CropBatches:
         """`self[start]`, `self[start + 1]`, ... without end, read ahead."""
         return read_ahead(self.__getitem__, start, feed)
 
-    def _crop(self, name: str, frames: int, step: int, row: int) -> tuple[int, np.ndarray]:
+    def _crop(self, name: str, crop: Size, step: int, row: int) -> tuple[int, np.ndarray]:
         draws = generator(self.seed, f"crop {name}", step, row)
-        clip = int(draws.choice(self.eligible[frames]))
-        crop = np.array([frames, self.config.height, self.config.width])
-        t, y, x = draws.integers(0, self.sizes[clip] - crop + 1)
+        clip = int(draws.choice(self.eligible[crop]))
+        t, y, x = draws.integers(0, self.sizes[clip] - np.array(crop) + 1)
         pixels = self.dataset[clip].frames
         return clip, pixels[t : t + crop[0], y : y + crop[1], x : x + crop[2]]
 
-    def _large_enough(self, frames: int) -> np.ndarray:
-        crop = (frames, self.config.height, self.config.width)
+    def _large_enough(self, crop: Size) -> np.ndarray:
         found = self.clips[(self.sizes[self.clips] >= crop).all(axis=1)]
         if not len(found):
             largest = " x ".join(str(side) for side in self.sizes[self.clips].max(axis=0, initial=0))

@@ -5,7 +5,8 @@
 `cache.json`                            format version, fingerprint of the autoencoder, digest of the dataset,
                                         channels, factors, the text encoder if there is one, the tiles where clips
                                         were cut
-`latents-*.array_record`                raw float16 (t, h, w, C), normalised
+`latents-*.array_record`                raw float16 (t, h, w, C), normalised; of discrete latents raw uint32 (t, h, w),
+                                        indices of codes
 `text-*.array_record`                   raw float16 (m, E): the embeddings of all captions of the clip, one after
                                         the other; `text_tokens` has their lengths
 ======================================  ==================================================================
@@ -13,6 +14,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +67,8 @@ class TextInfo:
 class CacheInfo:
     """What a cache was made with, beside its clips. data: digest of the dataset; factors: (time, height, width).
 
-    tiles: size and overlap as JSON; None where no clip was cut.
+    tiles: size and overlap as JSON; None where no clip was cut. codes: of discrete latents the values that each channel
+    can have; the index of a code is a number with a digit for each channel, the first with weight 1.
     """
 
     fingerprint: str
@@ -74,11 +77,30 @@ class CacheInfo:
     factors: tuple[int, int, int]
     text: TextInfo | None = None
     tiles: dict | None = None
+    codes: list[list[float]] | None = None
 
     def plain(self) -> dict:
         text = None if self.text is None else dict(vars(self.text))
         values = {**vars(self), "factors": list(self.factors), "text": text, "format": FORMAT}
-        return {name: value for name, value in values.items() if name != "tiles" or value}
+        return {name: value for name, value in values.items() if name not in ("tiles", "codes") or value}
+
+    def to_indices(self, latent_thwC: np.ndarray) -> np.ndarray:
+        """Return the indices (t, h, w) of the codes nearest to a discrete latent."""
+        digits = [np.abs(z[..., None] - v).argmin(-1) for z, v in zip(np.moveaxis(latent_thwC, -1, 0), self._values)]
+        return sum(digit * weight for digit, weight in zip(digits, self._weights, strict=True)).astype(np.uint32)
+
+    def from_indices(self, indices_thw: np.ndarray) -> np.ndarray:
+        """Return the latent (t, h, w, C), float32, of indices of codes."""
+        pairs = zip(self._values, self._weights, strict=True)
+        return np.stack([v[indices_thw // weight % len(v)] for v, weight in pairs], -1).astype(np.float32)
+
+    @property
+    def _values(self) -> list[np.ndarray]:
+        return [np.asarray(values) for values in self.codes]
+
+    @property
+    def _weights(self) -> list[int]:
+        return [math.prod(len(v) for v in self.codes[:channel]) for channel in range(len(self.codes))]
 
 
 def start_cache(out: str | os.PathLike, info: CacheInfo, count: int, layout: dict | None = None) -> Parts:
@@ -100,7 +122,7 @@ def add_latent(
     """
     if latent.ndim != 4 or latent.shape[-1] != info.latent_channels:
         raise UserError(f"clip {row['id']!r}: latent shape {latent.shape} is not (t, h, w, {info.latent_channels})")
-    stored = latent.astype(np.float16)
+    stored = info.to_indices(latent) if info.codes else latent.astype(np.float16)
     if not np.isfinite(stored).all():
         raise UserError(f"clip {row['id']!r}: its latent has values that float16 cannot hold")
     t, h, w, _ = latent.shape
@@ -127,7 +149,8 @@ class LatentCache:
         header = _read_header(self.path)
         text = header["text"] and TextInfo(**header["text"])
         names = ("fingerprint", "data", "latent_channels")
-        self.info = CacheInfo(*(header[name] for name in names), tuple(header["factors"]), text, header.get("tiles"))
+        optional = header.get("tiles"), header.get("codes")
+        self.info = CacheInfo(*(header[name] for name in names), tuple(header["factors"]), text, *optional)
         self._latents = ShardReader(self.path, LATENTS, header["parts"])
         self._texts = ShardReader(self.path, TEXT, header["parts"])
         self._count = header["clips"]
@@ -141,6 +164,8 @@ class LatentCache:
 
     def __getitem__(self, index: int) -> np.ndarray:
         data = self._latents.read(*self._place(index))
+        if self.info.codes:
+            return self.info.from_indices(np.frombuffer(data, np.uint32).reshape(self.grids[index]))
         return np.frombuffer(data, np.float16).reshape(*self.grids[index], self.channels)
 
     def item(self, index: int) -> np.ndarray:

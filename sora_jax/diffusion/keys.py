@@ -23,6 +23,11 @@ class Purpose(enum.IntEnum):
     CAPTION_DROPOUT = 3
     SAMPLE = 4
     SOLVER = 5
+    LATENT_NOISE = 6
+    EQUIVARIANCE = 7
+    FEATURES = 8
+    BANDS = 9
+    DISCRIMINATOR = 10
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -21,12 +21,20 @@ from sora_jax.train.state import MODEL
 TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
 
 
-def reconstruction_preview(config: AutoencoderRun, clips: Sequence[np.ndarray], workdir: Path) -> Preview:
-    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction."""
+def reconstruction_preview(
+    config: AutoencoderRun,
+    clips: Sequence[np.ndarray],
+    workdir: Path,
+    whole: Callable[[dict], dict] = lambda trained: trained,
+) -> Preview:
+    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction.
+
+    `whole` completes the parameters that are trained.
+    """
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
 
     def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
-        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, averages[MODEL]), zero, one)
+        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, whole(averages[MODEL])), zero, one)
         decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
         titles = ["above the clip, below its reconstruction"] * len(pairs)

@@ -1,6 +1,7 @@
 """Runs of the autoencoder: trained on crops, at the end frozen with the statistics of its latents."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,28 @@ from sora_jax.config import check, read_json
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
+from sora_jax.models.first_stage import autoencoder_specs, encoder_part, latent_fields
+from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.plan.autoencoder import reconstruct, train_autoencoder
-from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoencoder_job, check_sizes
-from sora_jax.train.frozen import FOLDER, RECORD, FrozenAutoencoder, measure_statistics, save_autoencoder
+from sora_jax.train.autoencoder import (
+    AutoencoderRun,
+    autoencoder_groups,
+    autoencoder_job,
+    check_sizes,
+    stage_folder,
+)
+from sora_jax.train.encode import copy_autoencoder
+from sora_jax.train.frozen import (
+    FOLDER,
+    RECORD,
+    FrozenAutoencoder,
+    load_autoencoder,
+    measure_statistics,
+    recorded_fingerprint,
+    save_autoencoder,
+)
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import Job, log
 from sora_jax.train.state import MODEL, TrainState
@@ -29,11 +47,16 @@ PREVIEW_CLIPS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderInputs(Inputs):
-    """dataset: the clips; held_out: some that are not trained on; share: this process's part of a batch."""
+    """Hold the inputs of a run.
+
+    dataset: the clips; held_out: some that are not trained on; share: this process's part of a batch; first: the
+    autoencoder that the run starts from.
+    """
 
     dataset: Dataset
     held_out: list[np.ndarray]
     share: Share
+    first: FrozenAutoencoder | None = None
 
 
 def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> AutoencoderInputs:
@@ -45,9 +68,21 @@ def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> Autoencode
         check_split(mesh, "batch", rows // config.loop.accumulate, option)
     check_sizes(config.model, dataset)
     held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
-    return AutoencoderInputs(
-        digest=dataset.digest, dataset=dataset, held_out=held_out, share=distributed.share_of_batch(mesh)
+    share = distributed.share_of_batch(mesh)
+    first = _first(config) if config.start else None
+    return AutoencoderInputs(digest=dataset.digest, dataset=dataset, held_out=held_out, share=share, first=first)
+
+
+def _first(config: AutoencoderRun) -> FrozenAutoencoder:
+    """Read the autoencoder that the run starts from; UserError unless it is the same network."""
+    first = load_autoencoder(config.start)
+    wanted, found = (
+        jax.tree.map(lambda x: x.shape, param.abstract(autoencoder_specs(model)))
+        for model in (config.model, first.config)
     )
+    same = wanted == found and latent_fields(config.model) == latent_fields(first.config)
+    check(same, f"--config.start is {config.start!r}; its network is not that of config.model")
+    return first
 
 
 def make_job(config: AutoencoderRun, inputs: AutoencoderInputs, workdir: Path) -> Job:
@@ -55,8 +90,17 @@ def make_job(config: AutoencoderRun, inputs: AutoencoderInputs, workdir: Path) -
     shown = _spread(inputs.held_out, PREVIEW_CLIPS)
     if not shown:
         log("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
-    preview = reconstruction_preview(config, shown, workdir) if shown else None
-    return autoencoder_job(config, inputs.dataset, preview, inputs.share)
+    first = inputs.first.params if inputs.first else None
+    whole = functools.partial(_whole, config, inputs)
+    preview = reconstruction_preview(config, shown, workdir, whole) if shown else None
+    return autoencoder_job(config, inputs.dataset, preview, inputs.share, first)
+
+
+def _whole(config: AutoencoderRun, inputs: AutoencoderInputs, trained: dict) -> dict:
+    """Return all parameters of the autoencoder, those that are not trained among them."""
+    if config.trained == "all" or inputs.first is None:
+        return trained
+    return encoder_part(inputs.first.params) | trained
 
 
 def finish(config: AutoencoderRun, inputs: AutoencoderInputs, state: TrainState, workdir: Path) -> None:
@@ -73,9 +117,13 @@ def finish(config: AutoencoderRun, inputs: AutoencoderInputs, state: TrainState,
 
 
 def _freeze(config: AutoencoderRun, inputs: AutoencoderInputs, params: Any, step: int, workdir: Path) -> None:
-    measured = _some(inputs.dataset, inputs.dataset.rows(config.split), STATISTICS_CLIPS)
-    measured = tqdm(measured, "latent statistics", unit="clip")
-    mean, std = measure_statistics(params, config.model, measured, tiles=config.tiles)
+    params = _whole(config, inputs, params)
+    if config.trained == "all" or inputs.first is None:
+        measured = _some(inputs.dataset, inputs.dataset.rows(config.split), STATISTICS_CLIPS)
+        bar = tqdm(measured, "latent statistics", unit="clip")
+        mean, std = measure_statistics(params, config.model, bar, tiles=config.tiles)
+    else:
+        mean, std = inputs.first.mean_C, inputs.first.std_C
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)
     quality = held_out_psnr(autoencoder, inputs.held_out, config.tiles) if inputs.held_out else None
     save_autoencoder(autoencoder, workdir / FOLDER, {"steps": step, "held_out_psnr": quality})
@@ -98,12 +146,25 @@ def _spread(items: list, most: int) -> list:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))] if items else []
 
 
+def stages(config: AutoencoderRun, workdir: Path) -> list[tuple[Path, AutoencoderRun]]:
+    """Return the folder and the config of each stage."""
+    return [(stage_folder(workdir, i), config.stage(i, workdir)) for i in range(len(config.stages))]
+
+
+def keep_stage(workdir: Path, last: Path) -> None:
+    """Copy the autoencoder that the last stage left into the folder of the run."""
+    if recorded_fingerprint(workdir) != recorded_fingerprint(last):
+        copy_autoencoder(last, workdir, replace=True)
+
+
 AUTOENCODER = Kind(
     config=AutoencoderRun,
     groups=autoencoder_groups,
     open=open_inputs,
     job=make_job,
     programs={"train": train_autoencoder, "autoencoder": reconstruct},
-    may_change=("data", "tiles"),
+    may_change=("data", "tiles", "start"),
     finish=finish,
+    stages=stages,
+    finish_stages=keep_stage,
 )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sora_jax.config import check, first_difference, read_json, to_dict, value_at
@@ -11,7 +12,7 @@ from sora_jax.kinds import kind_of, stored_config
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
-from sora_jax.train.kind import Inputs
+from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import check_accumulation, fit, log
 from sora_jax.train.run_config import RunConfig
 
@@ -30,6 +31,9 @@ def train(config: RunConfig, workdir: Path) -> None:
     for group in kind.groups(config).values():
         param.check_splits(group.specs, mesh)
     check_workdir(workdir, config)
+    if stages := kind.stages(config, workdir):
+        _train_stages(kind, config, workdir, stages)
+        return
     inputs = kind.open(config, workdir, mesh)
     check_data(workdir, inputs.digest)
     job = kind.job(config, inputs, workdir)
@@ -43,6 +47,19 @@ def train(config: RunConfig, workdir: Path) -> None:
     state = fit(job, config.loop, config.seed, mesh, workdir, to_dict(config))
     if kind.finish:
         kind.finish(config, inputs, state, workdir)
+
+
+def _train_stages(kind: Kind, config: RunConfig, workdir: Path, stages: Sequence[tuple[Path, RunConfig]]) -> None:
+    """Train stage after stage, each as a run in a folder of its own."""
+    _, first = stages[0]
+    inputs = kind.open(first, workdir, make_mesh(config.mesh))  # what it refuses leaves no folder behind
+    claim_workdir(workdir, config, inputs)
+    for folder, stage in stages:
+        log(f"{config.kind}: {folder.name} of {len(stages)}")
+        train(stage, folder)
+    if kind.finish_stages and distributed.first():
+        kind.finish_stages(workdir, stages[-1][0])
+    distributed.barrier("the last stage")
 
 
 def describe(config: RunConfig) -> str:

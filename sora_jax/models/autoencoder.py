@@ -20,11 +20,14 @@ from sora_jax.models.autoencoder_layers import (
     attention,
     attention_specs,
     block_specs,
+    linear_specs,
+    pointwise,
     shortcut,
     with_shortcut,
     zero_conv_specs,
 )
-from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, depth_to_space, space_to_depth
+from sora_jax.models.codes import CodesConfig, channels
+from sora_jax.nn.conv import causal_conv3d_specs, depth_to_space, space_to_depth
 from sora_jax.nn.layers import compute_dtype, rms_norm_specs
 from sora_jax.nn.past import Past
 
@@ -63,6 +66,7 @@ class AutoencoderConfig:
     linear: bool = False  # a linear path from pixels to latents and back, which a run fits to its data at the start
     norm: Literal["rms", "frame"] = "rms"  # over the channels of a position, or over a whole frame (group norm)
     attention: bool = False  # inside each frame at the coarsest level, with one head
+    codes: CodesConfig = CodesConfig()  # discrete latents in place of Gaussian ones
 
     def __post_init__(self):
         for name in ("latent_channels", "width", "encoder_blocks", "decoder_blocks", "multipliers", "patch"):
@@ -83,6 +87,7 @@ class AutoencoderConfig:
                 f"{len(allowed)} multipliers it must be one of {', '.join(map(str, allowed))}",
             )
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+        channels(self.codes, self.latent_channels)
         if self.shortcuts:
             self._check_shortcuts()
 
@@ -147,7 +152,7 @@ def latent_fields(config: AutoencoderConfig) -> tuple[str, ...]:
     """
     first = ("time_factor", "space_factor", "latent_channels", "patch", "width", "multipliers", "encoder_blocks")
     default = AutoencoderConfig()
-    later = ("shortcuts", "linear", "norm", "attention")
+    later = ("shortcuts", "linear", "norm", "attention", "codes")
     return (*first, "kernels", *(name for name in later if getattr(config, name) != getattr(default, name)))
 
 
@@ -209,7 +214,7 @@ def encoder_specs(config: AutoencoderConfig) -> dict:
     if config.attention:
         specs["attention"] = attention_specs(widths[-1])
     if config.linear:
-        specs["linear"] = causal_conv3d_specs(3 * math.prod(config.block), config.latent_channels, POINT)
+        specs["linear"] = linear_specs(3 * math.prod(config.block), config.latent_channels, center=0)
         specs["head"] = zero_conv_specs(head, partial(_linear_head_bias, config.latent_channels))
     return specs
 
@@ -254,7 +259,8 @@ def encode(
     y = this.conv(p["head"], jax.nn.silu(this.norm(p["norm"], x))).astype(jnp.float32)
     mean, logvar = jnp.split(y, 2, axis=-1)
     if config.linear:
-        mean = mean + causal_conv3d(p["linear"], space_to_depth(video, config.block, past)).astype(jnp.float32)
+        matrix, center = p["linear"]["matrix"], p["linear"]["center"]
+        mean = mean + pointwise(matrix, -center @ matrix, space_to_depth(video, config.block, past)).astype(jnp.float32)
     elif config.shortcuts:
         mean = mean + shortcut(x, config.latent_channels).astype(jnp.float32)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
@@ -278,7 +284,7 @@ def decoder_specs(config: AutoencoderConfig) -> dict:
     if config.attention:
         specs["attention"] = attention_specs(widths[0])
     if config.linear:
-        specs["linear"] = causal_conv3d_specs(config.latent_channels, 3 * math.prod(config.block), POINT)
+        specs["linear"] = linear_specs(config.latent_channels, 3 * math.prod(config.block), center=1)
         specs["head"] = zero_conv_specs(head)
     return specs
 
@@ -325,7 +331,7 @@ def decode(
     x = this.conv(p["head"], jax.nn.silu(this.norm(p["norm"], x)))
     video = depth_to_space(x, config.first_block, past, group)
     if config.linear:
-        video = video + depth_to_space(causal_conv3d(p["linear"], z), config.block, past)
+        video = video + depth_to_space(pointwise(p["linear"]["matrix"], p["linear"]["center"], z), config.block, past)
     return video.astype(jnp.float32)
 
 
@@ -338,10 +344,9 @@ def start_from_linear(params: dict, weight_PC: np.ndarray, center_P: np.ndarray,
         center_P: mean of the blocks.
         scale_C: standard deviation of the blocks along each direction; latents are divided by it.
     """
-    there, back = weight_PC / scale_C, (weight_PC * scale_C).T
-    parts = {"encoder": (there, -center_P @ there), "decoder": (back, center_P)}
+    matrices = {"encoder": weight_PC / scale_C, "decoder": (weight_PC * scale_C).T}
     linear = {
-        side: {"weight": jnp.asarray(weight, jnp.float32)[None, None, None], "bias": jnp.asarray(bias, jnp.float32)}
-        for side, (weight, bias) in parts.items()
+        side: {"matrix": jnp.asarray(matrix, jnp.float32), "center": jnp.asarray(center_P, jnp.float32)}
+        for side, matrix in matrices.items()
     }
     return params | {side: params[side] | {"linear": linear[side]} for side in linear}

@@ -15,7 +15,7 @@ import numpy as np
 from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs
 from sora_jax.nn.images import IMAGES, attend_in_images, to_clips, to_images
 from sora_jax.nn.layers import dense, dense_specs, rms_norm, rms_norm_specs
-from sora_jax.nn.params import zeros
+from sora_jax.nn.params import ParamSpec, lecun, zeros
 from sora_jax.nn.past import Past, spread
 
 Kernel = tuple[int, int, int]
@@ -143,8 +143,24 @@ def shortcut_matrix(inputs: int, outputs: int, block: int = 1) -> np.ndarray:
 
 def shortcut(x_BTHWC: jax.Array, channels: int) -> jax.Array:
     """Return means of groups of channels, or copies of channels: (B, T, H, W, C) -> (B, T, H, W, channels)."""
-    matrix = jnp.asarray(shortcut_matrix(x_BTHWC.shape[-1], channels), x_BTHWC.dtype)
-    return causal_conv3d({"weight": matrix[None, None, None], "bias": jnp.zeros(channels, x_BTHWC.dtype)}, x_BTHWC)
+    return pointwise(jnp.asarray(shortcut_matrix(x_BTHWC.shape[-1], channels)), jnp.zeros(channels), x_BTHWC)
+
+
+def linear_specs(inputs: int, outputs: int, center: int) -> dict:
+    """Declare a linear path: a matrix, and the center of what is on its side 0 (inputs) or 1 (outputs).
+
+    The names keep it from weight decay and from optimizers of weights: it starts where it should be.
+    """
+    axes = ("conv_in", "conv_out")
+    return {
+        "matrix": ParamSpec((inputs, outputs), axes, lecun()),
+        "center": ParamSpec(((inputs, outputs)[center],), axes[center : center + 1], zeros),
+    }
+
+
+def pointwise(matrix: jax.Array, bias: jax.Array, x_BTHWC: jax.Array) -> jax.Array:
+    """Multiply the channels of every position by a matrix and add a bias, in the dtype of x."""
+    return causal_conv3d({"weight": matrix[None, None, None], "bias": bias}, x_BTHWC)
 
 
 def with_shortcut(p: dict, block: int) -> dict:

@@ -1,4 +1,4 @@
-"""Call every kind of autoencoder through one set of functions, and compute the loss that trains it.
+"""Call every kind of autoencoder through one set of functions.
 
 The class of the config selects the module. Every module has the same functions: `autoencoder_specs`, `latent_fields`,
 `latent_grid`, `receptive_field`, `encode`, `decode`.
@@ -15,14 +15,16 @@ from sora_jax.models import autoencoder, autoencoder_kl, autoencoder_wan
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.autoencoder_wan import WanConfig
+from sora_jax.models.codes import CodesConfig
 from sora_jax.nn.past import Past
-from sora_jax.parallel.rules import laid_out_as, layout_of
+from sora_jax.parallel.rules import layout_of
 
 MODULES: dict[type, ModuleType] = {
     AutoencoderConfig: autoencoder,
     KLConfig: autoencoder_kl,
     WanConfig: autoencoder_wan,
 }
+ENCODER = ("encoder", "quant")  # names of the parameters that a latent depends on
 FirstStageConfig = Annotated[AutoencoderConfig | KLConfig | WanConfig, OneOf(MODULES)]
 
 
@@ -34,6 +36,21 @@ def autoencoder_specs(config: FirstStageConfig) -> dict:
 def block_of(config: FirstStageConfig) -> tuple[int, int, int]:
     """Return the block (time, height, width) of pixels that a latent position stands for."""
     return config.time_factor, config.space_factor, config.space_factor
+
+
+def codes_of(config: FirstStageConfig) -> CodesConfig:
+    """Return the config of discrete latents; that of kinds of autoencoders without any is "none"."""
+    return getattr(config, "codes", CodesConfig())
+
+
+def encoder_part(params: dict) -> dict:
+    """Return the part of the parameters, or of their specs, that a latent depends on."""
+    return {name: tree for name, tree in params.items() if name in ENCODER}
+
+
+def decoder_part(params: dict) -> dict:
+    """Return the part of the parameters, or of their specs, that is used to decode."""
+    return {name: tree for name, tree in params.items() if name not in ENCODER}
 
 
 def latent_fields(config: FirstStageConfig) -> tuple[str, ...]:
@@ -99,23 +116,3 @@ def psnr(video_BTHWC: jax.Array, reference_BTHWC: jax.Array) -> jax.Array:
     """Return the peak signal-to-noise ratio (B,) of each clip in dB, for values in [-1, 1], peak 2; at most 100."""
     error_B = jnp.square(video_BTHWC - reference_BTHWC).mean(axis=(1, 2, 3, 4))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(error_B, 4e-10))
-
-
-def reconstruction_loss(
-    params: dict, config: FirstStageConfig, video_BTHWC: jax.Array, key: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the training loss of a batch, and its terms as metrics: (scalar, {"l1", "l2", "kl", "psnr"}).
-
-    Latents are drawn from the posterior with `key`. PSNR is a mean over clips, of the result clipped to [-1, 1].
-    """
-    mean, logvar = encode(params, config, video_BTHWC)
-    decoded = decode(params, config, sample_posterior(key, mean, logvar))
-    video_BTHWC = laid_out_as(video_BTHWC, decoded)
-    error = decoded - video_BTHWC
-    parts = {
-        "l1": jnp.abs(error).mean(),
-        "l2": jnp.square(error).mean(),
-        "kl": kl_to_standard_normal(mean, logvar).mean(),
-    }
-    loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"] + config.kl_weight * parts["kl"]
-    return loss, parts | {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video_BTHWC).mean()}

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sora_jax.models.first_stage import autoencoder_specs, decode, encode
+from sora_jax.models.first_stage import autoencoder_specs, decode, encode, encoder_part
 from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.nn import params as param
 from sora_jax.parallel.compile import abstract_batch
@@ -31,7 +31,10 @@ def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
     load = Load(flops, pixels, "pixels", config.batch, functools.partial(_smaller_crop, config))
     batch = abstract_batch(batch, mesh, leading=1)
     loss = functools.partial(autoencoder_loss, config)
-    return training_program(config, Trained(autoencoder_groups(config), loss), batch, load, mesh)
+    frozen = {}
+    if config.trained == "decoder":
+        frozen["encoder"] = param.abstract_on(encoder_part(autoencoder_specs(config.model)), mesh)
+    return training_program(config, Trained(autoencoder_groups(config), loss, frozen), batch, load, mesh)
 
 
 def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:

@@ -2,26 +2,62 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.config import check
+from sora_jax.config import check, choose
 from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.errors import UserError
-from sora_jax.models.autoencoder import AutoencoderConfig
-from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, latent_grid, reconstruction_loss
+from sora_jax.models.autoencoder import AutoencoderConfig, start_from_linear
+from sora_jax.models.discriminator import DiscriminatorConfig, discriminator_specs
+from sora_jax.models.first_stage import (
+    FirstStageConfig,
+    autoencoder_specs,
+    block_of,
+    codes_of,
+    decoder_part,
+    encoder_part,
+    latent_grid,
+)
 from sora_jax.models.flops import autoencoder_train_flops
+from sora_jax.models.lpips import read_lpips
 from sora_jax.models.tiling import TilingConfig, tile_grid
+from sora_jax.nn.params import ParamSpec, zeros
+from sora_jax.train.linear_codec import fit_linear_codec
 from sora_jax.train.loop import Job, Preview
+from sora_jax.train.optim import OptimConfig
+from sora_jax.train.reconstruction import Aids, LossConfig, Losses, fits, reconstruction_loss, resolution
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
 from sora_jax.train.step import LossResult, MetricSums
+
+LINEAR_BLOCKS = 100_000  # of pixels that the linear path is fitted to
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """Configure a part of a run; it begins with the averages of the stage before."""
+
+    steps: int = 1000  # length of the stage
+    crop: tuple[int, ...] = ()  # (frames, height, width) of the training crops; (): the sizes of the run
+    batch: int = 0  # clips and images of a step; 0: as in the run
+    trained: Literal["all", "decoder"] = "all"  # what learns; an encoder that does not keeps latent caches valid
+    loss: LossConfig = LossConfig()  # further terms of the loss
+    optim: OptimConfig = OptimConfig()  # its optimizer, which starts anew
+
+    def __post_init__(self):
+        check(self.steps > 0, f"stages.steps is {self.steps}; it must be positive")
+        check(len(self.crop) in (0, 3), f"stages.crop is {self.crop}; it must be (frames, height, width)")
+        check(self.batch >= 0, f"stages.batch is {self.batch}; it must be positive, or 0: that of the run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +68,26 @@ class AutoencoderRun(RunConfig):
     data: str = ""  # a folder made by `sora-jax data build`
     batch: int = 16
     crop: tuple[int, int, int] = (9, 64, 64)  # (frames, height, width) of the training crops
+    crops: tuple[tuple[int, int, int], ...] = ()  # further sizes; each step takes one of all, at random
     image_share: float = 0.1  # share of the batch that are images, single frames
     model: FirstStageConfig = AutoencoderConfig()
     tiles: TilingConfig = TilingConfig()  # how large whole clips are cut in previews and measurements
+    loss: LossConfig = LossConfig()  # further terms of the loss
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()  # trained if the loss has a weight for it
+    discriminator_optim: OptimConfig = OptimConfig(b1=0.5)  # its optimizer
+    start: str = ""  # run folder of an autoencoder of the same network, whose weights are the first ones
+    trained: Literal["all", "decoder"] = "all"  # what learns; "decoder" needs `start`, and keeps its latents
+    stages: tuple[StageConfig, ...] = ()  # parts of the run, in order; () is one part, of `loop.steps`
 
     def __post_init__(self):
         super().__post_init__()
-        latent_grid(self.model, *self.crop)
+        choose("trained", self.trained, {"all": 0, "decoder": 0})
+        check(
+            self.trained == "all" or bool(self.start),
+            "start is not given; with trained = 'decoder' it must be the run folder of an autoencoder",
+        )
+        for size in self.sizes:
+            _check_crop(self.model, self.loss, size)
         tile_grid(self.model, self.tiles)
         for name, rows in self.rows.items():
             check(
@@ -46,21 +95,78 @@ class AutoencoderRun(RunConfig):
                 f"batch is {self.batch} and image_share {self.image_share}, which makes {rows} {name} in a step; "
                 f"their number must be a multiple of loop.accumulate = {self.loop.accumulate}",
             )
+        for number in range(len(self.stages)):
+            self.stage(number, Path())
 
     @property
-    def crops(self) -> CropConfig:
+    def sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """All sizes of crops."""
+        return (self.crop, *self.crops)
+
+    @property
+    def crop_config(self) -> CropConfig:
         """The config of the crops."""
-        return CropConfig(*self.crop, batch=self.batch, image_share=self.image_share)
+        return CropConfig(*self.crop, batch=self.batch, image_share=self.image_share, further=self.crops)
 
     @property
     def rows(self) -> dict[str, int]:
         """The number of rows of a step that are videos, and that are images."""
-        return {"videos": self.batch - self.crops.images, "images": self.crops.images}
+        images = self.crop_config.images
+        return {"videos": self.batch - images, "images": images}
+
+    def stage(self, number: int, workdir: Path) -> "AutoencoderRun":
+        """Return the config of a stage, counted from 0, whose run folder is `stage_folder(workdir, number)`."""
+        stage = self.stages[number]
+        given = {
+            "crop": stage.crop,
+            "batch": stage.batch,
+            "loss": stage.loss,
+            "optim": stage.optim,
+            "start": str(stage_folder(workdir, number - 1)) if number else self.start,
+        }
+        changed = {name: value for name, value in given.items() if value}
+        crops = () if stage.crop else self.crops
+        loop = dataclasses.replace(self.loop, steps=stage.steps)
+        return dataclasses.replace(self, **changed, crops=crops, trained=stage.trained, loop=loop, stages=())
+
+
+def stage_folder(workdir: Path, number: int) -> Path:
+    """Return the run folder of a stage, counted from 0."""
+    return workdir / f"stage_{number + 1}"
+
+
+def _check_crop(model: FirstStageConfig, loss: LossConfig, size: tuple[int, int, int]) -> None:
+    """Raise a UserError if the autoencoder does not take the crop, or nothing of it can be scaled."""
+    grid = latent_grid(model, *size)
+    check(
+        not loss.equivariance or any(fits(scale, grid[1:]) for scale in loss.equivariance_scales),
+        f"loss.equivariance_scales is {loss.equivariance_scales}; one of them must make whole numbers of the "
+        f"{grid[1]} x {grid[2]} latent positions of a crop of {' x '.join(map(str, size))}",
+    )
+
+
+DISCRIMINATOR = "discriminator"  # the group of its parameters
+CONTROL = "control"  # the group of numbers that follow what is measured, by plain gradient steps
+CONTROL_OPTIM = OptimConfig(method="sgd", learning_rate=0.01, warmup_steps=0, clip_norm=0.0, ema=(0.0,))
 
 
 def autoencoder_groups(config: AutoencoderRun) -> dict[str, Group]:
-    """Declare what is trained: the autoencoder."""
-    return {MODEL: Group(autoencoder_specs(config.model), config.optim)}
+    """Declare what is trained: the autoencoder or its decoder and, if the loss has such terms, what these need."""
+    specs = autoencoder_specs(config.model)
+    trained = specs if config.trained == "all" else decoder_part(specs)
+    groups = {MODEL: Group(trained, config.optim)}
+    if config.loss.adversarial:
+        groups[DISCRIMINATOR] = Group(discriminator_specs(config.discriminator), config.discriminator_optim)
+    control = _control_specs(config)
+    return groups | ({CONTROL: Group(control, CONTROL_OPTIM)} if control else {})
+
+
+def _control_specs(config: AutoencoderRun) -> dict:
+    """Declare the logarithm of the KL weight, if that is adapted, and the mean scores of the LeCam term."""
+    names = ["log_kl_weight"] if config.loss.kl_target else []
+    names += ["real", "fake"] if config.loss.adversarial and config.discriminator.lecam_weight else []
+    start = jax.nn.initializers.constant(math.log(config.model.kl_weight or 1e-6))
+    return {name: ParamSpec((), (), start if name == "log_kl_weight" else zeros) for name in names}
 
 
 def to_float(frames: jax.Array) -> jax.Array:
@@ -76,18 +182,59 @@ def to_uint8(video: jax.Array | np.ndarray) -> np.ndarray:
 def autoencoder_loss(
     config: AutoencoderRun, params: dict, frozen: Any, batch: dict, step: jax.Array, part: jax.Array
 ) -> LossResult:
-    """Return the sum of the reconstruction loss over clips and images, its weight, and means: see `make_step`."""
+    """Return the sums of the losses over clips and images, their weights, and means: see `make_step`.
+
+    `frozen` holds what is not trained: {"encoder": its part of the parameters, "lpips"}.
+    """
     key = jax.random.fold_in(step_key(config.seed, step, Purpose.NOISE), part)
-    total, count = jnp.float32(0.0), jnp.float32(0.0)
+    whole = frozen.get("encoder", {}) | params[MODEL]
+    aids = _aids(config, params, frozen, step)
+    sums: dict[str, jax.Array] = {}
+    count = jnp.float32(0.0)
     means: MetricSums = {}
     for number, name in enumerate(sorted(batch)):
         video_BTHWC = to_float(batch[name])
-        loss, parts = reconstruction_loss(params[MODEL], config.model, video_BTHWC, jax.random.fold_in(key, number))
+        found = reconstruction_loss(
+            whole, config.model, video_BTHWC, jax.random.fold_in(key, number), config.loss, aids
+        )
         clips = jnp.float32(video_BTHWC.shape[0])
-        total, count = total + loss * clips, count + clips
-        group = name.partition("_")[0]
-        means |= {f"{group}/{part_name}": (value * clips, clips) for part_name, value in parts.items()}
-    return {MODEL: total}, ({MODEL: count}, means)
+        losses = {MODEL: found.model, DISCRIMINATOR: found.discriminator, CONTROL: _control(config, params, found)}
+        sums = {group: sums.get(group, jnp.float32(0.0)) + losses[group] * clips for group in params}
+        count = count + clips
+        prefix = name.partition("_")[0]
+        means |= {f"{prefix}/{metric}": (value * clips, clips) for metric, value in found.metrics.items()}
+    learning = step >= config.loss.discriminator_start
+    weights = {group: jnp.where(learning, count, 0.0) if group == DISCRIMINATOR else count for group in params}
+    if aids.kl_weight is not None:
+        means["kl_weight"] = aids.kl_weight, jnp.float32(1.0)
+    return sums, (weights, means)
+
+
+def _aids(config: AutoencoderRun, params: dict, frozen: dict, step: jax.Array) -> Aids:
+    """Return what the loss needs at this step beside the autoencoder."""
+    loss, control = config.loss, params.get(CONTROL, {})
+    since = step - loss.adversarial_start + 1.0
+    warmup = codes_of(config.model).warmup_noise * config.loop.steps
+    return Aids(
+        kl_weight=jnp.exp(control["log_kl_weight"]) if "log_kl_weight" in control else None,
+        soften=jnp.where(step < warmup, 1.0, 0.0) if codes_of(config.model).name != "none" and warmup else None,
+        lpips=frozen.get("lpips"),
+        discriminator=(params[DISCRIMINATOR], config.discriminator) if loss.adversarial else None,
+        lecam=(control["real"], control["fake"]) if "real" in control else None,
+        ramp=jnp.clip(since / max(loss.adversarial_warmup, 1), 0.0, 1.0),
+    )
+
+
+def _control(config: AutoencoderRun, params: dict, found: Losses) -> jax.Array:
+    """Return the loss whose gradient steps make the mean scores follow, and raise the KL weight with the KL."""
+    control, total = params.get(CONTROL, {}), jnp.float32(0.0)
+    for name in set(control) & {"real", "fake"}:
+        score = jax.lax.stop_gradient(found.metrics[f"scores_{name}"])
+        total = total + 0.5 * jnp.square(control[name] - score)
+    if "log_kl_weight" in control:
+        excess = jax.lax.stop_gradient(found.metrics["kl"]) - config.loss.kl_target
+        total = total - control["log_kl_weight"] * excess
+    return total
 
 
 def check_sizes(config: FirstStageConfig, dataset: Dataset) -> None:
@@ -103,13 +250,22 @@ def check_sizes(config: FirstStageConfig, dataset: Dataset) -> None:
 
 
 def autoencoder_job(
-    config: AutoencoderRun, dataset: Dataset, preview: Preview | None = None, share: Share = Share()
+    config: AutoencoderRun,
+    dataset: Dataset,
+    preview: Preview | None = None,
+    share: Share = Share(),
+    first: dict | None = None,
 ) -> Job:
-    """Make the job that trains an autoencoder on a dataset folder; share: this process's part of each batch."""
+    """Make the job that trains an autoencoder on a dataset folder.
+
+    share: this process's part of each batch. first: parameters to begin with, in place of random ones.
+    """
     check_sizes(config.model, dataset)
     sizes, clips = sizes_and_clips(dataset, config.split)
     check(len(clips) > 0, f"config.split is {config.split!r}; the dataset {str(dataset.path)!r} has no such clip")
-    batches = crop_batches(dataset, config.crops, config.seed, sizes, clips, share)
+    batches = crop_batches(dataset, config.crop_config, config.seed, sizes, clips, share)
+    frozen = {"encoder": encoder_part(first)} if first and config.trained == "decoder" else {}
+    frozen |= {"lpips": read_lpips(config.loss.lpips_file)} if config.loss.lpips_weight else {}
     return Job(
         name=config.kind,
         groups=autoencoder_groups(config),
@@ -122,7 +278,32 @@ def autoencoder_job(
         ],
         preview=preview,
         share=share,
+        frozen=frozen,
+        note=_note(config),
+        start=_starter(config, dataset, clips, first),
     )
+
+
+def _note(config: AutoencoderRun) -> str:
+    """Say at which quality the KL term stops rewarding detail."""
+    found = resolution(config.model, config.loss)
+    return "" if found is None else f"{config.kind}: the KL weight prices out detail above {found:.1f} dB"
+
+
+def _starter(config: AutoencoderRun, dataset: Dataset, clips: np.ndarray, first: dict | None) -> Callable | None:
+    """Return the function that makes the parameters a new run begins with; None: random ones."""
+    if first is not None:
+        return lambda _: {MODEL: first if config.trained == "all" else decoder_part(first)}
+    if not getattr(config.model, "linear", False):
+        return None
+
+    def from_linear(params: Mapping) -> dict:
+        chosen = np.random.default_rng(0).permutation(clips)  # the fit reads as many as it needs
+        frames = (dataset[int(i)].frames for i in chosen)
+        codec = fit_linear_codec(frames, block_of(config.model), config.model.latent_channels, LINEAR_BLOCKS)
+        return {MODEL: start_from_linear(params[MODEL], codec.components_PC, codec.mean_P, codec.std_C)}
+
+    return from_linear
 
 
 def _counts(model: FirstStageConfig, batch: dict) -> dict[str, float]:

@@ -65,6 +65,8 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
         options.text.info if options.text else None,
         to_dict(tiles) if any(is_cut(config, tiles, grid) for grid in grids) else None,
     )
+    if autoencoder.code_values is not None:
+        info = dataclasses.replace(info, codes=[values.tolist() for values in autoencoder.code_values])
     if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)
         return True
@@ -129,14 +131,15 @@ def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[n
     yield from ([next(found) for _ in each] for each in captions)
 
 
-def copy_autoencoder(run: str | Path, target: Path) -> None:
+def copy_autoencoder(run: str | Path, target: Path, replace: bool = False) -> None:
     """Copy the frozen autoencoder beside what was made with it, so that each folder can be used alone.
 
-    An existing copy stays as it is.
+    An existing copy stays as it is, unless it is to be replaced.
     """
     kept = as_path(target) / FOLDER
-    if (kept / RECORD).exists():
+    if (kept / RECORD).exists() and not replace:
         return
+    (kept / RECORD).unlink(missing_ok=True)
     source = frozen_folder(run)
     check((source / RECORD).exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     for name in (WEIGHTS, RECORD):  # in this order: the record makes the copy valid

@@ -1,5 +1,6 @@
 """A trained autoencoder, frozen: weights, latent statistics and a fingerprint in one small folder."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,11 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sora_jax.config import check, from_dict, read_json, to_dict
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, replacing, write_json
+from sora_jax.models import codes
 from sora_jax.models.first_stage import (
     FirstStageConfig,
     autoencoder_specs,
+    codes_of,
     decode,
     encode,
+    encoder_part,
     latent_fields,
     latent_grid,
 )
@@ -38,11 +42,12 @@ from sora_jax.train.padded_shapes import Size, padded_shape_of
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
 SMALLEST_STD = 0.01  # of the largest channel
-VERSION = 2  # of the fingerprints of new autoencoders
+VERSION = 3  # of the fingerprints of new autoencoders
 # Bump the version whenever the same weights would produce different latents (tests/test_frozen.py detects it).
 CODE = {
     1: "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 1",
     2: "uint8 / 127.5 - 1, posterior mean, per-channel statistics; version 2",
+    3: "uint8 / 127.5 - 1, posterior mean or its code, per-channel statistics; version 3",
 }
 # The fields that configs had when fingerprints of version 1 were made, by the name of the config.
 SHARED_1 = ("latent_channels", "l1_weight", "l2_weight", "kl_weight", "remat", "dtype")
@@ -76,15 +81,26 @@ class FrozenAutoencoder:
         """Hex digest of what a latent depends on: config, weights, statistics, preprocessing and code version.
 
         Version 1 covers all fields that configs had then. Version 2 covers those that change a latent, so that a field
-        that is added, a loss weight, `remat` or `dtype` leaves caches and runs readable.
+        that is added, a loss weight, `remat` or `dtype` leaves caches and runs readable. Version 3 leaves out the
+        weights of the decoder, which may be trained further.
         """
         config = to_dict(self.config)
         covered = FIELDS_1[config["name"]] if self.version == 1 else ("name", *latent_fields(self.config))
         digest = hashlib.sha256(CODE[self.version].encode())
         digest.update(json.dumps({name: config[name] for name in covered}, sort_keys=True).encode())
-        for name, value in sorted(_flat(self).items()):
-            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
+        params = encoder_part(self.params) if self.version >= 3 else self.params
+        return _digest(digest, dataclasses.replace(self, params=params))
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Hex digest of all weights and statistics, by which damage is found."""
+        return _digest(hashlib.sha256(), self)
+
+    @functools.cached_property
+    def code_values(self) -> list[np.ndarray] | None:
+        """Normalised values that each channel of a latent can have; None if latents are continuous."""
+        values = codes.channel_values(codes_of(self.config), self.config.latent_channels)
+        return values and [(v - m) / s for v, m, s in zip(values, self.mean_C, self.std_C, strict=True)]
 
     def encode(
         self,
@@ -102,7 +118,7 @@ class FrozenAutoencoder:
         params = _on_devices(self.params)
         if tiles:
             for mean in streaming.encode_stream(params, self.config, clips, tiles, batch):
-                yield (mean - self.mean_C) / self.std_C
+                yield self._normalised(mean)
             return
 
         def pad(clip: np.ndarray) -> _Clip:
@@ -114,7 +130,7 @@ class FrozenAutoencoder:
             video_BTHWC = np.stack([clip.array for clip in batch])
             sizes_B2 = np.array([clip.own[1:] for clip in batch], np.int32)
             mean, _ = _encode(params, self.config, video_BTHWC, sizes_B2)
-            return (np.asarray(mean) - self.mean_C) / self.std_C
+            return self._normalised(mean)
 
         for clip, z in _in_batches(run, map(pad, clips), batch):
             t, h, w = latent_grid(self.config, *clip.own)
@@ -150,6 +166,9 @@ class FrozenAutoencoder:
         """Decode a normalised latent whose last frame is followed by its first into a uint8 loop (f_t t, H, W, 3)."""
         z = self._scaled(z_thwC)
         return to_uint8(streaming.decode_ring(_on_devices(self.params), self.config, z, tiles, batch))
+
+    def _normalised(self, mean: jax.Array | np.ndarray) -> np.ndarray:
+        return (np.asarray(codes.quantize(codes_of(self.config), mean)) - self.mean_C) / self.std_C
 
     def _scaled(self, z: np.ndarray) -> np.ndarray:
         return np.asarray(z, np.float32) * self.std_C + self.mean_C
@@ -222,7 +241,8 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **arrays)
     record = {"config": to_dict(autoencoder.config), "version": autoencoder.version}
-    write_json(folder / RECORD, record | {"fingerprint": autoencoder.fingerprint} | notes)
+    digests = {"fingerprint": autoencoder.fingerprint, "weights_digest": autoencoder.weights_digest}
+    write_json(folder / RECORD, record | digests | notes)
 
 
 def frozen_folder(run: str | Path) -> Path:
@@ -264,16 +284,18 @@ def load_autoencoder(run: str | Path) -> FrozenAutoencoder:
     exists = (folder / RECORD).exists()
     check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
     try:
-        autoencoder, fingerprint = _read(folder)
-        whole = autoencoder.fingerprint == fingerprint
+        autoencoder, record = _read(folder)
+        # Records of versions before 3 have no digest of the weights: their fingerprint is one.
+        found = autoencoder.fingerprint, autoencoder.weights_digest
+        whole = found == (record["fingerprint"], record.get("weights_digest", found[1]))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"the autoencoder in {str(folder)!r} is damaged: {error}") from error
     check(whole, f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint")
     return autoencoder
 
 
-def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
-    """Read an autoencoder, and the fingerprint in its record."""
+def _read(folder: Path) -> tuple[FrozenAutoencoder, dict]:
+    """Read an autoencoder and its record."""
     record = _record(folder)
     config = from_dict(FirstStageConfig, migrate_autoencoder(record["config"]))
     with np.load(local_copy(folder / WEIGHTS)) as file:
@@ -283,7 +305,14 @@ def _read(folder: Path) -> tuple[FrozenAutoencoder, str]:
     names = traverse_util.flatten_dict(serialization.to_state_dict(template), keep_empty_nodes=True, sep="/")
     nested = traverse_util.unflatten_dict(names | flat, sep="/")
     params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
-    return FrozenAutoencoder(config, params, mean, std, record["version"]), record["fingerprint"]
+    return FrozenAutoencoder(config, params, mean, std, record["version"]), record
+
+
+def _digest(digest: Any, autoencoder: FrozenAutoencoder) -> str:
+    """Add all weights and statistics to a hash and return its hex digest."""
+    for name, value in sorted(_flat(autoencoder).items()):
+        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
 
 
 def _flat(autoencoder: FrozenAutoencoder) -> dict[str, Any]:

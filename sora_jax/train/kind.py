@@ -1,7 +1,7 @@
 """A kind of run as an object: all that the commands must know of it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Kind:
     may_change: fields that may change when a run goes on, beside those of all kinds, such as the path of its data.
     claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
     finish(config, inputs, state, workdir): writes what a run leaves at its end. By all processes.
+    stages(config, workdir): runs that make up this one, in order, each with its folder; empty if it is a single one.
+    finish_stages(workdir, last): writes what the run leaves, by the folder of its last stage. By one process.
     """
 
     config: type[RunConfig]
@@ -46,6 +48,8 @@ class Kind:
     may_change: tuple[str, ...] = ()
     claim: Callable[[Any, Any, Path], None] | None = None
     finish: Callable[[Any, Any, TrainState, Path], None] | None = None
+    stages: Callable[[Any, Path], Sequence[tuple[Path, Any]]] = lambda config, workdir: ()
+    finish_stages: Callable[[Path, Path], None] | None = None
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.metrics import MetricsWriter, Stopwatch
 from sora_jax.train.reporter import Instruments, MetricAccumulator, Reporter, due
-from sora_jax.train.state import Group, TrainState, init_state, make_optimizers
+from sora_jax.train.state import Group, TrainState, init_state, make_optimizers, start_from
 from sora_jax.train.step import LossFunction, make_step
 from sora_jax.train.watchdog import Watchdog, spent_before
 
@@ -71,7 +71,8 @@ class Job:
     of each group the tree of its first decay. note: what to print before the first step. share: this process's part of
     a batch; `batches`, `counts` and `clip_ids` are of this part. frozen: weights that the loss reads and nothing
     trains; those that are not on the mesh yet are copied to each of its devices. micro_batches: False for a loss that
-    is no sum over parts of a batch, such as a contrastive one.
+    is no sum over parts of a batch, such as a contrastive one. start(params): parameters, by group, to begin a new run
+    with in place of the random ones; of those groups that it returns.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Job:
     share: Share = Share()
     frozen: Any = ()
     micro_batches: bool = True
+    start: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
 
 def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run: dict) -> TrainState:
@@ -111,6 +113,8 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
             saved = {}
             if checkpoints.latest() is not None:
                 state, saved = checkpoints.restore(state)
+            elif job.start:
+                state = start_from(state, job.start(state.params))
         start = int(state.step)
         if start >= config.steps:
             log(f"{job.name}: already at step {start} of {config.steps}")

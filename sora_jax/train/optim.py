@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sora_jax.config import check, choose
+from sora_jax.nn.params import ParamSpec
+from sora_jax.shapes import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Configure AdamW behind clipping by global norm, with a linear warm-up of the learning rate."""
+    """Configure the optimizer behind clipping by global norm, with a linear warm-up of the learning rate."""
 
     learning_rate: float = 1e-4  # peak, after the warm-up
     schedule: str = "constant"  # of the learning rate after the warm-up: constant, cosine or linear
@@ -29,9 +31,13 @@ class OptimConfig:
     skip_spikes: float = 0.0  # skip updates this many standard deviations above the mean gradient norm; 0: none
     ema: tuple[float, ...] = (0.999,)  # decays of the averages of the parameters; the first one is sampled with
     ema_warmup: bool = True  # let the averages follow faster at the start of a run, see `update_ema`
+    method: Literal["adamw", "muon", "sgd"] = "adamw"
+    """"muon": orthogonalised momentum for matrices and kernels, AdamW for the rest; "sgd": the gradient as it is"""
+    muon_rate: float = 0.02  # peak learning rate of what Muon updates; `learning_rate` is that of the rest
 
     def __post_init__(self):
         choose("optim.schedule", self.schedule, SCHEDULES)
+        choose("optim.method", self.method, METHODS)
         for name, (fits, allowed) in ALLOWED.items():
             value = getattr(self, name)
             check(fits(value), f"optim.{name} is {value}; it must be {allowed}")
@@ -47,6 +53,7 @@ OR_NONE = (lambda x: 0 <= x < math.inf, "positive and finite, or 0 for none")
 DECAY = (lambda x: 0 <= x < 1, "from 0 to less than 1")
 ALLOWED = {
     "learning_rate": POSITIVE,
+    "muon_rate": POSITIVE,
     "warmup_steps": NOT_NEGATIVE,
     "decay_steps": NOT_NEGATIVE,
     "final_fraction": (lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -78,15 +85,59 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     return optax.join_schedules([warm, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Chain clipping by global norm and Adam with decoupled weight decay (1711.05101)."""
+def make_optimizer(config: OptimConfig, specs: PyTree = None) -> optax.GradientTransformation:
+    """Chain clipping by global norm and the updates of `config.method`; `specs` of the parameters, for Muon."""
     optimizer = optax.chain(
         *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []),
+        *METHODS[config.method](config, specs),
+    )
+    return skip_spikes(optimizer, config.skip_spikes) if config.skip_spikes else optimizer
+
+
+def _adamw(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
+    """Return Adam with decoupled weight decay (1711.05101)."""
+    return [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=weights_only),
         optax.scale_by_learning_rate(learning_rate(config)),
+    ]
+
+
+def _muon(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
+    """Return Muon (Jordan 2024) for weights, with weight decay, and Adam for the rest."""
+    muon = optax.contrib.muon(
+        learning_rate(dataclasses.replace(config, learning_rate=config.muon_rate)),
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=learning_rate(config),
+        muon_weight_dimension_numbers=lambda _: matrix_axes(specs),
     )
-    return skip_spikes(optimizer, config.skip_spikes) if config.skip_spikes else optimizer
+    return [muon]
+
+
+def matrix_axes(specs: PyTree) -> PyTree:
+    """Return for each weight which of its axes are inputs and outputs of a matrix; None for other parameters.
+
+    A projection onto heads has its inputs first; all other weights have one axis of outputs, the last. Stacked layers
+    are matrices of their own.
+    """
+
+    def axes(path: tuple, spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers | None:
+        if path[-1].key != "weight":
+            return None
+        own = [i for i, name in enumerate(spec.axes) if name != "layers"]
+        inputs = own[:1] if spec.axes[own[-1]] == "head" else own[:-1]
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(own[len(inputs) :]))
+
+    return jax.tree_util.tree_map_with_path(axes, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def _sgd(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
+    return [optax.scale_by_learning_rate(learning_rate(config))]
+
+
+METHODS = {"adamw": _adamw, "muon": _muon, "sgd": _sgd}
 
 
 class SpikeState(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import serialization, struct
 from jax.sharding import Mesh
@@ -38,11 +39,11 @@ class Optimizer(NamedTuple):
 def make_optimizers(groups: Mapping[str, Group], steps: int) -> dict[str, Optimizer]:
     """Build the optimizer of each group for a run of `steps`, where schedules without an end of their own end."""
 
-    def one(optim: OptimConfig) -> Optimizer:
-        complete = dataclasses.replace(optim, decay_steps=optim.decay_steps or steps)
-        return Optimizer(make_optimizer(complete), optim.ema, optim.ema_warmup)
+    def one(group: Group) -> Optimizer:
+        optim = dataclasses.replace(group.optim, decay_steps=group.optim.decay_steps or steps)
+        return Optimizer(make_optimizer(optim, group.specs), optim.ema, optim.ema_warmup)
 
-    return {name: one(group.optim) for name, group in groups.items()}
+    return {name: one(group) for name, group in groups.items()}
 
 
 @struct.dataclass
@@ -70,6 +71,17 @@ def init_state(groups: Mapping[str, Group], optimizers: Mapping[str, Optimizer],
         ema[name] = tuple(copy(params[name]) for _ in optimizers[name].decays)
         opt_state[name] = jax.jit(optimizers[name].transformation.init)(params[name])
     return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state)
+
+
+def start_from(state: TrainState, params: Mapping[str, Any]) -> TrainState:
+    """Return a state before the first step with these parameters, of some groups, and averages equal to them."""
+
+    def place(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda x, there: jax.device_put(np.asarray(x, there.dtype), there.sharding), new, old)
+
+    placed = {name: place(tree, state.params[name]) for name, tree in params.items()}
+    ema = {name: tuple(place(tree, average) for average in state.ema[name]) for name, tree in params.items()}
+    return state.replace(params=state.params | placed, ema=state.ema | ema)
 
 
 def to_stored(state: TrainState) -> dict:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from sora_jax.models import tiling
 from sora_jax.models.first_stage import FirstStageConfig, decode, encode, latent_grid, receptive_field
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn.past import Past
-from sora_jax.parallel.rules import parts, reshard
+from sora_jax.parallel.rules import on_mesh, parts, reshard
 
 Chunks = Iterator[list[np.ndarray]]  # for each chunk the results of all tiles
 
@@ -167,7 +168,11 @@ def _frames(tile: np.ndarray, begin: int, count: int) -> np.ndarray:
 def _empty_cache(function: Callable, *arguments) -> list[jax.Array]:
     """Return zeros for the cache of clips that begin: it is not read, but with it they need no program of their own."""
     _, cache = function.eval_shape(*arguments, None)
-    return [jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for x in cache]
+    mesh = jax.sharding.get_mesh() if on_mesh() else None
+    return [
+        jax.device_put(np.zeros(x.shape, x.dtype), NamedSharding(mesh, x.sharding.spec) if mesh else None)
+        for x in cache
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=5)

@@ -83,7 +83,7 @@ class _Pixels:
 
 
 @dataclass(frozen=True)
-class _Sighting:
+class Sighting:
     """One colour over a clip: soft masks of its largest part, parts per frame, frames seen and seen in full.
 
     crossed_T: frames in which it touches another shape. area: median, pixels. least: smallest area while crossed,
@@ -102,14 +102,12 @@ class _Sighting:
 
 def read(frames: np.ndarray) -> Reading:
     """Reading of a clip, frames (T, H, W, 3): uint8, or floats in [-1, 1]."""
-    frames = frames.astype(np.float32) if frames.dtype == np.uint8 else (frames.astype(np.float32) + 1) * 127.5
+    frames = grey_levels(frames)
     plane = fit_plane(frames)
-    pixels = _classify(frames, plane)
-    sightings = [s for colour in range(len(COLOURS)) if (s := _sight(pixels, colour)) is not None]
-    sightings.sort(key=lambda s: -s.area)
+    sightings, inside_THW = find_colours(frames, plane)
     size = frames.shape[1:3]
     shapes = _crossings([_read_shape(s, size) for s in sightings], sightings)
-    style, tone, camera = read_backdrop(frames, plane, ~around(pixels.inside_THW))
+    style, tone, camera = read_backdrop(frames, plane, ~around(inside_THW))
     parts_T = sum((s.parts_T for s in sightings), np.zeros(len(frames), int))
     errors = [s.physics_error for s in shapes]
     return Reading(
@@ -121,6 +119,19 @@ def read(frames: np.ndarray) -> Reading:
         constancy=_constancy(shapes, parts_T),
         physics_error=float(np.mean(errors)) if errors else 0.0,
     )
+
+
+def grey_levels(frames: np.ndarray) -> np.ndarray:
+    """Convert uint8, or floats in [-1, 1], to float32 in [0, 255]."""
+    return frames.astype(np.float32) if frames.dtype == np.uint8 else (frames.astype(np.float32) + 1) * 127.5
+
+
+def find_colours(frames: np.ndarray, plane: Plane) -> tuple[list[Sighting], np.ndarray]:
+    """Find the shape of each colour, largest first, and the pixels (T, H, W) that any shape covers."""
+    pixels = _classify(frames, plane)
+    seen = [colour for colour in np.unique(pixels.classes_THW).tolist() if colour >= 0]
+    sightings = [s for colour in seen if (s := _sight(pixels, colour)) is not None]
+    return sorted(sightings, key=lambda s: -s.area), pixels.inside_THW
 
 
 def _constancy(shapes: list[ShapeReading], parts_T: np.ndarray) -> float:
@@ -169,7 +180,7 @@ def _settle(classes_THW: np.ndarray) -> np.ndarray:
     return settled
 
 
-def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
+def _sight(pixels: _Pixels, colour: int) -> Sighting | None:
     """One colour's shape over the clip; None where it is too little, too seldom seen, or only in specks."""
     mine_THW = pixels.classes_THW == colour
     frames, height, width = mine_THW.shape
@@ -194,7 +205,7 @@ def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
     clear_T = seen_T & ~crossed_T
     usual = np.median(area_T[clear_T]) if clear_T.any() else area_T.max()
     full_T = seen_T & (~crossed_T | (area_T >= 0.88 * usual))
-    return _Sighting(
+    return Sighting(
         colour=tuple(COLOURS)[colour],
         masks_THW=masks_THW,
         parts_T=parts_T,
@@ -206,7 +217,7 @@ def _sight(pixels: _Pixels, colour: int) -> _Sighting | None:
     )
 
 
-def _read_shape(sighting: _Sighting, size: tuple[int, int]) -> ShapeReading:
+def _read_shape(sighting: Sighting, size: tuple[int, int]) -> ShapeReading:
     frames, short = len(sighting.masks_THW), min(size)
     times = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
     full = np.nonzero(sighting.full_T)[0]
@@ -244,7 +255,7 @@ def _first_diameter(times: np.ndarray, diameters: np.ndarray) -> float:
     return float(level)
 
 
-def _matched(sighting: _Sighting, full: np.ndarray, likeness: Likeness, kind: str) -> np.ndarray:
+def _matched(sighting: Sighting, full: np.ndarray, likeness: Likeness, kind: str) -> np.ndarray:
     """Frames that show the clip's shape; one partly hidden behind another shape has the benefit of the doubt."""
     matched_T = sighting.crossed_T.copy()
     kinds_TK = likeness.kinds_TK
@@ -252,7 +263,7 @@ def _matched(sighting: _Sighting, full: np.ndarray, likeness: Likeness, kind: st
     return matched_T & (sighting.seen_T | sighting.crossed_T)
 
 
-def _crossings(shapes: list[ShapeReading], sightings: list[_Sighting]) -> list[ShapeReading]:
+def _crossings(shapes: list[ShapeReading], sightings: list[Sighting]) -> list[ShapeReading]:
     """Names the pair of a pass: one shape moves along a line, the other lies still and is the more hidden one."""
     for i, j in permutations(range(len(shapes)), 2):
         front, behind = shapes[i], shapes[j]

@@ -42,12 +42,14 @@ class WorldReader:
 
     def entry(self, index: int) -> Entry:
         number = self._number(index)
-        caption = world.scene(self._world, number).caption
+        captions = world.captions_of(self._world, world.scene(self._world, number))
         name = f"world/{self._world.seed}/{number}"
-        return Entry(name, {"original": caption}, split=world.split(number))
+        return Entry(name, captions, split=world.split(number))
 
     def open(self, index: int) -> WorldMedia:
         return WorldMedia(self._world, self._number(index))
 
     def digest(self) -> str:
-        return repr((self._world, self._count, self._train))
+        made_of = (self._world, self._count, self._train)
+        extra = self._world.extra_captions
+        return repr((*made_of, extra) if extra else made_of)

@@ -33,7 +33,9 @@ TONES = {
 }
 KINDS = ("circle", "square", "triangle", "cross", "ring", "star")
 STYLES = ("plain", "gradient", "textured")
-LEVELS = ("tags", "sentence", "full")
+DESCRIPTIONS = ("tags", "sentence", "full")  # caption levels that tell the background and a camera that moves
+SHORT = ("short", "short_tags", "shape")  # levels that tell of shapes alone, as people type a first prompt
+LEVELS = DESCRIPTIONS + SHORT
 # Diameter at the first frame as a share of the short side; the gaps keep the words apart.
 SIZES = {"small": (0.20, 0.30), "medium": (0.34, 0.42), "large": (0.46, 0.70)}
 DIRECTIONS = {
@@ -101,16 +103,28 @@ def size_word(diameter: float) -> str:
 
 
 def said(wanted: Wanted, level: str) -> Wanted:
-    """The facts that a caption of this level tells: sizes and a camera at rest only in the full description."""
+    """Select the facts that a caption of this level tells.
+
+    Sizes and a camera at rest are told only in the full description, background and camera not in a short caption,
+    and "shape" tells nothing but colour and kind.
+    """
     if level == "full":
         return wanted
+    if level == "shape":
+        return Wanted(tuple(WantedShape(s.colour, s.kind) for s in wanted.shapes))
+    shapes = tuple(replace(s, size=None) for s in wanted.shapes)
+    if level in SHORT:
+        return Wanted(shapes)
     camera = None if wanted.camera == "still" else wanted.camera
-    return replace(wanted, shapes=tuple(replace(s, size=None) for s in wanted.shapes), camera=camera)
+    return replace(wanted, shapes=shapes, camera=camera)
 
 
 def write(wanted: Wanted, level: str) -> str:
-    """Caption of a clip at level "tags", "sentence" or "full"; equal facts always give equal words."""
+    """Write the caption of a clip at one of the LEVELS; equal facts always give equal words."""
     facts = said(wanted, level)
+    if level in SHORT:
+        tags = level == "short_tags"
+        return (", " if tags else " and ").join(_clauses(facts.shapes, articles=not tags, comma=tags))
     camera = facts.camera and f"camera {CAMERAS[facts.camera]}"
     if level == "tags":
         tail = [f"{facts.style} {facts.tone} background"] + ([camera] if camera else [])

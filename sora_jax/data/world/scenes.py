@@ -6,7 +6,7 @@ renders it. Training clips have the indices 0, 1, 2, ...; held-out clips HELD_OU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from sora_jax.data.world import captions
 from sora_jax.data.world.captions import (
     CAMERAS,
     COLOURS,
+    DESCRIPTIONS,
     KINDS,
     LEVELS,
     MOTIONS,
@@ -53,6 +54,8 @@ class WorldConfig:
     sizes: (height, width) in pixels, short side at least 24. frames: lengths, 1 (an image) or at least 5.
     image_share: probability that a clip is an image whatever `frames` says. max_shapes: 1 to 3; a small frame holds
     fewer. directions: 4 or 8. scale: range of diameters in short sides (growing shapes end larger).
+    caption_levels: the first caption of a clip is of a level drawn from them. extra_captions: levels of further
+    captions that every clip has; their kinds, of which training mixes captions, are called as the levels are.
     Words are drawn with equal probability from each tuple; one that stands there twice is twice as frequent.
     """
 
@@ -71,6 +74,8 @@ class WorldConfig:
     scale: tuple[float, float] = (0.35, 0.5)
     caption_levels: tuple[str, ...] = ("sentence",)
     fps: float = 8.0
+    # Not in `repr`, of which the ids of clips are made: captions do not change what a clip is.
+    extra_captions: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         for name, allowed in _VOCABULARIES.items():
@@ -91,6 +96,10 @@ class WorldConfig:
                 f"a range that meets one of {SIZES}",
             ),
             "fps": (self.fps > 0, "greater than 0"),
+            "extra_captions": (
+                set(self.extra_captions) <= set(LEVELS) and len(set(self.extra_captions)) == len(self.extra_captions),
+                f"some of {', '.join(LEVELS)}, each once",
+            ),
         }
         for name, (good, allowed) in rules.items():
             if not good:
@@ -144,7 +153,7 @@ FULL_WORLD = WorldConfig(
     cameras=("still",) * 6 + tuple(CAMERAS)[1:],
     backgrounds=STYLES,
     scale=(0.2, 0.5),
-    caption_levels=LEVELS,
+    caption_levels=DESCRIPTIONS,
 )
 
 
@@ -174,6 +183,13 @@ def scene(config: WorldConfig, index: int) -> Scene:
     shapes = _cast(config, rng, empty)
     caption = captions.write(_facts(shapes, empty), level)
     return Scene(height, width, frames, config.fps, shapes, backdrop, camera, level, caption)
+
+
+def captions_of(config: WorldConfig, planned: Scene) -> dict[str, str]:
+    """Return the captions of a scene, kind -> text: its "original" one first, then one of each extra level."""
+    facts = wanted(planned)
+    extra = {level: captions.write(facts, level) for level in config.extra_captions}
+    return {"original": planned.caption} | extra
 
 
 def wanted(planned: Scene) -> Wanted:
