@@ -253,7 +253,7 @@ def encode(
     x = this.blocks(p["levels"][0], x)
     for step, down, blocks in zip(config.steps, p["downs"], p["levels"][1:], strict=True):
         x = space_to_depth(x, step, past)
-        down = with_shortcut(down, math.prod(step)) if config.shortcuts else down
+        down = with_shortcut(down, math.prod(step), down=True) if config.shortcuts else down
         x = this.blocks(blocks, this.conv(down, x))
     x = attention(this, p["attention"], x) if config.attention else x
     y = this.conv(p["head"], jax.nn.silu(this.norm(p["norm"], x))).astype(jnp.float32)
@@ -325,7 +325,7 @@ def decode(
     x = this.blocks(p["levels"][0], x)
     group = 1  # frames of a latent
     for step, up, blocks in zip(config.steps[::-1], p["ups"], p["levels"][1:], strict=True):
-        up = with_shortcut(up, math.prod(step)) if config.shortcuts else up
+        up = with_shortcut(up, math.prod(step), down=False) if config.shortcuts else up
         x = this.blocks(blocks, depth_to_space(this.conv(up, x), step, past, group))
         group *= step[0]
     x = this.conv(p["head"], jax.nn.silu(this.norm(p["norm"], x)))

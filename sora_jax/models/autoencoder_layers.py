@@ -128,17 +128,19 @@ def attention(this: Pass, p: dict, x_BTHWC: jax.Array) -> jax.Array:
         return x_BTHWC + this.inside(spread(to_clips(y, x_BTHWC.shape[:2])))
 
 
-def shortcut_matrix(inputs: int, outputs: int, block: int = 1) -> np.ndarray:
+def shortcut_matrix(inputs: int, outputs: int, block: int = 1, down: bool = True) -> np.ndarray:
     """Return the matrix (inputs, outputs) of a shortcut: means of groups of channels or, to more channels, copies.
 
-    The channels of the wider side are those of `block` positions, position first (as `space_to_depth` makes them); a
-    group is of one channel's positions first, then of neighbouring channels.
+    The inputs (`down`) or the outputs are channels of `block` positions, position first (as `space_to_depth` makes
+    them); groups are then of one channel's positions first, and of neighbouring channels after that.
     """
-    wide, narrow = max(inputs, outputs), min(inputs, outputs)
-    group = np.arange(wide).reshape(block, wide // block).T.ravel()  # channel by channel
-    matrix = np.zeros((wide, narrow), np.float32)
-    matrix[group, np.arange(wide) // (wide // narrow)] = 1.0
-    return matrix * narrow / wide if inputs > outputs else matrix.T
+    count = max(inputs, outputs)
+    rows, columns = np.arange(inputs), np.arange(outputs)
+    by_channel = np.arange(inputs if down else outputs).reshape(block, -1).T.ravel()
+    rows, columns = (by_channel, columns) if down else (rows, by_channel)
+    matrix, pair = np.zeros((inputs, outputs), np.float32), np.arange(count)
+    matrix[rows[pair * inputs // count], columns[pair * outputs // count]] = min(outputs / inputs, 1.0)
+    return matrix
 
 
 def shortcut(x_BTHWC: jax.Array, channels: int) -> jax.Array:
@@ -163,7 +165,7 @@ def pointwise(matrix: jax.Array, bias: jax.Array, x_BTHWC: jax.Array) -> jax.Arr
     return causal_conv3d({"weight": matrix[None, None, None], "bias": bias}, x_BTHWC)
 
 
-def with_shortcut(p: dict, block: int) -> dict:
+def with_shortcut(p: dict, block: int, down: bool) -> dict:
     """Add a shortcut to a convolution of kernel size 1: the sum of the two is one product."""
-    matrix = shortcut_matrix(*p["weight"].shape[-2:], block=block)
+    matrix = shortcut_matrix(*p["weight"].shape[-2:], block, down)
     return p | {"weight": p["weight"] + jnp.asarray(matrix)[None, None, None]}

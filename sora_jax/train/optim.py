@@ -11,6 +11,7 @@ import optax
 
 from sora_jax.config import check, choose
 from sora_jax.nn.params import ParamSpec
+from sora_jax.parallel.rules import layout_of, on_mesh
 from sora_jax.shapes import PyTree
 
 
@@ -113,7 +114,15 @@ def _muon(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformati
         adam_learning_rate=learning_rate(config),
         muon_weight_dimension_numbers=lambda _: matrix_axes(specs),
     )
-    return [muon]
+
+    def update(gradient: PyTree, state: optax.OptState, params: PyTree = None) -> tuple:
+        if not on_mesh():
+            return muon.update(gradient, state, params)
+        # It reshapes weights to matrices, whose shardings JAX cannot infer: here the compiler chooses them.
+        layouts = jax.tree.map(layout_of, (gradient, state))
+        return jax.sharding.auto_axes(muon.update, out_sharding=layouts)(gradient, state, params)
+
+    return [optax.GradientTransformation(muon.init, update)]
 
 
 def matrix_axes(specs: PyTree) -> PyTree:
