@@ -34,6 +34,7 @@ from sora_jax.train.autoencoder import (
 )
 from sora_jax.train.encode import encode_dataset
 from sora_jax.train.frozen import load_autoencoder
+from sora_jax.train.latent_scale import scale_by_effect
 from sora_jax.train.linear_codec import fit_linear_codec
 from sora_jax.train.loop import LoopConfig
 from sora_jax.train.optim import OptimConfig, make_optimizer, matrix_axes
@@ -120,6 +121,18 @@ def test_a_linear_start_is_the_linear_codec():
     assert np.unique(logvar).tolist() == [-5.0]
     wanted = np.stack([codec.decode(np.asarray(z)) for z in mean])
     np.testing.assert_allclose(decode(params, LINEAR, mean), wanted, atol=1e-4)
+
+
+def test_channels_scaled_by_effect_are_the_components_of_a_linear_codec():
+    """Noise of deviation d on component c of a linear codec changes pixels by d std_c / sqrt(pixels in a block)."""
+    codec = fit_linear_codec(clips(8), LINEAR.block, 4)
+    params = init(autoencoder_specs(LINEAR), KEY)
+    params = start_from_linear(params, codec.components_PC, codec.mean_P, codec.std_C)
+    latents = [codec.encode(clip) for clip in clips(8, 9, 32, 32, seed=1)]
+    scale = scale_by_effect(params, LINEAR, latents, np.ones(4, np.float32))
+    found = 1 / scale
+    np.testing.assert_allclose(found / found[0], codec.std_C / codec.std_C[0], rtol=0.1)
+    np.testing.assert_allclose(np.square(found).mean(), 1.0, rtol=1e-5)
 
 
 TERMS = {

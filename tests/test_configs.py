@@ -9,13 +9,14 @@ from sora_jax.config import load
 from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
 from sora_jax.kinds import run_config
-from sora_jax.models.first_stage import latent_grid
+from sora_jax.models.first_stage import autoencoder_specs, latent_grid
 from sora_jax.models.transformer import SIZES, denoiser_specs
 from sora_jax.nn.params import count
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
     "autoencoder.py": ["base", "kl4", "kl16"],
+    "video_autoencoder.py": ["xs_4x8x8", "s_4x8x8", "m_2x4x4"],
     "transformer.py": list(SIZES),
     "video.py": ["autoencoder", "transformer"],
     "sprites.py": ["autoencoder", "transformer"],
@@ -30,7 +31,8 @@ def read(file: str, variant: str):
 @pytest.mark.parametrize("file, variant", PAIRS)
 def test_a_config_is_valid_and_shown_in_its_own_docstring(file, variant):
     read(file, variant)
-    assert f"configs/{file}:{variant}" in (CONFIGS / file).read_text() or variant in SIZES
+    shown = (CONFIGS / file).read_text()
+    assert f"configs/{file}:{variant}" in shown or variant in SIZES
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
@@ -48,7 +50,8 @@ def test_a_config_has_one_assignment_a_line(path):
 def test_an_unknown_variant_is_named_with_those_there_are(file):
     with pytest.raises(UserError) as error:
         read(file, "nonsense")
-    assert all(repr(variant) in str(error.value) for variant in ["nonsense", *VARIANTS[file]])
+    allowed = [variant.partition("_")[0] for variant in VARIANTS[file]] if "video_" in file else VARIANTS[file]
+    assert all(repr(variant) in str(error.value) for variant in ["nonsense", *allowed])
 
 
 @pytest.mark.parametrize("file", VARIANTS)
@@ -65,6 +68,17 @@ def test_previews_fit_the_autoencoder_and_a_pack(file):
         pt, ph, pw = transformer.model.patch
         assert h % ph == w % pw == t % pt == 0
         assert t * h * w // (pt * ph * pw) <= transformer.packing.length
+
+
+@pytest.mark.parametrize("size", ["xs", "s", "m", "b", "l"])
+@pytest.mark.parametrize("compression", ["1x8x8", "2x4x4", "4x4x4", "4x8x8", "4x16x16", "8x8x8"])
+def test_a_video_autoencoder_has_the_compression_of_its_name(size, compression):
+    config = read("video_autoencoder.py", f"{size}_{compression}")
+    assert "x".join(map(str, config.model.block[:2])) + f"x{config.model.block[2]}" == compression
+    million = count(autoencoder_specs(config.model)) / 1e6
+    if compression == "4x8x8":
+        assert f"{million:8.2f} M" in (CONFIGS / "video_autoencoder.py").read_text()
+    assert config.stages[2].trained == "decoder" and config.stage(1, Path()).start == "stage_1"
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -62,7 +62,11 @@ def make_parts(config: BuildConfig, mix: Mix, parts: Parts, numbers: list[int], 
 
 def build_options(config: BuildConfig, mix: Mix) -> dict:
     """All that decides what is in the dataset, as JSON: the options and a digest of each source."""
-    return json.loads(json.dumps(asdict(replace(config, **MACHINERY)) | {"digests": mix.digests}))
+    options = json.loads(json.dumps(asdict(replace(config, **MACHINERY)) | {"digests": mix.digests}))
+    for source in options["sources"]:
+        if source["world"] and not source["world"]["extra_captions"]:  # datasets from before the field was there go on
+            del source["world"]["extra_captions"]
+    return options
 
 
 def _paths(config: BuildConfig) -> str:

@@ -37,11 +37,13 @@ from sora_jax.train.frozen import (
     save_autoencoder,
 )
 from sora_jax.train.kind import Inputs, Kind
+from sora_jax.train.latent_scale import scale_by_effect
 from sora_jax.train.loop import Job, log
 from sora_jax.train.state import MODEL, TrainState
 
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
+EFFECT_CLIPS = 16
 PREVIEW_CLIPS = 8
 
 
@@ -122,6 +124,10 @@ def _freeze(config: AutoencoderRun, inputs: AutoencoderInputs, params: Any, step
         measured = _some(inputs.dataset, inputs.dataset.rows(config.split), STATISTICS_CLIPS)
         bar = tqdm(measured, "latent statistics", unit="clip")
         mean, std = measure_statistics(params, config.model, bar, tiles=config.tiles)
+        if config.latent_scale == "effect":
+            some = FrozenAutoencoder(config.model, params, np.zeros(1, np.float32), np.ones(1, np.float32))
+            latents = list(some.encode(_spread(measured, EFFECT_CLIPS), tiles=config.tiles))
+            std = scale_by_effect(params, config.model, latents, std, config.tiles)
     else:
         mean, std = inputs.first.mean_C, inputs.first.std_C
     autoencoder = FrozenAutoencoder(config.model, params, mean, std)

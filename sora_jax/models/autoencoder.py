@@ -96,7 +96,8 @@ class AutoencoderConfig:
         for side, widths in (("encoder", self.widths), ("decoder", self.decoder_widths)):
             steps = zip(self.steps, widths, widths[1:], strict=False)
             pairs = [(math.prod(step) * fine, coarse) for step, fine, coarse in steps]
-            for one, other in [*pairs, (widths[-1], self.latent_channels)]:
+            bottleneck = [] if self.linear else [(widths[-1], self.latent_channels)]  # the linear path is one
+            for one, other in [*pairs, *bottleneck]:
                 check(
                     max(one, other) % min(one, other) == 0,
                     f"model.shortcuts is True; one of the {side} joins {one} and {other} channels; one must be "

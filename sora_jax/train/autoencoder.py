@@ -72,6 +72,8 @@ class AutoencoderRun(RunConfig):
     image_share: float = 0.1  # share of the batch that are images, single frames
     model: FirstStageConfig = AutoencoderConfig()
     tiles: TilingConfig = TilingConfig()  # how large whole clips are cut in previews and measurements
+    latent_scale: Literal["deviation", "effect"] = "deviation"
+    """what channels are divided by for the denoiser: their deviation, or that and their effect on pixels alike"""
     loss: LossConfig = LossConfig()  # further terms of the loss
     discriminator: DiscriminatorConfig = DiscriminatorConfig()  # trained if the loss has a weight for it
     discriminator_optim: OptimConfig = OptimConfig(b1=0.5)  # its optimizer
@@ -82,6 +84,7 @@ class AutoencoderRun(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         choose("trained", self.trained, {"all": 0, "decoder": 0})
+        choose("latent_scale", self.latent_scale, {"deviation": 0, "effect": 0})
         check(
             self.trained == "all" or bool(self.start),
             "start is not given; with trained = 'decoder' it must be the run folder of an autoencoder",
