@@ -188,9 +188,10 @@ def _sample(commands) -> None:
 
 
 def _tile(parser) -> None:
-    about = "process larger clips in tiles of this size, in pixels; 0: all"
+    about = "process clips by one program in chunks and tiles of this size, in pixels; 0: all"
     parser.add_argument("--tile", default="", metavar="FRAMESxHEIGHTxWIDTH", help=about)
-    parser.add_argument("--tile-overlap", type=float, default=0.25, help="overlap of tiles, as a fraction of a tile")
+    about = "overlap of tiles, as a fraction of a tile, where they are not exact"
+    parser.add_argument("--tile-overlap", type=float, default=0.25, help=about)
 
 
 def sample(options) -> None:
@@ -216,7 +217,8 @@ def _data(commands) -> None:
 def _encode(verbs) -> None:
     example = (
         "example:\n  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents\n"
-        "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --shard=0/4"
+        "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --shard=0/4\n"
+        "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --tile=auto"
     )
     p = _parser(verbs.add_parser, "encode", help="encode a dataset folder into a latent cache", epilog=example)
     p.add_argument("--autoencoder", type=as_path, required=True, help="run folder of a trained autoencoder")
@@ -360,9 +362,11 @@ def encode(options) -> None:
     commands.use_compilation_cache()
     text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
     share = Share.parse(options.shard)
-    tiles = TilingConfig.parse(options.tile, options.tile_overlap)
+    choose_tile = options.tile == "auto"
+    tiles = TilingConfig.parse("" if choose_tile else options.tile, options.tile_overlap)
     folders = options.autoencoder, options.data, options.out
-    if encode_dataset(*folders, EncodeOptions(options.batch, options.shapes, share, text, tiles=tiles)):
+    chosen = EncodeOptions(options.batch, options.shapes, share, text, tiles=tiles, choose_tile=choose_tile)
+    if encode_dataset(*folders, chosen):
         print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
     else:
         print(f"this share is done; {options.out} appears when the others are, too")

@@ -67,18 +67,23 @@ def test_the_cache_holds_these_latents_and_the_autoencoder(chain, autoencoder): 
 def changed(autoencoder: FrozenAutoencoder, what: str) -> FrozenAutoencoder:
     if what == "config":
         return dataclasses.replace(autoencoder, config=dataclasses.replace(autoencoder.config, time_factor=2))
-    if what == "weight":
-        bias = autoencoder.params["decoder"]["head"]["bias"]
-        head = autoencoder.params["decoder"]["head"] | {"bias": bias.at[-1].add(1e-6)}
-        return dataclasses.replace(
-            autoencoder, params=autoencoder.params | {"decoder": autoencoder.params["decoder"] | {"head": head}}
-        )
+    if what in ("encoder", "decoder"):
+        part = autoencoder.params[what]
+        head = part["head"] | {"bias": part["head"]["bias"].at[-1].add(1e-6)}
+        return dataclasses.replace(autoencoder, params=autoencoder.params | {what: part | {"head": head}})
     return dataclasses.replace(autoencoder, **{what: getattr(autoencoder, what) * np.float32(1.0001)})
 
 
-@pytest.mark.parametrize("what", ["config", "weight", "mean_C", "std_C"])
+@pytest.mark.parametrize("what", ["config", "encoder", "mean_C", "std_C"])
 def test_the_fingerprint_is_of_all_that_latents_depend_on(autoencoder, what):
     assert changed(autoencoder, what).fingerprint != autoencoder.fingerprint
+
+
+def test_a_decoder_that_was_trained_further_decodes_the_same_latents(autoencoder):
+    other = changed(autoencoder, "decoder")
+    assert other.fingerprint == autoencoder.fingerprint and other.weights_digest != autoencoder.weights_digest
+    older, other = (dataclasses.replace(one, version=2) for one in (autoencoder, other))
+    assert other.fingerprint != older.fingerprint  # versions 1 and 2 covered the decoder
 
 
 @pytest.mark.parametrize("change", [dict(kl_weight=0.5), dict(remat=True), dict(dtype="bfloat16"), dict(l1_weight=2.0)])
@@ -121,7 +126,7 @@ def test_the_latents_of_known_weights_are_those_of_this_version_of_the_code():
     # caches hold latents of earlier versions, which a change of the code would silently mix with its own.
     first_rows = [[[-0.1145, 0.4435], [-0.0245, -0.5331]], [[0.0392, 0.5596], [0.0109, 0.0911]]]
     np.testing.assert_allclose(latent[:, :, 0], first_rows, atol=2e-4)
-    assert frozen.VERSION == 2
+    assert frozen.VERSION == 3
 
 
 def damage_cut(folder):
@@ -181,7 +186,7 @@ def test_a_complete_cache_is_kept_and_one_of_something_else_refused(chain, tmp_p
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert encode(chain, out) == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    save_autoencoder(changed(autoencoder, "weight"), tmp_path / "other", {})
+    save_autoencoder(changed(autoencoder, "encoder"), tmp_path / "other", {})
     assert encode(chain, out, autoencoder=tmp_path / "other") == 2
     assert "another autoencoder" in capsys.readouterr().err
     fewer = [*build_options(chain.clips, tmp_path / "fewer"), "--limit=3"]

@@ -291,6 +291,9 @@ def test_encode_and_sample_take_tiles(chain, tmp_path, capsys):  # noqa: F811
     assert capsys.readouterr().err.count("tiled results only approximate those of the whole clip") == 1
     fits = [whole[i].shape[0] <= 2 and whole[i].shape[1] <= 4 for i in range(len(whole))]
     assert not all(same) and all(one for one, fit in zip(same, fits, strict=True) if fit)
+    assert run("data", "encode", *folders[:2], f"--out={tmp_path / 'one'}", "--tile=auto") == 0
+    one = LatentCache(tmp_path / "one")
+    assert all(np.allclose(one[i], whole[i], atol=4e-3) for i in range(len(whole))) and one.info == whole.info
     sample = ["sample", f"--workdir={chain.transformer}", "--prompt=a fox", "--steps=1", "--frames=9", "--height=16"]
     sample += ["--width=24", f"--out={tmp_path / 'fox.gif'}", "--tile=5x0x16"]
     assert run(*sample) == 0 and (tmp_path / "fox.gif").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from sora_jax.data.share import Share
 from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.first_stage import block_of, latent_grid
 from sora_jax.models.pretrained import PretrainedText
-from sora_jax.models.tiling import TilingConfig, is_cut, tiling_warning
+from sora_jax.models.tiling import TilingConfig, choose_tile, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
@@ -37,6 +38,7 @@ class EncodeOptions:
     text: PretrainedText | None = None  # encoder that embeds the captions, too
     clips_per_shard: int = CLIPS_PER_SHARD
     tiles: TilingConfig = TilingConfig()  # larger clips are encoded in tiles
+    choose_tile: bool = False  # encode clips of all sizes by one program, in the tiles of least work
 
     def __post_init__(self):
         for name in ("batch", "shapes"):
@@ -53,8 +55,9 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
         UserError: `out` holds latents of another autoencoder, text encoder or tiling, or of other clips.
     """
     autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
-    config, tiles, each = autoencoder.config, options.tiles, options.clips_per_shard
+    config, each = autoencoder.config, options.clips_per_shard
     check_sizes(config, dataset)
+    tiles = choose_tile(config, _sizes(dataset)) if options.choose_tile else options.tiles
     order, padded_shapes = _by_padded_shape(dataset, options.shapes)
     grids = [latent_grid(config, *shape) for shape in padded_shapes]
     info = CacheInfo(
@@ -91,12 +94,21 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
 
 def _by_padded_shape(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
     """Order the clips by their padded shape, then as in the dataset; return that order and the padded shapes."""
-    sides = np.stack([dataset.table[name].to_numpy() for name in ("frames", "height", "width")], axis=1)
-    unique, which, counts = np.unique(sides, axis=0, return_inverse=True, return_counts=True)
-    sizes: list[Size] = [(frames, height, width) for frames, height, width in unique.tolist()]
-    padded_shapes = choose_padded_shapes(dict(zip(sizes, counts.tolist(), strict=True)), shapes)
-    shape = np.array([padded_shapes.index(padded_shape_of(size, padded_shapes)) for size in sizes])
-    return np.argsort(shape[which.ravel()], kind="stable").tolist(), padded_shapes
+    counts = _sizes(dataset)
+    padded_shapes = choose_padded_shapes(counts, shapes)
+    shape = {size: padded_shapes.index(padded_shape_of(size, padded_shapes)) for size in counts}
+    return np.argsort([shape[size] for size in _sides(dataset)], kind="stable").tolist(), padded_shapes
+
+
+def _sides(dataset: Dataset) -> list[Size]:
+    """Return (frames, height, width) of each clip."""
+    columns = (dataset.table[name].to_pylist() for name in ("frames", "height", "width"))
+    return list(zip(*columns, strict=True))
+
+
+def _sizes(dataset: Dataset) -> Counter[Size]:
+    """Count the clips of each size, smallest first."""
+    return Counter(sorted(_sides(dataset)))
 
 
 def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
