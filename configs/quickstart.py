@@ -52,7 +52,6 @@ def world(config):
     world.backgrounds = ("plain",)
     world.shapes = ("circle", "square", "triangle", "cross", "ring")
     world.motions = ("move", "move", "move", "still")
-    world.extra_captions = ("short", "short_tags", "shape")
 
 
 def autoencoder(config):
@@ -64,31 +63,27 @@ def autoencoder(config):
     model.time_factor = 2
     model.space_factor = 4
     model.latent_channels = 8
-    model.patch = (2, 2)
-    model.width = 24
-    model.multipliers = (1, 3)
-    model.encoder_blocks = 1
-    model.decoder_blocks = 2
-    model.kernels = ((1, 3, 3), (3, 1, 1))
-    model.linear = True
-    model.l1_weight = 0.25
-    model.l2_weight = 8.0
-    model.kl_weight = 1e-4
+    model.patch = (2, 4)
+    model.width = 64
+    model.multipliers = (1,)
+    model.encoder_blocks = 2
+    model.decoder_blocks = 4
+    model.kernels = ((3, 1, 1), (1, 3, 3))
+    model.l2_weight = 4.0
+    model.kl_weight = 1e-3
 
     optim = config.optim
-    optim.method = "muon"
     optim.learning_rate = 4e-3
     optim.schedule = "cosine"
     optim.warmup_steps = 100
     optim.b2 = 0.95
     optim.ema = (0.999,)
 
-    steps(config, 4000)
+    steps(config, 3500)
 
 
 def transformer(config):
     config.batch = 16
-    config.captions = "original=3,short=2,short_tags=1,shape=1"
 
     model = config.model
     model.depth = 4

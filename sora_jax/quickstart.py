@@ -26,7 +26,7 @@ from sora_jax.data.sources import SourceConfig
 from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
-from sora_jax.evaluate.world import Score, held_out_prompts, in_words, score, triple
+from sora_jax.evaluate.world import Score, cleanness, held_out_prompts, in_words, score, triple
 from sora_jax.files import read_text, write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
@@ -172,14 +172,16 @@ def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
 
 
 def table(prompts: Sequence[str], clips: list[np.ndarray]) -> str:
-    """Return a table: prompt, size, what the oracle reads in the clip, whether they agree."""
-    rows = [("prompt", "size", "the oracle reads", "agreement")]
+    """Return a table: prompt, size, what the oracle reads in the clip, whether they agree, and how clean it is."""
+    rows = [("prompt", "size", "the oracle reads", "agreement", "one shape", "edge error")]
     for prompt, clip in zip(prompts, clips, strict=True):
         size = "x".join(map(str, clip.shape[:3]))
         found = agreement(prompt, clip)
         verdict = "-" if found.kind is None else "yes" if triple(found) else "no"  # "-": it names no shape
-        rows.append((prompt, size, in_words(clip), verdict))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        clean = cleanness(clip)
+        constant = "-" if len(clip) == 1 else "yes" if clean.constant else "no"
+        rows.append((prompt, size, in_words(clip), verdict, constant, f"{clean.edge_error:.3f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
@@ -194,6 +196,7 @@ def evaluate(config: QuickstartConfig, run: Run, dataset: Dataset, workdir: Path
     print(
         f"{found.clips} held-out prompts: colour, kind and motion all right {found.triple:.0%}"
         f" (colour {found.colour:.0%}, kind {found.kind:.0%}, motion {found.motion:.0%}, count {found.count:.0%});"
-        f" identity constancy {found.constancy:.2f}, physics error {found.physics_error:.3f}"
+        f" identity constancy {found.constancy:.2f}, physics error {found.physics_error:.3f};"
+        f" shape constancy {found.shape_constancy:.0%}, edge error {found.edge_error:.3f}, speckle {found.speckle:.3f}"
     )
     return found

@@ -18,9 +18,10 @@ from fixtures_runs import one_device, run
 from peers.tensors import uniform
 
 from sora_jax.config import load
-from sora_jax.convert import command
+from sora_jax.convert import command, wan
 from sora_jax.convert import dit as dits
 from sora_jax.convert.links import write_tree
+from sora_jax.convert.record import read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.media import save_png
@@ -29,15 +30,19 @@ from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named
 from sora_jax.errors import UserError
+from sora_jax.files import write_json
 from sora_jax.generate.run import load_run
 from sora_jax.kinds import run_config
+from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, encode
+from sora_jax.models.autoencoder_wan import WanConfig
+from sora_jax.models.first_stage import encode as encode_first_stage
 from sora_jax.models.transformer import SIZES, denoise, denoiser_specs
 from sora_jax.nn.pack import Pack, drop_captions
 from sora_jax.nn.params import abstract, count
 from sora_jax.nn.positions import sincos_table
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.frozen import load_autoencoder
+from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
 
 ROOT = Path(__file__).parents[1]
 NEAR = 2e-5
@@ -112,6 +117,78 @@ def test_statistics_of_latents_are_those_of_the_folder_and_go_back(vae_folder, t
     assert again.config == vae.config and again.fingerprint == vae.fingerprint
 
 
+PUBLISHED = {  # fields of config.json as released, beside the sizes; golden of that shape, mean and deviation
+    "Stable Diffusion 1": ({"sample_size": 512}, "kl4", 0.0, 1 / 0.18215),
+    "Stable Diffusion 2": ({"sample_size": 768}, "kl4", 0.0, 1 / 0.18215),
+    "SDXL": ({"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}, "kl4", 0.0, 1 / 0.13025),
+    "SDXL, later": (
+        {
+            "scaling_factor": 0.13025,
+            "shift_factor": None,
+            "latents_mean": None,
+            "latents_std": None,
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+            "mid_block_add_attention": True,
+        },
+        "kl4",
+        0.0,
+        1 / 0.13025,
+    ),
+    "SD3": (
+        {
+            "scaling_factor": 1.5305,
+            "shift_factor": 0.0609,
+            "latents_mean": None,
+            "latents_std": None,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "force_upcast": True,
+        },
+        "kl16",
+        0.0609,
+        1 / 1.5305,
+    ),
+    "FLUX.1": (
+        {
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "latents_mean": None,
+            "latents_std": None,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": True,
+        },
+        "kl16",
+        0.1159,
+        1 / 0.3611,
+    ),
+}
+
+
+@pytest.mark.parametrize("said, name, mean, std", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_published_flavours_are_read_from_what_their_files_say(tmp_path, said, name, mean, std):
+    levels, config = 3, golden(name).meta["config"]
+    sizes = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+    record = {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.6.0",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        **{size: config[size] for size in sizes},
+        **said,
+    }
+    write_json(tmp_path / "config.json", record)
+    write_tensors(tmp_path / f"{WEIGHTS}.safetensors", golden(name).weights)
+    vae = read_vae(tmp_path)
+    assert (vae.config.latent_channels, vae.config.quant) == {"kl4": (4, True), "kl16": (16, False)}[name]
+    np.testing.assert_allclose(vae.mean_C, np.full(vae.config.latent_channels, mean), rtol=1e-6)
+    np.testing.assert_allclose(vae.std_C, np.full(vae.config.latent_channels, std), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["kl4", "kl16"])
 def test_an_autoencoder_goes_back_to_the_same_bits_and_config(name, vae_folder, tmp_path):
     write_vae(read_vae(vae_folder(name)), tmp_path)
@@ -163,7 +240,7 @@ NUMBERS = [  # field, what it is, what it must be
     ("block_out_channels", 32, "a list of positive whole numbers"),
     ("use_quant_conv", None, "true or false"),
     ("down_block_types", None, '["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"]'),
-    ("_class_name", "VQModel", '"AutoencoderKL"'),
+    ("_class_name", "VQModel", '"AutoencoderKL" or "AutoencoderKLWan"'),
 ]
 
 
@@ -182,6 +259,101 @@ def test_a_field_that_an_autoencoder_lacks_is_named(vae_folder):
     assert "block_out_channels is missing; it must be a list of positive" in refused(read_vae, folder)
     (folder / "config.json").write_text(json.dumps([record]))
     assert refused(read_vae, folder) == f"{str(folder / 'config.json')!r} holds no fields; it must be a JSON object"
+
+
+# ---------------------------------------------------------------------------------------- autoencoder of Wan
+
+# Published with Wan 2.1; a model sees (z - mean) / deviation.
+WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
+WAN_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+WAN_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
+WAN_STD += [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    """wan_folder(name, **changes of config.json)"""
+
+    def make(name: str, **changes) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        channels = golden(name).meta["config"]["z_dim"]
+        statistics = {"latents_mean": WAN_MEAN[:channels], "latents_std": WAN_STD[:channels]}
+        return write_folder(folder, golden(name), wan.CLASS, golden(name).weights, **statistics | changes)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["wan21", "wan22"])
+def test_wan_goes_back_to_the_same_bits_and_config(name, wan_folder, tmp_path):
+    vae, original = read_vae(wan_folder(name)), json.loads((wan_folder(name) / "config.json").read_text())
+    write_vae(vae, tmp_path)
+    found, again = read_tensors(tmp_path), read_vae(tmp_path)
+    assert found.keys() == golden(name).weights.keys()
+    for key, x in found.items():
+        np.testing.assert_array_equal(x, golden(name).weights[key])
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert {key: x for key, x in said.items() if not key.startswith("latents")} == {
+        key: x for key, x in original.items() if not key.startswith("latents")
+    }
+    assert again.config == vae.config and again.fingerprint == vae.fingerprint
+    channels = vae.config.latent_channels
+    for statistic, published in ((vae.mean_C, WAN_MEAN), (vae.std_C, WAN_STD)):
+        np.testing.assert_allclose(statistic, published[:channels], rtol=1e-6)
+
+
+def test_a_release_of_wan_is_the_default_config(tmp_path):
+    record = {"_class_name": wan.CLASS, "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    record |= {"attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0}
+    write_json(tmp_path / "config.json", record | {"latents_mean": WAN_MEAN, "latents_std": WAN_STD})
+    read = read_record(tmp_path / "config.json")
+    assert wan.read_config(read) == WanConfig(remat=True)
+    assert [len(x) for x in wan.read_statistics(read, 16)] == [16, 16]
+
+
+def test_a_first_stage_of_wan_is_converted_both_ways_and_encodes_normalised_latents(wan_folder, tmp_path):
+    weights, out, back = wan_folder("wan22"), tmp_path / "wan22", tmp_path / "back"
+    assert run("convert", "--from=diffusers-vae", f"--weights={weights}", f"--out={out}") == 0
+    assert run("convert", "--to=diffusers-vae", f"--workdir={out}", f"--out={back}") == 0
+    found = load_autoencoder(out)
+    assert found.fingerprint == read_vae(weights).fingerprint == read_vae(back).fingerprint
+    clip = np.random.default_rng(0).integers(0, 256, (5, 16, 32, 3), np.uint8)
+    (latent,) = found.encode([clip])
+    mean, _ = encode_first_stage(found.params, found.config, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32))
+    np.testing.assert_allclose(
+        latent, (np.asarray(mean[0]) - np.float32(WAN_MEAN[:6])) / np.float32(WAN_STD[:6]), atol=1e-5
+    )
+    config = run_config(json.loads((out / "config.json").read_text()))
+    assert config == command.autoencoder_run(found.config) and config.crop == (17, 256, 256)
+
+
+WAN_FIELDS = [  # field, what it is, what it must be
+    ("temperal_downsample", [True, True], "a list of 3, each true or false"),
+    ("temperal_downsample", [0, 1, 1], "a list of 3, each true or false"),
+    ("temperal_downsample", None, "a list of 3, each true or false"),
+    ("attn_scales", [1.0], "[]"),
+    ("in_channels", 12, "3"),
+    ("patch_size", 0, "a positive whole number"),
+    ("latents_mean", None, "a list of 4 finite numbers"),
+    ("latents_std", [1, 2, 3, 0], "a list of 4 positive finite numbers"),
+    ("dim_mult", [], "a list of positive whole numbers"),
+    ("is_residual", 1.5, "true or false"),
+]
+
+
+@pytest.mark.parametrize("name, value, allowed", WAN_FIELDS)
+def test_a_field_of_wan_that_cannot_be_is_named(wan_folder, name, value, allowed):
+    folder = wan_folder("wan21", **{name: value})
+    expected = f"--weights is {str(folder)!r}; in its config.json {name} is {json.dumps(value)}; it must be {allowed}"
+    assert refused(read_vae, folder) == expected
+
+
+def test_an_autoencoder_of_the_house_has_no_folder(tmp_path):
+    own = AutoencoderConfig()
+    found = FrozenAutoencoder(own, {}, np.zeros(16, np.float32), np.ones(16, np.float32))
+    assert "must have a KLConfig or WanConfig for that format, and has AutoencoderConfig" in refused(
+        write_vae, found, tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- DiT

@@ -19,6 +19,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn import params as param
 from sora_jax.parallel.mesh import make_mesh
@@ -74,7 +75,7 @@ def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
 
 def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
     vae = read_vae(_model_folder(weights, "vae"))
-    assert isinstance(vae.config, KLConfig)  # `read_vae` reads no other
+    assert isinstance(vae.config, KLConfig | WanConfig)  # `read_vae` reads no other
     config = autoencoder_run(vae.config)
     _save_run(out, config, vae.params, autoencoder_groups(config))
     save_autoencoder(vae, out / FOLDER, {"steps": 0, "held_out_psnr": None})
@@ -125,12 +126,14 @@ def denoiser_run(network: Network, factor: int = FACTOR) -> DenoiserRun:
     )
 
 
-def autoencoder_run(model: KLConfig) -> AutoencoderRun:
-    """Return the config that trains an image autoencoder by the recipe of configs/autoencoder.py:kl4."""
+def autoencoder_run(model: KLConfig | WanConfig) -> AutoencoderRun:
+    """Return the config that trains an autoencoder by the recipe of configs/autoencoder.py: kl4, or base for clips."""
+    side = 16 * model.space_factor
+    videos = isinstance(model, WanConfig)
     return AutoencoderRun(
         batch=16,
-        crop=(1, 256, 256),
-        image_share=0.0,
+        crop=(1 + 4 * model.time_factor, side, side) if videos else (1, 256, 256),
+        image_share=0.25 if videos else 0.0,
         model=model,
         optim=OptimConfig(schedule="cosine", warmup_steps=1000),
         loop=LoopConfig(steps=200_000, log_every=50, save_every=2000, preview_every=2000),

@@ -1,16 +1,22 @@
-"""Convert folders of diffusers' AutoencoderKL (config.json and weights) to frozen autoencoders and back."""
+"""Convert folders of diffusers (config.json and weights) to frozen autoencoders and back.
+
+Their classes are AutoencoderKL, of Stable Diffusion, SD3 and FLUX, and AutoencoderKLWan (`convert.wan`).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from sora_jax.convert import wan
 from sora_jax.convert.links import KERNEL, MATRIX, SAME, Link, layer_links, read_tree, write_tree
 from sora_jax.convert.record import Record, read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, write_json
+from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
+from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.first_stage import autoencoder_specs
 from sora_jax.train.frozen import FrozenAutoencoder
 
@@ -26,24 +32,42 @@ def read_vae(folder: Path) -> FrozenAutoencoder:
     """Read a folder; latents are normalised by the statistics in its config.json.
 
     Raises:
-        UserError: the architecture is not that of `KLConfig`, or tensors do not fit.
+        UserError: the architecture is neither that of `KLConfig` nor of `WanConfig`, or tensors do not fit.
     """
     record = read_record(as_path(folder) / "config.json")
-    config = _config(record)
-    mean, std = _latents(record, config.latent_channels)
+    name = record.known("_class_name", (CLASS, wan.CLASS), CLASS)
+    config: KLConfig | WanConfig = wan.read_config(record) if name == wan.CLASS else _config(record)
+    mean, std = (wan.read_statistics if name == wan.CLASS else _latents)(record, config.latent_channels)
     tensors = {_new_name(name): x for name, x in read_tensors(folder).items()}
     params = read_tree(links(config), autoencoder_specs(config), tensors, str(folder))
     return FrozenAutoencoder(config, params, mean, std)
 
 
 def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
-    """Write config.json and weights as diffusers reads them; UserError unless the autoencoder has a `KLConfig`."""
+    """Write config.json and weights as diffusers reads them.
+
+    Raises:
+        UserError: the autoencoder has neither a `KLConfig` nor a `WanConfig`.
+    """
     config = autoencoder.config
-    if not isinstance(config, KLConfig):
-        reason = f"the autoencoder must have a KLConfig for that format, and has {type(config).__name__}"
+    if isinstance(config, AutoencoderConfig):
+        reason = f"the autoencoder must have a KLConfig or WanConfig for that format, and has {type(config).__name__}"
         raise UserError(f"--to is 'diffusers-vae'; {reason}")
+    statistics = autoencoder.mean_C, autoencoder.std_C
+    record = wan.write_record(config, *statistics) if isinstance(config, WanConfig) else _record(config, *statistics)
+    tensors = write_tree(links(config), autoencoder.params)
+    write_tensors(as_path(folder) / f"{WEIGHTS}.safetensors", tensors)
+    write_json(as_path(folder) / "config.json", record)
+
+
+def links(config: KLConfig | WanConfig) -> list[Link]:
+    """Link every tensor of the folder."""
+    return wan.links(config) if isinstance(config, WanConfig) else _links(config)
+
+
+def _record(config: KLConfig, mean_C: np.ndarray, std_C: np.ndarray) -> dict:
     levels = len(config.widths)
-    record = {
+    return {
         "_class_name": CLASS,
         **FIXED,
         **{name: [block] * levels for name, block in BLOCKS.items()},
@@ -53,15 +77,11 @@ def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
         "norm_num_groups": config.groups,
         "use_quant_conv": config.quant,
         "use_post_quant_conv": config.quant,
-        **_statistics(autoencoder.mean_C, autoencoder.std_C),
+        **_statistics(mean_C, std_C),
     }
-    tensors = write_tree(links(config), autoencoder.params)
-    write_tensors(as_path(folder) / f"{WEIGHTS}.safetensors", tensors)
-    write_json(as_path(folder) / "config.json", record)
 
 
 def _config(record: Record) -> KLConfig:
-    record.known("_class_name", (CLASS,), CLASS)
     widths = record.wholes("block_out_channels")
     for name, value in FIXED.items():
         record.known(name, (value,), value)
@@ -112,8 +132,7 @@ def _new_name(name: str) -> str:
     return f"{head}.attentions.0.{OLD_NAMES.get(module, module)}.{kind}" if rest else name
 
 
-def links(config: KLConfig) -> list[Link]:
-    """Link every tensor of the folder."""
+def _links(config: KLConfig) -> list[Link]:
     count = len(config.widths)
     widths = config.widths
     found = _middle("encoder") + _middle("decoder")

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -28,6 +29,15 @@ VAES = {  # options of AutoencoderKL; the picture is no square
     "kl16": dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
 }
 LEVELS = 3
+WANS = {  # options of AutoencoderKLWan: the releases 2.1 and 2.2, narrow
+    "wan21": dict(base_dim=8, decoder_base_dim=12, z_dim=4, num_res_blocks=1),
+    "wan22": dict(
+        base_dim=8, decoder_base_dim=12, z_dim=6, num_res_blocks=2, is_residual=True, patch_size=2, in_channels=12,
+        out_channels=12, scale_factor_spatial=16,
+    ),
+}  # fmt: skip
+WAN_22 = dict(WANS["wan22"], base_dim=160, decoder_base_dim=256, z_dim=48)
+FRAMES, WAN_PIXELS = 13, (16, 32)
 STEPS, LABELS = (0, 500, 999), (1, 10, 4)  # label 10 is the row for none
 GUIDANCE = 4.0
 TOLERANCE = 1e-6
@@ -53,9 +63,29 @@ def vae(name: str) -> dict:
     return pack(meta, values | {"decoded": decoded})
 
 
+def wan(name: str) -> dict:
+    """Posterior and reconstruction of a clip; those of its first frames alone are the first of these."""
+    options = WANS[name]
+    statistics = {"latents_mean": [0.0] * options["z_dim"], "latents_std": [1.0] * options["z_dim"]}
+    model = diffusers.AutoencoderKLWan(**options, **statistics)
+    shapes = fill(model)
+    height, width = WAN_PIXELS
+    factor, latents = options.get("scale_factor_spatial", 8), 1 + (FRAMES - 1) // 4
+    video = given("video", (1, 3, FRAMES, height, width)) / 2
+    latent = given("latent", (1, options["z_dim"], latents, height // factor, width // factor))
+    with torch.no_grad():
+        posterior, image = (model.encode(x).latent_dist for x in (video, video[:, :, :1]))
+        with mock.patch.object(torch, "clamp", lambda x, **_: x):  # the peer clips the result
+            decoded, fewer = (model.decode(z).sample for z in (latent, latent[:, :, :2]))
+    for some, whole in ((image.mean, posterior.mean), (fewer, decoded)):
+        torch.testing.assert_close(some, whole[:, :, : some.shape[2]], rtol=0, atol=1e-12)
+    meta = {"config": settings(model), "shapes": shapes}
+    return pack(meta, {"mean": posterior.mean, "logvar": posterior.logvar, "latent": latent, "decoded": decoded})
+
+
 def full_size() -> dict:
-    """The number of parameters of the autoencoders of full size."""
-    counts: dict[str, int] = {}
+    """The number of parameters of the autoencoders of full size; of Wan's also those of encoder and decoder."""
+    counts: dict[str, int | list[int]] = {}
     with torch.device("meta"):
         for name, options in VAES.items():
             model = diffusers.AutoencoderKL(
@@ -66,6 +96,9 @@ def full_size() -> dict:
                 **options,
             )
             counts[name] = sum(p.numel() for p in model.parameters())
+        for name, options in (("wan21", {}), ("wan22", WAN_22)):
+            model = diffusers.AutoencoderKLWan(**options)
+            counts[name] = [sum(p.numel() for p in m.parameters()) for m in (model, model.encoder, model.decoder)]
     return pack({"parameters": counts}, {})
 
 
@@ -238,6 +271,8 @@ def pack(meta: dict, values: dict) -> dict:
 CASES = {
     "kl4": lambda: vae("kl4"),
     "kl16": lambda: vae("kl16"),
+    "wan21": lambda: wan("wan21"),
+    "wan22": lambda: wan("wan22"),
     "parameters": full_size,
     "dit_diffusers": diffusers_dit,
     "dit_official": official_dit,
