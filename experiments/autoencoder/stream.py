@@ -74,9 +74,8 @@ def programs() -> None:
         start = time.perf_counter()
         list(network.encode(clips, 4, tiles=tiles))
         again = time.perf_counter() - start
-        print(
-            f"{name:12} {len(found)} clips, {len(sizes)} sizes: {compiled} programs, {seconds:.1f} s, again {again:.1f} s"
-        )
+        done = f"{len(found)} clips of {len(sizes)} sizes: {compiled} programs"
+        print(f"{name:12} {done}, {seconds:.1f} s, again {again:.1f} s")
 
 
 def main() -> None:

@@ -383,10 +383,10 @@ def _details(report: Report) -> list[str]:
         f"loss         L1, L2 and KL allow a PSNR up to about {_decibels(report.loss_resolution)}, "
         f"L2 and KL alone {_decibels(report.loss_resolution_l2)}",
     ]
-    if found := report.codes:
+    if used := report.codes:
         lines = [
-            f"codes        {found['size']:,}, of which {found['tokens']:,} tokens use {found['use']:.1%}; perplexity "
-            f"{found['perplexity']:,.0f}; {found['bits_per_pixel']:.3g} bits per pixel"
+            f"codes        {used['size']:,}, of which {used['tokens']:,} tokens use {used['use']:.1%}; perplexity "
+            f"{used['perplexity']:,.0f}; {used['bits_per_pixel']:.3g} bits per pixel"
         ]
     if found := report.spectrum:
         lines += [

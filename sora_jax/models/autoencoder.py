@@ -8,7 +8,7 @@ that the frames of a block see each other (group-causal convolution, IV-VAE, 241
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def encoder_specs(config: AutoencoderConfig) -> dict:
     return specs
 
 
-def _linear_head_bias(channels: int, key: jax.Array, shape: tuple, dtype: jnp.dtype, **_) -> jax.Array:
+def _linear_head_bias(channels: int, key: jax.Array, shape: tuple, dtype: jnp.dtype, **_: Any) -> jax.Array:
     return jnp.concatenate([jnp.zeros(channels, dtype), jnp.full(shape[0] - channels, LINEAR_LOGVAR, dtype)])
 
 

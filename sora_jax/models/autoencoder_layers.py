@@ -125,7 +125,7 @@ def attention(this: Pass, p: dict, x_BTHWC: jax.Array) -> jax.Array:
             mask = to_images(jnp.broadcast_to(mask, (*x_BTHWC.shape[:4], 1)))
         q, k, v = (dense(p[name], y, IMAGES) for name in ("q", "k", "v"))
         y = dense(p["out"], attend_in_images(q, k, v, mask), IMAGES)
-        return x_BTHWC + this.inside(spread(to_clips(y, x_BTHWC.shape[:2])))
+        return x_BTHWC + this.inside(spread(to_clips(y, (x_BTHWC.shape[0], x_BTHWC.shape[1]))))
 
 
 def shortcut_matrix(inputs: int, outputs: int, block: int = 1, down: bool = True) -> np.ndarray:
@@ -167,5 +167,6 @@ def pointwise(matrix: jax.Array, bias: jax.Array, x_BTHWC: jax.Array) -> jax.Arr
 
 def with_shortcut(p: dict, block: int, down: bool) -> dict:
     """Add a shortcut to a convolution of kernel size 1: the sum of the two is one product."""
-    matrix = shortcut_matrix(*p["weight"].shape[-2:], block, down)
+    inputs, outputs = p["weight"].shape[-2:]
+    matrix = shortcut_matrix(inputs, outputs, block, down)
     return p | {"weight": p["weight"] + jnp.asarray(matrix)[None, None, None]}

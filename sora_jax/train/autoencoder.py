@@ -120,7 +120,7 @@ class AutoencoderRun(RunConfig):
     def stage(self, number: int, workdir: Path) -> "AutoencoderRun":
         """Return the config of a stage, counted from 0, whose run folder is `stage_folder(workdir, number)`."""
         stage = self.stages[number]
-        given = {
+        given: dict[str, Any] = {
             "crop": stage.crop,
             "batch": stage.batch,
             "loss": stage.loss,

@@ -168,7 +168,7 @@ class FrozenAutoencoder:
         return to_uint8(streaming.decode_ring(_on_devices(self.params), self.config, z, tiles, batch))
 
     def _normalised(self, mean: jax.Array | np.ndarray) -> np.ndarray:
-        return (np.asarray(codes.quantize(codes_of(self.config), mean)) - self.mean_C) / self.std_C
+        return (np.asarray(codes.quantize(codes_of(self.config), jnp.asarray(mean))) - self.mean_C) / self.std_C
 
     def _scaled(self, z: np.ndarray) -> np.ndarray:
         return np.asarray(z, np.float32) * self.std_C + self.mean_C

@@ -218,7 +218,7 @@ def _compare(
     params, networks = aids.discriminator
     order = jax.random.fold_in(key, Purpose.DISCRIMINATOR)
     adversarial, matching = generator_loss(params, networks, video, decoded, order)
-    weight = loss.adversarial_weight
+    weight = jnp.float32(loss.adversarial_weight)
     if loss.adaptive_most:
         here = jax.lax.stop_gradient(decoded)
         of_distances = jax.grad(lambda x: _distances(x, video, config, key, loss, aids)[0])(here)

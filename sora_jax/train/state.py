@@ -81,7 +81,7 @@ def start_from(state: TrainState, params: Mapping[str, Any]) -> TrainState:
 
     placed = {name: place(tree, state.params[name]) for name, tree in params.items()}
     ema = {name: tuple(place(tree, average) for average in state.ema[name]) for name, tree in params.items()}
-    return state.replace(params=state.params | placed, ema=state.ema | ema)
+    return TrainState(state.step, state.params | placed, state.ema | ema, state.opt_state)
 
 
 def to_stored(state: TrainState) -> dict:

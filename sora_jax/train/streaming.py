@@ -5,7 +5,7 @@ The memory on the device does not grow with a clip's length. Chunks are exact (`
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,7 @@ def _frames(tile: np.ndarray, begin: int, count: int) -> np.ndarray:
     return tile[np.arange(begin, begin + count).clip(max=len(tile) - 1)]
 
 
-def _empty_cache(function: Callable, *arguments) -> list[jax.Array]:
+def _empty_cache(function: Any, *arguments: Any) -> list[jax.Array]:
     """Return zeros for the cache of clips that begin: it is not read, but with it they need no program of their own."""
     _, cache = function.eval_shape(*arguments, None)
     mesh = jax.sharding.get_mesh() if on_mesh() else None
