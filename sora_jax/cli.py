@@ -188,7 +188,7 @@ def _sample(commands) -> None:
 
 
 def _tile(parser) -> None:
-    about = "process clips by one program in chunks and tiles of this size, in pixels; 0: all"
+    about = "process clips by one program in chunks and tiles of this size, in pixels; 0: all; encode takes auto, too"
     parser.add_argument("--tile", default="", metavar="FRAMESxHEIGHTxWIDTH", help=about)
     about = "overlap of tiles, as a fraction of a tile, where they are not exact"
     parser.add_argument("--tile-overlap", type=float, default=0.25, help=about)
@@ -381,7 +381,7 @@ def _evaluate(commands) -> None:
     p.add_argument("--clips", type=int, default=64, help="maximum number of clips, evenly spread")
     p.add_argument("--batch", type=int, default=4, help="batch size, in clips (or tiles)")
     _tile(p)
-    p.add_argument("--out", type=as_path, help="folder for report.json, comparison.png and comparison.mp4")
+    p.add_argument("--out", type=as_path, help="folder for the report and the pictures (default: RUN/evaluation)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise that is added to latents")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")
     p.set_defaults(function=evaluate)

@@ -274,8 +274,9 @@ def test_stages_train_one_after_the_other_and_a_frozen_encoder_keeps_its_latents
     adversary = LossConfig(adversarial_weight=0.1, latent_noise=0.1, adversarial_warmup=1)
     stages = (StageConfig(steps=2), StageConfig(steps=2, crop=(5, 24, 16), trained="decoder", loss=adversary))
     config = small_run(
-        data, model=LINEAR, stages=stages, crops=((3, 16, 16),), discriminator=DiscriminatorConfig(width=4, levels=2)
-    )
+        data, model=LINEAR, stages=stages, crops=((3, 16, 16),), discriminator=DiscriminatorConfig(width=4, levels=2),
+        loop=LoopConfig(log_every=1, save_every=0), optim=OptimConfig(),
+    )  # fmt: skip
     assert from_dict(AutoencoderRun, to_dict(config)) == config
     train(config, tmp_path / "run")
     first, last = (load_autoencoder(tmp_path / "run" / folder) for folder in ("stage_1", "stage_2"))
@@ -295,6 +296,35 @@ def test_stages_train_one_after_the_other_and_a_frozen_encoder_keeps_its_latents
 def test_a_decoder_alone_needs_a_start():
     with pytest.raises(UserError, match="start is not given; with trained = 'decoder'"):
         AutoencoderRun(trained="decoder")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(loss=LossConfig(kl_target=1.0), model=FSQ), "loss.kl_target is 1.0; it must be 0 where no encoder"),
+        (dict(stages=(StageConfig(),), loss=LossConfig(bands_weight=1.0)), "loss is changed; beside stages"),
+        (dict(stages=(StageConfig(),), loop=LoopConfig(steps=7)), r"loop.steps is 7; .* stages\[i\].steps"),
+        (dict(stages=(StageConfig(), StageConfig(crop=(5, 17, 16)))), r"stages\[1\]: height is 17"),
+        (dict(loss=LossConfig(adversarial_weight=1.0, equivariance=0.5), crop=(5, 8, 8)), "too small for a discrim"),
+        (dict(loss=LossConfig(lpips_weight=1.0, lpips_file="x")), "crop 5 x 16 x 16 is too small for LPIPS: 64"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        small_run("data", **dict(model=PLAIN, loop=LoopConfig(), optim=OptimConfig()) | options)
+
+
+def test_a_later_stage_that_cannot_be_trained_stops_before_the_first(data, tmp_path):
+    config = small_run(
+        data,
+        model=PLAIN,
+        loop=LoopConfig(),
+        optim=OptimConfig(),
+        stages=(StageConfig(), StageConfig(crop=(5, 512, 16))),
+    )
+    with pytest.raises(UserError, match="crop is 5 x 512 x 16"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cache_of_codes_gives_back_the_codes(data, tmp_path):

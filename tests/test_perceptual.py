@@ -17,7 +17,6 @@ from sora_jax.models.perceptual import (
     pyramid_l1,
     random_features_loss,
     random_shift,
-    ssim,
 )
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 
@@ -136,8 +135,6 @@ def test_wrong_options_are_named():
         pyramid_l1(video, video, 0)
     with pytest.raises(UserError, match="frames is 0"):
         choose_frames(jax.random.key(0), 0, video)
-    with pytest.raises(UserError, match="4 x 4 pixels.* 7 x 7"):
-        ssim(video, video)
 
 
 def test_pyramid_equals_means_of_blocks():
@@ -205,40 +202,6 @@ def test_random_features_see_blur_and_are_drawn_anew():
     assert len(set(values.tolist())) == 4 and values.min() > 0.2 and values.std() < 0.1 * values.mean()
 
 
-def ssim_by_hand(a, b):
-    """The definition, window by window in float64, each channel of each frame by itself."""
-    values = []
-    for row in range(a.shape[2] - 6):
-        for column in range(a.shape[3] - 6):
-            x, y = (
-                z[:, :, row : row + 7, column : column + 7].astype(np.float64).transpose(0, 1, 4, 2, 3).reshape(-1, 49)
-                for z in (a, b)
-            )
-            for one, other in zip(x, y):
-                (var_x, covariance), (_, var_y) = np.cov(one, other)
-                mx, my = one.mean(), other.mean()
-                c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-                values.append(
-                    (2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (var_x + var_y + c2))
-                )
-    return np.mean(values)
-
-
-def test_ssim_equals_its_definition_for_each_clip():
-    a = np.stack([random(2, 9, 10, 3), np.full((2, 9, 10, 3), 0.7, np.float32)])
-    b = np.clip(a + 0.3 * random(2, 2, 9, 10, 3, seed=1), -1, 1)
-    found = ssim(a, b)
-    np.testing.assert_allclose(found, [ssim_by_hand(a[i : i + 1], b[i : i + 1]) for i in range(2)], atol=1e-4)
-    np.testing.assert_allclose(ssim(b, a), found, atol=1e-6)
-    np.testing.assert_allclose(ssim(a, a), 1.0, atol=1e-6)
-
-
-def test_ssim_of_two_constants():
-    """Only the luminance term is left."""
-    a, b = np.full((1, 1, 8, 8, 3), 0.5, np.float32), np.full((1, 1, 8, 8, 3), -0.2, np.float32)
-    np.testing.assert_allclose(ssim(a, b), (-0.2 + 0.0004) / (0.29 + 0.0004), rtol=1e-3)
-
-
 def terms(decoded, video):
     key = jax.random.key(5)
 
@@ -248,7 +211,6 @@ def terms(decoded, video):
             bands_loss(decoded, video, 1, "charbonnier", STILL, temporal=False, low=True),
             pyramid_l1(decoded, video, 2),
             random_features_loss(key, decoded, video, 2, (4, 6)),
-            1 - ssim(decoded, video).mean(),
         ]
         return sum(parts), parts
 

@@ -19,7 +19,7 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import NEWEST, Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, load_tokenizer
 from sora_jax.train.fastest_attention import with_fastest_attention
-from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder
+from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
 from sora_jax.train.state import MODEL, abstract_ema
 
@@ -112,10 +112,16 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
 
 
 def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
-    """Return the folder of a run's autoencoder: its own, or another one where it has none."""
+    """Return the folder of a run's autoencoder: its own, or the other one, which must have the same latents."""
     own = (folder / FOLDER).exists()
     check(own or other is not None, f"--workdir is {str(folder)!r}; it holds no autoencoder, give one by --autoencoder")
-    check(not own or other is None, f"--autoencoder is {str(other)!r}; {str(folder)!r} has its own, leave it out")
+    # A decoder that was trained further decodes the same latents, which the fingerprint says.
+    same = not own or other is None or recorded_fingerprint(as_path(other)) == recorded_fingerprint(folder)
+    check(
+        same,
+        f"--autoencoder is {str(other)!r}; it has other latents than the autoencoder in {str(folder)!r}: leave it out, "
+        "or give that one with a decoder that was trained further",
+    )
     return folder if other is None else as_path(other)
 
 

@@ -10,11 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sora_jax.config import check, read_json
+from sora_jax.config import check, read_json, to_dict, value_at
+from sora_jax.data.crops import crop_batches, sizes_and_clips
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
-from sora_jax.models.first_stage import autoencoder_specs, encoder_part, latent_fields
+from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, encoder_part, latent_fields
+from sora_jax.models.lpips import read_lpips
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
@@ -33,7 +35,6 @@ from sora_jax.train.frozen import (
     FrozenAutoencoder,
     load_autoencoder,
     measure_statistics,
-    recorded_fingerprint,
     save_autoencoder,
 )
 from sora_jax.train.kind import Inputs, Kind
@@ -82,9 +83,19 @@ def _first(config: AutoencoderRun) -> FrozenAutoencoder:
         jax.tree.map(lambda x: x.shape, param.abstract(autoencoder_specs(model)))
         for model in (config.model, first.config)
     )
-    same = wanted == found and latent_fields(config.model) == latent_fields(first.config)
+    same = wanted == found and _latent_values(config.model) == _latent_values(first.config)
     check(same, f"--config.start is {config.start!r}; its network is not that of config.model")
+    check(
+        config.trained == "all" or first.version >= 3,
+        f"--config.start is {config.start!r}; caches of its latents name its decoder, too, so that must not change: "
+        "it must be an autoencoder trained by this version of sora_jax",
+    )
     return first
+
+
+def _latent_values(model: FirstStageConfig) -> dict:
+    values = to_dict(model)
+    return {name: value_at(values, name) for name in latent_fields(model)}
 
 
 def make_job(config: AutoencoderRun, inputs: AutoencoderInputs, workdir: Path) -> Job:
@@ -157,9 +168,18 @@ def stages(config: AutoencoderRun, workdir: Path) -> list[tuple[Path, Autoencode
     return [(stage_folder(workdir, i), config.stage(i, workdir)) for i in range(len(config.stages))]
 
 
+def check_stage(config: AutoencoderRun, inputs: AutoencoderInputs) -> None:
+    """Raise a UserError where a stage cannot train on the dataset."""
+    sizes, clips = sizes_and_clips(inputs.dataset, config.split)
+    crop_batches(inputs.dataset, config.crop_config, config.seed, sizes, clips, inputs.share)
+    if config.loss.lpips_weight:
+        read_lpips(config.loss.lpips_file)
+
+
 def keep_stage(workdir: Path, last: Path) -> None:
     """Copy the autoencoder that the last stage left into the folder of the run."""
-    if recorded_fingerprint(workdir) != recorded_fingerprint(last):
+    kept, left = workdir / FOLDER / RECORD, last / FOLDER / RECORD
+    if not kept.exists() or read_json(kept)["weights_digest"] != read_json(left)["weights_digest"]:
         copy_autoencoder(last, workdir, replace=True)
 
 
@@ -172,5 +192,6 @@ AUTOENCODER = Kind(
     may_change=("data", "tiles", "start"),
     finish=finish,
     stages=stages,
+    check_stage=check_stage,
     finish_stages=keep_stage,
 )

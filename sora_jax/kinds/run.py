@@ -53,6 +53,10 @@ def _train_stages(kind: Kind, config: RunConfig, workdir: Path, stages: Sequence
     """Train stage after stage, each as a run in a folder of its own."""
     _, first = stages[0]
     inputs = kind.open(first, workdir, make_mesh(config.mesh))  # what it refuses leaves no folder behind
+    check_data(workdir, inputs.digest)
+    for _, stage in stages:
+        if kind.check_stage:
+            kind.check_stage(stage, inputs)
     claim_workdir(workdir, config, inputs)
     for folder, stage in stages:
         log(f"{config.kind}: {folder.name} of {len(stages)}")

@@ -88,6 +88,12 @@ class AutoencoderConfig:
             )
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
         channels(self.codes, self.latent_channels)
+        values = 3 * math.prod(self.block)
+        check(
+            not self.linear or self.latent_channels <= values,
+            f"model.latent_channels is {self.latent_channels}; with model.linear it must be at most {values}, the "
+            "values of a block",
+        )
         if self.shortcuts:
             self._check_shortcuts()
 
@@ -153,8 +159,10 @@ def latent_fields(config: AutoencoderConfig) -> tuple[str, ...]:
     """
     first = ("time_factor", "space_factor", "latent_channels", "patch", "width", "multipliers", "encoder_blocks")
     default = AutoencoderConfig()
-    later = ("shortcuts", "linear", "norm", "attention", "codes")
-    return (*first, "kernels", *(name for name in later if getattr(config, name) != getattr(default, name)))
+    later = ("shortcuts", "linear", "norm", "attention")
+    changed = [name for name in later if getattr(config, name) != getattr(default, name)]
+    discrete = ["codes.name", "codes.levels"] if config.codes.name != "none" else []
+    return (*first, "kernels", *changed, *discrete)
 
 
 def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:

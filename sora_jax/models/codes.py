@@ -165,7 +165,7 @@ def indices(config: CodesConfig, codes_BthwC: jax.Array) -> jax.Array:
     Raises:
         UserError: there are more than 2^31 codes.
     """
-    levels, weights = _levels(config, codes_BthwC.shape[-1]), _digit_weights(config, codes_BthwC.shape[-1])
+    levels, weights = _levels(config, codes_BthwC.shape[-1]), digit_weights(config, codes_BthwC.shape[-1])
     if config.name == "fsq":
         half = _like(np.array(levels) // 2, codes_BthwC)
         digits = jnp.clip(jnp.round(codes_BthwC * half) + half, 0, _like(levels, codes_BthwC) - 1)
@@ -181,7 +181,7 @@ def codes_of(config: CodesConfig, indices_Bthw: jax.Array, latent_channels: int)
     Raises:
         UserError: there are more than 2^31 codes.
     """
-    levels, weights = _levels(config, latent_channels), _digit_weights(config, latent_channels)
+    levels, weights = _levels(config, latent_channels), digit_weights(config, latent_channels)
     number = jnp.asarray(indices_Bthw, jnp.int32)[..., None]
     digits = number // _like(weights, number) % _like(levels, number)
     grid = digits - _like(np.array(levels) // 2, digits) if config.name == "fsq" else 2 * digits - 1
@@ -189,7 +189,7 @@ def codes_of(config: CodesConfig, indices_Bthw: jax.Array, latent_channels: int)
     return values / _like(_grid_size(config, latent_channels), values)
 
 
-def _digit_weights(config: CodesConfig, latent_channels: int) -> tuple[int, ...]:
+def digit_weights(config: CodesConfig, latent_channels: int) -> tuple[int, ...]:
     """Return the weight of each channel in an index."""
     size = codebook_size(config, latent_channels)
     check(

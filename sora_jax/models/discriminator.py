@@ -163,7 +163,7 @@ def discriminator_loss(
         video_BTHWC: real clips.
         decoded_BTHWC: the same clips, decoded.
         key: of the order of the two in form "pair".
-        lecam: running means of the scores of real and of decoded clips (`update_lecam`); used if the LeCam term has a
+        lecam: running means of the scores of real and of decoded clips; used if the LeCam term has a
             weight.
 
     Returns:
@@ -196,14 +196,6 @@ def lecam_penalty(real: jax.Array, fake: jax.Array, lecam: tuple[jax.Array, jax.
     real_mean, fake_mean = lecam
     over, under = jax.nn.relu(real - fake_mean), jax.nn.relu(real_mean - fake)
     return jnp.square(over).mean() + jnp.square(under).mean()
-
-
-def update_lecam(
-    lecam: tuple[jax.Array, jax.Array], metrics: dict[str, jax.Array], decay: float = 0.999
-) -> tuple[jax.Array, jax.Array]:
-    """Move the running means of the scores of real and of decoded clips towards those of a step."""
-    real, fake = (decay * mean + (1 - decay) * metrics[name] for mean, name in zip(lecam, ("real", "fake")))
-    return real, fake
 
 
 def _squared_gradient(

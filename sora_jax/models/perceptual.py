@@ -1,4 +1,4 @@
-"""Compare decoded clips with their originals: Haar bands, pyramids of frames, random features, SSIM.
+"""Compare decoded clips with their originals: Haar bands, pyramids of frames, random features.
 
 Clips are (B, T, H, W, C) with values in [-1, 1]. Every term is a mean, so that its scale depends on no size. On a mesh
 each device compares whole frames of its own clips: rows that are split over devices are gathered first.
@@ -18,8 +18,6 @@ FRAMES = ("batch", "time", *IMAGES[1:])  # logical axes of clips whose frames ar
 CHARBONNIER = 0.1  # half width of the rounded tip of the Charbonnier penalty, in units of a coefficient
 FEATURES_EPS = 0.1  # added to the mean magnitude of a channel, which is 0 for a frame of zeros
 LEAK = 0.2  # slope of leaky ReLU below zero
-SSIM_WINDOW = 7  # pixels
-SSIM_CONSTANTS = (0.02**2, 0.06**2)  # (0.01 R)^2 and (0.03 R)^2 for the range R = 2 of [-1, 1]
 
 
 def magnitude(x: jax.Array) -> jax.Array:
@@ -213,33 +211,3 @@ def _random_conv(key: jax.Array, inputs: int, outputs: int) -> dict:
     """Draw normal weights that keep the variance through ReLUs (He et al. 1502.01852), without a bias."""
     weight = jax.random.normal(key, (3, 3, inputs, outputs)) * math.sqrt(2 / (9 * inputs))
     return {"weight": weight, "bias": jnp.zeros(outputs)}
-
-
-def ssim(a_BTHWC: jax.Array, b_BTHWC: jax.Array) -> jax.Array:
-    """Return the mean structural similarity (B,) of each clip, frame by frame (Wang et al. 2004, equation 13).
-
-    The window is uniform, 7 x 7 pixels, inside the frame, with the sample covariance: the defaults of scikit-image for
-    a range of 2. It suits frames under 64 pixels better than the paper's Gaussian of 11 x 11. Channels are averaged.
-
-    Raises:
-        UserError: a frame is smaller than the window.
-    """
-    height, width = a_BTHWC.shape[2:4]
-    check(
-        min(height, width) >= SSIM_WINDOW,
-        f"frames are {height} x {width} pixels; for SSIM they must be at least {SSIM_WINDOW} x {SSIM_WINDOW}",
-    )
-    a, b = whole_frames(a_BTHWC), whole_frames(b_BTHWC)
-    mean_a, mean_b = _window_mean(a), _window_mean(b)
-    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
-    variances = unbiased * (_window_mean(a * a + b * b) - mean_a**2 - mean_b**2)
-    covariance = unbiased * (_window_mean(a * b) - mean_a * mean_b)
-    c1, c2 = SSIM_CONSTANTS
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3, 4))
-
-
-def _window_mean(x_BTHWC: jax.Array) -> jax.Array:
-    """Return the mean of each window that lies inside the frame."""
-    size = (1, 1, SSIM_WINDOW, SSIM_WINDOW, 1)
-    return jax.lax.reduce_window(x_BTHWC, 0.0, jax.lax.add, size, (1,) * 5, "VALID") / SSIM_WINDOW**2

@@ -29,11 +29,11 @@ from sora_jax.models.first_stage import (
     latent_grid,
 )
 from sora_jax.models.flops import autoencoder_train_flops
-from sora_jax.models.lpips import read_lpips
+from sora_jax.models.lpips import SMALLEST, read_lpips
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.nn.params import ParamSpec, zeros
 from sora_jax.train.linear_codec import fit_linear_codec
-from sora_jax.train.loop import Job, Preview
+from sora_jax.train.loop import Job, LoopConfig, Preview
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.reconstruction import Aids, LossConfig, Losses, fits, reconstruction_loss, resolution
 from sora_jax.train.run_config import RunConfig
@@ -73,7 +73,7 @@ class AutoencoderRun(RunConfig):
     model: FirstStageConfig = AutoencoderConfig()
     tiles: TilingConfig = TilingConfig()  # how large whole clips are cut in previews and measurements
     latent_scale: Literal["deviation", "effect"] = "deviation"
-    """what channels are divided by for the denoiser: their deviation, or that and their effect on pixels alike"""
+    """what the channels are divided by: their own deviation, or what makes equal noise on each show as much"""
     loss: LossConfig = LossConfig()  # further terms of the loss
     discriminator: DiscriminatorConfig = DiscriminatorConfig()  # trained if the loss has a weight for it
     discriminator_optim: OptimConfig = OptimConfig(b1=0.5)  # its optimizer
@@ -90,7 +90,7 @@ class AutoencoderRun(RunConfig):
             "start is not given; with trained = 'decoder' it must be the run folder of an autoencoder",
         )
         for size in self.sizes:
-            _check_crop(self.model, self.loss, size)
+            _check_crop(self.model, self.loss, self.discriminator.levels, size)
         tile_grid(self.model, self.tiles)
         for name, rows in self.rows.items():
             check(
@@ -98,8 +98,24 @@ class AutoencoderRun(RunConfig):
                 f"batch is {self.batch} and image_share {self.image_share}, which makes {rows} {name} in a step; "
                 f"their number must be a multiple of loop.accumulate = {self.loop.accumulate}",
             )
+        check(
+            not self.loss.kl_target or (self.trained == "all" and codes_of(self.model).name == "none"),
+            f"loss.kl_target is {self.loss.kl_target}; it must be 0 where no encoder with Gaussian latents is trained",
+        )
+        if self.stages:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Raise a UserError, with the stage, where one is wrong, or an option would have no effect beside them."""
+        for name, default in (("loss", LossConfig()), ("optim", OptimConfig()), ("trained", "all")):
+            check(getattr(self, name) == default, f"{name} is changed; beside stages it must be stages[i].{name}")
+        steps, default_steps = self.loop.steps, LoopConfig().steps
+        check(steps == default_steps, f"loop.steps is {steps}; beside stages it must be stages[i].steps")
         for number in range(len(self.stages)):
-            self.stage(number, Path())
+            try:
+                self.stage(number, Path())
+            except UserError as error:
+                raise UserError(f"stages[{number}]: {error}") from error
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int], ...]:
@@ -138,9 +154,17 @@ def stage_folder(workdir: Path, number: int) -> Path:
     return workdir / f"stage_{number + 1}"
 
 
-def _check_crop(model: FirstStageConfig, loss: LossConfig, size: tuple[int, int, int]) -> None:
-    """Raise a UserError if the autoencoder does not take the crop, or nothing of it can be scaled."""
+def _check_crop(model: FirstStageConfig, loss: LossConfig, levels: int, size: tuple[int, int, int]) -> None:
+    """Raise a UserError if the autoencoder or a term of the loss does not take the crop."""
     grid = latent_grid(model, *size)
+    least = min(size[1:]) * (min(loss.equivariance_scales) if loss.equivariance else 1)
+    shown = " x ".join(map(str, size)) + (", scaled," if loss.equivariance else "")
+    if loss.adversarial:
+        check(
+            least >= 2**levels, f"crop {shown} is too small for a discriminator of {levels} levels: {2**levels} pixels"
+        )
+    if loss.lpips_weight:
+        check(least >= SMALLEST, f"crop {shown} is too small for LPIPS: {SMALLEST} pixels")
     check(
         not loss.equivariance or any(fits(scale, grid[1:]) for scale in loss.equivariance_scales),
         f"loss.equivariance_scales is {loss.equivariance_scales}; one of them must make whole numbers of the "
@@ -217,7 +241,8 @@ def _aids(config: AutoencoderRun, params: dict, frozen: dict, step: jax.Array) -
     """Return what the loss needs at this step beside the autoencoder."""
     loss, control = config.loss, params.get(CONTROL, {})
     since = step - loss.adversarial_start + 1.0
-    warmup = codes_of(config.model).warmup_noise * config.loop.steps
+    # A run that starts from weights has been through it.
+    warmup = 0.0 if config.start else codes_of(config.model).warmup_noise * config.loop.steps
     return Aids(
         kl_weight=jnp.exp(control["log_kl_weight"]) if "log_kl_weight" in control else None,
         soften=jnp.where(step < warmup, 1.0, 0.0) if codes_of(config.model).name != "none" and warmup else None,

@@ -17,7 +17,8 @@ from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cac
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.files import as_path, local_copy, replacing
-from sora_jax.models.first_stage import block_of, latent_grid
+from sora_jax.models.codes import digit_weights
+from sora_jax.models.first_stage import block_of, codes_of, latent_grid
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.tiling import TilingConfig, choose_tile, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
@@ -69,6 +70,7 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
         to_dict(tiles) if any(is_cut(config, tiles, grid) for grid in grids) else None,
     )
     if autoencoder.code_values is not None:
+        digit_weights(codes_of(config), config.latent_channels)  # UserError where a code has no index
         info = dataclasses.replace(info, codes=[values.tolist() for values in autoencoder.code_values])
     if (as_path(out) / "cache.json").exists():
         _check_same(LatentCache(out), info, data)

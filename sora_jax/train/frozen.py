@@ -17,7 +17,7 @@ import numpy as np
 from flax import serialization, traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.config import check, from_dict, read_json, to_dict
+from sora_jax.config import check, from_dict, read_json, to_dict, value_at
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, replacing, write_json
 from sora_jax.models import codes
@@ -87,7 +87,7 @@ class FrozenAutoencoder:
         config = to_dict(self.config)
         covered = FIELDS_1[config["name"]] if self.version == 1 else ("name", *latent_fields(self.config))
         digest = hashlib.sha256(CODE[self.version].encode())
-        digest.update(json.dumps({name: config[name] for name in covered}, sort_keys=True).encode())
+        digest.update(json.dumps({name: value_at(config, name) for name in covered}, sort_keys=True).encode())
         params = encoder_part(self.params) if self.version >= 3 else self.params
         return _digest(digest, dataclasses.replace(self, params=params))
 

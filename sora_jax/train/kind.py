@@ -37,6 +37,7 @@ class Kind:
     claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
     finish(config, inputs, state, workdir): writes what a run leaves at its end. By all processes.
     stages(config, workdir): runs that make up this one, in order, each with its folder; empty if it is a single one.
+    check_stage(config, inputs): raises a UserError where a stage does not fit the inputs of the first one.
     finish_stages(workdir, last): writes what the run leaves, by the folder of its last stage. By one process.
     """
 
@@ -49,6 +50,7 @@ class Kind:
     claim: Callable[[Any, Any, Path], None] | None = None
     finish: Callable[[Any, Any, TrainState, Path], None] | None = None
     stages: Callable[[Any, Path], Sequence[tuple[Path, Any]]] = lambda config, workdir: ()
+    check_stage: Callable[[Any, Any], None] | None = None
     finish_stages: Callable[[Path, Path], None] | None = None
 
     @property

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.streaming import decode_stream
 
+LEAST = 0.01  # of the largest effect: a channel that does nothing stays small
 SHARE = 0.3  # of a channel's deviation, by which it is disturbed
 
 
@@ -30,6 +33,7 @@ def scale_by_effect(
         std_C: standard deviation of each channel.
         tiles: how large latents are decoded.
     """
+    params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every latent
     before = list(decode_stream(params, config, latents, tiles, 1))
     rng, effects = np.random.default_rng(0), []
     for channel, std in enumerate(std_C):
@@ -39,5 +43,5 @@ def scale_by_effect(
         after = decode_stream(params, config, disturbed, tiles, 1)
         squares = [np.square(a - b).mean() for a, b in zip(after, before, strict=True)]
         effects.append(np.sqrt(np.mean(squares)) / (SHARE * std))
-    effect_C = np.array(effects)
+    effect_C = np.maximum(effects, LEAST * max(max(effects), 1e-6))
     return (np.sqrt(np.mean(np.square(effect_C * std_C))) / effect_C).astype(np.float32)

@@ -26,14 +26,14 @@ class OptimConfig:
     final_fraction: float = 0.0  # share of the peak at which they end
     b1: float = 0.9  # Adam's decay of the first moment
     b2: float = 0.99  # Adam's decay of the second moment
-    eps: float = 1e-8  # Adam's epsilon
+    eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.0  # decoupled; of weights alone, never of biases, norm scales or embedding tables
     clip_norm: float = 1.0  # global norm to which gradients are clipped; 0: no clipping
     skip_spikes: float = 0.0  # skip updates this many standard deviations above the mean gradient norm; 0: none
     ema: tuple[float, ...] = (0.999,)  # decays of the averages of the parameters; the first one is sampled with
     ema_warmup: bool = True  # let the averages follow faster at the start of a run, see `update_ema`
     method: Literal["adamw", "muon", "sgd"] = "adamw"
-    """"muon": orthogonalised momentum for matrices and kernels, AdamW for the rest; "sgd": the gradient as it is"""
+    """muon: orthogonalised momentum for weights, Adam with Nesterov momentum for the rest; sgd: the gradient itself"""
     muon_rate: float = 0.02  # peak learning rate of what Muon updates; `learning_rate` is that of the rest
 
     def __post_init__(self):

@@ -72,7 +72,9 @@ def decode_chunks(
         begin += chunk
 
 
-def decode_ring(params: dict, config: FirstStageConfig, z_thwC: np.ndarray, tiles: TilingConfig, batch: int):
+def decode_ring(
+    params: dict, config: FirstStageConfig, z_thwC: np.ndarray, tiles: TilingConfig, batch: int
+) -> np.ndarray:
     """Decode a latent, not normalised, whose last frame is followed by its first: a loop (f_t t, H, W, 3) without seam.
 
     A rotation of the latent by k rotates the loop by f_t k frames. The decoder is first run over as many latents as it
