@@ -86,6 +86,15 @@ def test_a_decoder_that_was_trained_further_decodes_the_same_latents(autoencoder
     assert other.fingerprint != older.fingerprint  # versions 1 and 2 covered the decoder
 
 
+def test_a_run_is_sampled_with_a_decoder_that_was_trained_further(chain, tmp_path, capsys, autoencoder):  # noqa: F811
+    sample = ["sample", f"--workdir={chain.transformer}", "--prompt=a fox", "--steps=1", "--frames=5", "--height=16"]
+    for what, code in (("decoder", 0), ("encoder", 2)):
+        save_autoencoder(changed(autoencoder, what), tmp_path / what, {})
+        out = f"--out={tmp_path / 'fox.gif'}"
+        assert run(*sample, "--width=24", out, f"--autoencoder={tmp_path / what}") == code
+    assert "it has other latents than the autoencoder in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [dict(kl_weight=0.5), dict(remat=True), dict(dtype="bfloat16"), dict(l1_weight=2.0)])
 def test_the_fingerprint_leaves_out_what_changes_no_latent(autoencoder, change):
     other = dataclasses.replace(autoencoder, config=dataclasses.replace(autoencoder.config, **change))
