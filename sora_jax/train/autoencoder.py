@@ -211,8 +211,9 @@ def autoencoder_loss(
 ) -> LossResult:
     """Return the sums of the losses over clips and images, their weights, and means: see `make_step`.
 
-    `frozen` holds what is not trained: {"encoder": its part of the parameters, "lpips"}.
+    `frozen` holds what is not trained, where there is something: {"encoder": its part of the parameters, "lpips"}.
     """
+    frozen = frozen or {}
     key = jax.random.fold_in(step_key(config.seed, step, Purpose.NOISE), part)
     whole = frozen.get("encoder", {}) | params[MODEL]
     aids = _aids(config, params, frozen, step)
