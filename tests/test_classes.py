@@ -113,7 +113,7 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
         (["--class=0", "--sampling.solver=heun"], "--sampling.solver is 'heun'; it is a group of options"),
         (["--class=0", "--sampling.guidance.channels=99"], "sampling.guidance.channels is 99"),
         (["--class=0", "--negative=blurred"], "reads no text"),
-        (["--class=0", "--autoencoder=elsewhere"], "has its own"),
+        (["--class=0", "--autoencoder=elsewhere"], "there is no trained autoencoder in that folder"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(trained, tmp_path, capsys, arguments, words):

@@ -115,14 +115,17 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
     """Return the folder of a run's autoencoder: its own, or the other one, which must have the same latents."""
     own = (folder / FOLDER).exists()
     check(own or other is not None, f"--workdir is {str(folder)!r}; it holds no autoencoder, give one by --autoencoder")
+    if not own or other is None:
+        return folder if other is None else as_path(other)
+    found = recorded_fingerprint(as_path(other))
+    check(found, f"--autoencoder is {str(other)!r}; there is no trained autoencoder in that folder")
     # A decoder that was trained further decodes the same latents, which the fingerprint says.
-    same = not own or other is None or recorded_fingerprint(as_path(other)) == recorded_fingerprint(folder)
     check(
-        same,
+        found == recorded_fingerprint(folder),
         f"--autoencoder is {str(other)!r}; it has other latents than the autoencoder in {str(folder)!r}: leave it out, "
         "or give that one with a decoder that was trained further",
     )
-    return folder if other is None else as_path(other)
+    return as_path(other)
 
 
 def _mesh_here(config: MeshConfig) -> Mesh:
