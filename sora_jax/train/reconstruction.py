@@ -125,7 +125,8 @@ def reconstruction_loss(
     a mean over clips, of the result clipped to [-1, 1].
     """
     mean, logvar = encode(params, config, video_BTHWC)
-    z, bottleneck, metrics = _bottleneck(config, mean, logvar, key, aids)
+    drawn = _draw(config, mean, logvar, key, aids)
+    z = drawn
     if loss.latent_noise:
         z = add_latent_noise(z, jax.random.fold_in(key, Purpose.LATENT_NOISE), loss.latent_noise)
 
@@ -133,20 +134,29 @@ def reconstruction_loss(
         return _compare(decode(params, config, z), video, config, key, loss, aids)
 
     found = _transformed(compare, z, video_BTHWC, key, loss) if loss.equivariance else compare(z, video_BTHWC)
-    return Losses(found.model + bottleneck, found.discriminator, metrics | found.metrics)
+    # After the decoder: in another order the gradients of the posterior would be added in another one, and runs of
+    # earlier versions would not go on to the bit.
+    bottleneck, metrics = _bottleneck(config, mean, logvar, drawn, aids)
+    return Losses(found.model + bottleneck, found.discriminator, found.metrics | metrics)
+
+
+def _draw(config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, key: jax.Array, aids: Aids) -> jax.Array:
+    """Return the latents that are decoded: drawn from the posterior, or the codes of its mean."""
+    discrete = codes_of(config)
+    if discrete.name == "none":
+        return sample_posterior(key, mean, logvar)
+    return codes.quantize(discrete, mean, jax.random.fold_in(key, Purpose.LATENT_NOISE), aids.soften)
 
 
 def _bottleneck(
-    config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, key: jax.Array, aids: Aids
-) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Return the latents that are decoded, the loss of the bottleneck, and its terms."""
-    discrete = codes_of(config)
-    if discrete.name != "none":
-        z = codes.quantize(discrete, mean, jax.random.fold_in(key, Purpose.LATENT_NOISE), aids.soften)
-        return z, *codes.code_losses(discrete, mean, z)
+    config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, drawn: jax.Array, aids: Aids
+) -> tuple[jax.Array, Metrics]:
+    """Return the loss of the bottleneck, and its terms."""
+    if codes_of(config).name != "none":
+        return codes.code_losses(codes_of(config), mean, drawn)
     kl = kl_to_standard_normal(mean, logvar).mean()
     weight = config.kl_weight if aids.kl_weight is None else aids.kl_weight
-    return sample_posterior(key, mean, logvar), weight * kl, {"kl": kl}
+    return weight * kl, {"kl": kl}
 
 
 def add_latent_noise(z_BthwC: jax.Array, key: jax.Array, deviation: float) -> jax.Array:
@@ -239,18 +249,26 @@ def _distances(
     error = decoded - video
     parts = {"l1": jnp.abs(error).mean(), "l2": jnp.square(error).mean()}
     total = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"]
-    features = jax.random.fold_in(key, Purpose.FEATURES)
-    shift = random_shift(jax.random.fold_in(key, Purpose.BANDS), loss.bands_levels)
+
+    def bands() -> jax.Array:
+        shift = random_shift(jax.random.fold_in(key, Purpose.BANDS), loss.bands_levels)
+        return bands_loss(decoded, video, loss.bands_levels, loss.bands_form, shift)
+
+    def features(distance: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return distance(jax.random.fold_in(key, Purpose.FEATURES))
+
+    frames = loss.features_frames
+    # Functions: a term without a weight is not traced.
     terms: dict[str, tuple[float, Callable[[], Any]]] = {
-        "bands": (loss.bands_weight, lambda: bands_loss(decoded, video, loss.bands_levels, loss.bands_form, shift)),
+        "bands": (loss.bands_weight, bands),
         "pyramid": (loss.pyramid_weight, lambda: pyramid_l1(decoded, video, loss.pyramid_levels)),
         "features": (
             loss.features_weight,
-            lambda: random_features_loss(features, decoded, video, loss.features_frames),
+            lambda: features(lambda key: random_features_loss(key, decoded, video, frames)),
         ),
         "lpips": (
             loss.lpips_weight,
-            lambda: lpips(aids.lpips or {}, decoded, video, loss.features_frames, features).mean(),
+            lambda: features(lambda key: lpips(aids.lpips or {}, decoded, video, frames, key).mean()),
         ),
     }
     for name, (weight, term) in terms.items():
