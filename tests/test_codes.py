@@ -351,7 +351,7 @@ def test_use_and_perplexity_are_of_all_tokens_added():
 
 
 def test_one_batch_says_nothing_of_use():
-    """Of codes that are all equally likely, n tokens use the share 1 - (1 - 1/size)^n."""
+    """Compare with the share 1 - (1 - 1/size)^n of equally likely codes that n tokens use."""
     usage, rng = Usage(2**12), np.random.default_rng(0)
     for total in (2**10, 2**15):
         usage.add(rng.integers(2**12, size=total - usage.tokens))

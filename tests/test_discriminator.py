@@ -219,7 +219,7 @@ def test_r1_of_a_linear_discriminator():
 
 @pytest.mark.parametrize("config", [FULL, dataclasses.replace(PAIR, r1_weight=2.0)], ids=["hinge", "pair"])
 def test_gradient_equals_finite_differences(config):
-    """Of the entry of the second level with the largest gradient, in both networks."""
+    """Compare the entry of the second level with the largest gradient, in both networks."""
     params, video, decoded = random_params(config), random(2, 2, 8, 8, 3), random(2, 2, 8, 8, 3, seed=1)
     gradient = jax.jit(jax.grad(lambda p: discriminator_loss(p, config, video, decoded, KEY, LECAM)[0]))(params)
     for name in ("2d", "3d"):

@@ -229,7 +229,7 @@ def test_a_mesh_shares_out_tiles_and_their_rows(made):
 
 
 def test_training_an_autoencoder_shows_and_measures_large_clips_in_tiles(made, tmp_path, monkeypatch):
-    """What goes through it is never larger than a tile, and measures what the whole does."""
+    """Watch what goes through it: never more than a tile, and the measurements are those of the whole."""
     autoencoder, clips = made(LEVELS), [clip(11, 40, 16, 1), clip(11, 40, 16, 2)]
     config = AutoencoderRun(model=LEVELS, tiles=TilingConfig((5, 36, 0), 0.8))
     encode_chunk, sizes = streaming._encode_chunk, []

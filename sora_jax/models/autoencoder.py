@@ -172,13 +172,14 @@ def latent_grid(config: AutoencoderConfig, frames: int, height: int, width: int)
         UserError: the clip has another size; the sentence names the nearest.
     """
     time, space = config.factors
-    _check_size("frames", frames, time, 1)
-    _check_size("height", height, space, 0)
-    _check_size("width", width, space, 0)
+    check_size("frames", frames, time, 1)
+    check_size("height", height, space, 0)
+    check_size("width", width, space, 0)
     return 1 + (frames - 1) // time, height // space, width // space
 
 
-def _check_size(name: str, size: int, factor: int, rest: int) -> None:
+def check_size(name: str, size: int, factor: int, rest: int) -> None:
+    """Raise a UserError, with the nearest allowed size, unless the size is `rest` + a multiple of the factor."""
     smallest = rest or factor
     below = max(size - (size - rest) % factor, smallest)
     nearest = str(below) if size < smallest else f"{below} or {below + factor}"

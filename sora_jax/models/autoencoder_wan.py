@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, choose
-from sora_jax.models.autoencoder import LOGVAR_RANGE
+from sora_jax.models.autoencoder import LOGVAR_RANGE, check_size
 from sora_jax.models.autoencoder_wan_layers import (
     CUBE,
     POINT,
@@ -140,12 +140,9 @@ def latent_grid(config: WanConfig, frames: int, height: int, width: int) -> tupl
         UserError: the clip has another size; the sentence names the nearest.
     """
     time, space = config.time_factor, config.space_factor
-    rules = {1: f"1 + a multiple of {time}", 0: f"a positive multiple of {space}"}
-    sizes = ("frames", frames, time, 1), ("height", height, space, 0), ("width", width, space, 0)
-    for name, size, factor, rest in sizes:
-        below = max(size - (size - rest) % factor, rest or factor)
-        nearest = f"{below} or {below + factor}" if size > below else str(below)
-        check(size == below, f"{name} is {size}; it must be {rules[rest]}, such as {nearest}")
+    check_size("frames", frames, time, 1)
+    check_size("height", height, space, 0)
+    check_size("width", width, space, 0)
     return 1 + (frames - 1) // time, height // space, width // space
 
 
