@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, choose
-from sora_jax.models.perceptual import LEAK, average, magnitude, to_clips, to_images, whole_frames
+from sora_jax.models.perceptual import LEAK, average, magnitude, whole_frames
 from sora_jax.nn.conv import causal_conv3d_specs
-from sora_jax.nn.images import group_norm, group_norm_specs
+from sora_jax.nn.images import group_norm, group_norm_specs, to_clips, to_images
 from sora_jax.nn.layers import compute_dtype
 from sora_jax.parallel.rules import out_sharding
 from sora_jax.shapes import PyTree
@@ -113,7 +113,8 @@ def _network(p: dict, x_BTHWC: jax.Array) -> Output:
         in_time = 2 if number and level["conv"]["weight"].shape[0] > 1 else 1
         x_BTHWC = conv3d(level["conv"], x_BTHWC, (in_time, 2))
         if "norm" in level:
-            x_BTHWC = to_clips(group_norm(level["norm"], to_images(x_BTHWC), 1), len(x_BTHWC))
+            clips = x_BTHWC.shape[0], x_BTHWC.shape[1]
+            x_BTHWC = to_clips(group_norm(level["norm"], to_images(x_BTHWC), 1), clips)
         x_BTHWC = jax.nn.leaky_relu(x_BTHWC, LEAK)
         features.append(x_BTHWC)
     return conv3d(p["head"], x_BTHWC, (1, 1))[..., 0].astype(jnp.float32), features
@@ -137,7 +138,7 @@ def conv3d(params: dict, x_BTHWC: jax.Array, strides: tuple[int, int]) -> jax.Ar
         images = jax.lax.conv_general_dilated(
             to_images(frames), weight[tap], (in_space, in_space), pads, dimension_numbers=numbers
         )
-        return to_clips(images, len(x_BTHWC))
+        return to_clips(images, (len(x_BTHWC), len(images) // len(x_BTHWC)))
 
     # A sum of 2-D convolutions: on CPUs XLA's 3-D convolution is slower (`nn.conv`).
     first, *others = map(from_tap, range(taps))

@@ -20,7 +20,8 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy
-from sora_jax.models.perceptual import choose_frames, to_clips, to_images, whole_frames
+from sora_jax.models.perceptual import choose_frames, whole_frames
+from sora_jax.nn.images import to_clips, to_images
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the input; official code, version 0.1
 SMALLEST = 64  # pixels; the distance was fitted to judgements of patches of 64 x 64
@@ -148,7 +149,7 @@ def lpips(
         pair = choose_frames(key, frames, *pair)
     features = [_features(params, to_images(x)) for x in pair]
     first, *others = (_level_distance(*three) for three in zip(params["lins"], *features, strict=True))
-    return to_clips(sum(others, first), len(a_BTHWC)).mean((1, 2, 3, 4))
+    return to_clips(sum(others, first), (len(a_BTHWC), pair[0].shape[1])).mean((1, 2, 3, 4))
 
 
 def _level_distance(lin: jax.Array, a_IHWD: jax.Array, b_IHWD: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, choose
-from sora_jax.nn.images import IMAGES, conv2d
+from sora_jax.nn.images import IMAGES, conv2d, to_images
 from sora_jax.parallel.rules import out_sharding, reshard
 
 FRAMES = ("batch", "time", *IMAGES[1:])  # logical axes of clips whose frames are whole on one device
@@ -36,18 +36,6 @@ FORMS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def whole_frames(x_BTHWC: jax.Array) -> jax.Array:
     """Convert clips to float32 and reshard them by `FRAMES`."""
     return reshard(x_BTHWC.astype(jnp.float32), *FRAMES)
-
-
-def to_images(x_BTHWC: jax.Array) -> jax.Array:
-    """Merge clips and frames: (B, T, H, W, C) -> (B T, H, W, C)."""
-    shape = (x_BTHWC.shape[0] * x_BTHWC.shape[1], *x_BTHWC.shape[2:])
-    return jnp.reshape(x_BTHWC, shape, out_sharding=out_sharding(*IMAGES))
-
-
-def to_clips(x_IHWC: jax.Array, clips: int) -> jax.Array:
-    """Split clips and frames: (B T, H, W, C) -> (B, T, H, W, C)."""
-    shape = (clips, x_IHWC.shape[0] // clips, *x_IHWC.shape[1:])
-    return jnp.reshape(x_IHWC, shape, out_sharding=out_sharding(*FRAMES))
 
 
 def average(terms: list[jax.Array]) -> jax.Array:
