@@ -24,7 +24,7 @@ from sora_jax.evaluate.metrics import (
 from sora_jax.evaluate.spectrum import bands, block_spectrum, compare_spectra, high_share, zigzag
 from sora_jax.nn.conv import depth_to_space, space_to_depth
 from sora_jax.train import linear_codec
-from sora_jax.train.linear_codec import fit_linear_codec, fold, unfold
+from sora_jax.train.linear_codec import blocks_to_clip, clip_to_blocks, fit_linear_codec
 from sora_jax.train.reconstruction import resolution_of_loss
 
 
@@ -202,17 +202,17 @@ def test_blocks_are_folded_as_by_the_network():
     clip = noise(0, 5, 8, 6, 3)
     video = jnp.asarray(clip, jnp.float32)[None] / 127.5 - 1
     wanted = np.asarray(space_to_depth(video, BLOCK))[0]
-    np.testing.assert_allclose(fold(clip, BLOCK), wanted, atol=1e-6)
-    np.testing.assert_allclose(unfold(wanted, BLOCK), np.asarray(depth_to_space(wanted[None], BLOCK))[0])
-    np.testing.assert_allclose(unfold(fold(clip, BLOCK), BLOCK), video[0], atol=1e-6)
+    np.testing.assert_allclose(clip_to_blocks(clip, BLOCK), wanted, atol=1e-6)
+    np.testing.assert_allclose(blocks_to_clip(wanted, BLOCK), np.asarray(depth_to_space(wanted[None], BLOCK))[0])
+    np.testing.assert_allclose(blocks_to_clip(clip_to_blocks(clip, BLOCK), BLOCK), video[0], atol=1e-6)
     with pytest.raises(UserError, match="a clip has 4x8x6 pixels; blocks of 2x4x2 need 1 \\+ 2k frames"):
-        fold(clip[:4], BLOCK)
+        clip_to_blocks(clip[:4], BLOCK)
 
 
 def test_a_codec_is_the_principal_components_of_blocks():
     clips = [smooth(0, 5, 16, 16, 3), smooth(1, 3, 8, 16, 3)]
     codec = fit_linear_codec(iter(clips), BLOCK, 5)
-    blocks = np.concatenate([fold(clip, BLOCK).reshape(-1, 48) for clip in clips]).astype(np.float64)
+    blocks = np.concatenate([clip_to_blocks(clip, BLOCK).reshape(-1, 48) for clip in clips]).astype(np.float64)
     _, singular, directions = np.linalg.svd(blocks - blocks.mean(0), full_matrices=False)
     np.testing.assert_allclose(codec.mean_P, blocks.mean(0), atol=1e-6)
     np.testing.assert_allclose(codec.std_C, singular[:5] / math.sqrt(len(blocks)), rtol=1e-4)

@@ -32,14 +32,14 @@ class LinearCodec:
 
     def encode(self, clip_THWC: np.ndarray) -> np.ndarray:
         """Encode a uint8 clip into latents (t, h, w, C) float32, normalised."""
-        return (fold(clip_THWC, self.block) - self.mean_P) @ (self.components_PC / self.std_C)
+        return (clip_to_blocks(clip_THWC, self.block) - self.mean_P) @ (self.components_PC / self.std_C)
 
     def decode(self, z_thwC: np.ndarray) -> np.ndarray:
         """Decode latents into a clip (T, H, W, 3) float32, about [-1, 1], not clipped."""
-        return unfold(z_thwC @ (self.components_PC * self.std_C).T + self.mean_P, self.block)
+        return blocks_to_clip(z_thwC @ (self.components_PC * self.std_C).T + self.mean_P, self.block)
 
 
-def fold(clip_THWC: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
+def clip_to_blocks(clip_THWC: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
     """Move blocks of a uint8 clip into channels, in [-1, 1]: (1 + pt (t - 1), ph h, pw w, C) -> (t, h, w, pt ph pw C).
 
     Copies of the first frame fill the first block. The channels run block time, height, width, then C, as those of
@@ -55,8 +55,8 @@ def fold(clip_THWC: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
     return x.reshape(t, h, w, pt * ph * pw * C).astype(np.float32) / 127.5 - 1.0
 
 
-def unfold(x_thwP: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
-    """Invert `fold`, but for the type of the pixels: of the first block only the last frame is kept."""
+def blocks_to_clip(x_thwP: np.ndarray, block: tuple[int, int, int]) -> np.ndarray:
+    """Invert `clip_to_blocks`, but for the type of the pixels: of the first block only the last frame is kept."""
     pt, ph, pw = block
     t, h, w, P = x_thwP.shape
     C = P // math.prod(block)
@@ -100,7 +100,7 @@ def fit_linear_codec(
 def _blocks(clips: Iterable[np.ndarray], block: tuple[int, int, int], most: int) -> Iterator[np.ndarray]:
     """Yield the blocks (n, P) of each clip, float32, in all at most `most`."""
     for clip in clips:
-        x_nP = fold(clip, block).reshape(-1, 3 * math.prod(block))[:most]
+        x_nP = clip_to_blocks(clip, block).reshape(-1, 3 * math.prod(block))[:most]
         most -= len(x_nP)
         yield x_nP
         if most == 0:
