@@ -90,6 +90,17 @@ def test_a_convolution_is_that_of_linen_and_halves_towards_the_first_corner(stri
     np.testing.assert_allclose(images.conv2d(p, x, stride=stride), wanted, atol=2e-5)
 
 
+def test_upsampling_within_a_convolution_is_upsampling_before_it():
+    x, weight = jax.random.normal(jax.random.key(0), (2, 5, 7, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    p = {"weight": weight, "bias": jnp.arange(4.0)}
+    rows = np.arange(5) < np.array([[5], [3]])
+    for inside in (None, jnp.asarray(np.broadcast_to(rows[:, :, None, None], (2, 5, 7, 1)))):
+        shown = x if inside is None else jnp.where(inside, x, 0)
+        doubled = shown.repeat(2, axis=1).repeat(2, axis=2)
+        wanted = nn.Conv(4, (3, 3)).apply({"params": {"kernel": weight, "bias": p["bias"]}}, doubled)
+        np.testing.assert_allclose(images.upsample_conv2d(p, x, inside), wanted, atol=2e-5)
+
+
 def test_attention_by_rows_is_attention_at_once(monkeypatch):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 4, 8))
     mask = jnp.arange(4)[None, None, :, None] < jnp.array([4, 3])[:, None, None, None]

@@ -21,6 +21,7 @@ from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.errors import UserError
 from sora_jax.kinds import run_config
 from sora_jax.kinds.denoiser import DENOISER
+from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, denoiser_specs
 from sora_jax.nn.params import ParamSpec, count
@@ -29,10 +30,12 @@ from sora_jax.parallel.compile import OutOfMemory, Topology, mesh_sizes, out_of_
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES
 from sora_jax.plan import hlo, hlo_text, network
+from sora_jax.plan.autoencoder import train_autoencoder
 from sora_jax.plan.denoiser import evaluations, load_of, train_denoiser
 from sora_jax.plan.programs import Program, for_accelerator
 from sora_jax.plan.report import Plan, as_json, as_text
 from sora_jax.plan.suggest import suggest
+from sora_jax.train.autoencoder import AutoencoderRun, StageConfig
 from sora_jax.train.denoiser import DenoiserRun
 
 ROOT = Path(__file__).parents[1]
@@ -437,6 +440,16 @@ def test_without_a_compiler_a_sentence_says_how_to_get_it(monkeypatch, capsys, t
 def test_mistakes_are_told_in_a_sentence(capsys, options, said):
     assert run(*plan_options("tiny", *options)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_autoencoder_is_planned_for_its_largest_crop():
+    model = AutoencoderConfig(width=8, multipliers=(1,), patch=(4, 8), latent_channels=4)
+    config = AutoencoderRun(model=model, crop=(5, 16, 16), crops=((1, 48, 48),), batch=2, image_share=0.0)
+    later = dataclasses.replace(config, stages=(StageConfig(crop=(9, 32, 64)), StageConfig()))
+    mesh = one_chip()
+    with use_mesh(mesh):
+        shapes = [train_autoencoder(each, mesh).held["batch"]["videos_BTHW3"].shape for each in (config, later)]
+    assert shapes == [(1, 2, 1, 48, 48, 3), (1, 2, 9, 32, 64, 3)]
 
 
 SIZES = {"tiny": 0.26e6, "s": 51e6, "b": 164e6, "l": 585e6, "xl": 841e6, "3b": 3.04e9, "14b": 13.85e9}

@@ -212,3 +212,8 @@ def read_info(path: Path) -> dict:
             f"{str(path)!r} has format {info.get('format')}, which this version does not read: build it again."
         )
     return info
+
+
+def evenly_spread(items: Sequence, most: int) -> list:
+    """Choose at most so many of the items, evenly spread, the first and the last among them."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))] if len(items) else []

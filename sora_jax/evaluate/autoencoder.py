@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, read_json
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.manifest import Dataset, evenly_spread
 from sora_jax.data.media import save_png, write_video
 from sora_jax.data.sheets import contact_sheet, gallery, strip
 from sora_jax.errors import UserError
@@ -144,8 +144,8 @@ def evaluate_autoencoder(run: str | Path, data: str | Path, options: EvaluateOpt
     tile_grid(config, tiles)
     trained = _trained_split(run)
     clips = _choose(dataset, trained, options.clips)
-    probed = _spread(list(range(len(clips.rows))), PROBED_CLIPS)
-    shown = _spread(probed, SHOWN_CLIPS)
+    probed = evenly_spread(range(len(clips.rows)), PROBED_CLIPS)
+    shown = evenly_spread(probed, SHOWN_CLIPS)
     fitted = choose_clips(dataset.rows(trained), options.seed)
     total = len(fitted) + 4 * len(clips.rows) + 5 * len(probed)
     with tqdm(total=total, desc="evaluate", unit="clip") as bar:
@@ -201,12 +201,7 @@ def _choose(dataset: Dataset, trained: str, most: int) -> _Clips:
     held_out = dataset.held_out(trained)
     rows = held_out or dataset.rows(trained)
     check(rows, f"the dataset {str(dataset.path)!r} has no clip")
-    return _Clips(dataset, sorted(_spread(rows, most), key=_size), "held-out" if held_out else trained, len(rows))
-
-
-def _spread(items: list, most: int) -> list:
-    """Choose at most so many of the items, evenly spread."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))]
+    return _Clips(dataset, sorted(evenly_spread(rows, most), key=_size), "held-out" if held_out else trained, len(rows))
 
 
 def _counted(bar: tqdm, items: Iterable[Any]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sora_jax.config import check, read_json, to_dict, value_at
 from sora_jax.data.crops import crop_batches, sizes_and_clips
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.manifest import Dataset, evenly_spread
 from sora_jax.data.share import Share
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, encoder_part, latent_fields
@@ -100,7 +100,7 @@ def _latent_values(model: FirstStageConfig) -> dict:
 
 def make_job(config: AutoencoderRun, inputs: AutoencoderInputs, workdir: Path) -> Job:
     """Make the job, with reconstructions of held-out clips as previews."""
-    shown = _spread(inputs.held_out, PREVIEW_CLIPS)
+    shown = evenly_spread(inputs.held_out, PREVIEW_CLIPS)
     if not shown:
         log("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
     first = inputs.first.params if inputs.first else None
@@ -137,7 +137,7 @@ def _freeze(config: AutoencoderRun, inputs: AutoencoderInputs, params: Any, step
         mean, std = measure_statistics(params, config.model, bar, tiles=config.tiles)
         if config.latent_scale == "effect":
             some = FrozenAutoencoder(config.model, params, np.zeros(1, np.float32), np.ones(1, np.float32))
-            latents = list(some.encode(_spread(measured, EFFECT_CLIPS), tiles=config.tiles))
+            latents = list(some.encode(evenly_spread(measured, EFFECT_CLIPS), tiles=config.tiles))
             std = scale_by_effect(params, config.model, latents, std, config.tiles)
     else:
         mean, std = inputs.first.mean_C, inputs.first.std_C
@@ -153,14 +153,9 @@ def _finished_before(workdir: Path, step: int) -> bool:
 
 def _some(dataset: Dataset, rows: list[dict], most: int) -> list[np.ndarray]:
     """Read at most so many of the clips, evenly spread, ordered by size so that each size is compiled once."""
-    chosen = _spread(rows, most)
+    chosen = evenly_spread(rows, most)
     chosen.sort(key=lambda row: (row["frames"], row["height"], row["width"]))
     return [dataset[row["index"]].frames for row in chosen]
-
-
-def _spread(items: list, most: int) -> list:
-    """Choose at most so many of the items, evenly spread, the first and the last among them."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).astype(int))] if items else []
 
 
 def stages(config: AutoencoderRun, workdir: Path) -> list[tuple[Path, AutoencoderRun]]:

@@ -27,7 +27,7 @@ from sora_jax.nn.images import (
     group_norm_specs,
     to_clips,
     to_images,
-    upsample_nearest,
+    upsample_conv2d,
 )
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs
 from sora_jax.nn.past import Past
@@ -196,9 +196,8 @@ def decode(
     x = _middle(p["middle"], config, conv2d(p["stem"], x, mask), mask)
     for number, blocks in enumerate(p["levels"]):
         if number:
-            x = upsample_nearest(x)
+            x = upsample_conv2d(p["ups"][number - 1], x, mask)
             mask = _mask(sizes_I2, padded, x)
-            x = conv2d(p["ups"][number - 1], x, mask)
         x = _level(blocks, config, x, mask)
     x = conv2d(p["head"], jax.nn.silu(group_norm(p["norm"], x, config.groups, mask)), mask)
     return to_clips(x, (clips, frames)).astype(jnp.float32)

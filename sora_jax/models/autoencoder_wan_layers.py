@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sora_jax.models.autoencoder_layers import Pass
 from sora_jax.nn.conv import causal_conv3d, causal_conv3d_specs, depth_to_space, space_to_depth
-from sora_jax.nn.images import IMAGES, attend_in_images, conv2d, conv2d_specs, to_clips, to_images, upsample_nearest
+from sora_jax.nn.images import IMAGES, attend_in_images, conv2d, conv2d_specs, to_clips, to_images, upsample_conv2d
 from sora_jax.nn.layers import dense, dense_specs, rms_norm, rms_norm_specs
 from sora_jax.nn.params import zeros
 from sora_jax.nn.past import clip_axes, spread
@@ -60,7 +60,7 @@ class WanPass(Pass):
     def conv2d(self, p: dict, x_BTHWC: jax.Array, stride: int = 1, upsample: bool = False) -> jax.Array:
         """Convolve each frame, after nearest-neighbour upsampling if `upsample`."""
         images = to_images(self.inside(x_BTHWC))
-        images = conv2d(p, upsample_nearest(images) if upsample else images, stride=stride)
+        images = upsample_conv2d(p, images) if upsample else conv2d(p, images, stride=stride)
         return _frames_of(images, x_BTHWC)
 
     def norm(self, scale: jax.Array, x_BTHWC: jax.Array) -> jax.Array:

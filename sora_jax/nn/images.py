@@ -1,4 +1,4 @@
-"""Apply layers to images (I, H, W, D): 2-D convolution, group normalisation, nearest-neighbour upsampling.
+"""Apply layers to images (I, H, W, D): 2-D convolution, also after upsampling, group normalisation, attention.
 
 Images of several sizes may be padded to one shape: a mask (I, H, W, 1) marks the pixels that belong to each. Pixels
 outside of it have no influence, so that the result of an image is the same in every padded shape. A mesh splits the
@@ -72,11 +72,32 @@ def _group_mean(x_IHWD: jax.Array, groups: int, mask: jax.Array | None) -> jax.A
     return jnp.reshape(mean_IGD, (images, 1, 1, width), out_sharding=out_sharding(*IMAGES))
 
 
-def upsample_nearest(x_IHWD: jax.Array) -> jax.Array:
-    """Repeat every pixel in a block of 2 x 2: (I, H, W, D) -> (I, 2 H, 2 W, D)."""
-    images, height, width, channels = x_IHWD.shape
-    x = jnp.broadcast_to(x_IHWD[:, :, None, :, None], (images, height, 2, width, 2, channels))
-    return jnp.reshape(x, (images, 2 * height, 2 * width, channels), out_sharding=out_sharding(*IMAGES))
+def upsample_conv2d(params: dict, x_IHWD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Repeat every pixel in a block of 2 x 2, then convolve by a kernel of 3: (I, H, W, D) -> (I, 2 H, 2 W, outputs).
+
+    Taps that read the same pixel of x are added up first: each of the four pixels of a block then takes a kernel of
+    2 x 2, 4 products in place of 9. `mask` is that of x.
+    """
+    images, height, width, _ = x_IHWD.shape
+    inside = x_IHWD if mask is None else jnp.where(mask, x_IHWD, 0)
+    rows = [jnp.stack([_quarter(params["weight"], inside, row, column) for column in (0, 1)], 3) for row in (0, 1)]
+    y = jnp.stack(rows, axis=2)  # (I, H, 2, W, 2, outputs)
+    y = jnp.reshape(y, (images, 2 * height, 2 * width, y.shape[-1]), out_sharding=out_sharding(*IMAGES))
+    return y + jax.lax.broadcast_to_rank(params["bias"].astype(y.dtype), 4)
+
+
+def _quarter(weight: jax.Array, x_IHWD: jax.Array, row: int, column: int) -> jax.Array:
+    """Return one of the four pixels of each block, that at (row, column): (I, H, W, outputs)."""
+    kernel = _merge_taps(_merge_taps(weight, 0, row), 1, column).astype(x_IHWD.dtype)
+    pads = (1 - row, row), (1 - column, column)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x_IHWD, kernel, (1, 1), pads, dimension_numbers=numbers)
+
+
+def _merge_taps(weight: jax.Array, axis: int, half: int) -> jax.Array:
+    """Add up those of three taps along `axis` by which one half of a doubled pixel reads the same neighbour."""
+    before, own, after = jnp.split(weight, 3, axis)
+    return jnp.concatenate([own + before, after] if half else [before, own + after], axis)
 
 
 def attend_in_images(q_IHWD: jax.Array, k_IHWD: jax.Array, v_IHWD: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -17,8 +17,8 @@ from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoe
 
 
 def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
-    """Make the training step on crops."""
-    frames, height, width = config.crop
+    """Make the training step on crops of the largest size, of which the memory depends."""
+    frames, height, width = config.largest
     accumulate, batch, flops, pixels = config.loop.accumulate, {}, 0.0, 0
     for (name, rows), length in zip(config.rows.items(), (frames, 1), strict=True):
         if not rows:
@@ -39,7 +39,7 @@ def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
 
 def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:
     """Make the program that encodes and decodes a batch of clips of the training size."""
-    frames, height, width = config.crop
+    frames, height, width = config.largest
     split = parts("batch", mesh)
     clips = -(-config.batch // split) * split
     params = param.abstract_on(autoencoder_specs(config.model), mesh)
@@ -55,6 +55,6 @@ def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:
 
 def _smaller_crop(config: AutoencoderRun, factor: float) -> tuple[str, str]:
     """Return the option for crops with fewer pixels by a factor, and why."""
-    frames, height, width = config.crop
+    frames, height, width = config.largest
     side = 2 * max(int(min(height, width) / math.sqrt(factor) / 2 // 8 * 8), 8)
     return f"--config.crop={frames},{side},{side}", "the activations of a crop fill a chip"

@@ -123,6 +123,13 @@ class AutoencoderRun(RunConfig):
         return (self.crop, *self.crops)
 
     @property
+    def largest(self) -> tuple[int, int, int]:
+        """The size of most pixels, of all stages."""
+        crops = (stage.crop for stage in self.stages if stage.crop)
+        frames, height, width = max((*self.sizes, *crops), key=math.prod)
+        return frames, height, width
+
+    @property
     def crop_config(self) -> CropConfig:
         """The config of the crops."""
         return CropConfig(*self.crop, batch=self.batch, image_share=self.image_share, further=self.crops)
