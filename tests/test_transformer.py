@@ -98,6 +98,28 @@ def test_packed_equals_one_by_one(params, clips, packed, alone):
     assert_near(both.gradient, total)
 
 
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_gates_add_the_input_to_the_prediction_alone(params, clips, packed, learned_variance):
+    plain = dataclasses.replace(CONFIG, learned_variance=learned_variance)
+    skip = dataclasses.replace(plain, input_skip=True)
+    pack, P = packed([clips[:3], clips[3:]]), CONFIG.patch_values
+    gates = np.linspace(-1.0, 2.0, P, dtype=np.float32)
+
+    def head(gates):  # of a network whose gates are the same everywhere; variances are predicted as values are
+        copies = 1 + learned_variance
+        weight, bias = np.tile(params["head"]["weight"], copies), np.tile(params["head"]["bias"], copies)
+        weight = np.concatenate([weight, np.zeros((len(weight), len(gates)), np.float32)], 1)
+        return params | {"head": {"weight": weight, "bias": np.concatenate([bias, gates])}}
+
+    one, other = (
+        np.asarray(jax.jit(lambda p, c=c: denoise(p, c, pack, pack.tokens_BLP, times_of(pack)))(head(g)))
+        for c, g in ((plain, gates[:0]), (skip, gates))
+    )
+    assert one.shape == other.shape == (*pack.tokens_BLP.shape[:2], (1 + learned_variance) * P)
+    assert_near(other[..., :P] - one[..., :P], gates * np.asarray(pack.tokens_BLP))
+    np.testing.assert_allclose(other[..., P:], one[..., P:], atol=1e-6)
+
+
 def test_the_place_in_the_batch_does_not_matter(params, clips, packed):
     """Other slots, other rows, other neighbours: the same outputs, loss and gradients."""
     a, b, c, d = clips

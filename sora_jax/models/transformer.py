@@ -83,6 +83,9 @@ class TransformerConfig:
     # largest clip most channels hardly tell its tokens apart, and a small model is slow to learn motion.
     position_theta: float = 10_000.0
     qk_norm: bool = True  # RMS norm of queries and keys
+    # Add the noisy tokens to the prediction, times a gate for each value: velocity and noise contain them, but the
+    # norms of a narrow network do not pass on their sizes.
+    input_skip: bool = False
     learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
     step_times: bool = False  # show the network the number of a discrete step, 1000 t - 1, as DiT does
     joint_qkv_init: bool = False  # initialise queries, keys and values as one matrix, as DiT does, not as three
@@ -139,10 +142,11 @@ class TransformerConfig:
 def denoiser_specs(config: TransformerConfig) -> dict:
     """Declare all parameters.
 
-    Zero at the start are every modulation and gate, the output projection of cross-attention, and the last layer.
+    Zero at the start are every modulation and gate, the output projection of cross-attention, and the last layer. Its
+    outputs are the prediction, variances if they are learned, and the gates of the input if there are any.
     """
     width, text = config.width, config.text
-    outputs = config.patch_values * (2 if config.learned_variance else 1)
+    outputs = config.patch_values * (1 + config.learned_variance + config.input_skip)
     last = 2 if MODULATED[config.conditioning] else 0
     return {
         **({"text": text_specs(text)} if text else {}),
@@ -208,7 +212,15 @@ def denoise(
     with jax.named_scope("head"):
         shift, scale = modulation(params, known, 2) if "modulation" in params else (0.0, 0.0)
         x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
-        return dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
+        y = dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
+        return _with_input(y, reshard(x_BLP, "batch", None, None)) if config.input_skip else y
+
+
+def _with_input(y: jax.Array, x_BLP: jax.Array) -> jax.Array:
+    """Add x, times the gates that stand last in y, to the prediction that stands first."""
+    P = x_BLP.shape[-1]
+    prediction, variance, gate = y[..., :P], y[..., P:-P], y[..., -P:]
+    return jnp.concatenate([prediction + gate * x_BLP, variance], axis=-1)
 
 
 def _with_context(pack: Pack, known: Condition, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
