@@ -102,7 +102,7 @@ def _bare(config: RunConfig, topology: Topology, mesh: Mesh, made: Program, comp
         mesh=dict(mesh.shape),
         model={name: getattr(model, name) for name in shown if hasattr(model, name)}
         | ({"pack_length": config.packing.length} if hasattr(config, "packing") else {})
-        | ({"crop": config.largest} if hasattr(config, "crop") else {})
+        | ({"crop": config.largest} if hasattr(config, "largest") else {})
         | {"batch": made.load.rows},
         parameters=0,
         memory=memory,

@@ -54,8 +54,8 @@ class LossConfig:
     adversarial_start: int = 0  # step at which the decoder begins to feel it, at least `discriminator_start`
     adversarial_warmup: int = 1000  # steps in which the weights of its terms rise linearly
     adaptive_most: float = 0.0  # most by which the ratio of gradients scales the adversarial term; 0: no such scaling
-    equivariance: float = 0.0  # probability that a step decodes latents that are scaled and turned, as their clips are
-    equivariance_scales: tuple[float, ...] = (0.5, 0.75, 1.0)  # factors of height and width
+    equivariance: float = 0.0  # share of the loss that compares scaled and turned latents with clips changed alike
+    equivariance_scales: tuple[float, ...] = (0.5,)  # factors of height and width; each adds its square to the time
     latent_noise: float = 0.0  # deviation, in those of the latents, of the noise level that is added before decoding
 
     def __post_init__(self):
@@ -167,7 +167,7 @@ def add_latent_noise(z_BthwC: jax.Array, key: jax.Array, deviation: float) -> ja
     level, noise = jax.random.split(key)
     shape = (z_BthwC.shape[0], 1, 1, 1, 1)
     tau = jnp.abs(deviation * jax.random.normal(level, shape, out_sharding=layout_of(z_BthwC[:, :1, :1, :1, :1])))
-    std = jax.lax.stop_gradient(z_BthwC.std((0, 1, 2, 3), keepdims=True))
+    std = z_BthwC.std((0, 1, 2, 3), keepdims=True)  # with its gradient: else larger latents would be a way out
     return z_BthwC + tau * std * jax.random.normal(noise, z_BthwC.shape, out_sharding=layout_of(z_BthwC))
 
 
@@ -178,18 +178,24 @@ def _transformed(
     key: jax.Array,
     loss: LossConfig,
 ) -> Losses:
-    """Compare what is decoded of scaled and turned latents with scaled and turned clips (EQ-VAE, 2502.09509)."""
-    scale_key, turn_key = jax.random.split(jax.random.fold_in(key, Purpose.EQUIVARIANCE))
+    """Compare clips, and also scaled and turned clips with what is decoded of latents changed alike (2502.09509).
+
+    A step takes all scales, not one drawn: a convolution in a branch of a `switch` runs several times slower on CPUs.
+    """
     scales = [s for s in loss.equivariance_scales if fits(s, z_BthwC.shape[2:4]) and fits(s, video_BTHWC.shape[2:4])]
     square = z_BthwC.shape[2] == z_BthwC.shape[3]
+    turn_key = jax.random.fold_in(key, Purpose.EQUIVARIANCE)
     turn = jax.random.randint(turn_key, (), 0, 4) if square else 2 * jax.random.randint(turn_key, (), 0, 2)
+    plain = compare(z_BthwC, video_BTHWC)
+    if not scales:
+        return plain
+    changed = [compare(*(_turn(resize(x, scale), turn, square) for x in (z_BthwC, video_BTHWC))) for scale in scales]
+    share = loss.equivariance
 
-    def at(scale: float) -> Callable[[jax.Array, jax.Array], Losses]:
-        return lambda z, video: compare(*(_turn(resize(x, scale), turn, square) for x in (z, video)))
+    def mixed(name: str) -> jax.Array:
+        return (1 - share) * getattr(plain, name) + share * sum(getattr(c, name) for c in changed) / len(changed)
 
-    share = jnp.array([1 - loss.equivariance] + [loss.equivariance / max(len(scales), 1)] * len(scales))
-    which = jax.random.choice(scale_key, len(share), p=share / share.sum())
-    return jax.lax.switch(which, [compare, *map(at, scales)], z_BthwC, video_BTHWC)
+    return Losses(mixed("model"), mixed("discriminator"), plain.metrics)
 
 
 def fits(scale: float, sides: tuple[int, ...]) -> bool:
