@@ -14,6 +14,9 @@ where the content that the caption describes is decided. Settings tried: experim
 
 from sora_jax.config import choose, to_config_dict
 from sora_jax.quickstart import QuickstartConfig
+from sora_jax.train.autoencoder import StageConfig
+from sora_jax.train.optim import OptimConfig
+from sora_jax.train.reconstruction import LossConfig
 
 PROMPTS = (
     ("a red circle moves right on a plain white background", (9, 24, 36)),
@@ -52,6 +55,7 @@ def world(config):
     world.backgrounds = ("plain",)
     world.shapes = ("circle", "square", "triangle", "cross", "ring")
     world.motions = ("move", "move", "move", "still")
+    world.extra_captions = ("short",)
 
 
 def autoencoder(config):
@@ -63,27 +67,23 @@ def autoencoder(config):
     model.time_factor = 2
     model.space_factor = 4
     model.latent_channels = 8
-    model.patch = (2, 4)
-    model.width = 64
-    model.multipliers = (1,)
-    model.encoder_blocks = 2
-    model.decoder_blocks = 4
-    model.kernels = ((3, 1, 1), (1, 3, 3))
-    model.l2_weight = 4.0
+    model.patch = (2, 2)
+    model.width = 24
+    model.multipliers = (1, 3)
+    model.encoder_blocks = 1
+    model.decoder_blocks = 2
+    model.kernels = ((1, 3, 3), (3, 1, 1))
+    model.linear = True
+    model.l1_weight = 0.25
+    model.l2_weight = 8.0
     model.kl_weight = 1e-3
 
-    optim = config.optim
-    optim.learning_rate = 4e-3
-    optim.schedule = "cosine"
-    optim.warmup_steps = 100
-    optim.b2 = 0.95
-    optim.ema = (0.999,)
-
-    steps(config, 3500)
+    autoencoder_steps(config, 3500, 1500)
 
 
 def transformer(config):
     config.batch = 16
+    config.captions = "original=3,short=2"
 
     model = config.model
     model.depth = 4
@@ -91,6 +91,7 @@ def transformer(config):
     model.heads = 6
     model.latent_channels = 8
     model.patch = (1, 3, 3)
+    model.input_skip = True
     model.sincos_positions = True
     model.position_theta = 10.0
     model.remat = "none"
@@ -116,13 +117,28 @@ def transformer(config):
     optim.b2 = 0.95
     optim.ema = (0.995,)
 
-    steps(config, 1600, previews=5)
+    steps(config, 1700, previews=5)
 
     config.preview.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.preview.sizes = tuple(size for _, size in PROMPTS)
     config.preview.steps = "12"
 
     config.sampling.guidance.scale = 2.0
+
+
+def autoencoder_steps(config, count, decoder, previews=3):
+    """Train all of the autoencoder, then the decoder alone on noisy latents, which makes it forgive a denoiser."""
+    muon = OptimConfig(
+        method="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=100, b2=0.95, ema=(0.999,)
+    )  # fmt: skip
+    stages = (
+        StageConfig(count, optim=muon),
+        StageConfig(decoder, trained="decoder", loss=LossConfig(latent_noise=0.15), optim=muon),
+    )
+    config.stages = tuple(to_config_dict(stage) for stage in stages)
+    config.loop.log_every = max(count // 50, 1)
+    config.loop.save_every = -(-count // previews)
+    config.loop.preview_every = config.loop.save_every
 
 
 def steps(config, count, previews=6):
@@ -136,7 +152,7 @@ def steps(config, count, previews=6):
 def short(config):
     config.clips = 1000
     config.evaluate = 16
-    steps(config.autoencoder, 600, previews=2)
+    autoencoder_steps(config.autoencoder, 500, 200, previews=2)
     steps(config.transformer, 120, previews=2)
 
 
@@ -149,7 +165,7 @@ def tiny(config):
 
     config.autoencoder.batch = 2
     config.autoencoder.model.width = 8
-    steps(config.autoencoder, 6, previews=1)
+    autoencoder_steps(config.autoencoder, 6, 4, previews=1)
 
     config.transformer.batch = 2
     config.transformer.preview.steps = "2"

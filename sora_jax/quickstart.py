@@ -32,7 +32,7 @@ from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds.run import check_data, check_workdir, train
 from sora_jax.models.first_stage import latent_grid
-from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.autoencoder import AutoencoderRun, stage_folder
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
 from sora_jax.train.encode import encode_dataset
 from sora_jax.train.frozen import FOLDER
@@ -78,7 +78,9 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     run = load_run(workdir / "transformer")
     show_samples(config, run, workdir / "samples")
     result = evaluate(config, run, dataset, workdir)
-    draw_losses({name: workdir / name for name in ("autoencoder", "transformer")}, workdir / "losses.png")
+    autoencoders = [stage_folder(workdir / "autoencoder", i) for i in range(len(config.autoencoder.stages))]
+    runs = [*(autoencoders or [workdir / "autoencoder"]), workdir / "transformer"]
+    draw_losses({str(run.relative_to(workdir)): run for run in runs}, workdir / "losses.png")
     seconds = time.perf_counter() - start
     report = dataclasses.asdict(result) | {"autoencoder_psnr": autoencoder_psnr, "seconds": seconds}
     write_json(workdir / "report.json", report)
@@ -144,7 +146,8 @@ def learn_autoencoder(config: QuickstartConfig, dataset: Dataset, workdir: Path)
     options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
     check_workdir(workdir / "autoencoder", options)
     check_data(workdir / "autoencoder", dataset.digest)
-    if not result.exists() or json.loads(read_text(result))["steps"] < options.loop.steps:
+    steps = options.stages[-1].steps if options.stages else options.loop.steps
+    if not result.exists() or json.loads(read_text(result))["steps"] < steps:
         train(options, workdir / "autoencoder")
     found = json.loads(read_text(result))["held_out_psnr"]
     print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)
