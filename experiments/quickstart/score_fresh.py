@@ -9,7 +9,8 @@ real clips, in the same clips through the autoencoder, and in clips generated fr
 clips of one prompt are that show what it says, against the world's own clips of that caption (1 is as diverse, 0
 always the same).
 
-With --short the prompts name no background ("a red circle moves left"), and the same facts are scored.
+With --short the prompts name no background ("a red circle moves left"), and the same facts are scored. With --larger=2
+the generated clips have twice the height, width and steps in time: sizes that the model was not trained on.
 """
 
 import argparse
@@ -58,6 +59,12 @@ def prompts_of(captions: Sequence[str], short: bool) -> list[str]:
     return [write(parse(caption), "short") for caption in captions] if short else list(captions)
 
 
+def larger(size: tuple[int, int, int], factor: int) -> tuple[int, int, int]:
+    """Return the size (T, H, W) of a clip whose sides and steps in time are multiplied."""
+    frames, height, width = size
+    return 1 + factor * (frames - 1), factor * height, factor * width
+
+
 def measure_diversity(
     run: Run, config: QuickstartConfig, prompts: Sequence[tuple[str, tuple[int, int, int]]], seeds: int
 ) -> list[Diversity]:
@@ -83,6 +90,7 @@ def main() -> None:
     parser.add_argument("--config", default=None, help="of the quickstart run (default: its full form)")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--short", action="store_true", help="prompts that name no background")
+    parser.add_argument("--larger", type=int, default=1, help="factor of height, width and steps in time")
     parser.add_argument("--prompts", type=int, default=4, help="prompts whose diversity is measured (0: none)")
     parser.add_argument("--seeds", type=int, default=16, help="clips of each of them")
     options = parser.parse_args()
@@ -96,7 +104,7 @@ def main() -> None:
         order = sorted(range(len(clips)), key=lambda i: clips[i].shape)
         decoded = list(run.autoencoder.decode(run.autoencoder.encode(clips[i] for i in order)))
     print(line("through the autoencoder", score([captions[i] for i in order], decoded)), flush=True)
-    prompts, sizes = prompts_of(captions, options.short), [c.shape[:3] for c in clips]
+    prompts, sizes = prompts_of(captions, options.short), [larger(c.shape[:3], options.larger) for c in clips]
     generated = run.generate(prompts, sizes, config.show.steps or None, seed=1)
     name = "generated from short prompts" if options.short else "generated from the captions"
     print(line(name, score(prompts, generated)), flush=True)
