@@ -9,7 +9,9 @@ Writes to runs/quickstart. Measured results: experiments/quickstart/README.md.
 Everything is small on purpose. The number of tokens decides how much is learnt in minutes: a token is 12 x 12 pixels of
 2 frames, so a clip has 4 to 30 tokens. Shapes are large, because the model spends more of its capacity on the position
 of a small one. Position embeddings are no longer than the clips. Times are shifted towards noise (base_tokens = 4),
-where the content that the caption describes is decided. Settings tried: experiments/quickstart/README.md.
+where the content that the caption describes is decided. The transformer has gates for its input, without which it would
+need far more steps on latents of a sharp autoencoder. The decoder is trained further on noisy latents, so that it
+forgives what the transformer leaves. Settings tried: experiments/quickstart/README.md.
 """
 
 from sora_jax.config import choose, to_config_dict

@@ -97,7 +97,7 @@ def stages(config, large_crop):
     """Set the three stages."""
     optim = OptimConfig(learning_rate=2e-3, method="muon", schedule="cosine", warmup_steps=500, b2=0.95)
     gentle = dataclasses.replace(optim, learning_rate=5e-4, muon_rate=5e-3)
-    equivariant = LossConfig(equivariance=0.25)
+    equivariant = LossConfig(equivariance=0.25, equivariance_scales=(0.5,))
     sharper = dataclasses.replace(equivariant, bands_weight=1.0, bands_form="charbonnier", features_weight=0.05)
     adversary = LossConfig(
         features_weight=0.05, adversarial_weight=0.05, matching_weight=0.1, latent_noise=0.1, adversarial_start=1000

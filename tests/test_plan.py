@@ -445,11 +445,14 @@ def test_mistakes_are_told_in_a_sentence(capsys, options, said):
 def test_an_autoencoder_is_planned_for_its_largest_crop():
     model = AutoencoderConfig(width=8, multipliers=(1,), patch=(4, 8), latent_channels=4)
     config = AutoencoderRun(model=model, crop=(5, 16, 16), crops=((1, 48, 48),), batch=2, image_share=0.0)
-    later = dataclasses.replace(config, stages=(StageConfig(crop=(9, 32, 64)), StageConfig()))
+    later = dataclasses.replace(config, stages=(StageConfig(), StageConfig(crop=(9, 32, 64), batch=4)))
     mesh = one_chip()
     with use_mesh(mesh):
-        shapes = [train_autoencoder(each, mesh).held["batch"]["videos_BTHW3"].shape for each in (config, later)]
-    assert shapes == [(1, 2, 1, 48, 48, 3), (1, 2, 9, 32, 64, 3)]
+        planned = [train_autoencoder(each, mesh) for each in (config, later)]
+    shapes = [program.held["batch"]["videos_BTHW3"].shape for program in planned]
+    assert shapes == [(1, 2, 1, 48, 48, 3), (1, 4, 9, 32, 64, 3)]
+    shorter = [program.load.shorten(4.0)[0] for program in planned]
+    assert shorter == ["--config.crops=()", "--config.stages[1].crop=9,16,16"]
 
 
 SIZES = {"tiny": 0.26e6, "s": 51e6, "b": 164e6, "l": 585e6, "xl": 841e6, "3b": 3.04e9, "14b": 13.85e9}

@@ -61,6 +61,7 @@ def waves(x, width, theta):
 def denoise(params, model, constants, x, times, ids, dtype):
     """Noisy tokens (B, L, P), times (B,), word ids (B, M) -> prediction (B, L, P) float32."""
     cos, sin, positions, word_positions = constants
+    noisy = x
 
     def text_block(x, p):
         x = x + merge(p["merge"], dot_product_attention(*heads(p["qkv"], norm(x))))
@@ -87,4 +88,8 @@ def denoise(params, model, constants, x, times, ids, dtype):
     x = linear(params["patch"], x.astype(dtype)) + positions.astype(dtype)
     x, _ = jax.lax.scan(block, x, params["blocks"], unroll=model.unroll)
     shift, scale = jnp.split(linear(params["modulation"], condition), 2, -1)
-    return linear(params["head"], norm(x) * (1 + scale) + shift).astype(jnp.float32)
+    y = linear(params["head"], norm(x) * (1 + scale) + shift).astype(jnp.float32)
+    if not model.input_skip:
+        return y
+    predicted, gate = jnp.split(y, 2, -1)
+    return predicted + gate * noisy

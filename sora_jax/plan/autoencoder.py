@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,16 @@ from sora_jax.plan.programs import AnyMesh, Load, Program, Trained, training_pro
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoencoder_loss
 
 
+def heaviest(config: AutoencoderRun) -> tuple[str, AutoencoderRun]:
+    """Return the stage of the largest crop, and how options name it; without stages "" and the run itself."""
+    parts = [(f"stages[{i}].", config.stage(i, Path())) for i in range(len(config.stages))] or [("", config)]
+    return max(parts, key=lambda part: (math.prod(part[1].largest), part[1].batch))
+
+
 def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
-    """Make the training step on crops of the largest size, of which the memory depends."""
+    """Make the training step on crops of the largest size, which needs most memory."""
+    smaller = functools.partial(_smaller_crop, config)
+    _, config = heaviest(config)
     frames, height, width = config.largest
     accumulate, batch, flops, pixels = config.loop.accumulate, {}, 0.0, 0
     for (name, rows), length in zip(config.rows.items(), (frames, 1), strict=True):
@@ -28,7 +37,7 @@ def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
         batch[f"{name}_BTHW3"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
         flops += rows * autoencoder_train_flops(config.model, length, height, width)
         pixels += rows * length * height * width
-    load = Load(flops, pixels, "pixels", config.batch, functools.partial(_smaller_crop, config))
+    load = Load(flops, pixels, "pixels", config.batch, smaller)
     batch = abstract_batch(batch, mesh, leading=1)
     loss = functools.partial(autoencoder_loss, config)
     frozen = {}
@@ -38,7 +47,9 @@ def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
 
 
 def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:
-    """Make the program that encodes and decodes a batch of clips of the training size."""
+    """Make the program that encodes and decodes a batch of clips of the largest training size."""
+    smaller = functools.partial(_smaller_crop, config)
+    _, config = heaviest(config)
     frames, height, width = config.largest
     split = parts("batch", mesh)
     clips = -(-config.batch // split) * split
@@ -49,12 +60,16 @@ def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:
     function = jax.jit(lambda params, x: decode(params, config.model, there(params, x)))
     flops = clips * autoencoder_train_flops(config.model, frames, height, width) / 3
     pixels = math.prod(video.shape[:-1])
-    load = Load(flops, pixels, "pixels", config.batch, functools.partial(_smaller_crop, config))
+    load = Load(flops, pixels, "pixels", config.batch, smaller)
     return Program(function, (params, video), {"parameters": params, "batch": video}, load)
 
 
 def _smaller_crop(config: AutoencoderRun, factor: float) -> tuple[str, str]:
     """Return the option for crops with fewer pixels by a factor, and why."""
-    frames, height, width = config.largest
+    stage, part = heaviest(config)
+    if part.largest != part.crop:
+        return "--config.crops=()", "the activations of the largest of them fill a chip"
+    frames, height, width = part.crop
     side = 2 * max(int(min(height, width) / math.sqrt(factor) / 2 // 8 * 8), 8)
-    return f"--config.crop={frames},{side},{side}", "the activations of a crop fill a chip"
+    name = f"{stage}crop" if stage and config.stages[int(stage[7:-2])].crop else "crop"
+    return f"--config.{name}={frames},{side},{side}", "the activations of a crop fill a chip"

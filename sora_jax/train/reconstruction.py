@@ -55,7 +55,11 @@ class LossConfig:
     adversarial_warmup: int = 1000  # steps in which the weights of its terms rise linearly
     adaptive_most: float = 0.0  # most by which the ratio of gradients scales the adversarial term; 0: no such scaling
     equivariance: float = 0.0  # share of the loss that compares scaled and turned latents with clips changed alike
-    equivariance_scales: tuple[float, ...] = (0.5,)  # factors of height and width; each adds its square to the time
+    equivariance_scales: tuple[float, ...] = (
+        0.5,
+        0.75,
+        1.0,
+    )  # of height and width; each adds its square to the time
     latent_noise: float = 0.0  # deviation, in those of the latents, of the noise level that is added before decoding
 
     def __post_init__(self):
@@ -167,7 +171,8 @@ def add_latent_noise(z_BthwC: jax.Array, key: jax.Array, deviation: float) -> ja
     level, noise = jax.random.split(key)
     shape = (z_BthwC.shape[0], 1, 1, 1, 1)
     tau = jnp.abs(deviation * jax.random.normal(level, shape, out_sharding=layout_of(z_BthwC[:, :1, :1, :1, :1])))
-    std = z_BthwC.std((0, 1, 2, 3), keepdims=True)  # with its gradient: else larger latents would be a way out
+    # With its gradient: else larger latents would be a way out. The gradient of a root has no value at 0.
+    std = jnp.sqrt(z_BthwC.var((0, 1, 2, 3), keepdims=True) + 1e-12)
     return z_BthwC + tau * std * jax.random.normal(noise, z_BthwC.shape, out_sharding=layout_of(z_BthwC))
 
 
