@@ -1,4 +1,4 @@
-"""Score a quickstart run on prompts that no choice of its settings has seen.
+"""Score a quickstart run on prompts that its dataset does not have.
 
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256 --short
@@ -9,7 +9,8 @@ real clips, in the same clips through the autoencoder, and in clips generated fr
 clips of one prompt are that show what it says, against the world's own clips of that caption (1 is as diverse, 0
 always the same).
 
-With --short the prompts name no background ("a red circle moves left"), and the same facts are scored. With --larger=2
+With --short the prompts name no background ("a red circle moves left"), and the same facts are scored; training clips
+may have these captions. With --larger=2
 the generated clips have twice the height, width and steps in time: sizes that the model was not trained on.
 """
 

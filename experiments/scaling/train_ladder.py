@@ -63,16 +63,20 @@ class Ladder:
 
 
 def rung_config(ladder: Ladder, name: str) -> DenoiserRun:
-    """Return the run of a rung: packs and the shift of times follow its tokens, so that nothing else differs."""
+    """Return the run of a rung: packs and the shift of times follow its tokens, so that nothing else differs.
+
+    Gates for the input and captions of several forms, which the quickstart has, are left out.
+    """
     size, places = name.split("/")
     (depth, width, heads), finer = SIZES[size], 9 // int(places)
     base = ladder.base
     model = dataclasses.replace(
-        base.model, depth=depth, width=width, heads=heads, patch=PATCHES[int(places)], unroll=depth
+        base.model, depth=depth, width=width, heads=heads, patch=PATCHES[int(places)], unroll=depth, input_skip=False
     )
     times = dataclasses.replace(base.diffusion.times, base_tokens=4 * finer)
     return dataclasses.replace(
         base,
+        captions="first",
         model=model,
         batch=8,
         packing=dataclasses.replace(base.packing, length=48 * finer, slots=6, text_length=48, patch=None),
