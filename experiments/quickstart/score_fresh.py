@@ -3,15 +3,14 @@
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256
     python experiments/quickstart/score_fresh.py --workdir=runs/quickstart --count=256 --short
 
-The 64 prompts that the quickstart scores also served to choose its settings. These are captions of other clips of the
-same world, only such as no clip of the run's dataset has, trained on or held out. Prints what the oracle finds in the
-real clips, in the same clips through the autoencoder, and in clips generated from their captions; then how diverse the
-clips of one prompt are that show what it says, against the world's own clips of that caption (1 is as diverse, 0
-always the same).
+The prompts are captions of other clips of the same world, only such as no clip of the run's dataset has, trained on or
+held out. Prints what the oracle finds in the real clips, in the same clips through the autoencoder, and in clips
+generated from their captions; then how diverse the clips of one prompt are that show what it says, against the world's
+own clips of that caption (1 is as diverse, 0 always the same).
 
 With --short the prompts name no background ("a red circle moves left"), and the same facts are scored; training clips
-may have these captions. With --larger=2
-the generated clips have twice the height, width and steps in time: sizes that the model was not trained on.
+may have these captions. With --larger=2 the generated clips have twice the height, width and steps in time: sizes that
+the model was not trained on.
 """
 
 import argparse

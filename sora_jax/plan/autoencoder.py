@@ -18,8 +18,10 @@ from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoe
 
 
 def heaviest(config: AutoencoderRun) -> tuple[str, AutoencoderRun]:
-    """Return the stage of the largest crop, and how options name it; without stages "" and the run itself."""
-    parts = [(f"stages[{i}].", config.stage(i, Path())) for i in range(len(config.stages))] or [("", config)]
+    """Return the stage of the largest crop, or the run if it has none, and the name of the option for its crop."""
+    parts = [("crop", config)] if not config.stages else []
+    for i, stage in enumerate(config.stages):
+        parts.append((f"stages[{i}].crop" if stage.crop else "crop", config.stage(i, Path())))
     return max(parts, key=lambda part: (math.prod(part[1].largest), part[1].batch))
 
 
@@ -66,10 +68,9 @@ def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:
 
 def _smaller_crop(config: AutoencoderRun, factor: float) -> tuple[str, str]:
     """Return the option for crops with fewer pixels by a factor, and why."""
-    stage, part = heaviest(config)
+    name, part = heaviest(config)
     if part.largest != part.crop:
         return "--config.crops=()", "the activations of the largest of them fill a chip"
     frames, height, width = part.crop
     side = 2 * max(int(min(height, width) / math.sqrt(factor) / 2 // 8 * 8), 8)
-    name = f"{stage}crop" if stage and config.stages[int(stage[7:-2])].crop else "crop"
     return f"--config.{name}={frames},{side},{side}", "the activations of a crop fill a chip"

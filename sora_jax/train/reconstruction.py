@@ -55,11 +55,7 @@ class LossConfig:
     adversarial_warmup: int = 1000  # steps in which the weights of its terms rise linearly
     adaptive_most: float = 0.0  # most by which the ratio of gradients scales the adversarial term; 0: no such scaling
     equivariance: float = 0.0  # share of the loss that compares scaled and turned latents with clips changed alike
-    equivariance_scales: tuple[float, ...] = (
-        0.5,
-        0.75,
-        1.0,
-    )  # of height and width; each adds its square to the time
+    equivariance_scales: tuple[float, ...] = (0.5, 0.75, 1.0)  # of height and width; each costs its square in time
     latent_noise: float = 0.0  # deviation, in those of the latents, of the noise level that is added before decoding
 
     def __post_init__(self):
