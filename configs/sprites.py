@@ -50,24 +50,27 @@ def autoencoder():
     model.space_factor = 8
     model.latent_channels = 16
     model.patch = (4, 4)
-    model.width = 96
+    model.width = 128
     model.multipliers = (1, 2)
     model.kernels = ((1, 3, 3), (3, 1, 1))
     model.encoder_blocks = 2
-    model.decoder_blocks = 2
-    model.l2_weight = 4.0
-    model.kl_weight = 1e-3
+    model.decoder_blocks = 3
+    model.linear = True  # the linear paths start as the data's principal components
+    model.l1_weight = 0.25
+    model.l2_weight = 8.0
+    model.kl_weight = 1e-4
 
     optim = config.optim
+    optim.method = "muon"
     optim.learning_rate = 4e-3
     optim.schedule = "cosine"
     optim.warmup_steps = 100
     optim.b2 = 0.95
     optim.ema = (0.999,)
 
-    config.loop.steps = 2400
-    config.loop.save_every = 600
-    config.loop.preview_every = 600
+    config.loop.steps = 4500
+    config.loop.save_every = 500
+    config.loop.preview_every = 1500
     return config
 
 
@@ -81,6 +84,7 @@ def transformer():
     model.heads = 6
     model.latent_channels = 16
     model.patch = (1, 2, 2)
+    model.input_skip = True
     model.sincos_positions = True
     model.position_theta = 10.0
     model.remat = "none"

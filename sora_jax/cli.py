@@ -161,6 +161,8 @@ def _sample(commands) -> None:
         " --frames=9 --height=24 --width=36 --out=circle.gif\n"
         "  sora-jax sample --workdir=runs/dit --class=207,360 --size=256 --steps=250 --guidance=4 --out=grid.png\n"
         "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
+        '  sora-jax sample --workdir=runs/video --video=fox.mp4 --extend=+16 --prompt="a fox runs" --out=longer.mp4\n'
+        '  sora-jax sample --workdir=runs/video --prompt="waves" --loop --frames=16 --out=waves.gif\n'
         "--sampling.NAME=VALUE overrides any field of the run's config.sampling"
     )
     p = _parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
@@ -184,7 +186,22 @@ def _sample(commands) -> None:
     p.add_argument("--autoencoder", type=as_path, help="run folder of an autoencoder, if the run contains none")
     _tile(p)
     p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
+    _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
     p.set_defaults(function=sample, sampling=[])
+
+
+def _tasks(p) -> None:
+    p.add_argument("--image", type=as_path, metavar="FILE", help="begin with this image")
+    p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next five options")
+    p.add_argument("--extend", type=int, metavar="N", help="make N frames after the clip; -N: before it")
+    p.add_argument("--loop", action="store_true", help="a loop: of the prompt alone, or one that closes the clip")
+    p.add_argument("--mask", type=as_path, metavar="FILE", help="make anew what is white in this image or video")
+    p.add_argument("--pad", metavar="L,T,R,B", help="make so many more pixels left, above, right, below")
+    p.add_argument("--strength", type=float, metavar="S", help="edit: 0 keeps the clip, 1 ignores it")
+    p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
+    p.add_argument("--gap", type=int, default=8, help="frames to make between clips, or to close a loop")
+    p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")
+    p.add_argument("--keep-pixels", action="store_true", help="put the very pixels that were given into the result")
 
 
 def _tile(parser) -> None:

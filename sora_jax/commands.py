@@ -1,6 +1,7 @@
 """Run the commands of `sora-jax`; `cli.py` only reads the command line."""
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -17,8 +18,10 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, read_text
+from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
 from sora_jax.generate.requests import Request, Wanted, check_seed, plan_requests
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
+from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig, tiling_warning
 from sora_jax.parallel import distributed
 from sora_jax.train.denoiser import DenoiserRun
@@ -37,15 +40,16 @@ def use_compilation_cache() -> None:
 
 
 def sample(options: argparse.Namespace) -> list[Path]:
-    """Generate the prompts or classes of the command line; return the files written.
+    """Generate the prompts or classes of the command line, or what it asks to be done with clips; return the files.
 
     What the command line leaves open is taken from the run's config: size, steps, solver, guidance, frames a second.
     All that can be refused is refused before weights are loaded. Pictures of classes go into one file, side by side.
     """
-    prompts, classes = _prompts(options), _classes(options.classes)
+    prompts, classes, asked = _prompts(options), _classes(options.classes), _task_options(options)
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
-    check(prompts or classes or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
+    check(prompts or classes or asked or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
+    prompts = [""] if asked and config.model.text and not (prompts or classes) else prompts
     options = _with_defaults(options, config)
     paths = [options.out] if classes else _numbered(options.out, max(len(prompts), 1))
     _check_output(options, paths)
@@ -53,35 +57,55 @@ def sample(options: argparse.Namespace) -> list[Path]:
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
     size = (options.frames, options.height, options.width)
-    wanted = Wanted(prompts, size, classes, options.guidance, options.negative)
-    requests = plan_requests(config, first_stage, wanted, sampling)
     check_seed(options.seed)
-    run = load_run(options.workdir, options.autoencoder, options.checkpoint)
+    wanted = Wanted(prompts, size, classes, options.guidance, options.negative)
+    if asked:
+        inputs = read_inputs(asked, size, _multiple(config, first_stage), options.sized)
+        run = load_run(options.workdir, options.autoencoder, options.checkpoint)
+        wanted = dataclasses.replace(wanted, tasks=[make_task(asked, inputs, run, size)])
+        requests, fps = plan_requests(config, first_stage, wanted, sampling), options.fps or inputs.fps
+    else:
+        requests, fps = plan_requests(config, first_stage, wanted, sampling), options.fps
+        run = load_run(options.workdir, options.autoencoder, options.checkpoint)
     if warning := tiling_warning(first_stage, tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
-    _announce(run, requests, sampling, size)
-    clips = run.sample(requests, sampling, options.seed, tiles)
+    _announce(run, requests, sampling)
+    clips = run.sample(requests, sampling, options.seed, tiles, wanted.tasks)
     clips = [grid(clips)] if classes else clips
     for path, clip in zip(paths, clips, strict=True):
-        write_video(path, clip, options.fps, options.upscale)
+        write_video(path, clip, fps or config.preview.fps, options.upscale)
     return paths
+
+
+def _task_options(options: argparse.Namespace) -> TaskOptions:
+    """Return what the command line asks to be done with clips; UserError where it contradicts itself."""
+    return TaskOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TaskOptions)})
+
+
+def _multiple(config: DenoiserRun, first_stage: FirstStageConfig) -> tuple[int, int]:
+    """Return what heights and widths are multiples of."""
+    _, rows, columns = config.model.patch
+    return first_stage.space_factor * rows, first_stage.space_factor * columns
 
 
 def _check_output(options: argparse.Namespace, paths: Sequence[Path]) -> None:
     check_ending(options.out, options.frames)
-    check(0.1 <= options.fps <= 240, f"--fps is {options.fps}; it must be from 0.1 to 240")
+    fps = options.fps
+    check(fps is None or 0.1 <= fps <= 240, f"--fps is {fps}; it must be from 0.1 to 240")
     for path in paths:
         check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
 
 
-def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig, size: tuple) -> None:
+def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -> None:
     """Print what will be sampled, and which prompts are longer than the run reads."""
     most = run.tokenizer.max_tokens
     for request in requests:
         if (length := run.tokenizer.length(request.prompt)) > most:
             print(f"sora-jax: {request.prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     tokens = math.prod(grid_of(requests[0].size, run.config.model.patch))
+    (t, h, w), first_stage = requests[0].size, run.autoencoder.config
+    size = 1 + first_stage.time_factor * (t - 1), first_stage.space_factor * h, first_stage.space_factor * w
     what = f"{len(requests)} of {'x'.join(map(str, size))}, {tokens:,} tokens each"
     how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
@@ -146,7 +170,8 @@ def _with_defaults(options: argparse.Namespace, config: DenoiserRun) -> argparse
         options.out = as_path(options.workdir) / "samples" / "classes.png"
     if options.out.suffix.lower() == ".png":
         frames = 1
-    known = dict(frames=frames, height=height, width=width, fps=preview.fps)
+    sized = not (options.height is None and options.width is None)
+    known = dict(frames=frames, height=height, width=width, sized=sized)
     given = {name: value for name, value in vars(options).items() if value is not None}
     return argparse.Namespace(**(dict.fromkeys(vars(options)) | known | given))
 

@@ -35,10 +35,14 @@ class Position(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A planned section. Item i is caption `captions[i]` of clip `clips[i]`; pack p holds the items `plan[p]`."""
+    """A planned section. Item i is caption `captions[i]` of clip `clips[i]`; pack p holds the items `plan[p]`.
+
+    cuts[i]: the token frames that item i leaves out at its beginning, 0 or 1.
+    """
 
     clips: np.ndarray
     captions: np.ndarray
+    cuts: np.ndarray
     plan: Plan
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,9 @@ class PackingConfig:
     slots: int = 16  # S, clips in a pack at most
     text_length: int = 256  # M, text tokens in a pack
     patch: tuple[int, int, int] | None = None  # latent frames, rows and columns in one token; None: the model's
-    rows_per_clip: int = 1  # noise-level rows kept for each slot, R = slots * rows_per_clip
+    # Noise-level rows kept for each slot, R = slots * rows_per_clip. 1: one level for all tokens of a clip; 2: the last
+    # for given tokens; more: a row for each token frame, and the last.
+    rows_per_clip: int = 1
     window: int = 1024  # clips of the shuffled order that are planned together
 
     def __post_init__(self):
@@ -119,11 +122,22 @@ def _times(sides: Sequence[int]) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
+class Layout(NamedTuple):
+    """Place the tokens of a clip: their (t, y, x) coordinates (n, 3), and the row of the clip's levels that each reads.
+
+    Tokens beyond those of the clip's grid come last: they help to denoise the others and are no part of the clip.
+    """
+
+    coords: np.ndarray
+    rows: np.ndarray
+
+
 @dataclass(frozen=True)
 class PackItem:
     """One clip on its way into a pack: values (t, h, w, C), such as a latent, clip id > 0, text token ids (m,).
 
     embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption. label: class, -1 = none.
+    layout: None for that of the grid, see `layout_of`.
     """
 
     values: np.ndarray
@@ -131,6 +145,7 @@ class PackItem:
     text: np.ndarray
     embedding: np.ndarray | None = None
     label: int = -1
+    layout: Layout | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -142,7 +157,7 @@ def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarr
     """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
 
     Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
-    rows_L (row of the conditioning table: the first row of the clip's slot), row_slots_R, clip_ids_S uint32, labels_S
+    rows_L (row of the conditioning table), row_slots_R, clip_ids_S uint32, labels_S
     (class + 1), grids_S3, text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have
     them; int32 where not said. UserError if the clips do not fit.
     """
@@ -161,7 +176,9 @@ def pack_batch(rows: Sequence[Sequence[PackItem | EmptyItem]], config: PackingCo
         wrong = clips[(clips == 0) | (clips > config.slots)][0]
         raise UserError(f"a pack got {wrong} clips; packing.slots allows 1 to {config.slots}")
     B, L, S, M = len(rows), config.length, config.slots, config.text_length
-    grids, coords = zip(*(_layout(item.size, config.patch) for item in items))
+    grids = [grid_of(item.size, config.patch) for item in items]
+    layouts = [item.layout or layout_of(grid, config.rows_per_clip) for item, grid in zip(items, grids)]
+    coords = [layout.coords for layout in layouts]
     at = _Runs.of(clips, np.array([len(c) for c in coords]), L)
     _check_length(at, items, config)
     said = _Runs.of(clips, np.array([len(item.text) for item in items]), M)
@@ -174,7 +191,8 @@ def pack_batch(rows: Sequence[Sequence[PackItem | EmptyItem]], config: PackingCo
         "segments_BL": at.spread(slots + 1, L),
         "coords_BL3": at.place(np.concatenate(coords), L),
         "index_BL": at.place(at.within, L),
-        "rows_BL": at.spread(slots * config.rows_per_clip, L),
+        "rows_BL": at.spread(slots * config.rows_per_clip, L)
+        + at.place(np.concatenate([layout.rows for layout in layouts]), L),
         "row_slots_BR": np.tile(np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip), (B, 1)),
         "clip_ids_BS": clip.place(np.array([item.clip_id for item in items], np.uint32), S),
         "labels_BS": clip.place(np.array([item.label + 1 for item in items], np.int32), S),
@@ -212,6 +230,7 @@ class EmptyItem:
     text: np.ndarray
     embedding: np.ndarray | None = None
     label: int = -1
+    layout: Layout | None = None
     values: None = None
 
 
@@ -261,10 +280,14 @@ def _check_length(at: _Runs, items: Sequence[PackItem | EmptyItem], config: Pack
 
 
 @lru_cache(maxsize=4096)
-def _layout(size: tuple[int, int, int], patch: tuple[int, int, int]):
-    """Token grid and coordinates (n, 3) of a latent of this size."""
-    grid = grid_of(size, patch)
-    return grid, coords_of(grid)
+def layout_of(grid: tuple[int, int, int], rows_per_clip: int = 1, first: int = 0) -> Layout:
+    """Place the tokens of a grid, whose first frame has the time coordinate `first`.
+
+    With more than two rows per clip each token frame has its own; frames beyond them share the last but one.
+    """
+    coords = coords_of(grid)
+    frames = np.minimum(coords[:, 0], rows_per_clip - 2) if rows_per_clip > 2 else np.zeros(len(coords))
+    return Layout(coords + np.array([first, 0, 0], np.float32), frames.astype(np.int32))
 
 
 def _write_patches(out: np.ndarray, latent: np.ndarray, grid: Sequence[int], patch: Sequence[int]) -> None:
@@ -284,7 +307,7 @@ def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarr
     for slot, grid in enumerate(np.asarray(row["grids_S3"])):
         if grid.all():
             places = np.flatnonzero(row["segments_L"] == slot + 1)
-            tokens = row["tokens_LP"][places[np.argsort(row["index_L"][places])]]
+            tokens = row["tokens_LP"][places[np.argsort(row["index_L"][places])]][: grid.prod()]
             latents.append(unpatchify(tokens, grid, patch))
     return latents
 

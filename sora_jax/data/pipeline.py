@@ -13,9 +13,10 @@ import numpy as np
 from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, NullTexts, Texts, TokenTexts
 from sora_jax.data.epochs import SECTION, Epochs, Planned, Position, Subjects, section_count
 from sora_jax.data.feed import Batch, FeedConfig, read_ahead
-from sora_jax.data.packing import PackingConfig, check_fits, grid_of, pack, pack_batch
+from sora_jax.data.packing import Layout, PackingConfig, check_fits, grid_of, layout_of, pack, pack_batch
 from sora_jax.data.planning import plan
 from sora_jax.data.share import Share
+from sora_jax.data.shuffle import uniforms
 from sora_jax.data.store import ClipStore
 from sora_jax.data.tokenizer import NoText, Tokenizer
 from sora_jax.errors import UserError
@@ -48,7 +49,10 @@ class PackReport:
 
 
 class StoredItem(NamedTuple):
-    """A `PackItem` whose values are read when they are asked for, so that those of one clip at a time are held."""
+    """A `PackItem` whose values are read when they are asked for, so that those of one clip at a time are held.
+
+    size: without the first `cut` latent frames, which the item leaves out.
+    """
 
     store: ClipStore
     clip: int
@@ -57,10 +61,12 @@ class StoredItem(NamedTuple):
     text: np.ndarray
     embedding: np.ndarray | None
     label: int
+    layout: Layout
+    cut: int
 
     @property
     def values(self) -> np.ndarray:
-        return self.store.item(self.clip)
+        return self.store.item(self.clip)[self.cut :]
 
 
 class PackedBatches:
@@ -77,7 +83,9 @@ class PackedBatches:
         split: str,
         share: Share,
         section: int = SECTION,
+        headless: float = 0.0,
     ):
+        self.headless = headless
         self.store, self.texts, self.choice, self.config = store, texts, choice, config
         self.batch, self.seed, self.split, self.share, self.section = batch, seed, split, share, section
         self._rows = share.rows(batch)
@@ -89,6 +97,7 @@ class PackedBatches:
         """What is read off the manifest: it is not pickled."""
         store, rows = self.store, self.store.indices(self.split)
         self.tokens = _token_counts(store.grids, self.config, rows)
+        self.frames = store.grids[:, 0] // self.config.patch[0]
         self.labels = store.labels
         ids = store.column("id").take(rows) if store.has_variants else None
         self.subjects = Subjects.of(rows, ids, store.clip_ids[rows], store.weights[rows])
@@ -96,6 +105,12 @@ class PackedBatches:
     def _check(self) -> None:
         """UserError, before the first step, for what would end the run in some later epoch."""
         rows = self.subjects.rows
+        rows_per_clip, frames = self.config.rows_per_clip, int(self.frames[rows].max())
+        if 2 < rows_per_clip <= frames:
+            raise UserError(
+                f"packing.rows_per_clip is {rows_per_clip}; a clip has {frames} token frames: set it to at least "
+                f"{frames + 1}, a row for each and one for what is given"
+            )
         words = self.texts.most(rows)
         if words.max() > self.config.text_length:
             longest = self.store.ids(rows[[words.argmax()]])[0]
@@ -107,7 +122,11 @@ class PackedBatches:
             raise UserError(f"the sources' weights give an epoch of {expected:.2g} clips; make them larger")
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "labels", "subjects")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("tokens", "frames", "labels", "subjects")
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -128,7 +147,8 @@ class PackedBatches:
     def _items(self, row: int) -> list[StoredItem]:
         planned, place = self._epochs.locate(row)
         items = planned.plan[place]
-        return [self._item(*pair) for pair in zip(planned.clips[items].tolist(), planned.captions[items].tolist())]
+        columns = (planned.clips, planned.captions, planned.cuts)
+        return [self._item(*item) for item in zip(*(column[items].tolist() for column in columns))]
 
     def epoch(self, step: int) -> int:
         """The epoch that the first row of a step belongs to, from 0."""
@@ -155,7 +175,7 @@ class PackedBatches:
     def report(self) -> PackReport:
         """Fill of the first section."""
         planned = self._plan(0, 0)
-        tokens = int(self.tokens[planned.clips].sum())
+        tokens = int(self._lengths(planned.clips, planned.cuts).sum())
         return PackReport(len(planned.clips), len(planned.plan), tokens, self.config.length)
 
     def _plan(self, epoch: int, section: int) -> Planned:
@@ -163,13 +183,32 @@ class PackedBatches:
         captions = self.choice(self.seed, epoch, clips, copies)
         text = self.texts.lengths(clips, captions)
         sizes = (self.config.length, self.config.slots, self.config.text_length, self.config.window)
-        return Planned(clips, captions, plan(self.seed, epoch, self.tokens[clips], text, *sizes, section=section))
+        cuts = self._cuts(epoch, clips, copies)
+        lengths = self._lengths(clips, cuts)
+        return Planned(clips, captions, cuts, plan(self.seed, epoch, lengths, text, *sizes, section=section))
 
-    def _item(self, clip: int, caption: int) -> StoredItem:
+    def _lengths(self, clips: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+        """Count the tokens of clips without the frames that are cut."""
+        return self.tokens[clips] // self.frames[clips] * (self.frames[clips] - cuts)
+
+    def _cuts(self, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        """Draw the clips that are trained without their first token frame, by (seed, epoch, clip); images keep theirs.
+
+        So a model learns clips that begin later than the first frame, as continuations and loops do.
+        """
+        if not self.headless:
+            return np.zeros(len(clips), np.int64)
+        drawn = uniforms(self.seed, "headless", epoch, self.store.clip_ids[clips], copies) < self.headless
+        return (drawn & (self.frames[clips] > 1)).astype(np.int64)
+
+    def _item(self, clip: int, caption: int, cut: int) -> StoredItem:
         t, h, w = self.store.grids[clip].tolist()
         clip_id = int(self.store.clip_ids[clip])
         said = self.texts.ids(clip, caption), self.texts.embedding(clip, caption)
-        return StoredItem(self.store, clip, (t, h, w), clip_id, *said, int(self.labels[clip]))
+        latents = cut * self.config.patch[0]
+        size = (t - latents, h, w)
+        layout = layout_of(grid_of(size, self.config.patch), self.config.rows_per_clip, cut)
+        return StoredItem(self.store, clip, size, clip_id, *said, int(self.labels[clip]), layout, latents)
 
 
 def packed_batches(
@@ -184,12 +223,14 @@ def packed_batches(
     folder: Path | None = None,
     section: int = SECTION,
     first: bool = True,
+    headless: float = 0.0,
 ) -> PackedBatches:
     """Pack the clips of a split of a store, `batch` packs over all hosts; epochs follow each other.
 
     tokenizer: None takes the embeddings that a latent cache holds, NoText leaves all captions out. captions: the mix,
     see `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are
     planned at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket.
+    headless: share of the clips that leave out their first token frame.
     UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is
     empty.
     """
@@ -199,7 +240,9 @@ def packed_batches(
         texts = NullTexts()
     else:
         texts = EmbeddedTexts(store) if tokenizer is None else TokenTexts(store, tokenizer, folder, first)
-    return PackedBatches(store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section)
+    return PackedBatches(
+        store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section, headless
+    )
 
 
 def _token_counts(sizes_N3: np.ndarray, config: PackingConfig, rows: np.ndarray) -> np.ndarray:

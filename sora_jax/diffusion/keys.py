@@ -28,6 +28,8 @@ class Purpose(enum.IntEnum):
     FEATURES = 8
     BANDS = 9
     DISCRIMINATOR = 10
+    GIVEN = 11
+    FRAME_TIMES = 12
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:

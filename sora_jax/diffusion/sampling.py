@@ -8,12 +8,13 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Int
 
+from sora_jax.diffusion.given import Given, limit_times, start
 from sora_jax.diffusion.guidance import GuidanceConfig
-from sora_jax.diffusion.process import initial
+from sora_jax.diffusion.process import Process, initial
 from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
 from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
-from sora_jax.shapes import TokensBLP
+from sora_jax.shapes import TimesKBR, TokensBLP
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,25 @@ def sample(
     problem: Problem,
     eps_BLP: TokensBLP,
     tokens_BR: Int[Array, "B R"],
+    given: Given | None = None,
 ) -> TokensBLP:
     """Sample data tokens (B, L, P) from standard normal noise; `times` shifts the grid of a row by its clip's size.
 
-    tokens_BR counts the tokens of the clip that a row serves.
+    tokens_BR counts the tokens of the clip that a row serves. `given` says which tokens are known: None for none.
     """
+    times_KBR = grid_times(config, times, problem.process, tokens_BR)
+    if given is not None:
+        times_KBR = limit_times(given, times_KBR)
+        x_BLP = start(problem.process, given, eps_BLP, times_KBR[0], problem.rows_BL)
+    else:
+        start_BL1 = per_token(times_KBR[0], problem.rows_BL)[:, :, None]
+        x_BLP = initial(problem.process, eps_BLP, start_BL1)
+    return solve(config.solver, problem, x_BLP, times_KBR)
+
+
+def grid_times(config: SamplingConfig, times: TimesConfig, process: Process, tokens_BR: Int[Array, "B R"]) -> TimesKBR:
+    """Return the grid of times of every row, of clips of so many tokens; see `sample`."""
     # The unshifted grid is computed on the host, also when the program is compiled ahead for absent devices.
     with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        base_K = np.asarray(base_times(problem.process, config.steps, config.spacing), np.float32)
-    times_KBR = sampling_times(times, jnp.asarray(base_K), tokens_BR, problem.process)
-    start_BL1 = per_token(times_KBR[0], problem.rows_BL)[:, :, None]
-    return solve(config.solver, problem, initial(problem.process, eps_BLP, start_BL1), times_KBR)
+        base_K = np.asarray(base_times(process, config.steps, config.spacing), np.float32)
+    return sampling_times(times, jnp.asarray(base_K), tokens_BR, process)

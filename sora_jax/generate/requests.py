@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,48 @@ from sora_jax.train.denoiser import DenoiserRun
 Size = tuple[int, int, int]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """Hold what is known of a clip before it is sampled, by latent position; `generate.tasks` makes them.
+
+    latent: (t, h, w, C) normalised; it does not matter where nothing is known. ceiling: (t, h, w), the highest noise
+    level of each position: 0 is given, 1 is made, between is an edit of that strength. A token has the greatest ceiling
+    of its positions. first: the time coordinate of the first token frame; it is 1 for a clip whose frames all have a
+    past. ring: the first frame follows the last.
+    """
+
+    latent: np.ndarray
+    ceiling: np.ndarray
+    first: int = 0
+    ring: bool = False
+
+
+def unchanged(values: np.ndarray) -> np.ndarray:
+    """Return the values as they are."""
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Ask for a clip of which something is known (None: nothing); `generate.tasks` makes them.
+
+    size: (frames, height, width) of what is sampled. latent: makes the latent that is decoded of the sampled one.
+    clip: makes the result (frames, height, width, 3) of the decoded clip. loops: decode the latent as a ring.
+    """
+
+    size: Size
+    known: Known | None
+    latent: Callable[[np.ndarray], np.ndarray] = unchanged
+    clip: Callable[[np.ndarray], np.ndarray] = unchanged
+    loops: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Ask for a clip: caption, latent size (t, h, w), identity, class (-1: none) and guidance (1: none).
 
-    `negative` is the caption that guidance leads away from. Equal requests give equal clips.
+    `negative` is the caption that guidance leads away from. `known`: what is known of the clip; None for nothing. Equal
+    requests give equal clips.
     """
 
     prompt: str
@@ -30,6 +67,7 @@ class Request:
     label: int = -1
     guidance: float = 1.0
     negative: str = ""
+    known: Known | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +83,7 @@ class Wanted:
     guidance: float | Sequence[float] | None = None  # 1: none; None: that of the run
     negative: str | Sequence[str] = ""  # captions that guidance leads away from
     clip_ids: Sequence[int] | None = None  # identities that key the noise; None: 1, 2, ...
+    tasks: Sequence[Task] = ()  # what is known of the clips, one for all or one for each; empty: nothing of any
 
 
 def plan_requests(
@@ -55,6 +94,7 @@ def plan_requests(
     Raises:
         UserError: the run takes no such; the sentence names the nearest sizes that are allowed.
     """
+    wanted = _with_tasks(wanted)
     check(len(wanted.sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
     prompts, classes = _subjects(config, wanted)
     count = len(prompts)
@@ -77,8 +117,28 @@ def plan_requests(
         all(is_whole(clip_id) and 0 < clip_id < 2**32 for clip_id in clip_ids),
         f"clip_ids is {list(clip_ids)}; each must be a whole number from 1 to 4294967295",
     )
-    latents = [latent_size(config, first_stage, size) for size in sizes]
-    return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, strict=True)]
+    known = [task.known for task in wanted.tasks] or [None] * count
+    check(len(known) == count, f"there are {count} prompts and {len(known)} tasks; give one for each")
+    latents = [_size(config, first_stage, *one) for one in zip(sizes, known, strict=True)]
+    return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, known, strict=True)]
+
+
+def _size(config: DenoiserRun, first_stage: FirstStageConfig, size: Size, known: Known | None) -> Size:
+    """Return the latent size of a clip: that of what is known of it, if anything is."""
+    if known is None:
+        return latent_size(config, first_stage, size)
+    t, h, w = known.latent.shape[:3]
+    grid_of((t, h, w), config.model.patch)  # UserError where it does not fill whole patches
+    return t, h, w
+
+
+def _with_tasks(wanted: Wanted) -> Wanted:
+    """Give every prompt its task, and every clip the size of its task."""
+    tasks, count = list(wanted.tasks), max(len(wanted.prompts), len(wanted.classes))
+    if not tasks:
+        return wanted
+    tasks = tasks * max(count, 1) if len(tasks) == 1 else tasks
+    return dataclasses.replace(wanted, tasks=tasks, sizes=[task.size for task in tasks])
 
 
 def _subjects(config: DenoiserRun, wanted: Wanted) -> tuple[list[str], list[int]]:

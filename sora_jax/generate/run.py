@@ -12,7 +12,7 @@ from sora_jax.config import check, from_dict, read_json
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
-from sora_jax.generate.requests import Request, Size, Wanted, check_seed, latent_size, plan_requests
+from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -53,29 +53,49 @@ class Run(TrainedDenoiser):
         negative: str | Sequence[str] = "",
         sampling: SamplingConfig | None = None,
         tiles: TilingConfig = TilingConfig(),
+        tasks: Sequence[Task] = (),
     ) -> list[np.ndarray]:
         """Generate one clip per prompt, or per class, uint8 (frames, height, width, 3), all in packs together.
 
         `sizes` is (frames, height, width), one for all or one each; 1 frame is an image. `sampling` says how, by
         default as the run's config does; steps, guidance (1 is none; one for all or one each) and solver change it.
         `negative` is what guidance leads away from. `clip_ids` key the noise (default 1, 2, ...): the same (seed, clip
-        id, prompt, size) gives the same clip beside any others. tiles: larger clips are decoded in tiles.
+        id, prompt, size) gives the same clip beside any others. tiles: larger clips are decoded in tiles. tasks: what
+        is known of the clips, from `generate.tasks`, one for all or one each; sizes are then left out.
 
         Raises:
             UserError: the run takes no such; the sentence names the nearest sizes that are allowed.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
-        wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids)
+        wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids, tasks)
         check_seed(seed)
-        return self.sample(plan_requests(self.config, self.autoencoder.config, wanted, sampling), sampling, seed, tiles)
+        requests = plan_requests(self.config, self.autoencoder.config, wanted, sampling)
+        return self.sample(requests, sampling, seed, tiles, tasks)
 
     def sample(
-        self, requests: Sequence[Request], sampling: SamplingConfig, seed: int, tiles: TilingConfig = TilingConfig()
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        seed: int,
+        tiles: TilingConfig = TilingConfig(),
+        tasks: Sequence[Task] = (),
     ) -> list[np.ndarray]:
-        """Generate the clips of requests that `plan_requests` made."""
+        """Generate the clips of requests that `plan_requests` made, of these tasks."""
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         with jax.set_mesh(self.mesh):
-            return self.decode(sample_latents(self, requests, sampling, seed), tiles)
+            latents = sample_latents(self, requests, sampling, seed)
+            each = list(tasks) * len(latents) if len(tasks) == 1 else list(tasks)
+            if not each:
+                return self.decode(latents, tiles)
+            return self._finish(latents, each, tiles)
+
+    def _finish(self, latents: Sequence[np.ndarray], tasks: Sequence[Task], tiles: TilingConfig) -> list[np.ndarray]:
+        """Decode the latents of tasks and complete their clips."""
+        latents = [task.latent(z) for z, task in zip(latents, tasks, strict=True)]
+        open_ends = iter(self.decode([z for z, task in zip(latents, tasks, strict=True) if not task.loops], tiles))
+        pairs = zip(latents, tasks, strict=True)
+        decoded = [self.autoencoder.decode_ring(z, tiles) if task.loops else next(open_ends) for z, task in pairs]
+        return [task.clip(clip) for task, clip in zip(tasks, decoded, strict=True)]
 
     def decode(self, latents: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()) -> list[np.ndarray]:
         """Decode latents into clips, in groups of equal size; return them in order."""

@@ -2,24 +2,35 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sora_jax.data.packing import EmptyItem, PackingConfig, grid_of, pack_batch, unpack, unstack
+from sora_jax.data.packing import (
+    EmptyItem,
+    Layout,
+    PackingConfig,
+    grid_of,
+    layout_of,
+    pack_batch,
+    patchify,
+    unpack,
+    unstack,
+)
 from sora_jax.data.planning import plan
+from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.guidance import TokenLayout, guided
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
-from sora_jax.diffusion.sampling import SamplingConfig, sample
+from sora_jax.diffusion.sampling import SamplingConfig, grid_times, sample
 from sora_jax.diffusion.solvers import Problem
-from sora_jax.generate.requests import Request
+from sora_jax.generate.requests import Request, Size
 from sora_jax.models.denoiser import encode_condition
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.parallel.mesh import place_batch
@@ -43,21 +54,40 @@ class TrainedDenoiser:
 class Conditions(NamedTuple):
     """Hold what packs are sampled with: their clips, the same with negative captions, and each clip's guidance scale.
 
-    Without guidance `negative` is None.
+    Without guidance `negative` is None, and `given` where nothing is known of any clip. rings_BS: the token frames of
+    clips whose first frame follows the last, else 0; None where no clip is such a ring.
     """
 
     positive: Pack
     negative: Pack | None
     scale_BS: jax.Array
+    given: Given | None = None
+    rings_BS: jax.Array | None = None
+
+
+class _Task(NamedTuple):
+    """Hold what is known of a request: the ceilings of its rows, and its tokens (None where nothing is known).
+
+    ring: the token frames of a clip whose first frame follows the last, else 0.
+    """
+
+    ceilings: np.ndarray
+    tokens: np.ndarray | None
+    layout: Layout
+    ring: int = 0
 
 
 class _Layout(NamedTuple):
-    """Hold requests as items to pack, the same for their negatives, which row holds which, and the sizes of packs."""
+    """Hold requests as items to pack, the same for their negatives, which row holds which, and the sizes of packs.
+
+    tasks: the ceilings of the noise-level rows of each request, and its known tokens.
+    """
 
     items: list[EmptyItem]
     negatives: list[EmptyItem]
     rows: list[list[int]]
     packing: PackingConfig
+    tasks: list[_Task]
 
 
 def sample_latents(
@@ -99,7 +129,43 @@ def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequenc
         scales[: len(row)] = [requests[i].guidance for i in row]
     guides = any(request.guidance != 1.0 for request in requests)
     scale_BS = place_batch({"scale_BS": scale_BS}, mesh)["scale_BS"]
-    return Conditions(placed(layout.items), placed(layout.negatives) if guides else None, scale_BS)
+    return Conditions(
+        placed(layout.items),
+        placed(layout.negatives) if guides else None,
+        scale_BS,
+        _given(mesh, layout, rows) if any(request.known for request in requests) else None,
+        _rings(mesh, layout, rows) if any(task.ring for task in layout.tasks) else None,
+    )
+
+
+def _given(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> Given:
+    """Place the known tokens of some rows, and the ceilings of their noise levels."""
+    packing = layout.packing
+    width = next(task.tokens.shape[1] for task in layout.tasks if task.tokens is not None)
+    x0_BLP = np.zeros((len(rows), packing.length, width), np.float32)
+    ceiling_BSr = np.ones((len(rows), packing.slots, packing.rows_per_clip), np.float32)
+    rescales_BSr = np.zeros_like(ceiling_BSr)
+    for b, row in enumerate(rows):
+        begin = 0
+        for slot, member in enumerate(row):
+            task = layout.tasks[member]
+            length = len(task.layout.coords)
+            if task.tokens is not None:
+                x0_BLP[b, begin : begin + length] = task.tokens
+            ceiling_BSr[b, slot, : len(task.ceilings)] = task.ceilings
+            rescales_BSr[b, slot] = len(task.ceilings) == 1
+            begin += length
+    flat = (len(rows), -1)
+    arrays = {"x0_BLP": x0_BLP, "ceiling_BR": ceiling_BSr.reshape(flat), "rescales_BR": rescales_BSr.reshape(flat)}
+    return Given(**place_batch(arrays, mesh))
+
+
+def _rings(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> jax.Array:
+    """Place the token frames of the clips that are rings, 0 for the others."""
+    rings_BS = np.zeros((len(rows), layout.packing.slots), np.int32)
+    for found, row in zip(rings_BS, rows, strict=True):
+        found[: len(row)] = [layout.tasks[member].ring for member in row]
+    return place_batch({"rings_BS": rings_BS}, mesh)["rings_BS"]
 
 
 def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
@@ -108,22 +174,36 @@ def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
     Packs have the sizes of the run's, grown if a single request needs more, and to what the mesh can split.
     """
     packing, text, split = model.config.packs, model.tokenizer, parts("length", model.mesh)
+    tasks = [_task(request, model.config.model.patch) for request in requests]
 
-    def item(request: Request, caption: str, label: int) -> EmptyItem:
-        return EmptyItem(request.size, request.clip_id, text.encode(caption), text.embed(caption), label)
+    def item(request: Request, task: _Task, caption: str, label: int) -> EmptyItem:
+        return EmptyItem(request.size, request.clip_id, text.encode(caption), text.embed(caption), label, task.layout)
 
-    items = [item(request, request.prompt, request.label) for request in requests]
-    negatives = [item(request, request.negative, -1) for request in requests]
-    lengths = np.array([math.prod(grid_of(request.size, model.config.model.patch)) for request in requests])
+    items = [item(r, task, r.prompt, r.label) for r, task in zip(requests, tasks, strict=True)]
+    negatives = [item(r, task, r.negative, -1) for r, task in zip(requests, tasks, strict=True)]
+    lengths = np.array([len(task.layout.coords) for task in tasks])
     words = np.array([max(len(one.text), len(other.text)) for one, other in zip(items, negatives, strict=True)])
     longest = int(lengths.max())
     length = packing.length if longest <= packing.length else -(-longest // 128) * 128
     text_length = max(packing.text_length, int(words.max()))
     packing = dataclasses.replace(
-        packing, length=-(-length // split) * split, text_length=-(-text_length // split) * split
+        packing,
+        length=-(-length // split) * split,
+        text_length=-(-text_length // split) * split,
+        rows_per_clip=max(len(task.ceilings) for task in tasks),
     )
     planned = plan(0, 0, lengths, words, packing.length, packing.slots, packing.text_length, packing.window)
-    return _Layout(items, negatives, [list(map(int, planned[row])) for row in range(len(planned))], packing)
+    return _Layout(items, negatives, [list(map(int, planned[row])) for row in range(len(planned))], packing, tasks)
+
+
+def _task(request: Request, patch: Size) -> _Task:
+    """Return the tokens that are known of a request, and a noise-level row for each ceiling that it has."""
+    grid, known = grid_of(request.size, patch), request.known
+    if known is None:
+        return _Task(np.ones(1), None, layout_of(grid))
+    ceilings, rows = np.unique(-patchify(known.ceiling[..., None], patch).max(-1), return_inverse=True)
+    layout = Layout(layout_of(grid, first=known.first).coords, rows.astype(np.int32))
+    return _Task(-ceilings, patchify(known.latent, patch), layout, grid[0] if known.ring else 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -142,15 +222,29 @@ def solve_packs(
         lambda step: noise(step_key(seed, step, Purpose.SOLVER)),
         "learned" if model.learned_variance else sampling.solver.variance,
     )
-    tokens_BR = per_slot(pack.grids_BS3.prod(-1), pack.row_slots_BR)
-    return sample(sampling, config.diffusion.times, problem, noise(step_key(seed, 0, Purpose.SAMPLE)), tokens_BR)
+    eps_BLP = noise(step_key(seed, 0, Purpose.SAMPLE))
+    return sample(sampling, config.diffusion.times, problem, eps_BLP, _row_tokens(pack), conditions.given)
+
+
+def _row_tokens(pack: Pack) -> jax.Array:
+    """Count the tokens of the clip that each row serves."""
+    return per_slot(pack.grids_BS3.prod(-1), pack.row_slots_BR)
 
 
 def _denoiser(config: DenoiserRun, sampling: SamplingConfig, params: dict, conditions: Conditions) -> Denoise:
     """Return denoise(x, t) with captions encoded once, guided away from the negative packs if there are any."""
 
     def conditioned(pack: Pack) -> Denoise:
-        return network(params, config, pack, encode_condition(params, config.model, pack))
+        known, rings_BS = encode_condition(params, config.model, pack), conditions.rings_BS
+        if rings_BS is None:
+            return network(params, config, pack, known)
+        process = process_named(config.diffusion.process)
+        times_KBR = grid_times(sampling, config.diffusion.times, process, _row_tokens(pack))
+
+        def denoise(x_BLP: jax.Array, t_BR: jax.Array) -> jax.Array:
+            return network(params, config, _rolled(pack, rings_BS, times_KBR, t_BR), known)(x_BLP, t_BR)
+
+        return denoise
 
     pack = conditions.positive
     if conditions.negative is None:
@@ -158,3 +252,27 @@ def _denoiser(config: DenoiserRun, sampling: SamplingConfig, params: dict, condi
     both = conditioned(pack), conditioned(conditions.negative)
     layout = TokenLayout(pack.segments_BL, pack.rows_BL, config.model.latent_channels)
     return guided(sampling.guidance, *both, conditions.scale_BS, layout)
+
+
+def _rolled(pack: Pack, rings_BS: jax.Array, times_KBR: jax.Array, t_BR: jax.Array) -> Pack:
+    """Move the frames of rings along their time axis, by another number of frames at every step of the grid.
+
+    So no place of a ring is the seam for long (Mobius, 2502.20307). The stride is near half of the ring and, where it
+    can be, has no divisor in common with it. Clips that are no rings keep their coordinates.
+    """
+    rows = t_BR.shape[1] // rings_BS.shape[1]
+    steps_BS = jnp.sum(times_KBR > t_BR[None] + 1e-7, axis=0)[:, ::rows]  # the first row has the highest ceiling
+    shift_BS = steps_BS * _stride(rings_BS)
+    slots_BL = slot_of(pack.segments_BL)
+    ring_BL, shift_BL = per_slot(rings_BS, slots_BL), per_slot(shift_BS, slots_BL)
+    time_BL = pack.coords_BL3[..., 0]
+    rolled_BL = 1 + (time_BL - 1 + shift_BL) % jnp.maximum(ring_BL, 1)  # the frames of a ring begin at 1
+    time_BL = jnp.where(ring_BL > 0, rolled_BL, time_BL)
+    return dataclasses.replace(pack, coords_BL3=pack.coords_BL3.at[..., 0].set(time_BL))
+
+
+def _stride(rings_BS: jax.Array) -> jax.Array:
+    """Return the number nearest below half of each ring that is prime to it: k/2 - 1 or k/2 - 2 if even, else k//2."""
+    half = rings_BS // 2
+    even = jnp.where(half % 2 == 0, half - 1, half - 2)
+    return jnp.maximum(jnp.where(rings_BS % 2 == 0, even, half), 1)

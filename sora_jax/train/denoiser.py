@@ -32,6 +32,7 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel import distributed
+from sora_jax.train.given import GivenConfig, draw_given
 from sora_jax.train.loop import Job, Preview
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
@@ -50,6 +51,7 @@ class DiffusionConfig:
     times: TimesConfig = TimesConfig()  # how noise levels are drawn
     weight: WeightConfig = WeightConfig()  # how much the error counts at each noise level
     caption_dropout: float = 0.1  # share of clips trained on without caption and class, for guidance
+    given: GivenConfig = GivenConfig()  # what is given of clips: for extension, loops, in-painting and the like
 
     def __post_init__(self):
         check_pair(self.process, self.prediction)
@@ -98,6 +100,11 @@ class DenoiserRun(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         parse_mix(self.captions)
+        check(
+            not self.diffusion.given.levels or self.packing.rows_per_clip > 2,
+            f"packing.rows_per_clip is {self.packing.rows_per_clip}; with diffusion.given.levels it must be at least "
+            "3: the token frames of the longest clip, and one more",
+        )
         self._check_preview()
         check(
             self.packing.patch in (None, self.model.patch),
@@ -120,7 +127,8 @@ class DenoiserRun(RunConfig):
     def packs(self) -> PackingConfig:
         """`packing` with the model's patch; a model without text has one null token for each clip."""
         text_length = self.packing.text_length if self.model.text else self.packing.slots
-        return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length)
+        rows = max(self.packing.rows_per_clip, 2 if self.diffusion.given.any else 1)
+        return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length, rows_per_clip=rows)
 
 
 def denoiser_groups(config: DenoiserRun) -> dict[str, Group]:
@@ -133,21 +141,26 @@ def denoiser_loss(
 ) -> LossResult:
     """Return the sum of the denoising loss over the real tokens of a batch, its weight, and means: see `make_step`.
 
-    Times, noise and dropped captions and classes are functions of (seed, step, clip) alone.
+    Times, noise, what is given, and dropped captions and classes are functions of (seed, step, clip) alone.
     """
     diffusion = config.diffusion
     key = functools.partial(step_key, config.seed, step)
     process = process_named(diffusion.process)
     clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1), pack.ranks_BS)
     times_BS = draw_times(diffusion.times, process, key(Purpose.TIME), clips)
-    times_BR = per_slot(times_BS, pack.row_slots_BR)
+    times_BR, rows_BL = per_slot(times_BS, pack.row_slots_BR), pack.rows_BL
+    weight_BL = loss_weight(pack.segments_BL, times_BR, rows_BL)
+    if diffusion.given.any:
+        keys = key(Purpose.GIVEN), key(Purpose.FRAME_TIMES)
+        given_BL, rows_BL, times_BR = draw_given(diffusion.given, diffusion.times, process, keys, pack, times_BS)
+        weight_BL = jnp.where(given_BL, 0.0, weight_BL)
+        pack = dataclasses.replace(pack, rows_BL=rows_BL)
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     assert pack.tokens_BLP is not None  # what is trained on is there
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
-    data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, pack.rows_BL)
-    weight_BL = loss_weight(pack.segments_BL, times_BR, pack.rows_BL)
+    data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, rows_BL)
     sums = denoising_loss(spec, network(params[MODEL], config, captions), data, weight_BL)
     means = {"loss_by_noise": (sums.loss_bins, sums.weight_bins)}
     if config.model.learned_variance:
@@ -197,6 +210,7 @@ def denoiser_job(
         config.captions,
         folder,
         first=distributed.first(),
+        headless=config.diffusion.given.headless,
     )
     return Job(
         name=config.kind,

@@ -1,0 +1,147 @@
+"""Read the clips that a user names for a task, and make the task.
+
+The names of the options are those of `sora-jax sample`. What contradicts itself is refused before a file is read.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.data.fit import SizeRule
+from sora_jax.data.media import DecodedClip, SpanRule, decode
+from sora_jax.data.tracks import MediaError
+from sora_jax.errors import UserError
+from sora_jax.generate.requests import Size, Task
+from sora_jax.generate.run import Run
+from sora_jax.generate.tasks import Tasks, pad
+
+WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Hold what a user asks to be done with clips. Without any of it the task is text to video."""
+
+    image: Path | None = None  # begin with this image
+    video: Path | None = None  # do something with this clip: what is one of WITH_VIDEO
+    connect: str = ""  # FILE,FILE: fill the gap between two clips
+    extend: int | None = None  # frames to make after the clip, or, negative, before it
+    loop: bool = False  # a loop: of text alone, or one that closes the clip
+    mask: Path | None = None  # make what is white in this image or clip
+    pad: str | None = None  # LEFT,TOP,RIGHT,BOTTOM: make so many more pixels on the sides
+    strength: float | None = None  # change the clip so much, from 0 to 1
+    gap: int = 8  # frames to make between two clips, or between end and beginning of a loop
+    context: int = 9  # frames at most of a clip that a continuation sees
+    keep_pixels: bool = False  # put the very pixels that were given into the result
+
+    def __post_init__(self):
+        sources = [name for name in ("image", "video", "connect") if getattr(self, name)]
+        check(len(sources) < 2, f"--{' and --'.join(sources)} are given; give one of them")
+        asked = [name for name in WITH_VIDEO if getattr(self, name) is not None and getattr(self, name) is not False]
+        names = ", ".join(f"--{name}" for name in WITH_VIDEO)
+        if self.video:
+            what = " and ".join(f"--{name}" for name in asked) or "nothing that is done with it"
+            check(len(asked) == 1, f"--video is given with {what}; give one of {names}")
+        else:
+            wrong = [name for name in asked if not (name == "loop" or (self.image and name in ("mask", "pad")))]
+            check(not wrong, f"--{''.join(wrong[:1])} is given without --video; name a clip")
+            check(not (asked and self.connect), f"--connect is given with --{''.join(asked[:1])}; leave one out")
+        check(self.extend != 0, "--extend is 0; it must be a number of frames, such as +16 or -16")
+        check(self.gap > 0, f"--gap is {self.gap}; it must be at least 1")
+        check(self.context > 0, f"--context is {self.context}; it must be at least 1")
+        self.clips  # noqa: B018 - raises where --connect names no two files
+        self.sides  # noqa: B018
+
+    def __bool__(self) -> bool:
+        return bool(self.image or self.video or self.connect or self.loop)
+
+    @property
+    def clips(self) -> list[tuple[str, Path]]:
+        """Return the option and the file of each clip that is read."""
+        if self.connect:
+            files = self.connect.split(",")
+            check(len(files) == 2, f"--connect is {self.connect!r}; it must be two files with a comma between")
+            return [("connect", Path(file)) for file in files]
+        return [(name, file) for name, file in (("image", self.image), ("video", self.video)) if file]
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Return the pixels to add: left, top, right, bottom."""
+        try:
+            sides = (0,) * 4 if self.pad is None else tuple(int(side) for side in self.pad.split(","))
+        except ValueError:
+            sides = ()
+        allowed = "four numbers of pixels, 0 or more, with commas between: LEFT,TOP,RIGHT,BOTTOM"
+        check(len(sides) == 4 and min(sides) >= 0, f"--pad is {self.pad!r}; it must be {allowed}")
+        return sides
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hold the clips of a task, uint8 (frames, height, width, 3), its mask, and the frames a second of the clips."""
+
+    clips: list[np.ndarray]
+    mask: np.ndarray | None
+    fps: float | None
+
+
+def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fixed: bool) -> Inputs:
+    """Read the clips of a task and bring them to a size that the run takes.
+
+    size: (frames, height, width) of the command; where the user gave no height and width (not `fixed`), a clip keeps
+    its shape, within the same area. multiple: what heights and widths are multiples of.
+    """
+    clips, fps, shape = [], None, size[1:] if fixed else None
+    for option, file in options.clips:
+        decoded = _read(option, file, shape, multiple, size[1] * size[2])
+        shape, fps = decoded.frames.shape[1:3], fps or decoded.fps
+        clips.append(decoded.frames[:1] if option == "image" else decoded.frames)
+    mask = None
+    if options.mask:
+        frames = _read("mask", options.mask, shape, multiple, size[1] * size[2]).frames
+        mask = frames.mean(-1) > 127
+        check(len(mask) in (1, len(clips[0])), f"--mask has {len(mask)} frames; it must have 1 or {len(clips[0])}")
+    return Inputs(clips, mask, None if options.image else fps)
+
+
+def _read(option: str, file: Path, shape: tuple[int, int] | None, multiple: tuple[int, int], area: int) -> DecodedClip:
+    """Read a file at a given height and width, or at its own, fitted; say so on stderr where it changes."""
+    native: list[tuple[int, int]] = []
+
+    def fit(height: int, width: int, frames: int) -> tuple[int, int]:
+        native.append((height, width))
+        return shape or SizeRule(max(multiple), max_pixels=max(area, max(multiple) ** 2))(height, width)
+
+    try:
+        decoded = decode(file, SpanRule(), fit)
+    except (MediaError, OSError) as error:
+        raise UserError(f"--{option} is {str(file)!r}; it cannot be read: {error}") from error
+    assert decoded is not None  # every file has a first span
+    found = decoded.frames.shape[1:3]
+    if native and native[0] != found:
+        before, after = ("x".join(map(str, sides)) for sides in (native[0], found))
+        print(f"sora-jax: --{option} is fitted from {before} to {after} (height x width)", file=sys.stderr)
+    return decoded
+
+
+def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Task:
+    """Make the task that the options ask for."""
+    tasks, clips = Tasks(run, options.context, options.keep_pixels), inputs.clips
+    if options.connect:
+        first, second = clips
+        return tasks.connect(first, second, options.gap)
+    if options.mask is not None and inputs.mask is not None:
+        clip = tasks.whole(clips[0], size[0])
+        return tasks.fill(clip, inputs.mask[: len(clip)])
+    if options.pad is not None:
+        return tasks.fill(*pad(tasks.whole(clips[0], size[0]), *options.sides))
+    if options.image:
+        return tasks.animate(clips[0], size[0])
+    if options.extend is not None:
+        return tasks.extend(clips[0], options.extend)
+    if options.strength is not None:
+        return tasks.edit(tasks.whole(clips[0], size[0]), options.strength)
+    return tasks.close(clips[0], options.gap) if options.video else tasks.loop(size)
