@@ -167,7 +167,12 @@ def _sample(commands) -> None:
     )
     p = _parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
     p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser")
-    p.add_argument("--prompt", action="append", default=[], help="text prompt; may be given several times")
+    p.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help='text prompt; "0: ... 24: ..." changes in time; may be given several times',
+    )
     p.add_argument("--prompts-file", type=as_path, help="UTF-8 text file with one prompt a line")
     p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")
     p.add_argument("--negative", default="", help="negative prompt, for guidance")
@@ -201,6 +206,8 @@ def _tasks(p) -> None:
     p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
     p.add_argument("--gap", type=int, default=8, help="frames to make between clips, or to close a loop")
     p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")
+    about = "sample a longer clip in windows of so many frames (default: those of the previews, if it is far longer)"
+    p.add_argument("--window", type=int, metavar="FRAMES", help=about)
     p.add_argument("--keep-pixels", action="store_true", help="put the very pixels that were given into the result")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from sora_jax.config import check, override
-from sora_jax.data.media import check_ending, write_video
+from sora_jax.data.media import check_ending, write_chunks, write_video
 from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import grid
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -19,7 +19,8 @@ from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, read_text
 from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
-from sora_jax.generate.requests import Request, Wanted, check_seed, plan_requests
+from sora_jax.generate.long import Windows, spans_of, windows_of
+from sora_jax.generate.requests import Request, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig, tiling_warning
@@ -28,6 +29,7 @@ from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import autoencoder_config
 
 DEFAULT_SIZE = (17, 64, 64)
+LONG = 4  # clips of more than so many times the frames of a run's previews are sampled in windows
 
 
 def use_compilation_cache() -> None:
@@ -59,6 +61,8 @@ def sample(options: argparse.Namespace) -> list[Path]:
     size = (options.frames, options.height, options.width)
     check_seed(options.seed)
     wanted = Wanted(prompts, size, classes, options.guidance, options.negative)
+    if windows := _windows(options, config, first_stage, prompts, bool(asked)):
+        return _sample_long(options, config, first_stage, wanted, windows, sampling, paths)
     if asked:
         inputs = read_inputs(asked, size, _multiple(config, first_stage), options.sized)
         run = load_run(options.workdir, options.autoencoder, options.checkpoint)
@@ -74,6 +78,41 @@ def sample(options: argparse.Namespace) -> list[Path]:
     clips = [grid(clips)] if classes else clips
     for path, clip in zip(paths, clips, strict=True):
         write_video(path, clip, fps or config.preview.fps, options.upscale)
+    return paths
+
+
+def _windows(
+    options: argparse.Namespace, config: DenoiserRun, first_stage: FirstStageConfig, prompts: Sequence[str], asked: bool
+) -> Windows | None:
+    """Return the windows of a clip that is far longer than those of the run's previews, or whose prompt changes.
+
+    None: the clip is sampled at once.
+    """
+    usual = max((frames for frames, _, _ in config.preview.sizes), default=DEFAULT_SIZE[0])
+    changes = any(len(spans_of(prompt)) > 1 for prompt in prompts)
+    if not (options.window or changes or options.frames > LONG * usual):
+        return None
+    check(not asked, f"--frames is {options.frames}; with other options for clips it must be at most {LONG * usual}")
+    latent_size(config, first_stage, (options.frames, options.height, options.width))
+    window = options.window or usual
+    return windows_of(options.frames, window, min(options.context, window // 2), first_stage.time_factor)
+
+
+def _sample_long(
+    options: argparse.Namespace,
+    config: DenoiserRun,
+    first_stage: FirstStageConfig,
+    wanted: Wanted,
+    windows: Windows,
+    sampling: SamplingConfig,
+    paths: list[Path],
+) -> list[Path]:
+    requests = plan_requests(config, first_stage, wanted, sampling)
+    run = load_run(options.workdir, options.autoencoder, options.checkpoint)
+    what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
+    print(f"sora-jax: sampling {len(requests)} of {options.frames} frames in {what}", file=sys.stderr)
+    for path, parts in zip(paths, run.sample_long(requests, windows, sampling, options.seed), strict=True):
+        write_chunks(path, parts, options.fps or config.preview.fps, options.upscale)
     return paths
 
 

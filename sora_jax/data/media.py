@@ -4,6 +4,7 @@ A clip is looked at on an even grid of moments, so variable and absurd frame rat
 where the decoder reports damage. A frame is held in full size only until it has been scaled.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -217,7 +218,13 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise UserError(f"frames of {frames.dtype} {frames.shape} cannot be written: uint8 (T, H, W, 3) can.")
     check_ending(path, len(frames))
-    large = frames.repeat(upscale, axis=1).repeat(upscale, axis=2)
+    return write_chunks(path, iter([frames]), fps, upscale)
+
+
+def write_chunks(path: str | Path, chunks: Iterator[np.ndarray], fps: float, upscale: int = 1) -> Path:
+    """Write a clip that comes in parts (T, H, W, 3), see `write_video`; of an mp4 one part at a time is held."""
+    path = as_path(path)
+    large = (chunk.repeat(upscale, axis=1).repeat(upscale, axis=2) for chunk in chunks)
     with replacing(path) as temporary:
         WRITERS[path.suffix.lower()](temporary, large, fps)
     return path
@@ -237,32 +244,35 @@ def save_png(path: str | Path, image: np.ndarray) -> Path:
     return write_video(as_path(path).with_suffix(".png"), image[None], 1.0)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    frames = (frame for chunk in chunks for frame in chunk)
+    first = next(frames)
+    odd = ((0, first.shape[0] % 2), (0, first.shape[1] % 2), (0, 0))
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60000))
-        stream.height, stream.width = even.shape[1:3]
+        stream.height, stream.width = first.shape[0] + odd[0][1], first.shape[1] + odd[1][1]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "16", "preset": "medium"}
         # Untagged, players guess the matrix from the size, and colours shift between small and large clips.
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        for pixels in even:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        for pixels in itertools.chain([first], frames):
+            frame = av.VideoFrame.from_ndarray(np.pad(pixels, odd, mode="edge"), format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
         container.mux(stream.encode())
 
 
-def _write_animation(path: Path, frames: np.ndarray, fps: float, **options) -> None:
+def _write_animation(path: Path, chunks: Iterator[np.ndarray], fps: float, **options) -> None:
+    frames = np.concatenate(list(chunks))
     first, *rest = [Image.fromarray(frame) for frame in frames]
     # Rounded as sums, so that a rate that does not divide 100 (GIF) or 1000 keeps the right duration.
     ticks = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)).astype(int) * 10
     first.save(path, save_all=True, append_images=rest, duration=ticks.tolist(), loop=0, **options)
 
 
-def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
-    Image.fromarray(frames[0]).save(path)
+def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
+    Image.fromarray(next(chunks)[0]).save(path)
 
 
 WRITERS = {

@@ -1,7 +1,7 @@
 """A trained run, ready to use: `load_run(folder).generate(prompts, sizes)`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from sora_jax.config import check, from_dict, read_json
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
+from sora_jax.generate.long import Windows, sample_long
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
 from sora_jax.models.tiling import TilingConfig, tile_grid
@@ -22,6 +23,8 @@ from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
 from sora_jax.train.state import MODEL, abstract_ema
+
+PART = 8  # latent frames, beside the first, that are decoded at a time
 
 
 def changed(sampling: SamplingConfig, steps: int | str | None, solver: str | None) -> SamplingConfig:
@@ -102,6 +105,22 @@ class Run(TrainedDenoiser):
         order = sorted(range(len(latents)), key=lambda i: latents[i].shape)
         decoded = self.autoencoder.decode((latents[i] for i in order), 4, tiles)
         return [clip for _, clip in sorted(zip(order, decoded, strict=True), key=lambda pair: pair[0])]
+
+    def sample_long(
+        self, requests: Sequence[Request], windows: Windows, sampling: SamplingConfig, seed: int
+    ) -> list[Iterator[np.ndarray]]:
+        """Generate clips longer than the model was trained on, see `generate.long`: each in parts, in order.
+
+        Memory does not grow with the length of a clip but by its latent.
+        """
+        with jax.set_mesh(self.mesh):
+            latents = sample_long(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
+        return [self._parts(z) for z in latents]
+
+    def _parts(self, z_thwC: np.ndarray) -> Iterator[np.ndarray]:
+        with jax.set_mesh(self.mesh):
+            tiles = TilingConfig((1 + PART * self.autoencoder.config.time_factor, 0, 0))
+            yield from self.autoencoder.decode_chunks(z_thwC, tiles, 1)
 
     def latent_size(self, frames: int, height: int, width: int) -> Size:
         """Return the latent (t, h, w) of a clip of this size; UserError with the sizes that are allowed."""
