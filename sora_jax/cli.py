@@ -37,7 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; --config.NAME=VALUE and --sampling.NAME=VALUE become lists of NAME=VALUE."""
-    options, rest = make_parser().parse_known_args(arguments)
+    parser, arguments = make_parser(), sys.argv[1:] if arguments is None else arguments
+    options, rest = parser.parse_known_args(arguments)
+    if getattr(options, "like", None):
+        from sora_jax import commands
+
+        before, clip = commands.like(options)
+        options, rest = parser.parse_known_args([arguments[0], *before, *arguments[1:]])
+        options.clip = clip
     prefixes = {"--config.": "changes", "--sampling.": "sampling"}
     prefixes = {prefix: name for prefix, name in prefixes.items() if hasattr(options, name)}
     for prefix, name in prefixes.items():
@@ -166,7 +173,8 @@ def _sample(commands) -> None:
         "--sampling.NAME=VALUE overrides any field of the run's config.sampling"
     )
     p = _parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
-    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser")
+    p.add_argument("--like", type=as_path, metavar="FILE", help="make a generated file again; other options change it")
+    p.add_argument("--workdir", type=as_path, help="run folder of a trained denoiser")
     p.add_argument(
         "--prompt",
         action="append",
@@ -192,7 +200,7 @@ def _sample(commands) -> None:
     _tile(p)
     p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
     _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
-    p.set_defaults(function=sample, sampling=[])
+    p.set_defaults(function=sample, sampling=[], clip=None)
 
 
 def _tasks(p) -> None:

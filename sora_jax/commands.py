@@ -2,16 +2,18 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from sora_jax.config import check, override
-from sora_jax.data.media import check_ending, write_chunks, write_video
+from sora_jax.data.media import check_ending, write_chunks
 from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import grid
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -20,6 +22,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path, read_text
 from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
 from sora_jax.generate.long import Windows, spans_of, windows_of
+from sora_jax.generate.recipe import command_of, digest_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.models.first_stage import FirstStageConfig
@@ -47,7 +50,9 @@ def sample(options: argparse.Namespace) -> list[Path]:
     What the command line leaves open is taken from the run's config: size, steps, solver, guidance, frames a second.
     All that can be refused is refused before weights are loaded. Pictures of classes go into one file, side by side.
     """
+    check(options.workdir, "--workdir is not given; it is the folder of a run (or give --like=FILE)")
     prompts, classes, asked = _prompts(options), _classes(options.classes), _task_options(options)
+    command = command_of(options, prompts)
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
     check(prompts or classes or asked or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
@@ -62,7 +67,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     check_seed(options.seed)
     wanted = Wanted(prompts, size, classes, options.guidance, options.negative)
     if windows := _windows(options, config, first_stage, prompts, bool(asked)):
-        return _sample_long(options, config, first_stage, wanted, windows, sampling, paths)
+        return _sample_long(options, config, first_stage, wanted, windows, sampling, paths, command)
     if asked:
         inputs = read_inputs(asked, size, _multiple(config, first_stage), options.sized)
         run = load_run(options.workdir, options.autoencoder, options.checkpoint)
@@ -76,9 +81,48 @@ def sample(options: argparse.Namespace) -> list[Path]:
     _announce(run, requests, sampling)
     clips = run.sample(requests, sampling, options.seed, tiles, wanted.tasks)
     clips = [grid(clips)] if classes else clips
-    for path, clip in zip(paths, clips, strict=True):
-        write_video(path, clip, fps or config.preview.fps, options.upscale)
-    return paths
+    return _write(options, config, run.step, command, requests, paths, [iter([clip]) for clip in clips], fps)
+
+
+def _write(
+    options: argparse.Namespace,
+    config: DenoiserRun,
+    step: int,
+    command: list[str],
+    requests: Sequence[Request],
+    paths: Sequence[Path],
+    clips: Sequence[Iterator[np.ndarray]],
+    fps: float | None,
+) -> list[Path]:
+    """Write the clips with their recipes, or, where an earlier file is repeated, the one of that file."""
+    written = []
+    for number, (path, chunks) in enumerate(zip(paths, clips, strict=True)):
+        if options.clip not in (None, number):
+            continue
+        path = options.out if options.clip is not None else path
+        request = requests[number]
+        facts = {"prompt": request.prompt, "negative": request.negative, "seed": options.seed}
+        facts |= {"guidance": request.guidance, "latent_size": request.size}
+        recipe = make_recipe(command, config, step, number, facts)
+        write_chunks(path, chunks, fps or config.preview.fps, options.upscale, json.dumps(recipe))
+        save_recipe(path, recipe)
+        written.append(path)
+    return written
+
+
+def like(options: argparse.Namespace) -> tuple[list[str], int]:
+    """Return the command that made a file, and which of its clips the file is.
+
+    Raises:
+        UserError: the file has no recipe, its run has another config by now, or the command line changes prompts.
+    """
+    check(not (options.prompt or options.classes), "--like is given with a prompt or a class; leave one of them out")
+    recipe = read_recipe(options.like)
+    folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
+    found = digest_of(read_run_config(options.workdir or as_path(folder)))
+    same = found == recipe["config"]
+    check(same, f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now")
+    return recipe["command"], recipe["clip"]
 
 
 def _windows(
@@ -106,14 +150,14 @@ def _sample_long(
     windows: Windows,
     sampling: SamplingConfig,
     paths: list[Path],
+    command: list[str],
 ) -> list[Path]:
     requests = plan_requests(config, first_stage, wanted, sampling)
     run = load_run(options.workdir, options.autoencoder, options.checkpoint)
     what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
     print(f"sora-jax: sampling {len(requests)} of {options.frames} frames in {what}", file=sys.stderr)
-    for path, parts in zip(paths, run.sample_long(requests, windows, sampling, options.seed), strict=True):
-        write_chunks(path, parts, options.fps or config.preview.fps, options.upscale)
-    return paths
+    clips = run.sample_long(requests, windows, sampling, options.seed)
+    return _write(options, config, run.step, command, requests, paths, clips, options.fps)
 
 
 def _task_options(options: argparse.Namespace) -> TaskOptions:

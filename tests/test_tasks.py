@@ -18,6 +18,7 @@ from sora_jax.diffusion.sampling import SamplingConfig, grid_times, sample
 from sora_jax.diffusion.solvers import Problem
 from sora_jax.diffusion.times import TimesConfig
 from sora_jax.errors import UserError
+from sora_jax.generate.recipe import read_recipe
 from sora_jax.generate.requests import Request
 from sora_jax.generate.sampler import _rolled, sample_latents
 from sora_jax.generate.tasks import Tasks, pad
@@ -279,3 +280,36 @@ def test_mistakes_are_told_in_a_sentence(chain, files, capfd, options, message):
     assert code == 2 and message in told, told
     assert "Traceback" not in told
     assert not (files / "no.mp4").exists()
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "webp"])
+def test_a_file_is_made_again_from_its_own_recipe(chain, files, tmp_path, ending):  # noqa: F811
+    """Of two clips of a command the second, from its metadata, and from the file beside it."""
+    common = [f"--workdir={chain.transformer}", "--steps=2", "--seed=7", "--sampling.guidance.rescale=0.5"]
+    prompts = ["--prompt=a red square, moves", '--prompt=a "green" square é']
+    out = tmp_path / f"clip.{ending}"
+    assert run("sample", *common, *prompts, f"--video={files / 'clip.mp4'}", "--extend=4", f"--out={out}") == 0
+    second, again = tmp_path / f"clip_001.{ending}", tmp_path / f"again.{ending}"
+    assert run("sample", f"--like={second}", f"--out={again}") == 0
+    assert again.read_bytes() == second.read_bytes()
+    again.unlink()
+    bare = tmp_path / f"bare.{ending}"
+    write_video(bare, decode(second).frames, 6.0)  # its metadata are lost
+    second.with_name(f"{second.name}.json").rename(bare.with_name(f"{bare.name}.json"))
+    assert run("sample", f"--like={bare}", f"--out={again}") == 0
+    assert again.read_bytes() == second.read_bytes()
+
+
+def test_an_image_keeps_its_recipe_and_changes_are_taken(chain, tmp_path, capfd):  # noqa: F811
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    common = [f"--workdir={chain.transformer}", "--steps=2", "--size=16", "--prompt=a red square"]
+    assert run("sample", *common, f"--out={one}") == 0
+    assert run("sample", f"--like={one}", "--seed=3", f"--out={other}") == 0
+    assert read_recipe(other)["seed"] == 3 and read_recipe(other)["prompt"] == "a red square"
+    assert other.read_bytes() != one.read_bytes()
+    assert run("sample", f"--like={one}", "--prompt=a", f"--out={other}") == 2
+    assert "--like is given with a prompt" in capfd.readouterr().err
+    write_video(other, np.zeros((1, 16, 16, 3), np.uint8), 8.0)
+    other.with_name("other.png.json").unlink()
+    assert run("sample", f"--like={other}", f"--out={one}") == 2
+    assert "it holds no recipe" in capfd.readouterr().err

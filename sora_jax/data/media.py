@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from sora_jax.data.cuts import cut_moments, longest_run, small_size
 from sora_jax.data.fit import FitError
@@ -207,26 +208,28 @@ def _next_time(track: Track, time: float) -> float:
     return track.times[later] if later < len(track.times) else max(track.end, time)
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1) -> Path:
+def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1, comment: str = "") -> Path:
     """Write uint8 frames (T, H, W, 3) as .mp4 (H.264), .gif, .webp or, where T = 1, .png; returns the path.
 
     upscale: each pixel becomes a square of that side, for clips too small to watch. An odd side of an mp4
     grows by a copy of its last row or column. The file appears under its name only when it is whole; a full
-    disk or an unknown ending is a UserError.
+    disk or an unknown ending is a UserError. comment: kept in the file, for `read_comment`.
     """
     path = as_path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise UserError(f"frames of {frames.dtype} {frames.shape} cannot be written: uint8 (T, H, W, 3) can.")
     check_ending(path, len(frames))
-    return write_chunks(path, iter([frames]), fps, upscale)
+    return write_chunks(path, iter([frames]), fps, upscale, comment)
 
 
-def write_chunks(path: str | Path, chunks: Iterator[np.ndarray], fps: float, upscale: int = 1) -> Path:
+def write_chunks(
+    path: str | Path, chunks: Iterator[np.ndarray], fps: float, upscale: int = 1, comment: str = ""
+) -> Path:
     """Write a clip that comes in parts (T, H, W, 3), see `write_video`; of an mp4 one part at a time is held."""
     path = as_path(path)
     large = (chunk.repeat(upscale, axis=1).repeat(upscale, axis=2) for chunk in chunks)
     with replacing(path) as temporary:
-        WRITERS[path.suffix.lower()](temporary, large, fps)
+        WRITERS[path.suffix.lower()](temporary, large, fps, comment)
     return path
 
 
@@ -244,7 +247,7 @@ def save_png(path: str | Path, image: np.ndarray) -> Path:
     return write_video(as_path(path).with_suffix(".png"), image[None], 1.0)
 
 
-def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
+def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
@@ -252,6 +255,7 @@ def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
     first = next(frames)
     odd = ((0, first.shape[0] % 2), (0, first.shape[1] % 2), (0, 0))
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60000))
         stream.height, stream.width = first.shape[0] + odd[0][1], first.shape[1] + odd[1][1]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "16", "preset": "medium"}
@@ -271,13 +275,39 @@ def _write_animation(path: Path, chunks: Iterator[np.ndarray], fps: float, **opt
     first.save(path, save_all=True, append_images=rest, duration=ticks.tolist(), loop=0, **options)
 
 
-def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
-    Image.fromarray(next(chunks)[0]).save(path)
+def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    _write_animation(path, chunks, fps, comment=comment.encode())
+
+
+def _write_webp(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = comment
+    _write_animation(path, chunks, fps, quality=95, exif=exif)
+
+
+def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    text = PngInfo()
+    text.add_text("recipe", comment)
+    Image.fromarray(next(chunks)[0]).save(path, pnginfo=text)
+
+
+def read_comment(path: Path) -> str:
+    """Return the comment with which a file was written by `write_video`, or ""."""
+    if path.suffix.lower() == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment", "")
+    with Image.open(path) as image:
+        comment = image.info.get("comment", image.info.get("recipe", "")) or image.getexif().get(
+            ExifTags.Base.ImageDescription, ""
+        )
+    return comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
 
 
 WRITERS = {
     ".mp4": _write_mp4,
-    ".gif": _write_animation,
-    ".webp": partial(_write_animation, quality=95),
+    ".gif": _write_gif,
+    ".webp": _write_webp,
     ".png": _write_png,
 }
