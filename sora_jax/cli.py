@@ -205,12 +205,14 @@ def _sample(commands) -> None:
 
 def _tasks(p) -> None:
     p.add_argument("--image", type=as_path, metavar="FILE", help="begin with this image")
-    p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next five options")
+    p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next six options")
     p.add_argument("--extend", type=int, metavar="N", help="make N frames after the clip; -N: before it")
     p.add_argument("--loop", action="store_true", help="a loop: of the prompt alone, or one that closes the clip")
     p.add_argument("--mask", type=as_path, metavar="FILE", help="make anew what is white in this image or video")
     p.add_argument("--pad", metavar="L,T,R,B", help="make so many more pixels left, above, right, below")
     p.add_argument("--strength", type=float, metavar="S", help="edit: 0 keeps the clip, 1 ignores it")
+    about = "what the clip shows: change that to what --prompt says, and keep the rest"
+    p.add_argument("--from-prompt", metavar="TEXT", help=about)
     p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
     p.add_argument("--gap", type=int, default=8, help="frames to make between clips, or to close a loop")
     p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")

@@ -148,6 +148,24 @@ def test_strength_0_is_the_reconstruction_and_strength_1_the_plain_sample(model,
     assert new.shape == kept.shape
 
 
+def test_a_change_of_prompt_changes_the_clip_and_the_same_prompt_does_not(model, clip):
+    """In packs with other clips, and with guidance; the source comes back to the bit."""
+    words, tasks = ("a red square moves right", "a blue square moves down"), Tasks(model)
+    requests = [
+        Request(words[0], (3, 4, 6), 1, guidance=3.0, known=tasks.rewrite(clip, words[0]).known),
+        Request(words[1], (3, 4, 6), 2, guidance=3.0, known=tasks.rewrite(clip, words[0]).known),
+        Request(words[1], (3, 4, 6), 3, guidance=3.0, known=tasks.rewrite(clip, words[0], 0.3).known),
+        Request(words[1], (3, 4, 6), 4, guidance=3.0),
+    ]
+    with jax.set_mesh(model.mesh):
+        same, changed, little, other = sample_latents(model, requests, SETTINGS, 0)
+        (plain,) = sample_latents(model, requests[3:], SETTINGS, 0)
+    source = requests[0].known.latent
+    np.testing.assert_array_equal(same, source)
+    assert np.abs(changed - source).mean() > np.abs(little - source).mean() > 1e-3
+    np.testing.assert_allclose(other, plain, atol=1e-4)
+
+
 def test_tasks_of_all_kinds_travel_together(model, clip):
     """A clip's result is that of its single run, and a pack-mate's strength does not matter."""
     made = Tasks(model)
@@ -248,6 +266,7 @@ def test_the_command_does_each_task(chain, files):  # noqa: F811
         "mask": ([video, f"--mask={files / 'mask.png'}", "--keep-pixels"], (9, 16, 24)),
         "pad": ([video, "--pad=8,0,0,0"], (9, 16, 32)),
         "edit": ([video, "--strength=0.5"], (9, 16, 24)),
+        "rewrite": ([video, "--from-prompt=a blue square", "--strength=0.5"], (9, 16, 24)),
     }
     for name, (options, shape) in cases.items():
         out = files / f"{name}.mp4"

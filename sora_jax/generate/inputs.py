@@ -18,7 +18,7 @@ from sora_jax.generate.requests import Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.generate.tasks import Tasks, pad
 
-WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength")
+WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class TaskOptions:
     mask: Path | None = None  # make what is white in this image or clip
     pad: str | None = None  # LEFT,TOP,RIGHT,BOTTOM: make so many more pixels on the sides
     strength: float | None = None  # change the clip so much, from 0 to 1
+    from_prompt: str | None = None  # what the clip shows; the prompt says what it is to show
     gap: int = 8  # frames to make between two clips, or between end and beginning of a loop
     context: int = 9  # frames at most of a clip that a continuation sees
     keep_pixels: bool = False  # put the very pixels that were given into the result
@@ -41,9 +42,11 @@ class TaskOptions:
         sources = [name for name in ("image", "video", "connect") if getattr(self, name)]
         check(len(sources) < 2, f"--{' and --'.join(sources)} are given; give one of them")
         asked = [name for name in WITH_VIDEO if getattr(self, name) is not None and getattr(self, name) is not False]
-        names = ", ".join(f"--{name}" for name in WITH_VIDEO)
+        if self.from_prompt is not None and self.strength is not None:
+            asked.remove("strength")  # of the change
+        names = ", ".join(f"--{name}" for name in WITH_VIDEO).replace("_", "-")
         if self.video:
-            what = " and ".join(f"--{name}" for name in asked) or "nothing that is done with it"
+            what = " and ".join(f"--{name}" for name in asked).replace("_", "-") or "nothing that is done with it"
             check(len(asked) == 1, f"--video is given with {what}; give one of {names}")
         else:
             wrong = [name for name in asked if not (name == "loop" or (self.image and name in ("mask", "pad")))]
@@ -142,6 +145,9 @@ def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Tas
         return tasks.animate(clips[0], size[0])
     if options.extend is not None:
         return tasks.extend(clips[0], options.extend)
+    if options.from_prompt is not None:
+        clip = tasks.whole(clips[0], size[0])
+        return tasks.rewrite(clip, options.from_prompt, 0.7 if options.strength is None else options.strength)
     if options.strength is not None:
         return tasks.edit(tasks.whole(clips[0], size[0]), options.strength)
     return tasks.close(clips[0], options.gap) if options.video else tasks.loop(size)

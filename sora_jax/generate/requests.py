@@ -24,13 +24,15 @@ class Known:
     latent: (t, h, w, C) normalised; it does not matter where nothing is known. ceiling: (t, h, w), the highest noise
     level of each position: 0 is given, 1 is made, between is an edit of that strength. A token has the greatest ceiling
     of its positions. first: the time coordinate of the first token frame; it is 1 for a clip whose frames all have a
-    past. ring: the first frame follows the last.
+    past. ring: the first frame follows the last. source: the prompt that describes `latent`; with it the clip is not
+    sampled but changed, from the noise level of `ceiling` on, by the difference that the prompt makes.
     """
 
     latent: np.ndarray
     ceiling: np.ndarray
     first: int = 0
     ring: bool = False
+    source: str | None = None
 
 
 def unchanged(values: np.ndarray) -> np.ndarray:

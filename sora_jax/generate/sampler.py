@@ -23,7 +23,8 @@ from sora_jax.data.packing import (
     unstack,
 )
 from sora_jax.data.planning import plan
-from sora_jax.diffusion.given import Given
+from sora_jax.diffusion.flow_edit import flow_edit
+from sora_jax.diffusion.given import Given, limit_times
 from sora_jax.diffusion.guidance import TokenLayout, guided
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
@@ -99,7 +100,11 @@ def sample_latents(
     progress bar where that takes more than one call. A clip's noise is keyed by (seed, clip id), so what it is packed
     with changes it by float error at most.
     """
+    edits = [request.known is not None and request.known.source is not None for request in requests]
+    if any(edits) and not all(edits):
+        return _separately(model, requests, edits, sampling, seed)
     layout = _lay_out(model, requests)
+    sources = _lay_out(model, [_source(request) for request in requests]) if all(edits) else None
     split = parts("batch", model.mesh)
     at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
     starts = range(0, len(layout.rows), at_once)
@@ -110,12 +115,31 @@ def sample_latents(
         rows = layout.rows[start : start + at_once]
         rows += rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
         conditions = _place(model.mesh, layout, rows, requests)
-        tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions)
+        source = _place(model.mesh, sources, rows, requests) if sources else None
+        tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
         packs = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
         for pack, row in zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows):
             for member, latent in zip(row, unpack(pack, model.config.model.patch), strict=True):
                 latents[member] = latent
     return [latents[member] for member in range(len(requests))]
+
+
+def _separately(
+    model: TrainedDenoiser, requests: Sequence[Request], edits: list[bool], sampling: SamplingConfig, seed: int
+) -> list[np.ndarray]:
+    """Sample the requests that are edits of a described clip, and the others, each in packs of their own."""
+    latents: dict[int, np.ndarray] = {}
+    for wanted in (True, False):
+        members = [number for number, edit in enumerate(edits) if edit == wanted]
+        found = sample_latents(model, [requests[number] for number in members], sampling, seed)
+        latents |= dict(zip(members, found, strict=True))
+    return [latents[number] for number in range(len(requests))]
+
+
+def _source(request: Request) -> Request:
+    """Return the request with the prompt of its source."""
+    assert request.known is not None and request.known.source is not None
+    return dataclasses.replace(request, prompt=request.known.source)
 
 
 def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequence[Request]) -> Conditions:
@@ -208,9 +232,18 @@ def _task(request: Request, patch: Size) -> _Task:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def solve_packs(
-    config: DenoiserRun, sampling: SamplingConfig, params: dict, seed: jax.Array, conditions: Conditions
+    config: DenoiserRun,
+    sampling: SamplingConfig,
+    params: dict,
+    seed: jax.Array,
+    conditions: Conditions,
+    source: Conditions | None = None,
 ) -> jax.Array:
-    """Solve from noise to clean tokens (B, L, P), with the denoiser and times of training."""
+    """Solve from noise to clean tokens (B, L, P), with the denoiser and times of training.
+
+    source: the known tokens are changed from what it says to what `conditions` say, see `diffusion.flow_edit`. Its
+    packs are laid out as those of `conditions`.
+    """
     pack, model = conditions.positive, config.model
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     noise = lambda key: token_noise(key, clip_ids_BL, pack.index_BL, model.patch_values)  # noqa: E731
@@ -222,8 +255,13 @@ def solve_packs(
         lambda step: noise(step_key(seed, step, Purpose.SOLVER)),
         "learned" if model.learned_variance else sampling.solver.variance,
     )
+    given = conditions.given
+    if source is not None and given is not None:
+        before = dataclasses.replace(problem, denoise=_denoiser(config, sampling, params, source))
+        times_KBR = grid_times(sampling, config.diffusion.times, problem.process, _row_tokens(pack))
+        return flow_edit(before, problem, given.x0_BLP, limit_times(given, times_KBR))
     eps_BLP = noise(step_key(seed, 0, Purpose.SAMPLE))
-    return sample(sampling, config.diffusion.times, problem, eps_BLP, _row_tokens(pack), conditions.given)
+    return sample(sampling, config.diffusion.times, problem, eps_BLP, _row_tokens(pack), given)
 
 
 def _row_tokens(pack: Pack) -> jax.Array:

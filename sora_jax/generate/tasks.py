@@ -170,6 +170,15 @@ class Tasks:
         known = Known(z, np.full(z.shape[:3], strength, np.float32)) if strength < 1 else None
         return Task(clip.shape[:3], known)
 
+    def rewrite(self, clip: np.ndarray, source: str, strength: float = 0.7) -> Task:
+        """Change a clip from what the prompt `source` says to what the request says (FlowEdit, 2412.08629).
+
+        strength: the noise level at which the change begins, above 0 to 1; what both prompts say stays.
+        """
+        check(0 < strength <= 1, f"--strength is {strength}; with --from-prompt it must be above 0, to 1")
+        z = self._encode(clip)
+        return Task(clip.shape[:3], Known(z, np.full(z.shape[:3], strength, np.float32), source=source))
+
     # ------------------------------------------------------------------------------------------------------
     # Latents
     # ------------------------------------------------------------------------------------------------------
