@@ -19,9 +19,10 @@ from sora_jax.data.sheets import grid
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, read_text
+from sora_jax.files import as_path
 from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
 from sora_jax.generate.long import Windows, spans_of, windows_of
+from sora_jax.generate.prompts import Row, read_prompts
 from sora_jax.generate.recipe import command_of, digest_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
@@ -51,8 +52,8 @@ def sample(options: argparse.Namespace) -> list[Path]:
     All that can be refused is refused before weights are loaded. Pictures of classes go into one file, side by side.
     """
     check(options.workdir, "--workdir is not given; it is the folder of a run (or give --like=FILE)")
-    prompts, classes, asked = _prompts(options), _classes(options.classes), _task_options(options)
-    command = command_of(options, prompts)
+    rows, classes, asked = _rows(options), _classes(options.classes), _task_options(options)
+    prompts, command = [row["prompt"] for row in rows], command_of(options, rows)
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
     check(prompts or classes or asked or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
@@ -65,7 +66,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
     size = (options.frames, options.height, options.width)
     check_seed(options.seed)
-    wanted = Wanted(prompts, size, classes, options.guidance, options.negative)
+    wanted = _wanted(options, rows, prompts, classes)
     if windows := _windows(options, config, first_stage, prompts, bool(asked)):
         return _sample_long(options, config, first_stage, wanted, windows, sampling, paths, command)
     if asked:
@@ -216,19 +217,28 @@ def _sampling(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfi
     return sampling
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
+def _rows(options: argparse.Namespace) -> list[Row]:
     """Collect the prompts of the command line and of the file that it names."""
-    prompts = list(options.prompt)
-    if options.prompts_file:
-        check(options.prompts_file.is_file(), f"--prompts-file is {str(options.prompts_file)!r}; there is no such file")
-        try:
-            lines = read_text(options.prompts_file).splitlines()
-        except UnicodeDecodeError as error:
-            message = f"--prompts-file is {str(options.prompts_file)!r}; it must be UTF-8 text: {error}"
-            raise UserError(message) from error
-        prompts += [line.strip() for line in lines if line.strip()]
-    check(not (prompts and options.classes), "--prompt and --class are both given; give one of them")
-    return prompts
+    rows: list[Row] = [{"prompt": prompt} for prompt in options.prompt]
+    rows += read_prompts(options.prompts_file) if options.prompts_file else []
+    check(not (rows and options.classes), "--prompt and --class are both given; give one of them")
+    return rows
+
+
+def _wanted(options: argparse.Namespace, rows: Sequence[Row], prompts: Sequence[str], classes: Sequence[int]) -> Wanted:
+    """Return what is asked for: of each clip what its row says, else what the command line says."""
+    size = (options.frames, options.height, options.width)
+    if not any(len(row) > 1 for row in rows):
+        return Wanted(prompts, size, classes, options.guidance, options.negative)
+    asked = {"frames": size[0], "height": size[1], "width": size[2], "negative": options.negative}
+    each = [asked | {"clip_id": number} | row for number, row in enumerate(rows, 1)]
+    sizes = [(row["frames"], row["height"], row["width"]) for row in each]
+    guidance = None
+    if options.guidance is not None or any("guidance" in row for row in rows):
+        usual = read_run_config(options.workdir).sampling.guidance.scale
+        guidance = [row.get("guidance", usual if options.guidance is None else options.guidance) for row in each]
+    clip_ids = [row["clip_id"] for row in each]
+    return Wanted(prompts, sizes, classes, guidance, [row["negative"] for row in each], clip_ids)
 
 
 def _classes(given: list[str] | None) -> list[int]:

@@ -332,3 +332,29 @@ def test_an_image_keeps_its_recipe_and_changes_are_taken(chain, tmp_path, capfd)
     other.with_name("other.png.json").unlink()
     assert run("sample", f"--like={other}", f"--out={one}") == 2
     assert "it holds no recipe" in capfd.readouterr().err
+
+
+def test_a_table_of_prompts_says_more_of_each_clip(chain, tmp_path, capfd):  # noqa: F811
+    """A row's values are those of the options of a command for that clip alone."""
+    common = [f"--workdir={chain.transformer}", "--steps=2", "--height=16", "--width=24", "--frames=5"]
+    (tmp_path / "rows.csv").write_text('prompt,frames,guidance,clip_id\na red square,9,1,1\n"a blue, square",,,1\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a red square", "frames": 9, "guidance": 1, "clip_id": 1}\n')
+    out = tmp_path / "table.gif"
+    assert run("sample", *common, f"--prompts-file={tmp_path / 'rows.csv'}", f"--out={out}") == 0
+    first, second = (decode(tmp_path / f"table_{i:03d}.gif").frames.astype(int) for i in range(2))
+    assert first.shape == (9, 16, 24, 3) and second.shape == (5, 16, 24, 3)
+    assert run("sample", *common[:-1], "--frames=9", "--guidance=1", "--prompt=a red square", f"--out={out}") == 0
+    assert np.abs(decode(out).frames - first).max() <= 1
+    assert run("sample", *common, f"--prompts-file={tmp_path / 'rows.jsonl'}", f"--out={out}") == 0
+    assert np.abs(decode(out).frames - first).max() <= 1
+    again = tmp_path / "again.gif"
+    assert run("sample", f"--like={tmp_path / 'table_001.gif'}", f"--out={again}") == 0
+    assert again.read_bytes() == (tmp_path / "table_001.gif").read_bytes()
+    for text, message in [
+        ("prompt,seed\na,1\n", "row 1 has a column 'seed'; allowed: prompt, negative"),
+        ("prompt,frames\na,x\n", "row 1 has a value of the wrong kind"),
+        ("frames\n9\n", "row 1 has no prompt"),
+    ]:
+        (tmp_path / "rows.csv").write_text(text)
+        assert run("sample", *common, f"--prompts-file={tmp_path / 'rows.csv'}", f"--out={out}") == 2
+        assert message in capfd.readouterr().err

@@ -107,31 +107,33 @@ def main() -> None:
         shown[name] = made[0]
         return made
 
-    rng = np.random.default_rng(0)
-    seams("real clips, anywhere inside", [seam(clip, int(rng.integers(2, 8))) for clip in clips])
+    # The world's shapes cross the frame in the 9 frames of a clip: the halves of a clip are continued to a whole one.
+    halves, ends = [clip[:5] for clip in clips], [clip[5:] for clip in clips]
+    seams("real clips, frames 4 and 5", [seam(clip, 5) for clip in clips])
     plain = run.generate(captions, [clip.shape[:3] for clip in clips], seed=1)
-    seams("text to video, anywhere inside", [seam(clip, int(rng.integers(2, 8))) for clip in plain])
+    seams("text to video, frames 4 and 5", [seam(clip, 5) for clip in plain])
     identity("text to video", captions, plain, plain)
     images = sampled("image to video", [make.animate(clip[:1], 9) for clip in clips])
     identity("image to video", captions, images, clips)
     seams("image to video, after the image", [seam(clip, 1) for clip in images])
-    # A clip that has crossed the frame turns round.
-    back = [turned(caption) for caption in captions]
-    longer = sampled("extend by 8", [make.extend(clip, 8) for clip in clips], back)
-    seams("extend by 8", [seam(clip, 9) for clip in longer])
-    identity("extend by 8", back, [clip[9:] for clip in longer], clips)
-    before = sampled("8 frames before", [make.extend(clip, -8) for clip in clips], back)
-    seams("8 frames before", [seam(clip, 8) for clip in before])
-    loops = sampled("loop from text", [make.loop((16, *clip.shape[1:3])) for clip in clips])
+    longer = sampled("extend by 4", [make.extend(clip, 4) for clip in halves])
+    seams("extend by 4", [seam(clip, 5) for clip in longer])
+    identity("extend by 4", captions, longer, clips)
+    before = sampled("5 frames before", [make.extend(clip, -5) for clip in ends])
+    seams("5 frames before", [seam(clip, 5) for clip in before])
+    identity("5 frames before", captions, before, clips)
+    joined = sampled("connect", [make.connect(clip[:3], clip[7:], 4) for clip in clips])
+    seams("connect, first join", [seam(clip, 3) for clip in joined])
+    seams("connect, second join", [seam(clip, 7) for clip in joined])
+    identity("connect", captions, joined, clips)
+    loops = sampled("loop from text", [make.loop((8, *clip.shape[1:3])) for clip in clips])
     seams("loop from text, wrap", [closure(clip) for clip in loops])
     identity("loop from text", captions, loops, loops)
-    closed = sampled("closed to a loop", [make.close(clip, 8) for clip in clips], back)
+    closed = sampled("closed to a loop", [make.close(clip[:8], 8) for clip in clips], [turned(c) for c in captions])
     seams("closed to a loop, wrap", [closure(clip) for clip in closed])
-    joined = sampled("connect", [make.connect(clip, clip, 8) for clip in clips], back)
-    seams("connect, first join", [seam(clip, 9) for clip in joined])
-    seams("connect, second join", [seam(clip, 17) for clip in joined])
     sampled("pad by 12 pixels", [make.fill(*pad(clip, 12, 0, 12, 0)) for clip in clips[:8]], captions[:8])
     sampled("edit by 0.8", [make.edit(clip, 0.8) for clip in clips[:8]], [captions[-1]] * 8)
+    sampled("rewrite", [make.rewrite(clip, c) for clip, c in zip(clips[:8], captions)], [captions[-1]] * 8)
     with jax.set_mesh(run.mesh):
         shown["long"] = long_clip(run, captions[0], clips[0].shape[1:3], options.frames)
     rows = [strip(clip, min(len(clip), SHOWN), 2) for clip in shown.values()]

@@ -16,6 +16,7 @@ from sora_jax import __version__
 from sora_jax.config import check, read_json, to_dict
 from sora_jax.data.media import read_comment
 from sora_jax.files import as_path, write_json
+from sora_jax.generate.prompts import Row
 from sora_jax.train.denoiser import DenoiserRun
 
 FLAGS = {"classes": "class"}  # options whose flag has another name
@@ -23,9 +24,15 @@ LEFT_OUT = ("function", "parser", "out", "like", "prompts_file", "prompt", "chec
 FILES = ("workdir", "autoencoder", "image", "video", "mask")
 
 
-def command_of(options: argparse.Namespace, prompts: Sequence[str]) -> list[str]:
-    """Return the options of a `sora-jax sample` command as a list, with absolute paths and the prompts of files."""
-    words = [f"--prompt={prompt}" for prompt in prompts]
+def command_of(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
+    """Return the options of a `sora-jax sample` command as a list, with absolute paths and the prompts of files.
+
+    A file of prompts that says more of its clips is named; the others are not needed again.
+    """
+    words = [f"--prompt={row['prompt']}" for row in rows]
+    if any(len(row) > 1 for row in rows):
+        words = [f"--prompt={prompt}" for prompt in options.prompt]
+        words += [f"--prompts-file={as_path(options.prompts_file).absolute()}"]
     for name, value in sorted(vars(options).items()):
         if name in LEFT_OUT or value == options.parser.get_default(name):
             continue
