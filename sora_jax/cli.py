@@ -37,14 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; --config.NAME=VALUE and --sampling.NAME=VALUE become lists of NAME=VALUE."""
-    parser, arguments = make_parser(), sys.argv[1:] if arguments is None else arguments
-    options, rest = parser.parse_known_args(arguments)
-    if getattr(options, "like", None):
-        from sora_jax import commands
-
-        before, clip = commands.like(options)
-        options, rest = parser.parse_known_args([arguments[0], *before, *arguments[1:]])
-        options.clip = clip
+    options, rest = make_parser().parse_known_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     prefixes = {"--config.": "changes", "--sampling.": "sampling"}
     prefixes = {prefix: name for prefix, name in prefixes.items() if hasattr(options, name)}
     for prefix, name in prefixes.items():
@@ -231,6 +225,10 @@ def _tile(parser) -> None:
 def sample(options) -> None:
     from sora_jax import commands
 
+    if options.like:
+        before, clip = commands.like(options)
+        options = parsed([options.arguments[0], *before, *options.arguments[1:]])
+        options.clip = clip
     commands.use_compilation_cache()
     for path in commands.sample(options):
         print(path)

@@ -20,7 +20,18 @@ from sora_jax.generate.prompts import Row
 from sora_jax.train.denoiser import DenoiserRun
 
 FLAGS = {"classes": "class"}  # options whose flag has another name
-LEFT_OUT = ("function", "parser", "out", "like", "prompts_file", "prompt", "checkpoint", "sampling", "clip")
+LEFT_OUT = (
+    "function",
+    "parser",
+    "arguments",
+    "out",
+    "like",
+    "prompts_file",
+    "prompt",
+    "checkpoint",
+    "sampling",
+    "clip",
+)
 FILES = ("workdir", "autoencoder", "image", "video", "mask")
 
 
