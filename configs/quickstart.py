@@ -112,6 +112,16 @@ def transformer(config):
 
     config.diffusion.times.base_tokens = 4
 
+    given = config.diffusion.given
+    given.first = 0.1
+    given.last = 0.05
+    given.ends = 0.05
+    given.frames = 0.05
+    given.boxes = 0.05
+    given.levels = 0.05
+    given.headless = 0.1
+    packing.rows_per_clip = 6  # the token frames of 9 frames, and one row for what is given
+
     optim = config.optim
     optim.learning_rate = 2e-3
     optim.schedule = "cosine"

@@ -176,6 +176,8 @@ def _sample(commands) -> None:
         help='text prompt; "0: ... 24: ..." changes in time; may be given several times',
     )
     p.add_argument("--prompts-file", type=as_path, help="text with one prompt a line; .jsonl or .csv: more columns")
+    about = "rewrite prompts as captions: world, http://HOST/v1#MODEL (OpenAI's interface) or transformers:MODEL"
+    p.add_argument("--expand", default="", metavar="HOW", help=about)
     p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")
     p.add_argument("--negative", default="", help="negative prompt, for guidance")
     p.add_argument("--size", type=int, help="height and width of a square clip, in pixels")

@@ -20,6 +20,7 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
+from sora_jax.generate.expand import expand_prompts
 from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
 from sora_jax.generate.long import Windows, spans_of, windows_of
 from sora_jax.generate.prompts import Row, read_prompts
@@ -221,6 +222,11 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     """Collect the prompts of the command line and of the file that it names."""
     rows: list[Row] = [{"prompt": prompt} for prompt in options.prompt]
     rows += read_prompts(options.prompts_file) if options.prompts_file else []
+    if options.expand:
+        long = expand_prompts([row["prompt"] for row in rows], options.expand, options.seed)
+        for row, prompt in zip(rows, long, strict=True):
+            print(f"sora-jax: {row['prompt']!r} is expanded to {prompt!r}", file=sys.stderr)
+        rows = [row | {"prompt": prompt} for row, prompt in zip(rows, long, strict=True)]
     check(not (rows and options.classes), "--prompt and --class are both given; give one of them")
     return rows
 

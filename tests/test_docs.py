@@ -164,7 +164,8 @@ def test_python_names_what_there_is(source):
             assert {keyword.arg for keyword in call.keywords} <= set(allowed), ast.unparse(call)
             calls += 1
             if isinstance(node, ast.Assign) and node.value is call:
-                names[node.targets[0].id] = typing.get_type_hints(function).get("return")
+                made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+                names[node.targets[0].id] = made
     assert calls
 
 

@@ -21,29 +21,23 @@ from sora_jax.train.denoiser import DenoiserRun
 
 FLAGS = {"classes": "class"}  # options whose flag has another name
 LEFT_OUT = (
-    "function",
-    "parser",
-    "arguments",
-    "out",
-    "like",
-    "prompts_file",
-    "prompt",
-    "checkpoint",
-    "sampling",
+    "function", "parser", "arguments", "out", "like", "prompts_file", "prompt", "expand", "checkpoint", "sampling",
     "clip",
-)
+)  # fmt: skip
 FILES = ("workdir", "autoencoder", "image", "video", "mask")
 
 
 def command_of(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
     """Return the options of a `sora-jax sample` command as a list, with absolute paths and the prompts of files.
 
-    A file of prompts that says more of its clips is named; the others are not needed again.
+    Prompts are those that were sampled: nothing is expanded again. A file of prompts that says more of its clips is
+    named; the others are not needed again.
     """
     words = [f"--prompt={row['prompt']}" for row in rows]
     if any(len(row) > 1 for row in rows):
         words = [f"--prompt={prompt}" for prompt in options.prompt]
         words += [f"--prompts-file={as_path(options.prompts_file).absolute()}"]
+        words += [f"--expand={options.expand}"] if options.expand else []
     for name, value in sorted(vars(options).items()):
         if name in LEFT_OUT or value == options.parser.get_default(name):
             continue
