@@ -11,10 +11,10 @@
 `captions.csv`. Every clip keeps its aspect ratio: 720 x 480 becomes 144 x 96, a portrait of 720 x 1280 becomes
 96 x 160. A clip has 1 + 4 k frames, at most 17; other lengths are cut to the next shorter one.
 
-autoencoder: 4 x 8 x 8, 16 channels, width 32. transformer (default): depth 8, width 256, patches of 1 x 2 x 2, so at
-most 5 x 64 = 320 tokens a clip, in packs of 512. Hardware: two to eight CPU cores for an evening, or one accelerator
-for minutes; for more pixels raise `--max-pixels` and `--config.packing.length`. Time and PSNR: not measured at this
-size; experiments/video/README.md has a smaller run on example clips.
+autoencoder: 4 x 8 x 8, 16 channels, width 96, a linear start. transformer (default): depth 8, width 256, patches of
+1 x 2 x 2, so at most 5 x 64 = 320 tokens a clip, in packs of 512. Hardware: two to eight CPU cores for an evening, or
+one accelerator for minutes; for more pixels raise `--max-pixels` and `--config.packing.length`. Time and PSNR: not
+measured at this size; experiments/video/README.md has a smaller run on example clips.
 """
 
 from sora_jax.config import choose, to_config_dict
@@ -36,29 +36,36 @@ def get_config(variant: str = "transformer"):
 
 def autoencoder():
     config = to_config_dict(AutoencoderRun())
-    config.crop = (17, 64, 64)
-    config.batch = 8
+    config.crop = (9, 64, 64)
+    config.batch = 4
     config.image_share = 0.25
 
     model = config.model
     model.time_factor = 4
     model.space_factor = 8
     model.latent_channels = 16
-    model.patch = (1, 2)
-    model.width = 32
-    model.multipliers = (1, 2, 4)
-    model.encoder_blocks = 1
-    model.decoder_blocks = 2
+    model.patch = (4, 4)
+    model.width = 96
+    model.multipliers = (1, 2)
+    model.kernels = ((1, 3, 3), (3, 1, 1))
+    model.encoder_blocks = 2
+    model.decoder_blocks = 3
+    model.linear = True  # the linear paths start as the data's principal components
+    model.l1_weight = 0.25
+    model.l2_weight = 8.0
+    model.kl_weight = 1e-4
 
     optim = config.optim
-    optim.learning_rate = 1e-3
+    optim.method = "muon"
+    optim.learning_rate = 4e-3
     optim.schedule = "cosine"
     optim.warmup_steps = 100
-    optim.ema = (0.995,)
+    optim.b2 = 0.95
+    optim.ema = (0.999,)
 
     config.loop.steps = 4000
     config.loop.save_every = 500
-    config.loop.preview_every = 500
+    config.loop.preview_every = 1000
     return config
 
 
@@ -72,6 +79,7 @@ def transformer():
     model.heads = 8
     model.latent_channels = 16
     model.patch = (1, 2, 2)
+    model.input_skip = True
     model.sincos_positions = True
     model.position_theta = 100.0
 

@@ -214,6 +214,8 @@ def _tasks(p) -> None:
     p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")
     about = "sample a longer clip in windows of so many frames (default: those of the previews, if it is far longer)"
     p.add_argument("--window", type=int, metavar="FRAMES", help=about)
+    about = "sample at half the size first; the clip is then made of that from the noise level S on, such as 0.7"
+    p.add_argument("--draft", type=float, metavar="S", help=about)
     p.add_argument("--keep-pixels", action="store_true", help="put the very pixels that were given into the result")
 
 
@@ -238,7 +240,7 @@ def sample(options) -> None:
 
 def _data(commands) -> None:
     p = _parser(commands.add_parser, "data", help="build, encode and inspect datasets", epilog=EXAMPLES)
-    verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect")
+    verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect|caption")
     _build(verbs)
     _encode(verbs)
     example = "example:\n  sora-jax data inspect data/clips"
@@ -246,6 +248,15 @@ def _data(commands) -> None:
     p.add_argument("folder", type=as_path, help="dataset folder")
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.set_defaults(function=inspect)
+    example = "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
+    p = _parser(verbs.add_parser, "caption", help="caption the clips of a folder by a model", epilog=example)
+    p.add_argument("--path", type=as_path, required=True, help="folder of videos and images")
+    p.add_argument("--how", required=True, help="world (its oracle) or transformers:MODEL (an image-to-text model)")
+    p.add_argument("--kind", default="synthetic", help="kind of the captions; the column is caption_KIND")
+    p.add_argument(
+        "--out", type=as_path, required=True, help="table to write; as captions.csv in the folder it is used"
+    )
+    p.set_defaults(function=caption)
 
 
 def _encode(verbs) -> None:
@@ -501,6 +512,14 @@ def plan(options) -> None:
     config = run_config(load(options.config, options.changes))
     chosen = PlanOptions(options.topology, options.slices, options.pack_length, options.what, options.json)
     print(plan(kind_of(config), config, chosen))
+
+
+def caption(options) -> None:
+    """Caption the clips of a folder and print what came of it."""
+    from sora_jax.data.recaption import caption_folder
+
+    written, refused = caption_folder(options.path, options.how, options.out, options.kind)
+    print(f"{written} clips captioned in {options.out}, {refused} not readable")
 
 
 def inspect(options) -> None:

@@ -25,8 +25,9 @@ from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
 from sora_jax.generate.long import Windows, spans_of, windows_of
 from sora_jax.generate.prompts import Row, read_prompts
 from sora_jax.generate.recipe import command_of, digest_of, make_recipe, read_recipe, save_recipe
-from sora_jax.generate.requests import Request, Wanted, check_seed, latent_size, plan_requests
+from sora_jax.generate.requests import Request, Wanted, check_seed, latent_size, plan_requests, size_of
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
+from sora_jax.generate.tasks import Tasks
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig, tiling_warning
 from sora_jax.parallel import distributed
@@ -77,7 +78,14 @@ def sample(options: argparse.Namespace) -> list[Path]:
         requests, fps = plan_requests(config, first_stage, wanted, sampling), options.fps or inputs.fps
     else:
         requests, fps = plan_requests(config, first_stage, wanted, sampling), options.fps
+        draft = _draft(options, requests, _multiple(config, first_stage), first_stage, wanted)
         run = load_run(options.workdir, options.autoencoder, options.checkpoint)
+        if draft:
+            small = run.sample(plan_requests(config, first_stage, draft, sampling), sampling, options.seed)
+            tasks = [Tasks(run).enlarge(clip, size_of(first_stage, r.size), options.draft)
+                     for clip, r in zip(small, requests, strict=True)]  # fmt: skip
+            wanted = dataclasses.replace(wanted, tasks=tasks)
+            requests = plan_requests(config, first_stage, wanted, sampling)
     if warning := tiling_warning(first_stage, tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
     _announce(run, requests, sampling)
@@ -127,6 +135,24 @@ def like(options: argparse.Namespace) -> tuple[list[str], int]:
     return recipe["command"], recipe["clip"]
 
 
+def _draft(
+    options: argparse.Namespace,
+    requests: Sequence[Request],
+    multiple: tuple[int, int],
+    first_stage: FirstStageConfig,
+    wanted: Wanted,
+) -> Wanted | None:
+    """Return the same clips at about half their height and width, of which the full ones are made; None without."""
+    if options.draft is None:
+        return None
+    check(0 < options.draft <= 1, f"--draft is {options.draft}; it must be above 0, to 1")
+    sizes = []
+    for frames, *sides in (size_of(first_stage, request.size) for request in requests):
+        height, width = (max(side // (2 * step), 1) * step for side, step in zip(sides, multiple, strict=True))
+        sizes.append((frames, height, width))
+    return dataclasses.replace(wanted, sizes=sizes)
+
+
 def _windows(
     options: argparse.Namespace, config: DenoiserRun, first_stage: FirstStageConfig, prompts: Sequence[str], asked: bool
 ) -> Windows | None:
@@ -138,6 +164,7 @@ def _windows(
     changes = any(len(spans_of(prompt)) > 1 for prompt in prompts)
     if not (options.window or changes or options.frames > LONG * usual):
         return None
+    asked = asked or options.draft is not None
     check(not asked, f"--frames is {options.frames}; with other options for clips it must be at most {LONG * usual}")
     latent_size(config, first_stage, (options.frames, options.height, options.width))
     window = options.window or usual
@@ -189,8 +216,7 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
         if (length := run.tokenizer.length(request.prompt)) > most:
             print(f"sora-jax: {request.prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
     tokens = math.prod(grid_of(requests[0].size, run.config.model.patch))
-    (t, h, w), first_stage = requests[0].size, run.autoencoder.config
-    size = 1 + first_stage.time_factor * (t - 1), first_stage.space_factor * h, first_stage.space_factor * w
+    size = size_of(run.autoencoder.config, requests[0].size)
     what = f"{len(requests)} of {'x'.join(map(str, size))}, {tokens:,} tokens each"
     how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)

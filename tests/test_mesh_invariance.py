@@ -19,7 +19,7 @@ from compare import assert_near
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
 from sora_jax.diffusion.sampling import SamplingConfig
-from sora_jax.generate.requests import Request
+from sora_jax.generate.requests import Known, Request
 from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.text import TextConfig
@@ -28,7 +28,8 @@ from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_loss
-from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
+from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, denoiser_loss
+from sora_jax.train.given import GivenConfig
 from sora_jax.train.optim import OptimConfig, make_optimizer
 from sora_jax.train.state import MODEL, Optimizer, TrainState
 from sora_jax.train.step import make_step
@@ -42,7 +43,8 @@ NETWORK = TransformerConfig(
 RUN = DenoiserRun(
     model=NETWORK,
     tokenizer=TokenizerConfig("bytes", max_tokens=16),
-    packing=PackingConfig(length=40, slots=4, text_length=12),
+    packing=PackingConfig(length=40, slots=4, text_length=12, rows_per_clip=4),
+    diffusion=DiffusionConfig(given=GivenConfig(first=0.2, frames=0.2, boxes=0.2, levels=0.2)),
     # Adam divides by the root of a gradient's square: where that is about eps, a step is a smooth function of it.
     optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-3, ema=(0.9,)),
 )
@@ -99,7 +101,8 @@ def batch(clips, packed) -> dict:
     """Eight packs of different fillings."""
     rows = [clips[i % 3 : i % 4 + 1] or clips[:1] for i in range(8)]
     pack = packed(
-        [[dataclasses.replace(c, clip_id=10 * i + c.clip_id % 97) for c in row] for i, row in enumerate(rows)]
+        [[dataclasses.replace(c, clip_id=10 * i + c.clip_id % 97) for c in row] for i, row in enumerate(rows)],
+        rows_per_clip=RUN.packing.rows_per_clip,
     )
     return {name: values for name, values in vars(pack).items() if values is not None}
 
@@ -123,10 +126,13 @@ def test_a_transformer_is_trained_as_on_one_device(params, batch, trained_on_one
         assert_same(found[what], trained_on_one[what])
 
 
+FIRST = np.broadcast_to(np.array([0.0, 1.0, 1.0], np.float32)[:, None, None], (3, 4, 4))  # the first frame is given
+LATENT = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
+RING = Known(np.zeros((2, 4, 4, 2), np.float32), np.ones((2, 4, 4), np.float32), first=1, ring=True)
 REQUESTS = [  # of several packs; one prompt is longer than packs have room for, by less than a mesh can split
-    Request("red", (3, 4, 4), 11, guidance=3.0),
+    Request("red", (3, 4, 4), 11, guidance=3.0, known=Known(LATENT, FIRST)),
     Request("a green cat", (1, 4, 6), 22, guidance=2.0, negative="blue"),
-    Request("sixteen letters", (2, 4, 4), 33),
+    Request("sixteen letters", (2, 4, 4), 33, known=RING),
     Request("", (2, 6, 4), 44, guidance=3.0),
 ]
 

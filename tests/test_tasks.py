@@ -266,6 +266,7 @@ def test_the_command_does_each_task(chain, files):  # noqa: F811
         "mask": ([video, f"--mask={files / 'mask.png'}", "--keep-pixels"], (9, 16, 24)),
         "pad": ([video, "--pad=8,0,0,0"], (9, 16, 32)),
         "edit": ([video, "--strength=0.5"], (9, 16, 24)),
+        "draft": (["--draft=0.5", "--frames=5", "--height=32", "--width=32"], (5, 32, 32)),
         "rewrite": ([video, "--from-prompt=a blue square", "--strength=0.5"], (9, 16, 24)),
     }
     for name, (options, shape) in cases.items():
@@ -274,7 +275,7 @@ def test_the_command_does_each_task(chain, files):  # noqa: F811
         assert run("sample", *common, *options) == 0, name
         made = decode(out)
         assert made.frames.shape[:3] == shape, name
-        assert made.fps == (8.0 if name in ("animate", "loop") else 6.0), name
+        assert made.fps == (8.0 if name in ("animate", "loop", "draft") else 6.0), name
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.quickstart import QuickstartConfig, default_config
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, denoiser_job, denoiser_loss, prepare_tokenizer
 from sora_jax.train.frozen import load_autoencoder
+from sora_jax.train.given import GivenConfig
 from sora_jax.train.loop import fit
 from sora_jax.train.state import MODEL
 
@@ -65,7 +66,7 @@ class Ladder:
 def rung_config(ladder: Ladder, name: str) -> DenoiserRun:
     """Return the run of a rung: packs and the shift of times follow its tokens, so that nothing else differs.
 
-    Gates for the input and captions of several forms, which the quickstart has, are left out.
+    Gates for the input, captions of several forms and given tokens, which the quickstart has, are left out.
     """
     size, places = name.split("/")
     (depth, width, heads), finer = SIZES[size], 9 // int(places)
@@ -79,8 +80,10 @@ def rung_config(ladder: Ladder, name: str) -> DenoiserRun:
         captions="first",
         model=model,
         batch=8,
-        packing=dataclasses.replace(base.packing, length=48 * finer, slots=6, text_length=48, patch=None),
-        diffusion=dataclasses.replace(base.diffusion, times=times),
+        packing=dataclasses.replace(
+            base.packing, length=48 * finer, slots=6, text_length=48, patch=None, rows_per_clip=1
+        ),
+        diffusion=dataclasses.replace(base.diffusion, times=times, given=GivenConfig()),
         optim=dataclasses.replace(
             base.optim, learning_rate=1.5e-3, schedule="constant", warmup_steps=100, ema=(0.995,)
         ),

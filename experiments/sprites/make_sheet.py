@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="run folder of a trained transformer")
     parser.add_argument("--data", type=Path, required=True, help="dataset folder with the real clips")
     parser.add_argument("--out", type=Path, required=True, help="a .png")
+    parser.add_argument("--autoencoder", type=Path, help="one whose decoder was trained further (default: the run's)")
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--shown", type=int, default=5, help="frames shown of each clip")
     parser.add_argument("--scale", type=int, default=1, help="pixels are enlarged by this factor")
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    run, dataset = load_run(options.workdir), Dataset(options.data)
+    run, dataset = load_run(options.workdir, options.autoencoder), Dataset(options.data)
     rows = choose_rows(dataset, run.config.split, options.count)
     captions = [caption_of(row) for row in rows]
     sizes = [(row["frames"], row["height"], row["width"]) for row in rows]

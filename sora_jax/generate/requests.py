@@ -187,6 +187,12 @@ def latent_size(config: DenoiserRun, first_stage: FirstStageConfig, size: Size) 
     return latent
 
 
+def size_of(first_stage: FirstStageConfig, latent: Size) -> Size:
+    """Return the (frames, height, width) of a clip with this latent (t, h, w)."""
+    t, h, w = latent
+    return 1 + first_stage.time_factor * (t - 1), first_stage.space_factor * h, first_stage.space_factor * w
+
+
 def is_whole(value: Any) -> bool:
     """Return True for a whole number, of Python or of NumPy; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
 
 from sora_jax.config import check
+from sora_jax.data.fit import fit_frames
 from sora_jax.data.packing import grid_of
 from sora_jax.generate.requests import Known, Size, Task
 from sora_jax.generate.run import Run
@@ -169,6 +170,10 @@ class Tasks:
         z = self._encode(clip)
         known = Known(z, np.full(z.shape[:3], strength, np.float32)) if strength < 1 else None
         return Task(clip.shape[:3], known)
+
+    def enlarge(self, clip: np.ndarray, size: Size, strength: float = 0.7) -> Task:
+        """Make a clip of a larger height and width from a small one, whose pixels are enlarged and then edited."""
+        return self.edit(fit_frames(clip, size[1:]), strength)
 
     def rewrite(self, clip: np.ndarray, source: str, strength: float = 0.7) -> Task:
         """Change a clip from what the prompt `source` says to what the request says (FlowEdit, 2412.08629).
