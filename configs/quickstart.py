@@ -80,7 +80,7 @@ def autoencoder(config):
     model.l2_weight = 8.0
     model.kl_weight = 1e-3
 
-    autoencoder_steps(config, 3500, 1500)
+    autoencoder_steps(config, 3500, 1300)
 
 
 def transformer(config):
@@ -145,7 +145,7 @@ def autoencoder_steps(config, count, decoder, previews=3):
     )  # fmt: skip
     stages = (
         StageConfig(count, optim=muon),
-        StageConfig(decoder, trained="decoder", loss=LossConfig(latent_noise=0.15), optim=muon),
+        StageConfig(decoder, trained="decoder", loss=LossConfig(latent_noise=0.1), optim=muon),
     )
     config.stages = tuple(to_config_dict(stage) for stage in stages)
     config.loop.log_every = max(count // 50, 1)

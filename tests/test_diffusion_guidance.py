@@ -111,6 +111,24 @@ def test_interval_of_times():
     assert 0 < inside < len(each_token())
 
 
+def test_outside_the_interval_the_other_models_are_not_evaluated():
+    """Given tokens, at time 0, are in no interval: nothing is done for them."""
+    calls = []
+
+    def model(name, x_BLP, t_BR):
+        jax.debug.callback(lambda: calls.append(name))
+        return x_BLP + len(name)
+
+    layout = TokenLayout(jnp.asarray(SEGMENTS), jnp.asarray(ROWS), C)
+    parts = functools.partial(model, "given"), functools.partial(model, "none")
+    for start, end, expected in [(0.0, 0.1, ["given"]), (0.85, 0.95, ["given", "none"]), (0.0, 1.0, ["given", "none"])]:
+        denoise = guided(GuidanceConfig(start=start, end=end), *parts, jnp.asarray(SCALES), layout)
+        jax.block_until_ready(jax.jit(denoise)(jnp.zeros((*SEGMENTS.shape, P)), jnp.asarray(TIMES)))
+        jax.effects_barrier()
+        assert sorted(calls) == sorted(expected)
+        calls.clear()
+
+
 def test_power_cosine():
     """1 at pure noise, the scale at the data, between them the formula; a larger power waits longer."""
     out = run(GuidanceConfig(power=2.0))

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -140,7 +141,15 @@ def _guided(
 
     def denoise(x_BLP: TokensBLP, t_BR: TimesBR) -> Float[Array, "B L out"]:
         t_BL1 = per_token(t_BR, layout.rows_BL)[:, :, None]
-        outputs = [model(x_BLP, t_BR).astype(jnp.float32) for model in models]
+        first, *others = models
+        output = first(x_BLP, t_BR).astype(jnp.float32)
+        evaluate = lambda: [model(x_BLP, t_BR).astype(jnp.float32) for model in others]  # noqa: E731
+        if config.start > 0 or config.end < 1:
+            # At other times every scale is 1, and what the other models say does not count.
+            inside_BL1 = (t_BL1 > 0) & (t_BL1 >= config.start) & (t_BL1 <= config.end)
+            outputs = [output, *jax.lax.cond(jnp.any(inside_BL1), evaluate, lambda: [output] * len(others))]
+        else:
+            outputs = [output, *evaluate()]
         predictions = [output[:, :, : x_BLP.shape[2]] for output in outputs]
         out_BLP, same_BL1 = combine(predictions, t_BL1)
         guided_P = _first_channels(config.channels, layout.channels, x_BLP.shape[2])
