@@ -12,7 +12,9 @@
 the splits "train" and "test" (experiments/fruit/README.md). Four clips of 17 frames are taken of each. Varieties of the
 split "test" are not trained on.
 
-autoencoder: 4 x 8 x 8, 16 channels. transformer (default): patches of 1 x 2 x 2, so 180 tokens a clip.
+autoencoder: 4 x 8 x 8, 16 channels; then its decoder alone, on noisy latents. transformer (default): patches of
+1 x 2 x 2, so 180 tokens a clip, one to a pack. Time: 78 and 54 minutes on one busy core each (AMD EPYC). Held-out PSNR:
+31.6 dB. Samples: experiments/fruit/README.md.
 """
 
 from sora_jax.config import choose, to_config_dict

@@ -196,7 +196,7 @@ def _sample(commands) -> None:
     _tile(p)
     p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
     _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
-    p.set_defaults(function=sample, sampling=[], clip=None)
+    p.set_defaults(function=sample, sampling=[], clip=None, rows=None)
 
 
 def _tasks(p) -> None:
@@ -230,9 +230,9 @@ def sample(options) -> None:
     from sora_jax import commands
 
     if options.like:
-        before, clip = commands.like(options)
-        options = parsed([options.arguments[0], *before, *options.arguments[1:]])
-        options.clip = clip
+        recipe = commands.like(options)
+        options = parsed([options.arguments[0], *recipe["command"], *options.arguments[1:]])
+        options.clip, options.rows = recipe["clip"], recipe["rows"]
     commands.use_compilation_cache()
     for path in commands.sample(options):
         print(path)

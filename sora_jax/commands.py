@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +24,10 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.expand import expand_prompts
 from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
-from sora_jax.generate.long import Windows, spans_of, windows_of
-from sora_jax.generate.prompts import Row, read_prompts
-from sora_jax.generate.recipe import command_of, digest_of, make_recipe, read_recipe, save_recipe
-from sora_jax.generate.requests import Request, Wanted, check_seed, latent_size, plan_requests, size_of
+from sora_jax.generate.long import Windows, windows_of
+from sora_jax.generate.prompts import Row, read_prompts, spans_of
+from sora_jax.generate.recipe import MadeBy, command_of, digest_of, make_recipe, read_recipe, save_recipe
+from sora_jax.generate.requests import Request, Size, Wanted, check_seed, is_whole, plan_requests, size_of
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.generate.tasks import Tasks
 from sora_jax.models.first_stage import FirstStageConfig
@@ -51,11 +53,13 @@ def sample(options: argparse.Namespace) -> list[Path]:
     """Generate the prompts or classes of the command line, or what it asks to be done with clips; return the files.
 
     What the command line leaves open is taken from the run's config: size, steps, solver, guidance, frames a second.
-    All that can be refused is refused before weights are loaded. Pictures of classes go into one file, side by side.
+    What can be refused without the weights is refused before they are loaded. Pictures of classes go into one file,
+    side by side.
     """
     check(options.workdir, "--workdir is not given; it is the folder of a run (or give --like=FILE)")
     rows, classes, asked = _rows(options), _classes(options.classes), _task_options(options)
-    prompts, command = [row["prompt"] for row in rows], command_of(options, rows)
+    made_by = MadeBy(command_of(options), rows, digest_of(options.workdir))
+    prompts = [row["prompt"] for row in rows]
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
     check(prompts or classes or asked or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
@@ -63,42 +67,61 @@ def sample(options: argparse.Namespace) -> list[Path]:
     options = _with_defaults(options, config)
     paths = [options.out] if classes else _numbered(options.out, max(len(prompts), 1))
     _check_output(options, paths)
+    _check_tasks(options, asked, rows)
     sampling = _sampling(options, config)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
-    size = (options.frames, options.height, options.width)
     check_seed(options.seed)
     wanted = _wanted(options, rows, prompts, classes)
-    if windows := _windows(options, config, first_stage, prompts, bool(asked)):
-        return _sample_long(options, config, first_stage, wanted, windows, sampling, paths, command)
+    plan = functools.partial(plan_requests, config, first_stage, sampling=sampling)
+    load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
+    fps = options.fps
+    if windows := _windows(options, config, first_stage, wanted, bool(asked)):
+        requests, run = plan(wanted), load()
+        what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
+        print(f"sora-jax: sampling {len(requests)} of {wanted.sizes} in {what}", file=sys.stderr)
+        parts = run.sample_long(requests, windows, sampling, options.seed, tiles)
+        return _write(options, config, run.step, made_by, requests, paths, parts, fps)
     if asked:
+        size = (options.frames, options.height, options.width)
         inputs = read_inputs(asked, size, _multiple(config, first_stage), options.sized)
-        run = load_run(options.workdir, options.autoencoder, options.checkpoint)
+        run, fps = load(), fps or inputs.fps
         wanted = dataclasses.replace(wanted, tasks=[make_task(asked, inputs, run, size)])
-        requests, fps = plan_requests(config, first_stage, wanted, sampling), options.fps or inputs.fps
+    elif options.draft is not None:
+        requests = plan(wanted)
+        draft = plan(_draft(options, requests, _multiple(config, first_stage), first_stage, wanted))
+        run = load()
+        small = run.sample(draft, sampling, options.seed)
+        make, sizes = Tasks(run), [size_of(first_stage, request.size) for request in requests]
+        tasks = [make.enlarge(clip, size, options.draft) for clip, size in zip(small, sizes, strict=True)]
+        wanted = dataclasses.replace(wanted, tasks=tasks)
     else:
-        requests, fps = plan_requests(config, first_stage, wanted, sampling), options.fps
-        draft = _draft(options, requests, _multiple(config, first_stage), first_stage, wanted)
-        run = load_run(options.workdir, options.autoencoder, options.checkpoint)
-        if draft:
-            small = run.sample(plan_requests(config, first_stage, draft, sampling), sampling, options.seed)
-            tasks = [Tasks(run).enlarge(clip, size_of(first_stage, r.size), options.draft)
-                     for clip, r in zip(small, requests, strict=True)]  # fmt: skip
-            wanted = dataclasses.replace(wanted, tasks=tasks)
-            requests = plan_requests(config, first_stage, wanted, sampling)
+        plan(wanted)
+        run = load()
+    requests = plan(wanted)
     if warning := tiling_warning(first_stage, tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
     _announce(run, requests, sampling)
     clips = run.sample(requests, sampling, options.seed, tiles, wanted.tasks)
     clips = [grid(clips)] if classes else clips
-    return _write(options, config, run.step, command, requests, paths, [iter([clip]) for clip in clips], fps)
+    return _write(options, config, run.step, made_by, requests, paths, [iter([clip]) for clip in clips], fps)
+
+
+def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence[Row]) -> None:
+    """Raise a UserError for options that tasks would leave without effect."""
+    several = asked.extend is not None or asked.loop or asked.connect
+    still = several and options.out.suffix.lower() == ".png"
+    check(not still, f"--out is {str(options.out)!r}; a clip of several frames needs .mp4, .gif or .webp")
+    check(not (asked and options.draft is not None), "--draft is given with an option for clips; leave one of them out")
+    sized = asked and any({"frames", "height", "width"} & set(row) for row in rows)
+    check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 
 
 def _write(
     options: argparse.Namespace,
     config: DenoiserRun,
     step: int,
-    command: list[str],
+    made_by: MadeBy,
     requests: Sequence[Request],
     paths: Sequence[Path],
     clips: Sequence[Iterator[np.ndarray]],
@@ -113,26 +136,27 @@ def _write(
         request = requests[number]
         facts = {"prompt": request.prompt, "negative": request.negative, "seed": options.seed}
         facts |= {"guidance": request.guidance, "latent_size": request.size}
-        recipe = make_recipe(command, config, step, number, facts)
+        recipe = make_recipe(made_by, step, number, facts)
         write_chunks(path, chunks, fps or config.preview.fps, options.upscale, json.dumps(recipe))
         save_recipe(path, recipe)
         written.append(path)
     return written
 
 
-def like(options: argparse.Namespace) -> tuple[list[str], int]:
-    """Return the command that made a file, and which of its clips the file is.
+def like(options: argparse.Namespace) -> dict:
+    """Return the recipe of the file that is to be made again.
 
     Raises:
         UserError: the file has no recipe, its run has another config by now, or the command line changes prompts.
     """
-    check(not (options.prompt or options.classes), "--like is given with a prompt or a class; leave one of them out")
+    for name, value in (("prompt", options.prompt), ("class", options.classes), ("prompts-file", options.prompts_file)):
+        check(not value, f"--like is given with --{name}; leave one of them out")
+    check(not options.expand, "--like is given with --expand; leave one of them out")
     recipe = read_recipe(options.like)
     folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
-    found = digest_of(read_run_config(options.workdir or as_path(folder)))
-    same = found == recipe["config"]
+    same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
     check(same, f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now")
-    return recipe["command"], recipe["clip"]
+    return recipe
 
 
 def _draft(
@@ -141,10 +165,8 @@ def _draft(
     multiple: tuple[int, int],
     first_stage: FirstStageConfig,
     wanted: Wanted,
-) -> Wanted | None:
-    """Return the same clips at about half their height and width, of which the full ones are made; None without."""
-    if options.draft is None:
-        return None
+) -> Wanted:
+    """Return the same clips at about half their height and width, of which the full ones are made."""
     check(0 < options.draft <= 1, f"--draft is {options.draft}; it must be above 0, to 1")
     sizes = []
     for frames, *sides in (size_of(first_stage, request.size) for request in requests):
@@ -154,39 +176,34 @@ def _draft(
 
 
 def _windows(
-    options: argparse.Namespace, config: DenoiserRun, first_stage: FirstStageConfig, prompts: Sequence[str], asked: bool
+    options: argparse.Namespace, config: DenoiserRun, first_stage: FirstStageConfig, wanted: Wanted, asked: bool
 ) -> Windows | None:
-    """Return the windows of a clip that is far longer than those of the run's previews, or whose prompt changes.
+    """Return the windows of clips that are far longer than those of the run's previews, or whose prompt changes.
 
-    None: the clip is sampled at once.
+    None: the clips are sampled at once.
     """
-    usual = max((frames for frames, _, _ in config.preview.sizes), default=DEFAULT_SIZE[0])
-    changes = any(len(spans_of(prompt)) > 1 for prompt in prompts)
-    if not (options.window or changes or options.frames > LONG * usual):
+    usual, factor = max((f for f, _, _ in config.preview.sizes), default=DEFAULT_SIZE[0]), first_stage.time_factor
+    given: Any = wanted.sizes  # one, or one for each
+    sizes: list[Size] = [given] if is_whole(given[0]) else list(given)
+    frames, spans = max(size[0] for size in sizes), [spans_of(prompt) for prompt in wanted.prompts]
+    causes = {
+        f"--window is {options.window}": options.window is not None,
+        "--prompt changes in time": any(len(parts) > 1 for parts in spans),
+        f"--frames is {frames}": not asked and frames > LONG * usual,
+    }
+    cause = next((name for name, holds in causes.items() if holds), None)
+    if cause is None:
         return None
-    asked = asked or options.draft is not None
-    check(not asked, f"--frames is {options.frames}; with other options for clips it must be at most {LONG * usual}")
-    latent_size(config, first_stage, (options.frames, options.height, options.width))
-    window = options.window or usual
-    return windows_of(options.frames, window, min(options.context, window // 2), first_stage.time_factor)
-
-
-def _sample_long(
-    options: argparse.Namespace,
-    config: DenoiserRun,
-    first_stage: FirstStageConfig,
-    wanted: Wanted,
-    windows: Windows,
-    sampling: SamplingConfig,
-    paths: list[Path],
-    command: list[str],
-) -> list[Path]:
-    requests = plan_requests(config, first_stage, wanted, sampling)
-    run = load_run(options.workdir, options.autoencoder, options.checkpoint)
-    what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
-    print(f"sora-jax: sampling {len(requests)} of {options.frames} frames in {what}", file=sys.stderr)
-    clips = run.sample_long(requests, windows, sampling, options.seed)
-    return _write(options, config, run.step, command, requests, paths, clips, options.fps)
+    check(not asked and options.draft is None, f"{cause}; with other options for clips that cannot be")
+    check(not wanted.classes, f"{cause}; pictures of classes cannot be sampled in windows")
+    check(len({size[0] for size in sizes}) == 1, f"{cause}; then all clips must have equally many frames")
+    for parts in spans:
+        late = [frame for frame, _ in parts if frame >= frames]
+        check(not late, f"--prompt changes at frame {''.join(map(str, late[:1]))}; the clip has {frames} frames")
+        latents = [-(-frame // factor) for frame, _ in parts]
+        check(len(set(latents)) == len(latents), f"--prompt changes twice within {factor} frames; they share a latent")
+    window = max(usual, 1 + 2 * factor) if options.window is None else options.window
+    return windows_of(frames, window, min(options.context, window // 2), factor)
 
 
 def _task_options(options: argparse.Namespace) -> TaskOptions:
@@ -245,7 +262,9 @@ def _sampling(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfi
 
 
 def _rows(options: argparse.Namespace) -> list[Row]:
-    """Collect the prompts of the command line and of the file that it names."""
+    """Collect the prompts of the command line and of the file that it names; of a repeated file those of its recipe."""
+    if options.rows is not None:
+        return options.rows
     rows: list[Row] = [{"prompt": prompt} for prompt in options.prompt]
     rows += read_prompts(options.prompts_file) if options.prompts_file else []
     if options.expand:
@@ -254,7 +273,10 @@ def _rows(options: argparse.Namespace) -> list[Row]:
             print(f"sora-jax: {row['prompt']!r} is expanded to {prompt!r}", file=sys.stderr)
         rows = [row | {"prompt": prompt} for row, prompt in zip(rows, long, strict=True)]
     check(not (rows and options.classes), "--prompt and --class are both given; give one of them")
-    return rows
+    # "0: ..." alone is a prompt for all frames.
+    return [
+        row | {"prompt": spans_of(row["prompt"])[0][1]} if len(spans_of(row["prompt"])) == 1 else row for row in rows
+    ]
 
 
 def _wanted(options: argparse.Namespace, rows: Sequence[Row], prompts: Sequence[str], classes: Sequence[int]) -> Wanted:

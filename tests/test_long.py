@@ -10,7 +10,8 @@ from fixtures_runs import chain, run, trained  # noqa: F401
 from sora_jax.data.media import decode, write_chunks, write_video
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
-from sora_jax.generate.long import Windows, sample_long, spans_of, windows_of
+from sora_jax.generate.long import HISTORY_LEVEL, Windows, _at, _history, sample_long, windows_of
+from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Request
 
 SETTINGS = SamplingConfig(steps="2")
@@ -47,13 +48,33 @@ def test_a_prompt_holds_from_its_frame_on(sampled):
 
 
 def test_windows_of_several_clips_travel_together(sampled):
-    together = sampled(6, RED, BLUE)
+    """Also beside a clip whose windows end elsewhere."""
+    together = sampled(6, RED, f"0: {BLUE} 9: {RED}", BLUE)
     (alone,) = sampled(6, RED)
     np.testing.assert_allclose(together[0], alone, atol=1e-4)
 
 
+def test_a_prompt_begins_with_the_latent_of_its_frame():
+    """Latent 0 is frame 0, latent 1 frames 1 to 4."""
+    (request,) = _at([Request("0: a 2: b 9: c", (9, 4, 6), 1)], 0, 4, 4)
+    assert request.prompt == "a"
+    found = [_at([Request("0: a 2: b 9: c", (9, 4, 6), 1)], latent, 4, 4)[0].prompt for latent in range(5)]
+    assert found == ["a", "b", "b", "c", "c"]
+
+
+def test_only_the_first_latent_of_a_clip_stands_at_time_0():
+    z = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
+    whole, later = _history(z, 3, 2), _history(z, 2, 2)
+    assert whole.first == 0 and later.first == 1
+    np.testing.assert_array_equal(whole.latent.ravel(), [0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(later.latent.ravel(), [1, 2, 0, 0])
+    np.testing.assert_allclose(later.ceiling.ravel(), [HISTORY_LEVEL, HISTORY_LEVEL, 1, 1])
+
+
 def test_spans_are_read():
     assert spans_of("a fox: 2 cubs") == [(0, "a fox: 2 cubs")]
+    assert spans_of("0: a clock at 7:30 24: night") == [(0, "a clock at 7:30"), (24, "night")]
+    assert spans_of("0: a fox") == [(0, "a fox")]
     assert spans_of("0: a fox runs 24: a fox sleeps") == [(0, "a fox runs"), (24, "a fox sleeps")]
     with pytest.raises(UserError, match="its frames must rise"):
         spans_of("0: a 24: b 12: c")
@@ -84,3 +105,11 @@ def test_the_command_samples_long_clips(chain, tmp_path, capfd):  # noqa: F811
     assert decode(tmp_path / "two.mp4").frames.shape == (9, 16, 24, 3)
     assert run("sample", *common, "--frames=40", "--window=9", f"--out={tmp_path / 'no.mp4'}") == 2
     assert "frames is 40; it must be" in capfd.readouterr().err
+    for options, message in [
+        ([f"--prompt=0: {RED} 9: {BLUE}", "--frames=9"], "--prompt changes at frame 9; the clip has 9 frames"),
+        ([f"--prompt=0: {RED} 2: {BLUE} 3: {RED}", "--frames=9"], "--prompt changes twice within 4 frames"),
+        ([f"--prompt={RED}", "--frames=17", "--window=8"], "--window is 8; it must be at least 9 frames"),
+        ([f"--prompt={RED}", "--frames=17", "--window=9", "--loop"], "--window is 9; with other options for clips"),
+    ]:
+        assert run("sample", *common[:-1], *options, f"--out={tmp_path / 'no.mp4'}") == 2
+        assert message in capfd.readouterr().err

@@ -52,6 +52,23 @@ def test_a_folder_is_captioned_and_its_own_captions_stay(folder, tmp_path, capfd
     assert {caption, "something moves"} <= found
 
 
+def test_a_model_sees_the_frame_in_the_middle(folder, tmp_path, monkeypatch):
+    """A stand-in for the pipeline of transformers, called as its version 5 asks."""
+    seen = []
+
+    def look(image, text, return_full_text):
+        assert text == "" and not return_full_text
+        seen.append(np.asarray(image).astype(int))
+        return [{"generated_text": " a shape "}]
+
+    made = types.SimpleNamespace(pipeline=lambda task, model: look if task == "image-text-to-text" else None)
+    monkeypatch.setitem(sys.modules, "transformers", made)
+    out = tmp_path / "new.csv"
+    assert run("data", "caption", f"--path={folder[0]}", "--how=transformers:any", "--kind=blip", f"--out={out}") == 0
+    assert {row["caption_blip"] for row in csv.DictReader(out.read_text().splitlines())} == {"a shape"}
+    assert any(np.abs(frame - clip(WORLD, 4)[0][4]).mean() < 8 for frame in seen)
+
+
 @pytest.mark.parametrize(
     "how, message", [("magic", "it must be world or transformers:MODEL"), ("transformers:no/such", "--how is")]
 )

@@ -35,7 +35,7 @@ TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SHOWN = 17  # frames of a strip
 
 
-def of(values: Sequence[float]) -> str:
+def summary(values: Sequence[float]) -> str:
     """Return median and 95 % point."""
     there = np.array([value for value in values if not np.isnan(value)])
     return f"median {np.median(there):.2f}, 95 % {np.quantile(there, 0.95):.2f} ({len(there)} clips)"
@@ -44,8 +44,8 @@ def of(values: Sequence[float]) -> str:
 def seams(name: str, found: Sequence[Seam]) -> None:
     """Print the seam ratios of clips."""
     motion = np.mean([one.motion for one in found])
-    print(f"{name:34} ratio {of([s.ratio for s in found])}; quarter {of([s.quarter for s in found])}; "
-          f"jolt {of([s.jolt for s in found])}; motion {motion:.2f}", flush=True)  # fmt: skip
+    print(f"{name:34} ratio {summary([s.ratio for s in found])}; quarter {summary([s.quarter for s in found])}; "
+          f"jolt {summary([s.jolt for s in found])}; motion {motion:.2f}", flush=True)  # fmt: skip
 
 
 def identity(name: str, captions: Sequence[str], clips: Sequence[np.ndarray], firsts: Sequence[np.ndarray]) -> None:

@@ -288,7 +288,10 @@ def _write_webp(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: s
 def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
     text = PngInfo()
     text.add_text("recipe", comment)
-    Image.fromarray(next(chunks)[0]).save(path, pnginfo=text)
+    frames = np.concatenate(list(chunks))
+    if len(frames) != 1:
+        raise UserError(f"a .png holds one frame, the clip has {len(frames)}: use .mp4, .gif or .webp.")
+    Image.fromarray(frames[0]).save(path, pnginfo=text)
 
 
 def read_comment(path: Path) -> str:

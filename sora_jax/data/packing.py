@@ -123,10 +123,7 @@ def _times(sides: Sequence[int]) -> str:
 
 
 class Layout(NamedTuple):
-    """Place the tokens of a clip: their (t, y, x) coordinates (n, 3), and the row of the clip's levels that each reads.
-
-    Tokens beyond those of the clip's grid come last: they help to denoise the others and are no part of the clip.
-    """
+    """Place the tokens of a clip: coordinates (t, y, x), (n, 3), and the row of levels that each reads, (n,)."""
 
     coords: np.ndarray
     rows: np.ndarray
@@ -307,7 +304,7 @@ def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarr
     for slot, grid in enumerate(np.asarray(row["grids_S3"])):
         if grid.all():
             places = np.flatnonzero(row["segments_L"] == slot + 1)
-            tokens = row["tokens_LP"][places[np.argsort(row["index_L"][places])]][: grid.prod()]
+            tokens = row["tokens_LP"][places[np.argsort(row["index_L"][places])]]
             latents.append(unpatchify(tokens, grid, patch))
     return latents
 

@@ -72,12 +72,20 @@ def _hook(how: str) -> Describe:
         raise UserError(f"--how is {how!r}; it must be world or transformers:MODEL")
     try:
         from transformers import pipeline
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise UserError(f"--how is {how!r}; it needs pip install 'sora_jax[text]'") from error
     from PIL import Image
 
     try:
-        look = pipeline("image-to-text", model=how.removeprefix("transformers:"))
-    except (OSError, ValueError, KeyError) as error:
+        look = pipeline("image-text-to-text", model=how.removeprefix("transformers:"))
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"--how is {how!r}; the model cannot be loaded: {error}") from error
-    return lambda frames: str(look(Image.fromarray(frames[len(frames) // 2]))[0]["generated_text"]).strip()
+
+    def describe(frames: np.ndarray) -> str:
+        image = Image.fromarray(frames[len(frames) // 2])
+        try:
+            return str(look(image, text="", return_full_text=False)[0]["generated_text"]).strip()
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"--how is {how!r}; the model does not describe an image: {error}") from error
+
+    return describe

@@ -1,7 +1,8 @@
 """Measure seams of clips: how much the picture changes where parts were joined, against what it changes elsewhere.
 
-The change between two frames is the mean absolute difference of grey levels after a blur over 3 x 3 pixels. A seam
-ratio is the change at the join over the median change of the other neighbours: 1 where the join is like any other pair.
+The change between two frames is the mean absolute difference of levels, over pixels and colours, after a blur over
+3 x 3 pixels. A seam ratio is the change at the join over the median change of the other neighbours: 1 where the join is
+like any other pair.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-STILL = 0.5  # of 255 grey levels: a clip whose median change is below has no ratio
+STILL = 0.5  # of 255 levels: a clip whose median change is below has no ratio
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Seam:
     ratio: float  # change at the join over the median change elsewhere
     quarter: float  # the largest of the four ratios of the quarters of the picture that move
     jolt: float  # change of velocity at the join over its median elsewhere
-    motion: float  # median change elsewhere, in grey levels
+    motion: float  # median change elsewhere, of 255 levels
 
 
 def seam(clip: np.ndarray, join: int) -> Seam:

@@ -11,16 +11,17 @@ captions in training are asked with long ones.
 """
 
 import dataclasses
+import http.client
 import json
 import os
 import random
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 
 from sora_jax.config import check
 from sora_jax.data.world.captions import COLOURS, DIRECTIONS, TONES, parse, write
 from sora_jax.errors import UserError
+from sora_jax.generate.prompts import spans_of
 
 INSTRUCTION = (
     "Rewrite the user's prompt for a text-to-video model as one detailed caption of what is seen: subjects, their "
@@ -32,13 +33,20 @@ Expand = Callable[[str], str]
 
 
 def expand_prompts(prompts: Sequence[str], how: str, seed: int = 0) -> list[str]:
-    """Return the prompts rewritten by the hook `how`.
+    """Return the prompts rewritten by the hook `how`; of one that changes in time every part by itself.
 
     Raises:
         UserError: there is no such hook, or it fails.
     """
     hook = _hook(how, seed)
-    return [hook(prompt) for prompt in prompts]
+
+    def expand(prompt: str) -> str:
+        spans = spans_of(prompt)
+        if len(spans) == 1:
+            return hook(prompt)
+        return " ".join(f"{frame}: {hook(text)}" for frame, text in spans)
+
+    return [expand(prompt) for prompt in prompts]
 
 
 def _hook(how: str, seed: int) -> Expand:
@@ -88,7 +96,7 @@ def _endpoint(address: str, seed: int) -> Expand:
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return str(json.load(answer)["choices"][0]["message"]["content"]).strip()
-        except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (http.client.HTTPException, OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"--expand is {address!r}; it does not answer: {error}") from error
 
     return ask
@@ -97,16 +105,19 @@ def _endpoint(address: str, seed: int) -> Expand:
 def _language_model(name: str) -> Expand:
     try:
         from transformers import pipeline
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise UserError(f"--expand is 'transformers:{name}'; it needs pip install 'sora_jax[text]'") from error
     try:
         generate = pipeline("text-generation", model=name)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--expand is 'transformers:{name}'; the model cannot be loaded: {error}") from error
 
     def ask(prompt: str) -> str:
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
-        answer = generate(messages, max_new_tokens=256, do_sample=False, return_full_text=False)
-        return str(answer[0]["generated_text"]).strip()
+        try:
+            answer = generate(messages, max_new_tokens=256, do_sample=False, return_full_text=False)
+            return str(answer[0]["generated_text"]).strip()
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"--expand is 'transformers:{name}'; the model does not answer: {error}") from error
 
     return ask

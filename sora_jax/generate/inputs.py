@@ -3,6 +3,7 @@
 The names of the options are those of `sora-jax sample`. What contradicts itself is refused before a file is read.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from sora_jax.data.fit import SizeRule
 from sora_jax.data.media import DecodedClip, SpanRule, decode
 from sora_jax.data.tracks import MediaError
 from sora_jax.errors import UserError
+from sora_jax.files import as_path
 from sora_jax.generate.requests import Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.generate.tasks import Tasks, pad
@@ -49,9 +51,10 @@ class TaskOptions:
             what = " and ".join(f"--{name}" for name in asked).replace("_", "-") or "nothing that is done with it"
             check(len(asked) == 1, f"--video is given with {what}; give one of {names}")
         else:
-            wrong = [name for name in asked if not (name == "loop" or (self.image and name in ("mask", "pad")))]
-            check(not wrong, f"--{''.join(wrong[:1])} is given without --video; name a clip")
-            check(not (asked and self.connect), f"--connect is given with --{''.join(asked[:1])}; leave one out")
+            allowed = ("mask", "pad") if self.image else () if self.connect else ("loop",)
+            wrong = ["--" + name.replace("_", "-") for name in asked if name not in allowed]
+            check(not wrong, f"{''.join(wrong[:1])} is given without --video; name a clip")
+            check(len(asked) < 2, f"--{' and --'.join(asked)} are given; give one of them")
         check(self.extend != 0, "--extend is 0; it must be a number of frames, such as +16 or -16")
         check(self.gap > 0, f"--gap is {self.gap}; it must be at least 1")
         check(self.context > 0, f"--context is {self.context}; it must be at least 1")
@@ -67,7 +70,7 @@ class TaskOptions:
         if self.connect:
             files = self.connect.split(",")
             check(len(files) == 2, f"--connect is {self.connect!r}; it must be two files with a comma between")
-            return [("connect", Path(file)) for file in files]
+            return [("connect", as_path(file)) for file in files]
         return [(name, file) for name, file in (("image", self.image), ("video", self.video)) if file]
 
     @property
@@ -116,7 +119,8 @@ def _read(option: str, file: Path, shape: tuple[int, int] | None, multiple: tupl
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
         native.append((height, width))
-        return shape or SizeRule(max(multiple), max_pixels=max(area, max(multiple) ** 2))(height, width)
+        step = math.lcm(*multiple)
+        return shape or SizeRule(step, max_pixels=max(area, step**2))(height, width)
 
     try:
         decoded = decode(file, SpanRule(), fit)
@@ -131,23 +135,30 @@ def _read(option: str, file: Path, shape: tuple[int, int] | None, multiple: tupl
 
 
 def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Task:
-    """Make the task that the options ask for."""
+    """Make the task that the options ask for; say so where it takes a part of a clip alone."""
     tasks, clips = Tasks(run, options.context, options.keep_pixels), inputs.clips
+
+    def whole() -> np.ndarray:
+        clip = tasks.whole(clips[0], size[0])
+        if len(clip) < len(clips[0]):
+            message = f"the first {len(clip)} of {len(clips[0])} frames are used; --frames takes more"
+            print(f"sora-jax: {message}", file=sys.stderr)
+        return clip
+
     if options.connect:
         first, second = clips
         return tasks.connect(first, second, options.gap)
     if options.mask is not None and inputs.mask is not None:
-        clip = tasks.whole(clips[0], size[0])
+        clip = whole()
         return tasks.fill(clip, inputs.mask[: len(clip)])
     if options.pad is not None:
-        return tasks.fill(*pad(tasks.whole(clips[0], size[0]), *options.sides))
+        return tasks.fill(*pad(whole(), *options.sides))
     if options.image:
         return tasks.animate(clips[0], size[0])
     if options.extend is not None:
         return tasks.extend(clips[0], options.extend)
     if options.from_prompt is not None:
-        clip = tasks.whole(clips[0], size[0])
-        return tasks.rewrite(clip, options.from_prompt, 0.7 if options.strength is None else options.strength)
+        return tasks.rewrite(whole(), options.from_prompt, 0.7 if options.strength is None else options.strength)
     if options.strength is not None:
-        return tasks.edit(tasks.whole(clips[0], size[0]), options.strength)
+        return tasks.edit(whole(), options.strength)
     return tasks.close(clips[0], options.gap) if options.video else tasks.loop(size)

@@ -5,7 +5,9 @@ A `.jsonl` file has an object a line, a `.csv` file a header. Both need `prompt`
 """
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.files import read_text
 
+Span = tuple[int, str]  # first frame, prompt
 Row = dict[str, Any]
 COLUMNS: dict[str, Callable[[Any], Any]] = {
     "prompt": str,
@@ -38,7 +41,7 @@ def read_prompts(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts-file is {str(path)!r}; it must be UTF-8 text: {error}") from error
     if path.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(text.lstrip("\ufeff").splitlines()))
+        rows = list(csv.DictReader(io.StringIO(text.lstrip("\ufeff"), newline="")))
     elif path.suffix.lower() == ".jsonl":
         rows = [_parsed(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
@@ -64,3 +67,18 @@ def _checked(path: Path, number: int, row: Row) -> Row:
         return {name: COLUMNS[name](value) for name, value in row.items() if value not in (None, "")}
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} has a value of the wrong kind: {error}") from error
+
+
+def spans_of(prompt: str) -> list[Span]:
+    """Read a prompt that changes in time, "0: a fox runs 24: a fox sleeps"; any other prompt is for all frames.
+
+    Raises:
+        UserError: the frames do not rise.
+    """
+    if not re.match(r"\s*0:\s", prompt):
+        return [(0, prompt)]
+    parts = re.split(r"(?:^|\s)(\d+):\s+", prompt)
+    spans = [(int(frame), text.strip()) for frame, text in zip(parts[1::2], parts[2::2], strict=True)]
+    frames = [frame for frame, _ in spans]
+    check(frames == sorted(set(frames)), f"--prompt is {prompt!r}; its frames must rise, such as 0: ... 24: ...")
+    return spans

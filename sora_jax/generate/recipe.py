@@ -9,35 +9,37 @@ import argparse
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sora_jax import __version__
-from sora_jax.config import check, read_json, to_dict
+from sora_jax.config import check, read_json
 from sora_jax.data.media import read_comment
-from sora_jax.files import as_path, write_json
+from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.prompts import Row
-from sora_jax.train.denoiser import DenoiserRun
 
 FLAGS = {"classes": "class"}  # options whose flag has another name
 LEFT_OUT = (
     "function", "parser", "arguments", "out", "like", "prompts_file", "prompt", "expand", "checkpoint", "sampling",
-    "clip",
+    "clip", "rows",
 )  # fmt: skip
+MANY = 100  # prompts of a command that a recipe holds
 FILES = ("workdir", "autoencoder", "image", "video", "mask")
 
 
-def command_of(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
-    """Return the options of a `sora-jax sample` command as a list, with absolute paths and the prompts of files.
+@dataclass(frozen=True)
+class MadeBy:
+    """Hold what a recipe says of its command: options, prompts as they were sampled, digest of the run's config."""
 
-    Prompts are those that were sampled: nothing is expanded again. A file of prompts that says more of its clips is
-    named; the others are not needed again.
-    """
-    words = [f"--prompt={row['prompt']}" for row in rows]
-    if any(len(row) > 1 for row in rows):
-        words = [f"--prompt={prompt}" for prompt in options.prompt]
-        words += [f"--prompts-file={as_path(options.prompts_file).absolute()}"]
-        words += [f"--expand={options.expand}"] if options.expand else []
+    command: Sequence[str]
+    rows: Sequence[Row]
+    config: str
+
+
+def command_of(options: argparse.Namespace) -> list[str]:
+    """Return the options of a `sora-jax sample` command without its prompts, with absolute paths."""
+    words = []
     for name, value in sorted(vars(options).items()):
         if name in LEFT_OUT or value == options.parser.get_default(name):
             continue
@@ -53,16 +55,23 @@ def command_of(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
     return words + [f"--sampling.{change}" for change in options.sampling]
 
 
-def digest_of(config: DenoiserRun) -> str:
-    """Return a digest of a run's config."""
-    text = json.dumps(to_dict(config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def digest_of(folder: str | Path) -> str:
+    """Return a digest of the config that a run folder keeps; "" where it keeps none."""
+    file = as_path(folder) / "config.json"
+    return hashlib.sha256(read_text(file).encode()).hexdigest()[:16] if file.exists() else ""
 
 
-def make_recipe(command: Sequence[str], config: DenoiserRun, step: int, clip: int, facts: dict[str, Any]) -> dict:
-    """Return the recipe of clip number `clip` of a command, sampled from the checkpoint of a step."""
-    made_by = {"program": f"sora_jax {__version__}", "config": digest_of(config), "step": step}
-    return {**made_by, **facts, "clip": clip, "command": [*command, f"--checkpoint={step}"]}
+def make_recipe(made_by: MadeBy, step: int, clip: int, facts: dict[str, Any]) -> dict:
+    """Return the recipe of clip number `clip` of a command, sampled from the checkpoint of a step.
+
+    It holds all prompts of the command, since clips that travel in the same packs are equal to the bit; of more than
+    MANY it holds its own alone, and the clip is made again to float error.
+    """
+    rows = list(made_by.rows)
+    if len(rows) > MANY:
+        rows, clip = [{"clip_id": clip + 1} | rows[clip]], 0
+    about = {"program": f"sora_jax {__version__}", "config": made_by.config, "step": step}
+    return {**about, **facts, "clip": clip, "rows": rows, "command": [*made_by.command, f"--checkpoint={step}"]}
 
 
 def save_recipe(path: Path, recipe: dict) -> None:
@@ -81,10 +90,12 @@ def read_recipe(path: str | Path) -> dict:
     beside = path.with_name(f"{path.name}.json")
     try:
         recipe = json.loads(read_comment(path) or "null")
-    except ValueError:
+    except (ValueError, OSError):  # another kind of file, or a comment of somebody else
         recipe = None
     if recipe is None and beside.exists():
         recipe = read_json(beside)
-    whole = isinstance(recipe, dict) and isinstance(recipe.get("command"), list)
+    whole = (
+        isinstance(recipe, dict) and isinstance(recipe.get("command"), list) and isinstance(recipe.get("rows"), list)
+    )
     check(whole, f"--like is {str(path)!r}; it holds no recipe, and there is none in {beside.name}")
     return recipe

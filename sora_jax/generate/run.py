@@ -107,19 +107,25 @@ class Run(TrainedDenoiser):
         return [clip for _, clip in sorted(zip(order, decoded, strict=True), key=lambda pair: pair[0])]
 
     def sample_long(
-        self, requests: Sequence[Request], windows: Windows, sampling: SamplingConfig, seed: int
+        self,
+        requests: Sequence[Request],
+        windows: Windows,
+        sampling: SamplingConfig,
+        seed: int,
+        tiles: TilingConfig = TilingConfig(),
     ) -> list[Iterator[np.ndarray]]:
         """Generate clips longer than the model was trained on, see `generate.long`: each in parts, in order.
 
-        Memory does not grow with the length of a clip but by its latent.
+        Memory does not grow with the length of a clip but by its latent. tiles: sides of the tiles that are decoded.
         """
+        parts = TilingConfig((1 + PART * self.autoencoder.config.time_factor, *tiles.tile[1:]), tiles.overlap)
+        tile_grid(self.autoencoder.config, parts)  # UserError where it takes no such tile
         with jax.set_mesh(self.mesh):
             latents = sample_long(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
-        return [self._parts(z) for z in latents]
+        return [self._parts(z, parts) for z in latents]
 
-    def _parts(self, z_thwC: np.ndarray) -> Iterator[np.ndarray]:
+    def _parts(self, z_thwC: np.ndarray, tiles: TilingConfig) -> Iterator[np.ndarray]:
         with jax.set_mesh(self.mesh):
-            tiles = TilingConfig((1 + PART * self.autoencoder.config.time_factor, 0, 0))
             yield from self.autoencoder.decode_chunks(z_thwC, tiles, 1)
 
     def latent_size(self, frames: int, height: int, width: int) -> Size:

@@ -66,7 +66,7 @@ class Conditions(NamedTuple):
     rings_BS: jax.Array | None = None
 
 
-class _Task(NamedTuple):
+class _KnownTokens(NamedTuple):
     """Hold what is known of a request: the ceilings of its rows, and its tokens (None where nothing is known).
 
     ring: the token frames of a clip whose first frame follows the last, else 0.
@@ -81,14 +81,15 @@ class _Task(NamedTuple):
 class _Layout(NamedTuple):
     """Hold requests as items to pack, the same for their negatives, which row holds which, and the sizes of packs.
 
-    tasks: the ceilings of the noise-level rows of each request, and its known tokens.
+    sources: the items with the prompts that describe known clips. tokens: what is known of each request.
     """
 
     items: list[EmptyItem]
     negatives: list[EmptyItem]
+    sources: list[EmptyItem]
     rows: list[list[int]]
     packing: PackingConfig
-    tasks: list[_Task]
+    tokens: list[_KnownTokens]
 
 
 def sample_latents(
@@ -104,7 +105,6 @@ def sample_latents(
     if any(edits) and not all(edits):
         return _separately(model, requests, edits, sampling, seed)
     layout = _lay_out(model, requests)
-    sources = _lay_out(model, [_source(request) for request in requests]) if all(edits) else None
     split = parts("batch", model.mesh)
     at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
     starts = range(0, len(layout.rows), at_once)
@@ -115,6 +115,7 @@ def sample_latents(
         rows = layout.rows[start : start + at_once]
         rows += rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
         conditions = _place(model.mesh, layout, rows, requests)
+        sources = layout._replace(items=layout.sources) if all(edits) else None
         source = _place(model.mesh, sources, rows, requests) if sources else None
         tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
         packs = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
@@ -136,12 +137,6 @@ def _separately(
     return [latents[number] for number in range(len(requests))]
 
 
-def _source(request: Request) -> Request:
-    """Return the request with the prompt of its source."""
-    assert request.known is not None and request.known.source is not None
-    return dataclasses.replace(request, prompt=request.known.source)
-
-
 def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequence[Request]) -> Conditions:
     """Pack the members of some rows and place them on the mesh."""
 
@@ -158,21 +153,21 @@ def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequenc
         placed(layout.negatives) if guides else None,
         scale_BS,
         _given(mesh, layout, rows) if any(request.known for request in requests) else None,
-        _rings(mesh, layout, rows) if any(task.ring for task in layout.tasks) else None,
+        _rings(mesh, layout, rows) if any(task.ring for task in layout.tokens) else None,
     )
 
 
 def _given(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> Given:
     """Place the known tokens of some rows, and the ceilings of their noise levels."""
     packing = layout.packing
-    width = next(task.tokens.shape[1] for task in layout.tasks if task.tokens is not None)
+    width = next(task.tokens.shape[1] for task in layout.tokens if task.tokens is not None)
     x0_BLP = np.zeros((len(rows), packing.length, width), np.float32)
     ceiling_BSr = np.ones((len(rows), packing.slots, packing.rows_per_clip), np.float32)
     rescales_BSr = np.zeros_like(ceiling_BSr)
     for b, row in enumerate(rows):
         begin = 0
         for slot, member in enumerate(row):
-            task = layout.tasks[member]
+            task = layout.tokens[member]
             length = len(task.layout.coords)
             if task.tokens is not None:
                 x0_BLP[b, begin : begin + length] = task.tokens
@@ -188,7 +183,7 @@ def _rings(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> jax.Array:
     """Place the token frames of the clips that are rings, 0 for the others."""
     rings_BS = np.zeros((len(rows), layout.packing.slots), np.int32)
     for found, row in zip(rings_BS, rows, strict=True):
-        found[: len(row)] = [layout.tasks[member].ring for member in row]
+        found[: len(row)] = [layout.tokens[member].ring for member in row]
     return place_batch({"rings_BS": rings_BS}, mesh)["rings_BS"]
 
 
@@ -198,15 +193,18 @@ def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
     Packs have the sizes of the run's, grown if a single request needs more, and to what the mesh can split.
     """
     packing, text, split = model.config.packs, model.tokenizer, parts("length", model.mesh)
-    tasks = [_task(request, model.config.model.patch) for request in requests]
+    tasks = [_known_tokens(request, model.config.model.patch) for request in requests]
 
-    def item(request: Request, task: _Task, caption: str, label: int) -> EmptyItem:
+    def item(request: Request, task: _KnownTokens, caption: str, label: int) -> EmptyItem:
         return EmptyItem(request.size, request.clip_id, text.encode(caption), text.embed(caption), label, task.layout)
 
     items = [item(r, task, r.prompt, r.label) for r, task in zip(requests, tasks, strict=True)]
     negatives = [item(r, task, r.negative, -1) for r, task in zip(requests, tasks, strict=True)]
+    described = [r.known.source if r.known and r.known.source is not None else r.prompt for r in requests]
+    sources = [item(*one, -1) for one in zip(requests, tasks, described, strict=True)]
     lengths = np.array([len(task.layout.coords) for task in tasks])
-    words = np.array([max(len(one.text), len(other.text)) for one, other in zip(items, negatives, strict=True)])
+    texts = zip(items, negatives, sources, strict=True)
+    words = np.array([max(len(item.text) for item in same) for same in texts])
     longest = int(lengths.max())
     length = packing.length if longest <= packing.length else -(-longest // 128) * 128
     text_length = max(packing.text_length, int(words.max()))
@@ -217,17 +215,18 @@ def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
         rows_per_clip=max(len(task.ceilings) for task in tasks),
     )
     planned = plan(0, 0, lengths, words, packing.length, packing.slots, packing.text_length, packing.window)
-    return _Layout(items, negatives, [list(map(int, planned[row])) for row in range(len(planned))], packing, tasks)
+    rows = [list(map(int, planned[row])) for row in range(len(planned))]
+    return _Layout(items, negatives, sources, rows, packing, tasks)
 
 
-def _task(request: Request, patch: Size) -> _Task:
+def _known_tokens(request: Request, patch: Size) -> _KnownTokens:
     """Return the tokens that are known of a request, and a noise-level row for each ceiling that it has."""
     grid, known = grid_of(request.size, patch), request.known
     if known is None:
-        return _Task(np.ones(1), None, layout_of(grid))
+        return _KnownTokens(np.ones(1), None, layout_of(grid))
     ceilings, rows = np.unique(-patchify(known.ceiling[..., None], patch).max(-1), return_inverse=True)
     layout = Layout(layout_of(grid, first=known.first).coords, rows.astype(np.int32))
-    return _Task(-ceilings, patchify(known.latent, patch), layout, grid[0] if known.ring else 0)
+    return _KnownTokens(-ceilings, patchify(known.latent, patch), layout, grid[0] if known.ring else 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

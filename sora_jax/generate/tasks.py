@@ -16,7 +16,6 @@ from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filt
 
 from sora_jax.config import check
 from sora_jax.data.fit import fit_frames
-from sora_jax.data.packing import grid_of
 from sora_jax.generate.requests import Known, Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.models.first_stage import receptive_field
@@ -32,11 +31,18 @@ class Tasks:
 
     context: the frames at most that a continuation sees of a clip. keep_pixels: put the very pixels that were given
     into the result, in place of what the autoencoder makes of them.
+
+    Raises:
+        UserError: a token of the run has several latent frames.
     """
 
     run: Run
     context: int = 9
     keep_pixels: bool = False
+
+    def __post_init__(self):
+        frames = self.run.config.model.patch[0]
+        check(frames == 1, f"the run has model.patch[0] = {frames}; what is given of clips needs 1, a frame to a token")
 
     @property
     def factor(self) -> int:
@@ -50,7 +56,7 @@ class Tasks:
 
     def whole(self, clip: np.ndarray, frames: int) -> np.ndarray:
         """Return the first 1 + f k frames of a clip, at most `frames`."""
-        return clip[: 1 + (min(len(clip), frames) - 1) // self._step * self._step]
+        return clip[: 1 + (min(len(clip), frames) - 1) // self.factor * self.factor]
 
     def animate(self, image: np.ndarray, frames: int) -> Task:
         """Begin a clip of so many frames with an image (1, height, width, 3)."""
@@ -62,7 +68,7 @@ class Tasks:
 
     def _continued(self, clip: np.ndarray, frames: int, context: int) -> Task:
         head = self._first_type(clip, context)
-        total = len(head) + -(-frames // self._step) * self._step
+        total = len(head) + -(-frames // self.factor) * self.factor
         z, count = self._encode(head), self._latents(len(head))
         known = self._known((total, *clip.shape[1:3]), [(slice(0, count), z)])
         before = clip[: len(clip) - len(head)]
@@ -74,28 +80,27 @@ class Tasks:
         return Task((total, *clip.shape[1:3]), known, clip=finish)
 
     def _preceded(self, clip: np.ndarray, frames: int) -> Task:
-        tail = self._later_type(clip, self.context)
-        count, f = len(tail) // self.factor, self.factor
-        total = 1 + -(-(frames - 1) // self._step) * self._step + len(tail)
+        f, tail = self.factor, self._later_type(clip, self.context)
+        check(len(tail) > 0, f"--video has {len(clip)} frames; to be preceded it must have at least {f}")
+        count, total = len(tail) // f, 1 + -(-(frames - 1) // f) * f + len(tail)
         known = self._known((total, *clip.shape[1:3]), [(slice(-count, None), self._encode_later(tail))])
 
         def finish(made: np.ndarray) -> np.ndarray:
             made = self._kept(made, slice(-len(tail), None), tail)
             return np.concatenate([made[-len(tail) - frames :], clip[len(tail) :]])
 
-        check(count > 0, f"--video has {len(clip)} frames; to be preceded it must have at least {f}")
         return Task((total, *clip.shape[1:3]), known, clip=finish)
 
     def connect(self, first: np.ndarray, second: np.ndarray, frames: int) -> Task:
-        """Fill the gap of so many frames between two clips of one size."""
+        """Fill the gap of so many frames, a multiple of the time factor, between two clips of one size."""
+        self._check_gap(frames)
         same = first.shape[1:] == second.shape[1:]
         check(same, f"--connect has clips of {first.shape[1:3]} and {second.shape[1:3]}; they must have one size")
         head, tail = self._first_type(first, self.context), self._later_type(second, self.context)
         check(
             len(tail) > 0, f"--connect has a second clip of {len(second)} frames; it must have at least {self.factor}"
         )
-        gap = -(-frames // self._step) * self._step
-        total = len(head) + gap + len(tail)
+        total = len(head) + frames + len(tail)
         parts = [
             (slice(0, self._latents(len(head))), self._encode(head)),
             (slice(-(len(tail) // self.factor), None), self._encode_later(tail)),
@@ -110,21 +115,25 @@ class Tasks:
 
     def loop(self, size: Size) -> Task:
         """Make a loop of (frames, height, width) from text alone: its first frame follows its last."""
-        frames, f = size[0], self._step
+        frames, f = size[0], self.factor
         below = max(frames // f, 1) * f
         check(frames == below, f"--frames is {frames}; for a loop it must be a multiple of {f}, such as {below}")
-        grid = self._grid((1 + frames, *size[1:]))
+        grid = self.run.latent_size(*(1 + frames, *size[1:]))
         shape = (grid[0] - 1, *grid[1:])
         nothing = np.zeros((*shape, self.autoencoder.config.latent_channels), np.float32)
         return Task(size, Known(nothing, np.ones(shape, np.float32), first=1, ring=True), loops=True)
 
     def close(self, clip: np.ndarray, frames: int) -> Task:
-        """Close a clip into a loop: make so many frames that lead from its end back to its beginning."""
+        """Close a clip into a loop: make so many frames that lead from its end back to its beginning.
+
+        `frames` is a multiple of the time factor; frames of the clip beyond such a multiple are left out at its end.
+        """
+        self._check_gap(frames)
         f = self.factor
         loop = clip[: len(clip) // f * f]
         check(len(loop) >= 2 * f, f"--video has {len(clip)} frames; to become a loop it must have at least {2 * f}")
         z = self._encode_later(loop)
-        count, gap = len(z), -(-frames // self._step)
+        count, gap = len(z), frames // f
         side = max(1, min(count // 2, self._latents(self.context)))
         whole = np.concatenate([z[-side:], np.zeros((gap, *z.shape[1:]), z.dtype), z[:side]])
         ceiling = np.full(whole.shape[:3], GIVEN, np.float32)
@@ -145,7 +154,7 @@ class Tasks:
         A token is given if no pixel of it or of its neighbours is masked: latents near the mask have seen it.
         """
         mask = np.broadcast_to(mask, clip.shape[:3])
-        check(mask.any(), "--mask has no white pixel; what is to be made is white")
+        check(mask.any(), "nothing is to be made: --mask has no white pixel, or --pad adds none")
         z = self._encode(_filled(clip, mask))
         touched = self._to_latents(mask)
         wide = binary_dilation(touched, np.ones((1, 3, 3), bool))
@@ -188,26 +197,21 @@ class Tasks:
     # Latents
     # ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _step(self) -> int:
-        """Return the frames of a token."""
-        return self.factor * self.run.config.model.patch[0]
-
-    def _grid(self, size: Size) -> Size:
-        latent = self.run.latent_size(*size)
-        grid_of(latent, self.run.config.model.patch)
-        return latent
+    def _check_gap(self, frames: int) -> None:
+        below = max(frames // self.factor, 1) * self.factor
+        nearest = f"{below} or {below + self.factor}"
+        check(frames == below, f"--gap is {frames}; it must be a multiple of {self.factor}, such as {nearest}")
 
     def _latents(self, frames: int) -> int:
         return 1 + (frames - 1) // self.factor
 
     def _first_type(self, clip: np.ndarray, context: int) -> np.ndarray:
         """Return the last 1 + f k frames of a clip, at most `context`."""
-        return clip[len(clip) - 1 - (min(len(clip), context) - 1) // self._step * self._step :]
+        return clip[len(clip) - 1 - (min(len(clip), context) - 1) // self.factor * self.factor :]
 
     def _later_type(self, clip: np.ndarray, context: int) -> np.ndarray:
         """Return the first f k frames of a clip, at most `context`, but at least one latent of them if there is one."""
-        return clip[: max(min(len(clip), context) // self._step, len(clip) >= self._step) * self._step]
+        return clip[: max(min(len(clip), context) // self.factor, len(clip) >= self.factor) * self.factor]
 
     def _encode(self, clip: np.ndarray) -> np.ndarray:
         return next(iter(self.autoencoder.encode([clip], 1)))
@@ -220,7 +224,7 @@ class Tasks:
 
     def _known(self, size: Size, parts: list[tuple[slice, np.ndarray]]) -> Known:
         """Give the latents of some frames; the others are made."""
-        shape = self._grid(size)
+        shape = self.run.latent_size(*size)
         latent = np.zeros((*shape, self.autoencoder.config.latent_channels), np.float32)
         ceiling = np.full(shape, MADE, np.float32)
         for place, z in parts:

@@ -1,7 +1,7 @@
 """Draw what is given of the clips of a batch: first or last frames, boxes, or a noise level for each frame.
 
 A token reads its noise level from a row of its clip's table. Given tokens read the last row of the clip, whose level is
-0, small, or 1; they are not in the loss. A draw is a function of (seed, step, clip), so a clip has the same in any pack
+0 or small; they are not in the loss. A draw is a function of (seed, step, clip), so a clip has the same in any pack
 (Open-Sora 1.1 has such masks; levels of single frames: Diffusion Forcing, 2407.01392; rising: Rolling Diffusion,
 2402.09470).
 """
@@ -40,15 +40,12 @@ class GivenConfig:
     levels: float = 0.0  # every frame has a noise level of its own, in a third of the draws rising with time
     headless: float = 0.0  # share of clips, whatever is given of them, that begin at their second token frame
     noise: float = 0.2  # share of the draws in which given tokens have a little noise
-    dropped: float = 0.1  # share of the draws in which given tokens are noise alone, for guidance by them
 
     def __post_init__(self):
-        for name in (*KINDS, "headless", "noise", "dropped"):
+        for name in (*KINDS, "headless", "noise"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"diffusion.given.{name} is {value}; it must be from 0 to 1")
         check(self.any <= 1, f"diffusion.given has shares that add up to {self.any:g}; it must be at most 1")
-        both = self.noise + self.dropped
-        check(both <= 1, f"diffusion.given.noise + dropped is {both:g}; it must be at most 1")
 
     @property
     def any(self) -> float:
@@ -101,11 +98,10 @@ def _kinds(config: GivenConfig, u_BS: Array, frames_BS: Array) -> Array:
 
 
 def _levels(config: GivenConfig, u_BS: Array, v_BS: Array) -> Array:
-    """Draw the noise level of given tokens: 0, small, or 1."""
+    """Draw the noise level of given tokens: 0 or small."""
     normal_BS = jnp.sqrt(2.0) * jax.lax.erf_inv(2.0 * v_BS - 1.0)
     small_BS = jnp.minimum(jnp.exp(NOISE_MEDIAN + NOISE_SPREAD * normal_BS), NOISE_MOST)
-    noisy_BS = jnp.where(u_BS < config.dropped + config.noise, small_BS, 0.0)
-    return jnp.where(u_BS < config.dropped, 1.0, noisy_BS)
+    return jnp.where(u_BS < config.noise, small_BS, 0.0)
 
 
 def _frame_times(
@@ -158,9 +154,7 @@ def _given(keys_BS: Array, numbers_BSX: Array, kind_BS: Array, pack: Pack) -> Bo
     given_BL = jnp.zeros_like(index, dtype=bool)
     for kind, rule in rules.items():
         given_BL = jnp.where(kind_BL == KINDS.index(kind), rule(), given_BL)
-    # What lies beyond the grid is always given: key frames.
-    beyond_BL = (places.t >= frames) & (pack.segments_BL > 0)
-    return (given_BL & (pack.segments_BL > 0)) | beyond_BL
+    return given_BL & (pack.segments_BL > 0)
 
 
 def _up_to(most: Array, u: Array) -> Array:
