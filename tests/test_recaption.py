@@ -1,6 +1,8 @@
 """Captions made by looking: of clips of the world they are the world's own."""
 
 import csv
+import sys
+import types
 
 import numpy as np
 import pytest
