@@ -210,7 +210,9 @@ def _tasks(p) -> None:
     about = "what the clip shows: change that to what --prompt says, and keep the rest"
     p.add_argument("--from-prompt", metavar="TEXT", help=about)
     p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
-    p.add_argument("--gap", type=int, default=8, help="frames to make between clips, or to close a loop")
+    p.add_argument(
+        "--gap", type=int, help="frames to make between clips, or to close a loop; a multiple of the time factor (8)"
+    )
     p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")
     about = "sample a longer clip in windows of so many frames (default: those of the previews, if it is far longer)"
     p.add_argument("--window", type=int, metavar="FRAMES", help=about)

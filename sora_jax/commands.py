@@ -57,6 +57,8 @@ def sample(options: argparse.Namespace) -> list[Path]:
     side by side.
     """
     check(options.workdir, "--workdir is not given; it is the folder of a run (or give --like=FILE)")
+    both = options.extend is not None and options.frames is not None
+    check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
     rows, classes, asked = _rows(options), _classes(options.classes), _task_options(options)
     made_by = MadeBy(command_of(options), rows, digest_of(options.workdir))
     prompts = [row["prompt"] for row in rows]
@@ -113,6 +115,9 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     still = several and options.out.suffix.lower() == ".png"
     check(not still, f"--out is {str(options.out)!r}; a clip of several frames needs .mp4, .gif or .webp")
     check(not (asked and options.draft is not None), "--draft is given with an option for clips; leave one of them out")
+    read = [file for _, file in asked.clips] + ([asked.mask] if asked.mask else [])
+    over = [file for file in read if as_path(file).absolute() == as_path(options.out).absolute()]
+    check(not over, f"--out is {str(options.out)!r}; that file is read, give another name")
     sized = asked and any({"frames", "height", "width"} & set(row) for row in rows)
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 
@@ -230,11 +235,12 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
     """Print what will be sampled, and which prompts are longer than the run reads."""
     most = run.tokenizer.max_tokens
     for request in requests:
-        if (length := run.tokenizer.length(request.prompt)) > most:
-            print(f"sora-jax: {request.prompt!r} has {length} tokens; this run reads the first {most}", file=sys.stderr)
+        if (count := run.tokenizer.length(request.prompt)) > most:
+            print(f"sora-jax: {request.prompt!r} has {count} tokens; this run reads the first {most}", file=sys.stderr)
     tokens = math.prod(grid_of(requests[0].size, run.config.model.patch))
-    size = size_of(run.autoencoder.config, requests[0].size)
-    what = f"{len(requests)} of {'x'.join(map(str, size))}, {tokens:,} tokens each"
+    frames, height, width = size_of(run.autoencoder.config, requests[0].size)
+    length = f"{requests[0].size[0]} latent frames of " if requests[0].known else f"{frames}x"
+    what = f"{len(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
     how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
 
@@ -270,7 +276,8 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     if options.expand:
         long = expand_prompts([row["prompt"] for row in rows], options.expand, options.seed)
         for row, prompt in zip(rows, long, strict=True):
-            print(f"sora-jax: {row['prompt']!r} is expanded to {prompt!r}", file=sys.stderr)
+            became = f"is expanded to {prompt!r}" if prompt != row["prompt"] else "is left as it is"
+            print(f"sora-jax: {row['prompt']!r} {became}", file=sys.stderr)
         rows = [row | {"prompt": prompt} for row, prompt in zip(rows, long, strict=True)]
     check(not (rows and options.classes), "--prompt and --class are both given; give one of them")
     # "0: ..." alone is a prompt for all frames.

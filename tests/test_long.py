@@ -78,6 +78,8 @@ def test_spans_are_read():
     assert spans_of("0: a fox runs 24: a fox sleeps") == [(0, "a fox runs"), (24, "a fox sleeps")]
     with pytest.raises(UserError, match="its frames must rise"):
         spans_of("0: a 24: b 12: c")
+    with pytest.raises(UserError, match="the first part must begin at frame 0"):
+        spans_of("8: a 24: b")
 
 
 def test_windows_are_counted_in_latents():

@@ -70,7 +70,8 @@ def describe_world(prompt: str, seed: int) -> str:
     shapes = []
     for shape in said.shapes:
         colour = shape.colour or draw.choice(list(COLOURS))
-        way = draw.choice([way for way in DIRECTIONS if " " not in way])
+        named = [way for way in DIRECTIONS if " " not in way and way in prompt.lower().split()]
+        way = draw.choice(named or [way for way in DIRECTIONS if " " not in way])
         motion = (shape.motion, shape.direction) if shape.motion else ("move", way)
         shapes.append(dataclasses.replace(shape, colour=colour, motion=motion[0], direction=motion[1]))
     tone = said.tone or draw.choice(list(TONES))

@@ -20,6 +20,7 @@ from sora_jax.generate.requests import Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.generate.tasks import Tasks, pad
 
+GAP = 8  # frames of --gap where it is not given
 WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt")
 
 
@@ -36,7 +37,7 @@ class TaskOptions:
     pad: str | None = None  # LEFT,TOP,RIGHT,BOTTOM: make so many more pixels on the sides
     strength: float | None = None  # change the clip so much, from 0 to 1
     from_prompt: str | None = None  # what the clip shows; the prompt says what it is to show
-    gap: int = 8  # frames to make between two clips, or between end and beginning of a loop
+    gap: int | None = None  # frames to make between two clips, or between end and beginning of a loop; None: 8
     context: int = 9  # frames at most of a clip that a continuation sees
     keep_pixels: bool = False  # put the very pixels that were given into the result
 
@@ -53,10 +54,13 @@ class TaskOptions:
         else:
             allowed = ("mask", "pad") if self.image else () if self.connect else ("loop",)
             wrong = ["--" + name.replace("_", "-") for name in asked if name not in allowed]
-            check(not wrong, f"{''.join(wrong[:1])} is given without --video; name a clip")
+            beside = "beside --image" if self.image else "beside --connect" if self.connect else "without --video"
+            check(not wrong, f"{''.join(wrong[:1])} is given {beside}; it is for a clip named by --video")
             check(len(asked) < 2, f"--{' and --'.join(asked)} are given; give one of them")
         check(self.extend != 0, "--extend is 0; it must be a number of frames, such as +16 or -16")
-        check(self.gap > 0, f"--gap is {self.gap}; it must be at least 1")
+        fills = self.connect or (self.video and self.loop)
+        check(self.gap is None or fills, f"--gap is {self.gap}; it is for --connect, or for --video with --loop")
+        check(self.gap is None or self.gap > 0, f"--gap is {self.gap}; it must be at least 1")
         check(self.context > 0, f"--context is {self.context}; it must be at least 1")
         self.clips  # noqa: B018 - raises where --connect names no two files
         self.sides  # noqa: B018
@@ -130,13 +134,13 @@ def _read(option: str, file: Path, shape: tuple[int, int] | None, multiple: tupl
     found = decoded.frames.shape[1:3]
     if native and native[0] != found:
         before, after = ("x".join(map(str, sides)) for sides in (native[0], found))
-        print(f"sora-jax: --{option} is fitted from {before} to {after} (height x width)", file=sys.stderr)
+        print(f"sora-jax: --{option} is scaled and cropped from {before} to {after} (height x width)", file=sys.stderr)
     return decoded
 
 
 def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Task:
     """Make the task that the options ask for; say so where it takes a part of a clip alone."""
-    tasks, clips = Tasks(run, options.context, options.keep_pixels), inputs.clips
+    tasks, clips, gap = Tasks(run, options.context, options.keep_pixels), inputs.clips, options.gap or GAP
 
     def whole() -> np.ndarray:
         clip = tasks.whole(clips[0], size[0])
@@ -147,11 +151,12 @@ def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Tas
 
     if options.connect:
         first, second = clips
-        return tasks.connect(first, second, options.gap)
+        return tasks.connect(first, second, gap)
     if options.mask is not None and inputs.mask is not None:
         clip = whole()
         return tasks.fill(clip, inputs.mask[: len(clip)])
     if options.pad is not None:
+        _check_padded(clips[0].shape[1:3], options, run)
         return tasks.fill(*pad(whole(), *options.sides))
     if options.image:
         return tasks.animate(clips[0], size[0])
@@ -161,4 +166,19 @@ def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Tas
         return tasks.rewrite(whole(), options.from_prompt, 0.7 if options.strength is None else options.strength)
     if options.strength is not None:
         return tasks.edit(whole(), options.strength)
-    return tasks.close(clips[0], options.gap) if options.video else tasks.loop(size)
+    return tasks.close(clips[0], gap) if options.video else tasks.loop(size)
+
+
+def _check_padded(sides: tuple[int, int], options: TaskOptions, run: Run) -> None:
+    """Raise a UserError where --pad makes a size that the run does not take."""
+    left, top, right, bottom = options.sides
+    _, *patch = run.config.model.patch
+    for name, side, more, places in (
+        ("height", sides[0], top + bottom, patch[0]),
+        ("width", sides[1], left + right, patch[1]),
+    ):
+        step = run.autoencoder.config.space_factor * places
+        below = max((side + more) // step, 1) * step
+        nearest = f"{below} or {below + step}"
+        message = f"--pad is {options.pad}; it makes the {name} {side + more}, which must be a multiple of {step}"
+        check(side + more == below, f"{message}, such as {nearest}")

@@ -75,8 +75,9 @@ def spans_of(prompt: str) -> list[Span]:
     Raises:
         UserError: the frames do not rise.
     """
-    if not re.match(r"\s*0:\s", prompt):
+    if not re.match(r"\s*\d+:\s", prompt):
         return [(0, prompt)]
+    check(re.match(r"\s*0:\s", prompt), f"--prompt is {prompt!r}; the first part must begin at frame 0: 0: ... 24: ...")
     parts = re.split(r"(?:^|\s)(\d+):\s+", prompt)
     spans = [(int(frame), text.strip()) for frame, text in zip(parts[1::2], parts[2::2], strict=True)]
     frames = [frame for frame, _ in spans]

@@ -22,7 +22,7 @@ from sora_jax.models.first_stage import receptive_field
 from sora_jax.train.frozen import FrozenAutoencoder
 
 MADE, GIVEN = 1.0, 0.0
-FEATHER = 6  # pixels over which kept pixels fade into made ones
+FEATHER = 1 / 8  # of the shorter side, over which kept pixels fade into made ones around a mask
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Tasks:
                 return made
             distance = np.stack([distance_transform_edt(~frame) if frame.any() else np.full(frame.shape, np.inf)
                                  for frame in mask])  # fmt: skip
-            share = np.clip(1.0 - distance / FEATHER, 0.0, 1.0)[..., None]
+            share = np.clip(1.0 - distance / max(1.0, FEATHER * min(mask.shape[1:])), 0.0, 1.0)[..., None]
             return (share * made + (1.0 - share) * clip + 0.5).astype(np.uint8)
 
         return Task(clip.shape[:3], known, clip=finish)
