@@ -250,7 +250,10 @@ def _data(commands) -> None:
     p.add_argument("folder", type=as_path, help="dataset folder")
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.set_defaults(function=inspect)
-    example = "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
+    example = (
+        "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
+        " --out=clips/captions.csv"
+    )
     p = _parser(verbs.add_parser, "caption", help="caption the clips of a folder by a model", epilog=example)
     p.add_argument("--path", type=as_path, required=True, help="folder of videos and images")
     p.add_argument("--how", required=True, help="world (its oracle) or transformers:MODEL (an image-to-text model)")

@@ -86,5 +86,6 @@ def test_meshes_agree(shape, token_spec, reference):
         found = quick_jit(room)(*sharded)
     np.testing.assert_array_equal(jax.jit(batch_ranks)(sharded[2]), reference[3])  # no mesh is set here
     assert jax.typeof(found[0]).sharding.spec == PartitionSpec(*token_spec, *[None] * (3 - len(token_spec)))
-    np.testing.assert_array_equal(found[0], reference[0])
+    # Where the compiler fuses the draw with what uses it, the last digit may be another.
+    np.testing.assert_allclose(found[0], reference[0], rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(found, reference, rtol=1e-5, atol=1e-5)
