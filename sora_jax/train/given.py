@@ -75,10 +75,11 @@ def draw_given(
     tokens have that are not given. A clip keeps at least one token that is not given.
     """
     (B, S), rows = pack.clip_ids_BS.shape, pack.row_slots_BR.shape[1] // pack.slots
-    own_keys = clip_keys(keys[0], pack.clip_ids_BS)
-    numbers_BSX = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (_NUMBERS,))))(own_keys)
+    numbers_BSX = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (_NUMBERS,))))(
+        clip_keys(keys[0], pack.clip_ids_BS)
+    )
     kind_BS = _kinds(config, numbers_BSX[..., 0], pack.grids_BS3[..., 0])
-    given_BL = _given(own_keys, numbers_BSX, kind_BS, pack)
+    given_BL = _given(keys[0], numbers_BSX, kind_BS, pack)
     spare_BL = rows * slot_of(pack.segments_BL) + rows - 1
     level_BS = jnp.where(kind_BS < len(KINDS), _levels(config, numbers_BSX[..., 1], numbers_BSX[..., 2]), 0.0)
     clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1))
@@ -116,7 +117,7 @@ def _frame_times(
     """Draw a noise level for each frame, for a third of the clips in rising order."""
     alone = dataclasses.replace(times, stratified=False)
     draw = lambda frame: draw_times(alone, process, jax.random.fold_in(key, frame), clips)  # noqa: E731
-    times_BSF = jnp.moveaxis(jax.vmap(draw)(jnp.arange(most)), 0, -1)
+    times_BSF = jnp.stack([draw(frame) for frame in range(most)], axis=-1)  # keys and shardings do not vmap together
     real_BSF = jnp.arange(most)[None, None, :] < frames_BS[..., None]
     rising_BSF = jnp.sort(jnp.where(real_BSF, times_BSF, 2.0), axis=-1)
     return jnp.where(real_BSF & (u_BS[..., None] < 1 / 3), rising_BSF, times_BSF)
@@ -133,7 +134,7 @@ class _Places(NamedTuple):
     width: Array
 
 
-def _given(keys_BS: Array, numbers_BSX: Array, kind_BS: Array, pack: Pack) -> Bool[Array, "B L"]:
+def _given(key: Key[Array, ""], numbers_BSX: Array, kind_BS: Array, pack: Pack) -> Bool[Array, "B L"]:
     """Return the tokens that are given, by the kind of each clip."""
     slots_BL = slot_of(pack.segments_BL)
     grids_BL3 = per_slot(jnp.maximum(pack.grids_BS3, 1), slots_BL)
@@ -142,8 +143,8 @@ def _given(keys_BS: Array, numbers_BSX: Array, kind_BS: Array, pack: Pack) -> Bo
     places = _Places(index // (height * width), index // width % height, index % width, frames, height, width)
     numbers_BLX, kind_BL = per_slot(numbers_BSX, slots_BL), per_slot(kind_BS, slots_BL)
     u = lambda place: numbers_BLX[..., place]  # noqa: E731
-    one = jax.vmap(jax.vmap(lambda key, frame: jax.random.uniform(jax.random.fold_in(key, frame))))
-    own_BL = one(per_slot(keys_BS, slots_BL), places.t)
+    one = lambda clip, frame: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, clip), frame))  # noqa: E731
+    own_BL = jax.vmap(jax.vmap(one))(per_slot(pack.clip_ids_BS, slots_BL), places.t)
     rules: dict[str, Callable[[], Array]] = {
         "first": lambda: places.t < _first(places, u(4), u(5)),
         "last": lambda: places.t >= frames - _up_to(frames // 2, u(5)),
