@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.data.packing import PackingConfig, grid_of
+from sora_jax.data.packing import grid_of
 from sora_jax.generate.requests import Request
 from sora_jax.generate.run import Run, load_run
 from sora_jax.generate.sampler import sample_latents
@@ -30,7 +30,9 @@ def tokens(run: Run, request: Request) -> int:
 
 def alone(run: Run, request: Request) -> Run:
     """Return the run with packs that hold one clip of this size and nothing else."""
-    packing = PackingConfig(length=tokens(run, request), slots=1, text_length=run.config.tokenizer.max_tokens)
+    packing = dataclasses.replace(
+        run.config.packing, length=tokens(run, request), slots=1, text_length=run.config.tokenizer.max_tokens
+    )
     return dataclasses.replace(run, config=dataclasses.replace(run.config, packing=packing))
 
 
