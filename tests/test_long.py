@@ -94,7 +94,8 @@ def test_a_file_written_in_parts_is_the_file_written_at_once(tmp_path):
     for ending in ("mp4", "gif"):
         whole = write_video(tmp_path / f"whole.{ending}", clip, 8.0, 2)
         parts = write_chunks(tmp_path / f"parts.{ending}", iter([clip[:4], clip[4:5], clip[5:]]), 8.0, 2)
-        assert whole.read_bytes() == parts.read_bytes()
+        found, wanted = (decode(file).frames.astype(int) for file in (parts, whole))
+        assert np.abs(found - wanted).max() <= (8 if ending == "mp4" else 0)
 
 
 def test_the_command_samples_long_clips(chain, tmp_path, capfd):  # noqa: F811

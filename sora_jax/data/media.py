@@ -258,7 +258,9 @@ def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: st
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60000))
         stream.height, stream.width = first.shape[0] + odd[0][1], first.shape[1] + odd[1][1]
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16", "preset": "medium"}
+        # One thread, of libav and of x264: with more, equal frames give another file almost every time.
+        stream.codec_context.thread_count = 1
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16", "preset": "medium", "x264-params": "threads=1"}
         # Untagged, players guess the matrix from the size, and colours shift between small and large clips.
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
         for pixels in itertools.chain([first], frames):
