@@ -1,11 +1,9 @@
 """Clips longer than the model was trained on: windows, prompts in time, parts that are decoded one by one."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
-from fixtures_runs import chain, run, trained  # noqa: F401
+from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 
 from sora_jax.data.media import decode, write_chunks, write_video
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -20,10 +18,7 @@ RED, BLUE = "a red square moves right", "a blue square moves down"
 
 @pytest.fixture(scope="module")
 def sampled(trained):  # noqa: F811
-    """Sample with random weights: after a few steps of training its gates are still almost closed."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), trained.params)
-    model = dataclasses.replace(trained, params=params)
+    model = with_random_weights(trained)
 
     def draw(frames, *prompts):
         requests = [Request(prompt, (frames, 4, 6), i + 1, guidance=2.0) for i, prompt in enumerate(prompts)]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from compare import assert_far, assert_near
-from fixtures_runs import chain, trained  # noqa: F401
+from fixtures_runs import chain, trained, with_random_weights  # noqa: F401
 
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
@@ -27,10 +27,7 @@ near = functools.partial(assert_near, tolerance=1e-4)
 
 @pytest.fixture(scope="module")
 def model(trained):  # noqa: F811
-    """The run with random weights: after a few steps of training its gates are still almost closed."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), trained.params)
-    return dataclasses.replace(trained, params=params)
+    return with_random_weights(trained)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures_diffusion import quick_jit
-from fixtures_runs import chain, run, trained  # noqa: F401
+from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 
 from sora_jax.data.fit import fit_frames
 from sora_jax.data.media import decode, write_video
@@ -32,10 +32,7 @@ SETTINGS = SamplingConfig(steps="3")
 
 @pytest.fixture(scope="module")
 def model(trained):  # noqa: F811
-    """The run with random weights: after a few steps of training its gates are still almost closed."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), trained.params)
-    return dataclasses.replace(trained, params=params)
+    return with_random_weights(trained)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +93,7 @@ def test_an_image_begins_a_clip(model, clip):
 
 
 def test_three_seeds_share_an_ending(model, clip):
-    """Where the decoder no longer sees what was made, all frames are equal; before, they are not."""
+    """Compare seeds: frames are equal from where the decoder no longer sees what was made, and not before."""
     ending = np.concatenate([clip, clip[::-1]] * 3 + [clip])
     task = Tasks(model, context=len(ending)).extend(ending, -9)
     ends = [generate(model, task, seed=seed)[0] for seed in (1, 2, 3)]
@@ -195,7 +192,7 @@ def test_loops_have_the_frames_asked_for(model, clip):
     text, closed = generate(model, Tasks(model).loop((8, 16, 24)), Tasks(model).close(clip, 4))
     assert text.shape == (8, 16, 24, 3)
     assert closed.shape == (12, 16, 24, 3)
-    with pytest.raises(UserError, match="--frames is 9; for a loop it must be a multiple of 4, such as 8"):
+    with pytest.raises(UserError, match="--frames is 9; it must be a multiple of 4, such as 8 or 12"):
         Tasks(model).loop((9, 16, 24))
 
 
@@ -301,7 +298,7 @@ def test_the_command_does_each_task(chain, files):  # noqa: F811
         (["--video=CLIP", "--strength=1.5"], "--strength is 1.5; it must be from 0 to 1"),
         (["--video=nowhere.mp4", "--extend=4"], "--video is 'nowhere.mp4'; it cannot be read"),
         (["--video=CLIP", "--extend=0"], "--extend is 0; it must be a number of frames"),
-        (["--loop", "--frames=7"], "--frames is 7; for a loop it must be a multiple of 4, such as 4"),
+        (["--loop", "--frames=7"], "--frames is 7; it must be a multiple of 4, such as 4 or 8"),
         (["--image=CLIP", "--loop"], "--loop is given beside --image; it is for a clip named by --video"),
         (["--image=CLIP", "--mask=CLIP", "--pad=4,0,0,0"], "--mask and --pad are given; give one of them"),
         (["--from-prompt=a fox"], "--from-prompt is given without --video"),
@@ -338,7 +335,7 @@ def test_a_draft_is_what_the_clip_is_made_of(model, clip, chain, tmp_path):  # n
 
 @pytest.mark.parametrize("ending", ["mp4", "gif", "webp"])
 def test_a_file_is_made_again_from_its_own_recipe(chain, files, tmp_path, ending):  # noqa: F811
-    """Of two clips of a command the second, from its metadata, and from the file beside it."""
+    """Make the second of two clips of a command again, from its metadata, and from the file beside it."""
     common = [f"--workdir={chain.transformer}", "--steps=2", "--seed=7", "--sampling.guidance.rescale=0.5"]
     prompts = ["--prompt=a red square, moves", '--prompt=a "green" square é']
     out = tmp_path / f"clip.{ending}"

@@ -200,8 +200,10 @@ def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
 
     items = [item(r, task, r.prompt, r.label) for r, task in zip(requests, tasks, strict=True)]
     negatives = [item(r, task, r.negative, -1) for r, task in zip(requests, tasks, strict=True)]
-    described = [r.known.source if r.known and r.known.source is not None else r.prompt for r in requests]
-    sources = [item(*one, -1) for one in zip(requests, tasks, described, strict=True)]
+    sources = [
+        item(r, task, r.known.source, r.label) if r.known and r.known.source is not None else same
+        for r, task, same in zip(requests, tasks, items, strict=True)
+    ]
     lengths = np.array([len(task.layout.coords) for task in tasks])
     texts = zip(items, negatives, sources, strict=True)
     words = np.array([max(len(item.text) for item in same) for same in texts])

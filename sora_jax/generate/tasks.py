@@ -15,7 +15,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
 
 from sora_jax.config import check
-from sora_jax.data.fit import fit_frames
+from sora_jax.data.fit import fit_frames, longest_length
 from sora_jax.generate.requests import Known, Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.models.first_stage import receptive_field
@@ -56,7 +56,7 @@ class Tasks:
 
     def whole(self, clip: np.ndarray, frames: int) -> np.ndarray:
         """Return the first 1 + f k frames of a clip, at most `frames`."""
-        return clip[: 1 + (min(len(clip), frames) - 1) // self.factor * self.factor]
+        return clip[: longest_length(self.factor, min(len(clip), frames))]
 
     def animate(self, image: np.ndarray, frames: int) -> Task:
         """Begin a clip of so many frames with an image (1, height, width, 3)."""
@@ -93,7 +93,7 @@ class Tasks:
 
     def connect(self, first: np.ndarray, second: np.ndarray, frames: int) -> Task:
         """Fill the gap of so many frames, a multiple of the time factor, between two clips of one size."""
-        self._check_gap(frames)
+        self._check_multiple("gap", frames)
         same = first.shape[1:] == second.shape[1:]
         check(same, f"--connect has clips of {first.shape[1:3]} and {second.shape[1:3]}; they must have one size")
         head, tail = self._first_type(first, self.context), self._later_type(second, self.context)
@@ -115,10 +115,8 @@ class Tasks:
 
     def loop(self, size: Size) -> Task:
         """Make a loop of (frames, height, width) from text alone: its first frame follows its last."""
-        frames, f = size[0], self.factor
-        below = max(frames // f, 1) * f
-        check(frames == below, f"--frames is {frames}; for a loop it must be a multiple of {f}, such as {below}")
-        grid = self.run.latent_size(*(1 + frames, *size[1:]))
+        self._check_multiple("frames", size[0])
+        grid = self.run.latent_size(1 + size[0], *size[1:])
         shape = (grid[0] - 1, *grid[1:])
         nothing = np.zeros((*shape, self.autoencoder.config.latent_channels), np.float32)
         return Task(size, Known(nothing, np.ones(shape, np.float32), first=1, ring=True), loops=True)
@@ -128,7 +126,7 @@ class Tasks:
 
         `frames` is a multiple of the time factor; frames of the clip beyond such a multiple are left out at its end.
         """
-        self._check_gap(frames)
+        self._check_multiple("gap", frames)
         f = self.factor
         loop = clip[: len(clip) // f * f]
         check(len(loop) >= 2 * f, f"--video has {len(clip)} frames; to become a loop it must have at least {2 * f}")
@@ -197,17 +195,18 @@ class Tasks:
     # Latents
     # ------------------------------------------------------------------------------------------------------
 
-    def _check_gap(self, frames: int) -> None:
+    def _check_multiple(self, option: str, frames: int) -> None:
+        """Raise a UserError unless so many frames are whole latents that all have a past."""
         below = max(frames // self.factor, 1) * self.factor
         nearest = f"{below} or {below + self.factor}"
-        check(frames == below, f"--gap is {frames}; it must be a multiple of {self.factor}, such as {nearest}")
+        check(frames == below, f"--{option} is {frames}; it must be a multiple of {self.factor}, such as {nearest}")
 
     def _latents(self, frames: int) -> int:
         return 1 + (frames - 1) // self.factor
 
     def _first_type(self, clip: np.ndarray, context: int) -> np.ndarray:
         """Return the last 1 + f k frames of a clip, at most `context`."""
-        return clip[len(clip) - 1 - (min(len(clip), context) - 1) // self.factor * self.factor :]
+        return clip[-longest_length(self.factor, min(len(clip), context)) :]
 
     def _later_type(self, clip: np.ndarray, context: int) -> np.ndarray:
         """Return the first f k frames of a clip, at most `context`, but at least one latent of them if there is one."""
