@@ -200,7 +200,10 @@ def _sample(commands) -> None:
 
 
 def _tasks(p) -> None:
-    p.add_argument("--image", type=as_path, metavar="FILE", help="begin with this image")
+    picture = dict(action="append", default=[], metavar="FILE[@FRAME]")
+    p.add_argument("--image", **picture, help="the first frame, or frame FRAME; may be given several times")
+    p.add_argument("--sketch", **picture, help="dark lines on white: the edges of a frame (first); for runs trained so")
+    p.add_argument("--edges", action="store_true", help="--sketch names pictures, whose edges are drawn")
     p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next six options")
     p.add_argument("--extend", type=int, metavar="N", help="make N frames after the clip; -N: before it")
     p.add_argument("--loop", action="store_true", help="a loop: of the prompt alone, or one that closes the clip")
@@ -280,6 +283,9 @@ def _encode(verbs) -> None:
     p.add_argument("--shard", default="0/1", help="i/n: encode every n-th part; the last process to finish merges them")
     p.add_argument("--text-encoder", help="embed captions with this T5, UMT5 or CLIP of transformers (name or folder)")
     p.add_argument("--text-tokens", type=int, default=128, help="maximum tokens of a caption, with --text-encoder")
+    about = "of each clip, encoded alone, for models that are given some (config.diffusion.given)"
+    p.add_argument("--key-frames", type=int, default=0, metavar="K", help=f"frames {about}")
+    p.add_argument("--sketches", type=int, default=0, metavar="K", help=f"edge maps of frames {about}")
     p.set_defaults(function=encode)
 
 
@@ -403,6 +409,7 @@ def source_config(options):
 def encode(options) -> None:
     """Encode a dataset folder into a latent cache."""
     from sora_jax import commands
+    from sora_jax.data.guides import GuideCounts
     from sora_jax.data.latents import LatentCache
     from sora_jax.data.share import Share
     from sora_jax.models.pretrained import PretrainedText
@@ -415,7 +422,9 @@ def encode(options) -> None:
     choose_tile = options.tile == "auto"
     tiles = TilingConfig.parse("" if choose_tile else options.tile, options.tile_overlap)
     folders = options.autoencoder, options.data, options.out
-    chosen = EncodeOptions(options.batch, options.shapes, share, text, tiles=tiles, choose_tile=choose_tile)
+    guides = GuideCounts(options.key_frames, options.sketches)
+    how = dict(tiles=tiles, choose_tile=choose_tile, guides=guides)
+    chosen = EncodeOptions(options.batch, options.shapes, share, text, **how)
     if encode_dataset(*folders, chosen):
         print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
     else:

@@ -2,7 +2,17 @@
 
 import numpy as np
 
-from sora_jax.data.latents import CacheInfo, LatentCache, TextInfo, add_latent, finish_cache, start_cache
+from sora_jax.data.clips import clip_id_of
+from sora_jax.data.guides import guide_frames
+from sora_jax.data.latents import (
+    CacheInfo,
+    GuideLatents,
+    LatentCache,
+    TextInfo,
+    add_latent,
+    finish_cache,
+    start_cache,
+)
 from sora_jax.data.share import Share
 
 INFO = CacheInfo("print", "data", 2, (2, 4, 4))
@@ -31,6 +41,15 @@ def embeddings_of(row: dict) -> list[np.ndarray]:
     return [np.full((max(1, len(c.split())), TEXT.width), hash_of(c), np.float16) for c in captions]
 
 
+def guides_of(row: dict, info: CacheInfo) -> GuideLatents:
+    """Noise for each guide that the cache holds of a clip."""
+    if not info.guides:
+        return GuideLatents((), ())
+    frames = guide_frames(info.guides, clip_id_of(row["id"]), row["frames"])
+    draws = np.random.default_rng(list(row["id"].encode()))
+    return GuideLatents(frames, [draws.normal(size=(1, *row["grid"][1:], 2)).astype(np.float16) for _ in frames])
+
+
 def hash_of(caption: str) -> float:
     return float(sum(caption.encode()) % 97)
 
@@ -41,5 +60,6 @@ def write_cache(path, rows, info: CacheInfo = INFO, each: int = 32, share: Share
     for part in parts.missing(share):
         with parts.write(part) as writer:
             for row in rows[part * each : (part + 1) * each]:
-                add_latent(writer, info, row, latent_of(row), embeddings_of(row) if info.text else None)
+                texts = embeddings_of(row) if info.text else None
+                add_latent(writer, info, row, latent_of(row), texts, guides_of(row, info))
     return LatentCache(path) if finish_cache(parts, info) else None

@@ -16,6 +16,7 @@ class ToyConfig:
     latent_channels: int = 4
     learned_variance: bool = False
     positions_in_time: bool = True
+    guides: bool = False
     text: None = None
     classes: int = 0
     name: Literal["toy"] = "toy"

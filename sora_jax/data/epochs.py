@@ -37,12 +37,14 @@ class Position(NamedTuple):
 class Planned(NamedTuple):
     """A planned section. Item i is caption `captions[i]` of clip `clips[i]`; pack p holds the items `plan[p]`.
 
-    cuts[i]: the token frames that item i leaves out at its beginning, 0 or 1.
+    cuts[i]: the token frames that item i leaves out at its beginning, 0 or 1. guides[i]: the key frames that it has
+    as guides, or, negative, the sketches.
     """
 
     clips: np.ndarray
     captions: np.ndarray
     cuts: np.ndarray
+    guides: np.ndarray
     plan: Plan
 
 

@@ -9,6 +9,8 @@
                                         indices of codes
 `text-*.array_record`                   raw float16 (m, E): the embeddings of all captions of the clip, one after
                                         the other; `text_tokens` has their lengths
+`guides-*.array_record`                 the latents of guides (see `data.guides`), one after the other, as those of
+                                        clips are kept; `guide_frames` has their frames
 ======================================  ==================================================================
 """
 
@@ -20,17 +22,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from sora_jax.data.clips import clip_id_of
+from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, number_of
 from sora_jax.data.parts import Kind, Parts, PartWriter, start
 from sora_jax.data.shards import FLOATS, ShardReader
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text
 
 FORMAT = 3
-LATENTS, TEXT = "latents", "text"
+LATENTS, TEXT, GUIDES = "latents", "text", "guides"
 COPIED = ("id", "variant", "frames", "height", "width", "fps", "captions", "kinds", "label", "weight", "split")
 COLUMNS = {
     "id": "string",
@@ -68,7 +72,8 @@ class CacheInfo:
     """What a cache was made with, beside its clips. data: digest of the dataset; factors: (time, height, width).
 
     tiles: size and overlap as JSON; None where no clip was cut. codes: of discrete latents the values that each channel
-    can have; the index of a code is a number with a digit for each channel, the first with weight 1.
+    can have; the index of a code is a number with a digit for each channel, the first with weight 1. guides: how many
+    it holds of each clip.
     """
 
     fingerprint: str
@@ -78,11 +83,13 @@ class CacheInfo:
     text: TextInfo | None = None
     tiles: dict | None = None
     codes: list[list[float]] | None = None
+    guides: GuideCounts = GuideCounts()
 
     def plain(self) -> dict:
         text = None if self.text is None else dict(vars(self.text))
         values = {**vars(self), "factors": list(self.factors), "text": text, "format": FORMAT}
-        return {name: value for name, value in values.items() if name not in ("tiles", "codes") or value}
+        values["guides"] = dict(vars(self.guides)) if self.guides else None
+        return {name: value for name, value in values.items() if name not in ("tiles", "codes", "guides") or value}
 
     def to_indices(self, latent_thwC: np.ndarray) -> np.ndarray:
         """Return the indices (t, h, w) of the codes nearest to a discrete latent."""
@@ -108,28 +115,45 @@ def start_cache(out: str | os.PathLike, info: CacheInfo, count: int, layout: dic
 
     layout: all that decides which clips are in which part.
     """
-    files = {LATENTS: FLOATS} | ({TEXT: FLOATS} if info.text else {})
-    return start(out, Kind(files, COLUMNS, "cache.json"), info.plain() | {"layout": layout}, count)
+    files = {LATENTS: FLOATS} | ({TEXT: FLOATS} if info.text else {}) | ({GUIDES: FLOATS} if info.guides else {})
+    columns = COLUMNS | ({"guide_frames": "int32[]"} if info.guides else {})
+    return start(out, Kind(files, columns, "cache.json"), info.plain() | {"layout": layout}, count)
+
+
+class GuideLatents(NamedTuple):
+    """Hold the guides of a clip: the frame of each, and its latent (1, h, w, C)."""
+
+    frames: Sequence[int]
+    latents: Sequence[np.ndarray]
 
 
 def add_latent(
-    writer: PartWriter, info: CacheInfo, row: Mapping, latent: np.ndarray, texts: Sequence[np.ndarray] | None = None
+    writer: PartWriter,
+    info: CacheInfo,
+    row: Mapping,
+    latent: np.ndarray,
+    texts: Sequence[np.ndarray] | None = None,
+    guides: GuideLatents = GuideLatents((), ()),
 ) -> None:
     """Append a clip to a part of a cache.
 
     row: the dataset's, of which `COPIED` is kept. latent (t, h, w, C), kept as float16. texts: an embedding (m, E) for
-    each caption, where the cache has a text encoder. UserError if not finite or of another C.
+    each caption, where the cache has a text encoder. guides: where the cache has some. UserError if not finite or of
+    another C.
     """
     if latent.ndim != 4 or latent.shape[-1] != info.latent_channels:
         raise UserError(f"clip {row['id']!r}: latent shape {latent.shape} is not (t, h, w, {info.latent_channels})")
-    stored = info.to_indices(latent) if info.codes else latent.astype(np.float16)
-    if not np.isfinite(stored).all():
+    stored = [info.to_indices(z) if info.codes else z.astype(np.float16) for z in (latent, *guides.latents)]
+    if not all(np.isfinite(values).all() for values in stored):
         raise UserError(f"clip {row['id']!r}: its latent has values that float16 cannot hold")
     t, h, w, _ = latent.shape
     kept = {name: row[name] for name in COPIED} | {"uid": clip_id_of(row["id"]), "t": t, "h": h, "w": w}
-    records = [stored.tobytes()]
+    records = [stored[0].tobytes()]
     if info.text:
         records.append(b"".join(text.astype(np.float16).tobytes() for text in texts))
+    if info.guides:
+        kept |= {"guide_frames": list(guides.frames)}
+        records.append(b"".join(values.tobytes() for values in stored[1:]))
     writer.add(kept | {"text_tokens": [len(text) for text in texts or ()]}, *records)
 
 
@@ -149,8 +173,9 @@ class LatentCache:
         header = _read_header(self.path)
         text = header["text"] and TextInfo(**header["text"])
         names = ("fingerprint", "data", "latent_channels")
-        optional = header.get("tiles"), header.get("codes")
+        optional = header.get("tiles"), header.get("codes"), GuideCounts(**header.get("guides", {}))
         self.info = CacheInfo(*(header[name] for name in names), tuple(header["factors"]), text, *optional)
+        self._guides = ShardReader(self.path, GUIDES, header["parts"])
         self._latents = ShardReader(self.path, LATENTS, header["parts"])
         self._texts = ShardReader(self.path, TEXT, header["parts"])
         self._count = header["clips"]
@@ -163,14 +188,27 @@ class LatentCache:
         return self._count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        data = self._latents.read(*self._place(index))
+        return self._values(self._latents.read(*self._place(index)), index)
+
+    def _values(self, data: bytes, index: int) -> np.ndarray:
+        """Return the latent frames (n, h, w, C) in a record."""
+        sides = self.grids[index][1:]
         if self.info.codes:
-            return self.info.from_indices(np.frombuffer(data, np.uint32).reshape(self.grids[index]))
-        return np.frombuffer(data, np.float16).reshape(*self.grids[index], self.channels)
+            return self.info.from_indices(np.frombuffer(data, np.uint32).reshape(-1, *sides))
+        return np.frombuffer(data, np.float16).reshape(-1, *sides, self.channels)
 
     def item(self, index: int) -> np.ndarray:
         """Return the latent (t, h, w, C) of a clip, as `[index]` does."""
         return self[index]
+
+    def guides(self, index: int, count: int) -> Guides:
+        """Return the first key frames of a clip, or, where `count` is negative, its first sketches."""
+        frames = np.array(self.column("guide_frames")[index].as_py())
+        key_frames = int(number_of(self.info.guides, self._numbers("frames")[index])[0])
+        first, kind = (0, KEY_FRAME) if count > 0 else (key_frames, SKETCH)
+        chosen = slice(first, first + abs(count))
+        latents = self._values(self._guides.read(*self._place(index)), index)
+        return Guides(kind, frames[chosen] / self.info.factors[0], latents[chosen])
 
     def text(self, index: int, caption: int) -> np.ndarray:
         """The embedding (m, E) float16 of a clip's caption, by its number."""

@@ -31,6 +31,7 @@ class PackingConfig:
     # for given tokens; more: a row for each token frame, and the last.
     rows_per_clip: int = 1
     window: int = 1024  # clips of the shuffled order that are planned together
+    guides: bool = False  # tell tokens of guides from those of clips; set by the model
 
     def __post_init__(self):
         for name in ("length", "slots", "text_length", "rows_per_clip", "window"):
@@ -123,10 +124,14 @@ def _times(sides: Sequence[int]) -> str:
 
 
 class Layout(NamedTuple):
-    """Place the tokens of a clip: coordinates (t, y, x), (n, 3), and the row of levels that each reads, (n,)."""
+    """Place the tokens of a clip: coordinates (t, y, x), (n, 3), and the row of levels that each reads, (n,).
+
+    kinds (n,): 0 for the tokens of the clip itself, then those of its guides, see `data.guides`; None where all are 0.
+    """
 
     coords: np.ndarray
     rows: np.ndarray
+    kinds: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class PackItem:
     """One clip on its way into a pack: values (t, h, w, C), such as a latent, clip id > 0, text token ids (m,).
 
     embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption. label: class, -1 = none.
-    layout: None for that of the grid, see `layout_of`.
+    layout: None for that of the grid, see `layout_of`. guides (k, h, w, C): latents that the layout has places for.
     """
 
     values: np.ndarray
@@ -143,6 +148,7 @@ class PackItem:
     embedding: np.ndarray | None = None
     label: int = -1
     layout: Layout | None = None
+    guides: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -154,9 +160,9 @@ def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarr
     """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
 
     Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
-    rows_L (row of the conditioning table), row_slots_R, clip_ids_S uint32, labels_S
-    (class + 1), grids_S3, text_M, text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have
-    them; int32 where not said. UserError if the clips do not fit.
+    rows_L (row of the conditioning table), row_slots_R, clip_ids_S uint32, labels_S (class + 1), grids_S3, text_M,
+    text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them, guides_L (kind of guide)
+    where the config has guides; int32 where not said. UserError if the clips do not fit.
     """
     return unstack(pack_batch([items], config))[0]
 
@@ -198,6 +204,9 @@ def pack_batch(rows: Sequence[Sequence[PackItem | EmptyItem]], config: PackingCo
         "text_segments_BM": said.spread(slots + 1, M),
         "text_positions_BM": said.place(said.within, M),
     }
+    if config.guides:
+        kinds = [np.zeros(len(x.coords), np.int32) if x.kinds is None else x.kinds for x in layouts]
+        batch["guides_BL"] = at.place(np.concatenate(kinds), L)
     if items[0].embedding is not None:
         embeddings = np.concatenate([item.embedding for item in items])
         batch["embeddings_BME"] = said.place(embeddings.astype(np.float16, copy=False), M)
@@ -212,7 +221,10 @@ def _tokens(items: Sequence[PackItem], grids: Sequence, at: _Runs, shape: tuple[
         if tokens is None:
             tokens = np.empty((*shape, math.prod(patch) * latent.shape[-1]), latent.dtype)
             flat = tokens.reshape(-1, tokens.shape[-1])
-        _write_patches(flat[start : start + length], latent, grid, patch)
+        own = math.prod(grid)
+        _write_patches(flat[start : start + own], latent, grid, patch)
+        if length > own:  # guides, each a frame
+            _write_patches(flat[start + own : start + length], item.guides, (len(item.guides), *grid[1:]), patch)
     for row, used in zip(tokens, at.used):
         row[used:] = 0
     return tokens
@@ -287,11 +299,32 @@ def layout_of(grid: tuple[int, int, int], rows_per_clip: int = 1, first: int = 0
     return Layout(coords + np.array([first, 0, 0], np.float32), frames.astype(np.int32))
 
 
+def add_guides(layout: Layout, grid: tuple[int, int, int], kind: int, times: np.ndarray, row: int) -> Layout:
+    """Add the tokens of guides of one kind, with the time coordinates (k,), that read the row `row` of levels."""
+    coords = coords_of((len(times), *grid[1:]))
+    coords[:, 0] = np.repeat(times, grid[1] * grid[2])
+    kinds = np.zeros(len(layout.coords), np.int32) if layout.kinds is None else layout.kinds
+    return Layout(
+        np.concatenate([layout.coords, coords]),
+        np.concatenate([layout.rows, np.full(len(coords), row, np.int32)]),
+        np.concatenate([kinds, np.full(len(coords), kind, np.int32)]),
+    )
+
+
 def _write_patches(out: np.ndarray, latent: np.ndarray, grid: Sequence[int], patch: Sequence[int]) -> None:
     """`out[:] = patchify(latent, patch)` in one copy."""
     (gt, gh, gw), (pt, ph, pw), c = grid, patch, latent.shape[-1]
     apart = latent.reshape(gt, pt, gh, ph, gw, pw, c).transpose(0, 2, 4, 1, 3, 5, 6)
     out.reshape(gt, gh, gw, pt, ph, pw, c)[...] = apart
+
+
+def token_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Count the tokens of each clip of a batch, (B, S) int64, those of its guides among them."""
+    own = batch["grids_BS3"].astype(np.int64).prod(-1)
+    if "guides_BL" not in batch:
+        return own
+    segments = np.where(batch["guides_BL"] > 0, batch["segments_BL"], 0)
+    return own + np.stack([(segments == slot).sum(-1) for slot in range(1, own.shape[1] + 1)], axis=-1)
 
 
 def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarray]:
@@ -304,7 +337,8 @@ def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarr
     for slot, grid in enumerate(np.asarray(row["grids_S3"])):
         if grid.all():
             places = np.flatnonzero(row["segments_L"] == slot + 1)
-            tokens = row["tokens_LP"][places[np.argsort(row["index_L"][places])]]
+            places = places[np.argsort(row["index_L"][places])][: math.prod(grid)]  # without guides
+            tokens = row["tokens_LP"][places]
             latents.append(unpatchify(tokens, grid, patch))
     return latents
 

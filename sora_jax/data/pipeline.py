@@ -13,7 +13,8 @@ import numpy as np
 from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, NullTexts, Texts, TokenTexts
 from sora_jax.data.epochs import SECTION, Epochs, Planned, Position, Subjects, section_count
 from sora_jax.data.feed import Batch, FeedConfig, read_ahead
-from sora_jax.data.packing import Layout, PackingConfig, check_fits, grid_of, layout_of, pack, pack_batch
+from sora_jax.data.guides import number_of
+from sora_jax.data.packing import Layout, PackingConfig, add_guides, check_fits, grid_of, layout_of, pack, pack_batch
 from sora_jax.data.planning import plan
 from sora_jax.data.share import Share
 from sora_jax.data.shuffle import uniforms
@@ -48,10 +49,19 @@ class PackReport:
         )
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Say which shares of the clips are packed otherwise than they are."""
+
+    headless: float = 0.0  # without their first token frame
+    key_frames: float = 0.0  # with key frames as guides
+    sketches: float = 0.0  # with sketches as guides
+
+
 class StoredItem(NamedTuple):
     """A `PackItem` whose values are read when they are asked for, so that those of one clip at a time are held.
 
-    size: without the first `cut` latent frames, which the item leaves out.
+    size: without the first `cut` latent frames, which the item leaves out. guides: their latents.
     """
 
     store: ClipStore
@@ -63,6 +73,7 @@ class StoredItem(NamedTuple):
     label: int
     layout: Layout
     cut: int
+    guides: np.ndarray | None
 
     @property
     def values(self) -> np.ndarray:
@@ -83,9 +94,9 @@ class PackedBatches:
         split: str,
         share: Share,
         section: int = SECTION,
-        headless: float = 0.0,
+        shares: Shares = Shares(),
     ):
-        self.headless = headless
+        self.shares = shares
         self.store, self.texts, self.choice, self.config = store, texts, choice, config
         self.batch, self.seed, self.split, self.share, self.section = batch, seed, split, share, section
         self._rows = share.rows(batch)
@@ -111,6 +122,9 @@ class PackedBatches:
                 f"packing.rows_per_clip is {rows_per_clip}; a clip has {frames} token frames: set it to at least "
                 f"{frames + 1}, a row for each and one for what is given"
             )
+        most, length = int(self._lengths(rows, 0, self._most_guides(rows)).max()), self.config.length
+        if most > length:
+            raise UserError(f"packing.length is {length}; a clip has {most} tokens with its guides: set it to that")
         words = self.texts.most(rows)
         if words.max() > self.config.text_length:
             longest = self.store.ids(rows[[words.argmax()]])[0]
@@ -147,7 +161,7 @@ class PackedBatches:
     def _items(self, row: int) -> list[StoredItem]:
         planned, place = self._epochs.locate(row)
         items = planned.plan[place]
-        columns = (planned.clips, planned.captions, planned.cuts)
+        columns = (planned.clips, planned.captions, planned.cuts, planned.guides)
         return [self._item(*item) for item in zip(*(column[items].tolist() for column in columns))]
 
     def epoch(self, step: int) -> int:
@@ -175,7 +189,7 @@ class PackedBatches:
     def report(self) -> PackReport:
         """Fill of the first section."""
         planned = self._plan(0, 0)
-        tokens = int(self._lengths(planned.clips, planned.cuts).sum())
+        tokens = int(self._lengths(planned.clips, planned.cuts, planned.guides).sum())
         return PackReport(len(planned.clips), len(planned.plan), tokens, self.config.length)
 
     def _plan(self, epoch: int, section: int) -> Planned:
@@ -183,32 +197,63 @@ class PackedBatches:
         captions = self.choice(self.seed, epoch, clips, copies)
         text = self.texts.lengths(clips, captions)
         sizes = (self.config.length, self.config.slots, self.config.text_length, self.config.window)
-        cuts = self._cuts(epoch, clips, copies)
-        lengths = self._lengths(clips, cuts)
-        return Planned(clips, captions, cuts, plan(self.seed, epoch, lengths, text, *sizes, section=section))
+        cuts, guides = self._cuts(epoch, clips, copies), self._guides(epoch, clips, copies)
+        lengths = self._lengths(clips, cuts, guides)
+        return Planned(clips, captions, cuts, guides, plan(self.seed, epoch, lengths, text, *sizes, section=section))
 
-    def _lengths(self, clips: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-        """Count the tokens of clips without the frames that are cut."""
-        return self.tokens[clips] // self.frames[clips] * (self.frames[clips] - cuts)
+    def _lengths(self, clips: np.ndarray, cuts: np.ndarray | int, guides: np.ndarray) -> np.ndarray:
+        """Count the tokens of clips without the frames that are cut, with those of guides."""
+        return self.tokens[clips] // self.frames[clips] * (self.frames[clips] - cuts + np.abs(guides))
 
     def _cuts(self, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
         """Draw the clips that are trained without their first token frame, by (seed, epoch, clip); images keep theirs.
 
         So a model learns clips that begin later than the first frame, as continuations and loops do.
         """
-        if not self.headless:
+        if not self.shares.headless:
             return np.zeros(len(clips), np.int64)
-        drawn = uniforms(self.seed, "headless", epoch, self.store.clip_ids[clips], copies) < self.headless
+        drawn = uniforms(self.seed, "headless", epoch, self.store.clip_ids[clips], copies) < self.shares.headless
         return (drawn & (self.frames[clips] > 1)).astype(np.int64)
 
-    def _item(self, clip: int, caption: int, cut: int) -> StoredItem:
+    def _guides(self, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        """Draw the guides of clips, by (seed, epoch, clip): so many key frames, or, negative, sketches.
+
+        Half of the clips with sketches have that of the first frame alone.
+        """
+        if not (self.shares.key_frames or self.shares.sketches):
+            return np.zeros(len(clips), np.int64)
+        u, v = (uniforms(self.seed, p, epoch, self.store.clip_ids[clips], copies) for p in ("guides", "guide number"))
+        key_frames, sketches = self._stored_guides(clips)
+        some = lambda most, v: 1 + np.floor(v * most).astype(np.int64)  # noqa: E731
+        drawn = np.where(v < 0.5, 1, some(sketches, 2 * v - 1))
+        of_sketches = np.where(sketches > 0, -drawn, 0)
+        of_key_frames = np.where(key_frames > 0, some(key_frames, v), 0)
+        first, both = self.shares.key_frames, self.shares.key_frames + self.shares.sketches
+        return np.where(u < first, of_key_frames, np.where(u < both, of_sketches, 0))
+
+    def _stored_guides(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Count the key frames and the sketches that the store holds of clips."""
+        return number_of(self.store.info.guides, self.store.column("frames").to_numpy()[clips])
+
+    def _most_guides(self, clips: np.ndarray) -> np.ndarray:
+        """Count the guides at most that a clip is packed with."""
+        if not (self.shares.key_frames or self.shares.sketches):
+            return np.zeros(len(clips), np.int64)
+        key_frames, sketches = self._stored_guides(clips)
+        return np.maximum(key_frames * (self.shares.key_frames > 0), sketches * (self.shares.sketches > 0))
+
+    def _item(self, clip: int, caption: int, cut: int, guides: int) -> StoredItem:
         t, h, w = self.store.grids[clip].tolist()
         clip_id = int(self.store.clip_ids[clip])
         said = self.texts.ids(clip, caption), self.texts.embedding(clip, caption)
         latents = cut * self.config.patch[0]
         size = (t - latents, h, w)
-        layout = layout_of(grid_of(size, self.config.patch), self.config.rows_per_clip, cut)
-        return StoredItem(self.store, clip, size, clip_id, *said, int(self.labels[clip]), layout, latents)
+        grid, rows = grid_of(size, self.config.patch), self.config.rows_per_clip
+        layout, pictures = layout_of(grid, rows, cut), None
+        if guides:
+            kind, times, pictures = self.store.guides(clip, guides)
+            layout = add_guides(layout, grid, kind, times, rows - 1)
+        return StoredItem(self.store, clip, size, clip_id, *said, int(self.labels[clip]), layout, latents, pictures)
 
 
 def packed_batches(
@@ -223,14 +268,14 @@ def packed_batches(
     folder: Path | None = None,
     section: int = SECTION,
     first: bool = True,
-    headless: float = 0.0,
+    shares: Shares = Shares(),
 ) -> PackedBatches:
     """Pack the clips of a split of a store, `batch` packs over all hosts; epochs follow each other.
 
     tokenizer: None takes the embeddings that a latent cache holds, NoText leaves all captions out. captions: the mix,
     see `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are
     planned at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket.
-    headless: share of the clips that leave out their first token frame.
+    shares: of clips that are packed otherwise than they are; guides need a latent cache that holds some.
     UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is
     empty.
     """
@@ -241,7 +286,7 @@ def packed_batches(
     else:
         texts = EmbeddedTexts(store) if tokenizer is None else TokenTexts(store, tokenizer, folder, first)
     return PackedBatches(
-        store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section, headless
+        store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section, shares
     )
 
 

@@ -5,6 +5,7 @@ The names of the options are those of `sora-jax sample`. What contradicts itself
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data.fit import SizeRule
+from sora_jax.data.guides import draw_edges, trace_lines
 from sora_jax.data.media import DecodedClip, SpanRule, decode
 from sora_jax.data.tracks import MediaError
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.requests import Size, Task
 from sora_jax.generate.run import Run
-from sora_jax.generate.tasks import Tasks, pad
+from sora_jax.generate.tasks import Pictures, Tasks, pad
 
 GAP = 8  # frames of --gap where it is not given
 WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt")
@@ -28,7 +30,9 @@ WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt")
 class TaskOptions:
     """Hold what a user asks to be done with clips. Without any of it the task is text to video."""
 
-    image: Path | None = None  # begin with this image
+    image: Sequence[str] = ()  # FILE or FILE@FRAME: the frames that are these images; the first, where none is named
+    sketch: Sequence[str] = ()  # FILE or FILE@FRAME: drawings of the edges of frames
+    edges: bool = False  # the sketches are pictures, whose edges are drawn
     video: Path | None = None  # do something with this clip: what is one of WITH_VIDEO
     connect: str = ""  # FILE,FILE: fill the gap between two clips
     extend: int | None = None  # frames to make after the clip, or, negative, before it
@@ -42,8 +46,10 @@ class TaskOptions:
     keep_pixels: bool = False  # put the very pixels that were given into the result
 
     def __post_init__(self):
-        sources = [name for name in ("image", "video", "connect") if getattr(self, name)]
+        pictures = "image" if self.image or not self.sketch else "sketch"
+        sources = [name for name in (pictures, "video", "connect") if getattr(self, name)]
         check(len(sources) < 2, f"--{' and --'.join(sources)} are given; give one of them")
+        check(self.sketch or not self.edges, "--edges is given without --sketch; it is for pictures that it names")
         asked = [name for name in WITH_VIDEO if getattr(self, name) is not None and getattr(self, name) is not False]
         if self.from_prompt is not None and self.strength is not None:
             asked.remove("strength")  # of the change
@@ -52,9 +58,10 @@ class TaskOptions:
             what = " and ".join(f"--{name}" for name in asked).replace("_", "-") or "nothing that is done with it"
             check(len(asked) == 1, f"--video is given with {what}; give one of {names}")
         else:
-            allowed = ("mask", "pad") if self.image else () if self.connect else ("loop",)
+            alone = len(self.image) == 1 and not self.sketch
+            allowed = ("mask", "pad") if alone else () if sources else ("loop",)
             wrong = ["--" + name.replace("_", "-") for name in asked if name not in allowed]
-            beside = "beside --image" if self.image else "beside --connect" if self.connect else "without --video"
+            beside = f"beside --{sources[0]}" if sources else "without --video"
             check(not wrong, f"{''.join(wrong[:1])} is given {beside}; it is for a clip named by --video")
             check(len(asked) < 2, f"--{' and --'.join(asked)} are given; give one of them")
         check(self.extend != 0, "--extend is 0; it must be a number of frames, such as +16 or -16")
@@ -64,9 +71,12 @@ class TaskOptions:
         check(self.context > 0, f"--context is {self.context}; it must be at least 1")
         self.clips  # noqa: B018 - raises where --connect names no two files
         self.sides  # noqa: B018
+        for name in ("image", "sketch"):
+            frames = [frame for _, frame in pictures_of(getattr(self, name))]
+            check(len(set(frames)) == len(frames), f"--{name} is given twice for a frame; add @FRAME to a file's name")
 
     def __bool__(self) -> bool:
-        return bool(self.image or self.video or self.connect or self.loop)
+        return bool(self.image or self.sketch or self.video or self.connect or self.loop)
 
     @property
     def clips(self) -> list[tuple[str, Path]]:
@@ -75,7 +85,9 @@ class TaskOptions:
             files = self.connect.split(",")
             check(len(files) == 2, f"--connect is {self.connect!r}; it must be two files with a comma between")
             return [("connect", as_path(file)) for file in files]
-        return [(name, file) for name, file in (("image", self.image), ("video", self.video)) if file]
+        if self.video:
+            return [("video", self.video)]
+        return [(name, file) for name in ("image", "sketch") for file, _ in pictures_of(getattr(self, name))]
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -89,13 +101,25 @@ class TaskOptions:
         return sides
 
 
+def pictures_of(names: Sequence[str]) -> list[tuple[Path, int]]:
+    """Read FILE@FRAME: the files, and the frame of each; 0 where none is named."""
+    parts = [name.rpartition("@") for name in names]
+    return [(as_path(file), int(frame)) if file and frame.isdigit() else (as_path(name), 0)
+            for name, (file, _, frame) in zip(names, parts, strict=True)]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the clips of a task, uint8 (frames, height, width, 3), its mask, and the frames a second of the clips."""
+    """Hold the clips of a task, uint8 (frames, height, width, 3), its mask, and the frames a second of the clips.
+
+    images, sketches: pictures by the number of their frame, which are the clips, too.
+    """
 
     clips: list[np.ndarray]
     mask: np.ndarray | None
     fps: float | None
+    images: Pictures
+    sketches: Pictures
 
 
 def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fixed: bool) -> Inputs:
@@ -108,13 +132,17 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
     for option, file in options.clips:
         decoded = _read(option, file, shape, multiple, size[1] * size[2])
         shape, fps = decoded.frames.shape[1:3], fps or decoded.fps
-        clips.append(decoded.frames[:1] if option == "image" else decoded.frames)
+        clips.append(decoded.frames[:1] if option in ("image", "sketch") else decoded.frames)
     mask = None
     if options.mask:
         frames = _read("mask", options.mask, shape, multiple, size[1] * size[2]).frames
         mask = frames.mean(-1) > 127
         check(len(mask) in (1, len(clips[0])), f"--mask has {len(mask)} frames; it must have 1 or {len(clips[0])}")
-    return Inputs(clips, mask, None if options.image else fps)
+    images = {frame: clip for (_, frame), clip in zip(pictures_of(options.image), clips)}
+    draw = draw_edges if options.edges else trace_lines
+    drawn = [draw(clip) for clip in clips[len(images) :]] if options.sketch else []
+    sketches = {frame: clip for (_, frame), clip in zip(pictures_of(options.sketch), drawn, strict=True)}
+    return Inputs(clips, mask, None if images or sketches else fps, images, sketches)
 
 
 def _read(option: str, file: Path, shape: tuple[int, int] | None, multiple: tuple[int, int], area: int) -> DecodedClip:
@@ -158,8 +186,8 @@ def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Tas
     if options.pad is not None:
         _check_padded(clips[0].shape[1:3], options, run)
         return tasks.fill(*pad(whole(), *options.sides))
-    if options.image:
-        return tasks.animate(clips[0], size[0])
+    if options.image or options.sketch:
+        return tasks.guide((size[0], *clips[0].shape[1:3]), inputs.images, inputs.sketches)
     if options.extend is not None:
         return tasks.extend(clips[0], options.extend)
     if options.from_prompt is not None:

@@ -25,7 +25,7 @@ LEFT_OUT = (
     "clip", "rows",
 )  # fmt: skip
 MANY = 100  # prompts of a command that a recipe holds
-FILES = ("workdir", "autoencoder", "image", "video", "mask")
+FILES = ("workdir", "autoencoder", "image", "sketch", "video", "mask")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def command_of(options: argparse.Namespace) -> list[str]:
             continue
         flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
         if name in FILES:
-            value = as_path(value).absolute()
+            several = value if isinstance(value, list) else [value]
+            value = [as_path(file).absolute() for file in several]
         if name == "connect":
             value = ",".join(str(as_path(file).absolute()) for file in value.split(","))
         if value is True:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.data.guides import Guides
 from sora_jax.data.packing import grid_of
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.models.first_stage import FirstStageConfig, latent_grid
@@ -25,7 +26,8 @@ class Known:
     level of each position: 0 is given, 1 is made, between is an edit of that strength. A token has the greatest ceiling
     of its positions. first: the time coordinate of the first token frame; it is 1 for a clip whose frames all have a
     past. ring: the first frame follows the last. source: the prompt that describes `latent`; with it the clip is not
-    sampled but changed, from the noise level of `ceiling` on, by the difference that the prompt makes.
+    sampled but changed, from the noise level of `ceiling` on, by the difference that the prompt makes. guides: key
+    frames and sketches that the clip is made with.
     """
 
     latent: np.ndarray
@@ -33,6 +35,7 @@ class Known:
     first: int = 0
     ring: bool = False
     source: str | None = None
+    guides: Sequence[Guides] = ()
 
 
 def unchanged(values: np.ndarray) -> np.ndarray:

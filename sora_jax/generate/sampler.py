@@ -15,6 +15,7 @@ from sora_jax.data.packing import (
     EmptyItem,
     Layout,
     PackingConfig,
+    add_guides,
     grid_of,
     layout_of,
     pack_batch,
@@ -226,9 +227,16 @@ def _known_tokens(request: Request, patch: Size) -> _KnownTokens:
     grid, known = grid_of(request.size, patch), request.known
     if known is None:
         return _KnownTokens(np.ones(1), None, layout_of(grid))
-    ceilings, rows = np.unique(-patchify(known.ceiling[..., None], patch).max(-1), return_inverse=True)
-    layout = Layout(layout_of(grid, first=known.first).coords, rows.astype(np.int32))
-    return _KnownTokens(-ceilings, patchify(known.latent, patch), layout, grid[0] if known.ring else 0)
+    guides = [patchify(guide.latents, patch) for guide in known.guides]
+    own = patchify(known.ceiling[..., None], patch).max(-1)
+    each = np.concatenate([own, np.zeros(sum(map(len, guides)), own.dtype)])
+    ceilings, rows = np.unique(-each, return_inverse=True)
+    layout = Layout(layout_of(grid, first=known.first).coords, rows[: len(own)])
+    for guide in known.guides:
+        layout = add_guides(layout, grid, guide.kind, guide.times, rows[-1])
+    layout = layout._replace(rows=layout.rows.astype(np.int32))
+    tokens = np.concatenate([patchify(known.latent, patch), *guides])
+    return _KnownTokens(-ceilings, tokens, layout, grid[0] if known.ring else 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -8,7 +8,9 @@ frames that have a past. What is given must be of the type that its place asks f
 1 + f (m - 1) frames, encoded by themselves; a clip that is an ending is encoded behind a past that is dropped again.
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +18,13 @@ from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filt
 
 from sora_jax.config import check
 from sora_jax.data.fit import fit_frames, longest_length
+from sora_jax.data.guides import KEY_FRAME, SKETCH, Guides
 from sora_jax.generate.requests import Known, Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.models.first_stage import receptive_field
 from sora_jax.train.frozen import FrozenAutoencoder
 
+Pictures = Mapping[int, np.ndarray]  # by the number of their frame
 MADE, GIVEN = 1.0, 0.0
 FEATHER = 1 / 8  # of the shorter side, over which kept pixels fade into made ones around a mask
 
@@ -60,7 +64,43 @@ class Tasks:
 
     def animate(self, image: np.ndarray, frames: int) -> Task:
         """Begin a clip of so many frames with an image (1, height, width, 3)."""
-        return self._continued(image, frames - len(image), len(image))
+        return self.guide((frames, *image.shape[1:3]), {0: image})
+
+    def guide(self, size: Size, images: Pictures | None = None, sketches: Pictures | None = None) -> Task:
+        """Make a clip of (frames, height, width) that has some images as frames, and the edges that sketches draw.
+
+        images, sketches: by the number of their frame, each (1, height, width, 3); sketches are black lines on white.
+        The image of frame 0 is given as what the clip begins with; others stand beside the clip and guide it.
+
+        Raises:
+            UserError: the run was not trained with guides of that kind, or the clip has no such frame.
+        """
+        images, sketches = images or {}, sketches or {}
+        for option, pictures in (("image", images), ("sketch", sketches)):
+            for frame in pictures:
+                there = 0 <= frame < size[0]
+                check(there, f"--{option} is for frame {frame}; the clip has the frames 0 to {size[0] - 1}")
+        later = {frame: image for frame, image in images.items() if frame > 0}
+        begins = [(slice(0, 1), self._encode(images[0]))] if 0 in images else []
+        guides = [*self._guides(KEY_FRAME, "key_frames", later), *self._guides(SKETCH, "sketches", sketches)]
+        whole = (1 + -(-(size[0] - 1) // self.factor) * self.factor, *size[1:])
+        known = dataclasses.replace(self._known(whole, begins), guides=guides)
+
+        def finish(made: np.ndarray) -> np.ndarray:
+            for frame, image in images.items():
+                made = self._kept(made, slice(frame, frame + 1), image)
+            return made[: size[0]]
+
+        return Task(whole, known, clip=finish)
+
+    def _guides(self, kind: int, name: str, pictures: Pictures) -> list[Guides]:
+        """Encode the pictures of frames, each alone, as guides of a kind."""
+        given = self.run.config.diffusion.given
+        trained = not pictures or getattr(given, name) > 0
+        check(trained, f"the run was trained with diffusion.given.{name} = 0; it takes none but an image of frame 0")
+        latents = [self._encode(picture) for picture in pictures.values()]
+        times = np.array(list(pictures), np.float32) / self.factor
+        return [Guides(kind, times, np.concatenate(latents))] if latents else []
 
     def extend(self, clip: np.ndarray, frames: int) -> Task:
         """Continue a clip by so many frames; before its beginning if `frames` is negative."""

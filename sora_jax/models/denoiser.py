@@ -45,6 +45,10 @@ class DenoiserConfig(Protocol):
         """Return True if positions tell tokens of different frames apart: clips may have several frames."""
 
     @property
+    def guides(self) -> bool:
+        """Return True if the network tells tokens of guides, such as key frames, from those of clips."""
+
+    @property
     def text(self) -> TextConfig | None:
         """Return the config of the text encoder; None for a network that reads no captions."""
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
+from sora_jax.data.packing import token_counts
 from sora_jax.errors import UserError
 from sora_jax.models.conditioning import (
     MODULATED,
@@ -31,6 +32,8 @@ from sora_jax.nn.layers import (
     compute_dtype,
     dense,
     dense_specs,
+    embed,
+    embedding_specs,
     layer_norm,
     mlp,
     mlp_specs,
@@ -55,6 +58,7 @@ REMAT = {
     "attention": ATTENTION_KEPT,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+GUIDE_KINDS = 2  # key frames and sketches, see `data.guides`
 SIZES = {  # depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -86,6 +90,7 @@ class TransformerConfig:
     # Add the noisy tokens to the prediction, times a gate for each value: velocity and noise contain them, but the
     # norms of a narrow network do not pass on their sizes.
     input_skip: bool = False
+    guides: bool = False  # embed the kinds of guide tokens: key frames and sketches that are packed beside clips
     learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
     step_times: bool = False  # show the network the number of a discrete step, 1000 t - 1, as DiT does
     joint_qkv_init: bool = False  # initialise queries, keys and values as one matrix, as DiT does, not as three
@@ -151,6 +156,7 @@ def denoiser_specs(config: TransformerConfig) -> dict:
     return {
         **({"text": text_specs(text)} if text else {}),
         "patch": dense_specs(config.patch_values, width, (None, "embed")),
+        **({"guides": embedding_specs(GUIDE_KINDS, width)} if config.guides else {}),
         **condition_specs(width, text.width if text else 0, config.classes),
         "blocks": stack(block_specs(config), config.depth),
         **modulation_specs(width, last),
@@ -193,6 +199,9 @@ def denoise(
     text = encode_condition(params, config, pack) if text is None else text
     known = condition(params, pack, times_BR, text, config.step_times, dtype)
     x_BLD = dense(params["patch"], x_BLP.astype(dtype), ("batch", "length", "width"))
+    if config.guides and pack.guides_BL is not None:
+        kinds = embed(params["guides"].astype(dtype), jnp.maximum(pack.guides_BL - 1, 0), ("batch", "length", "width"))
+        x_BLD += jnp.where(pack.guides_BL[..., None] > 0, kinds, 0)
     if config.sincos_positions:
         table = sincos_table(pack.coords_BL3, config.width, config.position_theta, config.sincos_axes)
         x_BLD += table.astype(dtype)
@@ -308,7 +317,7 @@ def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: boo
     recomputation and attention across clips are work, but not model FLOPs. encodes_condition: captions are encoded in
     this pass; a sampler does that once for all its passes.
     """
-    lengths = batch["grids_BS3"].astype(np.int64).prod(-1)
+    lengths = token_counts(batch)
     rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
     rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
     context = 2 * rows_BS if config.conditioning == "in_context" else 0 * rows_BS

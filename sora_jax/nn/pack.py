@@ -26,6 +26,8 @@ class Pack:
     text_segments_BM  clip slot + 1 of each text token, 0 = padding
     text_positions_BM position of each text token inside its caption
     embeddings_BME    embedding of each text token by a pretrained encoder; with it, text_BM only marks the null caption
+    guides_BL         0 for tokens of clips, else the kind of the guide that a token is of, see `data.guides`; None
+                      for a model without guides
     ranks_BS          rank of each clip among those of the batch, in [0, 1), for stratified times
     """
 
@@ -42,6 +44,7 @@ class Pack:
     text_positions_BM: jax.Array
     tokens_BLP: jax.Array | None = None
     embeddings_BME: jax.Array | None = None
+    guides_BL: jax.Array | None = None
     ranks_BS: jax.Array | None = None
 
     @property

@@ -14,8 +14,8 @@ from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.captions import captions_in_order, parse_mix
 from sora_jax.data.epochs import Position
 from sora_jax.data.latents import LatentCache
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.packing import PackingConfig, token_counts
+from sora_jax.data.pipeline import Shares, packed_batches
 from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
@@ -105,6 +105,16 @@ class DenoiserRun(RunConfig):
             f"packing.rows_per_clip is {self.packing.rows_per_clip}; with diffusion.given.levels it must be at least "
             "3: the token frames of the longest clip, and one more",
         )
+        given, guides = self.diffusion.given, self.model.guides
+        check(
+            guides or not given.guides,
+            f"model.guides is False; diffusion.given.key_frames = {given.key_frames} and sketches = {given.sketches} "
+            "need True",
+        )
+        check(
+            not guides or self.model.patch[0] == 1,
+            f"model.guides is True; model.patch[0] must be 1, a latent frame to a token, not {self.model.patch[0]}",
+        )
         self._check_preview()
         check(
             self.packing.patch in (None, self.model.patch),
@@ -128,7 +138,13 @@ class DenoiserRun(RunConfig):
         """`packing` with the model's patch; a model without text has one null token for each clip."""
         text_length = self.packing.text_length if self.model.text else self.packing.slots
         rows = max(self.packing.rows_per_clip, 2 if self.diffusion.given.any else 1)
-        return dataclasses.replace(self.packing, patch=self.model.patch, text_length=text_length, rows_per_clip=rows)
+        return dataclasses.replace(
+            self.packing,
+            patch=self.model.patch,
+            text_length=text_length,
+            rows_per_clip=rows,
+            guides=self.model.guides,
+        )
 
 
 def denoiser_groups(config: DenoiserRun) -> dict[str, Group]:
@@ -199,6 +215,8 @@ def denoiser_job(
 
     folder: keeps the tokens of all captions. share: this process's part of each batch.
     """
+    given = config.diffusion.given
+    _check_guides(given, cache)
     batches = packed_batches(
         cache,
         None if isinstance(text, PretrainedText) else text,
@@ -210,7 +228,7 @@ def denoiser_job(
         config.captions,
         folder,
         first=distributed.first(),
-        headless=config.diffusion.given.headless,
+        shares=Shares(given.headless, given.key_frames, given.sketches),
     )
     return Job(
         name=config.kind,
@@ -226,6 +244,14 @@ def denoiser_job(
     )
 
 
+def _check_guides(given: GivenConfig, cache: LatentCache) -> None:
+    """Raise a UserError where the cache does not hold the guides that the config asks for."""
+    for name, held in vars(cache.info.guides).items():
+        share = getattr(given, name)
+        again = f"make it with `sora-jax data encode ... --{name.replace('_', '-')}=2`"
+        check(held or not share, f"diffusion.given.{name} is {share}; the latent cache {cache.path} has none: {again}")
+
+
 def to_pack(times: TimesConfig, batch: dict) -> Pack:
     """Make a Pack of a placed batch; stratified times need the rank of each clip in all of it, all micro-batches."""
     return Pack(**batch, ranks_BS=jax.jit(batch_ranks)(batch["clip_ids_BS"]) if times.stratified else None)
@@ -237,8 +263,7 @@ def _names(cache: LatentCache, clip_ids_BS: np.ndarray) -> list[str]:
 
 def batch_counts(model: DenoiserConfig, batch: dict) -> dict[str, float]:
     """Count clips, real tokens, capacity for tokens and model FLOPs of a host batch."""
-    grids = batch["grids_BS3"].astype(np.int64)
-    lengths = grids.prod(-1)
+    lengths = token_counts(batch)
     return {
         "clips": int((lengths > 0).sum()),
         "tokens": int(lengths.sum()),

@@ -13,7 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
-from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
+from sora_jax.data.clips import clip_id_of
+from sora_jax.data.guides import GuideCounts, guide_frames, guide_pictures
+from sora_jax.data.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.files import as_path, local_copy, replacing
@@ -23,7 +25,7 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.tiling import TilingConfig, choose_tile, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
-from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, frozen_folder, load_autoencoder
+from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, FrozenAutoencoder, frozen_folder, load_autoencoder
 from sora_jax.train.padded_shapes import Size, choose_padded_shapes, padded_shape_of
 
 CLIPS_PER_SHARD = 1024
@@ -31,7 +33,7 @@ CLIPS_PER_SHARD = 1024
 
 @dataclasses.dataclass(frozen=True)
 class EncodeOptions:
-    """Choose how a dataset is encoded; only `text` and `tiles` change what is in the cache."""
+    """Choose how a dataset is encoded; only `text`, `tiles` and `guides` change what is in the cache."""
 
     batch: int = 16  # clips (or tiles) encoded at once; the devices share them
     shapes: int = 4  # programs compiled at most, for clips of all sizes
@@ -40,10 +42,13 @@ class EncodeOptions:
     clips_per_shard: int = CLIPS_PER_SHARD
     tiles: TilingConfig = TilingConfig()  # larger clips are encoded in tiles
     choose_tile: bool = False  # encode clips of all sizes by one program, in the tiles of least work
+    guides: GuideCounts = GuideCounts()  # key frames and sketches of each clip that are encoded, too
 
     def __post_init__(self):
         for name in ("batch", "shapes"):
             check(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}; it must be positive")
+        for name, count in vars(self.guides).items():
+            check(count >= 0, f"--{name.replace('_', '-')} is {count}; it must be 0 (none) or more")
 
 
 def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions = EncodeOptions()) -> bool:
@@ -68,6 +73,7 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
         block_of(config),
         options.text.info if options.text else None,
         to_dict(tiles) if any(is_cut(config, tiles, grid) for grid in grids) else None,
+        guides=options.guides,
     )
     if autoencoder.code_values is not None:
         digit_weights(codes_of(config), config.latent_channels)  # UserError where a code has no index
@@ -86,12 +92,35 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     clips = (dataset[index].frames for index in chain(*work))
     latents = autoencoder.encode(clips, options.batch, padded_shapes, tiles=tiles)
     latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
+    guides = _guides(autoencoder, dataset, list(chain(*work)), options, padded_shapes, tiles)
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer, jax.set_mesh(make_mesh()):
             rows = [dataset.row(index) for index in members]
             for row, texts in zip(rows, _texts(options.text, rows), strict=True):
-                add_latent(writer, info, row, next(latents), texts)
+                add_latent(writer, info, row, next(latents), texts, next(guides))
     return finish_cache(parts, info)
+
+
+def _guides(
+    autoencoder: FrozenAutoencoder,
+    dataset: Dataset,
+    indices: Sequence[int],
+    options: EncodeOptions,
+    padded_shapes: Sequence[Size],
+    tiles: TilingConfig,
+) -> Iterator[GuideLatents]:
+    """Yield the guides of clips, each picture encoded alone."""
+    counts = options.guides
+    if not counts:
+        yield from (GuideLatents((), ()) for _ in indices)
+        return
+    pictures = (guide_pictures(counts, clip_id_of(clip.id), clip.frames) for clip in map(dataset.__getitem__, indices))
+    stills = list(dict.fromkeys((1, *shape[1:]) for shape in padded_shapes))
+    latents = autoencoder.encode(chain.from_iterable(pictures), options.batch, stills, tiles=tiles)
+    for index in indices:
+        row = dataset.row(index)
+        frames = guide_frames(counts, clip_id_of(row["id"]), row["frames"])
+        yield GuideLatents(frames, [next(latents) for _ in frames])
 
 
 def _by_padded_shape(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
@@ -123,6 +152,10 @@ def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
         f"--text-encoder is {name!r}; the cache {str(cache.path)!r} has text of "
         f"{cache.info.text.name if cache.info.text else 'no encoder'!r}; remove it, or give another --out",
     )
+    same = cache.info.guides == info.guides
+    have = f"{cache.info.guides.key_frames} key frames and {cache.info.guides.sketches} sketches of each clip"
+    other = "give these by --key-frames and --sketches, remove it, or give another --out"
+    check(same, f"--out is {str(cache.path)!r}; that latent cache holds {have}: {other}")
     given, have = (_in_words(tiles) for tiles in (info.tiles, cache.info.tiles))
     check(
         given == have,

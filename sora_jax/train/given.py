@@ -39,18 +39,27 @@ class GivenConfig:
     boxes: float = 0.0  # what lies outside a box, or inside, in all frames or in some
     levels: float = 0.0  # every frame has a noise level of its own, in a third of the draws rising with time
     headless: float = 0.0  # share of clips, whatever is given of them, that begin at their second token frame
+    key_frames: float = 0.0  # share of clips that have key frames beside them; needs model.guides
+    sketches: float = 0.0  # share of clips that have edge maps of frames beside them; needs model.guides
     noise: float = 0.2  # share of the draws in which given tokens have a little noise
 
     def __post_init__(self):
-        for name in (*KINDS, "headless", "noise"):
+        for name in (*KINDS, "headless", "key_frames", "sketches", "noise"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"diffusion.given.{name} is {value}; it must be from 0 to 1")
-        check(self.any <= 1, f"diffusion.given has shares that add up to {self.any:g}; it must be at most 1")
+        shares = math.fsum(getattr(self, kind) for kind in KINDS)
+        check(shares <= 1, f"diffusion.given has shares that add up to {shares:g}; it must be at most 1")
+        check(self.guides <= 1, f"diffusion.given.key_frames + sketches is {self.guides:g}; it must be at most 1")
 
     @property
-    def any(self) -> float:
-        """The share of clips of which something is given."""
-        return math.fsum(getattr(self, kind) for kind in KINDS)
+    def guides(self) -> float:
+        """The share of clips that have guides."""
+        return self.key_frames + self.sketches
+
+    @property
+    def any(self) -> bool:
+        """True if something is given of some clips."""
+        return any(getattr(self, kind) for kind in KINDS) or self.guides > 0
 
 
 class Drawn(NamedTuple):
@@ -69,7 +78,7 @@ def draw_given(
     pack: Pack,
     times_BS: PerClipBS,
 ) -> Drawn:
-    """Draw what is given of the clips of packs, and the noise levels of all rows.
+    """Draw what is given of the clips of packs, beside their guides, and the noise levels of all rows.
 
     keys: for the masks, and for the noise levels of single frames. times_BS: the noise level of each clip, which the
     tokens have that are not given. A clip keeps at least one token that is not given.
@@ -81,7 +90,9 @@ def draw_given(
     kind_BS = _kinds(config, numbers_BSX[..., 0], pack.grids_BS3[..., 0])
     given_BL = _given(keys[0], numbers_BSX, kind_BS, pack)
     spare_BL = rows * slot_of(pack.segments_BL) + rows - 1
-    level_BS = jnp.where(kind_BS < len(KINDS), _levels(config, numbers_BSX[..., 1], numbers_BSX[..., 2]), 0.0)
+    if pack.guides_BL is not None:
+        given_BL |= pack.guides_BL > 0
+    level_BS = _levels(config, numbers_BSX[..., 1], numbers_BSX[..., 2])
     clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1))
     times_BSF = jnp.broadcast_to(times_BS[..., None], (B, S, rows - 1))
     if config.levels:
