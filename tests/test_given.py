@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures_diffusion import quick_jit
+from scipy.stats import chisquare
 
 from sora_jax.data.packing import EmptyItem, PackingConfig, pack_batch
 from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
-from sora_jax.diffusion.keys import Purpose, step_key
+from sora_jax.diffusion.keys import Purpose, clip_keys, step_key
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.diffusion.sampling import SamplingConfig, sample
 from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig
 from sora_jax.diffusion.times import TimesConfig
 from sora_jax.errors import UserError
 from sora_jax.nn.pack import Pack
-from sora_jax.train.given import KINDS, GivenConfig, draw_given
+from sora_jax.train.given import KINDS, GivenConfig, _kinds, draw_given
 
 # ----------------------------------------------------------------------------------------------------------
 # Training
@@ -87,6 +88,20 @@ def test_shares_are_those_of_the_config_within_three_deviations(many):
     for name, share in expected.items():
         deviation = np.sqrt(share * (1 - share) / clips)
         assert abs(counts[name] / clips - share) < 3 * deviation + slack[name], name
+
+
+def test_each_kind_has_its_share_by_chi_squared(many):
+    """Draw for 15,360 clips; images have boxes or nothing."""
+    keys = [clip_keys(step_key(3, step, Purpose.GIVEN), jnp.asarray(many.clip_ids_BS)) for step in range(60)]
+    u_NS = np.concatenate([jax.vmap(jax.vmap(jax.random.uniform))(key) for key in keys])
+    frames_NS = np.tile(np.asarray(many.grids_BS3)[..., 0], (60, 1))
+    kinds_NS = np.asarray(_kinds(MIX, jnp.asarray(u_NS), jnp.asarray(frames_NS)))
+    assert set(np.unique(kinds_NS[frames_NS == 1])) == {KINDS.index("boxes"), len(KINDS)}
+    counts = np.bincount(kinds_NS[frames_NS > 1], minlength=len(KINDS) + 1)
+    shares = [getattr(MIX, kind) for kind in KINDS]
+    expected = counts.sum() * np.array([*shares, 1 - sum(shares)])
+    assert chisquare(counts, expected).pvalue > 1e-3
+    assert chisquare(counts[[1, 0, *range(2, len(counts))]], expected).pvalue < 1e-6, "kinds may not be exchanged"
 
 
 @pytest.mark.parametrize("kind", KINDS)

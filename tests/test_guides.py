@@ -245,9 +245,7 @@ def test_guides_are_read_and_not_learnt(model):
     pack = training_pack(model, [a_guide(model, KEY_FRAME), a_guide(model, SKETCH), None])
     without = training_pack(model, [None, None, None])
     loss, params = jax.jit(functools.partial(denoiser_loss, model.config)), {MODEL: jax.device_get(model.params)}
-    (sums, (weight, _)), (_, (plain, _)) = (
-        loss(params, (), one, np.int32(2), np.int32(0)) for one in (pack, without)
-    )
+    (sums, (weight, _)), (_, (plain, _)) = (loss(params, (), one, np.int32(2), np.int32(0)) for one in (pack, without))
     assert float(weight[MODEL]) == float(plain[MODEL]) > 0
     other = dataclasses.replace(pack, tokens_BLP=np.where(pack.guides_BL[..., None] > 0, -1.0, pack.tokens_BLP))
     moved, _ = loss(params, (), other, np.int32(2), np.int32(0))
