@@ -26,7 +26,7 @@ from sora_jax.generate.expand import expand_prompts
 from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
 from sora_jax.generate.long import Windows, windows_of
 from sora_jax.generate.prompts import Row, read_prompts, spans_of
-from sora_jax.generate.recipe import MadeBy, command_of, digest_of, make_recipe, read_recipe, save_recipe
+from sora_jax.generate.recipe import MadeBy, command_of, digest_of, digests_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Size, Wanted, check_seed, is_whole, plan_requests, size_of
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.generate.tasks import Tasks
@@ -60,7 +60,8 @@ def sample(options: argparse.Namespace) -> list[Path]:
     both = options.extend is not None and options.frames is not None
     check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
     rows, classes, asked = _rows(options), _classes(options.classes), _task_options(options)
-    made_by = MadeBy(command_of(options), rows, digest_of(options.workdir))
+    files = digests_of([file for _, file in asked.clips] + ([asked.mask] if asked.mask else []))
+    made_by = MadeBy(command_of(options), rows, digest_of(options.workdir), files)
     prompts = [row["prompt"] for row in rows]
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
@@ -161,6 +162,9 @@ def like(options: argparse.Namespace) -> dict:
     folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
     same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
     check(same, f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now")
+    inputs = recipe.get("inputs", {})
+    changed = [file for file, digest in inputs.items() if digests_of([as_path(file)]).get(file) != digest]
+    check(not changed, f"--like is {str(options.like)!r}; its input {''.join(changed[:1])!r} is gone or has changed")
     return recipe
 
 

@@ -359,6 +359,17 @@ def test_a_file_is_made_again_from_its_own_recipe(chain, files, tmp_path, ending
     same(again)
 
 
+def test_a_recipe_knows_its_inputs(chain, clip, tmp_path, capfd):  # noqa: F811
+    first, made = tmp_path / "first.png", tmp_path / "made.gif"
+    write_video(first, clip[:1], 6.0)
+    common = [f"--workdir={chain.transformer}", "--steps=2", "--frames=5", "--prompt=a red square"]
+    assert run("sample", *common, f"--image={first}", f"--out={made}") == 0
+    assert list(read_recipe(made)["inputs"]) == [str(first)]
+    write_video(first, clip[1:2], 6.0)
+    assert run("sample", f"--like={made}", f"--out={tmp_path / 'no.gif'}") == 2
+    assert f"its input '{first}' is gone or has changed" in capfd.readouterr().err
+
+
 def test_an_image_keeps_its_recipe_and_changes_are_taken(chain, tmp_path, capfd):  # noqa: F811
     one, other = tmp_path / "one.png", tmp_path / "other.png"
     common = [f"--workdir={chain.transformer}", "--steps=2", "--size=16", "--prompt=a red square"]

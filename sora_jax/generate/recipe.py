@@ -8,7 +8,7 @@ FILE.json, for programs that lose metadata.
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,15 @@ FILES = ("workdir", "autoencoder", "image", "sketch", "video", "mask")
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Hold what a recipe says of its command: options, prompts as they were sampled, digest of the run's config."""
+    """Hold what a recipe says of its command: options, prompts as they were sampled, digest of the run's config.
+
+    inputs: digests of the files that the command read, by their absolute names.
+    """
 
     command: Sequence[str]
     rows: Sequence[Row]
     config: str
+    inputs: Mapping[str, str]
 
 
 def command_of(options: argparse.Namespace) -> list[str]:
@@ -62,6 +66,12 @@ def digest_of(folder: str | Path) -> str:
     return hashlib.sha256(read_text(file).encode()).hexdigest()[:16] if file.exists() else ""
 
 
+def digests_of(files: Iterable[Path]) -> dict[str, str]:
+    """Return the digest of each file that is there, by its absolute name."""
+    there = [as_path(file).absolute() for file in files if as_path(file).is_file()]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in there}
+
+
 def make_recipe(made_by: MadeBy, step: int, clip: int, facts: dict[str, Any]) -> dict:
     """Return the recipe of clip number `clip` of a command, sampled from the checkpoint of a step.
 
@@ -72,6 +82,7 @@ def make_recipe(made_by: MadeBy, step: int, clip: int, facts: dict[str, Any]) ->
     if len(rows) > MANY:
         rows, clip = [{"clip_id": clip + 1} | rows[clip]], 0
     about = {"program": f"sora_jax {__version__}", "config": made_by.config, "step": step}
+    about |= {"inputs": dict(made_by.inputs)} if made_by.inputs else {}
     return {**about, **facts, "clip": clip, "rows": rows, "command": [*made_by.command, f"--checkpoint={step}"]}
 
 
