@@ -21,7 +21,8 @@ from sora_jax.shapes import TimesKBR, TokensBLP
 class SamplingConfig:
     """Configure how a model is sampled."""
 
-    steps: str = "30"  # number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20"
+    # Number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20", with `times` a list of times.
+    steps: str = "30"
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
@@ -57,4 +58,6 @@ def grid_times(config: SamplingConfig, times: TimesConfig, process: Process, tok
     # The unshifted grid is computed on the host, also when the program is compiled ahead for absent devices.
     with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         base_K = np.asarray(base_times(process, config.steps, config.spacing), np.float32)
+    if config.spacing == "times":
+        return jax.vmap(lambda t: jnp.full_like(tokens_BR, t, jnp.float32))(jnp.asarray(base_K))
     return sampling_times(times, jnp.asarray(base_K), tokens_BR, process)

@@ -63,7 +63,10 @@ def denoiser_specs(config: DenoiserConfig) -> dict:
 
 
 def encode_condition(params: dict, config: DenoiserConfig, pack: Pack) -> Any:
-    """Encode what stays the same while a pack is denoised (captions); for `denoise`. None where there is nothing."""
+    """Encode what stays the same while a pack is denoised (captions); for `denoise`. None where there is nothing.
+
+    A sampler calls it once for all its steps.
+    """
     return MODULES[type(config)].encode_condition(params, config, pack)
 
 
