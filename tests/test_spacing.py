@@ -38,7 +38,9 @@ def test_a_list_of_times_is_the_grid(end):
     np.testing.assert_allclose(times_KBR[:, 0], np.stack([[*listed, 0]] * 2, 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("text", ["", "0", "0.9,0.5", "1,0.5,0.5", "1,0.5,0.6", "1,-0.5", "1,x", "1,,0.5", "1,nan", "30"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0.9,0.5", "1,0.5,0.5", "1,0.5,0.6", "1,-0.5", "1,x", "1,,0.5", "1,nan", "30"]
+)
 def test_a_list_that_does_not_fall_from_1_is_refused(text):
     with pytest.raises(UserError, match=f"steps is '{text}'; with spacing 'times' it must be times that fall from 1"):
         SamplingConfig(text, "times")

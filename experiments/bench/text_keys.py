@@ -35,7 +35,9 @@ def untrained(options: argparse.Namespace) -> sampler.TrainedDenoiser:
         depth=options.depth, width=options.width, heads=options.width // 32, text=TextConfig(width=options.width)
     )
     packing = PackingConfig(length=options.length, slots=1, text_length=options.text_length)
-    config = DenoiserRun(model=model, packing=packing, tokenizer=TokenizerConfig("bytes", max_tokens=options.text_length))
+    config = DenoiserRun(
+        model=model, packing=packing, tokenizer=TokenizerConfig("bytes", max_tokens=options.text_length)
+    )
     params = init(denoiser_specs(model), jax.random.key(0))
     return sampler.TrainedDenoiser(config, params, Tokenizer(config.tokenizer), make_mesh())
 
@@ -60,7 +62,7 @@ def main() -> None:
     requests = [Request(prompt, size, number + 1, guidance=3.0) for number in range(options.clips)]
 
     def each_step(params, config, pack):
-        return encode_condition(params, config, pack).replace(keys_values=None)
+        return dataclasses.replace(encode_condition(params, config, pack), keys_values=None)
 
     def timed(once: bool) -> tuple[float, list[np.ndarray]]:
         sampler.encode_condition = encode_condition if once else each_step

@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Int
 
+from sora_jax.config import check
 from sora_jax.diffusion.given import Given, limit_times, start
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import Process, initial
-from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
+from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, solve
 from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TimesKBR, TokensBLP
@@ -26,9 +27,26 @@ class SamplingConfig:
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
+    skipped: tuple[int, ...] = ()  # steps, from 0, at which the blocks do not run: see `generate/skipping.py`
 
     def __post_init__(self):
-        count_steps(self.steps, self.spacing)
+        count = count_steps(self.steps, self.spacing)
+        if self.skipped:
+            rising = all(a < b for a, b in zip((0, *self.skipped), (*self.skipped, count)))
+            check(rising, f"sampling.skipped is {self.skipped}; it must be rising numbers from 1 to {count - 1}")
+            check_skipping(self.solver, self.guidance)
+
+
+def check_skipping(solver: SolverConfig, guidance: GuidanceConfig) -> None:
+    """Raise a UserError unless every step calls each model exactly once."""
+    once = [name for name, method in SOLVERS.items() if method.each == method.last == 1]
+    check(
+        solver.name in once,
+        f"--solver is {solver.name}; to skip steps it must be one that calls the model once a step: {', '.join(once)}",
+    )
+    interval = guidance.start, guidance.end
+    always = interval == (0.0, 1.0)
+    check(always, f"sampling.guidance.start and end are {interval}; to skip steps they must be 0 and 1")
 
 
 def sample(
