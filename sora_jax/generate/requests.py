@@ -125,7 +125,7 @@ def plan_requests(
     if sampling.skipped:
         check(has_trunk(config.model), f"model.name is {config.model.name!r}; it has no blocks to skip")
         rings = any(one is not None and one.ring for one in known)
-        check(not rings, "--loop is given with skipped steps; a loop has other positions at every step: skip none")
+        check(not rings, "--loop is given; a loop has other positions at every step, so that none may be skipped")
     latents = [_size(config, first_stage, *one) for one in zip(sizes, known, strict=True)]
     return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, known, strict=True)]
 
