@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     _quickstart(commands)
     _train(commands)
     _sample(commands)
+    _calibrate(commands)
     _data(commands)
     _evaluate(commands)
     _convert(commands)
@@ -188,6 +189,7 @@ def _sample(commands) -> None:
     p.add_argument("--steps", help="solver steps; with respaced spacing also 10,15,20 or ddim50 (default: the run's)")
     p.add_argument("--solver", help="euler, heun, ddpm, ddim, dpm2, dpm3, unipc... (default: the run's)")
     p.add_argument("--guidance", type=float, help="guidance scale; 1: no guidance (default: the run's)")
+    p.add_argument("--skip-steps", action="store_true", help="skip the blocks at the steps that calibrate has chosen")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     p.add_argument("--fps", type=float, help="frames per second of the file (default: as in the run's previews)")
     p.add_argument("--upscale", type=int, default=1, help="integer factor that enlarges pixels, to view tiny clips")
@@ -197,6 +199,26 @@ def _sample(commands) -> None:
     p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
     _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
     p.set_defaults(function=sample, sampling=[], clip=None, rows=None)
+
+
+def _calibrate(commands) -> None:
+    example = "example:\n  sora-jax calibrate --workdir=runs/video --error=0.12 --most=2"
+    about = "choose the steps at which sample --skip-steps skips the blocks"
+    p = _parser(commands.add_parser, "calibrate", help=about, epilog=example)
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser")
+    p.add_argument("--error", type=float, default=0.12, help="bound of the accumulated error; larger skips more")
+    p.add_argument("--most", type=int, default=2, help="steps that are skipped in a row at most")
+    p.add_argument("--steps", help="solver steps (default: the run's)")
+    p.add_argument("--solver", help="solver that calls the model once a step (default: the run's)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: the run's)")
+    p.set_defaults(function=calibrate, sampling=[])
+
+
+def calibrate(options) -> None:
+    from sora_jax import commands
+
+    commands.use_compilation_cache()
+    print(commands.calibrate(options))
 
 
 def _tasks(p) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from sora_jax.generate.prompts import Row, read_prompts, spans_of
 from sora_jax.generate.recipe import MadeBy, command_of, digest_of, digests_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Size, Wanted, check_seed, is_whole, plan_requests, size_of
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
+from sora_jax.generate.sampler import trunk_ratios
+from sora_jax.generate.skipping import choose_skipped, read_skipped, save_skipped
 from sora_jax.generate.tasks import Tasks
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig, tiling_warning
@@ -76,6 +78,8 @@ def sample(options: argparse.Namespace) -> list[Path]:
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
     check_seed(options.seed)
     wanted = _wanted(options, rows, prompts, classes)
+    if options.skip_steps:
+        sampling = dataclasses.replace(sampling, skipped=read_skipped(options.workdir, sampling, wanted.guidance))
     plan = functools.partial(plan_requests, config, first_stage, sampling=sampling)
     load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
     fps = options.fps
@@ -84,7 +88,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
         what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
         print(f"sora-jax: sampling {len(requests)} of {wanted.sizes} in {what}", file=sys.stderr)
         parts = run.sample_long(requests, windows, sampling, options.seed, tiles)
-        return _write(options, config, run.step, made_by, requests, paths, parts, fps)
+        return _write(options, config, run.step, made_by, requests, paths, enumerate(parts), fps)
     if asked:
         size = (options.frames, options.height, options.width)
         inputs = read_inputs(asked, size, _multiple(config, first_stage), options.sized)
@@ -105,9 +109,36 @@ def sample(options: argparse.Namespace) -> list[Path]:
     if warning := tiling_warning(first_stage, tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
     _announce(run, requests, sampling)
-    clips = run.sample(requests, sampling, options.seed, tiles, wanted.tasks)
-    clips = [grid(clips)] if classes else clips
-    return _write(options, config, run.step, made_by, requests, paths, [iter([clip]) for clip in clips], fps)
+    clips = run.stream(requests, sampling, options.seed, tiles, wanted.tasks)
+    if classes:
+        clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
+    files = ((number, iter([clip])) for number, clip in clips)
+    return _write(options, config, run.step, made_by, requests, paths, files, fps)
+
+
+def calibrate(options: argparse.Namespace) -> Path:
+    """Choose the steps at which `sample --skip-steps` skips the blocks, by the prompts of a run's previews.
+
+    Returns the file of the run folder that keeps them.
+    """
+    config = read_run_config(options.workdir)
+    sampling, preview = _sampling(options, config), config.preview
+    count = len(preview.prompts or preview.classes)
+    check(count, f"--workdir is {str(options.workdir)!r}; its config has no preview.prompts to calibrate with")
+    check(options.error > 0, f"--error is {options.error}; it must be positive")
+    check(options.most > 0, f"--most is {options.most}; it must be at least 1")
+    run, sizes = load_run(options.workdir), [preview.sizes[i % len(preview.sizes)] for i in range(count)]
+    wanted = Wanted(preview.prompts, sizes, preview.classes, options.guidance)
+    sampling = dataclasses.replace(sampling, skipped=())
+    requests = plan_requests(config, run.autoencoder.config, wanted, sampling)
+    with jax.set_mesh(run.mesh):
+        ratios_XK = trunk_ratios(run, requests, sampling, config.seed)
+    sampling = dataclasses.replace(sampling, skipped=choose_skipped(ratios_XK, options.error, options.most))
+    facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
+    file = save_skipped(options.workdir, sampling, options.guidance, facts)
+    steps = ", ".join(map(str, sampling.skipped))
+    print(f"sora-jax: of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}", file=sys.stderr)
+    return file
 
 
 def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence[Row]) -> None:
@@ -130,23 +161,26 @@ def _write(
     made_by: MadeBy,
     requests: Sequence[Request],
     paths: Sequence[Path],
-    clips: Sequence[Iterator[np.ndarray]],
+    clips: Iterable[tuple[int, Iterator[np.ndarray]]],
     fps: float | None,
 ) -> list[Path]:
-    """Write the clips with their recipes, or, where an earlier file is repeated, the one of that file."""
-    written = []
-    for number, (path, chunks) in enumerate(zip(paths, clips, strict=True)):
+    """Write each clip with its recipe as it comes, or, where an earlier file is repeated, the one of that file.
+
+    clips: each with the number of its request. Returns the files in the order of the requests.
+    """
+    written: dict[int, Path] = {}
+    for number, chunks in clips:
         if options.clip not in (None, number):
             continue
-        path = options.out if options.clip is not None else path
+        path = options.out if options.clip is not None else paths[number]
         request = requests[number]
         facts = {"prompt": request.prompt, "negative": request.negative, "seed": options.seed}
         facts |= {"guidance": request.guidance, "latent_size": request.size}
         recipe = make_recipe(made_by, step, number, facts)
         write_chunks(path, chunks, fps or config.preview.fps, options.upscale, json.dumps(recipe))
         save_recipe(path, recipe)
-        written.append(path)
-    return written
+        written[number] = path
+    return [written[number] for number in sorted(written)]
 
 
 def like(options: argparse.Namespace) -> dict:
@@ -245,7 +279,8 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
     frames, height, width = size_of(run.autoencoder.config, requests[0].size)
     length = f"{requests[0].size[0]} latent frames of " if requests[0].known else f"{frames}x"
     what = f"{len(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
-    how = f"{sampling.steps} steps of {sampling.solver.name}, weights of step {run.step}"
+    skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
+    how = f"{sampling.steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
 
 

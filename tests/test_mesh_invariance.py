@@ -137,12 +137,11 @@ REQUESTS = [  # of several packs; one prompt is longer than packs have room for,
 ]
 
 
-def sampled(mesh, params, **model):
+def sampled(mesh, params, settings=SamplingConfig(steps="2"), requests=REQUESTS, **model):
     run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
-    settings = SamplingConfig(steps="2")
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(denoiser_specs(NETWORK), mesh))
-        return sample_latents(TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh), REQUESTS, settings, 5)
+        return sample_latents(TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh), requests, settings, 5)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +155,18 @@ def test_samples_are_those_of_one_device(params, sampled_on_one, name):
     found = sampled(make_mesh(mesh), params, sequence=sequence)
     assert [z.shape for z in found] == [(*request.size, 2) for request in REQUESTS]
     assert_same(found, sampled_on_one)
+
+
+def test_samples_with_skipped_steps_are_those_of_one_device(params):
+    """What a step reuses is split as the tokens are."""
+    settings = SamplingConfig(steps="3", skipped=(1,))
+    open_ends = [request for request in REQUESTS if request.known is not RING]
+    found, expected = (
+        sampled(make_mesh(mesh), params, settings, open_ends)
+        for mesh in (MeshConfig(data=2, fsdp=1, sequence=2, tensor=2), MeshConfig(data=8))
+    )
+    assert_same(found, expected)
+    assert_same(expected, sampled(one_device(), params, settings, open_ends, attention="dense"))
 
 
 # ----------------------------------------------------------------------------------------------------------

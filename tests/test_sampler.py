@@ -65,6 +65,24 @@ def test_calls_of_few_packs_are_one_call_of_all(model, together, monkeypatch):
     assert len(calls) == len(REQUESTS)
 
 
+def test_clips_come_while_later_ones_are_sampled(model, monkeypatch):
+    """With a pack of one clip at a time the first of four clips is there after the second call of the sampler."""
+    packing = dataclasses.replace(model.config.packing, slots=1)
+    run = dataclasses.replace(model, config=dataclasses.replace(model.config, packing=packing))
+    requests = [dataclasses.replace(request, guidance=3.0) for request in REQUESTS]
+    whole = run.sample(requests, SETTINGS, 5)
+    monkeypatch.setattr(sampler, "PACKS_AT_ONCE", 1)
+    solve, calls = sampler.solve_packs, []
+    monkeypatch.setattr(sampler, "solve_packs", lambda *arguments: calls.append(1) or solve(*arguments))
+    counts, found = [], {}
+    for number, clip in run.stream(requests, SETTINGS, 5):
+        counts.append(len(calls))
+        found[number] = clip
+    assert counts == [2, 3, 4, 4]
+    for number, clip in enumerate(whole):
+        np.testing.assert_array_equal(found[number], clip)
+
+
 @pytest.mark.parametrize("i", range(len(REQUESTS)))
 def test_together_is_alone(latents, together, i):
     near(latents([REQUESTS[i]])[0], together[i])

@@ -10,19 +10,40 @@ import numpy as np
 import pytest
 
 from sora_jax.diffusion.process import PROCESSES, half_log_snr, process_named
-from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.sampling import SamplingConfig, grid_times
 from sora_jax.diffusion.spacing import SPACINGS, base_times, count_steps, respaced_steps
+from sora_jax.diffusion.times import TimesConfig
 from sora_jax.errors import UserError
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 250])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", sorted(set(SPACINGS) - {"times"}))
 @pytest.mark.parametrize("process", ["linear_flow", "vp_linear", "edm"])
 def test_grids_descend_to_zero(process, spacing, steps):
     times = base_times(process, steps, spacing)
     assert times.shape == (steps + 1,) and times[-1] == 0 and times[0] <= 1
     assert np.all(np.diff(times.astype(np.float32)) < 0)
     assert count_steps(steps, spacing) == steps
+
+
+@pytest.mark.parametrize("end", ["", ",0", ", 0.0"])
+def test_a_list_of_times_is_the_grid(end):
+    """The grid of a distilled model: no clip's size shifts it."""
+    listed = [1, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725]
+    text = ",".join(map(str, listed)) + end
+    np.testing.assert_allclose(base_times("linear_flow", text, "times"), [*listed, 0], rtol=1e-6)
+    assert count_steps(text, "times") == 7
+    config, tokens_BR = SamplingConfig(text, "times"), jnp.array([[4, 4096]])
+    times_KBR = grid_times(config, TimesConfig(base_tokens=4), process_named("linear_flow"), tokens_BR)
+    np.testing.assert_allclose(times_KBR[:, 0], np.stack([[*listed, 0]] * 2, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0.9,0.5", "1,0.5,0.5", "1,0.5,0.6", "1,-0.5", "1,x", "1,,0.5", "1,nan", "30"]
+)
+def test_a_list_that_does_not_fall_from_1_is_refused(text):
+    with pytest.raises(UserError, match=f"steps is '{text}'; with spacing 'times' it must be times that fall from 1"):
+        SamplingConfig(text, "times")
 
 
 def test_even_times():

@@ -18,7 +18,7 @@ from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_w
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig, TextContext, encode_text
-from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, denoiser_specs
+from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, denoiser_specs, encode_condition
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.nn.params import count, init
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, denoiser_loss
@@ -280,6 +280,17 @@ def test_encoded_text_may_be_given(params, clips, packed):
     text = jax.jit(lambda p: encode_text(p["text"], TEXT, other))(params)
     run = jax.jit(lambda p, text: denoise(p, CONFIG, pack, pack.tokens_BLP, times_of(pack), text))
     assert_near(run(params, text), evaluator(RUN)(params, other).output_BLP)
+
+
+def test_keys_and_values_of_captions_computed_once_are_those_of_every_block(params, clips, packed):
+    pack = packed([clips[:3], clips[3:]])
+    text = jax.jit(lambda p: encode_condition(p, CONFIG, pack))(params)
+    keys, _ = text.keys_values
+    assert keys.shape == (CONFIG.depth, *pack.text_BM.shape, CONFIG.heads, CONFIG.head_width)
+    run = jax.jit(lambda p, text: denoise(p, CONFIG, pack, pack.tokens_BLP, times_of(pack), text))
+    np.testing.assert_array_equal(run(params, text), run(params, dataclasses.replace(text, keys_values=None)))
+    other = dataclasses.replace(text, keys_values=jax.tree.map(lambda x: x[::-1], text.keys_values))
+    assert np.abs(run(params, other) - run(params, text)).max() > 1e-3  # they are what is read
 
 
 def test_parameter_count_in_closed_form():

@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Int
 
+from sora_jax.config import check
 from sora_jax.diffusion.given import Given, limit_times, start
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import Process, initial
-from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
+from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, solve
 from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TimesKBR, TokensBLP
@@ -21,13 +22,31 @@ from sora_jax.shapes import TimesKBR, TokensBLP
 class SamplingConfig:
     """Configure how a model is sampled."""
 
-    steps: str = "30"  # number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20"
+    # Number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20", with `times` a list of times.
+    steps: str = "30"
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
+    skipped: tuple[int, ...] = ()  # steps, from 0, at which the blocks do not run: see `generate/skipping.py`
 
     def __post_init__(self):
-        count_steps(self.steps, self.spacing)
+        count = count_steps(self.steps, self.spacing)
+        if self.skipped:
+            rising = all(a < b for a, b in zip((0, *self.skipped), (*self.skipped, count)))
+            check(rising, f"sampling.skipped is {self.skipped}; it must be rising numbers from 1 to {count - 1}")
+            check_skipping(self.solver, self.guidance)
+
+
+def check_skipping(solver: SolverConfig, guidance: GuidanceConfig) -> None:
+    """Raise a UserError unless every step calls each model exactly once."""
+    once = [name for name, method in SOLVERS.items() if method.each == method.last == 1]
+    check(
+        solver.name in once,
+        f"--solver is {solver.name}; to skip steps it must be one that calls the model once a step: {', '.join(once)}",
+    )
+    interval = guidance.start, guidance.end
+    always = interval == (0.0, 1.0)
+    check(always, f"sampling.guidance.start and end are {interval}; to skip steps they must be 0 and 1")
 
 
 def sample(
@@ -57,4 +76,6 @@ def grid_times(config: SamplingConfig, times: TimesConfig, process: Process, tok
     # The unshifted grid is computed on the host, also when the program is compiled ahead for absent devices.
     with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         base_K = np.asarray(base_times(process, config.steps, config.spacing), np.float32)
+    if config.spacing == "times":
+        return jax.vmap(lambda t: jnp.full_like(tokens_BR, t, jnp.float32))(jnp.asarray(base_K))
     return sampling_times(times, jnp.asarray(base_K), tokens_BR, process)

@@ -7,6 +7,7 @@
     linspace   n steps evenly from the last to the first, both included
     respaced   steps such as "250", "ddim50" or "10,15,20" as in `respaced_steps`
     karras     noise levels sigma = b / a, even in sigma^(1/7), from the largest to the smallest
+    times      a list that falls from 1, such as "1,0.98,0.9,0.725", as distilled models want; no size shifts it
 
 `trailing`, `leading` and `linspace` are those of Lin et al. (2305.08891, table 2); step i is at time (i + 1) / 1000.
 The ends of `karras` (2206.00364, equation 5) are the levels of the first and the last step, but at least 0.002, and
@@ -38,13 +39,15 @@ _INFINITE = 1e4  # no process with a signal at t = 1 has so high a noise level
 def base_times(process: str | Process, steps: int | str, spacing: str = "even") -> np.ndarray:
     """Return times (K,) float64, strictly decreasing to 0: one for each of the K - 1 steps, and the end.
 
-    `steps` is a number; for `respaced` also a text.
+    `steps` is a number; for `respaced` also a text, for `times` a list.
 
     Raises:
         UserError: an unknown spacing, a number of steps that the spacing cannot make, or a text it cannot read.
     """
     count = count_steps(steps, spacing)
     times_of = SPACINGS[spacing]
+    if spacing == "times":
+        return np.array([*_listed(str(steps)), 0.0])
     if times_of is None:
         return _times_of(respaced_steps(str(steps)))
     return times_of(process_named(process) if isinstance(process, str) else process, count)
@@ -59,6 +62,8 @@ def count_steps(steps: int | str, spacing: str) -> int:
     choose("spacing", spacing, SPACINGS)
     if spacing == "respaced":
         return len(respaced_steps(str(steps)))
+    if spacing == "times":
+        return len(_listed(str(steps)))
     return _count(steps, most=None if spacing in ("even", "karras") else DDPM_STEPS)
 
 
@@ -82,6 +87,23 @@ def respaced_steps(sections: str, steps: int = DDPM_STEPS) -> list[int]:
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     counts = [_count(part, size) for part, size in zip(parts, sizes, strict=True)]
     return [i for start, size, count in zip(starts, sizes, counts, strict=True) for i in _spread(start, size, count)]
+
+
+def _listed(text: str) -> list[float]:
+    """Read the times of a list at which steps begin; a 0 at its end is left out.
+
+    Raises:
+        UserError: the list is empty, does not begin at 1, or does not fall from each time to the next.
+    """
+    try:
+        # As float32, which is what a solver is given: times that are equal there are equal.
+        times = [float(np.float32(part)) for part in text.strip("()[] ").split(",")]
+    except ValueError:
+        times = []
+    times = times[:-1] if times[-1:] == [0.0] else times
+    falls = times[:1] == [1.0] and all(a > b for a, b in zip(times, [*times[1:], 0.0]))
+    check(falls, f"steps is {text!r}; with spacing 'times' it must be times that fall from 1, such as 1,0.95,0.8,0.4")
+    return times
 
 
 def _spread(start: int, size: int, count: int) -> list[int]:
@@ -131,7 +153,7 @@ def _linspace(process: Process, count: int) -> np.ndarray:
     return _times_of(np.round(np.linspace(0, DDPM_STEPS - 1, count)) if count > 1 else [DDPM_STEPS - 1])
 
 
-# (process, number of steps) -> times; `respaced` reads a text instead of a number.
+# (process, number of steps) -> times; `respaced` and `times` read a text instead of a number.
 SPACINGS: dict[str, Callable[[Process, int], np.ndarray] | None] = {
     "even": _even,
     "respaced": None,
@@ -139,4 +161,5 @@ SPACINGS: dict[str, Callable[[Process, int], np.ndarray] | None] = {
     "trailing": _trailing,
     "linspace": _linspace,
     "karras": _karras,
+    "times": None,
 }

@@ -12,6 +12,7 @@ from sora_jax.config import check
 from sora_jax.data.guides import Guides
 from sora_jax.data.packing import grid_of
 from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.models.denoiser import has_trunk
 from sora_jax.models.first_stage import FirstStageConfig, latent_grid
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -124,6 +125,10 @@ def plan_requests(
     )
     known = [task.known for task in wanted.tasks] or [None] * count
     check(len(known) == count, f"there are {count} prompts and {len(known)} tasks; give one for each")
+    if sampling.skipped:
+        check(has_trunk(config.model), f"model.name is {config.model.name!r}; it has no blocks to skip")
+        rings = any(one is not None and one.ring for one in known)
+        check(not rings, "--loop is given; a loop has other positions at every step, so that none may be skipped")
     latents = [_size(config, first_stage, *one) for one in zip(sizes, known, strict=True)]
     return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, known, strict=True)]
 

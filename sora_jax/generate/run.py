@@ -14,7 +14,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.long import Windows, sample_long
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
-from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
+from sora_jax.generate.sampler import TrainedDenoiser, sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import NEWEST, Checkpoints
@@ -84,13 +84,36 @@ class Run(TrainedDenoiser):
         tasks: Sequence[Task] = (),
     ) -> list[np.ndarray]:
         """Generate the clips of requests that `plan_requests` made, of these tasks."""
+        clips = dict(self.stream(requests, sampling, seed, tiles, tasks))
+        return [clips[number] for number in range(len(requests))]
+
+    def stream(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        seed: int,
+        tiles: TilingConfig = TilingConfig(),
+        tasks: Sequence[Task] = (),
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the clips of `sample`, each with the number of its request, as batches of packs are done.
+
+        While the clips of a batch are decoded and used, the next batch is sampled.
+        """
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
-        with jax.set_mesh(self.mesh):
-            latents = sample_latents(self, requests, sampling, seed)
-            each = list(tasks) * len(latents) if len(tasks) == 1 else list(tasks)
-            if not each:
-                return self.decode(latents, tiles)
-            return self._finish(latents, each, tiles)
+        each = list(tasks) * len(requests) if len(tasks) == 1 else list(tasks)
+        batches = sample_batches(self, requests, sampling, seed)
+        while True:
+            with jax.set_mesh(self.mesh):  # not around `yield`: the caller's mesh is his own
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                latents = list(batch.values())
+                clips = (
+                    self._finish(latents, [each[number] for number in batch], tiles)
+                    if each
+                    else (self.decode(latents, tiles))
+                )
+            yield from zip(batch, clips, strict=True)
 
     def _finish(self, latents: Sequence[np.ndarray], tasks: Sequence[Task], tiles: TilingConfig) -> list[np.ndarray]:
         """Decode the latents of tasks and complete their clips."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sora_jax.config import check
 from sora_jax.data.packing import (
     EmptyItem,
     Layout,
@@ -30,10 +31,12 @@ from sora_jax.diffusion.guidance import TokenLayout, guided
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
-from sora_jax.diffusion.sampling import SamplingConfig, grid_times, sample
+from sora_jax.diffusion.sampling import SamplingConfig, check_skipping, grid_times, sample
 from sora_jax.diffusion.solvers import Problem
+from sora_jax.diffusion.spacing import count_steps
 from sora_jax.generate.requests import Request, Size
-from sora_jax.models.denoiser import encode_condition
+from sora_jax.generate.skipping import reuse_trunk, watch_trunk
+from sora_jax.models.denoiser import RunTrunk, encode_condition, has_trunk, trunk_zeros
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.parallel.mesh import place_batch
 from sora_jax.parallel.rules import parts
@@ -102,40 +105,60 @@ def sample_latents(
     progress bar where that takes more than one call. A clip's noise is keyed by (seed, clip id), so what it is packed
     with changes it by float error at most.
     """
+    latents: dict[int, np.ndarray] = {}
+    for batch in sample_batches(model, requests, sampling, seed):
+        latents |= batch
+    return [latents[member] for member in range(len(requests))]
+
+
+def sample_batches(
+    model: TrainedDenoiser, requests: Sequence[Request], sampling: SamplingConfig, seed: int
+) -> Iterator[dict[int, np.ndarray]]:
+    """Yield the latents of `sample_latents` by the number of their request, a call of the compiled sampler at a time.
+
+    The next call is dispatched before a batch is yielded: what the caller does with a batch costs no time of the
+    device's.
+    """
     edits = [request.known is not None and request.known.source is not None for request in requests]
-    if any(edits) and not all(edits):
-        return _separately(model, requests, edits, sampling, seed)
+    for wanted in sorted(set(edits), reverse=True):  # edits of described clips travel in packs of their own
+        members = [number for number, edit in enumerate(edits) if edit == wanted]
+        chosen = [requests[number] for number in members]
+        for batch in _batches(model, chosen, wanted, sampling, seed):
+            yield {members[number]: latent for number, latent in batch.items()}
+
+
+def _batches(
+    model: TrainedDenoiser, requests: Sequence[Request], edits: bool, sampling: SamplingConfig, seed: int
+) -> Iterator[dict[int, np.ndarray]]:
+    """Yield as `sample_batches`; all requests are edits of described clips, or none is."""
     layout = _lay_out(model, requests)
     split = parts("batch", model.mesh)
     at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
     starts = range(0, len(layout.rows), at_once)
     # The scale is given clip by clip, so that one program serves all scales.
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
-    latents: dict[int, np.ndarray] = {}
-    for start in tqdm(starts, "sampling", unit="batch", disable=len(starts) == 1):
+
+    def dispatch(start: int) -> tuple[list[list[int]], Pack, jax.Array]:
         rows = layout.rows[start : start + at_once]
-        rows += rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
-        conditions = _place(model.mesh, layout, rows, requests)
-        sources = layout._replace(items=layout.sources) if all(edits) else None
-        source = _place(model.mesh, sources, rows, requests) if sources else None
+        full = rows + rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
+        conditions = _place(model.mesh, layout, full, requests)
+        source = _place(model.mesh, layout._replace(items=layout.sources), full, requests) if edits else None
         tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
-        packs = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
-        for pack, row in zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows):
-            for member, latent in zip(row, unpack(pack, model.config.model.patch), strict=True):
-                latents[member] = latent
-    return [latents[member] for member in range(len(requests))]
+        return rows, conditions.positive, tokens_BLP
 
+    def wait(rows: list[list[int]], pack: Pack, tokens_BLP: jax.Array) -> dict[int, np.ndarray]:
+        packs = {name: np.asarray(getattr(pack, name)) for name in UNPACKED}
+        filled = zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows)
+        latents = ((row, unpack(pack, model.config.model.patch)) for pack, row in filled)
+        return {number: latent for row, found in latents for number, latent in zip(row, found, strict=True)}
 
-def _separately(
-    model: TrainedDenoiser, requests: Sequence[Request], edits: list[bool], sampling: SamplingConfig, seed: int
-) -> list[np.ndarray]:
-    """Sample the requests that are edits of a described clip, and the others, each in packs of their own."""
-    latents: dict[int, np.ndarray] = {}
-    for wanted in (True, False):
-        members = [number for number, edit in enumerate(edits) if edit == wanted]
-        found = sample_latents(model, [requests[number] for number in members], sampling, seed)
-        latents |= dict(zip(members, found, strict=True))
-    return [latents[number] for number in range(len(requests))]
+    with tqdm(total=len(starts), desc="sampling", unit="batch", disable=len(starts) == 1) as bar:
+        ahead = dispatch(starts[0])
+        for start in [*starts[1:], None]:
+            batch, ahead = ahead, dispatch(start) if start is not None else ahead
+            latents = wait(*batch)
+            bar.update()
+            yield latents
 
 
 def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequence[Request]) -> Conditions:
@@ -253,11 +276,63 @@ def solve_packs(
     source: the known tokens are changed from what it says to what `conditions` say, see `diffusion.flow_edit`. Its
     packs are laid out as those of `conditions`.
     """
+
+    def skipping(pack: Pack) -> RunTrunk | None:
+        if not sampling.skipped:
+            return None
+        return reuse_trunk(sampling.skipped, _count(sampling), trunk_zeros(config.model, pack))
+
+    return _solve(config, sampling, params, seed, conditions, source, skipping)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _trunk_ratios(
+    config: DenoiserRun, sampling: SamplingConfig, params: dict, seed: jax.Array, conditions: Conditions
+) -> jax.Array:
+    """Return the ratios (X, K) of `skipping.watch_trunk`, of each branch of guidance."""
+    found = []
+
+    def watching(pack: Pack) -> RunTrunk:
+        run, ratios_K = watch_trunk(_count(sampling), trunk_zeros(config.model, pack), pack.segments_BL)
+        found.append(ratios_K)
+        return run
+
+    _solve(config, sampling, params, seed, conditions, None, watching)
+    return jnp.stack([ratios_K[...] for ratios_K in found])
+
+
+def trunk_ratios(
+    model: TrainedDenoiser, requests: Sequence[Request], sampling: SamplingConfig, seed: int
+) -> np.ndarray:
+    """Sample all requests in one call; return the ratios (X, K) that `skipping.choose_skipped` reads."""
+    check(has_trunk(model.config.model), f"model.name is {model.config.model.name!r}; it has no blocks to skip")
+    check_skipping(sampling.solver, sampling.guidance)
+    layout, split = _lay_out(model, requests), parts("batch", model.mesh)
+    rows = layout.rows + layout.rows[-1:] * (-len(layout.rows) % split)
+    conditions = _place(model.mesh, layout, rows, requests)
+    sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
+    return np.asarray(_trunk_ratios(model.config, sampling, model.params, np.uint32(seed), conditions))
+
+
+def _count(sampling: SamplingConfig) -> int:
+    return count_steps(sampling.steps, sampling.spacing)
+
+
+def _solve(
+    config: DenoiserRun,
+    sampling: SamplingConfig,
+    params: dict,
+    seed: jax.Array,
+    conditions: Conditions,
+    source: Conditions | None,
+    trunk_of: Callable[[Pack], RunTrunk | None],
+) -> jax.Array:
+    """Solve as `solve_packs`; trunk_of: makes what calls the trunk of the model, for each branch of guidance."""
     pack, model = conditions.positive, config.model
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     noise = lambda key: token_noise(key, clip_ids_BL, pack.index_BL, model.patch_values)  # noqa: E731
     problem = Problem(
-        _denoiser(config, sampling, params, conditions),
+        _denoiser(config, sampling, params, conditions, trunk_of),
         config.diffusion.prediction,
         process_named(config.diffusion.process),
         pack.rows_BL,
@@ -266,7 +341,7 @@ def solve_packs(
     )
     given = conditions.given
     if source is not None and given is not None:
-        before = dataclasses.replace(problem, denoise=_denoiser(config, sampling, params, source))
+        before = dataclasses.replace(problem, denoise=_denoiser(config, sampling, params, source, trunk_of))
         times_KBR = grid_times(sampling, config.diffusion.times, problem.process, _row_tokens(pack))
         return flow_edit(before, problem, given.x0_BLP, limit_times(given, times_KBR))
     eps_BLP = noise(step_key(seed, 0, Purpose.SAMPLE))
@@ -278,13 +353,19 @@ def _row_tokens(pack: Pack) -> jax.Array:
     return per_slot(pack.grids_BS3.prod(-1), pack.row_slots_BR)
 
 
-def _denoiser(config: DenoiserRun, sampling: SamplingConfig, params: dict, conditions: Conditions) -> Denoise:
+def _denoiser(
+    config: DenoiserRun,
+    sampling: SamplingConfig,
+    params: dict,
+    conditions: Conditions,
+    trunk_of: Callable[[Pack], RunTrunk | None],
+) -> Denoise:
     """Return denoise(x, t) with captions encoded once, guided away from the negative packs if there are any."""
 
     def conditioned(pack: Pack) -> Denoise:
         known, rings_BS = encode_condition(params, config.model, pack), conditions.rings_BS
         if rings_BS is None:
-            return network(params, config, pack, known)
+            return network(params, config, pack, known, trunk_of(pack))
         process = process_named(config.diffusion.process)
         times_KBR = grid_times(sampling, config.diffusion.times, process, _row_tokens(pack))
 

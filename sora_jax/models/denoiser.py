@@ -5,6 +5,7 @@ The class of the config says which module does the work. A network is one module
 `MODULES`.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any, Protocol
 
@@ -57,6 +58,9 @@ class DenoiserConfig(Protocol):
         """Return the number of classes; 0 for none."""
 
 
+# Called with the trunk and its tokens (B, L, D); returns what the trunk makes of them, or an estimate of that.
+RunTrunk = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+
 MODULES: dict[type, ModuleType] = {TransformerConfig: transformer}
 AnyDenoiser = Annotated[DenoiserConfig, OneOf(MODULES)]
 
@@ -67,7 +71,10 @@ def denoiser_specs(config: DenoiserConfig) -> dict:
 
 
 def encode_condition(params: dict, config: DenoiserConfig, pack: Pack) -> Any:
-    """Encode what stays the same while a pack is denoised (captions); for `denoise`. None where there is nothing."""
+    """Encode what stays the same while a pack is denoised (captions); for `denoise`. None where there is nothing.
+
+    A sampler calls it once for all its steps.
+    """
     return MODULES[type(config)].encode_condition(params, config, pack)
 
 
@@ -78,13 +85,25 @@ def denoise(
     x_BLP: jax.Array,
     times_BR: jax.Array,
     condition: Any = None,
+    run_trunk: RunTrunk | None = None,
 ) -> jax.Array:
     """Predict the target of every token of a pack: noisy tokens (B, L, P), noise levels (B, R) -> (B, L, P) float32.
 
     The result is (B, L, 2 P) where the variance is learned, too. condition: the result of `encode_condition`, which
-    is computed here when None.
+    is computed here when None. run_trunk: calls the blocks of a network that has a trunk, see `has_trunk`.
     """
-    return MODULES[type(config)].denoise(params, config, pack, x_BLP, times_BR, condition)
+    trunk = {} if run_trunk is None else {"run_trunk": run_trunk}
+    return MODULES[type(config)].denoise(params, config, pack, x_BLP, times_BR, condition, **trunk)
+
+
+def has_trunk(config: DenoiserConfig) -> bool:
+    """Return True if the network is a trunk of blocks that add to tokens: its module has `trunk_zeros`."""
+    return hasattr(MODULES[type(config)], "trunk_zeros")
+
+
+def trunk_zeros(config: DenoiserConfig, pack: Pack) -> jax.Array:
+    """Return zeros with the shape, dtype and sharding of the tokens (B, L, D) that the trunk works on."""
+    return MODULES[type(config)].trunk_zeros(config, pack)
 
 
 def forward_flops(config: DenoiserConfig, batch: dict, encodes_condition: bool = True) -> float:

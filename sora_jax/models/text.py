@@ -56,11 +56,15 @@ class TextConfig:
 
 @struct.dataclass
 class TextContext:
-    """Hold encoded captions: one vector per text token, their segments, and one pooled vector per clip."""
+    """Hold encoded captions: one vector per text token, their segments, and one pooled vector per clip.
+
+    keys_values: those of the captions in a block (B, M, N, K), or in all blocks, stacked; None: not computed yet.
+    """
 
     tokens_BME: jax.Array
     segments_BM: jax.Array
     pooled_BSE: jax.Array
+    keys_values: tuple[jax.Array, jax.Array] | None = None
 
 
 def text_specs(config: TextConfig) -> dict:

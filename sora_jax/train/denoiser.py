@@ -27,7 +27,7 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import ClipBatch, TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig, check_weight
 from sora_jax.files import as_path
-from sora_jax.models.denoiser import AnyDenoiser, DenoiserConfig, denoise, denoiser_specs, train_flops
+from sora_jax.models.denoiser import AnyDenoiser, DenoiserConfig, RunTrunk, denoise, denoiser_specs, train_flops
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
@@ -184,16 +184,18 @@ def denoiser_loss(
     return {MODEL: sums.loss}, ({MODEL: sums.weight}, means)
 
 
-def network(params: dict, config: DenoiserRun, pack: Pack, condition: Any = None) -> Denoise:
+def network(
+    params: dict, config: DenoiserRun, pack: Pack, condition: Any = None, run_trunk: RunTrunk | None = None
+) -> Denoise:
     """Bind everything but noisy tokens and noise levels to the model; its input is scaled as the process asks.
 
-    condition: the result of `encode_condition`, which is computed at every call when None.
+    condition: the result of `encode_condition`, which is computed at every call when None. run_trunk: see `denoise`.
     """
     process = process_named(config.diffusion.process)
 
     def predict(x_BLP: jax.Array, t_BR: jax.Array) -> jax.Array:
         scale_BL1 = input_scale(process, per_token(t_BR, pack.rows_BL))[:, :, None]
-        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, condition)
+        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, condition, run_trunk)
 
     return predict
 
