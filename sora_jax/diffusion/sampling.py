@@ -8,13 +8,17 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Int
 
+from sora_jax.config import check, choose
 from sora_jax.diffusion.given import Given, limit_times, start
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import Process, initial
+from sora_jax.diffusion.replacement import solve_replacing
 from sora_jax.diffusion.solvers import Problem, SolverConfig, solve
 from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TimesKBR, TokensBLP
+
+CONDITIONS = ("times", "replace")
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,18 @@ class SamplingConfig:
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
+    # How given tokens condition: `times`, they are at time 0; `replace`, for models trained without given tokens, they
+    # are noised to the time of the others (`diffusion/replacement.py`).
+    condition: str = "times"
+    resamplings: int = 0  # of `replace`: how often each step is repeated; each time costs as much as the sample
 
     def __post_init__(self):
         count_steps(self.steps, self.spacing)
+        choose("--condition", self.condition, dict.fromkeys(CONDITIONS))
+        check(self.resamplings >= 0, f"--resamplings is {self.resamplings}; it must be 0 or more")
+        replaces, w = self.condition == "replace", self.guidance.history
+        check(replaces or not self.resamplings, f"--resamplings is {self.resamplings}; it is for --condition=replace")
+        check(not replaces or w == 1, f"--history-guidance is {w}; with --condition=replace it must be 1 (none)")
 
 
 def sample(
@@ -43,6 +56,11 @@ def sample(
     tokens_BR counts the tokens of the clip that a row serves. `given` says which tokens are known: None for none.
     """
     times_KBR = grid_times(config, times, problem.process, tokens_BR)
+    if config.condition == "replace":
+        if given is None:  # the steps of a clip are repeated whether or not its company has given tokens
+            nothing_BR = jnp.ones_like(times_KBR[0])
+            given = Given(jnp.zeros_like(eps_BLP), nothing_BR, nothing_BR)
+        return solve_replacing(config.solver, problem, given, eps_BLP, times_KBR, config.resamplings)
     if given is not None:
         times_KBR = limit_times(given, times_KBR)
         x_BLP = start(problem.process, given, eps_BLP, times_KBR[0], problem.rows_BL)

@@ -40,9 +40,10 @@ class GivenConfig:
     levels: float = 0.0  # every frame has a noise level of its own, in a third of the draws rising with time
     headless: float = 0.0  # share of clips, whatever is given of them, that begin at their second token frame
     noise: float = 0.2  # share of the draws in which given tokens have a little noise
+    dropped: float = 0.0  # share of the draws of frames in which these are pure noise, for history guidance
 
     def __post_init__(self):
-        for name in (*KINDS, "headless", "noise"):
+        for name in (*KINDS, "headless", "noise", "dropped"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"diffusion.given.{name} is {value}; it must be from 0 to 1")
         check(self.any <= 1, f"diffusion.given has shares that add up to {self.any:g}; it must be at most 1")
@@ -82,6 +83,9 @@ def draw_given(
     given_BL = _given(keys[0], numbers_BSX, kind_BS, pack)
     spare_BL = rows * slot_of(pack.segments_BL) + rows - 1
     level_BS = jnp.where(kind_BS < len(KINDS), _levels(config, numbers_BSX[..., 1], numbers_BSX[..., 2]), 0.0)
+    if config.dropped:
+        drops_BS = (numbers_BSX[..., 13] < config.dropped) & (kind_BS < KINDS.index("levels"))
+        level_BS = jnp.where(drops_BS, 1.0, level_BS)
     clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1))
     times_BSF = jnp.broadcast_to(times_BS[..., None], (B, S, rows - 1))
     if config.levels:
