@@ -14,7 +14,7 @@ program serves all windows.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.history import HISTORY_LEVEL
@@ -29,13 +29,13 @@ def rolling_levels(history: int, rolling: int) -> np.ndarray:
     return np.concatenate([np.zeros(history), (1.0 + np.arange(rolling)) / rolling]).astype(np.float32)
 
 
-def rolling_times(given: Given, times_KBR: TimesKBR, rolling: int) -> TimesKBR:
+def rolling_times(given: Given, times_KBR: TimesKBR, rolling: int) -> Float[Array, "times B R"]:
     """Return the q + 1 times of every row, of the grid of an ordinary clip of n q steps; equation (1)."""
     steps = len(times_KBR) - 1
-    substeps, places_K = steps // rolling, jnp.arange(steps + 1)[:, None, None]
+    substeps, places_K11 = steps // rolling, jnp.arange(steps + 1)[:, None, None]
     first_BR = steps - jnp.round(given.ceiling_BR * steps).astype(jnp.int32)
     # Comparison and sum, not a gather, as in `times.per_token`.
-    at = lambda step: jnp.sum(jnp.where(places_K == first_BR + step, times_KBR, 0.0), axis=0)  # noqa: E731
+    at = lambda step: jnp.sum(jnp.where(places_K11 == (first_BR + step)[None], times_KBR, 0.0), axis=0)  # noqa: E731
     return jnp.stack([jnp.where(given.ceiling_BR <= 0.0, HISTORY_LEVEL, at(i)) for i in range(substeps + 1)])
 
 

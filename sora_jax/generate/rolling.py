@@ -9,6 +9,7 @@ a shorter one, and company changes nothing.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,38 @@ from sora_jax.train.denoiser import DenoiserRun
 ROLLING_DRAW, HISTORY_DRAW = 1, 2
 
 
+class Moment(NamedTuple):
+    """Say which windows of a long clip are denoised: `first` is the place of their first latent in the whole clip.
+
+    begins: they are the first windows that roll.
+    """
+
+    seed: jax.Array
+    first: jax.Array
+    begins: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """Hold what is the same for all clips: the arguments of `sample_rolling`."""
+
+    model: TrainedDenoiser
+    windows: Windows
+    factor: int
+    sampling: SamplingConfig
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clips:
+    """Hold clips that roll: requests, first windows, requests for the windows behind them, and these as packs."""
+
+    requests: Sequence[Request]
+    firsts: Sequence[np.ndarray]
+    asked: Sequence[Request]
+    layout: PackLayout
+
+
 def sample_rolling(
     model: TrainedDenoiser,
     requests: Sequence[Request],
@@ -57,8 +90,7 @@ def sample_rolling(
     """Sample normalised latents (t, h, w, C) of `windows.frames` latent frames, one per request.
 
     Of a window, `windows.carried` latents are history, one place is left free for the first frame, and the others roll.
-    A request's prompt may have spans (`prompts.spans_of`): a latent is completed under the prompt of the middle of what
-    is rolling then.
+    A request's prompt may have spans (`prompts.spans_of`): the prompt of a window is that of the middle of what rolls.
     """
     check_rolling(model.config, sampling)
     first = min(windows.window, windows.frames)
@@ -66,14 +98,18 @@ def sample_rolling(
     made = sample_latents(model, starts, sampling, seed)
     if first == windows.frames:
         return made
+    asked = [_window(model, r, z, windows) for r, z in zip(requests, made, strict=True)]
+    clips = _Clips(requests, made, asked, lay_out(model, asked))
+    # The scale is given clip by clip, so that one program serves all scales.
+    sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
+    setting = _Setting(model, windows, factor, sampling, seed)
+    split, rows = parts("batch", model.mesh), clips.layout.rows
+    at_once = -(-min(len(rows), PACKS_AT_ONCE) // split) * split
     found: dict[int, np.ndarray] = {}
-    layout = lay_out(model, [_window(model, r, z, windows) for r, z in zip(requests, made, strict=True)])
-    split = parts("batch", model.mesh)
-    at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
-    for start in range(0, len(layout.rows), at_once):
-        rows = layout.rows[start : start + at_once]
-        rows += rows[-1:] * (at_once - len(rows))
-        found |= _roll_rows(model, requests, made, windows, (layout, rows), factor, sampling, seed)
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        some = some + some[-1:] * (at_once - len(some))  # the last row again, so that one program serves all
+        found |= _roll_rows(setting, clips, some)
     return [found[number] for number in range(len(requests))]
 
 
@@ -87,42 +123,39 @@ def check_rolling(config: DenoiserRun, sampling: SamplingConfig) -> None:
     check(way == "times", f"--condition is {way!r}; with --long=rolling it must be 'times'")
 
 
-def _roll_rows(
-    model: TrainedDenoiser,
-    requests: Sequence[Request],
-    made: Sequence[np.ndarray],
-    windows: Windows,
-    packs: tuple[PackLayout, list[list[int]]],
-    factor: int,
-    sampling: SamplingConfig,
-    seed: int,
-) -> dict[int, np.ndarray]:
+def _roll_rows(setting: _Setting, clips: _Clips, rows: list[list[int]]) -> dict[int, np.ndarray]:
     """Complete the clips of some packs, latent by latent, from their first windows."""
-    (layout, rows), (rolling, carried) = packs, (windows.rolling_latents, windows.carried)
-    members = sorted({member for row in rows for member in row})
-    latents = {i: list(made[i][: 1 + carried]) for i in members}
-    state = {i: made[i][1:] for i in members}
-    sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
-    for there in tqdm(range(1 + carried, windows.frames), "rolling", unit="latent"):
-        items, tasks = list(layout.items), list(layout.tokens)
-        for i in members:
-            prompt = _prompt(requests[i], there + rolling // 2, factor)
-            text, embedding = model.tokenizer.encode(prompt), model.tokenizer.embed(prompt)
-            items[i] = dataclasses.replace(items[i], text=text, embedding=embedding)
-            tasks[i] = tasks[i]._replace(tokens=patchify(state[i], model.config.model.patch))
-        conditions = place(model.mesh, layout._replace(items=items, tokens=tasks), rows, requests)
-        begins, first = np.bool_(there == 1 + carried), np.int32(there - carried)
-        tokens_BLP = roll_packs(
-            model.config, sampling, rolling, model.params, np.uint32(seed), conditions, first, begins
-        )
-        arrays = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
-        for pack, row in zip(unstack(arrays | {"tokens_BLP": np.asarray(tokens_BLP)}), rows):
-            for i, z in zip(row, unpack(pack, model.config.model.patch), strict=True):
-                state[i] = z
-        for i in members:
-            latents[i].append(state[i][carried])
-            state[i] = np.concatenate([state[i][1:], np.zeros_like(state[i][:1])])
-    return {i: np.stack(frames) for i, frames in latents.items()}
+    carried, frames = setting.windows.carried, setting.windows.frames
+    latents = {i: list(clips.firsts[i][: 1 + carried]) for row in rows for i in row}
+    states = {i: clips.firsts[i][1:] for i in latents}
+    for there in tqdm(range(1 + carried, frames), "rolling", unit="latent"):
+        states = _roll_once(setting, clips, rows, states, there)
+        for i, z in states.items():
+            latents[i].append(z[carried])
+            states[i] = np.concatenate([z[1:], np.zeros_like(z[:1])])
+    return {i: np.stack(found) for i, found in latents.items()}
+
+
+def _roll_once(
+    setting: _Setting, clips: _Clips, rows: list[list[int]], states: dict[int, np.ndarray], there: int
+) -> dict[int, np.ndarray]:
+    """Denoise the windows of some packs by one latent, which is at the place `there` of the whole clips."""
+    model, windows, layout = setting.model, setting.windows, clips.layout
+    items, tasks = list(layout.items), list(layout.tokens)
+    for i, z in states.items():
+        prompt = _prompt(clips.requests[i], there + windows.rolling_latents // 2, setting.factor)
+        text, embedding = model.tokenizer.encode(prompt), model.tokenizer.embed(prompt)
+        items[i] = dataclasses.replace(items[i], text=text, embedding=embedding)
+        tasks[i] = tasks[i]._replace(tokens=patchify(z, model.config.model.patch))
+    conditions = place(model.mesh, layout._replace(items=items, tokens=tasks), rows, clips.asked)
+    first, begins = there - windows.carried, there == 1 + windows.carried
+    moment = Moment(jnp.uint32(setting.seed), jnp.int32(first), jnp.bool_(begins))
+    tokens_BLP = roll_packs(model.config, setting.sampling, windows.rolling_latents, model.params, conditions, moment)
+    packs = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
+    found: dict[int, np.ndarray] = {}
+    for pack, row in zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows, strict=True):
+        found |= dict(zip(row, unpack(pack, model.config.model.patch), strict=True))
+    return found
 
 
 def _window(model: TrainedDenoiser, request: Request, z: np.ndarray, windows: Windows) -> Request:
@@ -146,16 +179,12 @@ def roll_packs(
     sampling: SamplingConfig,
     rolling: int,
     params: dict,
-    seed: jax.Array,
     conditions: Conditions,
-    first: jax.Array,
-    begins: jax.Array,
+    moment: Moment,
 ) -> jax.Array:
-    """Complete one latent of every clip; return the tokens (B, L, P) of all windows: see `diffusion.rolling.roll`.
-
-    first: the place in the whole clip of the first latent of the windows. begins: they are the first ones.
-    """
-    pack, given, model = conditions.positive, conditions.given, config.model
+    """Complete one latent of every clip; return the tokens (B, L, P) of all windows: see `diffusion.rolling.roll`."""
+    (seed, first, begins), pack = moment, conditions.positive
+    given, model = conditions.given, config.model
     assert given is not None
     slots_BL = slot_of(pack.segments_BL)
     clip_ids_BL = per_slot(pack.clip_ids_BS, slots_BL)
