@@ -241,6 +241,18 @@ def _tasks(p) -> None:
     p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")
     about = "sample a longer clip in windows of so many frames (default: those of the previews, if it is far longer)"
     p.add_argument("--window", type=int, metavar="FRAMES", help=about)
+    p.add_argument(
+        "--long", metavar="HOW", help="windows (one after the other; the usual way) or rolling (noise levels)"
+    )
+    about = "how given frames condition: times (at time 0), or replace, for runs trained without (default: the run's)"
+    p.add_argument("--condition", metavar="HOW", help=about)
+    p.add_argument("--resamplings", type=int, metavar="N", help="with --condition=replace: repeat each step N times")
+    about = "guide by given or carried frames so strongly; 1: not (default: the run's)"
+    p.add_argument("--history-guidance", type=float, metavar="W", help=about)
+    about = (
+        "noise level of those frames where guidance leads away from; 1: nothing is left of them (default: the run's)"
+    )
+    p.add_argument("--history-level", type=float, metavar="S", help=about)
     about = "sample at half the size first; the clip is then made of that from the noise level S on, such as 0.7"
     p.add_argument("--draft", type=float, metavar="S", help=about)
     p.add_argument("--keep-pixels", action="store_true", help="put the very pixels that were given into the result")

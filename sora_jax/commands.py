@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sora_jax.config import check, override
+from sora_jax.config import check, choose, override
 from sora_jax.data.media import check_ending, write_chunks
 from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import grid
@@ -28,6 +28,7 @@ from sora_jax.generate.long import Windows, windows_of
 from sora_jax.generate.prompts import Row, read_prompts, spans_of
 from sora_jax.generate.recipe import MadeBy, command_of, digest_of, digests_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Size, Wanted, check_seed, is_whole, plan_requests, size_of
+from sora_jax.generate.rolling import check_rolling
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.generate.sampler import trunk_ratios
 from sora_jax.generate.skipping import choose_skipped, read_skipped, save_skipped
@@ -39,6 +40,15 @@ from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import autoencoder_config
 
 DEFAULT_SIZE = (17, 64, 64)
+SAMPLING_FLAGS = {  # option -> field of config.sampling
+    "steps": "steps",
+    "solver": "solver.name",
+    "guidance": "guidance.scale",
+    "condition": "condition",
+    "resamplings": "resamplings",
+    "history-guidance": "guidance.history",
+    "history-level": "guidance.history_level",
+}
 LONG = 4  # clips of more than so many times the frames of a run's previews are sampled in windows
 
 
@@ -62,8 +72,8 @@ def sample(options: argparse.Namespace) -> list[Path]:
     both = options.extend is not None and options.frames is not None
     check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
     rows, classes, asked = _rows(options), _classes(options.classes), _task_options(options)
-    files = digests_of([file for _, file in asked.clips] + ([asked.mask] if asked.mask else []))
-    made_by = MadeBy(command_of(options), rows, digest_of(options.workdir), files)
+    read = digests_of([file for _, file in asked.clips] + ([asked.mask] if asked.mask else []))
+    made_by = MadeBy(command_of(options), rows, digest_of(options.workdir), read)
     prompts = [row["prompt"] for row in rows]
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
@@ -74,6 +84,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     _check_output(options, paths)
     _check_tasks(options, asked, rows)
     sampling = _sampling(options, config)
+    _check_long(options, config, sampling)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
     check_seed(options.seed)
@@ -86,6 +97,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     if windows := _windows(options, config, first_stage, wanted, bool(asked)):
         requests, run = plan(wanted), load()
         what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
+        what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
         print(f"sora-jax: sampling {len(requests)} of {wanted.sizes} in {what}", file=sys.stderr)
         parts = run.sample_long(requests, windows, sampling, options.seed, tiles)
         return _write(options, config, run.step, made_by, requests, paths, enumerate(parts), fps)
@@ -230,12 +242,14 @@ def _windows(
     sizes: list[Size] = [given] if is_whole(given[0]) else list(given)
     frames, spans = max(size[0] for size in sizes), [spans_of(prompt) for prompt in wanted.prompts]
     causes = {
+        f"--long is {options.long}": options.long is not None,
         f"--window is {options.window}": options.window is not None,
         "--prompt changes in time": any(len(parts) > 1 for parts in spans),
         f"--frames is {frames}": not asked and frames > LONG * usual,
     }
     cause = next((name for name, holds in causes.items() if holds), None)
     if cause is None:
+        _check_conditioned(options, asked)
         return None
     check(not asked and options.draft is None, f"{cause}; with other options for clips that cannot be")
     check(not wanted.classes, f"{cause}; pictures of classes cannot be sampled in windows")
@@ -246,7 +260,26 @@ def _windows(
         latents = [-(-frame // factor) for frame, _ in parts]
         check(len(set(latents)) == len(latents), f"--prompt changes twice within {factor} frames; they share a latent")
     window = max(usual, 1 + 2 * factor) if options.window is None else options.window
-    return windows_of(frames, window, min(options.context, window // 2), factor)
+    windows = windows_of(frames, window, min(options.context, window // 2), factor)
+    return dataclasses.replace(windows, rolls=options.long == "rolling")
+
+
+def _check_long(options: argparse.Namespace, config: DenoiserRun, sampling: SamplingConfig) -> None:
+    """Raise a UserError where long clips cannot be sampled as asked, and warn where the run was not trained for it."""
+    choose("--long", options.long or "windows", dict.fromkeys(("windows", "rolling")))
+    if options.long != "rolling":
+        return
+    check_rolling(config, sampling)
+    if not config.diffusion.given.levels:
+        about = "has not trained on rows of different noise levels (config.diffusion.given.levels is 0)"
+        print(f"sora-jax: --long is rolling; the run {about}, so expect poor clips", file=sys.stderr)
+
+
+def _check_conditioned(options: argparse.Namespace, asked: bool) -> None:
+    """Raise a UserError for options that need something given, where the command gives nothing of any clip."""
+    for flag in ("condition", "resamplings", "history-guidance", "history-level"):
+        value = getattr(options, flag.replace("-", "_"))
+        check(value is None or asked, f"--{flag} is {value}; it is for clips of which something is given, or long ones")
 
 
 def _task_options(options: argparse.Namespace) -> TaskOptions:
@@ -287,11 +320,11 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
 def _sampling(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfig:
     """Return how the run is sampled, as the command line changes it; UserError for what would change nothing."""
     named = [change.partition("=")[0] for change in options.sampling]
-    flags = {"steps": "steps", "solver": "solver.name", "guidance": "guidance.scale"}
-    for flag, name in flags.items():
-        twice = getattr(options, flag) is not None and name in named
+    given = {name: getattr(options, flag.replace("-", "_")) for flag, name in SAMPLING_FLAGS.items()}
+    for flag, name in SAMPLING_FLAGS.items():
+        twice = given[name] is not None and name in named
         check(not twice, f"--{flag} and --sampling.{name} are both given; give one of them")
-    given = {"steps": options.steps, "solver.name": options.solver}
+    given["guidance.scale"] = None  # of requests, which may have scales of their own
     changes = [*options.sampling, *(f"{name}={value}" for name, value in given.items() if value is not None)]
     sampling = override(config.sampling, changes, "sampling")
     name = sampling.solver.name

@@ -8,6 +8,14 @@ et al. 2211.09800, equation 3):
 
     out = u_none + w_frames (u_frames - u_none) + w_text (u_both - u_frames)             (2)
 
+With a history, the given frames of a clip, its scale adds the difference that the history makes (Diffusion Forcing
+Transformer, 2502.06764; `history.without_history`):
+
+    out = u + (w_text - 1) (u - u_negative) + (w_history - 1) (u - u_without)            (5)
+
+All three predictions but u_negative have the caption. So a text scale of 1 needs no negative caption, and then history
+scales of 1 and 0 are the model with and without its history; a history scale of 1 is (1).
+
 Scales may depend on time: 1 outside an interval of times (Kynkaanniemi et al. 2404.07724), or growing from 1 at
 pure noise to w at the data, t = 0, by a power-cosine schedule (Gao et al. 2303.14389):
 
@@ -46,6 +54,8 @@ class GuidanceConfig:
     start: float = 0.0  # first time at which clips are guided
     end: float = 1.0  # last time at which clips are guided
     power: float = 0.0  # of equation (3); 0: the same scale at all times
+    history: float = 1.0  # w_history of equation (5), for clips with given frames; 1: no guidance by them
+    history_level: float = 1.0  # noise level of the history in u_without; 1: nothing of it is seen
 
     def __post_init__(self):
         check(abs(self.scale) < float("inf"), f"guidance.scale is {self.scale}; it must be a finite number")
@@ -57,6 +67,8 @@ class GuidanceConfig:
             f"guidance.start is {self.start}; it must be from 0 to guidance.end = {self.end}",
         )
         check(0 <= self.power < float("inf"), f"guidance.power is {self.power}; it must be 0 (off) or more, and finite")
+        check(abs(self.history) < float("inf"), f"--history-guidance is {self.history}; it must be a finite number")
+        check(0 < self.history_level <= 1, f"--history-level is {self.history_level}; it must be above 0, to 1")
 
 
 class TokenLayout(NamedTuple):
@@ -80,6 +92,14 @@ class TwoScales(NamedTuple):
 
     text_BS: PerClipBS
     frames_BS: PerClipBS
+
+
+class HistoryModels(NamedTuple):
+    """Hold denoise functions: with history, without, and, where clips are guided by text, with negative captions."""
+
+    history: Denoise
+    without: Denoise
+    negative: Denoise | None
 
 
 # Predictions and times -> the guided prediction, and where it is exactly the first of the predictions.
@@ -115,6 +135,31 @@ def guided_by_two(config: GuidanceConfig, models: TwoConditions, scales: TwoScal
         return out_BLP, (text_BL1 == 1.0) & (frames_BL1 == 1.0)
 
     return _guided(config, models, combine, layout, scales.text_BS.shape[1])
+
+
+def guided_by_history(
+    config: GuidanceConfig,
+    models: HistoryModels,
+    scale_BS: PerClipBS,
+    history_BL1: Bool[Array, "B L 1"],
+    layout: TokenLayout,
+) -> Denoise:
+    """Make a denoise function that guides by text and by config.history: equation (5), then (3) and (4) as in `guided`.
+
+    scale_BS: of the text. history_BL1: the tokens of the history, for which u_without means nothing.
+    """
+
+    def combine(outputs: Sequence[TokensBLP], t_BL1: PerTokenBL1) -> tuple[TokensBLP, Bool[Array, "B L 1"]]:
+        history_BS = jnp.full_like(scale_BS, config.history)
+        w_BL1 = jnp.where(history_BL1, 1.0, _scale_at(config, history_BS, layout.segments_BL, t_BL1))
+        out_BLP, same_BL1 = w_BL1 * outputs[0] + (1.0 - w_BL1) * outputs[1], w_BL1 == 1.0
+        if len(outputs) == 2:
+            return out_BLP, same_BL1
+        text_BL1 = _scale_at(config, scale_BS, layout.segments_BL, t_BL1)
+        return out_BLP + (text_BL1 - 1.0) * (outputs[0] - outputs[2]), same_BL1 & (text_BL1 == 1.0)
+
+    chosen = [model for model in models if model is not None]
+    return _guided(config, chosen, combine, layout, scale_BS.shape[1])
 
 
 def rescaled(

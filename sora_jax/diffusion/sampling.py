@@ -8,14 +8,17 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Int
 
-from sora_jax.config import check
+from sora_jax.config import check, choose
 from sora_jax.diffusion.given import Given, limit_times, start
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import Process, initial
+from sora_jax.diffusion.replacement import solve_replacing
 from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, solve
 from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TimesKBR, TokensBLP
+
+CONDITIONS = ("times", "replace")
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,28 @@ class SamplingConfig:
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
+    # How given tokens condition: `times`, they are at time 0; `replace`, for models trained without given tokens, they
+    # are noised to the time of the others (`diffusion/replacement.py`).
+    condition: str = "times"
+    resamplings: int = 0  # of `replace`: how often each step is repeated; each time costs as much as the sample
     skipped: tuple[int, ...] = ()  # steps, from 0, at which the blocks do not run: see `generate/skipping.py`
 
     def __post_init__(self):
         count = count_steps(self.steps, self.spacing)
+        choose("--condition", self.condition, dict.fromkeys(CONDITIONS))
+        check(self.resamplings >= 0, f"--resamplings is {self.resamplings}; it must be 0 or more")
+        replaces, w = self.condition == "replace", self.guidance.history
+        check(replaces or not self.resamplings, f"--resamplings is {self.resamplings}; it is for --condition=replace")
+        check(not replaces or w == 1, f"--history-guidance is {w}; with --condition=replace it must be 1 (none)")
         if self.skipped:
             rising = all(a < b for a, b in zip((0, *self.skipped), (*self.skipped, count)))
             check(rising, f"sampling.skipped is {self.skipped}; it must be rising numbers from 1 to {count - 1}")
-            check_skipping(self.solver, self.guidance)
+            check_skipping(self)
 
 
-def check_skipping(solver: SolverConfig, guidance: GuidanceConfig) -> None:
+def check_skipping(sampling: SamplingConfig) -> None:
     """Raise a UserError unless every step calls each model exactly once."""
+    solver, guidance = sampling.solver, sampling.guidance
     once = [name for name, method in SOLVERS.items() if method.each == method.last == 1]
     check(
         solver.name in once,
@@ -47,6 +60,9 @@ def check_skipping(solver: SolverConfig, guidance: GuidanceConfig) -> None:
     interval = guidance.start, guidance.end
     always = interval == (0.0, 1.0)
     check(always, f"sampling.guidance.start and end are {interval}; to skip steps they must be 0 and 1")
+    w, times = guidance.history, sampling.condition == "times"
+    check(w == 1, f"--history-guidance is {w}; to skip steps it must be 1 (none)")
+    check(times, f"--condition is {sampling.condition!r}; to skip steps it must be 'times'")
 
 
 def sample(
@@ -62,6 +78,11 @@ def sample(
     tokens_BR counts the tokens of the clip that a row serves. `given` says which tokens are known: None for none.
     """
     times_KBR = grid_times(config, times, problem.process, tokens_BR)
+    if config.condition == "replace":
+        if given is None:  # the steps of a clip are repeated whether or not its company has given tokens
+            nothing_BR = jnp.ones_like(times_KBR[0])
+            given = Given(jnp.zeros_like(eps_BLP), nothing_BR, nothing_BR)
+        return solve_replacing(config.solver, problem, given, eps_BLP, times_KBR, config.resamplings)
     if given is not None:
         times_KBR = limit_times(given, times_KBR)
         x_BLP = start(problem.process, given, eps_BLP, times_KBR[0], problem.rows_BL)

@@ -14,24 +14,30 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
+from sora_jax.diffusion.history import HISTORY_LEVEL
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Known, Request
 from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
-
-HISTORY_LEVEL = 0.02
 
 
 @dataclass(frozen=True)
 class Windows:
     """Configure windows, in latent frames: all of a window, and those that it carries. `frames` of the whole clip.
 
-    Beside what it carries a window leaves one place free: that of the first frame, which it does not have.
+    Beside what it carries a window leaves one place free: that of the first frame, which it does not have. rolls: the
+    latents that are not carried have rising noise levels and leave the window one by one, see `generate.rolling`.
     """
 
     frames: int
     window: int
     carried: int
+    rolls: bool = False
+
+    @property
+    def rolling_latents(self) -> int:
+        """Return the latents of a window that are neither carried nor the first frame."""
+        return self.window - 1 - self.carried
 
     def __post_init__(self):
         most = self.window - 2
@@ -61,7 +67,7 @@ def sample_long(
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, request in enumerate(requests):
-        ends = tuple(_latent_of(frame, factor) for frame, _ in spans_of(request.prompt) if frame > 0)
+        ends = tuple(latent_of(frame, factor) for frame, _ in spans_of(request.prompt) if frame > 0)
         groups.setdefault(ends, []).append(number)
     found: dict[int, np.ndarray] = {}
     for ends, members in groups.items():
@@ -81,6 +87,7 @@ def _sample_group(
 ) -> list[np.ndarray]:
     """Sample requests whose prompts change at the same latents, `ends`."""
     first = min([windows.window, windows.frames, *ends])
+    level = 0.0 if sampling.condition == "replace" else HISTORY_LEVEL  # which takes ceilings of 0 and 1 alone
     made = sample_latents(model, _at(requests, 0, factor, first), sampling, seed)
     bar = tqdm(total=windows.frames, desc="windows", unit="latent", initial=first)
     while (there := len(made[0])) < windows.frames:
@@ -89,7 +96,7 @@ def _sample_group(
         # Every window has the same length, so that one program serves all; what is beyond the end is dropped.
         new = windows.window - 1 - carried
         asked = _at(requests, there, factor, carried + new)
-        known = [replace(r, known=_history(z, carried, new)) for r, z in zip(asked, made, strict=True)]
+        known = [replace(r, known=_history(z, carried, new, level)) for r, z in zip(asked, made, strict=True)]
         latents = sample_latents(model, known, sampling, seed)
         made = [np.concatenate([z, f[carried:][: end - there]]) for z, f in zip(made, latents, strict=True)]
         bar.update(len(made[0]) - there)
@@ -97,7 +104,7 @@ def _sample_group(
     return made
 
 
-def _latent_of(frame: int, factor: int) -> int:
+def latent_of(frame: int, factor: int) -> int:
     """Return the latent that a frame belongs to."""
     return 1 + (frame - 1) // factor if frame > 0 else 0
 
@@ -107,18 +114,18 @@ def _at(requests: Sequence[Request], latent: int, factor: int, length: int) -> l
     found = []
     for request in requests:
         spans = spans_of(request.prompt)
-        prompt = [text for frame, text in spans if _latent_of(frame, factor) <= latent][-1]
+        prompt = [text for frame, text in spans if latent_of(frame, factor) <= latent][-1]
         clip_id = (request.clip_id + 0x9E3779B1 * latent) % 2**32 or 1
         found.append(replace(request, prompt=prompt, size=(length, *request.size[1:]), clip_id=clip_id))
     return found
 
 
-def _history(z: np.ndarray, carried: int, new: int) -> Known:
-    """Give the last latents of z, at the level of history, and ask for `new` ones behind them.
+def _history(z: np.ndarray, carried: int, new: int, level: float = HISTORY_LEVEL) -> Known:
+    """Give the last latents of z, at a noise level, and ask for `new` ones behind them.
 
     Only where the first latent of the clip is among them does time begin at 0: it stands for one frame.
     """
     latent = np.concatenate([z[len(z) - carried :], np.zeros((new, *z.shape[1:]), z.dtype)])
     ceiling = np.ones(latent.shape[:3], np.float32)
-    ceiling[:carried] = HISTORY_LEVEL
+    ceiling[:carried] = level
     return Known(latent, ceiling, first=0 if carried == len(z) else 1)

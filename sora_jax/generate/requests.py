@@ -129,8 +129,18 @@ def plan_requests(
         check(has_trunk(config.model), f"model.name is {config.model.name!r}; it has no blocks to skip")
         rings = any(one is not None and one.ring for one in known)
         check(not rings, "--loop is given; a loop has other positions at every step, so that none may be skipped")
+    check_replacement(sampling, known)
     latents = [_size(config, first_stage, *one) for one in zip(sizes, known, strict=True)]
     return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, known, strict=True)]
+
+
+def check_replacement(sampling: SamplingConfig, known: Sequence[Known | None]) -> None:
+    """Raise a UserError where replacement cannot do what is asked: tokens of clips are given or made, not edited."""
+    if sampling.condition != "replace":
+        return
+    for one in known:
+        edits = one is not None and (one.source is not None or ((one.ceiling > 0) & (one.ceiling < 1)).any())
+        check(not edits, "--condition is 'replace'; for edits of a clip it must be 'times'")
 
 
 def _size(config: DenoiserRun, first_stage: FirstStageConfig, size: Size, known: Known | None) -> Size:

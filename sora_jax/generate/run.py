@@ -14,6 +14,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.long import Windows, sample_long
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
+from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import TrainedDenoiser, sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -137,14 +138,16 @@ class Run(TrainedDenoiser):
         seed: int,
         tiles: TilingConfig = TilingConfig(),
     ) -> list[Iterator[np.ndarray]]:
-        """Generate clips longer than the model was trained on, see `generate.long`: each in parts, in order.
+        """Generate clips longer than the model was trained on: each in parts, in order.
 
-        Memory does not grow with the length of a clip but by its latent. tiles: sides of the tiles that are decoded.
+        In windows (`generate.long`) or, where `windows.rolls`, by rolling noise levels (`generate.rolling`). Memory
+        does not grow with the length of a clip but by its latent. tiles: sides of the tiles that are decoded.
         """
         parts = TilingConfig((1 + PART * self.autoencoder.config.time_factor, *tiles.tile[1:]), tiles.overlap)
         tile_grid(self.autoencoder.config, parts)  # UserError where it takes no such tile
         with jax.set_mesh(self.mesh):
-            latents = sample_long(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
+            sample = sample_rolling if windows.rolls else sample_long
+            latents = sample(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
         return [self._parts(z, parts) for z in latents]
 
     def _parts(self, z_thwC: np.ndarray, tiles: TilingConfig) -> Iterator[np.ndarray]:

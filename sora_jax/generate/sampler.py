@@ -27,7 +27,8 @@ from sora_jax.data.packing import (
 from sora_jax.data.planning import plan
 from sora_jax.diffusion.flow_edit import flow_edit
 from sora_jax.diffusion.given import Given, limit_times
-from sora_jax.diffusion.guidance import TokenLayout, guided
+from sora_jax.diffusion.guidance import HistoryModels, TokenLayout, guided, guided_by_history
+from sora_jax.diffusion.history import history_tokens, without_history
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
@@ -82,7 +83,7 @@ class _KnownTokens(NamedTuple):
     ring: int = 0
 
 
-class _Layout(NamedTuple):
+class PackLayout(NamedTuple):
     """Hold requests as items to pack, the same for their negatives, which row holds which, and the sizes of packs.
 
     sources: the items with the prompts that describe known clips. tokens: what is known of each request.
@@ -131,7 +132,7 @@ def _batches(
     model: TrainedDenoiser, requests: Sequence[Request], edits: bool, sampling: SamplingConfig, seed: int
 ) -> Iterator[dict[int, np.ndarray]]:
     """Yield as `sample_batches`; all requests are edits of described clips, or none is."""
-    layout = _lay_out(model, requests)
+    layout = lay_out(model, requests)
     split = parts("batch", model.mesh)
     at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
     starts = range(0, len(layout.rows), at_once)
@@ -141,8 +142,8 @@ def _batches(
     def dispatch(start: int) -> tuple[list[list[int]], Pack, jax.Array]:
         rows = layout.rows[start : start + at_once]
         full = rows + rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
-        conditions = _place(model.mesh, layout, full, requests)
-        source = _place(model.mesh, layout._replace(items=layout.sources), full, requests) if edits else None
+        conditions = place(model.mesh, layout, full, requests)
+        source = place(model.mesh, layout._replace(items=layout.sources), full, requests) if edits else None
         tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
         return rows, conditions.positive, tokens_BLP
 
@@ -161,7 +162,7 @@ def _batches(
             yield latents
 
 
-def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequence[Request]) -> Conditions:
+def place(mesh: Mesh, layout: PackLayout, rows: list[list[int]], requests: Sequence[Request]) -> Conditions:
     """Pack the members of some rows and place them on the mesh."""
 
     def placed(items: list[EmptyItem]) -> Pack:
@@ -181,7 +182,7 @@ def _place(mesh: Mesh, layout: _Layout, rows: list[list[int]], requests: Sequenc
     )
 
 
-def _given(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> Given:
+def _given(mesh: Mesh, layout: PackLayout, rows: list[list[int]]) -> Given:
     """Place the known tokens of some rows, and the ceilings of their noise levels."""
     packing = layout.packing
     width = next(task.tokens.shape[1] for task in layout.tokens if task.tokens is not None)
@@ -203,7 +204,7 @@ def _given(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> Given:
     return Given(**place_batch(arrays, mesh))
 
 
-def _rings(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> jax.Array:
+def _rings(mesh: Mesh, layout: PackLayout, rows: list[list[int]]) -> jax.Array:
     """Place the token frames of the clips that are rings, 0 for the others."""
     rings_BS = np.zeros((len(rows), layout.packing.slots), np.int32)
     for found, row in zip(rings_BS, rows, strict=True):
@@ -211,7 +212,7 @@ def _rings(mesh: Mesh, layout: _Layout, rows: list[list[int]]) -> jax.Array:
     return place_batch({"rings_BS": rings_BS}, mesh)["rings_BS"]
 
 
-def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
+def lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> PackLayout:
     """Make items of the requests and plan which share a pack.
 
     Packs have the sizes of the run's, grown if a single request needs more, and to what the mesh can split.
@@ -242,7 +243,7 @@ def _lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> _Layout:
     )
     planned = plan(0, 0, lengths, words, packing.length, packing.slots, packing.text_length, packing.window)
     rows = [list(map(int, planned[row])) for row in range(len(planned))]
-    return _Layout(items, negatives, sources, rows, packing, tasks)
+    return PackLayout(items, negatives, sources, rows, packing, tasks)
 
 
 def _known_tokens(request: Request, patch: Size) -> _KnownTokens:
@@ -306,10 +307,10 @@ def trunk_ratios(
 ) -> np.ndarray:
     """Sample all requests in one call; return the ratios (X, K) that `skipping.choose_skipped` reads."""
     check(has_trunk(model.config.model), f"model.name is {model.config.model.name!r}; it has no blocks to skip")
-    check_skipping(sampling.solver, sampling.guidance)
-    layout, split = _lay_out(model, requests), parts("batch", model.mesh)
+    check_skipping(sampling)
+    layout, split = lay_out(model, requests), parts("batch", model.mesh)
     rows = layout.rows + layout.rows[-1:] * (-len(layout.rows) % split)
-    conditions = _place(model.mesh, layout, rows, requests)
+    conditions = place(model.mesh, layout, rows, requests)
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
     return np.asarray(_trunk_ratios(model.config, sampling, model.params, np.uint32(seed), conditions))
 
@@ -331,8 +332,9 @@ def _solve(
     pack, model = conditions.positive, config.model
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     noise = lambda key: token_noise(key, clip_ids_BL, pack.index_BL, model.patch_values)  # noqa: E731
+    eps_BLP = noise(step_key(seed, 0, Purpose.SAMPLE))
     problem = Problem(
-        _denoiser(config, sampling, params, conditions, trunk_of),
+        denoiser_of(config, sampling, params, conditions, eps_BLP, trunk_of),
         config.diffusion.prediction,
         process_named(config.diffusion.process),
         pack.rows_BL,
@@ -341,33 +343,37 @@ def _solve(
     )
     given = conditions.given
     if source is not None and given is not None:
-        before = dataclasses.replace(problem, denoise=_denoiser(config, sampling, params, source, trunk_of))
-        times_KBR = grid_times(sampling, config.diffusion.times, problem.process, _row_tokens(pack))
+        before = dataclasses.replace(problem, denoise=denoiser_of(config, sampling, params, source, eps_BLP, trunk_of))
+        times_KBR = grid_times(sampling, config.diffusion.times, problem.process, row_tokens(pack))
         return flow_edit(before, problem, given.x0_BLP, limit_times(given, times_KBR))
-    eps_BLP = noise(step_key(seed, 0, Purpose.SAMPLE))
-    return sample(sampling, config.diffusion.times, problem, eps_BLP, _row_tokens(pack), given)
+    return sample(sampling, config.diffusion.times, problem, eps_BLP, row_tokens(pack), given)
 
 
-def _row_tokens(pack: Pack) -> jax.Array:
+def row_tokens(pack: Pack) -> jax.Array:
     """Count the tokens of the clip that each row serves."""
     return per_slot(pack.grids_BS3.prod(-1), pack.row_slots_BR)
 
 
-def _denoiser(
+def denoiser_of(
     config: DenoiserRun,
     sampling: SamplingConfig,
     params: dict,
     conditions: Conditions,
-    trunk_of: Callable[[Pack], RunTrunk | None],
+    eps_BLP: jax.Array,
+    trunk_of: Callable[[Pack], RunTrunk | None] = lambda pack: None,
 ) -> Denoise:
-    """Return denoise(x, t) with captions encoded once, guided away from the negative packs if there are any."""
+    """Return denoise(x, t) with captions encoded once, guided away from the negative packs if there are any.
+
+    eps_BLP: the noise that history guidance puts in the place of given tokens. trunk_of: makes what calls the trunk of
+    the model, for each branch of guidance.
+    """
 
     def conditioned(pack: Pack) -> Denoise:
         known, rings_BS = encode_condition(params, config.model, pack), conditions.rings_BS
         if rings_BS is None:
             return network(params, config, pack, known, trunk_of(pack))
         process = process_named(config.diffusion.process)
-        times_KBR = grid_times(sampling, config.diffusion.times, process, _row_tokens(pack))
+        times_KBR = grid_times(sampling, config.diffusion.times, process, row_tokens(pack))
 
         def denoise(x_BLP: jax.Array, t_BR: jax.Array) -> jax.Array:
             return network(params, config, _rolled(pack, rings_BS, times_KBR, t_BR), known)(x_BLP, t_BR)
@@ -375,11 +381,17 @@ def _denoiser(
         return denoise
 
     pack = conditions.positive
-    if conditions.negative is None:
-        return conditioned(pack)
-    both = conditioned(pack), conditioned(conditions.negative)
+    positive, given, guidance = conditioned(pack), conditions.given, sampling.guidance
+    negative = None if conditions.negative is None else conditioned(conditions.negative)
     layout = TokenLayout(pack.segments_BL, pack.rows_BL, config.model.latent_channels)
-    return guided(sampling.guidance, *both, conditions.scale_BS, layout)
+    if given is not None and guidance.history != 1.0:
+        process = process_named(config.diffusion.process)
+        without = without_history(process, positive, given, eps_BLP, pack.rows_BL, guidance.history_level)
+        models = HistoryModels(positive, without, negative)
+        return guided_by_history(guidance, models, conditions.scale_BS, history_tokens(given, pack.rows_BL), layout)
+    if negative is None:
+        return positive
+    return guided(guidance, positive, negative, conditions.scale_BS, layout)
 
 
 def _rolled(pack: Pack, rings_BS: jax.Array, times_KBR: jax.Array, t_BR: jax.Array) -> Pack:

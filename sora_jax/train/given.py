@@ -42,9 +42,10 @@ class GivenConfig:
     key_frames: float = 0.0  # share of clips that have key frames beside them; needs model.guides
     sketches: float = 0.0  # share of clips that have edge maps of frames beside them; needs model.guides
     noise: float = 0.2  # share of the draws in which given tokens have a little noise
+    dropped: float = 0.0  # share of the draws of frames in which these are pure noise, for history guidance
 
     def __post_init__(self):
-        for name in (*KINDS, "headless", "key_frames", "sketches", "noise"):
+        for name in (*KINDS, "headless", "key_frames", "sketches", "noise", "dropped"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"diffusion.given.{name} is {value}; it must be from 0 to 1")
         shares = math.fsum(getattr(self, kind) for kind in KINDS)
@@ -93,6 +94,9 @@ def draw_given(
     if pack.guides_BL is not None:
         given_BL |= pack.guides_BL > 0
     level_BS = _levels(config, numbers_BSX[..., 1], numbers_BSX[..., 2])
+    if config.dropped:
+        drops_BS = (numbers_BSX[..., 13] < config.dropped) & (kind_BS < KINDS.index("levels"))
+        level_BS = jnp.where(drops_BS, 1.0, level_BS)
     clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1))
     times_BSF = jnp.broadcast_to(times_BS[..., None], (B, S, rows - 1))
     if config.levels:
