@@ -19,8 +19,9 @@ from compare import assert_near
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
 from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.generate.packs import TrainedDenoiser
 from sora_jax.generate.requests import Known, Request
-from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
+from sora_jax.generate.sampler import sample_latents
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig, denoiser_specs

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from sora_jax.config import check
 from sora_jax.diffusion.history import HISTORY_LEVEL
 from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.generate.packs import TrainedDenoiser
 from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Known, Request
-from sora_jax.generate.sampler import TrainedDenoiser, sample_latents
+from sora_jax.generate.sampler import sample_latents
 
 
 @dataclass(frozen=True)

@@ -25,20 +25,10 @@ from sora_jax.diffusion.sampling import SamplingConfig, grid_times
 from sora_jax.diffusion.solvers import Problem
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.generate.long import Windows, latent_of
+from sora_jax.generate.packs import Conditions, PackLayout, TrainedDenoiser, lay_out, place, row_tokens
 from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Known, Request
-from sora_jax.generate.sampler import (
-    PACKS_AT_ONCE,
-    UNPACKED,
-    Conditions,
-    PackLayout,
-    TrainedDenoiser,
-    denoiser_of,
-    lay_out,
-    place,
-    row_tokens,
-    sample_latents,
-)
+from sora_jax.generate.sampler import PACKS_AT_ONCE, UNPACKED, denoiser_of, sample_latents
 from sora_jax.nn.pack import per_slot, slot_of
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun

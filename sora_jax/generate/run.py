@@ -13,9 +13,10 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.long import Windows, sample_long
+from sora_jax.generate.packs import TrainedDenoiser
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.rolling import sample_rolling
-from sora_jax.generate.sampler import TrainedDenoiser, sample_batches
+from sora_jax.generate.sampler import sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.checkpoint import NEWEST, Checkpoints

@@ -159,6 +159,30 @@ def condition_cross_attention(params: dict, x_BLD: jax.Array, condition: Conditi
     return out_proj(params["pair_merge"], attention(q, k, v, places, how=How(backend)))
 
 
+def caption_attention_specs(width: int, heads: int, text_width: int) -> dict:
+    """Declare the cross-attention to captions; its output projection is zero at the start."""
+    head_width = width // heads
+    return {
+        "cross_q": qkv_proj_specs(width, 1, heads, head_width),
+        "cross_kv": qkv_proj_specs(text_width, 2, heads, head_width),
+        "cross_merge": out_proj_specs(heads, head_width, width, zeros),
+    }
+
+
+def caption_keys_values(p: dict, text: TextContext) -> tuple[jax.Array, jax.Array]:
+    """Project captions onto the keys and values (B, M, N, K) of a block."""
+    k, v = qkv_proj(p, text.tokens_BME)
+    return k, v
+
+
+def caption_attention(p: dict, x_BLD: jax.Array, segments_BL: jax.Array, text: TextContext, backend: str) -> jax.Array:
+    """Let every token read the caption of its clip: (B, L, D) -> same; `text` may hold the block's keys and values."""
+    (q,) = qkv_proj(p["cross_q"], layer_norm(x_BLD))
+    k, v = text.keys_values or caption_keys_values(p["cross_kv"], text)
+    places = Places(Place(segments_BL), Place(text.segments_BM))
+    return out_proj(p["cross_merge"], attention(q, k, v, places, how=How(backend)))
+
+
 def context_segments(pack: Pack) -> jax.Array:
     """Return the segments (B, 2 R) of the two tokens that a row adds to its clip; rows of empty slots are padding."""
     slots_BR = jnp.where(per_slot(pack.clip_ids_BS, pack.row_slots_BR) > 0, pack.row_slots_BR + 1, 0)

@@ -19,6 +19,9 @@ from sora_jax.models.conditioning import (
     MODULATED,
     Condition,
     block_modulation,
+    caption_attention,
+    caption_attention_specs,
+    caption_keys_values,
     condition,
     condition_cross_attention,
     condition_cross_attention_specs,
@@ -294,7 +297,7 @@ def block_specs(config: TransformerConfig) -> dict:
         **norms,
         "merge": out_proj_specs(heads, head_width, width),
         **(condition_cross_attention_specs(width, heads) if config.conditioning == "cross_attention" else {}),
-        **(caption_attention_specs(config, config.text.width) if config.text else {}),
+        **(caption_attention_specs(width, heads, config.text.width) if config.text else {}),
         "mlp": mlp_specs(width, int(config.mlp_ratio * width)),
     }
 
@@ -325,36 +328,12 @@ def _placed(scale: jax.Array | None, x_BLNK: jax.Array, angles_BLK: jax.Array | 
     return x_BLNK if angles_BLK is None else rotate(x_BLNK, angles_BLK)
 
 
-def caption_attention_specs(config: TransformerConfig, text_width: int) -> dict:
-    """Declare the cross-attention to captions; its output projection is zero at the start."""
-    heads, head_width = config.heads, config.head_width
-    return {
-        "cross_q": qkv_proj_specs(config.width, 1, heads, head_width),
-        "cross_kv": qkv_proj_specs(text_width, 2, heads, head_width),
-        "cross_merge": out_proj_specs(heads, head_width, config.width, zeros),
-    }
-
-
-def caption_keys_values(p: dict, text: TextContext) -> tuple[jax.Array, jax.Array]:
-    """Project captions onto the keys and values (B, M, N, K) of a block."""
-    k, v = qkv_proj(p, text.tokens_BME)
-    return k, v
-
-
-def caption_attention(p: dict, x_BLD: jax.Array, segments_BL: jax.Array, text: TextContext, backend: str) -> jax.Array:
-    """Let every token read the caption of its clip: (B, L, D) -> same; `text` may hold the block's keys and values."""
-    (q,) = qkv_proj(p["cross_q"], layer_norm(x_BLD))
-    k, v = text.keys_values or caption_keys_values(p["cross_kv"], text)
-    places = Places(Place(segments_BL), Place(text.segments_BM))
-    return out_proj(p["cross_merge"], attention(q, k, v, places, how=How(backend)))
-
-
 def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: bool = True) -> float:
     """Return the FLOPs (two per multiply-add) of one forward pass over the clips of a host batch.
 
     Products with weights count by the tokens that use them, attention by the squares of clip lengths. Padding,
     recomputation and attention across clips are work, but not model FLOPs. encodes_condition: captions are encoded in
-    this pass; a sampler does that once for all its passes.
+    this pass, with their keys and values; a sampler does that once for all its passes.
     """
     lengths = token_counts(batch)
     rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
@@ -365,7 +344,7 @@ def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: boo
         "ends": lengths.sum(),
         "token": (lengths + context).sum(),
         "text": text_lengths.sum() * encodes_condition,
-        "caption": text_lengths.sum(),
+        "caption": text_lengths.sum() * encodes_condition,
         "row": rows_BR.sum(),
         "pair": 2 * rows_BR.sum(),
         "clip": (lengths > 0).sum(),

@@ -11,7 +11,8 @@ from sora_jax.data.packing import PackItem, pack_batch
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig, sample
 from sora_jax.diffusion.solvers import Problem
-from sora_jax.generate.sampler import PACKS_AT_ONCE, Conditions, solve_packs
+from sora_jax.generate.packs import Conditions
+from sora_jax.generate.sampler import PACKS_AT_ONCE, solve_packs
 from sora_jax.models.denoiser import denoiser_specs, forward_flops
 from sora_jax.models.flops import product_flops
 from sora_jax.nn import params as param
