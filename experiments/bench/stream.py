@@ -1,4 +1,4 @@
-"""Time clips that are decoded while the next are sampled, and clips that are decoded when all are sampled.
+"""Time clips that are decoded batch by batch, and clips that are decoded when all are sampled.
 
     python experiments/bench/stream.py --workdir=runs/quickstart/transformer
 
@@ -48,7 +48,7 @@ def main() -> None:
     size = run.latent_size(*run.config.preview.sizes[0])
     requests = [Request(f"a red circle moves {'left' if i % 2 else 'up'}", size, i + 1) for i in range(options.clips)]
     sampling = dataclasses.replace(run.config.sampling, steps=options.steps)
-    ways = {"decoded while sampling": streamed, "decoded at the end": in_turn}
+    ways = {"decoded batch by batch": streamed, "decoded at the end": in_turn}
     found = {name: way(run, requests, sampling)[1] for name, way in ways.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(options.runs):
@@ -62,7 +62,9 @@ def main() -> None:
     one, other = found.values()
     ratios = [b / a for (_, a), (_, b) in zip(*times.values(), strict=True)]
     equal = all(np.array_equal(one[number], other[number]) for number in other)
-    print(f"{np.median(ratios):.2f} times as fast in the median of rounds; the clips are {'' if equal else 'not '}equal")
+    print(
+        f"{np.median(ratios):.2f} times as fast in the median of rounds; the clips are {'' if equal else 'not '}equal"
+    )
 
 
 if __name__ == "__main__":
