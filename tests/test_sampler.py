@@ -66,7 +66,7 @@ def test_calls_of_few_packs_are_one_call_of_all(model, together, monkeypatch):
 
 
 def test_clips_come_while_later_ones_are_sampled(model, monkeypatch):
-    """With a pack of one clip at a time the first of four clips is there after the second call of the sampler."""
+    """With a pack of one clip at a time the first of four clips comes when the second call is dispatched."""
     packing = dataclasses.replace(model.config.packing, slots=1)
     run = dataclasses.replace(model, config=dataclasses.replace(model.config, packing=packing))
     requests = [dataclasses.replace(request, guidance=3.0) for request in REQUESTS]

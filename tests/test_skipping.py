@@ -16,6 +16,7 @@ from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.diffusion.sampling import SamplingConfig, grid_times
 from sora_jax.diffusion.solvers import SolverConfig
+from sora_jax.diffusion.times import per_token
 from sora_jax.errors import UserError
 from sora_jax.generate import sampler
 from sora_jax.generate.requests import Known, Request, Task
@@ -89,17 +90,18 @@ def test_a_skipped_step_adds_the_residual_of_the_last_that_ran(model):
         return x_BLD + kept[-1]
 
     with jax.set_mesh(model.mesh):
-        pack = sampler._place(model.mesh, layout, layout.rows, [request]).positive
-        tokens_BR = per_slot(pack.grids_BS3.prod(-1), pack.row_slots_BR)
-        times_KBR = grid_times(sampling, model.config.diffusion.times, linear_flow, tokens_BR)
-        key, clips_BL = step_key(5, 0, Purpose.SAMPLE), per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
-        x_BLP = token_noise(key, clips_BL, pack.index_BL, model.config.model.patch_values)
-        known = encode_condition(model.params, model.config.model, pack)
-        for step in range(4):
-            denoise = network(model.params, model.config, pack, known, functools.partial(run_trunk, step))
-            per_token = jnp.take_along_axis(times_KBR[step + 1] - times_KBR[step], pack.rows_BL, axis=1)
-            x_BLP += per_token[..., None] * denoise(x_BLP, times_KBR[step])
-        packs = {name: np.asarray(getattr(pack, name)) for name in sampler.UNPACKED} | {"tokens_BLP": np.asarray(x_BLP)}
+        pack, params = sampler._place(model.mesh, layout, layout.rows, [request]).positive, model.params
+    pack, params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (pack, params))  # off the mesh
+    tokens_BR = per_slot(pack.grids_BS3.prod(-1), pack.row_slots_BR)
+    times_KBR = grid_times(sampling, model.config.diffusion.times, linear_flow, tokens_BR)
+    key, clips_BL = step_key(5, 0, Purpose.SAMPLE), per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
+    x_BLP = token_noise(key, clips_BL, pack.index_BL, model.config.model.patch_values)
+    known = encode_condition(params, model.config.model, pack)
+    for step in range(4):
+        denoise = network(params, model.config, pack, known, functools.partial(run_trunk, step))
+        length_BL = per_token(times_KBR[step + 1] - times_KBR[step], pack.rows_BL)
+        x_BLP += length_BL[..., None] * denoise(x_BLP, times_KBR[step])
+    packs = {name: np.asarray(getattr(pack, name)) for name in sampler.UNPACKED} | {"tokens_BLP": np.asarray(x_BLP)}
     near(found, sampler.unpack(sampler.unstack(packs)[0], model.config.model.patch)[0])
     assert len(kept) == 2
 

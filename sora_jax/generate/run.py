@@ -99,23 +99,28 @@ class Run(TrainedDenoiser):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the clips of `sample`, each with the number of its request, as batches of packs are done.
 
-        While the clips of a batch are decoded and used, the next batch is sampled.
+        While the caller uses the clips of a batch (writes them to files), the next batch is sampled. A device runs its
+        programs in turn, so a batch is decoded before the next one is dispatched: behind it, its clips would come one
+        batch later, and the memory of both would be in use at once.
         """
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         each = list(tasks) * len(requests) if len(tasks) == 1 else list(tasks)
         batches = sample_batches(self, requests, sampling, seed)
-        while True:
-            with jax.set_mesh(self.mesh):  # not around `yield`: the caller's mesh is his own
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                latents = list(batch.values())
-                clips = (
-                    self._finish(latents, [each[number] for number in batch], tiles)
-                    if each
-                    else (self.decode(latents, tiles))
-                )
-            yield from zip(batch, clips, strict=True)
+        with jax.set_mesh(self.mesh):  # not around `yield`: the caller may set another
+            wait = next(batches, None)
+        while wait is not None:
+            with jax.set_mesh(self.mesh):
+                clips = self._decoded(wait(), each, tiles)
+                wait = next(batches, None)
+            yield from clips.items()
+
+    def _decoded(
+        self, latents: dict[int, np.ndarray], tasks: Sequence[Task], tiles: TilingConfig
+    ) -> dict[int, np.ndarray]:
+        """Decode latents by the number of their request, whose task is in `tasks` unless that is empty."""
+        z = list(latents.values())
+        clips = self._finish(z, [tasks[number] for number in latents], tiles) if tasks else self.decode(z, tiles)
+        return dict(zip(latents, clips, strict=True))
 
     def _finish(self, latents: Sequence[np.ndarray], tasks: Sequence[Task], tiles: TilingConfig) -> list[np.ndarray]:
         """Decode the latents of tasks and complete their clips."""

@@ -43,31 +43,34 @@ def sample_latents(
     with changes it by float error at most.
     """
     latents: dict[int, np.ndarray] = {}
-    for batch in sample_batches(model, requests, sampling, seed):
-        latents |= batch
+    for wait in sample_batches(model, requests, sampling, seed):
+        latents |= wait()
     return [latents[member] for member in range(len(requests))]
 
 
 def sample_batches(
     model: TrainedDenoiser, requests: Sequence[Request], sampling: SamplingConfig, seed: int
-) -> Iterator[dict[int, np.ndarray]]:
-    """Yield the latents of `sample_latents` by the number of their request, a call of the compiled sampler at a time.
+) -> Iterator[Callable[[], dict[int, np.ndarray]]]:
+    """Dispatch the compiled sampler for a batch of packs at a time, and yield what waits for it.
 
-    The next call is dispatched before a batch is yielded: what the caller does with a batch costs no time of the
-    device's.
+    The yielded function returns the latents of `sample_latents` by the number of their request.
     """
     edits = [request.known is not None and request.known.source is not None for request in requests]
     for wanted in sorted(set(edits), reverse=True):  # edits of described clips travel in packs of their own
         members = [number for number, edit in enumerate(edits) if edit == wanted]
         chosen = [requests[number] for number in members]
-        for batch in _batches(model, chosen, wanted, sampling, seed):
-            yield {members[number]: latent for number, latent in batch.items()}
+        yield from _batches(model, chosen, members, wanted, sampling, seed)
 
 
 def _batches(
-    model: TrainedDenoiser, requests: Sequence[Request], edits: bool, sampling: SamplingConfig, seed: int
-) -> Iterator[dict[int, np.ndarray]]:
-    """Yield as `sample_batches`; all requests are edits of described clips, or none is."""
+    model: TrainedDenoiser,
+    requests: Sequence[Request],
+    numbers: Sequence[int],
+    edits: bool,
+    sampling: SamplingConfig,
+    seed: int,
+) -> Iterator[Callable[[], dict[int, np.ndarray]]]:
+    """Yield as `sample_batches` for requests of these numbers; all are edits of described clips, or none is."""
     layout = lay_out(model, requests)
     split = parts("batch", model.mesh)
     at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
@@ -75,27 +78,25 @@ def _batches(
     # The scale is given clip by clip, so that one program serves all scales.
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
 
-    def dispatch(start: int) -> tuple[list[list[int]], Pack, jax.Array]:
-        rows = layout.rows[start : start + at_once]
-        full = rows + rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
-        conditions = place(model.mesh, layout, full, requests)
-        source = place(model.mesh, layout._replace(items=layout.sources), full, requests) if edits else None
-        tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
-        return rows, conditions.positive, tokens_BLP
-
-    def wait(rows: list[list[int]], pack: Pack, tokens_BLP: jax.Array) -> dict[int, np.ndarray]:
-        packs = {name: np.asarray(getattr(pack, name)) for name in UNPACKED}
-        filled = zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows)
-        latents = ((row, unpack(pack, model.config.model.patch)) for pack, row in filled)
-        return {number: latent for row, found in latents for number, latent in zip(row, found, strict=True)}
-
     with tqdm(total=len(starts), desc="sampling", unit="batch", disable=len(starts) == 1) as bar:
-        ahead = dispatch(starts[0])
-        for start in [*starts[1:], None]:
-            batch, ahead = ahead, dispatch(start) if start is not None else ahead
-            latents = wait(*batch)
+
+        def wait(rows: list[list[int]], pack: Pack, tokens_BLP: jax.Array) -> dict[int, np.ndarray]:
+            packs = {name: np.asarray(getattr(pack, name)) for name in UNPACKED}
+            packs["tokens_BLP"] = np.asarray(tokens_BLP)
             bar.update()
-            yield latents
+            latents: dict[int, np.ndarray] = {}
+            for one, row in zip(unstack(packs), rows):
+                found = unpack(one, model.config.model.patch)
+                latents |= {numbers[member]: latent for member, latent in zip(row, found, strict=True)}
+            return latents
+
+        for start in starts:
+            rows = layout.rows[start : start + at_once]
+            full = rows + rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
+            conditions = place(model.mesh, layout, full, requests)
+            source = place(model.mesh, layout._replace(items=layout.sources), full, requests) if edits else None
+            tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
+            yield functools.partial(wait, rows, conditions.positive, tokens_BLP)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
