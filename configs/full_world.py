@@ -1,11 +1,13 @@
-"""Train text to video on a small form of the full world, from scratch, on one CPU core in about three quarters of an hour.
+"""Train text to video on a small form of the full world, from scratch, on one CPU core in about three quarters of an
+hour.
 
     sora-jax quickstart --config=configs/full_world.py --workdir=runs/full_world
     sora-jax evaluate runs/full_world/transformer --data=runs/full_world/world --count=64
 
-The world has all motions, cameras and backgrounds of `--world=full`, and shapes that pass in front of others. It is small
-where time would otherwise be spent on size: clips of 9 frames of 36 x 48 pixels, at most two shapes, none of them small.
-The oracle reads the world's own clips of this size without error in colour, kind, motion, count, background and camera.
+The world has all motions, cameras and backgrounds of `--world=full`, and shapes that pass in front of others. It is
+small where time would otherwise be spent on size: clips of 9 frames of 36 x 48 pixels, at most two shapes, none of them
+small. The oracle reads the world's own clips of this size without error in colour, kind, motion, count, background and
+camera.
 
 The settings are those of configs/quickstart.py, with a token of 12 x 12 pixels of 2 frames: a clip has 60 tokens. What
 differs: more steps, and no training on given frames. Results: experiments/consistency/README.md.
@@ -125,7 +127,7 @@ def transformer(config):
     optim.b2 = 0.95
     optim.ema = (0.995,)
 
-    steps(config, 3600, previews=4)
+    steps(config, 2800, previews=4)
 
     config.preview.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.preview.sizes = tuple(size for _, size in PROMPTS)

@@ -171,7 +171,7 @@ def _constancy(read: Sequence[Measured], whole: Sequence[Measured]) -> dict[str,
         "identity": _mean(a.constancy for a in facts),
         "identity_by_frame": _mean(m.identity_T[1:].mean() for m in whole if m.identity_T is not None),
         "identity_last": _mean(m.identity_T[-1] for m in whole if m.identity_T is not None),
-        "shape": _mean(m.shape_T.all() for m in whole if m.shape_T is not None),
+        "shape": _mean(float(m.shape_T.all()) for m in whole if m.shape_T is not None),
         "physics_error": _mean(a.physics_error for a in facts),
     }
 

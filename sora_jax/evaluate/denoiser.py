@@ -127,9 +127,10 @@ def evaluate_denoiser(
 
 
 def choose_rows(dataset: Dataset, trained: str, count: int) -> tuple[list[dict], int, list[str]]:
-    """Choose held-out videos with a caption that no training clip has, ordered by size: rows, how many are there, notes.
+    """Choose held-out videos with a caption that no training clip has; return rows, how many there are, and notes.
 
-    Where training clips have all captions, clips with such captions are chosen, and a note says so.
+    The rows are ordered by size, so that each size is compiled once. Where training clips have all captions, clips with
+    such captions are chosen, and a note says so.
     """
     rows = [row for row in dataset.held_out(trained) if row["frames"] > 1 and caption_of(row)]
     check(rows, f"--data is {str(dataset.path)!r}; it must hold out videos with captions, and it holds out none")

@@ -18,6 +18,7 @@ SIDE = 64  # pixels; motion is measured on frames whose shorter side is pooled t
 REACH = 6  # pixels of such a frame: the largest displacement that is looked for
 WINDOW = 5  # pixels: side of the window that is matched
 STILL = 2.0  # grey levels by which a displacement must match better than none
+EXPLAINED = 0.5  # share of the difference at the same place that a displacement leaves at most
 FASTEST = 0.05  # share of the pixels of a frame whose displacement counts: the fastest
 DYNAMIC = 6 / 256  # in short sides: displacement from which a pair of frames counts as moving
 
@@ -143,7 +144,8 @@ def _cost(one: np.ndarray, other: np.ndarray, moves: bool) -> np.ndarray:
 def _speeds(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the mean displacement (n,), in short sides, of the fastest pixels between pairs of frames (n, H, W, 3)."""
     n, H, W, _ = one.shape
-    best_nHW, distance_nHW = np.full((n, H, W), np.inf), np.zeros((n, H, W))
+    # What is uncovered or enters the frame matches nothing: only a displacement that explains the change counts.
+    best_nHW, distance_nHW = EXPLAINED * _cost(one, other, False), np.zeros((n, H, W))
     for down, right in _displacements():
         cost_nHW = _cost(one, _moved(other, down, right), bool(down or right))
         distance_nHW[cost_nHW < best_nHW] = np.hypot(down, right)
@@ -162,7 +164,7 @@ def _smoothness(frames: np.ndarray) -> float:
 
 
 def interpolate(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return the frames (n, H, W, 3) half-way between two: each pixel where the windows around its places match best."""
+    """Return the frames (n, H, W, 3) half-way between two, each pixel from where the windows around it match best."""
     best_nHW, middle = np.full(before.shape[:3], np.inf), np.zeros_like(before)
     for down, right in _displacements():
         one, other = _moved(before, -down, -right), _moved(after, down, right)

@@ -8,11 +8,10 @@ import numpy as np
 from sora_jax.data.sheets import contact_sheet, strip
 from sora_jax.evaluate.consistency import Consistency, Measured
 from sora_jax.evaluate.world import in_words
-from sora_jax.generate.preview import scale_of
 
 SHOWN = 10  # clips
 FRAMES = 9  # frames of each, at most
-TALLEST = 96  # pixels, about, of a frame on the page
+WIDEST = 96  # pixels, about, of a frame on the page
 TITLES = {
     "agreement": "shapes of the prompt that a frame shows",
     "identity": "shapes of frame 0 that a frame shows",
@@ -49,13 +48,13 @@ def shown_places(found: Sequence[Measured]) -> list[int]:
 
 
 def _scale(clip: np.ndarray) -> int:
-    return max(1, min(scale_of(clip), TALLEST // max(clip.shape[1:3])))
+    return max(1, round(WIDEST / clip.shape[2]))
 
 
 def _title(prompt: str, generated: np.ndarray, real: np.ndarray, oracle: bool) -> str:
     if not oracle:
         return f"{prompt} (generated above, real below)"
-    return f"{prompt} — above, generated: {in_words(generated)} — below, real: {in_words(real)}"
+    return f"{prompt} | generated, above: {in_words(generated)} | real, below: {in_words(real)}"
 
 
 def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
