@@ -11,7 +11,7 @@ from sora_jax.data.world.captions import LEVELS, write
 from sora_jax.data.world.render import render
 from sora_jax.data.world.scenes import wanted
 from sora_jax.evaluate import looks as look
-from sora_jax.evaluate.consistency import average, identity_curve, in_worlds_words, mean_curve, measure, permanence
+from sora_jax.evaluate.consistency import average, in_worlds_words, mean_curve, measure, permanence
 
 WORLD = replace(FULL_WORLD, sizes=((36, 48), (48, 36)), frames=(9,), image_share=0.0, max_shapes=2, scale=(0.34, 0.48))
 PASSES = replace(WORLD, motions=("pass", "pass", "pass", "still"), cameras=("still",), backgrounds=("plain",))
@@ -82,9 +82,8 @@ def test_a_second_part_changes_the_shapes_but_not_who_they_are():
     small = replace(planned, shapes=(replace(planned.shapes[0], diameter=0.3, start=(0.2, 0.2), travel=(0.0, 0.0)),))
     large = replace(planned, shapes=(replace(planned.shapes[0], diameter=0.3, start=(1.1, 0.8), travel=(0.0, 0.0)),))
     twice = np.where(render(small) != render(small)[0, -1, -1], render(small), render(large))
-    found = read_frames(np.concatenate([render(small)[:6], twice[6:]]))
-    assert identity_curve(found).tolist() == [1.0] * 9
-    assert [frame.shapes == found[0].shapes for frame in found] == [True] * 6 + [False] * 3
+    found = measure(planned.caption, np.concatenate([render(small)[:6], twice[6:]]))
+    assert found.identity_T.tolist() == [1.0] * 9 and found.shape_T.tolist() == [1.0] * 6 + [0.0] * 3
 
 
 def test_what_passes_behind_comes_out_the_same():
@@ -180,9 +179,16 @@ def test_frames_between_are_interpolated_along_the_motion():
     assert look.looks(jerky).smoothness < look.looks(sliding(9, 2)).smoothness - 0.03
 
 
+def test_a_drift_of_a_level_is_no_motion():
+    """On a ramp it looks like one: the window a pixel further matches exactly."""
+    ramp = np.broadcast_to(60 + np.arange(40)[None, None, :, None], (5, 40, 40, 3))
+    frames = (ramp + np.arange(5)[:, None, None, None]).astype(np.uint8)
+    assert look.looks(frames).motion == 0.0
+
+
 def test_large_frames_are_pooled():
-    """Twice the size at twice the speed is the same motion."""
-    small = sliding(4, 2, side=72)
+    """Twice the size at twice the speed, which is beyond the reach of the search in pixels, is the same motion."""
+    small = sliding(4, 4, side=72)
     large = small.repeat(2, 1).repeat(2, 2)
     assert look.looks(large).motion == pytest.approx(look.looks(small).motion, rel=0.05)
 
