@@ -127,7 +127,7 @@ def transformer(config):
     optim.b2 = 0.95
     optim.ema = (0.995,)
 
-    steps(config, 2800, previews=4)
+    steps(config, 1750, previews=2)
 
     config.preview.prompts = tuple(prompt for prompt, _ in PROMPTS)
     config.preview.sizes = tuple(size for _, size in PROMPTS)

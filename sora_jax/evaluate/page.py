@@ -17,7 +17,11 @@ TITLES = {
     "identity": "shapes of frame 0 that a frame shows",
     "shape": "clips with the very shapes of frame 0",
 }
-COLOURS = {"generated": "tab:red", "autoencoder": "tab:orange", "real": "tab:blue"}
+LINES: dict[str, dict[str, Any]] = {
+    "generated": {"color": "tab:red"},
+    "autoencoder": {"color": "tab:orange", "linestyle": "--", "zorder": 3},  # seen over that of the real clips
+    "real": {"color": "tab:blue"},
+}
 
 
 def draw_page(
@@ -79,7 +83,7 @@ def draw_curves(columns: Mapping[str, Consistency], width: int) -> np.ndarray:
 
 def _draw(panel: Any, name: str, columns: Mapping[str, Consistency]) -> None:
     for column, found in columns.items():
-        panel.plot(found.curves[name], color=COLOURS[column], marker=".", label=column)
+        panel.plot(found.curves[name], marker=".", label=column, **LINES[column])
     panel.set_ylim(-0.03, 1.03)
     panel.set_title(TITLES[name], fontsize=10)
     panel.set_xlabel("frame", fontsize=9)
