@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 
-from sora_jax import __version__
+from sora_jax import __version__, cli_evaluate
 from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, storage_message
 
@@ -466,34 +466,10 @@ def encode(options) -> None:
 
 
 def _evaluate(commands) -> None:
-    example = "example:\n  sora-jax evaluate --autoencoder=runs/autoencoder --data=data/clips"
-    about = "measure an autoencoder on the clips that a dataset holds out"
-    p = _parser(commands.add_parser, "evaluate", help=about, epilog=example)
-    p.add_argument("--autoencoder", type=as_path, required=True, help="run folder of a trained autoencoder")
-    p.add_argument("--data", type=as_path, required=True, help="dataset folder")
-    p.add_argument("--clips", type=int, default=64, help="maximum number of clips, evenly spread")
-    p.add_argument("--batch", type=int, default=4, help="batch size, in clips (or tiles)")
+    p = _parser(commands.add_parser, "evaluate", help=cli_evaluate.ABOUT, epilog=cli_evaluate.EXAMPLE)
+    cli_evaluate.add_options(p)
     _tile(p)
-    p.add_argument("--out", type=as_path, help="folder for the report and the pictures (default: RUN/evaluation)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise that is added to latents")
-    p.add_argument("--json", action="store_true", help="print all figures as JSON")
-    p.set_defaults(function=evaluate)
-
-
-def evaluate(options) -> None:
-    """Measure an autoencoder and print its report."""
-    import dataclasses
-    import json
-
-    from sora_jax import commands
-    from sora_jax.evaluate.autoencoder import EvaluateOptions, evaluate_autoencoder
-    from sora_jax.models.tiling import TilingConfig
-
-    commands.use_compilation_cache()
-    tiles = TilingConfig.parse(options.tile, options.tile_overlap)
-    chosen = EvaluateOptions(options.clips, options.batch, tiles, options.out, options.seed)
-    report = evaluate_autoencoder(options.autoencoder, options.data, chosen)
-    print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else report.text)
+    p.set_defaults(tile=None, tile_overlap=None)  # which tells if they are given: they are for autoencoders alone
 
 
 def _convert(commands) -> None:

@@ -3,15 +3,20 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sora_jax.config import load
+from sora_jax.config import from_dict, load
+from sora_jax.data.world import scene
+from sora_jax.data.world.captions import CAMERAS, MOTIONS
 from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
+from sora_jax.evaluate.consistency import in_worlds_words
 from sora_jax.kinds import run_config
 from sora_jax.models.first_stage import autoencoder_specs, latent_grid
 from sora_jax.models.transformer import SIZES, denoiser_specs
 from sora_jax.nn.params import count
+from sora_jax.quickstart import QuickstartConfig, check_sizes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
@@ -68,6 +73,16 @@ def test_previews_fit_the_autoencoder_and_a_pack(file):
         pt, ph, pw = transformer.model.patch
         assert h % ph == w % pw == t % pt == 0
         assert t * h * w // (pt * ph * pw) <= transformer.packing.length
+
+
+@pytest.mark.parametrize("variant", ["", "tiny"])
+def test_the_full_world_fits_its_models_and_shows_what_it_can_say(variant):
+    config = from_dict(QuickstartConfig, load(f"{CONFIGS / 'full_world.py'}:{variant}"))
+    check_sizes(config)
+    assert set(config.world.motions) == set(MOTIONS) and set(config.world.cameras) == set(CAMERAS)
+    assert all(in_worlds_words(prompt) for prompt in config.show.prompts)
+    passes = [any(s.motion == "pass" for s in scene(config.world, i).shapes) for i in range(1000)]
+    assert 0.18 < np.mean(passes) < 0.28  # the share that its comment says
 
 
 @pytest.mark.parametrize("size", ["xs", "s", "m", "b", "l"])
