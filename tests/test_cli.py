@@ -21,6 +21,7 @@ from sora_jax.data.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 from sora_jax.generate.run import Run, load_run
 from sora_jax.parallel.compile import Topology
+from sora_jax.parsers import data as data_parser
 from sora_jax.train.encode import EncodeOptions
 
 
@@ -69,9 +70,9 @@ def test_data_build_shows_the_defaults_of_its_config(tmp_path):
     """Each default is that of the config that the command makes when the option is not given."""
     name = "sora-jax data build"
     options = cli.parsed(["data", "build", f"--out={tmp_path}", f"--path={tmp_path}"])
-    config = cli.build_config(options)
+    config = data_parser.build_config(options)
     assert config == BuildConfig(out=str(tmp_path), sources=(SourceConfig(path=str(tmp_path)),))
-    values = vars(config) | {flag: vars(config.sources[0])[field] for flag, field in cli.SOURCE_FLAGS.items()}
+    values = vars(config) | {flag: vars(config.sources[0])[field] for flag, field in data_parser.SOURCE_FLAGS.items()}
     values |= {"world": "simple", "path": None}
     special = {"min_pixels": "(4 * multiple)^2"}
     shown = {a.dest: shown_default(name, a.option_strings[0]) for a in PARSERS[name]._actions if a.dest in values}

@@ -28,6 +28,7 @@ from sora_jax.kinds import KINDS, run_config
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, SEQUENCES
 from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.parsers.data import build
 from sora_jax.quickstart import QuickstartConfig
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def test_each_command_is_understood(command, monkeypatch):
     override(SamplingConfig(), getattr(options, "sampling", []), "sampling")
     if file := getattr(options, "config", None):
         values = load(file, options.changes)
-        checks = {cli.train: run_config, cli.plan: run_config, cli.build: lambda v: from_dict(BuildConfig, v)}
+        checks = {cli.train: run_config, cli.plan: run_config, build: lambda v: from_dict(BuildConfig, v)}
         checks[cli.quickstart] = lambda v: from_dict(QuickstartConfig, v)
         assert checks[options.function](values)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
+from sora_jax.parsers.base import add_tiles, make_parser
 
 EXAMPLE = (
     "examples:\n  sora-jax evaluate runs/video --data=data/clips --count=64\n"
@@ -16,8 +17,9 @@ OF_DENOISER = ("count", "steps", "frames")
 OF_AUTOENCODER = ("clips", "batch", "tile", "tile_overlap")
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options of `evaluate` to its parser; those for tiles are added by the caller."""
+def add_evaluate(commands) -> None:
+    """Add the command `evaluate`."""
+    p = make_parser(commands.add_parser, "evaluate", help=ABOUT, epilog=EXAMPLE)
     p.add_argument("run", metavar="RUN", nargs="?", type=as_path, help="run folder of a trained denoiser")
     p.add_argument("--autoencoder", type=as_path, help="run folder of a trained autoencoder, in place of RUN")
     p.add_argument("--data", type=as_path, required=True, help="dataset folder")
@@ -29,7 +31,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=as_path, help="folder for the report and the pictures (default: RUN/evaluation)")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples, or of the noise that is added to latents")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")
-    p.set_defaults(function=evaluate)
+    add_tiles(p)
+    # None tells that they are not given: they are for autoencoders alone.
+    p.set_defaults(function=evaluate, tile=None, tile_overlap=None)
 
 
 def evaluate(options: argparse.Namespace) -> None:

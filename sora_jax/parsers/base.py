@@ -1,0 +1,41 @@
+"""Hold what all parsers share: their help, and options that several commands have."""
+
+import argparse
+from collections.abc import Mapping
+
+EXAMPLES = """\
+examples:
+  sora-jax quickstart                                   a text-to-video model from scratch, in about ten minutes
+  sora-jax data build --path=clips --out=data/clips --max-frames=9 --multiple=8 --max-pixels=384
+  sora-jax train --config=configs/tiny.py:autoencoder --workdir=runs/autoencoder --config.data=data/clips
+  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents
+  sora-jax train --config=configs/tiny.py --workdir=runs/video --config.latents=data/latents
+  sora-jax sample --workdir=runs/video --prompt="a fox runs" --frames=9 --height=16 --width=24 --out=fox.gif
+  sora-jax data inspect data/clips
+"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of examples, and show the default of each option that has one."""
+
+    defaults: Mapping[str, object] = {}  # by option; they replace those of the parser
+
+    def _get_help_string(self, action):
+        default = self.defaults.get(action.dest, action.default)
+        hidden = isinstance(default, bool) or default in (None, "", [], argparse.SUPPRESS)
+        return action.help if hidden else f"{action.help} (default: {default})"
+
+
+def make_parser(make, *names, formatter_class=Help, **options) -> argparse.ArgumentParser:
+    """Make a parser by `make`, which does not take abbreviations of options."""
+    parser = make(*names, formatter_class=formatter_class, allow_abbrev=False, **options)
+    parser.set_defaults(parser=parser)  # the innermost one wins: its options are those to suggest
+    return parser
+
+
+def add_tiles(parser) -> None:
+    """Add the options for tiles."""
+    about = "process clips by one program in chunks and tiles of this size, in pixels; 0: all; encode takes auto, too"
+    parser.add_argument("--tile", default="", metavar="FRAMESxHEIGHTxWIDTH", help=about)
+    about = "overlap of tiles, as a fraction of a tile, where they are not exact"
+    parser.add_argument("--tile-overlap", type=float, default=0.25, help=about)

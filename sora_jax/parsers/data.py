@@ -1,0 +1,220 @@
+"""Parse and run the verbs of `sora-jax data`."""
+
+import argparse
+import functools
+
+from sora_jax.files import as_path
+from sora_jax.parsers.base import EXAMPLES, Help, add_tiles, make_parser
+
+
+class _BuildHelp(Help):
+    """Show the defaults of the configs that `data build` fills."""
+
+    def format_help(self):
+        self.defaults = build_defaults()  # not before help is asked for: the import takes 0.3 seconds
+        return super().format_help()
+
+
+def add_data(commands) -> None:
+    """Add the command `data` with its verbs."""
+    p = make_parser(commands.add_parser, "data", help="build, encode and inspect datasets", epilog=EXAMPLES)
+    verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect|caption")
+    _build(verbs)
+    _encode(verbs)
+    example = "example:\n  sora-jax data inspect data/clips"
+    p = make_parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
+    p.add_argument("folder", type=as_path, help="dataset folder")
+    p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
+    p.set_defaults(function=inspect)
+    example = (
+        "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
+        " --out=clips/captions.csv"
+    )
+    p = make_parser(verbs.add_parser, "caption", help="caption the clips of a folder by a model", epilog=example)
+    p.add_argument("--path", type=as_path, required=True, help="folder of videos and images")
+    p.add_argument("--how", required=True, help="world (its oracle) or transformers:MODEL (an image-to-text model)")
+    p.add_argument("--kind", default="synthetic", help="kind of the captions; the column is caption_KIND")
+    p.add_argument(
+        "--out", type=as_path, required=True, help="table to write; as captions.csv in the folder it is used"
+    )
+    p.set_defaults(function=caption)
+
+
+def _encode(verbs) -> None:
+    example = (
+        "example:\n  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents\n"
+        "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --shard=0/4\n"
+        "  sora-jax data encode --autoencoder=runs/autoencoder --data=data/clips --out=data/latents --tile=auto"
+    )
+    p = make_parser(verbs.add_parser, "encode", help="encode a dataset folder into a latent cache", epilog=example)
+    p.add_argument("--autoencoder", type=as_path, required=True, help="run folder of a trained autoencoder")
+    p.add_argument("--data", type=as_path, required=True, help="dataset folder")
+    p.add_argument("--out", type=as_path, required=True, help="latent cache to write")
+    p.add_argument("--batch", type=int, default=16, help="batch size, in clips (or tiles)")
+    add_tiles(p)
+    p.add_argument("--shapes", type=int, default=4, help="maximum number of padded shapes; each compiles a program")
+    p.add_argument("--shard", default="0/1", help="i/n: encode every n-th part; the last process to finish merges them")
+    p.add_argument("--text-encoder", help="embed captions with this T5, UMT5 or CLIP of transformers (name or folder)")
+    p.add_argument("--text-tokens", type=int, default=128, help="maximum tokens of a caption, with --text-encoder")
+    about = "of each clip, encoded alone, for models that are given some (config.diffusion.given)"
+    p.add_argument("--key-frames", type=int, default=0, metavar="K", help=f"frames {about}")
+    p.add_argument("--sketches", type=int, default=0, metavar="K", help=f"edge maps of frames {about}")
+    p.set_defaults(function=encode)
+
+
+# Option of `data build` -> field of SourceConfig
+SOURCE_FLAGS = dict(source="name", path="path", strip_frames="strip_frames", strip_fps="strip_fps", limit="limit")
+WORLD = "simple"
+
+
+def _build(verbs) -> None:
+    example = (
+        "example:\n  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
+        "  sora-jax data build --source=webdataset --path='shards/*.tar' --out=data/clips --workers=8\n"
+        "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
+        "  sora-jax data build --config=configs/data.py:mixed --out=data/mixed      several sources"
+    )
+    about = "build a dataset folder from videos and images"
+    p = make_parser(verbs.add_parser, "build", help=about, epilog=example, formatter_class=_BuildHelp)
+    p.add_argument("--out", required=True, help="dataset folder to write")
+    p.add_argument("--config", help="config file with a list of sources; other options override it")
+    # An option that is not given leaves the field of --config, or the default of the dataclass, as it is.
+    add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
+    add("--source", help="folder, webdataset, tfds:NAME[:CONFIG], array_record or world")
+    add("--path", help="folder, tar shards or ArrayRecord files to read")
+    add("--limit", type=int, help="maximum number of entries of the source, evenly spaced")
+    add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
+    add("--strip-fps", type=float, help="frames per second of such strips")
+    add("--world", help="variant of the embedded world: simple or full")
+    add("--max-frames", type=int, help="maximum length; clips are cut to 1 + time_factor * k frames")
+    add("--time-factor", type=int, help="temporal compression of the autoencoder you will train")
+    add("--length-rule", help="cut to the next shorter allowed length, or pad to the next longer")
+    add("--min-frames", type=int, help="refuse clips that end shorter")
+    add("--fps", type=float, help="resample all clips to this frame rate, by time stamps")
+    add("--max-fps", type=float, help="drop frames of clips with a higher frame rate")
+    add("--place", help="part to take of a longer clip: start, middle or random")
+    add("--clips-per-file", type=int, help="clips to take of a file that is long enough")
+    add("--cuts", action="store_true", help="shorten clips to their longest part without a scene cut")
+    add("--multiple", type=int, help="height and width become multiples of this")
+    add("--max-pixels", type=int, help="maximum height x width; the aspect ratio is kept")
+    add("--max-tokens", type=int, help="maximum tokens; one is time_factor frames of multiple x multiple pixels")
+    add("--resolution", help="largest that is allowed, or sampled: uniform or navit")
+    add("--min-pixels", type=int, help="minimum height x width when sampled (default: (4 * multiple)^2)")
+    add("--framing", help="native aspect ratio, or square crops: native or square")
+    add("--variants", type=int, help="sizes or places of each clip; epochs take them in turn")
+    add("--mirror", action="store_true", help="add the mirror image of each clip; epochs take the two in turn")
+    add("--missing-caption", help="refuse clips without a caption, or use an empty one: refuse or empty")
+    add("--holdout", type=float, help="fraction of clips held out")
+    add("--seed", type=int, help="seed of the held-out split, places and sizes")
+    add("--workers", type=int, help="decoding processes; 0: decode in this one, unprotected from crashes")
+    add("--seconds", type=float, help="refuse a file that takes longer to decode")
+    add("--shard", help="i/n: build every n-th part of 128 files; the last process to finish merges them")
+    p.add_argument("--beam", help="build with Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
+    p.set_defaults(function=build, changes=[])
+
+
+def build_defaults() -> dict:
+    """Return the default of each option of `data build`: that of the config field which it sets."""
+    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.sources import SourceConfig
+
+    source = {flag: getattr(SourceConfig, field) for flag, field in SOURCE_FLAGS.items()}
+    return vars(BuildConfig) | source | {"world": WORLD}
+
+
+def build(options) -> None:
+    """Build a dataset folder and print its summary."""
+    from sora_jax.data.build import build
+    from sora_jax.data.inspect import inspect
+
+    config = build_config(options)
+    if options.beam is None:
+        dataset = build(config)
+    else:
+        from sora_jax.data.beam import build_with_beam
+
+        dataset = build_with_beam(config, options.beam)
+    if dataset is None:
+        print(f"this share is done; {options.out} appears when the others are, too")
+        return
+    print(inspect(options.out).text)
+    if dataset.refused:
+        print(f"{len(dataset.refused)} files are not used: {as_path(options.out) / 'refused.jsonl'} says why")
+
+
+def build_config(options):
+    """Return the BuildConfig of --config, or that of a single source, with the fields that options set."""
+    import dataclasses
+
+    from sora_jax.config import check, from_dict, load
+    from sora_jax.data.prepare import BuildConfig
+
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig) if hasattr(options, f.name)}
+    if options.config is None:
+        first = next(iter(options.changes), "")
+        check(not first, f"--config is not given; it must be the file that --config.{first} changes")
+        return BuildConfig(sources=(source_config(options),), **given)
+    for flag in (*SOURCE_FLAGS, "world"):
+        name, value = flag.replace("_", "-"), getattr(options, flag, None)
+        check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
+    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes)), **given)
+
+
+def source_config(options):
+    """Return the SourceConfig of the options."""
+    import dataclasses
+
+    from sora_jax.config import choose
+    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.sources import SourceConfig
+    from sora_jax.data.world import FULL_WORLD, WorldConfig
+
+    values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
+    if values.get("name") == "world":
+        world = choose("--world", getattr(options, "world", WORLD), {"simple": WorldConfig(), "full": FULL_WORLD})
+        seed = getattr(options, "seed", BuildConfig.seed)
+        holdout = getattr(options, "holdout", BuildConfig.holdout)
+        values["world"] = dataclasses.replace(world, seed=seed)
+        values["world_held_out"] = round(values.get("limit", 0) * holdout)
+    return SourceConfig(**values)
+
+
+def encode(options) -> None:
+    """Encode a dataset folder into a latent cache."""
+    from sora_jax import commands
+    from sora_jax.data.guides import GuideCounts
+    from sora_jax.data.latents import LatentCache
+    from sora_jax.data.share import Share
+    from sora_jax.models.pretrained import PretrainedText
+    from sora_jax.models.tiling import TilingConfig
+    from sora_jax.train.encode import EncodeOptions, encode_dataset
+
+    commands.use_compilation_cache()
+    text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
+    share = Share.parse(options.shard)
+    choose_tile = options.tile == "auto"
+    tiles = TilingConfig.parse("" if choose_tile else options.tile, options.tile_overlap)
+    folders = options.autoencoder, options.data, options.out
+    guides = GuideCounts(options.key_frames, options.sketches)
+    how = dict(tiles=tiles, choose_tile=choose_tile, guides=guides)
+    chosen = EncodeOptions(options.batch, options.shapes, share, text, **how)
+    if encode_dataset(*folders, chosen):
+        print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
+    else:
+        print(f"this share is done; {options.out} appears when the others are, too")
+
+
+def caption(options) -> None:
+    """Caption the clips of a folder and print what came of it."""
+    from sora_jax.data.recaption import caption_folder
+
+    written, refused = caption_folder(options.path, options.how, options.out, options.kind)
+    print(f"{written} clips captioned in {options.out}, {refused} not readable")
+
+
+def inspect(options) -> None:
+    """Print the summary of a dataset folder."""
+    from sora_jax.data.inspect import inspect
+
+    found = inspect(options.folder, options.pack_length)
+    print(f"{found.text}\ncontact sheet    {found.sheet}\nhistogram        {found.histogram}")

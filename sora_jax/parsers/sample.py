@@ -1,0 +1,110 @@
+"""Parse the options of `sora-jax sample` and `sora-jax calibrate`."""
+
+import argparse
+
+from sora_jax.files import as_path
+from sora_jax.parsers.base import add_tiles, make_parser
+
+
+def add_sample(commands) -> argparse.ArgumentParser:
+    """Add the command `sample`; return its parser."""
+    example = (
+        'examples:\n  sora-jax sample --workdir=runs/quickstart/transformer --prompt="a red circle moves left"'
+        " --frames=9 --height=24 --width=36 --out=circle.gif\n"
+        "  sora-jax sample --workdir=runs/dit --class=207,360 --size=256 --steps=250 --guidance=4 --out=grid.png\n"
+        "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
+        '  sora-jax sample --workdir=runs/video --video=fox.mp4 --extend=+16 --prompt="a fox runs" --out=longer.mp4\n'
+        '  sora-jax sample --workdir=runs/video --prompt="waves" --loop --frames=16 --out=waves.gif\n'
+        "--sampling.NAME=VALUE overrides any field of the run's config.sampling"
+    )
+    p = make_parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
+    p.add_argument("--like", type=as_path, metavar="FILE", help="make a generated file again; other options change it")
+    p.add_argument("--workdir", type=as_path, help="run folder of a trained denoiser")
+    p.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help='text prompt; "0: ... 24: ..." changes in time; may be given several times',
+    )
+    p.add_argument("--prompts-file", type=as_path, help="text with one prompt a line; .jsonl or .csv: more columns")
+    about = "rewrite prompts as captions: world, http://HOST/v1#MODEL (OpenAI's interface) or transformers:MODEL"
+    p.add_argument("--expand", default="", metavar="HOW", help=about)
+    p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")
+    p.add_argument("--negative", default="", help="negative prompt, for guidance")
+    p.add_argument("--size", type=int, help="height and width of a square clip, in pixels")
+    preview = "(default: as in the run's first preview"
+    p.add_argument("--frames", type=int, help=f"number of frames {preview}; 1 for a .png)")
+    p.add_argument("--height", type=int, help=f"in pixels {preview})")
+    p.add_argument("--width", type=int, help=f"in pixels {preview})")
+    p.add_argument("--steps", help="solver steps; with respaced spacing also 10,15,20 or ddim50 (default: the run's)")
+    p.add_argument("--solver", help="euler, heun, ddpm, ddim, dpm2, dpm3, unipc... (default: the run's)")
+    p.add_argument("--guidance", type=float, help="guidance scale; 1: no guidance (default: the run's)")
+    p.add_argument("--skip-steps", action="store_true", help="skip the blocks at the steps that calibrate has chosen")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    p.add_argument("--fps", type=float, help="frames per second of the file (default: as in the run's previews)")
+    p.add_argument("--upscale", type=int, default=1, help="integer factor that enlarges pixels, to view tiny clips")
+    p.add_argument("--checkpoint", default="newest", help="newest, best (of those kept by loop.keep_best) or a step")
+    p.add_argument("--autoencoder", type=as_path, help="run folder of an autoencoder, if the run contains none")
+    add_tiles(p)
+    p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
+    _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
+    p.set_defaults(sampling=[], clip=None, rows=None)
+    return p
+
+
+def _tasks(p) -> None:
+    picture = dict(action="append", default=[], metavar="FILE[@FRAME]")
+    p.add_argument("--image", **picture, help="the first frame, or frame FRAME; may be given several times")
+    p.add_argument("--sketch", **picture, help="dark lines on white: the edges of a frame (first); for runs trained so")
+    p.add_argument("--edges", action="store_true", help="--sketch names pictures, whose edges are drawn")
+    p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next six options")
+    p.add_argument("--extend", type=int, metavar="N", help="make N frames after the clip; -N: before it")
+    p.add_argument("--loop", action="store_true", help="a loop: of the prompt alone, or one that closes the clip")
+    p.add_argument("--mask", type=as_path, metavar="FILE", help="make anew what is white in this image or video")
+    p.add_argument("--pad", metavar="L,T,R,B", help="make so many more pixels left, above, right, below")
+    p.add_argument("--strength", type=float, metavar="S", help="edit: 0 keeps the clip, 1 ignores it")
+    about = "what the clip shows: change that to what --prompt says, and keep the rest"
+    p.add_argument("--from-prompt", metavar="TEXT", help=about)
+    p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
+    p.add_argument(
+        "--gap", type=int, help="frames to make between clips, or to close a loop; a multiple of the time factor (8)"
+    )
+    p.add_argument("--context", type=int, default=9, help="frames of a clip at most that a continuation sees")
+    about = "sample a longer clip in windows of so many frames (default: those of the previews, if it is far longer)"
+    p.add_argument("--window", type=int, metavar="FRAMES", help=about)
+    p.add_argument(
+        "--long", metavar="HOW", help="windows (one after the other; the usual way) or rolling (noise levels)"
+    )
+    about = "how given frames condition: times (at time 0), or replace, for runs trained without (default: the run's)"
+    p.add_argument("--condition", metavar="HOW", help=about)
+    p.add_argument("--resamplings", type=int, metavar="N", help="with --condition=replace: repeat each step N times")
+    about = "guide by given or carried frames so strongly; 1: not (default: the run's)"
+    p.add_argument("--history-guidance", type=float, metavar="W", help=about)
+    about = (
+        "noise level of those frames where guidance leads away from; 1: nothing is left of them (default: the run's)"
+    )
+    p.add_argument("--history-level", type=float, metavar="S", help=about)
+    about = "sample at half the size first; the clip is then made of that from the noise level S on, such as 0.7"
+    p.add_argument("--draft", type=float, metavar="S", help=about)
+    p.add_argument("--keep-pixels", action="store_true", help="put the very pixels that were given into the result")
+
+
+def add_calibrate(commands) -> None:
+    """Add the command `calibrate`."""
+    example = "example:\n  sora-jax calibrate --workdir=runs/video --error=0.12 --most=2"
+    about = "choose the steps at which sample --skip-steps skips the blocks"
+    p = make_parser(commands.add_parser, "calibrate", help=about, epilog=example)
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser")
+    p.add_argument("--error", type=float, default=0.12, help="bound of the accumulated error; larger skips more")
+    p.add_argument("--most", type=int, default=2, help="steps that are skipped in a row at most")
+    p.add_argument("--steps", help="solver steps (default: the run's)")
+    p.add_argument("--solver", help="solver that calls the model once a step (default: the run's)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: the run's)")
+    p.set_defaults(function=calibrate, sampling=[])
+
+
+def calibrate(options) -> None:
+    from sora_jax import commands
+
+    commands.use_compilation_cache()
+    print(commands.calibrate(options))
