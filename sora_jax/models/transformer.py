@@ -178,7 +178,7 @@ def encode_condition(params: dict, config: TransformerConfig, pack: Pack) -> Tex
     if text is None:
         return None
     with jax.named_scope("cross_attention"):
-        keys_values = jax.lax.map(lambda p: caption_keys_values(p, text), params["blocks"]["cross_kv"])
+        keys_values = jax.vmap(lambda p: caption_keys_values(p, text))(params["blocks"]["cross_kv"])
     return dataclasses.replace(text, keys_values=keys_values)
 
 
