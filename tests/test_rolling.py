@@ -148,8 +148,9 @@ def test_a_longer_clip_begins_as_a_shorter_one(sampled):
     assert short.shape == (7, 4, 6, 4) and long.shape == (11, 4, 6, 4)
     np.testing.assert_array_equal(long[:7], short)
     assert np.isfinite(long).all()
-    steps = np.abs(np.diff(long, axis=0)).mean((1, 2, 3))
-    assert (steps > 1e-2).all()
+    # Every latent has noise of its own: those that enter the window one after the other are not alike.
+    alike = [np.corrcoef(long[k].ravel(), long[k + 1].ravel())[0, 1] for k in range(5, 10)]
+    assert max(alike) < 0.995, alike  # 0.9999 with one noise for all
     (other,) = sampled(requests_of(RED), 7, seed=6)
     assert np.abs(other - short).max() > 0.1
 
