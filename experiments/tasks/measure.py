@@ -110,6 +110,11 @@ def main() -> None:
     # The world's shapes cross the frame in the 9 frames of a clip: the halves of a clip are continued to a whole one.
     halves, ends = [clip[:5] for clip in clips], [clip[5:] for clip in clips]
     seams("real clips, frames 4 and 5", [seam(clip, 5) for clip in clips])
+    rng, encode = np.random.default_rng(0), run.autoencoder.encode
+    latents = [next(iter(encode([clip], 1))) for clip in clips]
+    for level in (0.0, 0.1, 0.2):  # errors that each latent has for itself
+        noisy = [z + level * rng.standard_normal(z.shape, np.float32) for z in latents]
+        seams(f"latents + {level} noise, 4 and 5", [seam(clip, 5) for clip in run.decode(noisy)])
     plain = run.generate(captions, [clip.shape[:3] for clip in clips], seed=1)
     seams("text to video, frames 4 and 5", [seam(clip, 5) for clip in plain])
     identity("text to video", captions, plain, plain)
