@@ -107,10 +107,10 @@ def _train(commands) -> None:
 
 
 def train(options) -> None:
-    from sora_jax import commands
     from sora_jax.config import load
     from sora_jax.kinds import run, run_config
     from sora_jax.parallel import distributed
+    from sora_jax.parallel.compilation_cache import use_compilation_cache
 
     config = run_config(load(options.config, options.changes))
     if options.dry_run:
@@ -119,19 +119,20 @@ def train(options) -> None:
     others = (options.coordinator, options.processes, options.process)
     if options.distributed or others != (None, None, None):
         distributed.start(*others)
-    commands.use_compilation_cache()
+    use_compilation_cache()
     run.train(config, options.workdir)
 
 
 def sample(options) -> None:
-    from sora_jax import commands
+    from sora_jax.generate import command
+    from sora_jax.parallel.compilation_cache import use_compilation_cache
 
     if options.like:
-        recipe = commands.like(options)
+        recipe = command.like(options)
         options = parsed([options.arguments[0], *recipe["command"], *options.arguments[1:]])
         options.clip, options.rows = recipe["clip"], recipe["rows"]
-    commands.use_compilation_cache()
-    for path in commands.sample(options):
+    use_compilation_cache()
+    for path in command.sample(options):
         print(path)
 
 

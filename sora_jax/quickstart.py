@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.commands import use_compilation_cache
 from sora_jax.config import check, from_dict, load
 from sora_jax.data.build import build
 from sora_jax.data.manifest import Dataset
@@ -32,6 +31,7 @@ from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds.run import check_data, check_workdir, train
 from sora_jax.models.first_stage import latent_grid
+from sora_jax.parallel.compilation_cache import use_compilation_cache
 from sora_jax.train.autoencoder import AutoencoderRun, stage_folder
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
 from sora_jax.train.encode import encode_dataset

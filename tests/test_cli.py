@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from fixtures_runs import ROOT, TINY, build_options, chain, run, train_options  # noqa: F401
 
-from sora_jax import __version__, cli, commands
+from sora_jax import __version__, cli
 from sora_jax.data import media
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
+from sora_jax.generate import command
 from sora_jax.generate.run import Run, load_run
 from sora_jax.parallel.compile import Topology
 from sora_jax.parsers import data as data_parser
@@ -93,8 +94,8 @@ def test_the_defaults_of_the_command_line_are_those_of_the_functions():
     assert [default("data encode", name) for name in ("batch", "shapes")] == [encode["batch"], encode["shapes"]]
     share, tiles = encode["share"], encode["tiles"]
     assert share.parse(default("data encode", "shard")) == share
-    for command in ("data encode", "sample"):
-        assert tiles.parse(default(command, "tile"), default(command, "tile_overlap")) == tiles == generate["tiles"]
+    for name in ("data encode", "sample"):
+        assert tiles.parse(default(name, "tile"), default(name, "tile_overlap")) == tiles == generate["tiles"]
     assert [default("sample", name) for name in ("seed", "negative")] == [generate["seed"], generate["negative"]]
     assert default("sample", "checkpoint") == load["checkpoint"]
     assert default("plan", "slices") == plan["slices"]
@@ -281,7 +282,7 @@ def no_loading(monkeypatch):
     def load(*_):
         raise AssertionError("loaded before the options were checked")
 
-    monkeypatch.setattr(commands, "load_run", load)
+    monkeypatch.setattr(command, "load_run", load)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +317,7 @@ def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, err
         raise OSError(error, os.strerror(error), "thing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands.os, "replace", full)
+        patch.setattr(os, "replace", full)
         message = refused(capsys, *train_options("transformer", tmp_path / "run", f"latents={chain.latents}"))
     assert os.strerror(error) in message and "config.json" in message
     monkeypatch.setitem(media.WRITERS, ".gif", full)

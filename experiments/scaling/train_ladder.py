@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sora_jax.commands import use_compilation_cache
 from sora_jax.config import check, from_dict, load, to_dict
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
@@ -31,6 +30,7 @@ from sora_jax.generate.run import Run
 from sora_jax.models.transformer import denoiser_specs
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
+from sora_jax.parallel.compilation_cache import use_compilation_cache
 from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.quickstart import QuickstartConfig, default_config
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, denoiser_job, denoiser_loss, prepare_tokenizer

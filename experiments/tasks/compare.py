@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from measure import fresh_clips, identity, seams, turned
 
-from sora_jax.commands import use_compilation_cache
 from sora_jax.config import from_dict, load
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.oracle import read_frames
@@ -25,6 +24,7 @@ from sora_jax.generate.long import Windows
 from sora_jax.generate.requests import Wanted, plan_requests
 from sora_jax.generate.run import Run, load_run
 from sora_jax.generate.tasks import Tasks
+from sora_jax.parallel.compilation_cache import use_compilation_cache
 from sora_jax.quickstart import QuickstartConfig, default_config
 
 

@@ -90,6 +90,11 @@ class TaskOptions:
         return [(name, file) for name in ("image", "sketch") for file, _ in pictures_of(getattr(self, name))]
 
     @property
+    def files(self) -> list[Path]:
+        """Return all files that are read."""
+        return [file for _, file in self.clips] + ([self.mask] if self.mask else [])
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """Return the pixels to add: left, top, right, bottom."""
         try:

@@ -181,15 +181,15 @@ def source_config(options):
 
 def encode(options) -> None:
     """Encode a dataset folder into a latent cache."""
-    from sora_jax import commands
     from sora_jax.data.guides import GuideCounts
     from sora_jax.data.latents import LatentCache
     from sora_jax.data.share import Share
     from sora_jax.models.pretrained import PretrainedText
     from sora_jax.models.tiling import TilingConfig
+    from sora_jax.parallel.compilation_cache import use_compilation_cache
     from sora_jax.train.encode import EncodeOptions, encode_dataset
 
-    commands.use_compilation_cache()
+    use_compilation_cache()
     text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
     share = Share.parse(options.shard)
     choose_tile = options.tile == "auto"

@@ -104,7 +104,8 @@ def add_calibrate(commands) -> None:
 
 
 def calibrate(options) -> None:
-    from sora_jax import commands
+    from sora_jax.generate import command
+    from sora_jax.parallel.compilation_cache import use_compilation_cache
 
-    commands.use_compilation_cache()
-    print(commands.calibrate(options))
+    use_compilation_cache()
+    print(command.calibrate(options))

@@ -1,41 +1,32 @@
-"""Run the commands of `sora-jax`; `cli.py` only reads the command line."""
+"""Resolve the options of `sora-jax sample`: what they leave open is taken from the run, what cannot be is refused.
+
+All of this is done before any weights are read.
+"""
 
 import argparse
 import dataclasses
-import functools
-import json
-import math
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from sora_jax.config import check, choose, override
-from sora_jax.data.media import check_ending, write_chunks
-from sora_jax.data.packing import grid_of
-from sora_jax.data.sheets import grid
+from sora_jax.data.media import check_ending
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.expand import expand_prompts
-from sora_jax.generate.inputs import TaskOptions, make_task, read_inputs
+from sora_jax.generate.inputs import TaskOptions
 from sora_jax.generate.long import Windows, windows_of
 from sora_jax.generate.prompts import Row, read_prompts, spans_of
-from sora_jax.generate.recipe import MadeBy, command_of, digest_of, digests_of, make_recipe, read_recipe, save_recipe
-from sora_jax.generate.requests import Request, Size, Wanted, check_seed, is_whole, plan_requests, size_of
+from sora_jax.generate.recipe import MadeBy, command_of, digest_of, digests_of
+from sora_jax.generate.requests import Size, Wanted, check_seed, is_whole
 from sora_jax.generate.rolling import check_rolling
-from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
-from sora_jax.generate.sampler import trunk_ratios
-from sora_jax.generate.skipping import choose_skipped, read_skipped, save_skipped
-from sora_jax.generate.tasks import Tasks
+from sora_jax.generate.run import autoencoder_folder, read_run_config
+from sora_jax.generate.skipping import read_skipped
 from sora_jax.models.first_stage import FirstStageConfig
-from sora_jax.models.tiling import TilingConfig, tiling_warning
-from sora_jax.parallel import distributed
+from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import autoencoder_config
 
@@ -52,38 +43,57 @@ SAMPLING_FLAGS = {  # option -> field of config.sampling
 LONG = 4  # clips of more than so many times the frames of a run's previews are sampled in windows
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that the next run starts faster; SORA_JAX_CACHE names another folder."""
-    if distributed.several() and jax.default_backend() == "cpu":
-        return  # it serves the first process alone, and on CPUs that one waits for the others half a minute at most
-    folder = as_path(os.environ.get("SORA_JAX_CACHE") or Path.home() / ".cache" / "sora_jax" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Hold what a command asks for, and the run that it asks.
+
+    options: those of the command line, with no gaps. paths: of the files, one for each clip; one for all where they are
+    pictures of classes. task: what is to be done with clips.
+    """
+
+    options: argparse.Namespace
+    config: DenoiserRun
+    first_stage: FirstStageConfig
+    sampling: SamplingConfig
+    tiles: TilingConfig
+    wanted: Wanted
+    task: TaskOptions
+    paths: Sequence[Path]
+    made_by: MadeBy
+
+    @property
+    def size(self) -> Size:
+        """Return the (frames, height, width) of the command."""
+        return self.options.frames, self.options.height, self.options.width
+
+    @property
+    def multiple(self) -> tuple[int, int]:
+        """Return what heights and widths are multiples of."""
+        _, rows, columns = self.config.model.patch
+        return self.first_stage.space_factor * rows, self.first_stage.space_factor * columns
 
 
-def sample(options: argparse.Namespace) -> list[Path]:
-    """Generate the prompts or classes of the command line, or what it asks to be done with clips; return the files.
+def resolve(options: argparse.Namespace) -> Asked:
+    """Check the options of a command and fill their gaps from the run's config.
 
-    What the command line leaves open is taken from the run's config: size, steps, solver, guidance, frames a second.
-    What can be refused without the weights is refused before they are loaded. Pictures of classes go into one file,
-    side by side.
+    Raises:
+        UserError: they contradict each other, or the run does not take them.
     """
     check(options.workdir, "--workdir is not given; it is the folder of a run (or give --like=FILE)")
     both = options.extend is not None and options.frames is not None
     check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
-    rows, classes, asked = _rows(options), _classes(options.classes), _task_options(options)
-    read = digests_of([file for _, file in asked.clips] + ([asked.mask] if asked.mask else []))
-    made_by = MadeBy(command_of(options), rows, digest_of(options.workdir), read)
+    rows, classes, task = _rows(options), _classes(options.classes), _task_options(options)
+    command = command_of(options)
     prompts = [row["prompt"] for row in rows]
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
-    check(prompts or classes or asked or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
-    prompts = [""] if asked and config.model.text and not (prompts or classes) else prompts
+    check(prompts or classes or task or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
+    prompts = [""] if task and config.model.text and not (prompts or classes) else prompts
     options = _with_defaults(options, config)
     paths = [options.out] if classes else _numbered(options.out, max(len(prompts), 1))
     _check_output(options, paths)
-    _check_tasks(options, asked, rows)
-    sampling = _sampling(options, config)
+    _check_tasks(options, task, rows)
+    sampling = sampling_of(options, config)
     _check_long(options, config, sampling)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
@@ -91,66 +101,10 @@ def sample(options: argparse.Namespace) -> list[Path]:
     wanted = _wanted(options, rows, prompts, classes)
     if options.skip_steps:
         sampling = dataclasses.replace(sampling, skipped=read_skipped(options.workdir, sampling, wanted.guidance))
-    plan = functools.partial(plan_requests, config, first_stage, sampling=sampling)
-    load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
-    fps = options.fps
-    if windows := _windows(options, config, first_stage, wanted, bool(asked)):
-        requests, run = plan(wanted), load()
-        what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
-        what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
-        print(f"sora-jax: sampling {len(requests)} of {wanted.sizes} in {what}", file=sys.stderr)
-        parts = run.sample_long(requests, windows, sampling, options.seed, tiles)
-        return _write(options, config, run.step, made_by, requests, paths, enumerate(parts), fps)
-    if asked:
-        size = (options.frames, options.height, options.width)
-        inputs = read_inputs(asked, size, _multiple(config, first_stage), options.sized)
-        run, fps = load(), fps or inputs.fps
-        wanted = dataclasses.replace(wanted, tasks=[make_task(asked, inputs, run, size)])
-    elif options.draft is not None:
-        requests = plan(wanted)
-        draft = plan(_draft(options, requests, _multiple(config, first_stage), first_stage, wanted))
-        run = load()
-        small = run.sample(draft, sampling, options.seed)
-        make, sizes = Tasks(run), [size_of(first_stage, request.size) for request in requests]
-        tasks = [make.enlarge(clip, size, options.draft) for clip, size in zip(small, sizes, strict=True)]
-        wanted = dataclasses.replace(wanted, tasks=tasks)
-    else:
-        plan(wanted)
-        run = load()
-    requests = plan(wanted)
-    if warning := tiling_warning(first_stage, tiles, [requests[0].size], "decode"):
-        print(f"sora-jax: {warning}", file=sys.stderr)
-    _announce(run, requests, sampling)
-    clips = run.stream(requests, sampling, options.seed, tiles, wanted.tasks)
-    if classes:
-        clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
-    files = ((number, iter([clip])) for number, clip in clips)
-    return _write(options, config, run.step, made_by, requests, paths, files, fps)
-
-
-def calibrate(options: argparse.Namespace) -> Path:
-    """Choose the steps at which `sample --skip-steps` skips the blocks, by the prompts of a run's previews.
-
-    Returns the file of the run folder that keeps them.
-    """
-    config = read_run_config(options.workdir)
-    sampling, preview = _sampling(options, config), config.preview
-    count = len(preview.prompts or preview.classes)
-    check(count, f"--workdir is {str(options.workdir)!r}; its config has no preview.prompts to calibrate with")
-    check(options.error > 0, f"--error is {options.error}; it must be positive")
-    check(options.most > 0, f"--most is {options.most}; it must be at least 1")
-    run, sizes = load_run(options.workdir), [preview.sizes[i % len(preview.sizes)] for i in range(count)]
-    wanted = Wanted(preview.prompts, sizes, preview.classes, options.guidance)
-    sampling = dataclasses.replace(sampling, skipped=())
-    requests = plan_requests(config, run.autoencoder.config, wanted, sampling)
-    with jax.set_mesh(run.mesh):
-        ratios_XK = trunk_ratios(run, requests, sampling, config.seed)
-    sampling = dataclasses.replace(sampling, skipped=choose_skipped(ratios_XK, options.error, options.most))
-    facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
-    file = save_skipped(options.workdir, sampling, options.guidance, facts)
-    steps = ", ".join(map(str, sampling.skipped))
-    print(f"sora-jax: of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}", file=sys.stderr)
-    return file
+        # The recipe says which: the next calibration may choose others.
+        command = [word for word in command if word != "--skip-steps"] + [f"--sampling.skipped={sampling.skipped}"]
+    made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(task.files))
+    return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by)
 
 
 def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence[Row]) -> None:
@@ -159,78 +113,13 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     still = several and options.out.suffix.lower() == ".png"
     check(not still, f"--out is {str(options.out)!r}; a clip of several frames needs .mp4, .gif or .webp")
     check(not (asked and options.draft is not None), "--draft is given with an option for clips; leave one of them out")
-    read = [file for _, file in asked.clips] + ([asked.mask] if asked.mask else [])
-    over = [file for file in read if as_path(file).absolute() == as_path(options.out).absolute()]
+    over = [file for file in asked.files if as_path(file).absolute() == as_path(options.out).absolute()]
     check(not over, f"--out is {str(options.out)!r}; that file is read, give another name")
     sized = asked and any({"frames", "height", "width"} & set(row) for row in rows)
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 
 
-def _write(
-    options: argparse.Namespace,
-    config: DenoiserRun,
-    step: int,
-    made_by: MadeBy,
-    requests: Sequence[Request],
-    paths: Sequence[Path],
-    clips: Iterable[tuple[int, Iterator[np.ndarray]]],
-    fps: float | None,
-) -> list[Path]:
-    """Write each clip with its recipe as it comes, or, where an earlier file is repeated, the one of that file.
-
-    clips: each with the number of its request. Returns the files in the order of the requests.
-    """
-    written: dict[int, Path] = {}
-    for number, chunks in clips:
-        if options.clip not in (None, number):
-            continue
-        path = options.out if options.clip is not None else paths[number]
-        request = requests[number]
-        facts = {"prompt": request.prompt, "negative": request.negative, "seed": options.seed}
-        facts |= {"guidance": request.guidance, "latent_size": request.size}
-        recipe = make_recipe(made_by, step, number, facts)
-        write_chunks(path, chunks, fps or config.preview.fps, options.upscale, json.dumps(recipe))
-        save_recipe(path, recipe)
-        written[number] = path
-    return [written[number] for number in sorted(written)]
-
-
-def like(options: argparse.Namespace) -> dict:
-    """Return the recipe of the file that is to be made again.
-
-    Raises:
-        UserError: the file has no recipe, its run has another config by now, or the command line changes prompts.
-    """
-    for name, value in (("prompt", options.prompt), ("class", options.classes), ("prompts-file", options.prompts_file)):
-        check(not value, f"--like is given with --{name}; leave one of them out")
-    check(not options.expand, "--like is given with --expand; leave one of them out")
-    recipe = read_recipe(options.like)
-    folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
-    same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
-    check(same, f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now")
-    inputs = recipe.get("inputs", {})
-    changed = [file for file, digest in inputs.items() if digests_of([as_path(file)]).get(file) != digest]
-    check(not changed, f"--like is {str(options.like)!r}; its input {''.join(changed[:1])!r} is gone or has changed")
-    return recipe
-
-
-def _draft(
-    options: argparse.Namespace,
-    requests: Sequence[Request],
-    multiple: tuple[int, int],
-    first_stage: FirstStageConfig,
-    wanted: Wanted,
-) -> Wanted:
-    """Return the same clips at about half their height and width, of which the full ones are made."""
-    check(0 < options.draft <= 1, f"--draft is {options.draft}; it must be above 0, to 1")
-    sizes = []
-    for frames, *sides in (size_of(first_stage, request.size) for request in requests):
-        height, width = (max(side // (2 * step), 1) * step for side, step in zip(sides, multiple, strict=True))
-        sizes.append((frames, height, width))
-    return dataclasses.replace(wanted, sizes=sizes)
-
-
-def _windows(
+def windows_asked(
     options: argparse.Namespace, config: DenoiserRun, first_stage: FirstStageConfig, wanted: Wanted, asked: bool
 ) -> Windows | None:
     """Return the windows of clips that are far longer than those of the run's previews, or whose prompt changes.
@@ -287,12 +176,6 @@ def _task_options(options: argparse.Namespace) -> TaskOptions:
     return TaskOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TaskOptions)})
 
 
-def _multiple(config: DenoiserRun, first_stage: FirstStageConfig) -> tuple[int, int]:
-    """Return what heights and widths are multiples of."""
-    _, rows, columns = config.model.patch
-    return first_stage.space_factor * rows, first_stage.space_factor * columns
-
-
 def _check_output(options: argparse.Namespace, paths: Sequence[Path]) -> None:
     check_ending(options.out, options.frames)
     fps = options.fps
@@ -302,22 +185,7 @@ def _check_output(options: argparse.Namespace, paths: Sequence[Path]) -> None:
     check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
 
 
-def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -> None:
-    """Print what will be sampled, and which prompts are longer than the run reads."""
-    most = run.tokenizer.max_tokens
-    for request in requests:
-        if (count := run.tokenizer.length(request.prompt)) > most:
-            print(f"sora-jax: {request.prompt!r} has {count} tokens; this run reads the first {most}", file=sys.stderr)
-    tokens = math.prod(grid_of(requests[0].size, run.config.model.patch))
-    frames, height, width = size_of(run.autoencoder.config, requests[0].size)
-    length = f"{requests[0].size[0]} latent frames of " if requests[0].known else f"{frames}x"
-    what = f"{len(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
-    skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
-    how = f"{sampling.steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
-    print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
-
-
-def _sampling(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfig:
+def sampling_of(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfig:
     """Return how the run is sampled, as the command line changes it; UserError for what would change nothing."""
     named = [change.partition("=")[0] for change in options.sampling]
     given = {name: getattr(options, flag.replace("-", "_")) for flag, name in SAMPLING_FLAGS.items()}

@@ -1,0 +1,175 @@
+"""Run `sora-jax sample` and `sora-jax calibrate`."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sora_jax.config import check
+from sora_jax.data.media import write_chunks
+from sora_jax.data.packing import grid_of
+from sora_jax.data.sheets import grid
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.files import as_path
+from sora_jax.generate.inputs import make_task, read_inputs
+from sora_jax.generate.long import Windows
+from sora_jax.generate.options import Asked, resolve, sampling_of, windows_asked
+from sora_jax.generate.recipe import digest_of, digests_of, make_recipe, read_recipe, save_recipe
+from sora_jax.generate.requests import Request, Task, Wanted, plan_requests, size_of
+from sora_jax.generate.run import Run, load_run, read_run_config
+from sora_jax.generate.sampler import trunk_ratios
+from sora_jax.generate.skipping import choose_skipped, save_skipped
+from sora_jax.generate.tasks import Tasks
+from sora_jax.models.tiling import tiling_warning
+
+Clips = Iterable[tuple[int, Iterator[np.ndarray]]]  # clips in parts, each with the number of its request
+
+
+def sample(options: argparse.Namespace) -> list[Path]:
+    """Generate the prompts or classes of the command line, or what it asks to be done with clips; return the files.
+
+    What the command line leaves open is taken from the run's config: size, steps, solver, guidance, frames a second.
+    What can be refused without the weights is refused before they are loaded. Pictures of classes go into one file,
+    side by side.
+    """
+    asked = resolve(options)
+    options, wanted, fps = asked.options, asked.wanted, asked.options.fps
+    load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
+    if windows := windows_asked(options, asked.config, asked.first_stage, wanted, bool(asked.task)):
+        return _sample_long(asked, windows, load)
+    if asked.task:
+        inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
+        run, fps = load(), fps or inputs.fps
+        wanted = dataclasses.replace(wanted, tasks=[make_task(asked.task, inputs, run, asked.size)])
+    else:
+        requests = _plan(asked, wanted)  # UserError before the weights are read
+        draft = _plan(asked, _draft(asked, requests)) if options.draft is not None else []
+        run = load()
+        if draft:
+            wanted = dataclasses.replace(wanted, tasks=_drafted(asked, run, draft, requests))
+    requests = _plan(asked, wanted)
+    if warning := tiling_warning(asked.first_stage, asked.tiles, [requests[0].size], "decode"):
+        print(f"sora-jax: {warning}", file=sys.stderr)
+    _announce(run, requests, asked.sampling)
+    clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks)
+    if wanted.classes:
+        clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
+    return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
+
+
+def _plan(asked: Asked, wanted: Wanted) -> list[Request]:
+    return plan_requests(asked.config, asked.first_stage, wanted, asked.sampling)
+
+
+def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> list[Path]:
+    """Sample in windows, or by rolling noise levels, and write each clip in parts."""
+    requests, run = _plan(asked, asked.wanted), load()
+    what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
+    what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
+    print(f"sora-jax: sampling {len(requests)} of {asked.wanted.sizes} in {what}", file=sys.stderr)
+    parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles)
+    return _write(asked, run.step, requests, enumerate(parts), asked.options.fps)
+
+
+def _draft(asked: Asked, requests: Sequence[Request]) -> Wanted:
+    """Return the same clips at about half their height and width, of which the full ones are made."""
+    share = asked.options.draft
+    check(0 < share <= 1, f"--draft is {share}; it must be above 0, to 1")
+    sizes = []
+    for frames, *sides in (size_of(asked.first_stage, request.size) for request in requests):
+        height, width = (max(side // (2 * step), 1) * step for side, step in zip(sides, asked.multiple, strict=True))
+        sizes.append((frames, height, width))
+    return dataclasses.replace(asked.wanted, sizes=sizes)
+
+
+def _drafted(asked: Asked, run: Run, draft: Sequence[Request], requests: Sequence[Request]) -> list[Task]:
+    """Sample drafts, and return the tasks that make clips of the full size of them."""
+    small = run.sample(draft, asked.sampling, asked.options.seed)
+    make, sizes = Tasks(run), [size_of(asked.first_stage, request.size) for request in requests]
+    return [make.enlarge(clip, size, asked.options.draft) for clip, size in zip(small, sizes, strict=True)]
+
+
+def _write(asked: Asked, step: int, requests: Sequence[Request], clips: Clips, fps: float | None) -> list[Path]:
+    """Write each clip with its recipe as it comes, or, where an earlier file is repeated, the one of that file.
+
+    clips: each with the number of its request. Returns the files in the order of the requests.
+    """
+    written: dict[int, Path] = {}
+    for number, chunks in clips:
+        if asked.options.clip not in (None, number):
+            continue
+        path = asked.options.out if asked.options.clip is not None else asked.paths[number]
+        request = requests[number]
+        facts = {"prompt": request.prompt, "negative": request.negative, "seed": asked.options.seed}
+        facts |= {"guidance": request.guidance, "latent_size": request.size}
+        recipe = make_recipe(asked.made_by, step, number, facts)
+        write_chunks(path, chunks, fps or asked.config.preview.fps, asked.options.upscale, json.dumps(recipe))
+        save_recipe(path, recipe)
+        written[number] = path
+    return [written[number] for number in sorted(written)]
+
+
+def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -> None:
+    """Print what will be sampled, and which prompts are longer than the run reads."""
+    most = run.tokenizer.max_tokens
+    for request in requests:
+        if (count := run.tokenizer.length(request.prompt)) > most:
+            print(f"sora-jax: {request.prompt!r} has {count} tokens; this run reads the first {most}", file=sys.stderr)
+    tokens = math.prod(grid_of(requests[0].size, run.config.model.patch))
+    frames, height, width = size_of(run.autoencoder.config, requests[0].size)
+    length = f"{requests[0].size[0]} latent frames of " if requests[0].known else f"{frames}x"
+    what = f"{len(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
+    skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
+    how = f"{sampling.steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
+    print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
+
+
+def like(options: argparse.Namespace) -> dict:
+    """Return the recipe of the file that is to be made again.
+
+    Raises:
+        UserError: the file has no recipe, its run has another config by now, or the command line changes prompts.
+    """
+    for name, value in (("prompt", options.prompt), ("class", options.classes), ("prompts-file", options.prompts_file)):
+        check(not value, f"--like is given with --{name}; leave one of them out")
+    check(not options.expand, "--like is given with --expand; leave one of them out")
+    recipe = read_recipe(options.like)
+    folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
+    same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
+    check(same, f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now")
+    inputs = recipe.get("inputs", {})
+    changed = [file for file, digest in inputs.items() if digests_of([as_path(file)]).get(file) != digest]
+    check(not changed, f"--like is {str(options.like)!r}; its input {''.join(changed[:1])!r} is gone or has changed")
+    return recipe
+
+
+def calibrate(options: argparse.Namespace) -> Path:
+    """Choose the steps at which `sample --skip-steps` skips the blocks, by the prompts of a run's previews.
+
+    Returns the file of the run folder that keeps them.
+    """
+    config = read_run_config(options.workdir)
+    sampling, preview = sampling_of(options, config), config.preview
+    count = len(preview.prompts or preview.classes)
+    check(count, f"--workdir is {str(options.workdir)!r}; its config has no preview.prompts to calibrate with")
+    check(options.error > 0, f"--error is {options.error}; it must be positive")
+    check(options.most > 0, f"--most is {options.most}; it must be at least 1")
+    run, sizes = load_run(options.workdir), [preview.sizes[i % len(preview.sizes)] for i in range(count)]
+    wanted = Wanted(preview.prompts, sizes, preview.classes, options.guidance)
+    sampling = dataclasses.replace(sampling, skipped=())
+    requests = plan_requests(config, run.autoencoder.config, wanted, sampling)
+    with jax.set_mesh(run.mesh):
+        ratios_XK = trunk_ratios(run, requests, sampling, config.seed)
+    sampling = dataclasses.replace(sampling, skipped=choose_skipped(ratios_XK, options.error, options.most))
+    facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
+    file = save_skipped(options.workdir, sampling, options.guidance, facts)
+    steps = ", ".join(map(str, sampling.skipped))
+    print(f"sora-jax: of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}", file=sys.stderr)
+    return file
