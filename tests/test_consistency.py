@@ -117,6 +117,29 @@ def test_a_pass_that_is_not_shown_counts_for_nothing():
     assert permanence(frames[:2], read_frames(frames[:2])) == (False, False)
 
 
+def test_a_shape_that_shrinks_alone_is_not_covered():
+    planned = passing(1)[0]
+    behind = replace(planned.shapes[1], start=(0.3, 0.3))
+    front = replace(planned.shapes[0], start=(1.0, 0.7), travel=(0.0, 0.0), motion="still", diameter=0.3)
+    apart, small = (
+        replace(planned, height=36, width=48, shapes=(front, b)) for b in (behind, replace(behind, diameter=0.25))
+    )
+    frames = render(apart)
+    frames[3:6] = render(small)[3:6]
+    assert permanence(frames, read_frames(frames)) == (False, True)
+
+
+def test_a_shape_that_is_not_seen_is_covered():
+    planned = passing(1)[0]
+    front = replace(planned.shapes[0], start=(1.0, 0.7), travel=(0.0, 0.0), motion="still", diameter=0.3)
+    both = replace(planned, height=36, width=48, shapes=(front, replace(planned.shapes[1], start=(0.3, 0.3))))
+    frames = render(both)
+    gone = render(replace(both, shapes=(front,)))
+    for end, same in ((6, True), (9, False)):
+        frames[3:end] = gone[3:end]
+        assert permanence(frames, read_frames(frames)) == (True, same)
+
+
 def test_flicker_has_its_closed_form():
     base, mask = np.full((8, 10, 12, 3), 100.0, np.float32), np.ones((8, 10, 12), bool)
     alternate = np.array([1.0, -1.0] * 4, np.float32)[:, None, None, None]

@@ -91,15 +91,31 @@ def test_prompts_are_held_out_and_not_among_the_training_captions(world):
     assert available == len(rows) == len([row for row in dataset.held_out() if row["frames"] > 1]) and not notes
     assert all(row["split"] == "held-out" and row["frames"] > 1 for row in rows)
     assert not trained & {caption_of(row) for row in rows}
-    with pytest.raises(UserError, match="it must hold out videos with captions"):
-        choose_rows(_Only(dataset), "train", 3)
 
 
-class _Only:
-    """A dataset that holds out nothing."""
+class Rows:
+    """A dataset of videos with these captions, the second list held out."""
 
-    def __init__(self, dataset):
-        self.path, self.rows = dataset.path, dataset.rows
+    path = "data/clips"
+
+    def __init__(self, trained, held_out):
+        self._trained, self._held_out = (
+            [{"captions": [caption], "frames": 9, "height": 8, "width": 8} for caption in captions]
+            for captions in (trained, held_out)
+        )
+
+    def rows(self, split):
+        return self._trained
 
     def held_out(self, trained):
-        return []
+        return self._held_out
+
+
+def test_captions_of_training_clips_are_prompts_only_where_there_are_no_others():
+    rows, available, notes = choose_rows(Rows(["a", "b"], ["a", "c", "", "b"]), "train", 9)
+    assert [caption_of(row) for row in rows] == ["c"] and available == 1 and not notes
+    rows, available, notes = choose_rows(Rows(["a", "b"], ["a", "b"]), "train", 1)
+    assert len(rows) == 1 and available == 2
+    assert notes == ["each held-out caption is also that of a training clip"]
+    with pytest.raises(UserError, match="--data is 'data/clips'; it must hold out videos with captions"):
+        choose_rows(Rows(["a"], [""]), "train", 3)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sora_jax.data.oracle import Agreement, FrameReading, agreement, read_frames
 from sora_jax.data.oracle.backdrop import around, fit_plane
-from sora_jax.data.oracle.reading import find_colours, grey_levels
+from sora_jax.data.oracle.reading import Sighting, find_colours, grey_levels
 from sora_jax.data.world.captions import LEVELS, Wanted, WantedShape, parse, write
 from sora_jax.evaluate.looks import Looks, looks
 from sora_jax.evaluate.world import triple
@@ -108,16 +108,17 @@ def permanence(clip: np.ndarray, frames: Sequence[FrameReading]) -> tuple[bool, 
     """Follow the shape of the first frame of which a later frame shows least, uint8 (T, H, W, 3) and its readings.
 
     Returns:
-        covered: a frame between the first and the last shows less than COVERED of its first area.
+        covered: a frame between the first and the last shows it beside another shape, with less than COVERED of its
+            first area, or does not show it.
         same: the last frame shows a shape of the colour and kind that it has in the first.
     """
     if len(clip) < 3:
         return False, False
-    areas = [_areas(frame) for frame in clip]
+    seen = [_sightings(frame) for frame in clip]
     shares = {
-        (colour, kind): min(area.get(colour, 0.0) for area in areas[1:-1]) / areas[0][colour]
+        (colour, kind): min(_uncovered(later, seen[0][colour]) for later in seen[1:-1])
         for colour, kind in _looks_of(frames[0])
-        if colour in areas[0]
+        if colour in seen[0]
     }
     if not shares:
         return False, False
@@ -129,10 +130,18 @@ def _looks_of(frame: FrameReading) -> set[tuple[str, str]]:
     return {(colour, kind) for colour, kind, _ in frame.shapes}
 
 
-def _areas(frame: np.ndarray) -> dict[str, float]:
-    """Return the visible area in pixels of the shape of each colour in one frame (H, W, 3)."""
+def _sightings(frame: np.ndarray) -> dict[str, Sighting]:
+    """Find the shape of each colour in one frame (H, W, 3)."""
     grey = grey_levels(frame[None])
-    return {sighting.colour: sighting.area for sighting in find_colours(grey, fit_plane(grey))[0]}
+    return {sighting.colour: sighting for sighting in find_colours(grey, fit_plane(grey))[0]}
+
+
+def _uncovered(seen: dict[str, Sighting], first: Sighting) -> float:
+    """Return the share of a shape's first area that a later frame shows; 1 where it touches no other shape."""
+    later = seen.get(first.colour)
+    if later is None:
+        return 0.0
+    return later.area / first.area if later.crossed_T[0] else 1.0
 
 
 def average(found: Sequence[Measured]) -> Consistency:
