@@ -129,7 +129,10 @@ def sample(options) -> None:
 
     if options.like:
         recipe = command.like(options)
-        options = parsed([options.arguments[0], *recipe["command"], *options.arguments[1:]])
+        # Pictures of the command line stand in the place of the recipe's, not beside them.
+        several = tuple(f"--{name}=" for name in ("image", "sketch") if getattr(options, name))
+        kept = [word for word in recipe["command"] if not (several and word.startswith(several))]
+        options = parsed([options.arguments[0], *kept, *options.arguments[1:]])
         options.clip, options.rows = recipe["clip"], recipe["rows"]
     use_compilation_cache()
     for path in command.sample(options):

@@ -10,7 +10,16 @@ from fixtures_caches import INFO, clip_row, write_cache
 from fixtures_runs import chain, run, train_options, trained, with_random_weights  # noqa: F401
 
 from sora_jax.data.clips import clip_id_of
-from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, draw_edges, guide_frames, guide_pictures
+from sora_jax.data.guides import (
+    KEY_FRAME,
+    SKETCH,
+    GuideCounts,
+    Guides,
+    draw_edges,
+    guide_frames,
+    guide_pictures,
+    trace_lines,
+)
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import decode, write_video
@@ -25,7 +34,7 @@ from sora_jax.data.packing import (
     token_counts,
     unpack,
 )
-from sora_jax.data.pipeline import Shares, packed_batches
+from sora_jax.data.pipeline import PackingShares, packed_batches
 from sora_jax.data.tokenizer import TokenizerConfig, train
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
@@ -57,6 +66,20 @@ def test_edges_are_lines_on_the_outline_alone():
     assert {rows.min(), rows.max(), columns.min(), columns.max()} == {4, 15}
     assert np.maximum(from_side, np.abs(columns - 9.5) - 4.5).min() == 0, "no line inside"
     assert (draw_edges(picture[:, :4]) == 255).all()
+
+
+@pytest.mark.parametrize("side, line", [(20, 1), (256, 3), (1024, 4)])
+def test_lines_of_a_drawing_stay_however_small_it_becomes(side, line):
+    drawing = np.full((1, side, side, 3), 255, np.uint8)
+    low, high = side // 5, 4 * side // 5
+    drawing[:, low:high, low:high] = 0
+    drawing[:, low + line : high - line, low + line : high - line] = 230  # as dark as paper
+    traced = trace_lines(drawing, (20, 20))[0, ..., 0]
+    assert set(np.unique(traced)) == {0, 255}
+    inside, outside = traced[7:13, 7:13], np.concatenate([traced[:2].ravel(), traced[:, :2].ravel()])
+    assert (inside == 255).all() and (outside == 255).all()
+    ring = [(traced[:, x] == 0) for x in range(5, 15)]
+    assert all(column[:7].any() and column[13:].any() and column.sum() <= 8 for column in ring)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 9])
@@ -109,7 +132,7 @@ def test_a_cache_with_other_guides_is_refused(chain, guided_cache, capfd):  # no
 
 BYTES = train([], TokenizerConfig(kind="bytes", max_tokens=24))
 PACKING = PackingConfig(length=64, slots=6, text_length=100, patch=(1, 2, 2), rows_per_clip=4, window=64, guides=True)
-HALF = Shares(headless=0.3, key_frames=0.3, sketches=0.2)
+HALF = PackingShares(headless=0.3, key_frames=0.3, sketches=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +177,19 @@ def test_guides_are_packed_behind_their_clip(many):
         assert abs(counts[name] / counts["clips"] - share) < 3 * deviation, (name, counts)
 
 
-def test_guides_are_drawn_by_seed_and_epoch(many):
-    streams = [packed_batches(many, BYTES, PACKING, 4, seed, shares=HALF) for seed in (0, 0, 1)]
-    same, again, other = ([row["guides_L"] for row in map(stream.row, range(12))] for stream in streams)
-    np.testing.assert_array_equal(same, again)
-    assert (np.array(same) != np.array(other)).any()
+def test_guides_are_drawn_by_seed_epoch_and_clip(many):
+    one, other = (packed_batches(many, BYTES, PACKING, 4, seed, shares=HALF) for seed in (0, 1))
+    clips, copies = np.arange(len(many)), np.zeros(len(many), np.int64)
+    drawn = one._guides(0, clips, copies)
+    np.testing.assert_array_equal(one._guides(0, clips[::-1], copies)[::-1], drawn)
+    for others in (one._guides(1, clips, copies), other._guides(0, clips, copies), one._guides(0, clips, copies + 1)):
+        assert 0.2 < (others != drawn).mean() < 0.9
 
 
 def test_a_clip_that_does_not_fit_with_its_guides_is_told_before_training(many):
     small = dataclasses.replace(PACKING, length=20)
     packed_batches(many, BYTES, small, 4, 0)
-    with pytest.raises(UserError, match="packing.length is 20; a clip has 36 tokens with its guides: set it to that"):
+    with pytest.raises(UserError, match="packing.length is 20; it must be at least 36, the tokens of clip"):
         packed_batches(many, BYTES, small, 4, 0, shares=HALF)
 
 
@@ -289,8 +314,10 @@ def test_guided_clips_together_are_as_alone(model, clip):
             (alone,) = sample_latents(model, requests, SETTINGS, 0)
         np.testing.assert_allclose(together[number], alone, atol=2e-4)
     np.testing.assert_array_equal(together[0][0], tasks[0].known.latent[0])
-    plain = sampled(model, [make.guide(SIZE, {0: clip[:1]})])[0]
-    assert np.abs(plain - together[0])[1:].max() > 1e-2, "the key frame of frame 8 changes nothing"
+    plain = [sampled(model, [make.guide(SIZE, {0: clip[:1]})])[0]]
+    plain += sampled(model, [make.guide(SIZE), make.guide(SIZE), make.guide(SIZE)])[1:]
+    for number in (0, 2):
+        assert np.abs(plain[number] - together[number])[1:].max() > 1e-2, "a guide changes nothing"
 
 
 def test_images_are_kept_to_the_pixel_where_asked(model, clip):
@@ -307,7 +334,7 @@ def test_the_commands_train_and_sample_with_guides(chain, guided_cache, clip, tm
     changes += ["packing.length=128", "loop.steps=2", "loop.save_every=2", "loop.preview_every=0"]
     without = [change for change in changes if "latents" not in change]
     assert run(*train_options("transformer", tmp_path / "no", f"latents={chain.latents}", *without)) == 2
-    assert "has none: make it with `sora-jax data encode ... --key-frames=2`" in capfd.readouterr().err
+    assert "has none: make it with `sora-jax data encode ... --key-frames=K`, K of each clip" in capfd.readouterr().err
     workdir = tmp_path / "run"
     assert run(*train_options("transformer", workdir, *changes)) == 0
     write_video(tmp_path / "a.png", clip[:1], 6.0)
@@ -325,14 +352,23 @@ def test_the_commands_train_and_sample_with_guides(chain, guided_cache, clip, tm
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--image=a.png@4"], "the run was trained with diffusion.given.key_frames = 0; it takes none but an image of"),
-        (["--sketch=a.png"], "the run was trained with diffusion.given.sketches = 0"),
+        (
+            ["--image=a.png@4"],
+            "--image is for frame 4; a run with diffusion.given.key_frames = 0 takes that of frame 0",
+        ),
+        (["--sketch=a.png"], "--sketch is for frame 0; a run with diffusion.given.sketches = 0 takes none"),
+        (["--image=a.png@²"], "--image is 'a.png@²'; it cannot be read"),
+        (["--image=a.png@4", "--pad=8,0,0,0"], "--pad is given beside --image"),
+        (["--image=a.png", "--out=one.png"], "--image is the only frame; nothing is to be made"),
+        (["--loop", "--frames=8", "--history-guidance=2"], "--history-guidance is 2.0; it is for clips of which"),
+        (["--keep-pixels"], "--keep-pixels is given; it must stand beside --image"),
+        (["--image=a.png", "--negative=a", "--guidance=1"], "negative is 'a'; it needs a guidance other than 1"),
         (["--image=a.png", "--image=a.png@0"], "--image is given twice for a frame; add @FRAME to a file's name"),
         (["--image=a.png@9", "--frames=9"], "--image is for frame 9; the clip has the frames 0 to 8"),
         (["--image=a.png", "--edges"], "--edges is given without --sketch"),
         (["--image=a.png", "--image=a.png@4", "--pad=8,0,0,0"], "--pad is given beside --image"),
         (["--sketch=a.png", "--loop"], "--loop is given beside --sketch"),
-        (["--image=b.png@4"], "--image is 'b.png'; it cannot be read"),
+        (["--image=b.png"], "--image is 'b.png'; it cannot be read"),
     ],
 )
 def test_mistakes_are_told(chain, clip, tmp_path, monkeypatch, capfd, options, message):  # noqa: F811

@@ -87,7 +87,7 @@ def test_resampling_approaches_the_conditional(resamplings, process, prediction,
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(condition="mask"), "--condition is 'mask'; allowed: 'times', 'replace'"),
+        (dict(condition="mask"), "--condition is 'mask'; allowed: 'clean', 'replace'"),
         (dict(resamplings=2), "--resamplings is 2; it is for --condition=replace"),
         (dict(condition="replace", resamplings=-1), "--resamplings is -1; it must be 0 or more"),
         (
@@ -144,7 +144,7 @@ def test_windows_of_a_long_clip_carry_by_replacement(model):
     with jax.set_mesh(model.mesh):
         found = [
             sample_long(model, request, Windows(frames, 4, 2), 4, SamplingConfig("2", condition=condition), 5)[0]
-            for frames, condition in ((4, "replace"), (6, "replace"), (6, "times"))
+            for frames, condition in ((4, "replace"), (6, "replace"), (6, "clean"))
         ]
     np.testing.assert_array_equal(found[1][:4], found[0])
     assert np.abs(found[1][4:] - found[2][4:]).max() > 1e-3
@@ -169,7 +169,7 @@ def test_the_command_replaces_and_is_repeated(chain, clip, tmp_path, capfd):  # 
             "--condition is 'replace'; for edits of a clip it must",
         ),
         ([], "--condition is replace; it is for clips of which something is given"),
-        (["--long=rolling"], "--condition is 'replace'; with --long=rolling it must be 'times'"),
+        (["--long=rolling"], "--condition is 'replace'; with --long=rolling it must be 'clean'"),
     ]:
         assert run("sample", *common, *options, f"--out={again}") == 2
         assert message in capfd.readouterr().err

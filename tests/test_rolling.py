@@ -25,6 +25,7 @@ from sora_jax.generate.long import Windows
 from sora_jax.generate.recipe import read_recipe
 from sora_jax.generate.requests import Request
 from sora_jax.generate.rolling import roll_packs, sample_rolling
+from sora_jax.generate.sampler import sample_latents
 
 HISTORY, ROLLING, CLIPS, VALUES = 2, 4, 500, 16  # so many independent clips in the values of a token
 RED, BLUE = "a red square moves right", "a blue square moves down"
@@ -178,13 +179,16 @@ def test_a_prompt_may_change_in_time(sampled):
     assert np.abs(turns[5:] - stays[5:]).max() > 1e-3
 
 
-def test_a_short_clip_is_the_ordinary_sample(sampled):
+def test_a_short_clip_is_the_ordinary_sample(sampled, model):
     first, long = (sampled(requests_of(RED), frames)[0] for frames in (5, 6))
+    with jax.set_mesh(model.mesh):
+        (ordinary,) = sample_latents(model, [Request(RED, (5, 4, 6), 1)], SamplingConfig("4"), 0)
+    np.testing.assert_array_equal(first, ordinary)
     np.testing.assert_array_equal(long[:3], first[:3])
 
 
 def test_replacement_does_not_roll(sampled):
-    with pytest.raises(UserError, match="--condition is 'replace'; with --long=rolling it must be 'times'"):
+    with pytest.raises(UserError, match="--condition is 'replace'; with --long=rolling it must be 'clean'"):
         sampled(requests_of(RED), 7, SamplingConfig("4", condition="replace"))
 
 

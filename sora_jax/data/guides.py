@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import grey_dilation, grey_erosion
+from scipy.ndimage import grey_dilation, grey_erosion, minimum_filter
 
+from sora_jax.data.fit import fit_frames
 from sora_jax.data.planning import generator
 
 KEY_FRAME, SKETCH = 1, 2  # kinds of the tokens of guides; those of a clip itself have 0
-EDGE = 24  # grey levels between two neighbours, in a channel, that make an edge
+EDGE = 24  # range of grey levels, in a channel, among the pixels around one, that makes it an edge
 DARK = 160  # grey level below which a drawing has a line
 
 
@@ -49,7 +50,7 @@ def guide_frames(counts: GuideCounts, clip_id: int, frames: int) -> list[int]:
     return [*later[: counts.key_frames].tolist(), *[0, *later.tolist()][: counts.sketches]]
 
 
-def number_of(counts: GuideCounts, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def counts_of(counts: GuideCounts, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return how many key frames, and how many sketches, a cache holds of clips of so many frames."""
     return np.minimum(counts.key_frames, frames - 1), np.minimum(counts.sketches, frames)
 
@@ -57,7 +58,7 @@ def number_of(counts: GuideCounts, frames: np.ndarray) -> tuple[np.ndarray, np.n
 def guide_pictures(counts: GuideCounts, clip_id: int, clip: np.ndarray) -> list[np.ndarray]:
     """Return the guides of a clip, uint8 (frames, height, width, 3), each (1, height, width, 3)."""
     chosen = guide_frames(counts, clip_id, len(clip))
-    of_key_frames = int(number_of(counts, np.array(len(clip)))[0])
+    of_key_frames = int(counts_of(counts, np.array(len(clip)))[0])
     pictures = [clip[frame : frame + 1] for frame in chosen]
     return pictures[:of_key_frames] + [draw_edges(picture) for picture in pictures[of_key_frames:]]
 
@@ -69,9 +70,14 @@ def draw_edges(frames: np.ndarray) -> np.ndarray:
     return _lines(steps.max(-1) >= EDGE)
 
 
-def trace_lines(drawing: np.ndarray) -> np.ndarray:
-    """Make a drawing of dark lines, uint8 (..., height, width, 3), black on white, as sketches of training are."""
-    return _lines(drawing.mean(-1) < DARK)
+def trace_lines(drawing: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Make a drawing of dark lines, uint8 (frames, height, width, 3), black on white at another size.
+
+    Lines are made at least a pixel of the new size wide before the drawing is scaled, so that none is lost.
+    """
+    wide = max(1, *(round(before / after) for before, after in zip(drawing.shape[1:3], size, strict=True)))
+    traced = minimum_filter(_lines(drawing.mean(-1) < DARK), (1, wide, wide, 1))
+    return _lines(fit_frames(traced, size).min(-1) < DARK)
 
 
 def _lines(dark: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sora_jax.data.clips import clip_id_of
-from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, number_of
+from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, counts_of
 from sora_jax.data.parts import Kind, Parts, PartWriter, start
 from sora_jax.data.shards import FLOATS, ShardReader
 from sora_jax.errors import UserError
@@ -204,7 +204,7 @@ class LatentCache:
     def guides(self, index: int, count: int) -> Guides:
         """Return the first key frames of a clip, or, where `count` is negative, its first sketches."""
         frames = np.array(self.column("guide_frames")[index].as_py())
-        key_frames = int(number_of(self.info.guides, self._numbers("frames")[index])[0])
+        key_frames = int(counts_of(self.info.guides, self._numbers("frames")[index])[0])
         first, kind = (0, KEY_FRAME) if count > 0 else (key_frames, SKETCH)
         chosen = slice(first, first + abs(count))
         latents = self._values(self._guides.read(*self._place(index)), index)

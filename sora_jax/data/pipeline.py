@@ -13,7 +13,7 @@ import numpy as np
 from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, NullTexts, Texts, TokenTexts
 from sora_jax.data.epochs import SECTION, Epochs, Planned, Position, Subjects, section_count
 from sora_jax.data.feed import Batch, FeedConfig, read_ahead
-from sora_jax.data.guides import number_of
+from sora_jax.data.guides import counts_of
 from sora_jax.data.packing import Layout, PackingConfig, add_guides, check_fits, grid_of, layout_of, pack, pack_batch
 from sora_jax.data.planning import plan
 from sora_jax.data.share import Share
@@ -50,8 +50,8 @@ class PackReport:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Say which shares of the clips are packed otherwise than they are."""
+class PackingShares:
+    """Hold the fractions of the clips that are packed without their beginning, or with guides beside them."""
 
     headless: float = 0.0  # without their first token frame
     key_frames: float = 0.0  # with key frames as guides
@@ -59,7 +59,7 @@ class Shares:
 
 
 class StoredItem(NamedTuple):
-    """A `PackItem` whose values are read when they are asked for, so that those of one clip at a time are held.
+    """A `PackItem` whose values, but not its guides, are read when they are asked for: those of one clip at a time.
 
     size: without the first `cut` latent frames, which the item leaves out. guides: their latents.
     """
@@ -94,7 +94,7 @@ class PackedBatches:
         split: str,
         share: Share,
         section: int = SECTION,
-        shares: Shares = Shares(),
+        shares: PackingShares = PackingShares(),
     ):
         self.shares = shares
         self.store, self.texts, self.choice, self.config = store, texts, choice, config
@@ -122,9 +122,12 @@ class PackedBatches:
                 f"packing.rows_per_clip is {rows_per_clip}; a clip has {frames} token frames: set it to at least "
                 f"{frames + 1}, a row for each and one for what is given"
             )
-        most, length = int(self._lengths(rows, 0, self._most_guides(rows)).max()), self.config.length
-        if most > length:
-            raise UserError(f"packing.length is {length}; a clip has {most} tokens with its guides: set it to that")
+        lengths, length = self._lengths(rows, 0, self._most_guides(rows)), self.config.length
+        if (most := int(lengths.max())) > length:
+            name = self.store.ids(rows[[lengths.argmax()]])[0]
+            raise UserError(
+                f"packing.length is {length}; it must be at least {most}, the tokens of clip {name!r} with its guides"
+            )
         words = self.texts.most(rows)
         if words.max() > self.config.text_length:
             longest = self.store.ids(rows[[words.argmax()]])[0]
@@ -233,7 +236,7 @@ class PackedBatches:
 
     def _stored_guides(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Count the key frames and the sketches that the store holds of clips."""
-        return number_of(self.store.info.guides, self.store.column("frames").to_numpy()[clips])
+        return counts_of(self.store.info.guides, self.store.column("frames").to_numpy()[clips])
 
     def _most_guides(self, clips: np.ndarray) -> np.ndarray:
         """Count the guides at most that a clip is packed with."""
@@ -268,7 +271,7 @@ def packed_batches(
     folder: Path | None = None,
     section: int = SECTION,
     first: bool = True,
-    shares: Shares = Shares(),
+    shares: PackingShares = PackingShares(),
 ) -> PackedBatches:
     """Pack the clips of a split of a store, `batch` packs over all hosts; epochs follow each other.
 

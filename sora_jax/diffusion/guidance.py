@@ -46,7 +46,7 @@ from sora_jax.shapes import PerClipBS, PerTokenBL1, RowsBL, SegmentsBL, TimesBR,
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """Configure classifier-free guidance: equations (1), (3) and (4)."""
+    """Configure classifier-free guidance: equations (1), (3), (4) and (5)."""
 
     scale: float = 1.0  # w of equation (1); 1: no guidance
     channels: int = 0  # guide the first so many latent channels alone, as DiT's code does 3 of 4; 0: all
@@ -68,7 +68,9 @@ class GuidanceConfig:
         )
         check(0 <= self.power < float("inf"), f"guidance.power is {self.power}; it must be 0 (off) or more, and finite")
         check(abs(self.history) < float("inf"), f"--history-guidance is {self.history}; it must be a finite number")
-        check(0 < self.history_level <= 1, f"--history-level is {self.history_level}; it must be above 0, to 1")
+        level, without = self.history_level, self.history == 1
+        check(0 < level <= 1, f"--history-level is {level}; it must be above 0, to 1")
+        check(not without or level == 1, f"--history-level is {level}; it needs a --history-guidance other than 1")
 
 
 class TokenLayout(NamedTuple):

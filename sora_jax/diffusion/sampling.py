@@ -18,7 +18,7 @@ from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TimesKBR, TokensBLP
 
-CONDITIONS = ("times", "replace")
+CONDITIONS = ("clean", "replace")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class SamplingConfig:
     spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
-    # How given tokens condition: `times`, they are at time 0; `replace`, for models trained without given tokens, they
+    # How given tokens condition: `clean`, they are at time 0; `replace`, for models trained without given tokens, they
     # are noised to the time of the others (`diffusion/replacement.py`).
-    condition: str = "times"
+    condition: str = "clean"
     resamplings: int = 0  # of `replace`: how often each step is repeated; each time costs as much as the sample
     skipped: tuple[int, ...] = ()  # steps, from 0, at which the blocks do not run: see `generate/skipping.py`
 
@@ -60,9 +60,9 @@ def check_skipping(sampling: SamplingConfig) -> None:
     interval = guidance.start, guidance.end
     always = interval == (0.0, 1.0)
     check(always, f"sampling.guidance.start and end are {interval}; to skip steps they must be 0 and 1")
-    w, times = guidance.history, sampling.condition == "times"
+    w, clean = guidance.history, sampling.condition == "clean"
     check(w == 1, f"--history-guidance is {w}; to skip steps it must be 1 (none)")
-    check(times, f"--condition is {sampling.condition!r}; to skip steps it must be 'times'")
+    check(clean, f"--condition is {sampling.condition!r}; to skip steps it must be 'clean'")
 
 
 def sample(

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sora_jax.data.oracle import Agreement, FrameReading, agreement, read_frames
+from sora_jax.data.oracle import Agreement, FrameReading, read, read_frames
+from sora_jax.data.oracle.agreement import agree
 from sora_jax.data.oracle.backdrop import around, fit_plane
 from sora_jax.data.oracle.reading import Sighting, find_colours, grey_levels
 from sora_jax.data.world.captions import LEVELS, Wanted, WantedShape, parse, write
@@ -26,8 +27,9 @@ class Measured:
 
     agreement_T: share of the shapes in the prompt that a frame shows, in colour and kind. identity_T: share of the
     first frame's shapes that a frame shows, in colour and kind. shape_T: 1 where a frame shows exactly the first
-    frame's shapes, in as many parts. passes: the prompt says that one shape passes in front of another. covered: a
-    shape is seen whole, then covered. same: the last frame shows that shape in the colour and kind of the first.
+    frame's shapes, in as many parts. shapes: number that is read in the clip. passes: the prompt says that one shape
+    passes in front of another. covered: a shape is seen whole, then covered. same: the last frame shows that shape in
+    the colour and kind of the first.
     """
 
     looks: Looks
@@ -36,6 +38,7 @@ class Measured:
     agreement_T: np.ndarray | None = None
     identity_T: np.ndarray | None = None
     shape_T: np.ndarray | None = None
+    shapes: int = 0
     passes: bool = False
     covered: bool = False
     same: bool = False
@@ -68,7 +71,7 @@ def measure(prompt: str, clip: np.ndarray, oracle: bool = True) -> Measured:
     """Measure a uint8 clip (T, H, W, 3) of several frames against its prompt, with the oracle or without."""
     if not oracle:
         return Measured(looks(clip), still_camera=True)
-    facts, frames = parse(prompt), read_frames(clip)
+    facts, frames, reading = parse(prompt), read_frames(clip), read(clip)
     grey = grey_levels(clip)
     inside_THW = find_colours(grey, fit_plane(grey))[1]
     passes = any(shape.motion == "pass" for shape in facts.shapes)
@@ -76,10 +79,11 @@ def measure(prompt: str, clip: np.ndarray, oracle: bool = True) -> Measured:
     return Measured(
         looks=looks(clip, inside_THW, ~around(inside_THW)),
         still_camera=facts.camera in (None, "still"),
-        agreement=agreement(prompt, clip),
+        agreement=agree(facts, reading, moving=len(clip) > 1),
         agreement_T=agreement_curve(facts, frames),
         identity_T=identity_curve(frames),
         shape_T=np.array([bool(frame.shapes) and frame.shapes == frames[0].shapes for frame in frames], float),
+        shapes=len(reading.shapes),
         passes=passes,
         covered=covered,
         same=same,
@@ -109,17 +113,13 @@ def permanence(clip: np.ndarray, frames: Sequence[FrameReading]) -> tuple[bool, 
 
     Returns:
         covered: a frame between the first and the last shows it beside another shape, with less than COVERED of its
-            first area, or does not show it.
+            first area, or does not show it after it was beside one.
         same: the last frame shows a shape of the colour and kind that it has in the first.
     """
     if len(clip) < 3:
         return False, False
     seen = [_sightings(frame) for frame in clip]
-    shares = {
-        (colour, kind): min(_uncovered(later, seen[0][colour]) for later in seen[1:-1])
-        for colour, kind in _looks_of(frames[0])
-        if colour in seen[0]
-    }
+    shares = {(colour, kind): _least_seen(colour, seen) for colour, kind in _looks_of(frames[0]) if colour in seen[0]}
     if not shares:
         return False, False
     least = min(shares, key=lambda look: shares[look])
@@ -136,26 +136,34 @@ def _sightings(frame: np.ndarray) -> dict[str, Sighting]:
     return {sighting.colour: sighting for sighting in find_colours(grey, fit_plane(grey))[0]}
 
 
-def _uncovered(seen: dict[str, Sighting], first: Sighting) -> float:
-    """Return the share of a shape's first area that a later frame shows; 1 where it touches no other shape."""
-    later = seen.get(first.colour)
-    if later is None:
-        return 0.0
-    return later.area / first.area if later.crossed_T[0] else 1.0
+def _least_seen(colour: str, seen: Sequence[dict[str, Sighting]]) -> float:
+    """Return the least share of its first area that frames between the first and the last show of a shape.
+
+    Frames count in which it touches another shape, or is not seen after it has touched one: a shape that vanishes far
+    from others is not covered. 1 where there are none.
+    """
+    first, least = seen[0][colour], 1.0
+    touches = bool(first.crossed_T[0])
+    for frame in seen[1:-1]:
+        later = frame.get(colour)
+        touches = touches if later is None else bool(later.crossed_T[0])
+        if touches:
+            least = min(least, 0.0 if later is None else later.area / first.area)
+    return least
 
 
 def average(found: Sequence[Measured]) -> Consistency:
     """Average what was measured of clips, each measure over the clips that have it."""
-    read = [m for m in found if m.agreement is not None]
-    whole = [m for m in read if not m.passes]
-    passing = [m for m in read if m.passes]
+    known = [m for m in found if m.agreement is not None]
+    whole = [m for m in known if not m.passes]
+    passing = [m for m in known if m.passes]
     covered = [m for m in passing if m.covered]
     looks = {field.name: _mean(getattr(m.looks, field.name) for m in found) for field in dataclasses.fields(Looks)}
     looks["flicker"] = _mean(m.looks.flicker for m in found if m.still_camera)
     return Consistency(
         clips=len(found),
-        agreement=_agreement(read),
-        constancy=_constancy(read, whole),
+        agreement=_agreement(known),
+        constancy=_constancy(known, whole),
         permanence={
             "prompts": float(len(passing)),
             "covered": _mean(m.covered for m in passing),
@@ -168,20 +176,21 @@ def average(found: Sequence[Measured]) -> Consistency:
     )
 
 
-def _agreement(read: Sequence[Measured]) -> dict[str, float | None]:
-    facts = [m.agreement for m in read if m.agreement is not None]
+def _agreement(known: Sequence[Measured]) -> dict[str, float | None]:
+    facts = [m.agreement for m in known if m.agreement is not None]
     rates = {name: _mean(v for a in facts if (v := getattr(a, name)) is not None) for name in FACTS}
     return rates | {"all": _mean(triple(a) for a in facts)}
 
 
-def _constancy(read: Sequence[Measured], whole: Sequence[Measured]) -> dict[str, float | None]:
-    facts = [m.agreement for m in read if m.agreement is not None]
+def _constancy(known: Sequence[Measured], whole: Sequence[Measured]) -> dict[str, float | None]:
+    facts = [m.agreement for m in known if m.agreement is not None]
     return {
         "identity": _mean(a.constancy for a in facts),
         "identity_by_frame": _mean(m.identity_T[1:].mean() for m in whole if m.identity_T is not None),
         "identity_last": _mean(m.identity_T[-1] for m in whole if m.identity_T is not None),
         "shape": _mean(float(m.shape_T.all()) for m in whole if m.shape_T is not None),
-        "physics_error": _mean(a.physics_error for a in facts),
+        # The oracle gives 0 to a clip in which it reads no shape.
+        "physics_error": _mean(m.agreement.physics_error for m in known if m.agreement is not None and m.shapes),
     }
 
 

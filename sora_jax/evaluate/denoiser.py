@@ -17,7 +17,10 @@ from sora_jax.data.media import save_png
 from sora_jax.evaluate.consistency import Consistency, Measured, average, in_worlds_words, measure
 from sora_jax.evaluate.page import draw_page
 from sora_jax.files import as_path, write_json
-from sora_jax.generate.run import Run, load_run
+from sora_jax.generate.requests import check_seed, latent_size
+from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
+from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.frozen import autoencoder_config
 
 COLUMNS = ("generated", "autoencoder", "real")
 # Group of `Consistency`, its key, what people read, and the format
@@ -50,16 +53,15 @@ class DenoiserOptions:
     """Choose what a denoiser is measured on, how it is sampled, and where the files go."""
 
     count: int = 64  # number of held-out prompts at most, evenly spread
-    steps: int | None = None  # of the solver; None: as the run's config says
+    steps: str | None = None  # of the solver; None: as the run's config says
     seed: int = 0  # of the samples
     frames: int | None = None  # of the generated clips; None: those of the real clips
     out: Path | None = None  # folder of report.json and consistency.png; None: RUN/evaluation
 
     def __post_init__(self):
-        for name in ("count", "steps", "frames"):
-            least, value = {"frames": 2}.get(name, 1), getattr(self, name)
+        for name, least in (("count", 1), ("frames", 2)):
+            value = getattr(self, name)
             check(value is None or value >= least, f"--{name} is {value}; it must be at least {least}")
-        check(self.seed >= 0, f"--seed is {self.seed}; it must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,12 @@ def evaluate_denoiser(
         UserError: there is no run, it takes no captions or no clips of these sizes, or the dataset has no held-out
             video with a caption.
     """
-    dataset, model = Dataset(data), load_run(run)
-    check(model.config.model.text, f"RUN is {str(run)!r}; it must be a run that is trained on captions")
-    rows, available, notes = choose_rows(dataset, model.config.split, options.count)
+    dataset, config = Dataset(data), read_run_config(as_path(run))
+    check(config.model.text, f"RUN is {str(run)!r}; it must be a run that is trained on captions")
+    check_seed(options.seed)
+    rows, available, notes = choose_rows(dataset, config.split, options.count)
+    _check_sizes(config, run, rows, options)
+    model = load_run(run)
     prompts, real = [caption_of(row) for row in rows], [dataset[row["index"]].frames for row in rows]
     oracle = all(map(in_worlds_words, prompts))
     if not oracle:
@@ -139,6 +144,14 @@ def choose_rows(dataset: Dataset, trained: str, count: int) -> tuple[list[dict],
     notes = [] if fresh else ["each held-out caption is also that of a training clip"]
     chosen = evenly_spread(fresh or rows, count)
     return sorted(chosen, key=_size), len(fresh or rows), notes
+
+
+def _check_sizes(config: DenoiserRun, run: str | Path, rows: Sequence[dict], options: DenoiserOptions) -> None:
+    """Raise a UserError, before any weights are read, where the run does not take a clip or the frames asked for."""
+    first_stage = autoencoder_config(autoencoder_folder(as_path(run), None))
+    for frames, height, width in sorted(set(map(_size, rows))):
+        latent_size(config, first_stage, (frames, height, width))
+        latent_size(config, first_stage, (options.frames or frames, height, width))
 
 
 def _size(row: dict) -> tuple[int, int, int]:

@@ -12,10 +12,10 @@ from scipy.ndimage import uniform_filter
 
 from sora_jax.data.oracle.backdrop import mean_light
 
-LEVELS = 8  # bins of each colour channel
-TURNS = 8  # bins of the direction of a gradient
+COLOUR_BINS = 8  # bins of each colour channel
+DIRECTION_BINS = 8  # bins of the direction of a gradient
 SIDE = 64  # pixels; motion is measured on frames whose shorter side is pooled to less than twice this
-REACH = 6  # pixels of such a frame: the largest displacement that is looked for
+SEARCH_RADIUS = 6  # pixels of such a frame: the largest displacement that is looked for
 WINDOW = 5  # pixels: side of the window that is matched
 STILL = 2.0  # grey levels by which a displacement must match better than none
 EXPLAINED = 0.5  # share of the difference at the same place that a displacement leaves at most
@@ -69,9 +69,10 @@ def consistency(frames: np.ndarray, mask_THW: np.ndarray) -> float:
 
 
 def features(frames: np.ndarray, mask_THW: np.ndarray) -> np.ndarray:
-    """Return features (T, 3 LEVELS + TURNS) of length 1 of the pixels in the mask, wherever they are; 0 without any.
+    """Return features (T, 3 COLOUR_BINS + DIRECTION_BINS) of length 1 of the pixels in the mask, wherever they are.
 
-    They are the histograms of the three colours, and that of the directions of gradients weighted by their strength.
+    Without any they are 0. They are the histograms of the three colours, and that of the directions of gradients
+    weighted by their strength.
     """
     found = [np.concatenate([_colours(f[m]), _gradients(f, m)]) for f, m in zip(frames, mask_THW, strict=True)]
     found_TF = np.stack(found)
@@ -79,26 +80,26 @@ def features(frames: np.ndarray, mask_THW: np.ndarray) -> np.ndarray:
 
 
 def _colours(pixels_n3: np.ndarray) -> np.ndarray:
-    """Return the histograms (3 LEVELS,) of the channels, each of sum 1; a value between two bins counts in both."""
-    place = pixels_n3 / 255 * (LEVELS - 1)
-    low = np.minimum(place.astype(int), LEVELS - 2)
+    """Return histograms (3 COLOUR_BINS,) of the channels, each of sum 1; a value between two bins counts in both."""
+    place = pixels_n3 / 255 * (COLOUR_BINS - 1)
+    low = np.minimum(place.astype(int), COLOUR_BINS - 2)
     high_share = place - low
-    counts = np.zeros((3, LEVELS))
+    counts = np.zeros((3, COLOUR_BINS))
     for channel, count in enumerate(counts):
         bins, share = low[:, channel], high_share[:, channel]
-        count += np.bincount(bins, 1 - share, LEVELS) + np.bincount(bins + 1, share, LEVELS)
+        count += np.bincount(bins, 1 - share, COLOUR_BINS) + np.bincount(bins + 1, share, COLOUR_BINS)
     return counts.ravel() / max(len(pixels_n3), 1)
 
 
 def _gradients(frame: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """Return the histogram (TURNS,) of the directions of gradients, of sum 1 or 0."""
+    """Return the histogram (DIRECTION_BINS,) of the directions of gradients, of sum 1 or 0."""
     down, right = np.gradient(frame.mean(-1))
     strength = np.hypot(down, right)[mask_HW]
-    place = np.arctan2(down, right)[mask_HW] / (2 * np.pi) * TURNS
+    place = np.arctan2(down, right)[mask_HW] / (2 * np.pi) * DIRECTION_BINS
     low = np.floor(place).astype(int)
     share = place - low
-    counts = np.bincount(low % TURNS, strength * (1 - share), TURNS)
-    counts = counts + np.bincount((low + 1) % TURNS, strength * share, TURNS)
+    counts = np.bincount(low % DIRECTION_BINS, strength * (1 - share), DIRECTION_BINS)
+    counts = counts + np.bincount((low + 1) % DIRECTION_BINS, strength * share, DIRECTION_BINS)
     return counts / max(counts.sum(), 1e-9)
 
 
@@ -124,7 +125,7 @@ def _pooled(frames: np.ndarray) -> np.ndarray:
 
 def _displacements() -> list[tuple[int, int]]:
     """List all displacements (down, right), the shortest first."""
-    sides = range(-REACH, REACH + 1)
+    sides = range(-SEARCH_RADIUS, SEARCH_RADIUS + 1)
     return sorted(((y, x) for y in sides for x in sides), key=lambda move: move[0] ** 2 + move[1] ** 2)
 
 

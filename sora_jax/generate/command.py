@@ -42,9 +42,11 @@ def sample(options: argparse.Namespace) -> list[Path]:
     asked = resolve(options)
     options, wanted, fps = asked.options, asked.wanted, asked.options.fps
     load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
-    if windows := windows_asked(options, asked.config, asked.first_stage, wanted, bool(asked.task)):
+    if windows := windows_asked(asked):
         return _sample_long(asked, windows, load)
     if asked.task:
+        smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
+        _plan(asked, dataclasses.replace(wanted, sizes=smallest))
         inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
         run, fps = load(), fps or inputs.fps
         wanted = dataclasses.replace(wanted, tasks=[make_task(asked.task, inputs, run, asked.size)])
@@ -73,6 +75,7 @@ def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> lis
     requests, run = _plan(asked, asked.wanted), load()
     what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
     what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
+    what = "one window" if windows.frames <= windows.window else what
     print(f"sora-jax: sampling {len(requests)} of {asked.wanted.sizes} in {what}", file=sys.stderr)
     parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles)
     return _write(asked, run.step, requests, enumerate(parts), asked.options.fps)

@@ -3,6 +3,7 @@
 The names of the options are those of `sora-jax sample`. What contradicts itself is refused before a file is read.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class TaskOptions:
             what = " and ".join(f"--{name}" for name in asked).replace("_", "-") or "nothing that is done with it"
             check(len(asked) == 1, f"--video is given with {what}; give one of {names}")
         else:
-            alone = len(self.image) == 1 and not self.sketch
+            alone = [frame for _, frame in pictures_of([*self.image, *self.sketch])] == [0] and not self.sketch
             allowed = ("mask", "pad") if alone else () if sources else ("loop",)
             wrong = ["--" + name.replace("_", "-") for name in asked if name not in allowed]
             beside = f"beside --{sources[0]}" if sources else "without --video"
@@ -74,9 +75,18 @@ class TaskOptions:
         for name in ("image", "sketch"):
             frames = [frame for _, frame in pictures_of(getattr(self, name))]
             check(len(set(frames)) == len(frames), f"--{name} is given twice for a frame; add @FRAME to a file's name")
+        keeps = self.gives and (self.image or self.video or self.connect)
+        where = "--image, --connect, or --video with --extend, --loop, --mask or --pad"
+        check(keeps or not self.keep_pixels, f"--keep-pixels is given; it must stand beside {where}")
 
     def __bool__(self) -> bool:
         return bool(self.image or self.sketch or self.video or self.connect or self.loop)
+
+    @property
+    def gives(self) -> bool:
+        """Return True if something of the clip is given: it is neither made of text alone nor edited as a whole."""
+        edits = self.strength is not None or self.from_prompt is not None
+        return bool(self) and not edits and not (self.loop and not self.video)
 
     @property
     def clips(self) -> list[tuple[str, Path]]:
@@ -109,7 +119,7 @@ class TaskOptions:
 def pictures_of(names: Sequence[str]) -> list[tuple[Path, int]]:
     """Read FILE@FRAME: the files, and the frame of each; 0 where none is named."""
     parts = [name.rpartition("@") for name in names]
-    return [(as_path(file), int(frame)) if file and frame.isdigit() else (as_path(name), 0)
+    return [(as_path(file), int(frame)) if file and frame.isdecimal() else (as_path(name), 0)
             for name, (file, _, frame) in zip(names, parts, strict=True)]  # fmt: skip
 
 
@@ -135,7 +145,8 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
     """
     clips, fps, shape = [], None, size[1:] if fixed else None
     for option, file in options.clips:
-        decoded = _read(option, file, shape, multiple, size[1] * size[2])
+        draws = option == "sketch" and not options.edges
+        decoded = _read(option, file, shape, multiple, size[1] * size[2], draws)
         shape, fps = decoded.frames.shape[1:3], fps or decoded.fps
         clips.append(decoded.frames[:1] if option in ("image", "sketch") else decoded.frames)
     mask = None
@@ -144,26 +155,43 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
         mask = frames.mean(-1) > 127
         check(len(mask) in (1, len(clips[0])), f"--mask has {len(mask)} frames; it must have 1 or {len(clips[0])}")
     images = {frame: clip for (_, frame), clip in zip(pictures_of(options.image), clips)}
-    draw = draw_edges if options.edges else trace_lines
-    drawn = [draw(clip) for clip in clips[len(images) :]] if options.sketch else []
-    sketches = {frame: clip for (_, frame), clip in zip(pictures_of(options.sketch), drawn, strict=True)}
+    drawn = clips[len(images) :] if options.sketch else []
+    sketches = {frame: draw_edges(clip) if options.edges else clip
+                for (_, frame), clip in zip(pictures_of(options.sketch), drawn, strict=True)}  # fmt: skip
+    for (file, _), sketch in zip(pictures_of(options.sketch), sketches.values(), strict=True):
+        what = "picture has no edge" if options.edges else "drawing has no dark line"
+        check((sketch == 0).any(), f"--sketch is {str(file)!r}; that {what}")
     return Inputs(clips, mask, None if images or sketches else fps, images, sketches)
 
 
-def _read(option: str, file: Path, shape: tuple[int, int] | None, multiple: tuple[int, int], area: int) -> DecodedClip:
-    """Read a file at a given height and width, or at its own, fitted; say so on stderr where it changes."""
+def _read(
+    option: str,
+    file: Path,
+    shape: tuple[int, int] | None,
+    multiple: tuple[int, int],
+    area: int,
+    draws: bool = False,
+) -> DecodedClip:
+    """Read a file at a given height and width, or at its own, fitted; say so on stderr where it changes.
+
+    draws: the file is a drawing, whose lines are traced before it is scaled.
+    """
     native: list[tuple[int, int]] = []
+    fitted: list[tuple[int, int]] = []
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
-        native.append((height, width))
         step = math.lcm(*multiple)
-        return shape or SizeRule(step, max_pixels=max(area, step**2))(height, width)
+        native.append((height, width))
+        fitted.append(shape or SizeRule(step, max_pixels=max(area, step**2))(height, width))
+        return native[0] if draws else fitted[0]
 
     try:
         decoded = decode(file, SpanRule(), fit)
     except (MediaError, OSError) as error:
         raise UserError(f"--{option} is {str(file)!r}; it cannot be read: {error}") from error
     assert decoded is not None  # every file has a first span
+    if draws:
+        decoded = dataclasses.replace(decoded, frames=trace_lines(decoded.frames[:1], fitted[0]))
     found = decoded.frames.shape[1:3]
     if native and native[0] != found:
         before, after = ("x".join(map(str, sides)) for sides in (native[0], found))

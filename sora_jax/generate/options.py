@@ -17,7 +17,7 @@ from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.expand import expand_prompts
-from sora_jax.generate.inputs import TaskOptions
+from sora_jax.generate.inputs import TaskOptions, pictures_of
 from sora_jax.generate.long import Windows, windows_of
 from sora_jax.generate.prompts import Row, read_prompts, spans_of
 from sora_jax.generate.recipe import MadeBy, command_of, digest_of, digests_of
@@ -25,6 +25,7 @@ from sora_jax.generate.requests import Size, Wanted, check_seed, is_whole
 from sora_jax.generate.rolling import check_rolling
 from sora_jax.generate.run import autoencoder_folder, read_run_config
 from sora_jax.generate.skipping import read_skipped
+from sora_jax.generate.tasks import check_guides
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.denoiser import DenoiserRun
@@ -93,16 +94,19 @@ def resolve(options: argparse.Namespace) -> Asked:
     paths = [options.out] if classes else _numbered(options.out, max(len(prompts), 1))
     _check_output(options, paths)
     _check_tasks(options, task, rows)
+    images, sketches = ({frame: file for file, frame in pictures_of(names)} for names in (task.image, task.sketch))
+    check_guides(config, options.frames, images, sketches)
     sampling = sampling_of(options, config)
-    _check_long(options, config, sampling)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
     check_seed(options.seed)
     wanted = _wanted(options, rows, prompts, classes)
     if options.skip_steps:
+        check(not sampling.skipped, "--skip-steps and --sampling.skipped are both given; give one of them")
         sampling = dataclasses.replace(sampling, skipped=read_skipped(options.workdir, sampling, wanted.guidance))
         # The recipe says which: the next calibration may choose others.
         command = [word for word in command if word != "--skip-steps"] + [f"--sampling.skipped={sampling.skipped}"]
+    _check_long(options, config, sampling)
     made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(task.files))
     return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by)
 
@@ -119,14 +123,13 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 
 
-def windows_asked(
-    options: argparse.Namespace, config: DenoiserRun, first_stage: FirstStageConfig, wanted: Wanted, asked: bool
-) -> Windows | None:
+def windows_asked(asked: Asked) -> Windows | None:
     """Return the windows of clips that are far longer than those of the run's previews, or whose prompt changes.
 
     None: the clips are sampled at once.
     """
-    usual, factor = max((f for f, _, _ in config.preview.sizes), default=DEFAULT_SIZE[0]), first_stage.time_factor
+    options, wanted, factor = asked.options, asked.wanted, asked.first_stage.time_factor
+    usual = max((f for f, _, _ in asked.config.preview.sizes), default=DEFAULT_SIZE[0])
     given: Any = wanted.sizes  # one, or one for each
     sizes: list[Size] = [given] if is_whole(given[0]) else list(given)
     frames, spans = max(size[0] for size in sizes), [spans_of(prompt) for prompt in wanted.prompts]
@@ -134,13 +137,13 @@ def windows_asked(
         f"--long is {options.long}": options.long is not None,
         f"--window is {options.window}": options.window is not None,
         "--prompt changes in time": any(len(parts) > 1 for parts in spans),
-        f"--frames is {frames}": not asked and frames > LONG * usual,
+        f"--frames is {frames}": not asked.task and frames > LONG * usual,
     }
     cause = next((name for name, holds in causes.items() if holds), None)
     if cause is None:
-        _check_conditioned(options, asked)
+        _check_conditioned(options, asked.task.gives)
         return None
-    check(not asked and options.draft is None, f"{cause}; with other options for clips that cannot be")
+    check(not asked.task and options.draft is None, f"{cause}; with other options for clips that cannot be")
     check(not wanted.classes, f"{cause}; pictures of classes cannot be sampled in windows")
     check(len({size[0] for size in sizes}) == 1, f"{cause}; then all clips must have equally many frames")
     for parts in spans:
@@ -164,11 +167,11 @@ def _check_long(options: argparse.Namespace, config: DenoiserRun, sampling: Samp
         print(f"sora-jax: --long is rolling; the run {about}, so expect poor clips", file=sys.stderr)
 
 
-def _check_conditioned(options: argparse.Namespace, asked: bool) -> None:
+def _check_conditioned(options: argparse.Namespace, gives: bool) -> None:
     """Raise a UserError for options that need something given, where the command gives nothing of any clip."""
     for flag in ("condition", "resamplings", "history-guidance", "history-level"):
         value = getattr(options, flag.replace("-", "_"))
-        check(value is None or asked, f"--{flag} is {value}; it is for clips of which something is given, or long ones")
+        check(value is None or gives, f"--{flag} is {value}; it is for clips of which something is given, or long ones")
 
 
 def _task_options(options: argparse.Namespace) -> TaskOptions:
@@ -188,7 +191,8 @@ def _check_output(options: argparse.Namespace, paths: Sequence[Path]) -> None:
 def sampling_of(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfig:
     """Return how the run is sampled, as the command line changes it; UserError for what would change nothing."""
     named = [change.partition("=")[0] for change in options.sampling]
-    given = {name: getattr(options, flag.replace("-", "_")) for flag, name in SAMPLING_FLAGS.items()}
+    # `calibrate` has some of these options.
+    given = {name: getattr(options, flag.replace("-", "_"), None) for flag, name in SAMPLING_FLAGS.items()}
     for flag, name in SAMPLING_FLAGS.items():
         twice = given[name] is not None and name in named
         check(not twice, f"--{flag} and --sampling.{name} are both given; give one of them")

@@ -77,11 +77,11 @@ def place(mesh: Mesh, layout: PackLayout, rows: list[list[int]], requests: Seque
     scale_BS = np.ones((len(rows), layout.packing.slots), np.float32)
     for scales, row in zip(scale_BS, rows):
         scales[: len(row)] = [requests[i].guidance for i in row]
-    guides = any(request.guidance != 1.0 for request in requests)
+    guided = any(request.guidance != 1.0 for request in requests)
     scale_BS = place_batch({"scale_BS": scale_BS}, mesh)["scale_BS"]
     return Conditions(
         placed(layout.items),
-        placed(layout.negatives) if guides else None,
+        placed(layout.negatives) if guided else None,
         scale_BS,
         _given(mesh, layout, rows) if any(request.known for request in requests) else None,
         _rings(mesh, layout, rows) if any(task.ring for task in layout.tokens) else None,

@@ -140,7 +140,9 @@ def check_replacement(sampling: SamplingConfig, known: Sequence[Known | None]) -
         return
     for one in known:
         edits = one is not None and (one.source is not None or ((one.ceiling > 0) & (one.ceiling < 1)).any())
-        check(not edits, "--condition is 'replace'; for edits of a clip it must be 'times'")
+        check(not edits, "--condition is 'replace'; for edits of a clip it must be 'clean'")
+        guided = one is not None and len(one.guides) > 0
+        check(not guided, "--condition is 'replace'; with key frames or sketches it must be 'clean'")
 
 
 def _size(config: DenoiserRun, first_stage: FirstStageConfig, size: Size, known: Known | None) -> Size:

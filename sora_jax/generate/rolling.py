@@ -37,7 +37,7 @@ from sora_jax.train.denoiser import DenoiserRun
 ROLLING_DRAW, HISTORY_DRAW = 1, 2
 
 
-class Moment(NamedTuple):
+class WindowPlace(NamedTuple):
     """Say which windows of a long clip are denoised: `first` is the place of their first latent in the whole clip.
 
     begins: they are the first windows that roll.
@@ -110,7 +110,10 @@ def check_rolling(config: DenoiserRun, sampling: SamplingConfig) -> None:
         frames == 1, f"--long is 'rolling'; the run has model.patch[0] = {frames}, which must be 1, a frame to a token"
     )
     way = sampling.condition
-    check(way == "times", f"--condition is {way!r}; with --long=rolling it must be 'times'")
+    check(way == "clean", f"--condition is {way!r}; with --long=rolling it must be 'clean'")
+    check(not sampling.skipped, "--skip-steps is given; with --long=rolling no step can be skipped")
+    listed = sampling.spacing == "times"
+    check(not listed, "--sampling.spacing is 'times'; with --long=rolling it must be one that takes a number of steps")
 
 
 def _roll_rows(setting: _Setting, clips: _Clips, rows: list[list[int]]) -> dict[int, np.ndarray]:
@@ -139,8 +142,8 @@ def _roll_once(
         tasks[i] = tasks[i]._replace(tokens=patchify(z, model.config.model.patch))
     conditions = place(model.mesh, layout._replace(items=items, tokens=tasks), rows, clips.asked)
     first, begins = there - windows.carried, there == 1 + windows.carried
-    moment = Moment(jnp.uint32(setting.seed), jnp.int32(first), jnp.bool_(begins))
-    tokens_BLP = roll_packs(model.config, setting.sampling, windows.rolling_latents, model.params, conditions, moment)
+    where = WindowPlace(jnp.uint32(setting.seed), jnp.int32(first), jnp.bool_(begins))
+    tokens_BLP = roll_packs(model.config, setting.sampling, windows.rolling_latents, model.params, conditions, where)
     packs = {name: np.asarray(getattr(conditions.positive, name)) for name in UNPACKED}
     found: dict[int, np.ndarray] = {}
     for pack, row in zip(unstack(packs | {"tokens_BLP": np.asarray(tokens_BLP)}), rows, strict=True):
@@ -170,10 +173,10 @@ def roll_packs(
     rolling: int,
     params: dict,
     conditions: Conditions,
-    moment: Moment,
+    where: WindowPlace,
 ) -> jax.Array:
     """Complete one latent of every clip; return the tokens (B, L, P) of all windows: see `diffusion.rolling.roll`."""
-    (seed, first, begins), pack = moment, conditions.positive
+    (seed, first, begins), pack = where, conditions.positive
     given, model = conditions.given, config.model
     assert given is not None
     slots_BL = slot_of(pack.segments_BL)
@@ -191,7 +194,8 @@ def roll_packs(
         config.diffusion.prediction,
         process,
         pack.rows_BL,
-        lambda step: noise(step_key(seed, first * substeps + step, Purpose.SOLVER)),
+        # Behind the steps of the first window, which has drawn for the same latents.
+        lambda step: noise(step_key(seed, (first + rolling) * substeps + step, Purpose.SOLVER)),
         "learned" if model.learned_variance else sampling.solver.variance,
     )
     times_KBR = rolling_times(given, times_KBR, rolling)

@@ -141,11 +141,15 @@ def _trunk_ratios(
 def trunk_ratios(
     model: TrainedDenoiser, requests: Sequence[Request], sampling: SamplingConfig, seed: int
 ) -> np.ndarray:
-    """Sample all requests in one call; return the ratios (X, K) that `skipping.choose_skipped` reads."""
+    """Sample requests in one call; return the ratios (X, K) that `skipping.choose_skipped` reads.
+
+    They are those of the requests that fit in PACKS_AT_ONCE packs.
+    """
     check(has_trunk(model.config.model), f"model.name is {model.config.model.name!r}; it has no blocks to skip")
     check_skipping(sampling)
     layout, split = lay_out(model, requests), parts("batch", model.mesh)
-    rows = layout.rows + layout.rows[-1:] * (-len(layout.rows) % split)
+    rows = layout.rows[:PACKS_AT_ONCE]
+    rows += rows[-1:] * (-len(rows) % split)
     conditions = place(model.mesh, layout, rows, requests)
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
     return np.asarray(_trunk_ratios(model.config, sampling, model.params, np.uint32(seed), conditions))

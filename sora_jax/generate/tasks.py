@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
@@ -22,6 +23,7 @@ from sora_jax.data.guides import KEY_FRAME, SKETCH, Guides
 from sora_jax.generate.requests import Known, Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.models.first_stage import receptive_field
+from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import FrozenAutoencoder
 
 Pictures = Mapping[int, np.ndarray]  # by the number of their frame
@@ -76,15 +78,13 @@ class Tasks:
             UserError: the run was not trained with guides of that kind, or the clip has no such frame.
         """
         images, sketches = images or {}, sketches or {}
-        for option, pictures in (("image", images), ("sketch", sketches)):
-            for frame in pictures:
-                there = 0 <= frame < size[0]
-                check(there, f"--{option} is for frame {frame}; the clip has the frames 0 to {size[0] - 1}")
+        check_guides(self.run.config, size[0], images, sketches)
         later = {frame: image for frame, image in images.items() if frame > 0}
         begins = [(slice(0, 1), self._encode(images[0]))] if 0 in images else []
-        guides = [*self._guides(KEY_FRAME, "key_frames", later), *self._guides(SKETCH, "sketches", sketches)]
+        guides = [*self._guides(KEY_FRAME, later), *self._guides(SKETCH, sketches)]
         whole = (1 + -(-(size[0] - 1) // self.factor) * self.factor, *size[1:])
         known = dataclasses.replace(self._known(whole, begins), guides=guides)
+        check(known.ceiling.any(), "--image is the only frame; nothing is to be made: --frames must be at least 2")
 
         def finish(made: np.ndarray) -> np.ndarray:
             for frame, image in images.items():
@@ -93,11 +93,8 @@ class Tasks:
 
         return Task(whole, known, clip=finish)
 
-    def _guides(self, kind: int, name: str, pictures: Pictures) -> list[Guides]:
+    def _guides(self, kind: int, pictures: Pictures) -> list[Guides]:
         """Encode the pictures of frames, each alone, as guides of a kind."""
-        given = self.run.config.diffusion.given
-        trained = not pictures or getattr(given, name) > 0
-        check(trained, f"the run was trained with diffusion.given.{name} = 0; it takes none but an image of frame 0")
         latents = [self._encode(picture) for picture in pictures.values()]
         times = np.array(list(pictures), np.float32) / self.factor
         return [Guides(kind, times, np.concatenate(latents))] if latents else []
@@ -283,6 +280,19 @@ class Tasks:
             made = made.copy()
             made[frames] = pixels
         return made
+
+
+def check_guides(config: DenoiserRun, frames: int, images: Mapping[int, Any], sketches: Mapping[int, Any]) -> None:
+    """Raise a UserError unless a clip has the frames of its images and sketches, and the run was trained with such."""
+    given = config.diffusion.given
+    for option, name, pictures in (("image", "key_frames", images), ("sketch", "sketches", sketches)):
+        for frame in pictures:
+            there = 0 <= frame < frames
+            check(there, f"--{option} is for frame {frame}; the clip has the frames 0 to {frames - 1}")
+            first = frame == 0 and option == "image"
+            allowed = "none" if option == "sketch" else "that of frame 0 alone"
+            trained = first or getattr(given, name) > 0
+            check(trained, f"--{option} is for frame {frame}; a run with diffusion.given.{name} = 0 takes {allowed}")
 
 
 def pad(clip: np.ndarray, left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:

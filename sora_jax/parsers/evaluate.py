@@ -24,7 +24,7 @@ def add_evaluate(commands) -> None:
     p.add_argument("--autoencoder", type=as_path, help="run folder of a trained autoencoder, in place of RUN")
     p.add_argument("--data", type=as_path, required=True, help="dataset folder")
     p.add_argument("--count", type=int, help="RUN: maximum number of prompts, evenly spread (default: 64)")
-    p.add_argument("--steps", type=int, help="RUN: steps of the solver (default: those of the run's config)")
+    p.add_argument("--steps", help="RUN: steps of the solver (default: those of the run's config)")
     p.add_argument("--frames", type=int, help="RUN: frames of the generated clips (default: those of the real ones)")
     p.add_argument("--clips", type=int, help="--autoencoder: maximum number of clips, evenly spread (default: 64)")
     p.add_argument("--batch", type=int, help="--autoencoder: batch size, in clips or tiles (default: 4)")

@@ -75,7 +75,7 @@ def _tasks(p) -> None:
     p.add_argument(
         "--long", metavar="HOW", help="windows (one after the other; the usual way) or rolling (noise levels)"
     )
-    about = "how given frames condition: times (at time 0), or replace, for runs trained without (default: the run's)"
+    about = "how given frames condition: clean (at time 0), or replace, for runs trained without (default: the run's)"
     p.add_argument("--condition", metavar="HOW", help=about)
     p.add_argument("--resamplings", type=int, metavar="N", help="with --condition=replace: repeat each step N times")
     about = "guide by given or carried frames so strongly; 1: not (default: the run's)"

@@ -15,7 +15,7 @@ from sora_jax.data.captions import captions_in_order, parse_mix
 from sora_jax.data.epochs import Position
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.packing import PackingConfig, token_counts
-from sora_jax.data.pipeline import Shares, packed_batches
+from sora_jax.data.pipeline import PackingShares, packed_batches
 from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
@@ -111,6 +111,7 @@ class DenoiserRun(RunConfig):
             f"model.guides is False; diffusion.given.key_frames = {given.key_frames} and sketches = {given.sketches} "
             "need True",
         )
+        check(guides or not self.packing.guides, "packing.guides is True; it must be left out, model.guides says it")
         check(
             not guides or self.model.patch[0] == 1,
             f"model.guides is True; model.patch[0] must be 1, a latent frame to a token, not {self.model.patch[0]}",
@@ -230,7 +231,7 @@ def denoiser_job(
         config.captions,
         folder,
         first=distributed.first(),
-        shares=Shares(given.headless, given.key_frames, given.sketches),
+        shares=PackingShares(given.headless, given.key_frames, given.sketches),
     )
     return Job(
         name=config.kind,
@@ -250,7 +251,7 @@ def _check_guides(given: GivenConfig, cache: LatentCache) -> None:
     """Raise a UserError where the cache does not hold the guides that the config asks for."""
     for name, held in vars(cache.info.guides).items():
         share = getattr(given, name)
-        again = f"make it with `sora-jax data encode ... --{name.replace('_', '-')}=2`"
+        again = f"make it with `sora-jax data encode ... --{name.replace('_', '-')}=K`, K of each clip"
         check(held or not share, f"diffusion.given.{name} is {share}; the latent cache {cache.path} has none: {again}")
 
 

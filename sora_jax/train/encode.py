@@ -4,8 +4,8 @@ import dataclasses
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, tee
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
-from sora_jax.data.clips import clip_id_of
+from sora_jax.data.clips import Clip, clip_id_of
 from sora_jax.data.guides import GuideCounts, guide_frames, guide_pictures
 from sora_jax.data.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
 from sora_jax.data.manifest import Dataset
@@ -89,10 +89,10 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)
     work = [order[part * each : (part + 1) * each] for part in missing]
-    clips = (dataset[index].frames for index in chain(*work))
-    latents = autoencoder.encode(clips, options.batch, padded_shapes, tiles=tiles)
+    clips, again = tee(map(dataset.__getitem__, chain(*work)))  # `again` is behind by a batch at most
+    latents = autoencoder.encode((clip.frames for clip in clips), options.batch, padded_shapes, tiles=tiles)
     latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
-    guides = _guides(autoencoder, dataset, list(chain(*work)), options, padded_shapes, tiles)
+    guides = _guides(autoencoder, again, options, padded_shapes, tiles)
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer, jax.set_mesh(make_mesh()):
             rows = [dataset.row(index) for index in members]
@@ -103,23 +103,23 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
 
 def _guides(
     autoencoder: FrozenAutoencoder,
-    dataset: Dataset,
-    indices: Sequence[int],
+    clips: Iterable[Clip],
     options: EncodeOptions,
     padded_shapes: Sequence[Size],
     tiles: TilingConfig,
 ) -> Iterator[GuideLatents]:
-    """Yield the guides of clips, each picture encoded alone."""
+    """Yield the guides of clips, each picture encoded alone: by as many programs more, of one frame."""
     counts = options.guides
     if not counts:
-        yield from (GuideLatents((), ()) for _ in indices)
+        yield from (GuideLatents((), ()) for _ in clips)
         return
-    pictures = (guide_pictures(counts, clip_id_of(clip.id), clip.frames) for clip in map(dataset.__getitem__, indices))
+    clips, again = tee(clips)
+    pictures = (guide_pictures(counts, clip_id_of(clip.id), clip.frames) for clip in again)
     stills = list(dict.fromkeys((1, *shape[1:]) for shape in padded_shapes))
+    tiles = dataclasses.replace(tiles, tile=(min(tiles.tile[0], 1), *tiles.tile[1:]))
     latents = autoencoder.encode(chain.from_iterable(pictures), options.batch, stills, tiles=tiles)
-    for index in indices:
-        row = dataset.row(index)
-        frames = guide_frames(counts, clip_id_of(row["id"]), row["frames"])
+    for clip in clips:
+        frames = guide_frames(counts, clip_id_of(clip.id), len(clip.frames))
         yield GuideLatents(frames, [next(latents) for _ in frames])
 
 

@@ -42,7 +42,7 @@ class GivenConfig:
     key_frames: float = 0.0  # share of clips that have key frames beside them; needs model.guides
     sketches: float = 0.0  # share of clips that have edge maps of frames beside them; needs model.guides
     noise: float = 0.2  # share of the draws in which given tokens have a little noise
-    dropped: float = 0.0  # share of the draws of frames in which these are pure noise, for history guidance
+    dropped: float = 0.0  # share of the draws of frames, or guides, in which these are pure noise: history guidance
 
     def __post_init__(self):
         for name in (*KINDS, "headless", "key_frames", "sketches", "noise", "dropped"):
@@ -91,12 +91,14 @@ def draw_given(
     kind_BS = _kinds(config, numbers_BSX[..., 0], pack.grids_BS3[..., 0])
     given_BL = _given(keys[0], numbers_BSX, kind_BS, pack)
     spare_BL = rows * slot_of(pack.segments_BL) + rows - 1
+    guided_BS = _have_guides(pack)
     if pack.guides_BL is not None:
         given_BL |= pack.guides_BL > 0
     level_BS = _levels(config, numbers_BSX[..., 1], numbers_BSX[..., 2])
+    level_BS = jnp.where((kind_BS < len(KINDS)) | guided_BS, level_BS, 0.0)
     if config.dropped:
-        drops_BS = (numbers_BSX[..., 13] < config.dropped) & (kind_BS < KINDS.index("levels"))
-        level_BS = jnp.where(drops_BS, 1.0, level_BS)
+        of_frames_BS = (kind_BS < KINDS.index("levels")) | (guided_BS & (kind_BS == len(KINDS)))
+        level_BS = jnp.where((numbers_BSX[..., 13] < config.dropped) & of_frames_BS, 1.0, level_BS)
     clips = ClipBatch(pack.clip_ids_BS, pack.grids_BS3.prod(-1))
     times_BSF = jnp.broadcast_to(times_BS[..., None], (B, S, rows - 1))
     if config.levels:
@@ -104,6 +106,14 @@ def draw_given(
         times_BSF = jnp.where((kind_BS == KINDS.index("levels"))[..., None], own_BSF, times_BSF)
     times_BR = jnp.concatenate([times_BSF, level_BS[..., None]], axis=-1).reshape(B, S * rows)
     return Drawn(given_BL, jnp.where(given_BL, spare_BL, pack.rows_BL).astype(pack.rows_BL.dtype), times_BR)
+
+
+def _have_guides(pack: Pack) -> Bool[Array, "B S"]:
+    """Return True for the clips that have guides beside them."""
+    if pack.guides_BL is None:
+        return jnp.zeros(pack.clip_ids_BS.shape, bool)
+    segments_BL = jnp.where(pack.guides_BL > 0, pack.segments_BL, 0)
+    return jnp.any(segments_BL[:, :, None] == jnp.arange(1, pack.slots + 1)[None, None, :], axis=1)
 
 
 def _kinds(config: GivenConfig, u_BS: Array, frames_BS: Array) -> Array:
