@@ -129,15 +129,25 @@ def test_a_shape_that_shrinks_alone_is_not_covered():
     assert permanence(frames, read_frames(frames)) == (False, True)
 
 
-def test_a_shape_that_is_not_seen_is_covered():
+def test_a_shape_that_vanishes_far_from_others_is_not_covered():
     planned = passing(1)[0]
     front = replace(planned.shapes[0], start=(1.0, 0.7), travel=(0.0, 0.0), motion="still", diameter=0.3)
     both = replace(planned, height=36, width=48, shapes=(front, replace(planned.shapes[1], start=(0.3, 0.3))))
     frames = render(both)
     gone = render(replace(both, shapes=(front,)))
-    for end, same in ((6, True), (9, False)):
+    for end in (6, 9):
         frames[3:end] = gone[3:end]
-        assert permanence(frames, read_frames(frames)) == (True, same)
+        assert not permanence(frames, read_frames(frames))[0]
+
+
+def test_a_shape_that_vanishes_beside_another_is_covered():
+    planned = passing(1)[0]
+    front = replace(planned.shapes[0], start=(0.75, 0.5), travel=(0.0, 0.0), motion="still", diameter=0.4)
+    behind = replace(planned.shapes[1], start=(0.45, 0.5), diameter=0.4)
+    frames = render(replace(planned, height=36, width=48, shapes=(front, behind)))
+    assert permanence(frames, read_frames(frames)) == (False, True)
+    frames[3:6] = render(replace(planned, height=36, width=48, shapes=(front,)))[3:6]
+    assert permanence(frames, read_frames(frames)) == (True, True)
 
 
 def test_flicker_has_its_closed_form():

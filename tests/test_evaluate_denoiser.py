@@ -70,7 +70,7 @@ def test_other_captions_leave_the_oracle_out(chain, tmp_path, capsys):  # noqa: 
         (["--autoencoder=runs/b", "--steps=3"], "--steps is 3; it must be left out with --autoencoder"),
         (["runs/a", "--count=0"], "--count is 0; it must be at least 1"),
         (["runs/a", "--frames=1"], "--frames is 1; it must be at least 2"),
-        (["runs/a", "--seed=-1"], "--seed is -1; it must be at least 0"),
+        (["runs/a", "--seed=-1"], "--seed is -1; it must be from 0 to 4294967295"),
         (["runs/a"], "'nowhere' is not a dataset folder"),
     ],
 )

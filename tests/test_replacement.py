@@ -162,11 +162,11 @@ def test_the_command_replaces_and_is_repeated(chain, clip, tmp_path, capfd):  # 
     for options, message in [
         (
             [f"--video={tmp_path / 'clip.gif'}", "--strength=0.5"],
-            "--condition is 'replace'; for edits of a clip it must",
+            "--condition is replace; it is for clips of which something is given",
         ),
         (
             [f"--video={tmp_path / 'clip.gif'}", "--from-prompt=b"],
-            "--condition is 'replace'; for edits of a clip it must",
+            "--condition is replace; it is for clips of which something is given",
         ),
         ([], "--condition is replace; it is for clips of which something is given"),
         (["--long=rolling"], "--condition is 'replace'; with --long=rolling it must be 'clean'"),

@@ -179,10 +179,10 @@ def test_a_prompt_may_change_in_time(sampled):
     assert np.abs(turns[5:] - stays[5:]).max() > 1e-3
 
 
-def test_a_short_clip_is_the_ordinary_sample(sampled, model):
+def test_a_short_clip_is_the_ordinary_sample(sampled, tiny):
     first, long = (sampled(requests_of(RED), frames)[0] for frames in (5, 6))
-    with jax.set_mesh(model.mesh):
-        (ordinary,) = sample_latents(model, [Request(RED, (5, 4, 6), 1)], SamplingConfig("4"), 0)
+    with jax.set_mesh(tiny.mesh):
+        (ordinary,) = sample_latents(tiny, [Request(RED, (5, 4, 6), 1, guidance=2.0)], SETTINGS, 5)
     np.testing.assert_array_equal(first, ordinary)
     np.testing.assert_array_equal(long[:3], first[:3])
 

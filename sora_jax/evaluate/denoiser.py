@@ -17,7 +17,7 @@ from sora_jax.data.media import save_png
 from sora_jax.evaluate.consistency import Consistency, Measured, average, in_worlds_words, measure
 from sora_jax.evaluate.page import draw_page
 from sora_jax.files import as_path, write_json
-from sora_jax.generate.requests import check_seed, latent_size
+from sora_jax.generate.requests import latent_size
 from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import autoencoder_config
@@ -62,6 +62,7 @@ class DenoiserOptions:
         for name, least in (("count", 1), ("frames", 2)):
             value = getattr(self, name)
             check(value is None or value >= least, f"--{name} is {value}; it must be at least {least}")
+        check(0 <= self.seed < 2**32, f"--seed is {self.seed}; it must be from 0 to 4294967295")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,6 @@ def evaluate_denoiser(
     """
     dataset, config = Dataset(data), read_run_config(as_path(run))
     check(config.model.text, f"RUN is {str(run)!r}; it must be a run that is trained on captions")
-    check_seed(options.seed)
     rows, available, notes = choose_rows(dataset, config.split, options.count)
     _check_sizes(config, run, rows, options)
     model = load_run(run)
