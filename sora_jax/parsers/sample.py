@@ -36,7 +36,9 @@ def add_sample(commands) -> argparse.ArgumentParser:
     p.add_argument("--frames", type=int, help=f"number of frames {preview}; 1 for a .png)")
     p.add_argument("--height", type=int, help=f"in pixels {preview})")
     p.add_argument("--width", type=int, help=f"in pixels {preview})")
-    p.add_argument("--steps", help="solver steps; with respaced spacing also 10,15,20 or ddim50 (default: the run's)")
+    p.add_argument(
+        "--steps", help="solver steps; respaced: also 10,15,20 or ddim50; times: a list (default: the run's)"
+    )
     p.add_argument("--solver", help="euler, heun, ddpm, ddim, dpm2, dpm3, unipc... (default: the run's)")
     p.add_argument("--guidance", type=float, help="guidance scale; 1: no guidance (default: the run's)")
     p.add_argument("--skip-steps", action="store_true", help="skip the blocks at the steps that calibrate has chosen")
