@@ -77,6 +77,17 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drop compiled programs when there are many: each maps memory, and Linux ends a process with 65,530 mappings."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+MAPPINGS = 25_000
 CHANNELS = 2
 SIZES = ((3, 4, 4), (1, 4, 6), (2, 4, 4), (1, 2, 4))  # latents (t, h, w): 12, 6, 8 and 2 tokens
 CAPTIONS = ((3, 4, 5), (6,), (7, 8, 9, 10), (11, 12))  # no id is in two captions
