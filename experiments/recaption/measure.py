@@ -52,7 +52,7 @@ def draw(scores: dict[str, Score], path: Path) -> None:
         axes.bar(np.arange(len(FACTS)) + 0.27 * (number - 1), values, 0.25, label=name)
     axes.set_xticks(range(len(FACTS)), ["all three", *FACTS[1:-1], "shape constancy"])
     axes.set_ylabel("% of clips")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside upper center", ncols=len(scores), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
