@@ -38,6 +38,7 @@ from sora_jax.data.pipeline import PackingShares, packed_batches
 from sora_jax.data.tokenizer import TokenizerConfig, train
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
+from sora_jax.generate.inputs import TaskOptions, read_inputs
 from sora_jax.generate.requests import Request
 from sora_jax.generate.sampler import sample_latents
 from sora_jax.generate.tasks import Tasks
@@ -320,6 +321,21 @@ def test_guided_clips_together_are_as_alone(model, clip):
         assert np.abs(plain[number] - together[number])[1:].max() > 1e-2, "a guide changes nothing"
 
 
+def test_a_drawing_of_light_lines_is_refused(tmp_path):
+    paper = np.full((1, 32, 48, 3), 255, np.uint8)
+    paper[:, 8:24, 10:30] = 0
+    paper[:, 10:22, 12:28] = 255
+    for name, drawing, fine in (("dark", paper, True), ("light", 255 - paper, False)):
+        write_video(tmp_path / f"{name}.png", drawing, 6.0)
+        options = TaskOptions(sketch=[str(tmp_path / f"{name}.png")])
+        if fine:
+            sketch = read_inputs(options, (1, 16, 24), (8, 8), False).sketches[0]
+            assert sketch.shape == (1, 16, 24, 3) and 0 < (sketch == 0).mean() < 0.4
+        else:
+            with pytest.raises(UserError, match="most of it is dark: it must be dark lines on white, or give --edges"):
+                read_inputs(options, (1, 16, 24), (8, 8), False)
+
+
 def test_images_are_kept_to_the_pixel_where_asked(model, clip):
     task = Tasks(model, keep_pixels=True).guide((7, 16, 24), {0: clip[:1], 5: clip[5:6]})
     (made,) = model.generate(["a"], sampling=SETTINGS, tasks=[task])
@@ -357,10 +373,12 @@ def test_the_commands_train_and_sample_with_guides(chain, guided_cache, clip, tm
             "--image is for frame 4; a run with diffusion.given.key_frames = 0 takes that of frame 0",
         ),
         (["--sketch=a.png"], "--sketch is for frame 0; a run with diffusion.given.sketches = 0 takes none"),
-        (["--image=a.png@²"], "--image is 'a.png@²'; it cannot be read"),
+        (["--image=a.png@²"], "--image is 'a.png@²'; behind @ there must be the number of a frame"),
         (["--image=a.png@4", "--pad=8,0,0,0"], "--pad is given beside --image"),
         (["--image=a.png", "--out=one.png"], "--image is the only frame; nothing is to be made"),
         (["--loop", "--frames=8", "--history-guidance=2"], "--history-guidance is 2.0; it is for clips of which"),
+        (["--image=a.png@x"], "--image is 'a.png@x'; behind @ there must be the number of a frame, from 0"),
+        (["--history-guidance=-1", "--image=a.png"], "--history-guidance is -1.0; it must be 0 or more, and finite"),
         (["--keep-pixels"], "--keep-pixels is given; it must stand beside --image"),
         (["--image=a.png", "--negative=a", "--guidance=1"], "negative is 'a'; it needs a guidance other than 1"),
         (["--image=a.png", "--image=a.png@0"], "--image is given twice for a frame; add @FRAME to a file's name"),

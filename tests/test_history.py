@@ -107,7 +107,7 @@ def test_text_and_history_add_up():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(history=float("nan")), "--history-guidance is nan; it must be a finite number"),
+        (dict(history=float("nan")), "--history-guidance is nan; it must be 0 or more, and finite"),
         (dict(history_level=0.0), "--history-level is 0.0; it must be above 0, to 1"),
         (dict(history_level=1.5), "--history-level is 1.5; it must be above 0, to 1"),
     ],

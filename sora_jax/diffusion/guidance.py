@@ -67,7 +67,8 @@ class GuidanceConfig:
             f"guidance.start is {self.start}; it must be from 0 to guidance.end = {self.end}",
         )
         check(0 <= self.power < float("inf"), f"guidance.power is {self.power}; it must be 0 (off) or more, and finite")
-        check(abs(self.history) < float("inf"), f"--history-guidance is {self.history}; it must be a finite number")
+        finite = 0 <= self.history < float("inf")
+        check(finite, f"--history-guidance is {self.history}; it must be 0 or more, and finite")
         level, without = self.history_level, self.history == 1
         check(0 < level <= 1, f"--history-level is {level}; it must be above 0, to 1")
         check(not without or level == 1, f"--history-level is {level}; it needs a --history-guidance other than 1")

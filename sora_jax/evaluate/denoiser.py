@@ -96,6 +96,8 @@ def evaluate_denoiser(
         UserError: there is no run, it takes no captions or no clips of these sizes, or the dataset has no held-out
             video with a caption.
     """
+    there = (as_path(run) / "config.json").exists()
+    check(there, f"RUN is {str(run)!r}; it must be a run folder, and there is no config.json in it")
     dataset, config = Dataset(data), read_run_config(as_path(run))
     check(config.model.text, f"RUN is {str(run)!r}; it must be a run that is trained on captions")
     rows, available, notes = choose_rows(dataset, config.split, options.count)

@@ -17,10 +17,11 @@ from sora_jax.data.media import write_chunks
 from sora_jax.data.packing import grid_of
 from sora_jax.data.sheets import grid
 from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.spacing import count_steps
 from sora_jax.files import as_path
 from sora_jax.generate.inputs import make_task, read_inputs
 from sora_jax.generate.long import Windows
-from sora_jax.generate.options import Asked, resolve, sampling_of, windows_asked
+from sora_jax.generate.options import LONG, Asked, resolve, sampling_of, usual_frames, windows_asked
 from sora_jax.generate.recipe import digest_of, digests_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Task, Wanted, plan_requests, size_of
 from sora_jax.generate.run import Run, load_run, read_run_config
@@ -45,6 +46,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     if windows := windows_asked(asked):
         return _sample_long(asked, windows, load)
     if asked.task:
+        _warn(asked)
         smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
         _plan(asked, dataclasses.replace(wanted, sizes=smallest))
         inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
@@ -66,6 +68,17 @@ def sample(options: argparse.Namespace) -> list[Path]:
     return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
 
 
+def _warn(asked: Asked) -> None:
+    """Say what the run was not trained for."""
+    usual, frames = usual_frames(asked.config), asked.options.frames
+    if frames > LONG * usual and not asked.task.clips_are_videos:
+        about = f"the run's clips have {usual}, and one with images or sketches is not sampled in windows"
+        print(f"sora-jax: --frames is {frames}; {about}, so expect a poor clip", file=sys.stderr)
+    if asked.sampling.guidance.history != 1 and not asked.config.diffusion.given.dropped:
+        about = "the run has not trained with its given frames dropped (config.diffusion.given.dropped is 0)"
+        print(f"sora-jax: --history-guidance is {asked.sampling.guidance.history}; {about}", file=sys.stderr)
+
+
 def _plan(asked: Asked, wanted: Wanted) -> list[Request]:
     return plan_requests(asked.config, asked.first_stage, wanted, asked.sampling)
 
@@ -75,8 +88,9 @@ def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> lis
     requests, run = _plan(asked, asked.wanted), load()
     what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
     what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
-    what = "one window" if windows.frames <= windows.window else what
-    print(f"sora-jax: sampling {len(requests)} of {asked.wanted.sizes} in {what}", file=sys.stderr)
+    what = "one window, which does not roll" if windows.rolls and windows.frames <= windows.window else what
+    frames, height, width = size_of(asked.first_stage, requests[0].size)
+    print(f"sora-jax: sampling {_count(requests)} of {frames}x{height}x{width} in {what}", file=sys.stderr)
     parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles)
     return _write(asked, run.step, requests, enumerate(parts), asked.options.fps)
 
@@ -119,18 +133,26 @@ def _write(asked: Asked, step: int, requests: Sequence[Request], clips: Clips, f
     return [written[number] for number in sorted(written)]
 
 
+def _count(requests: Sequence[Request]) -> str:
+    return "1 clip" if len(requests) == 1 else f"{len(requests)} clips"
+
+
 def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -> None:
     """Print what will be sampled, and which prompts are longer than the run reads."""
     most = run.tokenizer.max_tokens
     for request in requests:
         if (count := run.tokenizer.length(request.prompt)) > most:
             print(f"sora-jax: {request.prompt!r} has {count} tokens; this run reads the first {most}", file=sys.stderr)
-    tokens = math.prod(grid_of(requests[0].size, run.config.model.patch))
-    frames, height, width = size_of(run.autoencoder.config, requests[0].size)
-    length = f"{requests[0].size[0]} latent frames of " if requests[0].known else f"{frames}x"
-    what = f"{len(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
+    first = requests[0]
+    tokens = math.prod(grid_of(first.size, run.config.model.patch))
+    frames, height, width = size_of(run.autoencoder.config, first.size)
+    length = f"{first.size[0]} latent frames of " if first.known else f"{frames}x"
+    what = f"{_count(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
+    if guides := sum(len(guide.times) for guide in first.known.guides) if first.known else 0:
+        what += f" beside those of {guides} key frames or sketches"
+    steps = count_steps(sampling.steps, sampling.spacing)
     skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
-    how = f"{sampling.steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
+    how = f"{steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
     print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
 
 
@@ -146,7 +168,11 @@ def like(options: argparse.Namespace) -> dict:
     recipe = read_recipe(options.like)
     folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
     same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
-    check(same, f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now")
+    other = (
+        f"--workdir is {str(options.workdir)!r}; it must be a run of the config of that in {folder!r}, as --like says"
+    )
+    gone = f"--like is {str(options.like)!r}; its run in {folder!r} has another config by now"
+    check(same, other if options.workdir else gone)
     inputs = recipe.get("inputs", {})
     changed = [file for file, digest in inputs.items() if digests_of([as_path(file)]).get(file) != digest]
     check(not changed, f"--like is {str(options.like)!r}; its input {''.join(changed[:1])!r} is gone or has changed")

@@ -73,6 +73,10 @@ class TaskOptions:
         self.clips  # noqa: B018 - raises where --connect names no two files
         self.sides  # noqa: B018
         for name in ("image", "sketch"):
+            for text in getattr(self, name):
+                file, _, frame = text.rpartition("@")
+                named = frame.isdecimal() or as_path(text).exists() or not (file and as_path(file).exists())
+                check(named, f"--{name} is {text!r}; behind @ there must be the number of a frame, from 0")
             frames = [frame for _, frame in pictures_of(getattr(self, name))]
             check(len(set(frames)) == len(frames), f"--{name} is given twice for a frame; add @FRAME to a file's name")
         keeps = self.gives and (self.image or self.video or self.connect)
@@ -87,6 +91,11 @@ class TaskOptions:
         """Return True if something of the clip is given: it is neither made of text alone nor edited as a whole."""
         edits = self.strength is not None or self.from_prompt is not None
         return bool(self) and not edits and not (self.loop and not self.video)
+
+    @property
+    def clips_are_videos(self) -> bool:
+        """Return True if the clips that are read say how long the result is."""
+        return bool(self.video or self.connect)
 
     @property
     def clips(self) -> list[tuple[str, Path]]:
@@ -161,6 +170,8 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
     for (file, _), sketch in zip(pictures_of(options.sketch), sketches.values(), strict=True):
         what = "picture has no edge" if options.edges else "drawing has no dark line"
         check((sketch == 0).any(), f"--sketch is {str(file)!r}; that {what}")
+        lines = options.edges or (sketch == 0).mean() < 0.5
+        check(lines, f"--sketch is {str(file)!r}; most of it is dark: it must be dark lines on white, or give --edges")
     return Inputs(clips, mask, None if images or sketches else fps, images, sketches)
 
 

@@ -123,13 +123,18 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 
 
+def usual_frames(config: DenoiserRun) -> int:
+    """Return the frames of the longest of a run's previews."""
+    return max((frames for frames, _, _ in config.preview.sizes), default=DEFAULT_SIZE[0])
+
+
 def windows_asked(asked: Asked) -> Windows | None:
     """Return the windows of clips that are far longer than those of the run's previews, or whose prompt changes.
 
     None: the clips are sampled at once.
     """
     options, wanted, factor = asked.options, asked.wanted, asked.first_stage.time_factor
-    usual = max((f for f, _, _ in asked.config.preview.sizes), default=DEFAULT_SIZE[0])
+    usual = usual_frames(asked.config)
     given: Any = wanted.sizes  # one, or one for each
     sizes: list[Size] = [given] if is_whole(given[0]) else list(given)
     frames, spans = max(size[0] for size in sizes), [spans_of(prompt) for prompt in wanted.prompts]
