@@ -207,6 +207,17 @@ def test_world_dataset(tmp_path):
     assert all((len(clip.frames) - 1) % 4 == 0 for clip in dataset)
 
 
+def test_clips_of_the_world_are_cropped_to_squares_where_that_is_asked(tmp_path):
+    world = WorldConfig(sizes=((24, 36), (36, 24)))
+    native = build(world_options(tmp_path / "native", 8, world=world, multiple=12), progress=False)
+    square = build(world_options(tmp_path / "square", 8, world=world, framing="square", multiple=12), progress=False)
+    whole = {clip.id: clip.frames for clip in map(native.__getitem__, range(8))}
+    for clip in map(square.__getitem__, range(8)):
+        frames = whole[clip.id]
+        middle = frames[:, 6:30] if frames.shape[1] == 36 else frames[:, :, 6:30]
+        np.testing.assert_array_equal(clip.frames, middle)
+
+
 def test_the_world_is_part_of_the_options(tmp_path):
     build(world_options(tmp_path / "w", 3), progress=False)
     with pytest.raises(UserError, match="sources="):

@@ -18,7 +18,9 @@ from config import world
 
 from sora_jax.data.fit import crop_box
 from sora_jax.data.media import save_png
-from sora_jax.data.oracle import agreement, read
+from sora_jax.data.oracle import agreement
+from sora_jax.data.oracle.backdrop import fit_plane
+from sora_jax.data.oracle.reading import find_colours, grey_levels
 from sora_jax.data.sheets import strip
 from sora_jax.data.world import HELD_OUT, clip, scene
 from sora_jax.generate.run import load_run
@@ -28,9 +30,11 @@ SHOWN = 6
 
 
 def in_frame(frames: np.ndarray) -> bool:
-    """Return True if the largest shape that the oracle reads is seen in full in every frame."""
-    shapes = read(frames).shapes
-    return bool(shapes) and not np.isnan(shapes[0].path_T2).any()
+    """Return True if there is a shape, and no pixel of one on the border of any frame."""
+    grey = grey_levels(frames)
+    inside_THW = find_colours(grey, fit_plane(grey))[1]
+    border_THW = np.pad(np.zeros_like(inside_THW[:, 1:-1, 1:-1]), ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    return bool(inside_THW.any()) and not (inside_THW & border_THW).any()
 
 
 def squares(frames: np.ndarray) -> np.ndarray:
@@ -66,8 +70,15 @@ def main() -> None:
         print(
             f"{name:34} wholly in frame {whole:.1%}, kind {rates['kind']:.1%}, motion {rates['motion']:.1%}", flush=True
         )
-    rows = [np.concatenate([strip(clips[i], 5, 2) for clips in list(cases.values())[2:]], axis=1)
-            for i in range(SHOWN) if native[i] == native[0]]  # fmt: skip
+    rows = []
+    for i in range(SHOWN):
+        strips = [strip(clips[i], 5, 2) for clips in list(cases.values())[2:]]
+        height = max(one.shape[0] for one in strips)
+        rows.append(
+            np.concatenate(
+                [np.pad(s, ((0, height - len(s)), (0, 6), (0, 0)), constant_values=255) for s in strips], axis=1
+            )
+        )
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 6), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     save_png(options.out / "framing.png", np.concatenate(rows))

@@ -209,7 +209,7 @@ def _span(config: BuildConfig, unit: Unit, clip_id: str) -> SpanRule:
 
 
 def _fit(config: BuildConfig, unit: Unit, source: Source, clip_id: str):
-    if source.name.startswith("world"):
+    if source.name.startswith("world") and config.framing == "native":
         return None  # it comes as it is drawn
     return partial(_size, config, uniform(config.seed, f"size/{unit.variant}", clip_id))
 
