@@ -3,15 +3,17 @@
     python experiments/framing/measure.py --native=runs/framing_native --square=runs/framing_square
 
 The prompts are captions of clips of the world that neither model saw. Each model is asked for the sizes that it was
-trained on, and the model of squares also for the native sizes. Writes framing.png to the folder --out: the same prompts
-by each.
+trained on, and the model of squares also for the native sizes. Writes bars.png and framing.png, the same prompts by
+each, to the folder --out.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
 from config import world
@@ -44,6 +46,17 @@ def squares(frames: np.ndarray) -> np.ndarray:
     return frames[:, top:bottom, left:right]
 
 
+def draw(shares: dict[str, float], path: Path) -> None:
+    """Draw bars of the share of clips whose shapes are wholly in the frame."""
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(7, 2.2), layout="constrained")
+    bars = axes.barh(list(shares), [100 * share for share in shares.values()])
+    axes.bar_label(bars, fmt="%.0f")
+    axes.invert_yaxis()
+    axes.set_xlabel("% of clips whose shapes are wholly in the frame")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--native", type=Path, required=True)
@@ -63,13 +76,15 @@ def main() -> None:
         "trained on squares, squares": other.generate(prompts, square, seed=1),
         "trained on squares, native": other.generate(prompts, native, seed=1),
     }
+    shares = {}
     for name, clips in cases.items():
         found = [agreement(prompt, frames) for prompt, frames in zip(prompts, clips, strict=True)]
         rates = {fact: np.mean([getattr(a, fact) is not False for a in found]) for fact in ("kind", "motion")}
-        whole = np.mean([in_frame(frames) for frames in clips])
+        shares[name] = whole = float(np.mean([in_frame(frames) for frames in clips]))
         print(
             f"{name:34} wholly in frame {whole:.1%}, kind {rates['kind']:.1%}, motion {rates['motion']:.1%}", flush=True
         )
+    draw(shares, options.out / "bars.png")
     rows = []
     for i in range(SHOWN):
         strips = [strip(clips[i], 5, 2) for clips in list(cases.values())[2:]]
