@@ -15,11 +15,8 @@ for the transformer, which is too little: colours come out right, kinds and moti
 experiments/consistency/README.md.
 """
 
-from sora_jax.config import choose, to_config_dict
-from sora_jax.quickstart import QuickstartConfig
-from sora_jax.train.autoencoder import StageConfig
-from sora_jax.train.optim import OptimConfig
-from sora_jax.train.reconstruction import LossConfig
+from sora_jax.config import choose, load
+from sora_jax.quickstart import default_config
 
 PROMPTS = (
     ("a red circle moves right in front of a blue square on a plain white background", (9, 36, 48)),
@@ -34,23 +31,24 @@ PROMPTS = (
 
 
 def get_config(variant: str = ""):
-    config = to_config_dict(QuickstartConfig())
-    world(config)
-    autoencoder(config.autoencoder)
+    choose("variant of configs/full_world.py", variant, {"": 0, "tiny": 0})
+    config = load(f"{default_config()}:{variant}" if variant else default_config())
+    world(config, small=variant == "tiny")
     transformer(config.transformer)
-    config.show.prompts = tuple(prompt for prompt, _ in PROMPTS)
-    config.show.sizes = tuple(size for _, size in PROMPTS)
-    config.show.steps = "25"
-    variants = {"": lambda _: None, "tiny": tiny}
-    choose("variant of configs/full_world.py", variant, variants)(config)
+    if not variant:
+        steps(config)
+    for place in (config.show, config.transformer.preview):
+        place.prompts = tuple(prompt for prompt, _ in PROMPTS)
+        place.sizes = tuple(size for _, size in PROMPTS)
     return config
 
 
-def world(config):
-    config.clips = 5000
-    config.holdout = 0.15
-    config.evaluate = 32
+def world(config, small):
     config.workers = 1
+    if not small:
+        config.clips = 5000
+        config.holdout = 0.15
+        config.evaluate = 32
 
     world = config.world
     world.sizes = ((36, 48), (48, 36))
@@ -68,50 +66,12 @@ def world(config):
         "still", "still", "still", "still", "still", "still",
         "pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out",
     )  # fmt: skip
-    world.caption_levels = ("sentence",)
-
-
-def autoencoder(config):
-    config.crop = (5, 24, 24)
-    config.batch = 6
-    config.image_share = 0.0  # an image is a clip's first frame
-
-    model = config.model
-    model.time_factor = 2
-    model.space_factor = 4
-    model.latent_channels = 8
-    model.patch = (2, 2)
-    model.width = 24
-    model.multipliers = (1, 3)
-    model.encoder_blocks = 1
-    model.decoder_blocks = 2
-    model.kernels = ((1, 3, 3), (3, 1, 1))
-    model.linear = True
-    model.l1_weight = 0.25
-    model.l2_weight = 8.0
-    model.kl_weight = 1e-3
-
-    autoencoder_steps(config, 4500, 1500)
+    world.extra_captions = ()
 
 
 def transformer(config):
-    config.batch = 8
-
-    model = config.model
-    model.depth = 4
-    model.width = 192
-    model.heads = 6
-    model.latent_channels = 8
-    model.patch = (1, 3, 3)
-    model.input_skip = True
-    model.sincos_positions = True
-    model.position_theta = 10.0
-    model.remat = "none"
-    model.unroll = 4
-
-    model.text.vocabulary = 192
-    model.text.width = 128
-    model.text.depth = 1
+    config.captions = "first"
+    config.model.text.vocabulary = 192
     config.tokenizer.vocab = 192
     config.tokenizer.max_tokens = 40
 
@@ -119,64 +79,20 @@ def transformer(config):
     packing.length = 120
     packing.slots = 4
     packing.text_length = 120
+    packing.rows_per_clip = 1
 
     config.diffusion.times.base_tokens = 8
-
-    optim = config.optim
-    optim.learning_rate = 2e-3
-    optim.schedule = "cosine"
-    optim.warmup_steps = 100
-    optim.b2 = 0.95
-    optim.ema = (0.995,)
-
-    steps(config, 1750, previews=2)
-
-    config.preview.prompts = tuple(prompt for prompt, _ in PROMPTS)
-    config.preview.sizes = tuple(size for _, size in PROMPTS)
-    config.preview.steps = "12"
-
-    config.sampling.guidance.scale = 2.0
+    for name in ("first", "last", "ends", "frames", "boxes", "levels", "headless"):
+        config.diffusion.given[name] = 0.0
 
 
-def autoencoder_steps(config, count, decoder, previews=3):
-    """Train all of the autoencoder, then the decoder alone on noisy latents, which makes it forgive a denoiser."""
-    muon = OptimConfig(
-        method="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=100, b2=0.95, ema=(0.999,)
-    )  # fmt: skip
-    stages = (
-        StageConfig(count, optim=muon),
-        StageConfig(decoder, trained="decoder", loss=LossConfig(latent_noise=0.1), optim=muon),
-    )
-    config.stages = tuple(to_config_dict(stage) for stage in stages)
-    config.loop.log_every = max(count // 50, 1)
-    config.loop.save_every = -(-count // previews)
-    config.loop.preview_every = config.loop.save_every
-
-
-def steps(config, count, previews):
-    """Set the number of steps, and how often metrics, checkpoints and previews are written."""
-    config.loop.steps = count
-    config.loop.log_every = max(count // 50, 1)
-    config.loop.save_every = -(-count // previews)
-    config.loop.preview_every = config.loop.save_every
-
-
-def tiny(config):
-    """Check in a minute or two that every stage runs."""
-    config.clips = 60
-    config.holdout = 0.3
-    config.evaluate = 4
-    config.show.steps = "2"
-
-    config.autoencoder.batch = 2
-    config.autoencoder.model.width = 8
-    autoencoder_steps(config.autoencoder, 6, 4, previews=1)
-
-    config.transformer.batch = 2
-    config.transformer.preview.steps = "2"
-    model = config.transformer.model
-    model.depth = 2
-    model.width = 48
-    model.heads = 2
-    model.text.width = 32
-    steps(config.transformer, 6, previews=1)
+def steps(config):
+    """Set the number of steps, and the packs of a batch, which are longer than the quickstart's."""
+    for stage, count in zip(config.autoencoder.stages, (4500, 1500), strict=True):
+        stage.steps = count
+    config.transformer.batch = 8
+    for loop, count, previews in ((config.autoencoder.loop, 4500, 3), (config.transformer.loop, 1750, 2)):
+        loop.log_every = count // 50
+        loop.save_every = -(-count // previews)
+        loop.preview_every = loop.save_every
+    config.transformer.loop.steps = 1750

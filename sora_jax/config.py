@@ -160,6 +160,8 @@ def load(file: str, overrides: Sequence[str] = ()):
     path = file.partition(":")[0]
     check(Path(path).is_file(), f"--config is {file!r}; there is no file {path!r}")
     arguments = [f"--config={file}", *(f"--config.{change}" for change in overrides)]
+    # The library loads every file into this module: one that is being read may itself load another.
+    sys.modules.pop("config_config", None)
     return _parsed(config_flags.DEFINE_config_file, "config", arguments, lambda: load(file) if overrides else None)
 
 

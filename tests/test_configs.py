@@ -75,6 +75,17 @@ def test_previews_fit_the_autoencoder_and_a_pack(file):
         assert t * h * w // (pt * ph * pw) <= transformer.packing.length
 
 
+def test_a_config_may_load_another(tmp_path):
+    """Their functions and constants of one name stay apart."""
+    text = "from sora_jax.config import load\nNAME = {!r}\ndef get_config():\n    {}\n    return config\n"
+    make = "from ml_collections import ConfigDict; config = ConfigDict({'name': NAME, 'own': ''})"
+    (tmp_path / "inner.py").write_text(text.format("inner", make))
+    (tmp_path / "outer.py").write_text(
+        text.format("outer", f"config = load('{tmp_path / 'inner.py'}'); config.own = NAME")
+    )
+    assert load(str(tmp_path / "outer.py"), ["name=changed"]).to_dict() == {"name": "changed", "own": "outer"}
+
+
 @pytest.mark.parametrize("variant", ["", "tiny"])
 def test_the_full_world_fits_its_models_and_shows_what_it_can_say(variant):
     config = from_dict(QuickstartConfig, load(f"{CONFIGS / 'full_world.py'}:{variant}"))

@@ -47,7 +47,7 @@ def model(bias, x_BLP, t_BR):
 
 
 def shown(level):
-    """What a model is shown without the history: tokens and noise levels."""
+    """Return what a model is shown without the history: tokens and noise levels."""
     seen = {}
 
     def spy(x_BLP, t_BR):

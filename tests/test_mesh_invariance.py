@@ -159,7 +159,7 @@ def test_samples_are_those_of_one_device(params, sampled_on_one, name):
 
 
 def test_samples_with_skipped_steps_are_those_of_one_device(params):
-    """What a step reuses is split as the tokens are."""
+    """Skip steps on meshes: what a step reuses is split as the tokens are."""
     settings = SamplingConfig(steps="3", skipped=(1,))
     open_ends = [request for request in REQUESTS if request.known is not RING]
     found, expected = (

@@ -41,12 +41,12 @@ def sample(options: argparse.Namespace) -> list[Path]:
     side by side.
     """
     asked = resolve(options)
+    _warn(asked)
     options, wanted, fps = asked.options, asked.wanted, asked.options.fps
     load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
     if windows := windows_asked(asked):
         return _sample_long(asked, windows, load)
     if asked.task:
-        _warn(asked)
         smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
         _plan(asked, dataclasses.replace(wanted, sizes=smallest))
         inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
@@ -71,7 +71,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
 def _warn(asked: Asked) -> None:
     """Say what the run was not trained for."""
     usual, frames = usual_frames(asked.config), asked.options.frames
-    if frames > LONG * usual and not asked.task.clips_are_videos:
+    if asked.task and frames > LONG * usual and not asked.task.clips_are_videos:
         about = f"the run's clips have {usual}, and one with images or sketches is not sampled in windows"
         print(f"sora-jax: --frames is {frames}; {about}, so expect a poor clip", file=sys.stderr)
     if asked.sampling.guidance.history != 1 and not asked.config.diffusion.given.dropped:
