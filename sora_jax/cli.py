@@ -96,8 +96,14 @@ def _train(commands) -> None:
     )
     p = base.make_parser(commands.add_parser, "train", help="train an autoencoder or a denoiser", epilog=example)
     about = "configs/FILE.py or configs/FILE.py:VARIANT; --config.a.b=VALUE overrides a field"
-    p.add_argument("--config", required=True, help=about)
+    p.add_argument("--config", help=f"{about}; default: that of the run in --workdir, or of --init-from")
     p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there is resumed")
+    about = "begin with the averaged weights of another run, at its newest checkpoint or RUN@STEP, RUN@best"
+    p.add_argument("--init-from", default="", metavar="RUN", help=about)
+    about = "with --init-from: parameters that begin at random all the same, by path: classes,text/table"
+    p.add_argument("--renew", type=paths, default=(), metavar="PATHS", help=about)
+    about = "with --init-from: parameters that are not trained, by path: text,blocks/mlp"
+    p.add_argument("--freeze", type=paths, default=(), metavar="PATHS", help=about)
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, then exit")
     p.add_argument("--distributed", action="store_true", help="run as one of several processes: TPU pods, SLURM, GKE")
     p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
@@ -106,13 +112,20 @@ def _train(commands) -> None:
     p.set_defaults(function=train, changes=[])
 
 
+def paths(text: str) -> tuple[str, ...]:
+    """Parse names between commas."""
+    return tuple(name for name in text.split(",") if name)
+
+
 def train(options) -> None:
-    from sora_jax.config import load
-    from sora_jax.kinds import run, run_config
+    from sora_jax.kinds import run
+    from sora_jax.kinds.begin import given_config
     from sora_jax.parallel import distributed
     from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.train.adapt import InitConfig
 
-    config = run_config(load(options.config, options.changes))
+    init = InitConfig(options.init_from, options.renew)
+    config = given_config(options.config, options.changes, options.workdir, init, options.freeze)
     if options.dry_run:
         print(run.describe(config))
         return

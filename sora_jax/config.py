@@ -11,7 +11,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sora_jax.errors import UserError
@@ -210,18 +210,20 @@ def _explain(arguments: Sequence[str], known, error: Exception) -> str:
     return reason.removeprefix("flag ") if reason.startswith("flag ") else f"{arguments[0]}: {reason}"
 
 
-def first_difference(old: dict, new: dict, where: str = "") -> str | None:
-    """Return the path of the first value in which two plain configs differ, or None."""
+def differences(old: dict, new: dict, where: str = "") -> Iterator[str]:
+    """Yield the paths of the values in which two plain configs differ."""
     for name in {**old, **new}:
         path = f"{where}.{name}" if where else name
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            deeper = first_difference(a, b, path)
-            if deeper:
-                return deeper
+            yield from differences(a, b, path)
         elif a != b:
-            return path
-    return None
+            yield path
+
+
+def first_difference(old: dict, new: dict) -> str | None:
+    """Return the path of the first value in which two plain configs differ, or None."""
+    return next(differences(old, new), None)
 
 
 def value_at(values: typing.Any, path: str) -> typing.Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sora_jax.config import check, choose, to_dict
+from sora_jax.config import check, choose, read_json, to_dict
+from sora_jax.convert.adapted import merged_weights, write_lora
 from sora_jax.convert.dit import Network, read_diffusers, read_dit, write_diffusers, write_dit
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.packing import PackingConfig
@@ -17,7 +18,6 @@ from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.diffusion.times import TimesConfig
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, write_json
-from sora_jax.generate.run import read_run_config
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.transformer import TransformerConfig
@@ -31,7 +31,7 @@ from sora_jax.train.frozen import FOLDER, RECORD, autoencoder_config, load_autoe
 from sora_jax.train.loop import LoopConfig
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.run_config import RunConfig
-from sora_jax.train.state import MODEL, Group, TrainState, abstract_ema, make_optimizers
+from sora_jax.train.state import Group, TrainState, make_optimizers
 
 FACTOR = 8  # pixels to a latent position of the autoencoder that DiT was trained with
 SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)  # classes of the preview, as in configs/dit.py
@@ -166,7 +166,7 @@ def _write_autoencoder(workdir: Path, out: Path) -> list[str]:
 
 
 def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
-    config = read_run_config(workdir)
+    config, params = merged_weights(workdir)
     if not isinstance(config.model, TransformerConfig):
         raise UserError(f"config.model.name is {config.model.name!r}; for this format it must be 'transformer'")
     factor = autoencoder_config(workdir).space_factor if (workdir / FOLDER / RECORD).exists() else FACTOR
@@ -182,17 +182,27 @@ def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
         f"config.diffusion.process is {process!r} and prediction {prediction!r}; for this format they must be "
         "'vp_linear' and 'eps'",
     )
-    mesh = make_mesh()
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        check(checkpoints.latest() is not None, f"--workdir is {str(workdir)!r}; it must have a checkpoint")
-        params = checkpoints.restore_ema(abstract_ema(denoiser_groups(config), mesh))[MODEL][0]
     write(Network(config.model, params, height // factor), out)
     return [f"the EMA of decay {config.optim.ema[0]} was written"]
+
+
+def _write_run(workdir: Path, out: Path) -> list[str]:
+    """Write a run folder with the merged weights of a run, as its step 0, that needs no other run."""
+    config, params = merged_weights(workdir)
+    _save_run(out, config, params, denoiser_groups(config))
+    if (workdir / FOLDER / RECORD).exists():
+        copy_autoencoder(workdir, out)
+    for name in ("tokenizer.json", "data.json"):
+        if (workdir / name).exists():
+            write_json(out / name, read_json(workdir / name))
+    return [f"the EMA of decay {config.optim.ema[0]} was written, with step 0"]
 
 
 OFFICIAL = "dit"
 FOLDERS = "diffusers-dit"
 VAE = "diffusers-vae"
+LORA = "diffusers-lora"
+RUN = "run"
 READERS: dict[str, Callable] = {
     OFFICIAL: functools.partial(_read_denoiser, read_dit),
     FOLDERS: functools.partial(_read_denoiser, lambda path, heads: read_diffusers(_model_folder(path, "transformer"))),
@@ -202,4 +212,6 @@ WRITERS: dict[str, Callable] = {
     OFFICIAL: functools.partial(_write_denoiser, write_dit),
     FOLDERS: functools.partial(_write_denoiser, write_diffusers),
     VAE: _write_autoencoder,
+    LORA: write_lora,
+    RUN: _write_run,
 }

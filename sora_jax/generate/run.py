@@ -19,12 +19,12 @@ from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.train.checkpoint import NEWEST, Checkpoints
-from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, load_tokenizer
+from sora_jax.train.adapt import restore_weights
+from sora_jax.train.checkpoint import NEWEST
+from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
 from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
-from sora_jax.train.state import MODEL, abstract_ema
 
 PART = 8  # latent frames, beside the first, that are decoded at a time
 
@@ -178,14 +178,11 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
     config = read_run_config(folder)
     mesh = _mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        check(checkpoints.latest() is not None, f"--workdir is {str(folder)!r}; it has no checkpoint yet")
-        which = str(checkpoint)
-        averages = checkpoints.restore_ema(abstract_ema(denoiser_groups(config), mesh), which)
-        step = checkpoints.candidates(which)[0]  # those found damaged are no longer among them
+    fixed = denoiser_parts(config)[1]
+    params, step = restore_weights(folder, denoiser_groups(config), fixed, mesh, str(checkpoint))
     first_stage = load_autoencoder(autoencoder_folder(folder, autoencoder))
     tokenizer = load_tokenizer(config, folder)
-    return Run(config, averages[MODEL][0], tokenizer, mesh, autoencoder=first_stage, step=step)
+    return Run(config, params, tokenizer, mesh, autoencoder=first_stage, step=step)
 
 
 def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:

@@ -18,7 +18,7 @@ from sora_jax.generate.run import Run
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.plan.denoiser import sample_latents, train_denoiser
-from sora_jax.train.denoiser import DenoiserRun, Text, denoiser_groups, denoiser_job, prepare_tokenizer
+from sora_jax.train.denoiser import DenoiserRun, Text, denoiser_groups, denoiser_job, denoiser_parts, prepare_tokenizer
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint
@@ -56,6 +56,8 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
         cache.check_labels(config.model.classes, config.split)
     if own := recorded_fingerprint(workdir):
         cache.check(own)  # latents made anew are not those this run has learnt
+    elif config.init.weights and recorded_fingerprint(config.init.source[0]) not in (None, autoencoder.fingerprint):
+        log(f"--init-from is {config.init.weights!r}; it has learnt the latents of another autoencoder than these are")
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     check_split(mesh, "length", config.packing.length, "config.packing.length")
     check_split(mesh, "length", config.packing.text_length, "config.packing.text_length")
@@ -100,9 +102,18 @@ def claim(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> None:
 DENOISER = Kind(
     config=DenoiserRun,
     groups=denoiser_groups,
+    parts=denoiser_parts,
     open=open_inputs,
     job=make_job,
     programs={"train": train_denoiser, "sample": sample_latents},
-    may_change=("latents", "preview", "sampling"),
+    may_change=(
+        "latents",
+        "captions",
+        "packing",
+        "preview",
+        "sampling",
+        *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given")),
+        *(f"model.{field}" for field in ("attention", "sequence", "remat", "unroll", "dtype")),
+    ),
     claim=claim,
 )

@@ -1,23 +1,29 @@
 """Training a run of any kind in its folder: checks first, then the loop, then what the run leaves."""
 
+import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sora_jax.config import check, first_difference, read_json, to_dict, value_at
+from sora_jax.config import check, differences, read_json, to_dict, value_at
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.kinds import kind_of, stored_config
+from sora_jax.kinds.begin import begin, save_fixed
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
+from sora_jax.train.adapt import merge
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import check_accumulation, fit, log
+from sora_jax.train.optim import check_schedule
 from sora_jax.train.run_config import RunConfig
+from sora_jax.train.state import Group
 
-# A run may be made longer or moved to another mesh; a kind adds fields of its own.
-MAY_CHANGE = ("loop", "feed", "mesh")
+# What does not change what the weights mean may change when a run goes on; a kind adds fields of its own.
+MAY_CHANGE = ("loop", "feed", "mesh", "optim", "batch", "seed")
+MUST_STAY = ("optim.method",)  # among those: its state is of no use to another method
 
 
 def train(config: RunConfig, workdir: Path) -> None:
@@ -30,13 +36,14 @@ def train(config: RunConfig, workdir: Path) -> None:
     workdir, kind, mesh = as_path(workdir), kind_of(config), make_mesh(config.mesh)
     for group in kind.groups(config).values():
         param.check_splits(group.specs, mesh)
+        check_schedule(group.optim, config.loop.steps)
     check_workdir(workdir, config)
     if stages := kind.stages(config, workdir):
         _train_stages(kind, config, workdir, stages)
         return
     inputs = kind.open(config, workdir, mesh)
     check_data(workdir, inputs.digest)
-    job = kind.job(config, inputs, workdir)
+    job = begin(kind, config, kind.job(config, inputs, workdir), workdir, mesh)
     check_accumulation(job, config.loop)
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
     claim_workdir(workdir, config, inputs)
@@ -44,8 +51,11 @@ def train(config: RunConfig, workdir: Path) -> None:
         kind.claim(config, inputs, workdir)
     if job.note:
         log(job.note)
-    state = fit(job, config.loop, config.seed, mesh, workdir, to_dict(config))
+    save_fixed(job, workdir)
+    state = fit(job, config.loop, config.seed, mesh, workdir, to_dict(config), functools.partial(_read_saved, kind))
     if kind.finish:
+        ema = {name: tuple(merge(job.fixed.get(name, {}), tree) for tree in trees) for name, trees in state.ema.items()}
+        state = dataclasses.replace(state, ema=ema)
         kind.finish(config, inputs, state, workdir)
 
 
@@ -79,20 +89,33 @@ def describe(config: RunConfig) -> str:
     return f"{json.dumps(to_dict(config), indent=1)}\nparameters\n{sizes}\n  {'total':12} {param.count(trees):>14,}"
 
 
+def _read_saved(kind: Kind, values: dict) -> tuple[dict, Mapping[str, Group]]:
+    """Read the config that a checkpoint holds, and the groups that it trained."""
+    config = stored_config(values)
+    return to_dict(config), kind.groups(config)
+
+
 def check_workdir(workdir: Path, config: RunConfig) -> None:
-    """Raise a UserError unless the folder is empty or missing, or holds a run of this config."""
+    """Raise a UserError unless the folder is empty or missing, or holds a run that can go on with this config."""
     path = as_path(workdir) / "config.json"
-    refuse = functools.partial("--workdir is {!r}; {}; take an empty folder".format, str(workdir))
+    refuse = functools.partial("--workdir is {!r}; {}; take an empty folder{}".format, str(workdir))
     if not path.exists():
-        check(is_empty(as_path(workdir)), refuse("it is not empty and holds no run"))
+        check(is_empty(as_path(workdir)), refuse("it is not empty and holds no run", ""))
         return
     old, new = to_dict(stored_config(read_json(path))), to_dict(config)
-    free = {*MAY_CHANGE, *kind_of(config).may_change}
-    old, new = ({name: value for name, value in c.items() if name not in free} for c in (old, new))
-    different = first_difference(old, new)
-    if different:
-        there, here = (value_at(c, different) for c in (old, new))
-        raise UserError(refuse(f"it holds a run with another config.{different}, {there!r} there and {here!r} here"))
+    free = (*MAY_CHANGE, *kind_of(config).may_change)
+    for field in differences(old, new):
+        if _below(field, free) and not _below(field, MUST_STAY):
+            continue
+        there, here = (value_at(c, field) for c in (old, new))
+        way_out = f", and --init-from={workdir} to begin with the weights of this one" if field != "kind" else ""
+        raise UserError(
+            refuse(f"it holds a run with another config.{field}, {there!r} there and {here!r} here", way_out)
+        )
+
+
+def _below(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def check_data(workdir: Path, digest: str) -> None:
@@ -103,7 +126,9 @@ def check_data(workdir: Path, digest: str) -> None:
     path = as_path(workdir) / "data.json"
     same = not path.exists() or read_json(path)["digest"] == digest
     check(
-        same, f"--workdir is {str(workdir)!r}; it has learnt from other clips than are there now; take an empty folder"
+        same,
+        f"--workdir is {str(workdir)!r}; it has learnt from other clips than are there now; take an empty folder, and "
+        f"--init-from={workdir} to begin with the weights of this one",
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax.nn.lora import add_adapter
 from sora_jax.nn.params import Initializer, ParamSpec, normal, ones, xavier, zeros
 from sora_jax.parallel.rules import one_device, out_sharding, reshard
 
@@ -45,6 +46,7 @@ def dense(params: dict, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         y = jnp.reshape(y, (*x.shape[:-1], -1), out_sharding=out_sharding(*axes))
     else:
         y = jnp.einsum("...i,io->...o", x, weight, out_sharding=out_sharding(*axes))
+    y = add_adapter(params, x, y, ("...i,ir->...r", "...r,ro->...o"), axes, x.ndim - 1)
     if "bias" not in params:
         return y
     bias = reshard(params["bias"].astype(x.dtype), axes[-1])
@@ -86,10 +88,11 @@ def qkv_proj_specs(inputs: int, parts: int, heads: int, head_width: int, joint: 
 
 def qkv_proj(params: dict, x_BLD: jax.Array) -> list[jax.Array]:
     """Project onto attention heads: (B, L, D) -> one (B, L, N, K) for each part."""
-    sharding = out_sharding("batch", "length", None, "heads", None)
+    axes = ("batch", "length", None, "heads", None)
     weight = params["weight"].astype(x_BLD.dtype)
     bias = params["bias"].astype(x_BLD.dtype)
-    y = jnp.einsum("bld,dcnk->blcnk", x_BLD, weight, out_sharding=sharding) + jax.lax.broadcast_to_rank(bias, 5)
+    y = jnp.einsum("bld,dcnk->blcnk", x_BLD, weight, out_sharding=out_sharding(*axes))
+    y = add_adapter(params, x_BLD, y, ("bld,dr->blr", "blr,rcnk->blcnk"), axes, 2) + jax.lax.broadcast_to_rank(bias, 5)
     # Not y[:, :, i]: the gradient of a split is one concatenation.
     return [jnp.squeeze(part, 2) for part in jnp.split(y, y.shape[2], axis=2)]
 
@@ -105,8 +108,9 @@ def out_proj(params: dict, x_BLNK: jax.Array) -> jax.Array:
     """Project attention heads to the width: (B, L, N, K) -> (B, L, D)."""
     weight = params["weight"].astype(x_BLNK.dtype)
     bias = reshard(params["bias"].astype(x_BLNK.dtype), "width")
-    sharding = out_sharding("batch", "length", "width")
-    y = jnp.einsum("blnk,nkd->bld", x_BLNK, weight, out_sharding=sharding)
+    axes = ("batch", "length", "width")
+    y = jnp.einsum("blnk,nkd->bld", x_BLNK, weight, out_sharding=out_sharding(*axes))
+    y = add_adapter(params, x_BLNK, y, ("blnk,nkr->blr", "blr,rd->bld"), axes, 2)
     return y + jax.lax.broadcast_to_rank(bias, 3)
 
 

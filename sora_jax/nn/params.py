@@ -54,6 +54,16 @@ class ParamSpec:
         partition(*self.axes)
 
 
+def input_axes(weight: ParamSpec) -> tuple[list[int], list[int]]:
+    """Return which axes of a weight are inputs and which outputs of its matrix, without that of stacked layers.
+
+    A projection onto heads has its inputs first; all other weights have one axis of outputs, the last.
+    """
+    own = [i for i, name in enumerate(weight.axes) if name != "layers"]
+    inputs = own[:1] if weight.axes[own[-1]] == "head" else own[:-1]
+    return inputs, own[len(inputs) :]
+
+
 def _map(function: Callable[[tuple, ParamSpec], Any], specs: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(function, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
 

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from sora_jax.nn import params as param
 from sora_jax.parallel.compile import abstract_on_mesh, use_mesh
 from sora_jax.train.run_config import RunConfig
-from sora_jax.train.state import Group, Optimizer, TrainState, make_optimizers
+from sora_jax.train.state import Group, abstract_state, make_optimizers
 from sora_jax.train.step import LossFunction, make_step
 
 AnyMesh = Mesh | AbstractMesh
@@ -101,19 +99,6 @@ def activations(trained: Trained, params: dict, batch: Any, mesh: AnyMesh) -> tu
         else:
             found.append(leaf)
     return tuple(found)
-
-
-def abstract_state(groups: Mapping[str, Group], optimizers: Mapping[str, Optimizer], mesh: AnyMesh) -> TrainState:
-    """Return what `train.state.init_state` makes, as shapes with shardings."""
-    params, ema, opt_state = {}, {}, {}
-    for name, group in groups.items():
-        param.check_splits(group.specs, mesh)
-        params[name] = param.abstract_on(group.specs, mesh)
-        ema[name] = (params[name],) * len(group.optim.ema)
-        with use_mesh(mesh):
-            shapes = jax.eval_shape(optimizers[name].transformation.init, params[name])
-            opt_state[name] = abstract_on_mesh(shapes, mesh)
-    return TrainState(abstract_on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh), params, ema, opt_state)
 
 
 def many(row: dict, leading: tuple[int, ...]) -> dict:

@@ -32,6 +32,7 @@ from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.models.lpips import SMALLEST, read_lpips
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.nn.params import ParamSpec, zeros
+from sora_jax.train.adapt import split_specs
 from sora_jax.train.linear_codec import fit_linear_codec
 from sora_jax.train.loop import Job, LoopConfig, Preview
 from sora_jax.train.optim import OptimConfig
@@ -89,6 +90,12 @@ class AutoencoderRun(RunConfig):
             self.trained == "all" or bool(self.start),
             "start is not given; with trained = 'decoder' it must be the run folder of an autoencoder",
         )
+        check(
+            not (self.start and self.init.weights),
+            f"start is {self.start!r} and init.weights {self.init.weights!r}; give one of them",
+        )
+        check(not (self.stages and self.init.weights), "init.weights is given; beside stages it must be start")
+        autoencoder_parts(self)
         for size in self.sizes:
             _check_crop(self.model, self.loss, self.discriminator.levels, size)
         tile_grid(self.model, self.tiles)
@@ -184,11 +191,15 @@ CONTROL = "control"  # the group of numbers that follow what is measured, by pla
 CONTROL_OPTIM = OptimConfig(method="sgd", learning_rate=0.01, warmup_steps=0, clip_norm=0.0, ema=(0.0,))
 
 
+def autoencoder_parts(config: AutoencoderRun) -> tuple[dict, dict]:
+    """Declare the autoencoder, or its decoder: what is trained, and what `freeze` fixes."""
+    specs = autoencoder_specs(config.model)
+    return split_specs(specs if config.trained == "all" else decoder_part(specs), config.freeze, config.init)
+
+
 def autoencoder_groups(config: AutoencoderRun) -> dict[str, Group]:
     """Declare what is trained: the autoencoder or its decoder and, if the loss has such terms, what these need."""
-    specs = autoencoder_specs(config.model)
-    trained = specs if config.trained == "all" else decoder_part(specs)
-    groups = {MODEL: Group(trained, config.optim)}
+    groups = {MODEL: Group(autoencoder_parts(config)[0], config.optim)}
     if config.loss.adversarial:
         groups[DISCRIMINATOR] = Group(discriminator_specs(config.discriminator), config.discriminator_optim)
     control = _control_specs(config)

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -102,15 +102,24 @@ class Checkpoints:
         with _one_sentence(f"a checkpoint could not be saved in {self._folder}"):
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict]:
+    def restore(
+        self, state: TrainState, structure: Callable[[dict], TrainState] | None = None
+    ) -> tuple[TrainState, dict]:
         """Restore the newest whole checkpoint in the structure and shardings of `state`, and what was saved as `run`.
 
+        structure(run): the state, which may be abstract, of a checkpoint that may have another structure than `state`.
         Damaged ones are reported and set aside. UserError if none is whole, or if it is of another model.
         """
-        tree = to_stored(state)
-        ema = tree.pop("ema")
-        found = self._first_whole({STATE: tree, EMA: ema}, RUN)
-        return from_stored(state, found[STATE] | {"ema": found[EMA]}), found[RUN]
+        like = state
+
+        def trees(run: dict) -> dict:
+            nonlocal like
+            like = structure(run) if structure else state
+            tree = to_stored(like)
+            return {EMA: tree.pop("ema"), STATE: tree}
+
+        found = self._first_whole(trees, RUN)
+        return from_stored(like, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
     def restore_ema(self, averages: dict[str, tuple], which: str = NEWEST) -> dict[str, tuple]:
         """Restore the averages alone, in the structure and shardings of those given, see `state.abstract_ema`.
@@ -143,25 +152,29 @@ class Checkpoints:
         check(int(which) in there, f"--checkpoint is {which!r}; the whole checkpoints in {self._folder} are {known}")
         return [int(which)]
 
-    def _first_whole(self, trees: dict, *notes: str, which: str = NEWEST) -> dict:
-        """Read `trees` and the JSON items `notes` from the first checkpoint that is whole."""
+    def _first_whole(self, trees: dict | Callable[[dict], dict], *notes: str, which: str = NEWEST) -> dict:
+        """Read `trees` and the JSON items `notes` from the first checkpoint that is whole.
+
+        trees: by item, or a function that makes them of what was saved as `run`.
+        """
         steps = self.candidates(which)
         for i, step in enumerate(steps):
             found, reason = self._attempt(step, trees, notes)
             if distributed.all_true(not reason):
-                reason = _difference(found.get(ARRAYS), {name: found[name] for name in trees})
+                reason = _difference(found.get(ARRAYS), {x: found[x] for x in (STATE, EMA) if x in found})
                 if not reason:
                     return found
             self._set_aside(step, reason or "another process cannot read it", steps[i + 1 :])
         raise UserError(f"there is no whole checkpoint in {self._folder}" + f" that is {which!r}" * (which != NEWEST))
 
-    def _attempt(self, step: int, trees: dict, notes: tuple[str, ...]) -> tuple[dict, str]:
+    def _attempt(self, step: int, trees: dict | Callable[[dict], dict], notes: tuple[str, ...]) -> tuple[dict, str]:
         """Return what checkpoint `step` holds, and why it is damaged ("" if not); UserError for another model."""
         what = f"checkpoint {step} in {self._folder} is"
         if not self._has_table(step):
             with _one_sentence(f"{what} damaged or of another model"):
-                return self._load(step, trees, notes), ""
+                return self._load(step, self._resolved(step, trees), notes), ""
         try:
+            trees = self._resolved(step, trees)
             table = self._load(step, {}, (ARRAYS,))[ARRAYS]
             for name, tree in trees.items():
                 _check_model(table[name], tree, f"{what} of another model: {name}")
@@ -173,6 +186,9 @@ class Checkpoints:
                 message = f"checkpoint {step} in {self._folder} cannot be read: {_first_line(error)}"
                 raise _kind(error, message)(message) from error
             return {}, _first_line(error)
+
+    def _resolved(self, step: int, trees: dict | Callable[[dict], dict]) -> dict:
+        return trees(self._load(step, {}, (RUN,))[RUN]) if callable(trees) else trees
 
     def _has_table(self, step: int) -> bool:
         # Checkpoints of earlier versions have none. One that has lost it has lost its list of items, or is damaged.
@@ -303,3 +319,19 @@ def _check_room(folder: Path, wanted: int) -> None:
 
 def _like(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save_tree(folder: Path, tree: dict) -> None:
+    """Save a tree of arrays in a folder of its own, unless one is there; all processes take part."""
+    folder = folder if is_remote(folder) else as_path(folder).absolute()
+    if distributed.all_true(folder.exists()):
+        return
+    with _one_sentence(f"weights could not be saved in {folder}"), ocp.StandardCheckpointer() as saver:
+        saver.save(folder, tree)
+
+
+def restore_tree(folder: Path, like: dict) -> dict:
+    """Restore what `save_tree` saved, in the structure and shardings of `like`."""
+    folder = folder if is_remote(folder) else as_path(folder).absolute()
+    with _one_sentence(f"the weights in {folder} cannot be read"), ocp.StandardCheckpointer() as reader:
+        return reader.restore(folder, like)

@@ -32,6 +32,7 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.parallel import distributed
+from sora_jax.train.adapt import LoraConfig, matches, split_specs
 from sora_jax.train.given import GivenConfig, draw_given
 from sora_jax.train.loop import Job, Preview
 from sora_jax.train.run_config import RunConfig
@@ -91,6 +92,7 @@ class DenoiserRun(RunConfig):
     latents: str = ""  # a folder made by `sora-jax data encode`
     captions: str = "first"  # which caption a clip has in an epoch: first, any, dalle3, sd3, or original=1,synthetic=3
     model: AnyDenoiser = TransformerConfig()
+    lora: LoraConfig = LoraConfig()  # low-rank adapters, to train in place of the network; needs init.weights
     tokenizer: TokenizerConfig = TokenizerConfig()
     packing: PackingConfig = PackingConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -117,6 +119,7 @@ class DenoiserRun(RunConfig):
             f"model.guides is True; model.patch[0] must be 1, a latent frame to a token, not {self.model.patch[0]}",
         )
         self._check_preview()
+        denoiser_parts(self)
         check(
             self.packing.patch in (None, self.model.patch),
             f"packing.patch is {self.packing.patch}; leave it out, or give model.patch = {self.model.patch}",
@@ -148,9 +151,14 @@ class DenoiserRun(RunConfig):
         )
 
 
+def denoiser_parts(config: DenoiserRun) -> tuple[dict, dict]:
+    """Declare the network, with its text encoder: what is trained, and what is fixed."""
+    return split_specs(denoiser_specs(config.model), config.freeze, config.init, config.lora)
+
+
 def denoiser_groups(config: DenoiserRun) -> dict[str, Group]:
-    """Declare what is trained: the network, with its text encoder."""
-    return {MODEL: Group(denoiser_specs(config.model), config.optim)}
+    """Declare what is trained."""
+    return {MODEL: Group(denoiser_parts(config)[0], config.optim)}
 
 
 def denoiser_loss(
@@ -287,10 +295,19 @@ def load_tokenizer(config: DenoiserRun, workdir: Path) -> Text:
 
 
 def prepare_tokenizer(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Text:
-    """Return the run's tokenizer: none, the pretrained one, the one in `workdir`, or one learnt from the captions."""
+    """Return the run's tokenizer: none, the pretrained one, the one in `workdir`, or one learnt from the captions.
+
+    A run that begins with the token table of another has that one's tokenizer.
+    """
     if config.model.text is None or config.model.text.pretrained or (as_path(workdir) / "tokenizer.json").exists():
         return load_tokenizer(config, workdir)
-    tokenizer = tokenizers.train(captions_in_order(cache, cache.indices(config.split)), config.tokenizer)
+    if config.init.weights and not matches("text/table", config.init.renew):
+        tokenizer = tokenizers.load(config.init.source[0] / "tokenizer.json")
+        tokenizer = dataclasses.replace(
+            tokenizer, config=dataclasses.replace(tokenizer.config, max_tokens=config.tokenizer.max_tokens)
+        )
+    else:
+        tokenizer = tokenizers.train(captions_in_order(cache, cache.indices(config.split)), config.tokenizer)
     check(
         tokenizer.vocab_size <= config.model.text.vocabulary,
         f"config.model.text.vocabulary is {config.model.text.vocabulary}; the tokenizer has {tokenizer.vocab_size} ids",

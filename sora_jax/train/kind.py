@@ -29,11 +29,13 @@ class Kind:
 
     config: its dataclass, whose field `kind` names it.
     groups(config): the parameters that are trained.
+    parts(config): the specs of the network, of group `state.MODEL`, that are trained, and those that are fixed.
     open(config, workdir, mesh): data, frozen networks and tokenizer, as `Inputs`. User errors happen here, or in `job`:
         before anything is written.
     job(config, inputs, workdir): what the loop trains.
     programs: what `sora-jax plan` can compile, by name: functions (config, mesh) -> `plan.programs.Program`.
-    may_change: fields that may change when a run goes on, beside those of all kinds, such as the path of its data.
+    may_change: fields that may change when a run goes on, beside those of all kinds, such as the path of its data, or
+        its loss: all that does not change what the weights mean.
     claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
     finish(config, inputs, state, workdir): writes what a run leaves at its end. By all processes.
     stages(config, workdir): runs that make up this one, in order, each with its folder; empty if it is a single one.
@@ -43,6 +45,7 @@ class Kind:
 
     config: type[RunConfig]
     groups: Callable[[Any], Mapping[str, Group]]
+    parts: Callable[[Any], tuple[dict, dict]]
     open: Callable[[Any, Path, Mesh], Inputs]
     job: Callable[[Any, Any, Path], Job]
     programs: Mapping[str, Callable[[Any, Mesh], Any]]

@@ -18,9 +18,12 @@ from sora_jax.data.share import Share
 from sora_jax.errors import Stopped
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.train.adapt import merge
 from sora_jax.train.checkpoint import Checkpoints
+from sora_jax.train.history import record_config
 from sora_jax.train.metrics import MetricsWriter, Stopwatch
 from sora_jax.train.reporter import Instruments, MetricAccumulator, Reporter, due
+from sora_jax.train.resume import ReadSaved, resume
 from sora_jax.train.state import Group, TrainState, init_state, make_optimizers, start_from
 from sora_jax.train.step import LossFunction, make_step
 from sora_jax.train.watchdog import Watchdog, spent_before
@@ -72,7 +75,8 @@ class Job:
     a batch; `batches`, `counts` and `clip_ids` are of this part. frozen: weights that the loss reads and nothing
     trains; those that are not on the mesh yet are copied to each of its devices. micro_batches: False for a loss that
     is no sum over parts of a batch, such as a contrastive one. start(params): parameters, by group, to begin a new run
-    with in place of the random ones; of those groups that it returns.
+    with in place of the random ones; of those groups that it returns. fixed: parameters of groups that are not trained,
+    see `train.adapt`; the loss and previews get them merged with those that are.
     """
 
     name: str
@@ -88,13 +92,22 @@ class Job:
     frozen: Any = ()
     micro_batches: bool = True
     start: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    fixed: Mapping[str, dict] = dataclasses.field(default_factory=dict)
 
 
-def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run: dict) -> TrainState:
+def fit(
+    job: Job,
+    config: LoopConfig,
+    seed: int,
+    mesh: Mesh,
+    workdir: Path,
+    run: dict,
+    read_saved: ReadSaved | None = None,
+) -> TrainState:
     """Train to `config.steps`, from the newest checkpoint in `workdir` if there is one; return the last state.
 
-    `run` (the config as a dict) is stored in each checkpoint. Order inside a step: fetch, dispatch, read the metrics of
-    the step before, save, preview.
+    `run` (the config as a dict) is stored in each checkpoint. read_saved: see `resume`; None where a checkpoint is of
+    the same config. Order inside a step: fetch, dispatch, read the metrics of the step before, save, preview.
 
     Raises:
         Stopped: after an orderly stop.
@@ -110,9 +123,10 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
         stop = stack.enter_context(stop_signal())
         with watch("init"):
             state = init_state(job.groups, optimizers, seed, mesh)
-            saved = {}
+            saved: dict = {}
+            changes, old = "", None
             if checkpoints.latest() is not None:
-                state, saved = checkpoints.restore(state)
+                state, saved, changes, old = resume(checkpoints, state, optimizers, run, read_saved)
             elif job.start:
                 state = start_from(state, job.start(state.params))
         start = int(state.step)
@@ -120,15 +134,18 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
             log(f"{job.name}: already at step {start} of {config.steps}")
             return state
         if start:
-            log(f"{job.name}: goes on from step {start} of {config.steps}")
+            log(f"{job.name}: goes on from step {start} of {config.steps}{changes and ' with '}{changes}")
+        if distributed.first():
+            record_config(workdir, start, run, old)
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
         writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         dog = stack.enter_context(Watchdog(watch, workdir if distributed.first() else None, start))
         instruments = Instruments(writer, bar, watch, dog.stepped, checkpoints.latest)
-        reporter = Reporter(job, config, instruments, MetricAccumulator(saved.get("means")))
-        step_function = make_step(job.loss, optimizers)
-        frozen = _on_mesh(job.frozen, mesh)
+        rates = {name: optimizer.rate for name, optimizer in optimizers.items()}
+        reporter = Reporter(job, config, instruments, MetricAccumulator(saved.get("means")), rates)
+        step_function = make_step(with_fixed(job.loss), optimizers)
+        frozen = _on_mesh((job.fixed, job.frozen), mesh)
         batches = job.batches(start, saved.get("position"))
         for step in range(start + 1, config.steps + 1):
             with watch("data"):
@@ -151,7 +168,8 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
                     _save(checkpoints, state, notes, reporter)
             if preview:
                 with watch("evaluate"):
-                    _preview(preview, step, {name: averages[0] for name, averages in state.ema.items()}, writer)
+                    averages = {name: averages[0] for name, averages in state.ema.items()}
+                    _preview(preview, step, merge(frozen[0], averages), writer)
             if stopping:
                 break
         with watch("save"):
@@ -162,6 +180,11 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
     if stopping:
         raise Stopped(step)
     return state
+
+
+def with_fixed(loss: LossFunction) -> LossFunction:
+    """Return the loss as a function of what is trained, whose frozen weights are (fixed parameters, frozen)."""
+    return lambda params, frozen, batch, step, part: loss(merge(frozen[0], params), frozen[1], batch, step, part)
 
 
 def _on_mesh(tree: Any, mesh: Mesh) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sora_jax.config import check, choose
-from sora_jax.nn.params import ParamSpec
+from sora_jax.nn.params import ParamSpec, input_axes
 from sora_jax.parallel.rules import layout_of, on_mesh
 from sora_jax.shapes import PyTree
 
@@ -76,6 +76,16 @@ SCHEDULES = {
 }
 
 
+def check_schedule(config: OptimConfig, steps: int, name: str = "optim") -> None:
+    """Raise a UserError if the schedule of a run of `steps` ends before its warm-up: the rate would be 0 after it."""
+    option, end = ("loop.steps", steps) if not config.decay_steps else (f"{name}.decay_steps", config.decay_steps)
+    check(
+        config.schedule == "constant" or config.warmup_steps < end,
+        f"--config.{name}.warmup_steps is {config.warmup_steps}; it must be below {option} = {end}, where the schedule "
+        f"{config.schedule!r} ends",
+    )
+
+
 def learning_rate(config: OptimConfig) -> optax.Schedule:
     """Return the schedule step -> learning rate; step 0 of a warm-up of n steps already has 1 / n of the peak."""
     after = SCHEDULES[config.schedule](config)
@@ -128,16 +138,13 @@ def _muon(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformati
 def matrix_axes(specs: PyTree) -> PyTree:
     """Return for each weight which of its axes are inputs and outputs of a matrix; None for other parameters.
 
-    A projection onto heads has its inputs first; all other weights have one axis of outputs, the last. Stacked layers
-    are matrices of their own.
+    Stacked layers are matrices of their own.
     """
 
     def axes(path: tuple, spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers | None:
         if path[-1].key != "weight":
             return None
-        own = [i for i, name in enumerate(spec.axes) if name != "layers"]
-        inputs = own[:1] if spec.axes[own[-1]] == "head" else own[:-1]
-        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(own[len(inputs) :]))
+        return optax.contrib.MuonDimensionNumbers(*map(tuple, input_axes(spec)))
 
     return jax.tree_util.tree_map_with_path(axes, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
 

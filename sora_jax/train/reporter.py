@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from sora_jax.train.loop import Job, LoopConfig
 
 FINITE = ("loss", "parameter_norm")  # metrics that end a run where they are not finite
+ADVICE = (
+    "the same command ends here again: give it a smaller --config.optim.learning_rate or clip_norm, "
+    "--config.optim.skip_spikes=3, another --config.batch, or another --config.seed, which draws other batches"
+)
 TOTALS = ("skipped_updates",)  # metrics that count since the beginning; of all others a report has means
 
 
@@ -39,11 +43,19 @@ class Instruments(NamedTuple):
 class Reporter:
     """Read each step's metrics only after the next step has been dispatched, and report every `log_every` steps.
 
-    A report holds means over the steps since the last one. The first step, which compiles, counts in no rate, and
-    neither does the time of previews and saves.
+    A report holds means over the steps since the last one, and the learning rate of its step. The first step, which
+    compiles, counts in no rate of time, and neither does the time of previews and saves.
     """
 
-    def __init__(self, job: "Job", config: "LoopConfig", instruments: Instruments, means: "MetricAccumulator"):
+    def __init__(
+        self,
+        job: "Job",
+        config: "LoopConfig",
+        instruments: Instruments,
+        means: "MetricAccumulator",
+        rates: Mapping[str, Callable[[int], float]],
+    ):
+        self._learning_rates = rates
         self.instruments = instruments
         self.means = means
         self.best_metric: float | None = None
@@ -83,10 +95,10 @@ class Reporter:
         for name in (name for name in (f"{what}{group}" for what in FINITE for group in groups) if name in metrics):
             if not math.isfinite(metrics[name]):
                 save = self.instruments.newest_save()
+                where = "there is no checkpoint yet" if save is None else f"the last good checkpoint is of step {save}"
                 raise UserError(
                     f"the {name.replace('_', ' ')} of step {step} is {metrics[name]}; clips of that batch: "
-                    f"{self._job.clip_ids(batch)}; "
-                    f"{'there is no checkpoint yet' if save is None else f'the last good checkpoint is of step {save}'}"
+                    f"{self._job.clip_ids(batch)}; {where}; {ADVICE}"
                 )
 
     def _report(self, step: int) -> None:
@@ -97,6 +109,7 @@ class Reporter:
         rates = {f"{name}_per_second": n / again / seconds for name, n in counts.items() if name != "capacity"}
         if "capacity" in counts:
             rates["padding_share"] = 1 - counts["tokens"] / counts["capacity"]
+        rates |= self._rates(step)
         spent = {f"seconds/{cause}": value for cause, value in self.instruments.watch.seconds.items()}
         if self.instruments.writer:
             self.instruments.writer.write(step, metrics | self._totals | rates | spent)
@@ -107,6 +120,15 @@ class Reporter:
             self.best_metric = known[name]
         self.instruments.bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
         self._counts, self._since = {}, self._clock()
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """Return the learning rate of each group at a step; skipped updates do not count in a schedule."""
+        found = {}
+        for name, rate in self._learning_rates.items():
+            suffix = f"/{name}" if len(self._learning_rates) > 1 else ""
+            skipped = int(self._totals.get(f"skipped_updates{suffix}", 0))
+            found[f"learning_rate{suffix}"] = float(rate(step - 1 - skipped))
+        return found
 
     def _clock(self) -> float:
         """Return seconds that pass while steps are made; the clock stands still during previews and saves."""

@@ -6,6 +6,7 @@ from typing import Any
 from sora_jax.config import check
 from sora_jax.data.feed import FeedConfig
 from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.train.adapt import InitConfig
 from sora_jax.train.loop import LoopConfig
 from sora_jax.train.optim import OptimConfig
 
@@ -22,6 +23,8 @@ class RunConfig:
     batch: int = 8  # rows of a step over all devices, gradient accumulation included
     split: str = "train"  # the split of the data that is trained on
     model: Any = None  # the network, by a config of its own
+    init: InitConfig = InitConfig()  # the weights that a new run begins with
+    freeze: tuple[str, ...] = ()  # paths of parameters that are not trained, such as "text"; needs init.weights
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     feed: FeedConfig = FeedConfig()

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import serialization, struct
 from jax.sharding import Mesh
 
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.nn import params as param
-from sora_jax.train.optim import OptimConfig, make_optimizer
+from sora_jax.parallel.compile import abstract_on_mesh, use_mesh
+from sora_jax.parallel.rules import AnyMesh
+from sora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
 
 MODEL = "model"  # the group of a run that trains a single network
 PER_GROUP = ("params", "ema", "opt_state")
@@ -29,11 +30,12 @@ class Group:
 
 
 class Optimizer(NamedTuple):
-    """Update a group: the gradient transformation, and the decays of its averages."""
+    """Update a group: the gradient transformation, the decays of its averages, and its learning rate."""
 
     transformation: optax.GradientTransformation
     decays: tuple[float, ...]
     ema_warmup: bool = True
+    rate: optax.Schedule = lambda count: 0.0  # learning rate after so many updates
 
 
 def make_optimizers(groups: Mapping[str, Group], steps: int) -> dict[str, Optimizer]:
@@ -41,7 +43,7 @@ def make_optimizers(groups: Mapping[str, Group], steps: int) -> dict[str, Optimi
 
     def one(group: Group) -> Optimizer:
         optim = dataclasses.replace(group.optim, decay_steps=group.optim.decay_steps or steps)
-        return Optimizer(make_optimizer(optim, group.specs), optim.ema, optim.ema_warmup)
+        return Optimizer(make_optimizer(optim, group.specs), optim.ema, optim.ema_warmup, learning_rate(optim))
 
     return {name: one(group) for name, group in groups.items()}
 
@@ -73,14 +75,28 @@ def init_state(groups: Mapping[str, Group], optimizers: Mapping[str, Optimizer],
     return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state)
 
 
+def abstract_state(groups: Mapping[str, Group], optimizers: Mapping[str, Optimizer], mesh: AnyMesh) -> TrainState:
+    """Return what `init_state` makes, as shapes with shardings."""
+    params, ema, opt_state = {}, {}, {}
+    for name, group in groups.items():
+        param.check_splits(group.specs, mesh)
+        params[name] = param.abstract_on(group.specs, mesh)
+        ema[name] = (params[name],) * len(group.optim.ema)
+        with use_mesh(mesh):
+            shapes = jax.eval_shape(optimizers[name].transformation.init, params[name])
+            opt_state[name] = abstract_on_mesh(shapes, mesh)
+    return TrainState(abstract_on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh), params, ema, opt_state)
+
+
 def start_from(state: TrainState, params: Mapping[str, Any]) -> TrainState:
     """Return a state before the first step with these parameters, of some groups, and averages equal to them."""
 
     def place(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda x, there: jax.device_put(np.asarray(x, there.dtype), there.sharding), new, old)
+        return jax.tree.map(lambda x, there: jax.device_put(x, there.sharding).astype(there.dtype), new, old)
 
-    placed = {name: place(tree, state.params[name]) for name, tree in params.items()}
-    ema = {name: tuple(place(tree, average) for average in state.ema[name]) for name, tree in params.items()}
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))  # a step donates its state: no array may be in it twice
+    placed = {name: copy(place(tree, state.params[name])) for name, tree in params.items()}
+    ema = {name: tuple(copy(placed[name]) for _ in state.ema[name]) for name in placed}
     return TrainState(state.step, state.params | placed, state.ema | ema, state.opt_state)
 
 

@@ -72,7 +72,7 @@ def _check_names(means: MetricSums, optimizers: Mapping[str, Optimizer]) -> None
 
 def _update(optimizer: Optimizer, state: TrainState, name: str, gradient: Any) -> tuple[tuple, dict]:
     """Return (params, ema, opt_state) of one group after an update, and its metrics."""
-    transformation, decays, ema_warmup = optimizer
+    transformation, decays, ema_warmup, _ = optimizer
     updates, opt_state = transformation.update(gradient, state.opt_state[name], state.params[name])
     params = optax.apply_updates(state.params[name], updates)
     metrics = {

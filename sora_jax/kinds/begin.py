@@ -1,0 +1,98 @@
+"""Begin a run with the weights of another, and keep what it does not train."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from sora_jax.config import check, from_dict, load, override, read_json, to_dict
+from sora_jax.files import as_path
+from sora_jax.kinds import KINDS, run_config, stored_config
+from sora_jax.nn import params as param
+from sora_jax.nn.lora import ADAPTER
+from sora_jax.train.adapt import BASE, InitConfig, fitting, restore_weights
+from sora_jax.train.checkpoint import restore_tree, save_tree
+from sora_jax.train.kind import Kind
+from sora_jax.train.loop import Job, log
+from sora_jax.train.run_config import RunConfig
+from sora_jax.train.state import MODEL
+
+
+def given_config(
+    file: str | None, changes: Sequence[str], workdir: Path, init: InitConfig, freeze: tuple[str, ...]
+) -> RunConfig:
+    """Build the config that the command line gives.
+
+    file: a config file; without one the config is that of the run in `workdir` or, if there is none, of the run whose
+    weights `init` names. init, freeze: replace those of the config where they are given.
+    """
+    own: dict[str, Any] = {"init": dataclasses.asdict(init)} if init.weights else {}
+    own |= {"freeze": freeze} if freeze else {}
+    if file:
+        return run_config(dict(load(file, changes)) | own)
+    here, there = as_path(workdir) / "config.json", init.source[0] / "config.json"
+    if here.exists():
+        values = to_dict(stored_config(read_json(here)))
+    else:
+        check(init.weights, "--config is not given; without --init-from=RUN, or a run in --workdir, it must be")
+        check(there.exists(), f"--init-from is {init.weights!r}; there is no config.json: it must be a run folder")
+        values = {**to_dict(stored_config(read_json(there))), "init": {}, "freeze": (), "lora": {}}
+    kind = KINDS[values["kind"]]
+    known = {name: value for name, value in (values | own).items() if name in kind.config.__dataclass_fields__}
+    return override(from_dict(kind.config, known), changes, "config")
+
+
+def begin(kind: Kind, config: RunConfig, job: Job, workdir: Path, mesh: Mesh) -> Job:
+    """Return the job with the weights that `config.init` names, and with the fixed ones of a run that goes on.
+
+    Raises:
+        UserError: there are no such weights, or they are of another network.
+    """
+    if not config.init.weights:
+        return job
+    trained, fixed = kind.parts(config)
+    base = as_path(workdir) / BASE
+    begun = (as_path(workdir) / "checkpoints").exists() and any((as_path(workdir) / "checkpoints").iterdir())
+    if begun:
+        kept = restore_tree(base, param.abstract_on(fixed, mesh)) if fixed else {}
+        return dataclasses.replace(job, fixed={MODEL: kept} if fixed else {})
+    flat_fixed, flat_trained = (flatten_dict(tree, sep="/") for tree in (fixed, trained))
+    own = {path: spec for path, spec in (flat_fixed | flat_trained).items() if not path.endswith(ADAPTER)}
+    found = fitting(_source_weights(kind, config, mesh), own, config.init)
+
+    def start(random: Mapping[str, Any]) -> dict:
+        flat = flatten_dict(random[MODEL], sep="/")
+        return {MODEL: unflatten_dict({path: found.get(path, value) for path, value in flat.items()}, sep="/")}
+
+    if not fixed:
+        return dataclasses.replace(job, start=start)
+    shardings = param.shardings(flat_fixed, mesh)
+    constants = {path: spec for path, spec in flat_fixed.items() if path.endswith(ADAPTER)}
+    kept = param.init(constants, jax.random.key(0)) | {path: found[path] for path in flat_fixed.keys() & found.keys()}
+    placed = {path: jax.device_put(value, shardings[path]) for path, value in kept.items()}
+    return dataclasses.replace(job, start=start, fixed={MODEL: unflatten_dict(placed, sep="/")})
+
+
+def _source_weights(kind: Kind, config: RunConfig, mesh: Mesh) -> dict:
+    """Restore the weights that a run begins with, of a run of the same kind."""
+    folder, which = config.init.source
+    path = folder / "config.json"
+    check(path.exists(), f"--init-from is {config.init.weights!r}; there is no config.json: it must be a run folder")
+    source = stored_config(read_json(path))
+    check(
+        source.kind == config.kind,
+        f"--init-from is {config.init.weights!r}; that run is of kind {source.kind!r}, and it must be {config.kind!r}",
+    )
+    weights, step = restore_weights(folder, kind.groups(source), kind.parts(source)[1], mesh, which, "--init-from")
+    log(f"{config.kind}: begins with the averaged weights of {str(folder)!r} at step {step}")
+    return weights
+
+
+def save_fixed(job: Job, workdir: Path) -> None:
+    """Keep what the run does not train in its folder, so that it can be used without the run that it began with."""
+    if job.fixed:
+        save_tree(as_path(workdir) / BASE, job.fixed[MODEL])

@@ -1,0 +1,177 @@
+"""A run goes on with other settings: what may change, what is carried over, and what the run folder remembers."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from fixtures_runs import chain, run, train_options  # noqa: F401
+from fixtures_toy import SPECS, toy_job
+
+from sora_jax.config import to_dict
+from sora_jax.errors import UserError
+from sora_jax.kinds.run import check_workdir
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.history import read_history
+from sora_jax.train.loop import LoopConfig, fit
+from sora_jax.train.metrics import read_metrics
+from sora_jax.train.optim import OptimConfig, SpikeState, learning_rate
+from sora_jax.train.run_config import RunConfig
+from sora_jax.train.state import MODEL, Group
+
+OPTIM = OptimConfig(0.1, warmup_steps=0, clip_norm=0.0, ema=(0.9, 0.5))
+LOOP = LoopConfig(steps=10, log_every=1, save_every=0)
+
+
+def read_saved(values):
+    """The config and the groups of a checkpoint of `go`."""
+    optim = OptimConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in values["optim"].items()})
+    return values, {MODEL: Group(SPECS, optim)}
+
+
+def go(workdir, optim=OPTIM, loop=LOOP, **fields):
+    """Train the toy to `loop.steps`, as a run of this config would."""
+    workdir.mkdir(exist_ok=True)
+    config = to_dict(RunConfig(kind="toy", optim=optim, loop=loop, **fields))
+    job, mesh = toy_job(optim=optim), make_mesh(devices=jax.devices()[:1])
+    return jax.device_get(fit(job, loop, 0, mesh, workdir, config, read_saved))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run of ten steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "half"
+    go(workdir)
+    return workdir
+
+
+@pytest.fixture
+def on(half, tmp_path):
+    """Let a copy of the run go on to step 20."""
+    workdir = tmp_path / "run"
+    shutil.copytree(half, workdir)
+    return workdir, functools.partial(go, workdir, loop=dataclasses.replace(LOOP, steps=20))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return go(tmp_path_factory.mktemp("runs") / "straight", loop=dataclasses.replace(LOOP, steps=20))
+
+
+@pytest.mark.parametrize("change", [{"clip_norm": 1e9}, {"skip_spikes": 1e9}, {"clip_norm": 1e9, "skip_spikes": 1e9}])
+def test_settings_that_change_nothing_change_nothing(on, straight, change):
+    """Clipping and spikes add states to the optimizer; Adam's moments and the schedule must find their places."""
+    _, go_on = on
+    state = go_on(dataclasses.replace(OPTIM, **change))
+    chex.assert_trees_all_close(state.params, straight.params, rtol=1e-6)
+    chex.assert_trees_all_close(state.ema, straight.ema, rtol=1e-6)
+    assert isinstance(state.opt_state[MODEL], SpikeState) == ("skip_spikes" in change)
+
+
+def test_a_run_that_goes_on_unchanged_is_the_straight_one_to_the_bit(on, straight):
+    workdir, go_on = on
+    chex.assert_trees_all_equal(go_on(), straight)
+    assert [line["step"] for line in read_history(workdir)] == [0, 10]  # it was made longer
+    assert read_history(workdir)[1]["changed"] == {"loop.steps": [10, 20]}
+
+
+def test_averages_follow_their_decay_and_new_ones_begin_as_the_nearest(on, straight):
+    _, go_on = on
+    state = go_on(dataclasses.replace(OPTIM, ema=(0.5, 0.9, 0.0)))
+    chex.assert_trees_all_close(state.ema[MODEL][0], straight.ema[MODEL][1], rtol=1e-6)
+    chex.assert_trees_all_close(state.ema[MODEL][1], straight.ema[MODEL][0], rtol=1e-6)
+    chex.assert_trees_all_equal(state.ema[MODEL][2], state.params[MODEL])
+
+
+def test_a_lower_rate_takes_smaller_steps_and_is_told(on, capsys):
+    workdir, go_on = on
+    go_on(dataclasses.replace(OPTIM, learning_rate=1e-3))
+    said = capsys.readouterr().out
+    assert "goes on from step 10 of 20 with config.optim.learning_rate 0.001 (was 0.1)" in said
+    assert "the learning rate is 0.001 from here on, not 0.1" in said
+    rows = read_metrics(workdir)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.1] * 10 + [1e-3] * 10)
+    assert rows[10]["update_norm"] < 0.02 * rows[9]["update_norm"]
+
+
+def test_a_finished_cosine_that_is_made_longer_leaps_and_says_so(tmp_path, capsys):
+    optim = dataclasses.replace(OPTIM, schedule="cosine")
+    go(tmp_path / "run", optim)
+    go(tmp_path / "run", optim, dataclasses.replace(LOOP, steps=20))
+    assert "the learning rate is 0.05 from here on, not 0" in capsys.readouterr().out
+
+
+def test_reports_carry_the_rate_of_their_step(tmp_path):
+    optim = dataclasses.replace(OPTIM, schedule="cosine", warmup_steps=4, decay_steps=10, skip_spikes=3.0)
+    go(tmp_path / "run", optim)
+    wanted = [float(learning_rate(optim)(step)) for step in range(10)]
+    assert [row["learning_rate"] for row in read_metrics(tmp_path / "run")] == pytest.approx(wanted)
+
+
+def test_the_history_forgets_what_was_lost(on):
+    workdir, go_on = on
+    slow = dataclasses.replace(OPTIM, learning_rate=1e-3)
+    go_on(slow)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    go_on(dataclasses.replace(OPTIM, learning_rate=1e-2))
+    lines = read_history(workdir)
+    assert [line["step"] for line in lines] == [0, 10]
+    assert lines[1]["changed"]["optim.learning_rate"] == [0.1, 0.01]
+    assert lines[1]["config"]["optim"]["learning_rate"] == 0.01
+
+
+FREE = [
+    "optim.learning_rate=1e-4",
+    "optim.skip_spikes=3.0",
+    "batch=16",
+    "loop.accumulate=2",
+    "seed=1",
+    "packing.slots=3",
+    "captions=any",
+    "diffusion.caption_dropout=0.2",
+    "diffusion.times.distribution=uniform",
+    "diffusion.weight.name=uniform",
+    "model.remat=none",
+    "sampling.steps=4",
+]
+BOUND = {"model.depth=3": "model.depth", "optim.method=sgd": "optim.method", "split=all": "split"}
+BOUND |= {"diffusion.prediction=eps": "diffusion.prediction", "tokenizer.max_tokens=8": "tokenizer.max_tokens"}
+
+
+def test_what_weights_mean_stays_and_the_rest_is_free(chain):  # noqa: F811
+    from sora_jax.kinds.begin import given_config
+    from sora_jax.train.adapt import InitConfig
+
+    workdir = chain.transformer
+    with_changes = lambda *changes: given_config(None, changes, workdir, InitConfig(), ())  # noqa: E731
+    check_workdir(workdir, with_changes(*FREE))
+    for change, field in BOUND.items():
+        with pytest.raises(UserError, match=rf"another config\.{field}, .*--init-from={workdir}"):
+            check_workdir(workdir, with_changes(change))
+
+
+def test_a_run_goes_on_by_its_folder_alone_with_all_that_may_change(chain, tmp_path, capsys):  # noqa: F811
+    workdir = tmp_path / "run"
+    shutil.copytree(chain.transformer, workdir)
+    before = (workdir / "metrics.jsonl").read_text()
+    changes = [f"--config.{c}" for c in (*FREE, "loop.steps=8", "loop.preview_every=0", "preview.prompts=()")]
+    assert run("train", f"--workdir={workdir}", *changes) == 0
+    assert "goes on from step 6 of 8 with " in capsys.readouterr().out
+    rows = read_metrics(workdir)
+    assert (workdir / "metrics.jsonl").read_text().startswith(before)
+    assert rows[-1]["step"] == 8 and np.isfinite(rows[-1]["loss"])
+    assert json.loads((workdir / "config.json").read_text())["batch"] == 16
+    assert [line["config"]["batch"] for line in read_history(workdir)] == [8, 16]
+
+
+@pytest.mark.parametrize("decay, option", [(6, "optim.decay_steps = 6"), (0, "loop.steps = 8")])
+def test_a_schedule_that_ends_before_its_warm_up_is_refused(chain, tmp_path, capsys, decay, option):  # noqa: F811
+    optim = ["optim.schedule=cosine", "optim.warmup_steps=10", f"optim.decay_steps={decay}"]
+    options = train_options("transformer", tmp_path / "run", f"latents={chain.latents}", "loop.steps=8", *optim)
+    assert run(*options) == 2
+    assert f"optim.warmup_steps is 10; it must be below {option}, where" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
