@@ -150,7 +150,7 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
     bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
     watch = Stopwatch()
     instruments = Instruments(writer, bar, watch, int, int)
-    reporter = Reporter(toy_job(), LoopConfig(steps=12, log_every=2), instruments, MetricAccumulator())
+    reporter = Reporter(toy_job(), LoopConfig(steps=12, log_every=2), instruments, MetricAccumulator(), {})
     for step in range(1, 13):
         now[0] += 1
         reporter.hold(step, {"loss": float(step), "parameter_norm": 1.0}, {"x": (0, 0)})

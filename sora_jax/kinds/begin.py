@@ -32,18 +32,31 @@ def given_config(
     """
     own: dict[str, Any] = {"init": dataclasses.asdict(init)} if init.weights else {}
     own |= {"freeze": freeze} if freeze else {}
+    here = as_path(workdir) / "config.json"
+    source = source_config(init) if init.weights and not here.exists() else None
     if file:
-        return run_config(dict(load(file, changes)) | own)
-    here, there = as_path(workdir) / "config.json", init.source[0] / "config.json"
+        config = run_config(dict(load(file, changes)) | own)
+        check(
+            source is None or source.kind == config.kind,
+            f"--init-from is {init.weights!r}; that run is of kind {source and source.kind!r}, and it must be "
+            f"{config.kind!r}",
+        )
+        return config
     if here.exists():
         values = to_dict(stored_config(read_json(here)))
     else:
-        check(init.weights, "--config is not given; without --init-from=RUN, or a run in --workdir, it must be")
-        check(there.exists(), f"--init-from is {init.weights!r}; there is no config.json: it must be a run folder")
-        values = {**to_dict(stored_config(read_json(there))), "init": {}, "freeze": (), "lora": {}}
+        check(source, "--config is not given; without --init-from=RUN, or a run in --workdir, it must be")
+        values = {**to_dict(source), "init": {}, "freeze": (), "lora": {}}
     kind = KINDS[values["kind"]]
     known = {name: value for name, value in (values | own).items() if name in kind.config.__dataclass_fields__}
     return override(from_dict(kind.config, known), changes, "config")
+
+
+def source_config(init: InitConfig) -> RunConfig:
+    """Read the config of the run whose weights `init` names; UserError if it is no run folder."""
+    path = init.source[0] / "config.json"
+    check(path.exists(), f"--init-from is {init.weights!r}; there is no config.json: it must be a run folder")
+    return stored_config(read_json(path))
 
 
 def begin(kind: Kind, config: RunConfig, job: Job, workdir: Path, mesh: Mesh) -> Job:
@@ -80,13 +93,7 @@ def begin(kind: Kind, config: RunConfig, job: Job, workdir: Path, mesh: Mesh) ->
 def _source_weights(kind: Kind, config: RunConfig, mesh: Mesh) -> dict:
     """Restore the weights that a run begins with, of a run of the same kind."""
     folder, which = config.init.source
-    path = folder / "config.json"
-    check(path.exists(), f"--init-from is {config.init.weights!r}; there is no config.json: it must be a run folder")
-    source = stored_config(read_json(path))
-    check(
-        source.kind == config.kind,
-        f"--init-from is {config.init.weights!r}; that run is of kind {source.kind!r}, and it must be {config.kind!r}",
-    )
+    source = source_config(config.init)
     weights, step = restore_weights(folder, kind.groups(source), kind.parts(source)[1], mesh, which, "--init-from")
     log(f"{config.kind}: begins with the averaged weights of {str(folder)!r} at step {step}")
     return weights

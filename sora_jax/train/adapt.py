@@ -110,7 +110,8 @@ def restore_weights(
 
     fixed: the specs of what the run does not train. option: names the folder where it has no checkpoint.
     """
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    choice = "--checkpoint" if option == "--workdir" else option
+    with Checkpoints(folder / "checkpoints", option=choice) as checkpoints:
         check(checkpoints.latest() is not None, f"{option} is {str(folder)!r}; it has no checkpoint yet")
         averages = checkpoints.restore_ema(abstract_ema(groups, mesh), which)[MODEL][0]
         step = checkpoints.candidates(which)[0]  # those found damaged are no longer among them

@@ -38,12 +38,13 @@ class Checkpoints:
 
     With `keep=None` it only reads, and may do so while another process trains in the same folder. The newest `keep` are
     kept, and the `best` ones with the smallest metric. Each holds a table of its arrays with shapes and digests: a
-    checkpoint that does not agree with its table is reported, and the previous one is used.
+    checkpoint that does not agree with its table is reported, and the previous one is used. option: how the user says
+    which one to read.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None, best: int = 0):
+    def __init__(self, folder: Path, keep: int | None = None, best: int = 0, option: str = "--checkpoint"):
         folder = as_path(folder)
-        self._folder, self._writes = folder, keep is not None
+        self._folder, self._writes, self._option = folder, keep is not None, option
         self._damaged: set[int] = set()
         if not is_remote(folder):
             self._folder = folder.absolute()
@@ -144,12 +145,12 @@ class Checkpoints:
             measured = [step for step in there if metrics[step]]
             check(
                 bool(measured),
-                f"--checkpoint is {BEST!r}; those in {self._folder} have no metric: train with loop.keep_best above 0",
+                f"{self._option} is {BEST!r}; those in {self._folder} have no metric: train with loop.keep_best > 0",
             )
             return sorted(measured, key=lambda step: _metric(metrics[step]))
         known = ", ".join(map(str, there))
-        check(which.isdecimal(), f"--checkpoint is {which!r}; allowed: {NEWEST}, {BEST}, or a step: {known}")
-        check(int(which) in there, f"--checkpoint is {which!r}; the whole checkpoints in {self._folder} are {known}")
+        check(which.isdecimal(), f"{self._option} is {which!r}; allowed: {NEWEST}, {BEST}, or a step: {known}")
+        check(int(which) in there, f"{self._option} is {which!r}; the whole checkpoints in {self._folder} are {known}")
         return [int(which)]
 
     def _first_whole(self, trees: dict | Callable[[dict], dict], *notes: str, which: str = NEWEST) -> dict:
