@@ -33,11 +33,11 @@ def read_saved(values):
     return values, {MODEL: Group(SPECS, optim)}
 
 
-def go(workdir, optim=OPTIM, loop=LOOP, **fields):
-    """Train the toy to `loop.steps`, as a run of this config would."""
+def go(workdir, optim=OPTIM, loop=LOOP, job=None, **fields):
+    """Train the toy to `loop.steps`, as a run of this config would; job: what happens at a step, see `toy_job`."""
     workdir.mkdir(exist_ok=True)
     config = to_dict(RunConfig(kind="toy", optim=optim, loop=loop, **fields))
-    job, mesh = toy_job(optim=optim), make_mesh(devices=jax.devices()[:1])
+    job, mesh = toy_job(job, optim=optim), make_mesh(devices=jax.devices()[:1])
     return jax.device_get(fit(job, loop, 0, mesh, workdir, config, read_saved))
 
 
@@ -122,6 +122,25 @@ def test_the_history_forgets_what_was_lost(on):
     assert [line["step"] for line in lines] == [0, 10]
     assert lines[1]["changed"]["optim.learning_rate"] == [0.1, 0.01]
     assert lines[1]["config"]["optim"]["learning_rate"] == 0.01
+
+
+def test_a_batch_that_ends_a_run_is_skipped_when_asked(tmp_path):
+    """The way out that the message offers: the bad batch changes nothing, the rest goes on."""
+    bad = {step: lambda: {"x": np.full((2, 4), np.nan, np.float32)} for step in (5, 6)}
+    train = functools.partial(go, tmp_path / "run", loop=dataclasses.replace(LOOP, save_every=1))
+    with pytest.raises(UserError, match=r"the loss of step 5 is nan; .* --config\.optim\.skip_spikes=3"):
+        train(job=bad)
+    state = train(dataclasses.replace(OPTIM, skip_spikes=3.0), job=bad)
+    assert int(state.step) == 10 and int(state.opt_state[MODEL].skipped_updates) == 2
+    assert np.isfinite(state.params[MODEL]["weight"]).all()
+    rows = read_metrics(tmp_path / "run")
+    assert [row["loss"] is None for row in rows] == [step in (5, 6) for step in range(1, 11)]
+
+
+def test_losses_that_are_never_finite_end_a_run_that_skips_them(tmp_path):
+    bad = dict.fromkeys(range(3, 20), lambda: {"x": np.full((2, 4), np.nan, np.float32)})
+    with pytest.raises(UserError, match="the loss of step 12 is nan; .*so were the 9 before it, all skipped"):
+        go(tmp_path / "run", dataclasses.replace(OPTIM, skip_spikes=3.0), dataclasses.replace(LOOP, steps=20), job=bad)
 
 
 FREE = [

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sora_jax.train.loop import Job, LoopConfig
 
 FINITE = ("loss", "parameter_norm")  # metrics that end a run where they are not finite
+SKIPS = 10  # losses in a row that may be not finite where their updates are skipped
 ADVICE = (
     "the same command ends here again: give it a smaller --config.optim.learning_rate or clip_norm, "
     "--config.optim.skip_spikes=3, another --config.batch, or another --config.seed, which draws other batches"
@@ -65,6 +66,7 @@ class Reporter:
         self._totals: dict = {}
         self._counts: dict[str, float] = {}
         self._since: float | None = None
+        self._bad_losses = 0  # in a row
 
     def hold(self, step: int, metrics: dict, batch: dict) -> None:
         """Keep what a step was dispatched with, for `read_previous`."""
@@ -90,16 +92,26 @@ class Reporter:
             self._report(step)
 
     def _check_finite(self, step: int, metrics: dict, batch: dict) -> None:
-        # A loss may be finite where its gradient is not; the norm shows that the update spoilt the parameters.
+        """Raise a UserError where the loss or the parameters are not finite.
+
+        Where spikes are skipped, such a loss has changed nothing: only SKIPS of them in a row end the run. A loss may
+        be finite where its gradient is not; the norm shows that the update spoilt the parameters.
+        """
         groups = ["", *(f"/{group}" for group in self._job.groups)]
-        for name in (name for name in (f"{what}{group}" for what in FINITE for group in groups) if name in metrics):
-            if not math.isfinite(metrics[name]):
-                save = self.instruments.newest_save()
-                where = "there is no checkpoint yet" if save is None else f"the last good checkpoint is of step {save}"
-                raise UserError(
-                    f"the {name.replace('_', ' ')} of step {step} is {metrics[name]}; clips of that batch: "
-                    f"{self._job.clip_ids(batch)}; {where}; {ADVICE}"
-                )
+        wrong = [
+            n for n in (f"{what}{group}" for what in FINITE for group in groups) if not math.isfinite(metrics.get(n, 0))
+        ]
+        self._bad_losses = self._bad_losses + 1 if wrong else 0
+        skips = any(name.startswith("skipped_updates") for name in metrics)
+        if not wrong or (skips and wrong[-1].startswith("loss") and self._bad_losses < SKIPS):
+            return
+        save = self.instruments.newest_save()
+        where = "there is no checkpoint yet" if save is None else f"the last good checkpoint is of step {save}"
+        again = f"so were the {SKIPS - 1} before it, all skipped" if skips and self._bad_losses >= SKIPS else where
+        raise UserError(
+            f"the {wrong[0].replace('_', ' ')} of step {step} is {metrics[wrong[0]]}; clips of that batch: "
+            f"{self._job.clip_ids(batch)}; {again}; {ADVICE}"
+        )
 
     def _report(self, step: int) -> None:
         assert self._since is not None  # `read_previous` sets it before
