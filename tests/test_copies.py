@@ -27,7 +27,8 @@ from sora_jax.train.step import gradients
 
 BYTES = train([], TokenizerConfig(kind="bytes", max_tokens=12))
 CLIP_IDS = [clip_id_of(f"clip-{n}") for n in range(7)]
-SMALL = ("model.depth=1", "model.latent_channels=2", "model.text.vocabulary=300", "packing.length=24", "packing.slots=3")
+SMALL = ("model.depth=1", "model.latent_channels=2", "model.text.vocabulary=300")
+SMALL += ("packing.length=24", "packing.slots=3")
 
 
 def config_of(*changes):
