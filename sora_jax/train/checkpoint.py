@@ -147,11 +147,18 @@ class Checkpoints:
         """Read `trees` and the JSON items `notes` from the first checkpoint that is whole."""
         steps = self.candidates(which)
         for i, step in enumerate(steps):
-            found, reason = self._attempt(step, trees, notes)
+            try:
+                found, reason = self._attempt(step, trees, notes)
+            except UserError:
+                if not self._moved_on(steps, which):
+                    raise
+                found, reason = {}, "it is gone"
             if distributed.all_true(not reason):
                 reason = _difference(found.get(ARRAYS), {name: found[name] for name in trees})
                 if not reason:
                     return found
+            if not distributed.all_true(not self._moved_on(steps, which)):
+                return self._first_whole(trees, *notes, which=which)
             self._set_aside(step, reason or "another process cannot read it", steps[i + 1 :])
         raise UserError(f"there is no whole checkpoint in {self._folder}" + f" that is {which!r}" * (which != NEWEST))
 
@@ -173,6 +180,13 @@ class Checkpoints:
                 message = f"checkpoint {step} in {self._folder} cannot be read: {_first_line(error)}"
                 raise _kind(error, message)(message) from error
             return {}, _first_line(error)
+
+    def _moved_on(self, steps: list[int], which: str) -> bool:
+        """Return True if other checkpoints are there by now: a run that trains has removed the one that was read."""
+        if self._writes:
+            return False
+        self._manager.reload()
+        return self.candidates(which) != steps
 
     def _has_table(self, step: int) -> bool:
         # Checkpoints of earlier versions have none. One that has lost it has lost its list of items, or is damaged.
