@@ -32,6 +32,7 @@ from typing import Any
 from sora_jax.errors import UserError
 
 REMOTE = "gs://"
+RUN_LOCK = ".lock"  # in a run folder, while a process trains there
 FLUSH_INTERVAL = 10.0  # seconds, at least, between two uploads of a mirror
 FLUSH_SHARE = 20  # a mirror spends at most 1 / FLUSH_SHARE of a run's time on uploads
 DISK_ERRORS = {  # full disks and wrong paths: mistakes that the user can mend, not bugs
@@ -152,13 +153,13 @@ def temporary_path(path: Path) -> Path:
 def _own_folder(above: Path) -> Path:
     """Create a folder below `above` for unfinished files of this process; remove folders of processes that died."""
     make_folder(above)
-    with _locked(above / ".lock"):  # no process may see a folder between its creation and its lock
+    with locked(above / ".lock"):  # no process may see a folder between its creation and its lock
         for folder in (entry for entry in above.iterdir() if entry.is_dir()):
             # A live process holds the lock of its folder until it ends, so a free lock means that it is gone.
-            with suppress(BlockingIOError), _locked(folder / ".lock", wait=False):
+            with suppress(BlockingIOError), locked(folder / ".lock", wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
         own = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=above))
-        HELD_LOCKS.append(_locked(own / ".lock"))
+        HELD_LOCKS.append(locked(own / ".lock"))
     return own
 
 
@@ -248,14 +249,15 @@ def remote_files(folder: Path) -> dict[str, int]:
 def is_empty(folder: Path) -> bool:
     """Return True if the folder is missing or empty.
 
-    The placeholder object that cloud consoles create for a folder does not count.
+    The placeholder object that cloud consoles create for a folder does not count, nor does the lock of a run.
     """
     if is_remote(folder):
         storage, root = _storage(folder)
+        spare = root.rstrip("/"), f"{root.rstrip('/')}/{RUN_LOCK}"
         with suppress(FileNotFoundError):
-            return all(name.rstrip("/") == root.rstrip("/") for name in storage.ls(root, detail=False))
+            return all(name.rstrip("/") in spare for name in storage.ls(root, detail=False))
         return True
-    return not folder.is_dir() or not any(folder.iterdir())
+    return not folder.is_dir() or all(entry.name == RUN_LOCK for entry in folder.iterdir())
 
 
 def read_together(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -322,7 +324,7 @@ def local_copy(path: Path) -> Path:
     if not copy.exists():
         with as_user_error(str(copy)):
             make_folder(copy.parent)
-            with _locked(copy.with_name(f".{copy.name}.lock")):
+            with locked(copy.with_name(f".{copy.name}.lock")):
                 if not copy.exists():  # checked again: another process may have made it before the lock was free
                     _fetch(path, copy)
     return copy
@@ -341,7 +343,7 @@ def _fetch(path: Path, copy: Path) -> None:
             raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
 
 
-def _locked(path: Path, wait: bool = True) -> io.TextIOBase:
+def locked(path: Path, wait: bool = True) -> io.TextIOBase:
     """Open a file under an exclusive lock between processes, which lasts until the file is closed.
 
     Raises:
@@ -349,7 +351,7 @@ def _locked(path: Path, wait: bool = True) -> io.TextIOBase:
     """
     import fcntl  # not at the top: there is none on Windows
 
-    file = path.open("w")
+    file = path.open("a+")  # not "w": who is refused must not empty it
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -105,6 +105,36 @@ def pair(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("what", ["ema", "state"])
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_damaged(tmp_path, monkeypatch, capsys, what):
+    """Training goes on in the moment between the list and the reading; the newest is read then."""
+    mesh = mesh_named("one device")
+
+    def save(step):
+        with Checkpoints(tmp_path, keep=1) as writing:
+            writing.save(step, state_on(mesh, step), {"step": step})
+
+    real, pending = Checkpoints._load, [6, 9]
+
+    def load(self, *arguments):
+        if pending:
+            save(pending.pop(0))
+        return real(self, *arguments)
+
+    with jax.set_mesh(mesh):
+        save(3)
+        monkeypatch.setattr(Checkpoints, "_load", load)
+        with Checkpoints(tmp_path) as reading:
+            found = reading.restore_ema(averages_on(mesh)) if what == "ema" else reading.restore(state_on(mesh))[0].ema
+            wanted = state_on(mesh, 9).ema
+            assert reading.candidates() == [9]
+        chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(wanted))
+        pending.append(12)
+        with Checkpoints(tmp_path) as reading, pytest.raises(UserError, match="'9'; the whole checkpoints .* are 12$"):
+            reading.restore_ema(averages_on(mesh), "9")
+    assert "damaged" not in capsys.readouterr().err
+
+
 def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 

@@ -1,10 +1,12 @@
 """The loop around the step: reports, stops, and what is kept when a step goes wrong."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import struct
 import time
 import types
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from fixtures_runs import chain  # noqa: F401
 from fixtures_toy import GROUPS, OPTIM, toy_job, train
+from tensorboardX.proto import event_pb2
 
 from sora_jax.data import tokenizer as tokenizers
 from sora_jax.data.latents import LatentCache
@@ -252,6 +255,37 @@ def test_a_vector_is_written_entry_by_entry_and_what_is_not_finite_as_null(tmp_p
     assert read_metrics(tmp_path) == [{"step": 3, "a/0": 1.0, "a/1": None, "b": 2.0}]
     events = list((tmp_path / "tensorboard").glob("events*"))
     assert len(events) == 1 and events[0].stat().st_size > 0
+
+
+def shown(folder) -> dict[str, list[int]]:
+    """The steps of each scalar that TensorBoard shows: a session that starts at a step drops what is there from it on.
+
+    tensorboard/backend/event_processing/event_accumulator.py, `_CheckForRestartAndMaybePurge`.
+    """
+    steps: dict[str, list[int]] = {}
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)  # then 4 bytes of its sum, the event, and 4 of its own sum
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.session_log.status == event_pb2.SessionLog.START:
+                steps = {tag: [step for step in kept if step < event.step] for tag, kept in steps.items()}
+            for value in event.summary.value:
+                steps.setdefault(value.tag, []).append(event.step)
+    return steps
+
+
+def test_tensorboard_shows_each_step_once_also_of_a_run_killed_before_its_first_save(tmp_path):
+    def die():
+        raise RuntimeError
+
+    for session, (job, save_every) in enumerate([({8: die}, 100), ({7: die}, 3), ({}, 3)]):
+        with contextlib.suppress(RuntimeError):
+            train(tmp_path, toy_job(job), steps=12, save_every=save_every)
+        (events,) = (tmp_path / "tensorboard").glob("events*")
+        events.rename(events.with_name(f"session-{session}"))  # files of one second would have one name
+    assert shown(tmp_path)["loss"] == [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 13))
 
 
 def test_the_report_of_a_denoiser_is_of_its_batches(chain):  # noqa: F811

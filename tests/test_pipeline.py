@@ -106,8 +106,7 @@ def test_sections_make_up_the_epoch(cache, section):
     wanted = sorted(cache.clip_ids[cache.indices("train")])
     epochs: dict[int, list] = {}
     for row in range(400):
-        clip_ids = stream.row(row)["clip_ids_S"]
-        epochs.setdefault(stream._epochs.epoch(row), []).extend(clip_ids[clip_ids > 0])
+        epochs.setdefault(stream._epochs.epoch(row), []).extend(cache.clip_ids[stream.clips(row)])
     assert max(epochs) >= 3
     orders = [epochs[epoch] for epoch in range(max(epochs))]
     assert all(sorted(order) == wanted for order in orders) and orders[0] != orders[1]
@@ -139,8 +138,7 @@ def test_report_counts_the_padding_of_an_epoch(cache):
 
 def test_another_split_has_other_clips(cache):
     test = batches(cache, split="test")
-    clip_ids = {clip_id for step in range(9) for clip_id in test[step]["clip_ids_BS"].ravel()} - {0}
-    assert clip_ids == set(cache.clip_ids[cache.indices("test")])
+    assert {clip for row in range(36) for clip in test.clips(row)} == set(cache.indices("test"))
 
 
 @pytest.mark.parametrize(
@@ -200,9 +198,8 @@ def test_weights_say_how_often_a_clip_comes_in_an_epoch(tmp_path):
     while epoch < 40:
         if epoch == len(counts):
             counts.append(dict.fromkeys([row["id"] for row in rows], 0))
-        pack = stream.row(row)
-        for clip_id in pack["clip_ids_S"][pack["clip_ids_S"] > 0]:
-            counts[epoch][stream.store.ids(np.flatnonzero(stream.store.clip_ids == clip_id))[0]] += 1
+        for name in stream.store.ids(stream.clips(row)):
+            counts[epoch][name] += 1
         row += 1
         epoch = stream._epochs.epoch(row)
     counts = np.array([list(each.values()) for each in counts])  # (epochs, clips)

@@ -52,8 +52,6 @@ class Planned(NamedTuple):
 class Subjects:
     """The clips of a split, each with its variants.
 
-    Copies of a clip whose weight is above 1 have one uid, so two of them in one step would get the same noise.
-
     rows: (rows,) their places in the manifest, the variants of a clip next to each other; starts: (n + 1,) where each
     clip begins; uids (n,); weights (n,).
     """

@@ -22,6 +22,8 @@ from sora_jax.data.store import ClipStore
 from sora_jax.data.tokenizer import NoText, Tokenizer
 from sora_jax.errors import UserError
 
+COPY = np.uint32(0x9E3779B9)  # between the ids of copies: odd, so that 2^32 copies have as many ids
+
 
 @dataclass(frozen=True)
 class PackReport:
@@ -81,7 +83,11 @@ class StoredItem(NamedTuple):
 
 
 class PackedBatches:
-    """Batches of packs: `batches[step]` is batch `step` (this host's rows), made by `packed_batches`."""
+    """Batches of packs: `batches[step]` is batch `step` (this host's rows), made by `packed_batches`.
+
+    A clip comes twice in a batch where its weight is above 1, or where an epoch ends and the next one begins. Further
+    copies have ids of their own there, since ids key the draws of a step: noise, times, dropout, what is given.
+    """
 
     def __init__(
         self,
@@ -150,16 +156,36 @@ class PackedBatches:
         self._prepare()
 
     def __getitem__(self, step: int) -> Batch:
-        return pack_batch([self._items(step * self.batch + row) for row in self._rows], self.config)
+        batch = pack_batch([self._items(step * self.batch + row) for row in self._rows], self.config)
+        batch["clip_ids_BS"] += self._copies(step)[self._rows] * COPY
+        return batch
 
     def row(self, row: int) -> Batch:
         """One pack: row `row` of the endless stream that all hosts share."""
-        return pack(self._items(row), self.config)
+        step, place = divmod(row, self.batch)
+        made = pack(self._items(row), self.config)
+        made["clip_ids_S"] += self._copies(step)[place] * COPY
+        return made
 
     def clips(self, row: int) -> list[int]:
         """The clips of a row, by their places in the store."""
         planned, place = self._epochs.locate(row)
         return planned.clips[planned.plan[place]].tolist()
+
+    def _copies(self, step: int) -> np.ndarray:
+        """Number the copies of each clip in a batch of all hosts, (batch, S) uint32, in the order of the stream."""
+        row, end, ids, counts = step * self.batch, (step + 1) * self.batch, [], []
+        while row < end:
+            planned, place = self._epochs.locate(row)
+            offsets = planned.plan.offsets[place : place + end - row + 1]
+            items = planned.plan.order[offsets[0] : offsets[-1]]
+            ids.append(self.store.clip_ids[planned.clips[items]])
+            counts.append(np.diff(offsets))
+            row += len(offsets) - 1
+        clips = np.concatenate(counts)
+        copies = np.zeros((self.batch, self.config.slots), np.uint32)
+        copies[np.arange(self.config.slots) < clips[:, None]] = _numbered(np.concatenate(ids))
+        return copies
 
     def _items(self, row: int) -> list[StoredItem]:
         planned, place = self._epochs.locate(row)
@@ -291,6 +317,15 @@ def packed_batches(
     return PackedBatches(
         store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section, shares
     )
+
+
+def _numbered(ids: np.ndarray) -> np.ndarray:
+    """Say of each id how often it comes before."""
+    different, which, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    numbers = np.zeros(len(ids), np.uint32)
+    if len(different) < len(ids):
+        numbers[np.argsort(which, kind="stable")] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return numbers
 
 
 def _token_counts(sizes_N3: np.ndarray, config: PackingConfig, rows: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import check_accumulation, fit, log
 from sora_jax.train.optim import check_schedule
 from sora_jax.train.run_config import RunConfig
+from sora_jax.train.run_lock import run_lock
 from sora_jax.train.state import Group
 
 # What does not change what the weights mean may change when a run goes on; a kind adds fields of its own.
@@ -33,7 +34,12 @@ def train(config: RunConfig, workdir: Path) -> None:
         UserError: the config, the data or the folder does not fit; nothing has been written then.
         Stopped: after an orderly stop.
     """
-    workdir, kind, mesh = as_path(workdir), kind_of(config), make_mesh(config.mesh)
+    with run_lock(workdir):
+        _train(config, as_path(workdir))
+
+
+def _train(config: RunConfig, workdir: Path) -> None:
+    kind, mesh = kind_of(config), make_mesh(config.mesh)
     for group in kind.groups(config).values():
         param.check_splits(group.specs, mesh)
         check_schedule(group.optim, config.loop.steps)

@@ -19,7 +19,7 @@ class Pack:
     index_BL          index of each token inside its clip, raster order
     rows_BL           row of the conditioning table that each token reads
     row_slots_BR      clip slot that each row belongs to
-    clip_ids_BS       identity of each clip, 0 = empty slot
+    clip_ids_BS       identity of each clip, which keys its draws, 0 = empty slot; copies of a clip have different ones
     labels_BS         class of each clip + 1, 0 = none
     grids_BS3         token grid (t, h, w) of each clip, 0 = empty slot
     text_BM           text token ids

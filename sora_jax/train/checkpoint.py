@@ -160,11 +160,18 @@ class Checkpoints:
         """
         steps = self.candidates(which)
         for i, step in enumerate(steps):
-            found, reason = self._attempt(step, trees, notes)
+            try:
+                found, reason = self._attempt(step, trees, notes)
+            except UserError:
+                if not self._moved_on(steps, which):
+                    raise
+                found, reason = {}, "it is gone"
             if distributed.all_true(not reason):
                 reason = _difference(found.get(ARRAYS), {x: found[x] for x in (STATE, EMA) if x in found})
                 if not reason:
                     return found
+            if not distributed.all_true(not self._moved_on(steps, which)):
+                return self._first_whole(trees, *notes, which=which)
             self._set_aside(step, reason or "another process cannot read it", steps[i + 1 :])
         raise UserError(f"there is no whole checkpoint in {self._folder}" + f" that is {which!r}" * (which != NEWEST))
 
@@ -190,6 +197,13 @@ class Checkpoints:
 
     def _resolved(self, step: int, trees: dict | Callable[[dict], dict]) -> dict:
         return trees(self._load(step, {}, (RUN,))[RUN]) if callable(trees) else trees
+
+    def _moved_on(self, steps: list[int], which: str) -> bool:
+        """Return True if other checkpoints are there by now: a run that trains has removed the one that was read."""
+        if self._writes:
+            return False
+        self._manager.reload()
+        return self.candidates(which) != steps
 
     def _has_table(self, step: int) -> bool:
         # Checkpoints of earlier versions have none. One that has lost it has lost its list of items, or is damaged.

@@ -269,6 +269,7 @@ def to_pack(times: TimesConfig, batch: dict) -> Pack:
 
 
 def _names(cache: LatentCache, clip_ids_BS: np.ndarray) -> list[str]:
+    """Name the clips of a batch. Ids of copies name none, and the first one of each clip is there, too."""
     return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])).tolist())))
 
 

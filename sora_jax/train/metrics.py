@@ -36,7 +36,8 @@ class MetricsWriter:
             folder = self._mirror.folder
             write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = stack.enter_context(open(folder / ROWS, "a", encoding="utf-8"))
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            # Also at the first step: the folder may hold events of a run that was killed before its first save.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             stack.callback(self._board.close)
             self._stack = stack.pop_all()
 
