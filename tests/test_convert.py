@@ -569,7 +569,7 @@ def test_the_published_sizes_are_told_by_their_shapes():
         zeros = jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), specs)
         names = dits.official_links(dataclasses.replace(config, depth=1))
         tensors = write_tree(names, zeros) | {f"blocks.{depth - 1}.attn.qkv.bias": np.zeros(3 * width)}
-        assert dits._infer(tensors, None, "file") == config
+        assert dits._infer(tensors, dits.DIT, None, "file") == config
 
 
 FOREIGN = [("rotary", True), ("qk_norm", True), ("step_times", False), ("patch", (2, 2, 2))]
