@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import relative_error
-from fixtures_models import Golden, dit_weights, write_folder, write_official
+from fixtures_models import PACKINGS, Golden, Images, dit_weights, write_folder, write_official
 from fixtures_runs import one_device, run
 from peers.tensors import uniform
 
@@ -25,7 +25,6 @@ from sora_jax.convert.record import read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.media import save_png
-from sora_jax.data.packing import PackingConfig, PackItem, pack, stack, unpatchify
 from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named
@@ -38,7 +37,7 @@ from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, 
 from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.first_stage import encode as encode_first_stage
 from sora_jax.models.transformer import SIZES, denoise, denoiser_specs
-from sora_jax.nn.pack import Pack, drop_captions
+from sora_jax.nn.pack import drop_captions
 from sora_jax.nn.params import abstract, count
 from sora_jax.nn.positions import sincos_table
 from sora_jax.train.checkpoint import Checkpoints
@@ -46,11 +45,6 @@ from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
 
 ROOT = Path(__file__).parents[1]
 NEAR = 2e-5
-STEPS, LABELS = np.array([0, 500, 999]), (1, 10, 4)
-PACKINGS = {  # three images side by side, each with its own padding; and in one sequence, in another order
-    "apart": ([[0], [1], [2]], PackingConfig(20, 1, 1, (1, 2, 2))),
-    "together": ([[2, 0, 1]], PackingConfig(56, 4, 4, (1, 2, 2))),
-}
 
 
 @functools.cache
@@ -372,39 +366,6 @@ def network(request, tmp_path_factory):
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, dtype="float32"))
     links = dits.official_links if request.param == "dit_official" else dits.diffusers_links
     return golden(request.param), found, links(found.config)
-
-
-class Images:
-    """Three images in packs, and the way back."""
-
-    def __init__(self, layout: str):
-        self.rows, self.config = PACKINGS[layout]
-        self.pack = self.of(np.zeros((3, 4, 8, 8), np.float32))
-        times_BR = np.ones(self.pack.row_slots_BR.shape, np.float32)
-        for b, row in enumerate(self.rows):
-            for slot, image in enumerate(row):
-                times_BR[b, np.asarray(self.pack.row_slots_BR[b]) == slot] = (STEPS[image] + 1) / 1000
-        self.times_BR = jnp.asarray(times_BR)
-
-    def of(self, images: np.ndarray) -> Pack:
-        latents = np.moveaxis(images, 1, -1)[:, None]
-        labels = [label if label < 10 else -1 for label in LABELS]
-        items = [
-            PackItem(z, np.uint32(i + 1), np.array([0]), label=label)
-            for i, (z, label) in enumerate(zip(latents, labels, strict=True))
-        ]
-        packs = stack([pack([items[i] for i in row], self.config) for row in self.rows])
-        return Pack(**{name: jnp.asarray(x) for name, x in packs.items()})
-
-    def back(self, tokens_BLP) -> np.ndarray:
-        """(B, L, P or 2 P) -> (3, C or 2 C, 8, 8): predictions, then variance values."""
-        tokens, images = np.asarray(tokens_BLP), {}
-        for b, row in enumerate(self.rows):
-            for slot, image in enumerate(row):
-                own = tokens[b][np.asarray(self.pack.segments_BL[b]) == slot + 1]
-                parts = [unpatchify(part, (1, 4, 4), (1, 2, 2))[0] for part in np.split(own, own.shape[-1] // 16, -1)]
-                images[image] = np.moveaxis(np.concatenate(parts, -1), -1, 0)
-        return np.stack([images[i] for i in range(3)])
 
 
 @pytest.mark.parametrize("layout", PACKINGS)

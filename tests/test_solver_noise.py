@@ -37,8 +37,10 @@ def variance(config, name, times, deviation, scale=1.0, **fields):
 STOCHASTIC = {
     "ddpm": (SolverConfig("ddpm"), 1),
     "ddim": (SolverConfig("ddim", eta=0.6), 1),
+    "dpm2_sde": (SolverConfig("dpm2_sde"), 2),
     "euler_sde": (SolverConfig("euler_sde"), 1),
     "heun_sde": (SolverConfig("heun_sde"), 2),
+    "heun_sde, noise first": (SolverConfig("heun_sde", noise_first=True), 1),
     "edm": (SolverConfig("edm", churn=8.0), 2),
 }
 every_stochastic = pytest.mark.parametrize("name", STOCHASTIC)

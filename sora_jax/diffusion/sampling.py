@@ -119,6 +119,6 @@ def grid_times(config: SamplingConfig, times: TimesConfig, process: Process, tok
 def _stretch(times_KBR: TimesKBR, last: float) -> TimesKBR:
     """Stretch the distances of times from 1 so that the last step begins at `last`; 0 stays."""
     # Where a shift has moved all steps to 1, a factor of 0 keeps them there.
-    length_BR = 1.0 - times_KBR[-2]
-    factor_BR = jnp.where(length_BR > 0, (1.0 - last) / jnp.where(length_BR > 0, length_BR, 1.0), 0.0)
-    return jnp.where(times_KBR > 0, 1.0 - (1.0 - times_KBR) * factor_BR, 0.0)
+    length_1BR = 1.0 - times_KBR[-2:-1]
+    factor_1BR = jnp.where(length_1BR > 0, (1.0 - last) / jnp.where(length_1BR > 0, length_1BR, 1.0), 0.0)
+    return jnp.where(times_KBR > 0, 1.0 - (1.0 - times_KBR) * factor_1BR, 0.0)
