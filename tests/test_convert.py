@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -610,6 +611,27 @@ def test_a_converted_run_samples(runs, tmp_path):
     options = ["--class=1,9", "--size=32", "--steps=3", f"--out={tmp_path / 'grid.png'}"]
     assert run("sample", f"--workdir={runs / 'dit'}", *options) == 0
     assert (tmp_path / "grid.png").exists()
+
+
+def test_the_example_of_inversion_gives_the_picture_back(runs, tmp_path):
+    """The block of docs/sampling.md, as it stands but for the run, the picture and its class."""
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    (block,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "invert" in block
+    )
+    picture = tmp_path / "picture.png"
+    save_png(picture, np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    options = [f"--weights={runs / 'dit.safetensors'}", f"--autoencoder={runs / 'kl4'}", "--heads=2"]
+    assert run("convert", "--from=sit", *options, f"--out={tmp_path / 'sit'}") == 0
+    for there, here in (("runs/sit", str(tmp_path / "sit")), ("picture.png", str(picture)), ("207", "7")):
+        assert there in block
+        block = block.replace(there, here)
+    names: dict = {}
+    with one_device():
+        exec(block, names)
+    wanted = np.asarray(names["pack"].tokens_BLP)
+    assert np.abs(names["noise_BLP"] - wanted).max() > 0.3
+    np.testing.assert_allclose(names["again_BLP"], wanted, atol=0.02 * np.abs(wanted).max())
 
 
 CONFIG = """

@@ -1,5 +1,7 @@
 """Times and keys: distributions against SciPy, published shift values, independence of the pack's layout."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -381,8 +383,8 @@ def test_bad_options_are_user_errors():
         ({"base_tokens": -1}, "times.base_tokens is -1; it must be 0 .no shift. or more"),
         ({"distribution": "steps"}, "times.base_tokens is 256; with times.distribution 'steps' it must be 0"),
         ({"shift_rule": "linear"}, "times.shift_rule is 'linear'; allowed: 'root', 'exponential', 'constant'"),
-        ({"shift_tokens": (9, 9)}, "times.shift_tokens is (9, 9); it must be two rising numbers above 0"),
-        ({"log_shifts": (0.0, math.inf)}, "times.log_shifts is (0.0, inf); its numbers must be finite"),
+        ({"shift_tokens": (9, 9)}, r"times.shift_tokens is \(9, 9\); it must be two rising numbers above 0"),
+        ({"log_shifts": (0.0, math.inf)}, r"times.log_shifts is \(0.0, inf\); its numbers must be finite"),
         ({"constant_shift": 0.0}, "times.constant_shift is 0.0; it must be above 0 and finite"),
     ):
         with pytest.raises(UserError, match=said):

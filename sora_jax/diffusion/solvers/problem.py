@@ -100,7 +100,7 @@ def clip_x0(problem: Problem, bound: float) -> Problem:
     if bound == 0:
         return problem
 
-    def denoise(x_BLP: TokensBLP, t_BR: TimesBR) -> TokensBLP:
+    def denoise(x_BLP: TokensBLP, t_BR: TimesBR) -> Array:
         y_BLP, values_BLV = evaluate(problem, x_BLP, t_BR)
         source, t_BL1 = problem.prediction_type, token_times(problem, t_BR)
         x0_BLP = convert(problem.process, source, "x0", y_BLP, x_BLP, t_BL1)
