@@ -95,13 +95,14 @@ def test_the_checkpoint_of_the_training_code_gives_its_average(weights, tmp_path
     torch = pytest.importorskip("torch", reason="needs sora_jax[text]")
     averaged = {f"module.{name}": torch.tensor(x) for name, x in weights.items()}
     averaged = {name: x.half() for name, x in averaged.items()} if half else averaged
-    args = argparse.Namespace(model="DiT-XL/2", image_size=256, global_seed=0)
+    args = argparse.Namespace(model="SiT-XL/2", image_size=256, path_type="GVP")
     trained = {"model": {name: x + 1 for name, x in averaged.items()}, "ema": averaged, "opt": {}, "args": args}
     torch.save(trained, tmp_path / "dit.pt")
     options = [f"--weights={tmp_path / 'dit.pt'}", "--heads=2", f"--out={tmp_path / 'run'}"]
     assert run("convert", "--from=dit", *options) == 0
     said = capsys.readouterr().out
     assert "the tensors of 'ema' in the checkpoint were read, and not of 'model'" in said and "'module.'" in said
+    assert "the checkpoint was trained with model=SiT-XL/2 path_type=GVP" in said  # and not as --from says
     wanted = {name: x.astype(np.float16) if half else x for name, x in weights.items()}
     assert_same(read_tensors(tmp_path / "dit.pt"), wanted)
 
@@ -155,7 +156,7 @@ def test_parts_and_variants_of_a_folder_are_taken_and_told(tmp_path, name, kind,
 
 
 def test_the_whole_precision_is_preferred_to_variants(tmp_path):
-    for number, variant in enumerate((".non_ema", ".fp16", "")):
+    for number, variant in enumerate((".ema", ".fp16", "")):
         file = tmp_path / f"{WEIGHTS}{variant}.safetensors"
         write_tensors(file, {"x": np.full(1, number, np.float32)})
         assert read_tensors(tmp_path)["x"] == number

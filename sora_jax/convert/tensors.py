@@ -24,6 +24,7 @@ NESTINGS = ("ema", "state_dict", "model", "module")
 # What DDP and training codes put before the names of a network's tensors.
 PREFIXES = ("module.", "model.", "ema.", "state_dict.")
 COMPILED = "_orig_mod."  # put by torch.compile, which may wrap a network or its blocks, before the names of its parts
+TOLD = ("model", "path_type", "prediction")  # arguments of the training codes of DiT and SiT that must fit --from
 NAMED = 3  # tensors that a sentence names
 
 
@@ -110,6 +111,10 @@ def _read_pickled(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises many types for damaged files
         reason = "it holds more than tensors, or is damaged: save its tensors (those of the EMA) as .safetensors"
         raise UserError(f"--weights is {str(path)!r}; {reason}") from error
+    args = found.get("args") if isinstance(found, Mapping) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    if told := " ".join(f"{name}={args[name]}" for name in TOLD if name in args):
+        notes.append(f"the checkpoint was trained with {told}")
     found = _without_nestings(found, notes)
     whole = isinstance(found, Mapping) and all(isinstance(x, torch.Tensor) for x in found.values())
     check(whole, f"--weights is {str(path)!r}; it must hold named tensors, alone or under {' or '.join(NESTINGS)}")
