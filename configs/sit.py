@@ -11,10 +11,9 @@ at uniformly sampled times; the rest is the recipe of DiT. As in the paper there
 evaluations: Heun on the ODE (default, 125 steps) and Euler-Maruyama on the SDE.
 
 Differences from the official code: time runs from data (0) to noise (1), as everywhere in this project; the network
-is conditioned on 1000 t, not t; and there is no unused second half of the output. In the official SDE sampler the
-diffusion coefficient "sigma" multiplies the score, with sqrt(2 sigma) dW: twice the noise of `sigma` here, where w = b
-as in the paper. Its last step follows the drift alone from t = 0.04 ("Mean"); the last step here, from t = 1 / 250,
-returns the predicted x_0 ("Tweedie").
+is conditioned on 1000 t (`model.data_times` shows it the official 1 - t, as in converted checkpoints); and there is no
+unused second half of the output. docs/dit.md has the options of the official SDE sampler; by default the last step
+here, from t = 1 / 250, returns the predicted x_0, and `auto` noise is w = b as in the paper, half of the official.
 
 The paper reports FID-50K without guidance at 400,000 steps of 57.6 (S/2), 33.0 (B/2), 18.8 (L/2) and 17.2 (XL/2),
 against 68.4, 43.5, 23.3 and 19.5 for DiT. Hardware, time and FID: not measured here.

@@ -160,13 +160,13 @@ def _convert(commands) -> None:
     )
     about = "import published weights into a run folder, or export them"
     p = base.make_parser(commands.add_parser, "convert", help=about, epilog=example)
-    about = "dit (official checkpoint), diffusers-dit or diffusers-vae (folders)"
+    about = "dit or sit (official checkpoint), diffusers-dit or diffusers-vae (folders)"
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", metavar="FORMAT", help=f"import {about}")
     way.add_argument("--to", metavar="FORMAT", help=f"export {about}")
     p.add_argument("--weights", type=as_path, help="with --from: file, or folder with config.json")
     p.add_argument("--autoencoder", type=as_path, help="with --from: run folder of the autoencoder that decodes it")
-    p.add_argument("--heads", type=int, help="with --from=dit: attention heads, if the size is none of DiT's")
+    p.add_argument("--heads", type=int, help="with --from=dit or sit: attention heads, if the size is none of DiT's")
     p.add_argument("--workdir", type=as_path, help="with --to: run folder")
     p.add_argument("--out", type=as_path, required=True, help="run folder, file or folder to write")
     p.set_defaults(function=convert)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import relative_error
-from fixtures_models import Golden, dit_weights, write_folder, write_official
+from fixtures_models import PACKINGS, Golden, Images, dit_weights, write_folder, write_official
 from fixtures_runs import one_device, run
 from peers.tensors import uniform
 
@@ -25,7 +26,6 @@ from sora_jax.convert.record import read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.media import save_png
-from sora_jax.data.packing import PackingConfig, PackItem, pack, stack, unpatchify
 from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named
@@ -38,7 +38,7 @@ from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, 
 from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.first_stage import encode as encode_first_stage
 from sora_jax.models.transformer import SIZES, denoise, denoiser_specs
-from sora_jax.nn.pack import Pack, drop_captions
+from sora_jax.nn.pack import drop_captions
 from sora_jax.nn.params import abstract, count
 from sora_jax.nn.positions import sincos_table
 from sora_jax.train.checkpoint import Checkpoints
@@ -46,11 +46,6 @@ from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
 
 ROOT = Path(__file__).parents[1]
 NEAR = 2e-5
-STEPS, LABELS = np.array([0, 500, 999]), (1, 10, 4)
-PACKINGS = {  # three images side by side, each with its own padding; and in one sequence, in another order
-    "apart": ([[0], [1], [2]], PackingConfig(20, 1, 1, (1, 2, 2))),
-    "together": ([[2, 0, 1]], PackingConfig(56, 4, 4, (1, 2, 2))),
-}
 
 
 @functools.cache
@@ -374,39 +369,6 @@ def network(request, tmp_path_factory):
     return golden(request.param), found, links(found.config)
 
 
-class Images:
-    """Three images in packs, and the way back."""
-
-    def __init__(self, layout: str):
-        self.rows, self.config = PACKINGS[layout]
-        self.pack = self.of(np.zeros((3, 4, 8, 8), np.float32))
-        times_BR = np.ones(self.pack.row_slots_BR.shape, np.float32)
-        for b, row in enumerate(self.rows):
-            for slot, image in enumerate(row):
-                times_BR[b, np.asarray(self.pack.row_slots_BR[b]) == slot] = (STEPS[image] + 1) / 1000
-        self.times_BR = jnp.asarray(times_BR)
-
-    def of(self, images: np.ndarray) -> Pack:
-        latents = np.moveaxis(images, 1, -1)[:, None]
-        labels = [label if label < 10 else -1 for label in LABELS]
-        items = [
-            PackItem(z, np.uint32(i + 1), np.array([0]), label=label)
-            for i, (z, label) in enumerate(zip(latents, labels, strict=True))
-        ]
-        packs = stack([pack([items[i] for i in row], self.config) for row in self.rows])
-        return Pack(**{name: jnp.asarray(x) for name, x in packs.items()})
-
-    def back(self, tokens_BLP) -> np.ndarray:
-        """(B, L, P or 2 P) -> (3, C or 2 C, 8, 8): predictions, then variance values."""
-        tokens, images = np.asarray(tokens_BLP), {}
-        for b, row in enumerate(self.rows):
-            for slot, image in enumerate(row):
-                own = tokens[b][np.asarray(self.pack.segments_BL[b]) == slot + 1]
-                parts = [unpatchify(part, (1, 4, 4), (1, 2, 2))[0] for part in np.split(own, own.shape[-1] // 16, -1)]
-                images[image] = np.moveaxis(np.concatenate(parts, -1), -1, 0)
-        return np.stack([images[i] for i in range(3)])
-
-
 @pytest.mark.parametrize("layout", PACKINGS)
 def test_a_forward_pass_is_that_of_the_peer(network, layout):
     wanted, found, _ = network
@@ -569,7 +531,7 @@ def test_the_published_sizes_are_told_by_their_shapes():
         zeros = jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), specs)
         names = dits.official_links(dataclasses.replace(config, depth=1))
         tensors = write_tree(names, zeros) | {f"blocks.{depth - 1}.attn.qkv.bias": np.zeros(3 * width)}
-        assert dits._infer(tensors, None, "file") == config
+        assert dits._infer(tensors, dits.DIT, None, "file") == config
 
 
 FOREIGN = [("rotary", True), ("qk_norm", True), ("step_times", False), ("patch", (2, 2, 2))]
@@ -649,6 +611,27 @@ def test_a_converted_run_samples(runs, tmp_path):
     options = ["--class=1,9", "--size=32", "--steps=3", f"--out={tmp_path / 'grid.png'}"]
     assert run("sample", f"--workdir={runs / 'dit'}", *options) == 0
     assert (tmp_path / "grid.png").exists()
+
+
+def test_the_example_of_inversion_gives_the_picture_back(runs, tmp_path):
+    """The block of docs/sampling.md, as it stands but for the run, the picture and its class."""
+    page = (ROOT / "docs" / "sampling.md").read_text()
+    (block,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "invert" in block
+    )
+    picture = tmp_path / "picture.png"
+    save_png(picture, np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    options = [f"--weights={runs / 'dit.safetensors'}", f"--autoencoder={runs / 'kl4'}", "--heads=2"]
+    assert run("convert", "--from=sit", *options, f"--out={tmp_path / 'sit'}") == 0
+    for there, here in (("runs/sit", str(tmp_path / "sit")), ("picture.png", str(picture)), ("207", "7")):
+        assert there in block
+        block = block.replace(there, here)
+    names: dict = {}
+    with one_device():
+        exec(block, names)
+    wanted = np.asarray(names["pack"].tokens_BLP)
+    assert np.abs(names["noise_BLP"] - wanted).max() > 0.3
+    np.testing.assert_allclose(names["again_BLP"], wanted, atol=0.02 * np.abs(wanted).max())
 
 
 CONFIG = """

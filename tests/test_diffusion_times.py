@@ -1,5 +1,7 @@
 """Times and keys: distributions against SciPy, published shift values, independence of the pack's layout."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -239,10 +241,21 @@ def test_exponential_shift_of_flux():
     np.testing.assert_allclose(found, np.exp(mu) / (np.exp(mu) + 1 / t - 1), rtol=1e-6)
 
 
+def test_shifts_of_ltx_and_sd3():
+    """LTX-Video: mu = 0.95 at 1024 tokens and 2.05 at 4096; SD3: alpha = 3 for all."""
+    t, tokens = np.array([0.1, 0.5, 0.9, 0.5]), np.array([1024, 4096, 2560, 5632])
+    alpha = np.exp([0.95, 2.05, 1.5, 2.6])
+    ltx = TimesConfig(shift_rule="exponential", shift_tokens=(1024, 4096), log_shifts=(0.95, 2.05))
+    sd3 = TimesConfig(shift_rule="constant", constant_shift=3.0)
+    for config, factor in ((ltx, alpha), (sd3, 3.0)):
+        found = _shift(config, jnp.asarray(t, jnp.float32), jnp.asarray(tokens, jnp.int32), linear_flow)
+        np.testing.assert_allclose(found, factor * t / (1 + (factor - 1) * t), rtol=1e-6)
+
+
 @every_process
 def test_shift_is_exact_at_both_ends_and_can_be_off(process):
     tokens = jnp.arange(0, 100_000, 37, dtype=jnp.int32)
-    for rule in ("root", "exponential"):
+    for rule in ("root", "exponential", "constant"):
         for end in (0.0, 1.0):
             t = jnp.full(tokens.shape, end)
             np.testing.assert_array_equal(_shift(TimesConfig(shift_rule=rule), t, tokens, process), t)
@@ -369,7 +382,10 @@ def test_bad_options_are_user_errors():
         ({"mode_scale": 2.0}, "times.mode_scale is 2.0; it must be from -1 to 1.7519"),
         ({"base_tokens": -1}, "times.base_tokens is -1; it must be 0 .no shift. or more"),
         ({"distribution": "steps"}, "times.base_tokens is 256; with times.distribution 'steps' it must be 0"),
-        ({"shift_rule": "linear"}, "times.shift_rule is 'linear'; allowed: 'root', 'exponential'"),
+        ({"shift_rule": "linear"}, "times.shift_rule is 'linear'; allowed: 'root', 'exponential', 'constant'"),
+        ({"shift_tokens": (9, 9)}, r"times.shift_tokens is \(9, 9\); it must be two rising numbers above 0"),
+        ({"log_shifts": (0.0, math.inf)}, r"times.log_shifts is \(0.0, inf\); its numbers must be finite"),
+        ({"constant_shift": 0.0}, "times.constant_shift is 0.0; it must be above 0 and finite"),
     ):
         with pytest.raises(UserError, match=said):
             TimesConfig(**options)

@@ -150,7 +150,7 @@ def test_python_names_what_there_is(source):
     tree, names = ast.parse(source), {}
     for node in tree.body:
         if isinstance(node, ast.Import):
-            names |= {alias.name: importlib.import_module(alias.name) for alias in node.names}
+            names |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             names |= {alias.name: getattr(importlib.import_module(node.module), alias.name) for alias in node.names}
     assert "sora_jax" in names

@@ -10,12 +10,12 @@ from fixtures_diffusion import quick_jit
 from peers.solver_cases import CASES, GOLDENS, network
 
 from sora_jax.diffusion.process import process_named
-from sora_jax.diffusion.solvers import Problem, solve
-from sora_jax.diffusion.spacing import base_times
-from sora_jax.diffusion.times import TimesConfig, sampling_times
+from sora_jax.diffusion.sampling import SamplingConfig, grid_times
+from sora_jax.diffusion.solvers import Problem, clip_x0, solve
+from sora_jax.diffusion.times import TimesConfig
 
 SEEN = []
-_sampling_times = quick_jit(sampling_times, static_argnums=(0, 3))
+_grid_times = quick_jit(grid_times, static_argnums=(0, 1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +25,15 @@ def goldens():
 
 
 def times_of(case):
-    """Our grid, shifted by the size of a clip: the case's own by FLUX's rule, or one that gives the case's factor."""
-    config = TimesConfig(base_tokens=100, shift_rule="exponential" if case.tokens else "root")
+    """Our grid, shifted by the size of a clip: the case's own, or one that gives the case's factor."""
+    config = case.times or TimesConfig(base_tokens=100, shift_rule="exponential" if case.tokens else "root")
     tokens_BR = jnp.full((1, 1), case.tokens or round(config.base_tokens * case.shift**2), jnp.int32)
-    base_K = jnp.asarray(base_times(case.process, case.steps, case.spacing), jnp.float32)
-    return _sampling_times(config, base_K, tokens_BR, process_named(case.process))
+    sampling = SamplingConfig(str(case.steps), case.spacing, last_time=case.last_time)
+    return _grid_times(sampling, config, process_named(case.process), tokens_BR)
 
 
-@functools.partial(quick_jit, static_argnums=(0, 1, 2, 3))
-def end_of(solver, process, prediction_type, variance, inputs, times_KBR):
+@functools.partial(quick_jit, static_argnums=(0, 1, 2, 3, 4))
+def end_of(solver, process, prediction_type, variance, bound, inputs, times_KBR):
     """The end of a trajectory; the states at which the model is evaluated are appended to SEEN."""
 
     def denoise(x_BLP, t_BR):
@@ -43,14 +43,15 @@ def end_of(solver, process, prediction_type, variance, inputs, times_KBR):
     rows_BL = jnp.zeros(inputs["start"].shape[:2], jnp.int32)
     noise = lambda step: inputs["draws"][step]  # noqa: E731
     problem = Problem(denoise, prediction_type, process_named(process), rows_BL, noise, variance)
-    return solve(solver, problem, inputs["start"], times_KBR)
+    return solve(solver, clip_x0(problem, bound), inputs["start"], times_KBR)
 
 
 def states(case, inputs):
     """What our solver lets the model see, step by step, and the end."""
     SEEN.clear()
     inputs = {name: jnp.asarray(inputs[name]) for name in ("start", "draws", "token", "time", "out")}
-    end = end_of(case.solver, case.process, case.prediction_type, case.variance, inputs, times_of(case))
+    fixed = case.solver, case.process, case.prediction_type, case.variance, case.clip_x0
+    end = end_of(*fixed, inputs, times_of(case))
     jax.effects_barrier()
     return np.stack([*SEEN, end])
 

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sora_jax.diffusion.prediction import FORMS, from_x0_and_eps
 from sora_jax.diffusion.process import edm, linear_flow, process_named
+from sora_jax.diffusion.sampling import SamplingConfig, sample
 from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, evaluations, is_stochastic, solve
-from sora_jax.diffusion.times import per_token
+from sora_jax.diffusion.times import TimesConfig, per_token
 from sora_jax.errors import UserError
 
 # Every solver, and again with the options that make it draw.
@@ -166,6 +167,27 @@ def test_meshes_agree(config):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["euler", "ddpm", "dpm3", "unipc", "heun_sde", "dpm2_sde", "edm"])
+def test_clipping_holds_every_solver_to_the_bound(name):
+    """A model whose x_0 is beyond it by far, and learns its variance; what lies inside is not changed."""
+
+    def ends(size, bound):
+        def denoise(x_BLP, t_BR):
+            t_BL1 = per_token(t_BR, one_row(4))[:, :, None]
+            clean_BLP = jnp.broadcast_to(size * jnp.linspace(-1.0, 1.0, 4)[None, :, None], x_BLP.shape)
+            y_BLP = (x_BLP - clean_BLP) / t_BL1  # the velocity of the linear flow
+            return jnp.concatenate([y_BLP, x_BLP], axis=-1)
+
+        problem = Problem(denoise, "velocity", linear_flow, one_row(4), drawn((1, 4, 2)))
+        config = SamplingConfig("6", solver=SolverConfig(name), clip_x0=bound)
+        times, tokens_BR = TimesConfig(base_tokens=0), jnp.ones((1, 1), jnp.int32)
+        return np.asarray(quick_jit(lambda eps: sample(config, times, problem, eps, tokens_BR))(normal((1, 4, 2))))
+
+    wanted = np.clip(5.0 * np.linspace(-1, 1, 4), -0.5, 0.5)[None, :, None]
+    np.testing.assert_allclose(ends(5.0, 0.5), np.broadcast_to(wanted, (1, 4, 2)), atol=1e-5)
+    np.testing.assert_allclose(ends(0.4, 0.5), ends(0.4, 0.0), atol=1e-5)
+
+
 def test_ddim_is_euler_in_sigma():
     """Karras et al. write DDIM as Euler's method for x in sigma, where a = 1."""
     x_BLP = 3.0 * normal((1, 9, 2))
@@ -196,6 +218,8 @@ def test_a_model_that_learns_its_variance_is_solved_by_its_first_half():
         (lambda: SolverConfig("rk5"), "solver is 'rk5'; allowed: 'euler', 'heun', 'midpoint', 'rk4', 'ddpm', .*"),
         (lambda: SolverConfig("ddim", eta=1.5), "solver.eta is 1.5; it must be from 0 to 1"),
         (lambda: SolverConfig(coefficient="cubic"), "solver.coefficient is 'cubic'; allowed: 'sigma', .*"),
+        (lambda: SolverConfig(last_step="none"), "solver.last_step is 'none'; allowed: 'tweedie', 'mean', 'euler'"),
+        (lambda: SolverConfig(coefficient_scale=-1.0), "solver.coefficient_scale is -1.0; it must be 0 or more"),
         (lambda: SolverConfig(churn=-1.0), "solver.churn is -1.0; it must be 0 or more, and finite"),
         (lambda: SolverConfig("ddpm", variance="learned"), "solver.variance is 'learned'; allowed: 'lower', 'upper'"),
         (

@@ -76,6 +76,49 @@ def test_respacing_keeps_whole_strides_and_sections():
     assert respaced_steps("1,1,2", 10) == [0, 4, 7, 9]
 
 
+def test_the_grid_of_stable_diffusion_is_one_step_later():
+    """steps_offset=1 of its published schedulers: 50 steps from 981 down to 1."""
+    np.testing.assert_allclose(base_times("vp_scaled_linear", 50, "leading_1")[:-1] * 1000 - 1, np.arange(981, 0, -20))
+
+
+def test_the_grid_of_sd3_ends_at_its_shifted_least_time():
+    times = base_times("linear_flow", 28, "sd3")
+    np.testing.assert_allclose(times, [*np.linspace(1, 3 * 0.001 / (1 + 2 * 0.001), 28), 0])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0])
+def test_a_grid_is_stretched_to_the_time_of_its_last_step(alpha):
+    """After the shift: distances from 1 keep their ratios, and the end stays at 0."""
+    times, tokens_BR = TimesConfig(shift_rule="constant", constant_shift=alpha), jnp.array([[9]])
+    plain, stretched = (
+        grid_times(SamplingConfig("10", last_time=last), times, process_named("linear_flow"), tokens_BR)[:, 0, 0]
+        for last in (0.0, 0.04)
+    )
+    assert stretched[0] == 1 and stretched[-1] == 0 and abs(stretched[-2] - 0.04) < 1e-6
+    np.testing.assert_allclose((1 - stretched[:-1]) / 0.96, (1 - plain[:-1]) / (1 - plain[-2]), atol=1e-6)
+
+
+def test_a_last_time_of_steps_that_are_all_at_noise_leaves_them_there():
+    """A shift so large that a process with some signal at t = 1 has no other time for any step."""
+    config, times = SamplingConfig("4", last_time=0.1), TimesConfig(shift_rule="constant", constant_shift=1e6)
+    found = grid_times(config, times, process_named("vp_scaled_linear"), jnp.array([[9]]))[:, 0, 0]
+    np.testing.assert_array_equal(found, [1, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"last_time": 1.0}, "sampling.last_time is 1.0; it must be from 0"),
+        ({"last_time": 0.1, "steps": "1"}, "sampling.last_time is 0.1; with one step, or the spacing 'times', it must"),
+        ({"last_time": 0.1, "steps": "1,0.5", "spacing": "times"}, "or the spacing 'times', it must be 0"),
+        ({"clip_x0": -1.0}, "sampling.clip_x0 is -1.0; it must be 0"),
+    ],
+)
+def test_ends_and_bounds_that_cannot_be_are_told(options, message):
+    with pytest.raises(UserError, match=message):
+        SamplingConfig(**options)
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_karras_levels_are_even_in_their_seventh_root(name):
     times = base_times(name, 12, "karras")
@@ -105,6 +148,7 @@ def test_karras_levels_of_edm_are_even_in_time():
         (10, "cubic", "spacing is 'cubic'; allowed: 'even', 'respaced', .*"),
         (0, "even", "steps is 0; it must be a whole number of 1 or more"),
         ("ddim50", "even", "steps is 'ddim50'; it must be a whole number of 1 or more"),
+        (1000, "leading_1", "steps is 1000; it must be a whole number from 1 to 999"),
         (1001, "trailing", "steps is 1001; it must be a whole number from 1 to 1000"),
         ("10,x", "respaced", "steps is 'x'; it must be a whole number from 1 to 500"),
         ("ddim300", "respaced", "no whole stride keeps 300 of 1000"),
@@ -116,7 +160,10 @@ def test_mistakes_are_told(steps, spacing, message):
         base_times("vp", steps, spacing)
     with pytest.raises(UserError, match=message):
         count_steps(steps, spacing)
-    with pytest.raises(UserError, match=message.replace("is 0;", "is '0';").replace("is 1001", "is '1001'")):
+    with pytest.raises(
+        UserError,
+        match=message.replace("is 0;", "is '0';").replace("is 1001", "is '1001'").replace("is 1000;", "is '1000';"),
+    ):
         SamplingConfig(str(steps), spacing)
 
 

@@ -1,5 +1,6 @@
 """Convert published weights to a run folder and back: `sora-jax convert`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,15 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose, read_json, to_dict
 from sora_jax.convert.adapted import merged_weights, write_lora
-from sora_jax.convert.dit import Network, read_diffusers, read_dit, write_diffusers, write_dit
+from sora_jax.convert.dit import (
+    Network,
+    read_diffusers,
+    read_dit,
+    read_sit,
+    write_diffusers,
+    write_dit,
+    write_sit,
+)
 from sora_jax.convert.vae import read_vae, write_vae
 from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
@@ -36,6 +45,17 @@ from sora_jax.train.state import Group, TrainState, make_optimizers
 FACTOR = 8  # pixels to a latent position of the autoencoder that DiT was trained with
 SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)  # classes of the preview, as in configs/dit.py
 
+# The recipes of the papers, as in configs/dit.py and configs/sit.py.
+DIT_RECIPE = (
+    DiffusionConfig("vp_linear", "eps", TimesConfig("steps", base_tokens=0)),
+    SamplingConfig("250", "respaced", SolverConfig("ddpm")),
+)
+SIT_RECIPE = (
+    DiffusionConfig("linear_flow", "velocity", TimesConfig("uniform", base_tokens=0)),
+    SamplingConfig("125", "even", SolverConfig("heun")),
+)
+Recipe = tuple[DiffusionConfig, SamplingConfig]
+
 
 def convert_from(
     kind: str, weights: Path, out: Path, autoencoder: Path | None = None, heads: int | None = None
@@ -43,14 +63,14 @@ def convert_from(
     """Write the run folder `out` from published weights, with a checkpoint at step 0; return notes for the user.
 
     Args:
-        kind: "dit", "diffusers-dit" or "diffusers-vae".
+        kind: "dit", "sit", "diffusers-dit" or "diffusers-vae".
         weights: file or folder of the weights.
         out: a new or empty folder.
-        autoencoder: the run whose frozen autoencoder the DiT decodes with; it is copied into `out`.
-        heads: attention heads of a "dit" whose depth and width are not those of a published size.
+        autoencoder: the run whose frozen autoencoder the denoiser decodes with; it is copied into `out`.
+        heads: attention heads of a "dit" or "sit" whose depth and width are not those of a published size.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape, or options do not fit the kind.
+        UserError: a tensor is missing, unknown, not finite or of another shape, or options do not fit the kind.
     """
     read = choose("--from", kind, READERS)
     out = as_path(out)
@@ -59,7 +79,7 @@ def convert_from(
         autoencoder is None or kind != VAE,
         f"--autoencoder is {str(autoencoder)!r}; with --from={VAE} it must not be given",
     )
-    check(heads is None or kind == OFFICIAL, f"--heads is {heads}; with --from={kind} it must not be given")
+    check(heads is None or kind in OFFICIAL, f"--heads is {heads}; with --from={kind} it must not be given")
     check(heads is None or heads > 0, f"--heads is {heads}; it must be positive")
     return read(as_path(weights), out, autoencoder, heads)
 
@@ -74,12 +94,13 @@ def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
 
 
 def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
-    vae = read_vae(_model_folder(weights, "vae"))
+    notes: list[str] = []
+    vae = read_vae(_model_folder(weights, "vae"), notes)
     assert isinstance(vae.config, KLConfig | WanConfig)  # `read_vae` reads no other
     config = autoencoder_run(vae.config)
     _save_run(out, config, vae.params, autoencoder_groups(config))
     save_autoencoder(vae, out / FOLDER, {"steps": 0, "held_out_psnr": None})
-    return [f"latents are normalised by mean {vae.mean_C.tolist()} and deviation {vae.std_C.tolist()}"]
+    return [*notes, f"latents are normalised by mean {vae.mean_C.tolist()} and deviation {vae.std_C.tolist()}"]
 
 
 def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:
@@ -87,7 +108,8 @@ def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path |
     if autoencoder is not None:
         first_stage = autoencoder_config(autoencoder)
         factor, channels = first_stage.space_factor, first_stage.latent_channels
-    network: Network = read(weights, heads)
+    notes: list[str] = []
+    network: Network = read(weights, heads, notes)
     found = network.config.latent_channels
     check(
         channels in (None, found),
@@ -95,7 +117,7 @@ def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path |
     )
     config = denoiser_run(network, factor)
     _save_run(out, config, network.params, denoiser_groups(config))
-    notes = [
+    notes += [
         "the position table is not stored: it is computed",
         f"it samples images of {network.side * factor} x {network.side * factor} pixels",
     ]
@@ -106,23 +128,26 @@ def _read_denoiser(read: Callable, weights: Path, out: Path, autoencoder: Path |
 
 
 def denoiser_run(network: Network, factor: int = FACTOR) -> DenoiserRun:
-    """Return the config that trains a DiT at its own image size by the recipe of the paper, as configs/dit.py does.
+    """Return the config that trains a network at its own image size by the recipe of its paper.
 
-    `factor` is the number of pixels to a latent position.
+    It is that of configs/sit.py if the network is shown the times of SiT, else that of configs/dit.py. `factor` is the
+    number of pixels to a latent position.
     """
     model, side = network.config, network.side
-    channels = min(3, model.latent_channels)  # the official code guides only the first three channels
+    diffusion, sampling = SIT_RECIPE if model.data_times else DIT_RECIPE
+    # The official codes guide only the first three channels.
+    sampling = dataclasses.replace(sampling, guidance=GuidanceConfig(4.0, min(3, model.latent_channels)))
     return DenoiserRun(
         batch=256,
         model=model,
         packing=PackingConfig(length=(side // model.patch[1]) ** 2, slots=1),
-        diffusion=DiffusionConfig("vp_linear", "eps", TimesConfig("steps", base_tokens=0), caption_dropout=0.1),
+        diffusion=diffusion,
         optim=OptimConfig(warmup_steps=0, clip_norm=0.0, b2=0.999, ema=(0.9999,), ema_warmup=False),
         loop=LoopConfig(steps=400_000, log_every=100, save_every=5000),
         preview=PreviewConfig(
             classes=tuple(c for c in SHOWN if c < model.classes), sizes=((1, side * factor, side * factor),)
         ),
-        sampling=SamplingConfig("250", "respaced", SolverConfig("ddpm"), GuidanceConfig(4.0, channels)),
+        sampling=sampling,
     )
 
 
@@ -165,7 +190,7 @@ def _write_autoencoder(workdir: Path, out: Path) -> list[str]:
     return []
 
 
-def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
+def _write_denoiser(write: Callable, recipe: Recipe, workdir: Path, out: Path) -> list[str]:
     config, params = merged_weights(workdir)
     if not isinstance(config.model, TransformerConfig):
         raise UserError(f"config.model.name is {config.model.name!r}; for this format it must be 'transformer'")
@@ -176,11 +201,11 @@ def _write_denoiser(write: Callable, workdir: Path, out: Path) -> list[str]:
         f"config.preview.sizes is {config.preview.sizes}; the first must be that of a square image, for which the "
         "format has a position table",
     )
-    process, prediction = config.diffusion.process, config.diffusion.prediction
+    found, wanted = config.diffusion, recipe[0]
     check(
-        (process, prediction) == ("vp_linear", "eps"),
-        f"config.diffusion.process is {process!r} and prediction {prediction!r}; for this format they must be "
-        "'vp_linear' and 'eps'",
+        (found.process, found.prediction) == (wanted.process, wanted.prediction),
+        f"config.diffusion.process is {found.process!r} and prediction {found.prediction!r}; for this format they must "
+        f"be {wanted.process!r} and {wanted.prediction!r}",
     )
     write(Network(config.model, params, height // factor), out)
     return [f"the EMA of decay {config.optim.ema[0]} was written"]
@@ -198,19 +223,23 @@ def _write_run(workdir: Path, out: Path) -> list[str]:
     return [f"the EMA of decay {config.optim.ema[0]} was written, with step 0"]
 
 
-OFFICIAL = "dit"
+OFFICIAL = ("dit", "sit")
 FOLDERS = "diffusers-dit"
 VAE = "diffusers-vae"
 LORA = "diffusers-lora"
 RUN = "run"
 READERS: dict[str, Callable] = {
-    OFFICIAL: functools.partial(_read_denoiser, read_dit),
-    FOLDERS: functools.partial(_read_denoiser, lambda path, heads: read_diffusers(_model_folder(path, "transformer"))),
+    "dit": functools.partial(_read_denoiser, read_dit),
+    "sit": functools.partial(_read_denoiser, read_sit),
+    FOLDERS: functools.partial(
+        _read_denoiser, lambda path, heads, notes: read_diffusers(_model_folder(path, "transformer"), notes)
+    ),
     VAE: _read_autoencoder,
 }
 WRITERS: dict[str, Callable] = {
-    OFFICIAL: functools.partial(_write_denoiser, write_dit),
-    FOLDERS: functools.partial(_write_denoiser, write_diffusers),
+    "dit": functools.partial(_write_denoiser, write_dit, DIT_RECIPE),
+    "sit": functools.partial(_write_denoiser, write_sit, SIT_RECIPE),
+    FOLDERS: functools.partial(_write_denoiser, write_diffusers, DIT_RECIPE),
     VAE: _write_autoencoder,
     LORA: write_lora,
     RUN: _write_run,

@@ -1,8 +1,13 @@
-"""Convert DiT's weights from and to its official checkpoint and diffusers' DiTTransformer2DModel.
+"""Convert the weights of DiT and SiT from and to their official checkpoints, DiT's also to diffusers' folders.
 
-Both formats hold the same network, but diffusers computes with it differently in two places. Its time features have the
-frequencies 10000^(-i/127), those of the official code and of this package 10000^(-i/128). Its norm before the MLP takes
-`norm_eps` of config.json, 1e-5 in the published folder, whereas the weights were trained with 1e-6, as used here.
+SiT (2401.08740, `willisma/SiT`) has DiT's tensors. Its time s runs from noise to data, and it predicts dx/ds; here
+t = 1 - s, so the network is shown 1 - t (`data_times`) and its last layer is negated: dx/dt = -dx/ds. By default SiT
+has the output of a learned variance, which it does not use: that half is left out.
+
+Both formats of DiT hold the same network, but diffusers computes with it differently in two places. Its time features
+have the frequencies 10000^(-i/127), those of the official code and of this package 10000^(-i/128). Its norm before the
+MLP takes `norm_eps` of config.json, 1e-5 in the published folder, whereas the weights were trained with 1e-6, as used
+here.
 """
 
 import dataclasses
@@ -10,6 +15,7 @@ import math
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check
@@ -31,14 +37,18 @@ DIT = TransformerConfig(
     step_times=True,
     joint_qkv_init=True,
 )
-# Fields that the formats leave open; in all others a model must equal DIT.
+SIT = dataclasses.replace(DIT, learned_variance=False, step_times=False, data_times=True)
+# Fields that the formats leave open; in all others a model must equal DIT or SIT.
 OPEN = (
     "depth", "width", "heads", "mlp_ratio", "patch", "latent_channels", "classes", "learned_variance",
     "joint_qkv_init", "attention", "remat", "unroll", "dtype",
 )  # fmt: skip
+EMBEDDER = "x_embedder.proj.weight"
 POSITIONS = "pos_embed"
 TABLE = "pos_embed.pos_embed"  # in folders of older versions of diffusers
+HEAD = "final_layer.linear"
 POSITION_ERROR = 1e-5  # largest difference of a stored position table from the computed one: float32 rounding
+HALVES = (jnp.bfloat16, jnp.float16)
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 FIXED = {
     "activation_fn": "gelu-approximate",
@@ -50,18 +60,45 @@ FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Hold a DiT."""
+    """Hold a DiT or SiT."""
 
     config: TransformerConfig
     params: dict
     side: int  # height and width of the latents that its position table is for
 
 
-def read_dit(path: Path, heads: int | None = None) -> Network:
-    """Read an official checkpoint; `heads` is needed if depth and width are not those of a published size."""
-    source = str(path)
-    tensors = read_tensors(path)
-    config = _infer(tensors, heads, source)
+def read_dit(path: Path, heads: int | None = None, notes: list[str] | None = None) -> Network:
+    """Read an official checkpoint; `heads` is needed if depth and width are not those of a published size.
+
+    notes: gets sentences for the user, see `read_tensors`.
+    """
+    return _read_official(read_tensors(path, notes), DIT, heads, str(path))
+
+
+def read_sit(path: Path, heads: int | None = None, notes: list[str] | None = None) -> Network:
+    """Read an official checkpoint of SiT, as `read_dit` reads one of DiT."""
+    tensors, source = read_tensors(path, notes), str(path)
+    config = _infer(tensors, DIT, heads, source)
+    if config.learned_variance:
+        if notes is not None:
+            notes.append("the second half of the output was left out: SiT does not use it")
+        tensors = {name: _first_half(x, config) if name.startswith(f"{HEAD}.") else x for name, x in tensors.items()}
+    return _read_official(_with_head_negated(tensors), SIT, heads, source)
+
+
+def _first_half(x: np.ndarray, config: TransformerConfig) -> np.ndarray:
+    """Return the rows of a tensor of the last layer, which run (place, half, channel), that are of the first half."""
+    places, channels = config.patch[1] ** 2, config.latent_channels
+    fits = len(x) == 2 * places * channels  # `read_tree` names a tensor of another shape
+    return x.reshape(places, 2, channels, -1)[:, 0].reshape(-1, *x.shape[1:]) if fits else x
+
+
+def _with_head_negated(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: -x if name.startswith(f"{HEAD}.") else x for name, x in tensors.items()}
+
+
+def _read_official(tensors: dict[str, np.ndarray], base: TransformerConfig, heads: int | None, source: str) -> Network:
+    config = _infer(tensors, base, heads, source)
     tokens = tensors[POSITIONS].size // config.width if POSITIONS in tensors else 0
     grid = math.isqrt(tokens)
     check(
@@ -75,22 +112,35 @@ def read_dit(path: Path, heads: int | None = None) -> Network:
 
 def write_dit(network: Network, path: Path) -> None:
     """Write a safetensors file with the names of the official checkpoint, including the position table."""
+    write_tensors(path, _official_tensors(network, path, DIT, "dit"))
+
+
+def write_sit(network: Network, path: Path) -> None:
+    """Write a safetensors file as `write_dit` does, for SiT with learn_sigma=False."""
+    write_tensors(path, _with_head_negated(_official_tensors(network, path, SIT, "sit")))
+
+
+def _official_tensors(network: Network, path: Path, base: TransformerConfig, kind: str) -> dict[str, np.ndarray]:
     config = network.config
-    check(as_path(path).suffix == ".safetensors", f"--out is {str(path)!r}; for --to=dit it must end in .safetensors")
-    _check_fits(config, "dit")
+    suffix = as_path(path).suffix
+    check(suffix == ".safetensors", f"--out is {str(path)!r}; for --to={kind} it must end in .safetensors")
+    _check_fits(config, base, kind)
     table = position_table(config.width, network.side // config.patch[1])
-    write_tensors(path, {POSITIONS: table[None]} | write_tree(official_links(config), network.params))
+    return {POSITIONS: table[None]} | write_tree(official_links(config), network.params)
 
 
-def read_diffusers(folder: Path) -> Network:
-    """Read a folder of diffusers. Each of its blocks stores a copy of the embeddings; they must be equal."""
+def read_diffusers(folder: Path, notes: list[str] | None = None) -> Network:
+    """Read a folder of diffusers. Each of its blocks stores a copy of the embeddings; they must be equal.
+
+    notes: gets sentences for the user, see `read_tensors`.
+    """
     source = str(folder)
     record = read_record(as_path(folder) / "config.json")
     config = _from_record(record)
     side = record.whole("sample_size", 32)
     patch = config.patch[1]
     record.require(side % patch == 0, "sample_size", f"a multiple of patch_size = {patch}")
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, notes)
     if TABLE in tensors:
         _check_positions(TABLE, tensors.pop(TABLE), config.width, side // patch, source)
     tensors = _without_copies(tensors, config.depth, source)
@@ -101,7 +151,7 @@ def read_diffusers(folder: Path) -> Network:
 def write_diffusers(network: Network, folder: Path) -> None:
     """Write config.json and weights as diffusers reads them."""
     config = network.config
-    _check_fits(config, "diffusers-dit")
+    _check_fits(config, DIT, "diffusers-dit")
     ratio = config.mlp_ratio
     check(ratio == 4, f"config.model.mlp_ratio is {ratio}; for the format 'diffusers-dit' it must be 4")
     channels = config.latent_channels
@@ -142,23 +192,31 @@ def _check_positions(name: str, found: np.ndarray, width: int, grid: int, source
     # The table is dropped and computed again, so it must be the fixed one and not learned.
     error = np.abs(found.reshape(grid**2, width) - position_table(width, grid)).max()
     check(
-        bool(error < POSITION_ERROR),
+        bool(error < POSITION_ERROR + _rounding(found)),
         f"{name} of {source!r} differs by {error:.2g} from DiT's position table; learned tables are not supported",
     )
 
 
-def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> TransformerConfig:
-    """Infer the config from the shapes of an official checkpoint."""
+def _rounding(table: np.ndarray) -> float:
+    """Return the largest error, in [-1, 1], of the half precision that can hold these float32 values; 0 for none."""
+    held = [dtype for dtype in HALVES if np.array_equal(table, table.astype(dtype).astype(np.float32))]
+    return float(jnp.finfo(held[0]).eps) / 4 if held else 0.0
+
+
+def _infer(
+    tensors: dict[str, np.ndarray], base: TransformerConfig, heads: int | None, source: str
+) -> TransformerConfig:
+    """Infer the config from the shapes of an official checkpoint; the rest is that of `base`."""
     shapes = {name: x.shape for name, x in tensors.items()}
     needed = {
-        "x_embedder.proj.weight": 4,
+        EMBEDDER: 4,
         "y_embedder.embedding_table.weight": 2,
         "blocks.0.mlp.fc1.weight": 2,
         "final_layer.linear.weight": 2,
     }
     missing = [name for name, axes in needed.items() if len(shapes.get(name, ())) != axes]
-    check(not missing, f"{source!r} is no checkpoint of DiT; missing or of another shape: {', '.join(missing)}")
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    check(not missing, f"{source!r} is no checkpoint of DiT or SiT; missing or of another shape: {', '.join(missing)}")
+    width, channels, patch, _ = shapes[EMBEDDER]
     depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if m)
     known = {(d, w): n for d, w, n in SIZES.values()}.get((depth, width))
     check(
@@ -167,7 +225,7 @@ def _infer(tensors: dict[str, np.ndarray], heads: int | None, source: str) -> Tr
         f"sizes, and shapes do not determine the number of attention heads",
     )
     return dataclasses.replace(
-        DIT,
+        base,
         depth=depth,
         width=width,
         heads=heads or known or 0,
@@ -201,9 +259,9 @@ def _from_record(record: Record) -> TransformerConfig:
     )
 
 
-def _check_fits(config: TransformerConfig, kind: str) -> None:
+def _check_fits(config: TransformerConfig, base: TransformerConfig, kind: str) -> None:
     for field in dataclasses.fields(TransformerConfig):
-        found, wanted = (getattr(c, field.name) for c in (config, DIT))
+        found, wanted = (getattr(c, field.name) for c in (config, base))
         check(
             field.name in OPEN or found == wanted,
             f"config.model.{field.name} is {found!r}; for the format {kind!r} it must be {wanted!r}",

@@ -28,8 +28,8 @@ BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoder
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_vae(folder: Path) -> FrozenAutoencoder:
-    """Read a folder; latents are normalised by the statistics in its config.json.
+def read_vae(folder: Path, notes: list[str] | None = None) -> FrozenAutoencoder:
+    """Read a folder; latents are normalised by the statistics in its config.json. notes: see `read_tensors`.
 
     Raises:
         UserError: the architecture is neither that of `KLConfig` nor of `WanConfig`, or tensors do not fit.
@@ -38,7 +38,7 @@ def read_vae(folder: Path) -> FrozenAutoencoder:
     name = record.known("_class_name", (CLASS, wan.CLASS), CLASS)
     config: KLConfig | WanConfig = wan.read_config(record) if name == wan.CLASS else _config(record)
     mean, std = (wan.read_statistics if name == wan.CLASS else _latents)(record, config.latent_channels)
-    tensors = {_new_name(name): x for name, x in read_tensors(folder).items()}
+    tensors = {_new_name(name): x for name, x in read_tensors(folder, notes).items()}
     params = read_tree(links(config), autoencoder_specs(config), tensors, str(folder))
     return FrozenAutoencoder(config, params, mean, std)
 

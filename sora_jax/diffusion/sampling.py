@@ -1,5 +1,6 @@
 """From noise to data: a grid of times, a solver and a guidance rule, put together."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +14,7 @@ from sora_jax.diffusion.given import Given, limit_times, start
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.process import Process, initial
 from sora_jax.diffusion.replacement import solve_replacing
-from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, solve
+from sora_jax.diffusion.solvers import SOLVERS, Problem, SolverConfig, clip_x0, solve
 from sora_jax.diffusion.spacing import base_times, count_steps
 from sora_jax.diffusion.times import TimesConfig, per_token, sampling_times
 from sora_jax.shapes import TimesKBR, TokensBLP
@@ -35,9 +36,20 @@ class SamplingConfig:
     condition: str = "clean"
     resamplings: int = 0  # of `replace`: how often each step is repeated; each time costs as much as the sample
     skipped: tuple[int, ...] = ()  # steps, from 0, at which the blocks do not run: see `generate/skipping.py`
+    # Time at which the last step begins: the grid, after its shift by clip size, is stretched to it; 0: it is not.
+    # SiT's SDE sampler has 0.04, LTX-Video 0.1 (`shift_terminal` of diffusers).
+    last_time: float = 0.0
+    # Clip every prediction of x_0 to [-clip_x0, clip_x0], after guidance; 0: no clipping. For models of pixels, which
+    # have such bounds.
+    clip_x0: float = 0.0
 
     def __post_init__(self):
         count = count_steps(self.steps, self.spacing)
+        last, bound = self.last_time, self.clip_x0
+        check(0 <= last < 1, f"sampling.last_time is {last}; it must be from 0 (as the spacing has it) to below 1")
+        plain = self.spacing != "times" and count > 1
+        check(not last or plain, f"sampling.last_time is {last}; with one step, or the spacing 'times', it must be 0")
+        check(0 <= bound < math.inf, f"sampling.clip_x0 is {bound}; it must be 0 (none) or above, and finite")
         choose("--condition", self.condition, dict.fromkeys(CONDITIONS))
         check(self.resamplings >= 0, f"--resamplings is {self.resamplings}; it must be 0 or more")
         replaces, w = self.condition == "replace", self.guidance.history
@@ -78,6 +90,7 @@ def sample(
     tokens_BR counts the tokens of the clip that a row serves. `given` says which tokens are known: None for none.
     """
     times_KBR = grid_times(config, times, problem.process, tokens_BR)
+    problem = clip_x0(problem, config.clip_x0)
     if config.condition == "replace":
         if given is None:  # the steps of a clip are repeated whether or not its company has given tokens
             nothing_BR = jnp.ones_like(times_KBR[0])
@@ -99,4 +112,13 @@ def grid_times(config: SamplingConfig, times: TimesConfig, process: Process, tok
         base_K = np.asarray(base_times(process, config.steps, config.spacing), np.float32)
     if config.spacing == "times":
         return jax.vmap(lambda t: jnp.full_like(tokens_BR, t, jnp.float32))(jnp.asarray(base_K))
-    return sampling_times(times, jnp.asarray(base_K), tokens_BR, process)
+    times_KBR = sampling_times(times, jnp.asarray(base_K), tokens_BR, process)
+    return _stretch(times_KBR, config.last_time) if config.last_time else times_KBR
+
+
+def _stretch(times_KBR: TimesKBR, last: float) -> TimesKBR:
+    """Stretch the distances of times from 1 so that the last step begins at `last`; 0 stays."""
+    # Where a shift has moved all steps to 1, a factor of 0 keeps them there.
+    length_1BR = 1.0 - times_KBR[-2:-1]
+    factor_1BR = jnp.where(length_1BR > 0, (1.0 - last) / jnp.where(length_1BR > 0, length_1BR, 1.0), 0.0)
+    return jnp.where(times_KBR > 0, 1.0 - (1.0 - times_KBR) * factor_1BR, 0.0)

@@ -4,12 +4,17 @@
     even       1, 1 - 1/n, .. 1/n
     trailing   every (1000 / n)th discrete step, counted back from the last, 999
     leading    every (1000 // n)th discrete step, counted up from the first, 0
+    leading_1  as leading, from the second step, 1: the grid of Stable Diffusion 1 and 2
     linspace   n steps evenly from the last to the first, both included
     respaced   steps such as "250", "ddim50" or "10,15,20" as in `respaced_steps`
+    sd3        n times evenly from 1 to 3 / 1002: the grid of SD3, for times that are shifted by its alpha of 3
     karras     noise levels sigma = b / a, even in sigma^(1/7), from the largest to the smallest
     times      a list that falls from 1, such as "1,0.98,0.9,0.725", as distilled models want; no size shifts it
 
 `trailing`, `leading` and `linspace` are those of Lin et al. (2305.08891, table 2); step i is at time (i + 1) / 1000.
+`leading_1` is `leading` of diffusers with steps_offset=1, as the schedulers of Stable Diffusion 1 and 2 are published.
+`sd3` ends at the least of a thousand times after their shift, and is itself shifted again (2403.03206's code, and
+diffusers' FlowMatchEulerDiscreteScheduler); it needs `times.shift_rule` `constant`.
 The ends of `karras` (2206.00364, equation 5) are the levels of the first and the last step, but at least 0.002, and
 80 where the last is infinite.
 """
@@ -33,6 +38,7 @@ from sora_jax.diffusion.process import (
 )
 
 SIGMA_MIN = 0.002
+SD3_SHIFT = 3.0
 _INFINITE = 1e4  # no process with a signal at t = 1 has so high a noise level
 
 
@@ -64,7 +70,8 @@ def count_steps(steps: int | str, spacing: str) -> int:
         return len(respaced_steps(str(steps)))
     if spacing == "times":
         return len(_listed(str(steps)))
-    return _count(steps, most=None if spacing in ("even", "karras") else DDPM_STEPS)
+    most = {"even": None, "karras": None, "sd3": None, "leading_1": DDPM_STEPS - 1}
+    return _count(steps, most.get(spacing, DDPM_STEPS))
 
 
 def respaced_steps(sections: str, steps: int = DDPM_STEPS) -> list[int]:
@@ -145,6 +152,16 @@ def _leading(process: Process, count: int) -> np.ndarray:
     return _times_of(np.arange(count) * (DDPM_STEPS // count))
 
 
+def _leading_1(process: Process, count: int) -> np.ndarray:
+    return _times_of(1 + np.arange(count) * (DDPM_STEPS // count))
+
+
+def _sd3(process: Process, count: int) -> np.ndarray:
+    first = time_of_step(0)
+    least = SD3_SHIFT * first / (1.0 + (SD3_SHIFT - 1.0) * first)
+    return np.array([*np.linspace(1.0, least, count), 0.0])
+
+
 def _trailing(process: Process, count: int) -> np.ndarray:
     return _times_of(np.round(DDPM_STEPS - np.arange(count) * DDPM_STEPS / count) - 1)
 
@@ -158,8 +175,10 @@ SPACINGS: dict[str, Callable[[Process, int], np.ndarray] | None] = {
     "even": _even,
     "respaced": None,
     "leading": _leading,
+    "leading_1": _leading_1,
     "trailing": _trailing,
     "linspace": _linspace,
+    "sd3": _sd3,
     "karras": _karras,
     "times": None,
 }

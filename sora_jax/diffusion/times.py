@@ -6,8 +6,9 @@ noise to lose as much. On every process the shift multiplies noise over signal, 
 
     lambda(shift(t)) = lambda(t) - log alpha,    alpha = sqrt(tokens / base_tokens)       (1)
 
-which for the linear flow is shift(t) = alpha t / (1 + (alpha - 1) t). (The released FLUX models take log alpha linear
-in the tokens, from 0.5 at 256 to 1.15 at 4096.) Times 0 and 1 stay. A process that keeps some signal at t = 1 has no
+which for the linear flow is shift(t) = alpha t / (1 + (alpha - 1) t). (The released FLUX and LTX-Video models take log
+alpha linear in the tokens, from 0.5 at 256 to 1.15 at 4096 and from 0.95 at 1024 to 2.05 at 4096; those of SD3 take
+alpha = 3 for all sizes.) Times 0 and 1 stay. A process that keeps some signal at t = 1 has no
 more noise than it has there: what (1) would put beyond is at t = 1, and grids may begin with steps of no length.
 
 Grids of discrete steps and of Karras et al. are moved like any other, off the steps and to other noise levels. In
@@ -42,7 +43,6 @@ from sora_jax.shapes import ClipIdsBS, PerClipBS, RowsBL
 
 # Time 0 is reserved for tokens that are given; a clip in training always has at least this much noise.
 MIN_TIME = 1e-5
-FLUX_TOKENS, FLUX_LOG_SHIFTS = (256, 4096), (0.5, 1.15)
 # Beyond this scale the quantile function of `mode` is not monotonic (2403.03206, section 3.1).
 MAX_MODE_SCALE = 1.7519
 
@@ -67,7 +67,11 @@ class TimesConfig:
     std: float = 1.0  # of the normal number, for logit_normal and log_sigma
     mode_scale: float = 1.29  # for mode, from -1 to 1.7519: positive favours the middle, negative the ends
     base_tokens: int = 256  # a clip of so many tokens is not shifted by `root`; 0: no clip is shifted by any rule
-    shift_rule: str = "root"  # `root` is equation (1), `exponential` the rule of FLUX
+    shift_rule: str = "root"  # `root` is equation (1), `exponential` the rule of FLUX, `constant` that of SD3
+    # Of `exponential`: log alpha is linear in the tokens, and these are two clip sizes and their log alpha.
+    shift_tokens: tuple[int, int] = (256, 4096)
+    log_shifts: tuple[float, float] = (0.5, 1.15)
+    constant_shift: float = 3.0  # of `constant`: alpha
     stratified: bool = False  # spread the times of a batch evenly over the distribution: equation (2)
 
     def __post_init__(self):
@@ -82,6 +86,12 @@ class TimesConfig:
             f"times.mode_scale is {self.mode_scale}; it must be from -1 to {MAX_MODE_SCALE}",
         )
         check(self.base_tokens >= 0, f"times.base_tokens is {self.base_tokens}; it must be 0 (no shift) or more")
+        small, large = self.shift_tokens
+        check(0 < small < large, f"times.shift_tokens is {self.shift_tokens}; it must be two rising numbers above 0")
+        finite = all(map(math.isfinite, self.log_shifts))
+        check(finite, f"times.log_shifts is {self.log_shifts}; its numbers must be finite")
+        alpha = self.constant_shift
+        check(0 < alpha < math.inf, f"times.constant_shift is {alpha}; it must be above 0 and finite")
         check(
             self.distribution != "steps" or self.base_tokens == 0,
             f"times.base_tokens is {self.base_tokens}; with times.distribution 'steps' it must be 0 (no shift)",
@@ -137,13 +147,17 @@ def _root_alpha(config: TimesConfig, count: Array) -> Array:
     return jnp.sqrt(count / config.base_tokens)
 
 
-def _flux_alpha(config: TimesConfig, count: Array) -> Array:
-    (small, large), (low, high) = FLUX_TOKENS, FLUX_LOG_SHIFTS
+def _exponential_alpha(config: TimesConfig, count: Array) -> Array:
+    (small, large), (low, high) = config.shift_tokens, config.log_shifts
     return jnp.exp(low + (high - low) * (count - small) / (large - small))
 
 
 # (config, float32 number of tokens) -> alpha of equation (1).
-SHIFT_RULES: dict[str, Callable[[TimesConfig, Array], Array]] = {"root": _root_alpha, "exponential": _flux_alpha}
+SHIFT_RULES: dict[str, Callable[[TimesConfig, Array], Array]] = {
+    "root": _root_alpha,
+    "exponential": _exponential_alpha,
+    "constant": lambda config, count: jnp.full_like(count, config.constant_shift),
+}
 
 
 def shift(

@@ -22,7 +22,7 @@ from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.rolling import roll, rolling_levels, rolling_times
 from sora_jax.diffusion.sampling import SamplingConfig, grid_times
-from sora_jax.diffusion.solvers import Problem
+from sora_jax.diffusion.solvers import Problem, clip_x0
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.generate.long import Windows, latent_of
 from sora_jax.generate.packs import Conditions, PackLayout, TrainedDenoiser, lay_out, place, row_tokens
@@ -199,6 +199,7 @@ def roll_packs(
         "learned" if model.learned_variance else sampling.solver.variance,
     )
     times_KBR = rolling_times(given, times_KBR, rolling)
+    problem = clip_x0(problem, sampling.clip_x0)
     return roll(sampling.solver, problem, given, (eps_BLP, history_eps_BLP), times_KBR, begins)
 
 

@@ -19,7 +19,7 @@ from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig, check_skipping, grid_times, sample
-from sora_jax.diffusion.solvers import Problem
+from sora_jax.diffusion.solvers import Problem, clip_x0
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.generate.packs import Conditions, TrainedDenoiser, lay_out, place, row_tokens
 from sora_jax.generate.requests import Request
@@ -185,7 +185,8 @@ def _solve(
     if source is not None and given is not None:
         before = dataclasses.replace(problem, denoise=denoiser_of(config, sampling, params, source, eps_BLP, trunk_of))
         times_KBR = grid_times(sampling, config.diffusion.times, problem.process, row_tokens(pack))
-        return flow_edit(before, problem, given.x0_BLP, limit_times(given, times_KBR))
+        before, after = (clip_x0(each, sampling.clip_x0) for each in (before, problem))
+        return flow_edit(before, after, given.x0_BLP, limit_times(given, times_KBR))
     return sample(sampling, config.diffusion.times, problem, eps_BLP, row_tokens(pack), given)
 
 

@@ -62,15 +62,9 @@ def condition_specs(width: int, text_width: int, classes: int) -> dict:
     }
 
 
-def condition(
-    params: dict, pack: Pack, times_BR: jax.Array, text: TextContext | None, step_times: bool, dtype: jnp.dtype
-) -> Condition:
-    """Embed noise level and label of all rows.
-
-    step_times: show the network the number of a discrete step, 1000 t - 1, as DiT does.
-    """
+def condition(params: dict, pack: Pack, number_BR: jax.Array, text: TextContext | None, dtype: jnp.dtype) -> Condition:
+    """Embed noise level and label of all rows; number_BR: the noise levels as the network is shown them."""
     axes = ("batch", None, None)
-    number_BR = step_number(times_BR) if step_times else 1000.0 * times_BR
     features = time_features(number_BR, TIME_FEATURES).astype(dtype)
     time_BRD = dense(params["time_out"], jax.nn.silu(dense(params["time_in"], features, axes)), axes)
     label_BRD = jnp.zeros_like(time_BRD)
@@ -82,7 +76,7 @@ def condition(
     if text is not None:
         pooled_BSD = dense(params["pooled"], layer_norm(text.pooled_BSE), axes)  # a mean of many words is small
         label_BRD += per_slot(pooled_BSD, pack.row_slots_BR)
-    return Condition(time_BRD, label_BRD, pack.rows_BL, jax.nn.one_hot(pack.rows_BL, times_BR.shape[1], dtype=dtype))
+    return Condition(time_BRD, label_BRD, pack.rows_BL, jax.nn.one_hot(pack.rows_BL, number_BR.shape[1], dtype=dtype))
 
 
 def step_number(times_BR: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from sora_jax.models.conditioning import (
     context_segments,
     modulation,
     modulation_specs,
+    step_number,
 )
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
 from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, How, Place, Places, attention
@@ -97,6 +98,7 @@ class TransformerConfig:
     guides: bool = False  # embed the kinds of guide tokens: key frames and sketches that are packed beside clips
     learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
     step_times: bool = False  # show the network the number of a discrete step, 1000 t - 1, as DiT does
+    data_times: bool = False  # show the network 1 - t, from 0 at noise to 1 at data, as SiT does
     joint_qkv_init: bool = False  # initialise queries, keys and values as one matrix, as DiT does, not as three
     attention: str = "auto"  # what computes attention: auto, dense, blockwise, splash (TPU), cudnn (GPU)
     sequence: str = "auto"  # how parts of a split sequence meet: auto, gather, all_to_all, ring
@@ -126,6 +128,8 @@ class TransformerConfig:
             f"model.sincos_axes is {axes!r}; it must be some of the letters t, y and x, in any order",
         )
         check(self.classes >= 0, f"model.classes is {self.classes}; it must be 0 (none) or more")
+        both = self.step_times and self.data_times
+        check(not both, "model.data_times is True; with model.step_times it must be False")
         choose("model.conditioning", self.conditioning, MODULATED)
         choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
         choose("model.sequence", self.sequence, dict.fromkeys(("auto", *SEQUENCES)))
@@ -229,7 +233,7 @@ def denoise(
     """
     dtype = compute_dtype(config.dtype)
     text = _encode_captions(params, config, pack) if text is None else text
-    known = condition(params, pack, times_BR, text, config.step_times, dtype)
+    known = condition(params, pack, shown_times(config, times_BR), text, dtype)
     x_BLD = dense(params["patch"], x_BLP.astype(dtype), ("batch", "length", "width"))
     if config.guides and pack.guides_BL is not None:
         kinds = embed(params["guides"].astype(dtype), jnp.maximum(pack.guides_BL - 1, 0), ("batch", "length", "width"))
@@ -259,6 +263,13 @@ def denoise(
         x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
         y = dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
         return _with_input(y, reshard(x_BLP, "batch", None, None)) if config.input_skip else y
+
+
+def shown_times(config: TransformerConfig, times_BR: jax.Array) -> jax.Array:
+    """Return the numbers by which noise levels enter the time embedding."""
+    if config.data_times:
+        return 1.0 - times_BR
+    return step_number(times_BR) if config.step_times else 1000.0 * times_BR
 
 
 def _with_input(y: jax.Array, x_BLP: jax.Array) -> jax.Array:

@@ -39,6 +39,8 @@ WANS = {  # options of AutoencoderKLWan: the releases 2.1 and 2.2, narrow
 WAN_22 = dict(WANS["wan22"], base_dim=160, decoder_base_dim=256, z_dim=48)
 FRAMES, WAN_PIXELS = 13, (16, 32)
 STEPS, LABELS = (0, 500, 999), (1, 10, 4)  # label 10 is the row for none
+TIMES = (0.0, 0.3, 0.99)  # of SiT
+WIDTH, GRID = 24, 4  # of the DiT and SiT in plain PyTorch
 GUIDANCE = 4.0
 TOLERANCE = 1e-6
 
@@ -121,27 +123,51 @@ def diffusers_dit() -> dict:
 
 def official_dit() -> dict:
     """The same of a DiT in plain PyTorch, with the names of the official checkpoint."""
-    width, hidden, depth, grid = 24, 96, 2, 4
+    network, weights, shapes = official_network()
+    values = outputs(network, list(weights.items()))
+    return pack({"shapes": shapes}, values | {"pos_embed": positions_of(WIDTH, GRID)[None]})
+
+
+def official_sit() -> dict:
+    """Velocities of a SiT at its own times, which run from noise to data, and guided ones; the weights are DiT's.
+
+    SiT computes the second half of its outputs and does not use it.
+    """
+    network, _, shapes = official_network()
+    times, labels, x = torch.tensor(TIMES, dtype=torch.float64), torch.tensor(LABELS), given("x", (3, 4, 8, 8))
+    with torch.no_grad():
+        out, none = (network(x, times, which)[:, :4] for which in (labels, torch.full_like(labels, 10)))
+    return pack({"shapes": shapes}, {"x": x, "out": out, "guided_3": guide(out, none, 3)})
+
+
+def official_network():
+    """A function of (images, times as shown, labels), its weights, and their shapes by official names."""
+    width, depth = WIDTH, 2
     linear = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width), "final_layer.linear": (32, width)}
     linear["final_layer.adaLN_modulation.1"] = (2 * width, width)
     for i in range(depth):
-        sizes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (hidden, width)}
-        sizes |= {"mlp.fc2": (width, hidden), "adaLN_modulation.1": (6 * width, width)}
+        sizes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
+        sizes |= {"mlp.fc2": (width, 4 * width), "adaLN_modulation.1": (6 * width, width)}
         linear |= {f"blocks.{i}.{name}": shape for name, shape in sizes.items()}
     shapes = {"x_embedder.proj.weight": (width, 4, 2, 2), "x_embedder.proj.bias": (width,)}
     shapes |= {"y_embedder.embedding_table.weight": (11, width)}
     for name, shape in linear.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     weights = {name: torch.tensor(x, dtype=torch.float64) for name, x in random_weights(shapes).items()}
-    positions = positions_of(width, grid)
+    positions = positions_of(width, GRID)
     for x in weights.values():
         x.requires_grad_()
 
-    def network(x, steps, labels):
-        return plain_dit(weights, positions, depth, 2, x, steps, labels)
+    def network(x, times, labels):
+        return plain_dit(weights, positions, depth, 2, x, times, labels)
 
-    meta = {"shapes": {name: list(shape) for name, shape in shapes.items()}}
-    return pack(meta, outputs(network, list(weights.items())) | {"pos_embed": positions[None]})
+    return network, weights, {name: list(shape) for name, shape in shapes.items()}
+
+
+def guide(out, none, channels: int):
+    """Guided predictions of the first channels; those of `out` for the others."""
+    part = none[:, :channels] + GUIDANCE * (out - none)[:, :channels]
+    return torch.cat([part, out[:, channels:]], dim=1)
 
 
 def plain_dit(p: dict, positions, depth: int, heads: int, x, steps, labels):
@@ -193,10 +219,7 @@ def outputs(network, parameters: list) -> dict:
     x, x0, eps = (given(name, (3, 4, 8, 8)) for name in ("x", "x0", "eps"))
     with torch.no_grad():
         out, none = network(x, steps, labels), network(x, steps, torch.full_like(labels, 10))
-        guided = {}
-        for channels in (3, 4):
-            part = none[:, :channels] + GUIDANCE * (out - none)[:, :channels]
-            guided[f"guided_{channels}"] = torch.cat([part, out[:, channels:]], dim=1)
+        guided = {f"guided_{channels}": guide(out, none, channels) for channels in (3, 4)}
     mse, bits = loss_terms(network, x0, eps, steps, labels)
     (mse + bits).mean().backward()
     gradients = {}
@@ -276,6 +299,7 @@ CASES = {
     "parameters": full_size,
     "dit_diffusers": diffusers_dit,
     "dit_official": official_dit,
+    "sit_official": official_sit,
 }
 
 

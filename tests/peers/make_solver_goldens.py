@@ -23,7 +23,7 @@ def trajectory(case: Case, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, n
     """States (steps + 1, 1, L, P) as the model sees them, and the times (steps,) at which it does."""
     scheduler = getattr(diffusers, case.scheduler)(**case.peer_arguments)
     flow = case.scheduler.startswith("FlowMatch")
-    if flow:
+    if flow and case.spacing == "even":
         sigmas = np.linspace(1.0, 1.0 / case.steps, case.steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=_log_shift(scheduler.config, case.tokens))
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.diffusion.solvers import SolverConfig
+from sora_jax.diffusion.times import TimesConfig
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "solvers.npz"
 TOKENS, VALUES, HIDDEN, LONGEST = 6, 4, 16, 20
@@ -42,6 +43,9 @@ class Case:
     variance: str = "lower"
     shift: float = 1.0
     tokens: int = 0
+    times: TimesConfig | None = None  # ours, where neither `shift` nor FLUX's rule for `tokens` says it
+    last_time: float = 0.0
+    clip_x0: float = 0.0
 
     @property
     def peer_arguments(self) -> dict:
@@ -72,6 +76,20 @@ def _ddpm(schedule: dict, process: str, prediction_type: str, peer_variance: str
     return Case("DDPMScheduler", arguments, SolverConfig("ddpm"), process, prediction_type, 10, "leading", variance)
 
 
+def _dpm_sde(steps: int, prediction_type: str = "eps") -> Case:
+    arguments = {**SCALED, **SPACED, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
+    solver = SolverConfig("dpm2_sde")
+    return Case("DPMSolverMultistepScheduler", arguments, solver, "vp_scaled_linear", prediction_type, steps)
+
+
+CLIP = 0.5
+LTX = {
+    "use_dynamic_shifting": True, "base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95,
+    "max_shift": 2.05, "shift_terminal": 0.1,
+}  # fmt: skip
+LTX_TIMES = TimesConfig(shift_rule="exponential", shift_tokens=(1024, 4096), log_shifts=(0.95, 2.05))
+
+
 # The peer's other choice for the last step of DDIM, set_alpha_to_one=False, ends at the noise of its first step.
 CASES = {
     "ddpm, lower variance": _ddpm(LINEAR, "vp_linear", "eps", "fixed_small", "lower"),
@@ -88,6 +106,31 @@ CASES = {
     ),
     **{f"dpm{order}, {steps} steps": _dpm(order, steps) for order in (1, 2, 3) for steps in (10, 20)},
     "dpm2, v": _dpm(2, 10, "v"),
+    **{f"dpm2 sde, {steps} steps": _dpm_sde(steps) for steps in (10, 20)},
+    "dpm2 sde, v": _dpm_sde(10, "v"),
+    **{
+        f"ddpm, clipped, {form}": Case(
+            "DDPMScheduler",
+            {**LINEAR, **FIXED, "variance_type": "fixed_small", "clip_sample": True, "clip_sample_range": CLIP},
+            SolverConfig("ddpm"), "vp_linear", form, 10, "leading", clip_x0=CLIP,
+        )
+        for form in ("eps", "v")
+    },
+    "euler, grid of Stable Diffusion": Case(
+        "EulerDiscreteScheduler", {**SCALED, "timestep_spacing": "leading", "steps_offset": 1}, SolverConfig("ddim"),
+        "vp_scaled_linear", spacing="leading_1",
+    ),
+    "flow euler, grid of SD3": Case(
+        "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, SolverConfig("euler"), "linear_flow", "velocity", 10, "sd3",
+        times=TimesConfig(shift_rule="constant", constant_shift=3.0),
+    ),
+    **{
+        f"flow euler, grid of LTX, {tokens} tokens": Case(
+            "FlowMatchEulerDiscreteScheduler", LTX, SolverConfig("euler"), "linear_flow", "velocity", 10, "even",
+            tokens=tokens, times=LTX_TIMES, last_time=0.1,
+        )
+        for tokens in (512, 4992)
+    },
     **{f"unipc order {order}, {form}": _unipc(order, form) for order in (2, 3) for form in ("eps", "v")},
     **{
         f"euler, {prediction_type}": Case(

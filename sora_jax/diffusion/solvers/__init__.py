@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from sora_jax.config import check, choose
 from sora_jax.diffusion.solvers.ancestral import ddim, ddpm
 from sora_jax.diffusion.solvers.edm import Churn, edm
-from sora_jax.diffusion.solvers.multistep import dpm_solver, unipc
+from sora_jax.diffusion.solvers.multistep import dpm_sde, dpm_solver, unipc
 from sora_jax.diffusion.solvers.ode import euler, heun, midpoint, rk4
-from sora_jax.diffusion.solvers.problem import FIXED_VARIANCES, Noise, Problem, predict
-from sora_jax.diffusion.solvers.sde import COEFFICIENTS, euler_sde, heun_sde
+from sora_jax.diffusion.solvers.problem import FIXED_VARIANCES, Noise, Problem, clip_x0, predict
+from sora_jax.diffusion.solvers.sde import COEFFICIENTS, LAST_STEPS, Noising, euler_sde, heun_sde
 from sora_jax.shapes import TimesKBR, TokensBLP
 
 __all__ = [
-    "COEFFICIENTS", "FIXED_VARIANCES", "SOLVERS", "Churn", "Method", "Noise", "Problem", "SolverConfig", "ddim", "ddpm",
-    "dpm_solver", "edm", "euler", "euler_sde", "evaluations", "heun", "heun_sde", "is_stochastic", "midpoint",
-    "predict", "rk4", "solve", "unipc",
+    "COEFFICIENTS", "FIXED_VARIANCES", "LAST_STEPS", "SOLVERS", "Churn", "Method", "Noise", "Noising", "Problem",
+    "SolverConfig", "clip_x0", "ddim", "ddpm", "dpm_sde", "dpm_solver", "edm", "euler", "euler_sde", "evaluations",
+    "heun", "heun_sde", "is_stochastic", "midpoint", "predict", "rk4", "solve", "unipc",
 ]  # fmt: skip
 
 Solver = Callable[[Problem, TokensBLP, TimesKBR], TokensBLP]
@@ -31,6 +31,9 @@ class SolverConfig:
     eta: float = 0.0  # of `ddim`: from 0, deterministic, to 1, ancestral (Song et al. 2010.02502, equation 16)
     variance: str = "lower"  # of `ddpm`, one of FIXED_VARIANCES, where `Problem.variance` is None
     coefficient: str = "auto"  # of `euler_sde` and `heun_sde`: the noise, a key of COEFFICIENTS
+    coefficient_scale: float = 1.0  # of `euler_sde` and `heun_sde`: factor on the coefficient
+    last_step: str = "tweedie"  # of `euler_sde` and `heun_sde`: what they end with, a key of LAST_STEPS
+    noise_first: bool = False  # of `heun_sde`: add the noise before both evaluations, as SiT's code does
     churn: float = 0.0  # of `edm`: S_churn of Karras et al. 2206.00364, over the whole grid; 0 is deterministic
     churn_from: float = 0.0  # of `edm`: S_tmin, the least noise level b / a that gets churn
     churn_to: float = 1e6  # of `edm`: S_tmax, the greatest noise level b / a that gets churn
@@ -44,7 +47,8 @@ class SolverConfig:
         check(0.0 <= self.eta <= 1.0, f"solver.eta is {self.eta}; it must be from 0 to 1")
         choose("solver.variance", self.variance, dict.fromkeys(FIXED_VARIANCES))
         choose("solver.coefficient", self.coefficient, COEFFICIENTS)
-        for option in (*_CHURN, *_MULTISTEP):
+        choose("solver.last_step", self.last_step, LAST_STEPS)
+        for option in (*_CHURN, *_MULTISTEP, "coefficient_scale"):
             value = getattr(self, option)
             check(0.0 <= value < math.inf, f"solver.{option} is {value}; it must be 0 or more, and finite")
 
@@ -82,8 +86,16 @@ def _unipc(order: int, config: SolverConfig) -> Solver:
     return functools.partial(unipc, order=order, lower_order_final=config.lower_order_final)
 
 
-def _sde(solver: Callable[..., TokensBLP], config: SolverConfig) -> Solver:
-    return functools.partial(solver, coefficient=config.coefficient)
+def _noising(config: SolverConfig) -> Noising:
+    return Noising(config.coefficient, config.coefficient_scale, config.last_step)
+
+
+def _euler_sde(config: SolverConfig) -> Solver:
+    return functools.partial(euler_sde, noising=_noising(config))
+
+
+def _heun_sde(config: SolverConfig) -> Solver:
+    return functools.partial(heun_sde, noising=_noising(config), noise_first=config.noise_first)
 
 
 def _edm(config: SolverConfig) -> Solver:
@@ -93,6 +105,7 @@ def _edm(config: SolverConfig) -> Solver:
 
 _CHURN = ("churn", "churn_from", "churn_to", "churn_noise")
 _MULTISTEP = ("lower_order_final",)
+_SDE = ("coefficient", "coefficient_scale", "last_step")
 
 SOLVERS: dict[str, Method] = {
     "euler": Method(lambda config: euler),
@@ -106,8 +119,9 @@ SOLVERS: dict[str, Method] = {
     "dpm3": Method(_dpm3, (*_MULTISTEP, "halved_curvature")),
     "unipc": Method(functools.partial(_unipc, 2), _MULTISTEP),
     "unipc3": Method(functools.partial(_unipc, 3), _MULTISTEP),
-    "euler_sde": Method(functools.partial(_sde, euler_sde), ("coefficient",)),
-    "heun_sde": Method(functools.partial(_sde, heun_sde), ("coefficient",), each=2),
+    "dpm2_sde": Method(lambda config: dpm_sde),
+    "euler_sde": Method(_euler_sde, _SDE),
+    "heun_sde": Method(_heun_sde, (*_SDE, "noise_first"), each=2),
     "edm": Method(_edm, _CHURN, each=2),
 }
 
@@ -127,7 +141,7 @@ def solve(config: SolverConfig, problem: Problem, x_BLP: TokensBLP, times_KBR: T
 
 def is_stochastic(config: SolverConfig) -> bool:
     """Return True if the solver, with these options, draws from `Problem.noise`."""
-    always = config.name in ("ddpm", "euler_sde", "heun_sde")
+    always = config.name in ("ddpm", "dpm2_sde", "euler_sde", "heun_sde")
     return always or (config.name == "ddim" and config.eta > 0) or (config.name == "edm" and config.churn > 0)
 
 

@@ -1,4 +1,4 @@
-"""Multistep exponential integrators of the probability-flow ODE: DPM-Solver++ and UniPC.
+"""Multistep exponential integrators: DPM-Solver++, of the probability-flow ODE and of an SDE, and UniPC.
 
 With lambda = log(a / b) the ODE is solved exactly but for an integral of the model's x_0 along the path
 (Lu et al. 2211.01095, equation 8):
@@ -14,6 +14,11 @@ that at lambda_s. With h = lambda_s - lambda_t, r_i = (lambda_i - lambda_t) / h 
 with c_j the integral of exp(u - h) (u / h)^j over 0 .. h, divided by that of exp(u - h); for a single D_i the
 methods take w = 1/2 instead, which has the same order.
 
+`dpm_sde` solves the reverse-time SDE of the process in the same way (SDE-DPM-Solver++ of Lu et al., known as DPM++ 2M
+SDE): with n fresh noise, and the weight 1/2 as above,
+
+    x_s = b(s) / b(t) exp(-h) x_t + a(s) (1 - exp(-2h)) (m_0 + D_1 / 2) + b(s) sqrt(1 - exp(-2h)) n   (4)
+
 A step evaluates the model once. Earlier predictions are kept with their lambda in a history. Where one is missing, at
 the start and after a(t) = 0, its lambda is -infinity and it is left out: so each row starts with lower order. At s = 0,
 h is infinite and the step is of first order, which is exact for a prediction that does not change on the way.
@@ -26,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sora_jax.diffusion.process import half_log_snr
-from sora_jax.diffusion.solvers.problem import Problem, Step, predict, token_times, walk
+from sora_jax.diffusion.solvers.problem import Problem, Step, draw_noise, predict, token_times, walk
 from sora_jax.shapes import PerTokenBL1, TimesKBR, TokensBLP
 
 
@@ -75,6 +80,27 @@ def dpm_solver(
         return _update(x_BLP, coefficients, history, ratios_BL1, others_BLP, second_derivative_scale), history
 
     return walk(problem, advance, (x_BLP, _empty_history(problem, x_BLP, order)), times_KBR)[0]
+
+
+def dpm_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
+    """Solve by equation (4), the second-order multistep SDE form of DPM-Solver++; K - 1 evaluations and draws.
+
+    The first and the last step are of first order, which is `ddim` with eta = 1.
+    """
+
+    def advance(state: DpmState, step: Step) -> DpmState:
+        x_BLP, history = state
+        history = _push(problem, history, predict(problem, "x0", x_BLP, step.t_BR), step)
+        known = _coefficients(problem, history, step, 2)
+        (ratio_BL1,), (m_BLP, before_BLP) = known.past_BL1, history.x0_BLP
+        bend_BLP = jnp.where(known.order_BL1 == 2, 0.5 * (before_BLP - m_BLP) / ratio_BL1, 0.0)
+        fresh_BL1 = -jnp.expm1(-2.0 * known.h_BL1)
+        b_BL1 = problem.process.b(token_times(problem, step.s_BR))
+        kept_BLP = known.shrink_BL1 * jnp.exp(-known.h_BL1) * x_BLP
+        drawn_BLP = b_BL1 * jnp.sqrt(fresh_BL1) * draw_noise(problem, step)
+        return kept_BLP + known.a_BL1 * fresh_BL1 * (m_BLP + bend_BLP) + drawn_BLP, history
+
+    return walk(problem, advance, (x_BLP, _empty_history(problem, x_BLP, 2)), times_KBR)[0]
 
 
 def unipc(

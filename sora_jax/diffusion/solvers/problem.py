@@ -6,7 +6,7 @@ all). A step that ends at time 0 does not evaluate the model there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -90,6 +90,23 @@ def evaluate(problem: Problem, x_BLP: TokensBLP, t_BR: TimesBR) -> tuple[TokensB
     y_BLP = problem.denoise(x_BLP, t_BR).astype(x_BLP.dtype)
     width = x_BLP.shape[-1]
     return y_BLP[..., :width], y_BLP[..., width:]
+
+
+def clip_x0(problem: Problem, bound: float) -> Problem:
+    """Return the problem whose predictions of x_0 are clipped to [-bound, bound]; `problem` itself if it is 0.
+
+    Its model predicts x_0, so every solver and every other prediction, such as eps, follows the clipped one.
+    """
+    if bound == 0:
+        return problem
+
+    def denoise(x_BLP: TokensBLP, t_BR: TimesBR) -> Array:
+        y_BLP, values_BLV = evaluate(problem, x_BLP, t_BR)
+        source, t_BL1 = problem.prediction_type, token_times(problem, t_BR)
+        x0_BLP = convert(problem.process, source, "x0", y_BLP, x_BLP, t_BL1)
+        return jnp.concatenate([jnp.clip(x0_BLP, -bound, bound), values_BLV], axis=-1)
+
+    return replace(problem, denoise=denoise, prediction_type="x0")
 
 
 def predict(problem: Problem, prediction_type: str, x_BLP: TokensBLP, t_BR: TimesBR) -> TokensBLP:
