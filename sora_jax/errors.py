@@ -10,6 +10,10 @@ class UserError(Exception):
     code = 2
 
 
+class NotFinite(UserError):
+    """Report values that are NaN or infinite, and what they are of."""
+
+
 class LostPeer(UserError):
     """Report that another process of the run died.
 

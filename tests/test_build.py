@@ -431,7 +431,8 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     assert "48x40 (3)" in report.text
     assert report.summary["aspects"] == {"4:3": 3} and report.summary["durations"] == {"image": 2, "< 2 s": 1}
     assert report.summary["tokens"] == "30 to 90, mean 50"
-    assert report.summary["fill"] == {"pack_length": 180, "packs": 1, "fill": round(150 / 180, 4)}
+    fill = {"pack_length": 180, "slots": 16, "packs": 1, "fill": round(150 / 180, 4), "advice": ""}
+    assert report.summary["fill"] == fill
     for picture in (report.sheet, report.histogram):
         pixels = decode(picture).frames[0]
         assert pixels.shape[0] > 40 and (pixels != 255).any()

@@ -57,6 +57,7 @@ def test_other_captions_leave_the_oracle_out(chain, tmp_path, capsys):  # noqa: 
     assert run("evaluate", chain.transformer, f"--data={chain.dataset}", "--steps=1", f"--out={tmp_path}") == 0
     text = capsys.readouterr().out
     assert "the captions are not in the words of the embedded world: the rows of its oracle are left out" in text
+    assert "note         prompt 'a black square moves right' has words that the tokenizer of this run does not" in text
     assert "agreement" not in text and "flicker" in text and (tmp_path / "consistency.png").exists()
 
 

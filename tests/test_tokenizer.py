@@ -90,8 +90,9 @@ def test_long_captions_are_cut(either):
     long = either.encode("red circle " * 50)
     assert len(long) == 32
     np.testing.assert_array_equal(long, either.encode("red circle " * 90))
-    assert either.length("red circle " * 50) == 10 * either.length("red circle " * 5) > 32
-    assert either.length("red") == len(either.encode("red"))
+    assert either.read("red circle " * 50).tokens == 10 * either.read("red circle " * 5).tokens > 32
+    assert either.read("red circle " * 50).is_cut and not either.read("red").is_cut
+    assert either.read("red").tokens == len(either.encode("red"))
 
 
 def test_a_cut_leaves_no_half_character():
@@ -116,8 +117,36 @@ def test_save_and_load(either, tmp_path):
 
 def test_encode_all_is_encode_of_each(either):
     texts = [*CAPTIONS, "", *CAPTIONS[::-1]]
-    for ids, text in zip(either.encode_all(texts), texts, strict=True):
-        np.testing.assert_array_equal(ids, either.encode(text))
+    for found, text in zip(either.encode_all(texts), texts, strict=True):
+        np.testing.assert_array_equal(found.ids, either.encode(text))
+
+
+@pytest.mark.parametrize(
+    "text, unknown, spelt",
+    [
+        ("a red circle", [], True),
+        ("a lemon", [], True),
+        ("Ａ ＲＥＤ circle", [], True),  # full-width letters
+        ("", [], True),
+        ("a 🐙 circle", ["🐙"], True),
+        ("蓝的圆 moves", ["蓝"], True),
+        ("жёлтый circle", ["жёлтый"], True),
+        ("жёлтый круг, жёлтый", ["жёлтый", "круг,"], False),
+        ("caf\udce9 red", ["caf\udce9"], True),  # bytes of another encoding on the command line
+    ],
+)
+def test_a_reading_names_the_words_that_are_not_known(words, text, unknown, spelt):
+    found = words.read(text)
+    assert list(found.unknown) == unknown and found.spelt == spelt
+    (same,) = words.encode_all([text])
+    assert same.tokens == found.tokens and same.unknown == (UNKNOWN in same.ids)
+    assert same.unknown == bool(unknown)
+
+
+def test_bytes_know_every_script():
+    tokenizer = Tokenizer(TokenizerConfig(kind="bytes"))
+    for text in ("красный круг", "一只红色的圆", "🐙"):
+        assert tokenizer.read(text).unknown == () and tokenizer.read(text).spelt
 
 
 def test_training_is_the_same_in_every_process(words, tmp_path):

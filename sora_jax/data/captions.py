@@ -5,8 +5,11 @@ taken: DALL-E 3 trains on 95 % synthetic captions (Betker et al. 2023, section 3
 (2403.03206, section 5.2.2). The choice is a function of (seed, epoch, clip).
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +18,7 @@ import numpy as np
 from sora_jax.data.latents import LatentCache
 from sora_jax.data.shuffle import uniforms
 from sora_jax.data.store import ClipStore
-from sora_jax.data.tokenizer import NULL, UNKNOWN, Tokenizer
+from sora_jax.data.tokenizer import NULL, UNKNOWN, Reading, Tokenizer
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, cache_folder, is_remote, local_copy, read_text, replacing, write_text
 
@@ -94,6 +97,40 @@ def _shares(names: Sequence[str], mix: Mapping[str, float] | None) -> np.ndarray
     return wanted / wanted.sum()
 
 
+@dataclass(frozen=True)
+class CaptionCounts:
+    """Count captions, those that are cut, and those with unknown pieces; longest: in tokens, uncut."""
+
+    captions: int = 0
+    cut: int = 0
+    unknown: int = 0
+    longest: int = 0
+
+    def plus(self, texts: Sequence[Reading], most: int) -> CaptionCounts:
+        """Return the counts with those of more captions, of which at most so many tokens are read."""
+        return CaptionCounts(
+            self.captions + len(texts),
+            self.cut + sum(text.is_cut for text in texts),
+            self.unknown + sum(bool(text.unknown) for text in texts),
+            max([self.longest, *(text.tokens for text in texts)]),
+        )
+
+    def notes(self, option: str, most: int) -> list[str]:
+        """Return a sentence for what a model does not read; option: sets the `most` tokens that it reads."""
+        found = []
+        if self.cut:
+            found.append(
+                f"{self.cut:,} of {self.captions:,} captions are cut at {option} = {most}; "
+                f"the longest has {self.longest} tokens: {self.longest} would hold them all"
+            )
+        if self.unknown:
+            found.append(
+                f"{self.unknown:,} of {self.captions:,} captions have letters that the tokenizer does not know; all "
+                "of them become the same token"
+            )
+        return found
+
+
 class Texts(Protocol):
     """The text of every caption of a cache, as the model takes it."""
 
@@ -112,6 +149,9 @@ class Texts(Protocol):
     def keep(self) -> None:
         """Put what was made for it on the disk, for the next start."""
 
+    def notes(self, clips: np.ndarray) -> list[str]:
+        """Return a sentence for each thing that the captions of clips say and the model does not read."""
+
 
 class TokenTexts:
     """Texts of a tokenizer: the tokens of all captions, made once; `keep` puts them into `folder`, if there is one.
@@ -123,8 +163,8 @@ class TokenTexts:
         self._first = first
         self._starts = caption_starts(cache)
         self._folder, self._stamp = folder and as_path(folder), _stamp(cache, tokenizer)
-        self._kept = folder is not None and _is_made(self._folder, self._stamp)
-        self._ids, self._ends = _load(self._folder) if self._kept else _tokenize(cache, tokenizer)
+        self._kept, self._most = folder is not None and _is_made(self._folder, self._stamp), tokenizer.max_tokens
+        self._ids, self._ends, self._uncut = _load(self._folder) if self._kept else _tokenize(cache, tokenizer)
 
     def keep(self):
         if not self._folder or self._kept:
@@ -132,8 +172,16 @@ class TokenTexts:
         if is_remote(self._folder) and not self._first:  # a bucket takes one write a second of an object
             self._folder = cache_folder() / "captions" / self._stamp
         if not _is_made(self._folder, self._stamp):
-            _save(self._folder, self._ids, self._ends, self._stamp)
-        self._kept, (self._ids, self._ends) = True, _load(self._folder)
+            _save(self._folder, (self._ids, self._ends, self._uncut), self._stamp)
+        self._kept, (self._ids, self._ends, self._uncut) = True, _load(self._folder)
+
+    def notes(self, clips):
+        if self._uncut is None:
+            return []
+        uncut = self._uncut[_flat(self._starts, clips)]
+        tokens = np.abs(uncut)
+        counts = CaptionCounts(len(uncut), int((tokens > self._most).sum()), int((uncut < 0).sum()), int(tokens.max()))
+        return counts.notes("tokenizer.max_tokens", self._most)
 
     def most(self, clips):
         return np.maximum.reduceat(np.diff(self._ends), self._starts[:-1])[clips]
@@ -150,12 +198,14 @@ class TokenTexts:
         return None
 
     def __getstate__(self):
-        return self.__dict__ | ({"_ids": None, "_ends": None} if self._kept else {})  # to workers a file goes by name
+        return self.__dict__ | (
+            {"_ids": None, "_ends": None, "_uncut": None} if self._kept else {}
+        )  # to workers a file goes by name
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         if self._kept:
-            self._ids, self._ends = _load(self._folder)
+            self._ids, self._ends, self._uncut = _load(self._folder)
 
 
 class EmbeddedTexts:
@@ -187,6 +237,12 @@ class EmbeddedTexts:
     def keep(self):
         pass
 
+    def notes(self, clips):
+        most, lengths = self._cache.info.text.max_tokens, self._lengths[_flat(self._starts, clips)]
+        full, count = int((lengths >= most).sum()), len(lengths)
+        kept = f"the {most} tokens that `data encode --text-tokens` has kept: longer ones are cut"
+        return [f"{full:,} of {count:,} captions fill {kept}"] if full else []
+
 
 class NullTexts:
     """Texts of a model that reads none: one null token for each clip."""
@@ -206,10 +262,20 @@ class NullTexts:
     def keep(self):
         pass
 
+    def notes(self, clips):
+        return []
+
 
 def caption_starts(cache: ClipStore) -> np.ndarray:
     """Where the captions of each clip begin in the flat list, (n + 1,); a clip without any has one, the empty."""
     return np.concatenate([[0], np.cumsum(np.maximum(_counts(cache), 1), dtype=np.int64)])
+
+
+def _flat(starts: np.ndarray, clips: np.ndarray) -> np.ndarray:
+    """Return the places of all captions of some clips in the flat list."""
+    counts = starts[clips + 1] - starts[clips]
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) + np.repeat(starts[clips] - (ends - counts), counts)
 
 
 def _counts(cache: ClipStore) -> np.ndarray:
@@ -227,13 +293,15 @@ def captions_in_order(cache: ClipStore, clips: np.ndarray | None = None) -> Iter
             yield from captions or [""]
 
 
-def _tokenize(cache: ClipStore, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    ids, lengths, chunk = [], [], []
+def _tokenize(cache: ClipStore, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids of all captions, where those of each end, and its tokens uncut, negative if some are unknown."""
+    ids, lengths, uncut, chunk = [], [], [], []
 
     def flush():
         encoded = tokenizer.encode_all(chunk)
-        ids.append(np.concatenate(encoded) if encoded else np.zeros(0, np.int32))
-        lengths.extend(map(len, encoded))
+        ids.append(np.concatenate([one.ids for one in encoded]) if encoded else np.zeros(0, np.int32))
+        lengths.extend(len(one.ids) for one in encoded)
+        uncut.extend(-one.tokens if one.unknown else one.tokens for one in encoded)
         chunk.clear()
 
     for caption in captions_in_order(cache):
@@ -241,7 +309,8 @@ def _tokenize(cache: ClipStore, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
         if len(chunk) == CHUNK:
             flush()
     flush()
-    return np.concatenate(ids), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return np.concatenate(ids), ends, np.array(uncut, np.int32)
 
 
 def _stamp(cache: ClipStore, tokenizer: Tokenizer) -> str:
@@ -253,12 +322,14 @@ def _is_made(folder: Path, stamp: str) -> bool:
     return path.exists() and read_text(path) == stamp
 
 
-def _load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    return np.load(local_copy(folder / "ids.npy"), mmap_mode="r"), np.load(local_copy(folder / "ends.npy"))
+def _load(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Read what `_save` wrote; earlier versions did not keep the uncut lengths."""
+    uncut = np.load(local_copy(folder / "uncut.npy"), mmap_mode="r") if (folder / "uncut.npy").exists() else None
+    return np.load(local_copy(folder / "ids.npy"), mmap_mode="r"), np.load(local_copy(folder / "ends.npy")), uncut
 
 
-def _save(folder: Path, ids: np.ndarray, ends: np.ndarray, stamp: str) -> None:
-    for name, values in (("ids.npy", ids), ("ends.npy", ends)):
+def _save(folder: Path, arrays: Sequence[np.ndarray], stamp: str) -> None:
+    for name, values in zip(("ids.npy", "ends.npy", "uncut.npy"), arrays, strict=True):
         with replacing(folder / name) as temporary:
             np.save(temporary, values)
     write_text(folder / "made_of.txt", stamp)

@@ -9,6 +9,8 @@ import numpy as np
 from sora_jax.data.build import kind
 from sora_jax.data.manifest import Dataset, caption_of
 from sora_jax.data.media import save_png
+from sora_jax.data.pack_advice import PackSizes, advise
+from sora_jax.data.packing import PackingConfig
 from sora_jax.data.planning import plan
 from sora_jax.data.sheets import contact_sheet
 from sora_jax.errors import UserError
@@ -16,7 +18,6 @@ from sora_jax.files import replacing
 
 ASPECTS = {"9:21": 9 / 21, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0}
 DURATIONS = (1, 2, 4, 8, 16, 32, 60)
-SLOTS = 64  # clips in a pack, for the fill
 
 
 class Inspection(NamedTuple):
@@ -29,14 +30,19 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    path: str | Path, pack_length: int | None = None, sheet: str | Path | None = None, clips: int = 12
+    path: str | Path,
+    pack_length: int | None = None,
+    sheet: str | Path | None = None,
+    clips: int = 12,
+    slots: int = PackingConfig.slots,
 ) -> Inspection:
     """Count what a dataset folder holds, draw `clips` of its clips on a sheet (default: inside it), and histograms.
 
-    pack_length: L of the packs whose fill is counted; default twice the tokens of the longest clip.
+    pack_length: L of the packs whose fill is counted; default twice the tokens of the longest clip. slots: clips in
+    such a pack at most. Captions, which training packs beside clips, take no room here.
     """
     dataset = Dataset(path)
-    summary = summarise(dataset, pack_length)
+    summary = summarise(dataset, pack_length, slots)
     shown = [i * len(dataset) // min(clips, len(dataset)) for i in range(min(clips, len(dataset)))]
     drawn = [dataset[i] for i in shown]
     scale = max(1, 96 // max(clip.frames.shape[1] for clip in drawn))
@@ -45,7 +51,7 @@ def inspect(
     return Inspection(summary, _text(summary), sheet_file, draw_histograms(dataset, dataset.path / "histogram.png"))
 
 
-def summarise(dataset: Dataset, pack_length: int | None = None) -> dict:
+def summarise(dataset: Dataset, pack_length: int | None = None, slots: int = PackingConfig.slots) -> dict:
     """Counts by source, size, aspect ratio, duration, rate, split and reason of refusal; the fill of a plan."""
     rows = dataset.rows()
     films = [row for row in rows if row["frames"] > 1]
@@ -65,7 +71,7 @@ def summarise(dataset: Dataset, pack_length: int | None = None) -> dict:
         "captions": _counts(kind for row in rows for kind in row["kinds"]),
         "without_caption": sum(not caption_of(row) for row in rows),
         "classes": _classes(rows),
-        "fill": plan_fill(np.array([row["tokens"] for row in rows]), pack_length),
+        "fill": plan_fill(np.array([row["tokens"] for row in rows]), pack_length, slots),
         "flagged": _counts(kind(flag) for row in rows for flag in row["flags"]),
         "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
     }
@@ -94,15 +100,19 @@ def duration(frames: int, fps: float) -> str:
     return f"< {longer[0]} s" if longer else f">= {DURATIONS[-1]} s"
 
 
-def plan_fill(tokens: np.ndarray, pack_length: int | None) -> dict:
+def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingConfig.slots) -> dict:
     """What share of packs of that length is filled when all clips are planned once."""
     length = pack_length or 2 * int(tokens.max())
     if tokens.max() > length:
         raise UserError(
             f"--pack-length is {length}; the longest clip has {tokens.max()} tokens, so it must be at least that"
         )
-    planned = plan(0, 0, tokens, np.zeros_like(tokens), length, SLOTS, 1)
-    return {"pack_length": length, "packs": len(planned), "fill": round(tokens.sum() / (len(planned) * length), 4)}
+    if slots < 1:
+        raise UserError(f"--slots is {slots}; it must be at least 1")
+    planned = plan(0, 0, tokens, np.zeros_like(tokens), length, slots, 1)
+    found = {"pack_length": length, "slots": slots, "packs": len(planned)}
+    advice = advise(tokens, np.zeros_like(tokens), PackSizes(length, slots, 1))
+    return found | {"fill": round(tokens.sum() / (len(planned) * length), 4), "advice": advice}
 
 
 def draw_histograms(dataset: Dataset, path: Path) -> Path:
@@ -142,7 +152,9 @@ def _text(summary: dict) -> str:
     lines = []
     for name, value in summary.items():
         if name == "fill":
-            value = f"{value['fill']:.1%} of {value['packs']} packs of {value['pack_length']} tokens"
+            sizes = f"{value['pack_length']} tokens and {value['slots']} clips at most"
+            advice = f": {value['advice']}" if value["advice"] else ""
+            value = f"{value['fill']:.1%} of {value['packs']} packs of {sizes}{advice}"
         elif isinstance(value, dict):
             value = _shortened([f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8)
         lines.append(f"{name.replace('_', ' '):<16} {value}")

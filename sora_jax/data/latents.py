@@ -30,7 +30,7 @@ from sora_jax.data.clips import clip_id_of
 from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, counts_of
 from sora_jax.data.parts import Kind, Parts, PartWriter, start
 from sora_jax.data.shards import FLOATS, ShardReader
-from sora_jax.errors import UserError
+from sora_jax.errors import NotFinite, UserError
 from sora_jax.files import as_path, local_copy, read_text
 
 FORMAT = 3
@@ -143,6 +143,8 @@ def add_latent(
     """
     if latent.ndim != 4 or latent.shape[-1] != info.latent_channels:
         raise UserError(f"clip {row['id']!r}: latent shape {latent.shape} is not (t, h, w, {info.latent_channels})")
+    if not all(np.isfinite(z).all() for z in (latent, *guides.latents)):
+        raise NotFinite(f"clip {row['id']!r}: its latent has values that are not finite")
     stored = [info.to_indices(z) if info.codes else z.astype(np.float16) for z in (latent, *guides.latents)]
     if not all(np.isfinite(values).all() for values in stored):
         raise UserError(f"clip {row['id']!r}: its latent has values that float16 cannot hold")

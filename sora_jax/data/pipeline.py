@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from sora_jax.data.captions import CaptionChoice, EmbeddedTexts, NullTexts, Text
 from sora_jax.data.epochs import SECTION, Epochs, Planned, Position, Subjects, section_count
 from sora_jax.data.feed import Batch, FeedConfig, read_ahead
 from sora_jax.data.guides import counts_of
+from sora_jax.data.pack_advice import POOR, PackSizes, advise
 from sora_jax.data.packing import Layout, PackingConfig, add_guides, check_fits, grid_of, layout_of, pack, pack_batch
 from sora_jax.data.planning import plan
 from sora_jax.data.share import Share
@@ -27,12 +28,16 @@ COPY = np.uint32(0x9E3779B9)  # between the ids of copies: odd, so that 2^32 cop
 
 @dataclass(frozen=True)
 class PackReport:
-    """How well the packs of a section (of a small set: of an epoch) are filled."""
+    """How well the packs of a section (of a small set: of an epoch) are filled.
+
+    notes: sentences on what leaves packs empty, and on what is not read of captions.
+    """
 
     clips: int
     packs: int
     tokens: int
     length: int
+    notes: tuple[str, ...] = ()
 
     @property
     def fill(self) -> float:
@@ -45,10 +50,11 @@ class PackReport:
         return 1.0 - self.fill
 
     def __str__(self) -> str:
-        return (
+        line = (
             f"{self.clips} clips in {self.packs} packs of {self.length} tokens, "
             f"{self.clips / max(1, self.packs):.1f} clips a pack, padding {self.padding:.2%}"
         )
+        return "\n".join([line, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -218,8 +224,17 @@ class PackedBatches:
     def report(self) -> PackReport:
         """Fill of the first section."""
         planned = self._plan(0, 0)
-        tokens = int(self._lengths(planned.clips, planned.cuts, planned.guides).sum())
-        return PackReport(len(planned.clips), len(planned.plan), tokens, self.config.length)
+        lengths = self._lengths(planned.clips, planned.cuts, planned.guides)
+        texts = self.texts.lengths(planned.clips, planned.captions)
+        if isinstance(self.texts, NullTexts):
+            texts = np.zeros_like(texts)  # their number is that of the slots
+        sizes = PackSizes(self.config.length, self.config.slots, self.config.text_length, self.config.window)
+        report = PackReport(len(planned.clips), len(planned.plan), int(lengths.sum()), self.config.length)
+        advice = advise(lengths, texts, sizes) if report.padding > POOR else ""
+        notes = ([f"padding {report.padding:.0%}: {advice}"] if advice else []) + self.texts.notes(
+            self.store.indices(self.split)
+        )
+        return replace(report, notes=tuple(notes))
 
     def _plan(self, epoch: int, section: int) -> Planned:
         clips, copies = self.subjects.section(self.seed, epoch, section, self.section)

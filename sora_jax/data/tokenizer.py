@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +38,34 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Say how a model reads a text.
+
+    tokens: of the whole text, of which the first `most` are read. unknown: the words of which a piece is not known. In
+    the eyes of the model they are all the same. spelt: False where nothing but punctuation is known.
+    """
+
+    text: str
+    tokens: int
+    most: int
+    unknown: tuple[str, ...] = ()
+    spelt: bool = True
+
+    @property
+    def is_cut(self) -> bool:
+        """True if the end of the text is not read."""
+        return self.tokens > self.most
+
+
+class Encoded(NamedTuple):
+    """Hold the ids of a text, the tokens that it has before it is cut, and whether some of them are unknown."""
+
+    ids: np.ndarray
+    tokens: int
+    unknown: bool
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """A pure function from text to ids, with what it learnt; made by `train` or `load`."""
 
@@ -52,19 +82,31 @@ class Tokenizer:
         ids = self._word_ids(text) if self.config.kind == "words" else self._byte_ids(text)
         return np.array(ids[: self.config.max_tokens] or [NULL], np.int32)
 
-    def length(self, text: str) -> int:
-        """Tokens of a text before it is cut to max_tokens."""
-        return len(self._word_ids(text)) if self.config.kind == "words" else len(_encodable(text).encode())
+    def read(self, text: str) -> Reading:
+        """Say how a text is read: what is cut of it, and which of its words are not known."""
+        whole, most = _encodable(text), self.config.max_tokens
+        broken = tuple(word for word in text.split() if _encodable(word) != word)
+        if self.config.kind == "bytes":
+            return Reading(text, len(whole.encode()), most, broken)
+        found = self._pieces.encode(whole, add_special_tokens=False)
+        unknown = broken or _unknown_words(text, found)
+        known = [text[slice(*at)] for i, at in zip(found.ids[:most], found.offsets) if i != UNKNOWN]
+        spelt = any(not _is_punctuation(letter) for piece in known for letter in piece)
+        return Reading(text, len(found.ids), most, unknown, spelt or not unknown)
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many captions; equal captions are encoded once and share an array."""
+    def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
+        """`encode` of many captions, and what it leaves out; equal captions are encoded once and share an array."""
         distinct = sorted(set(texts))
         if self.config.kind == "words":  # a batch is encoded by all cores
-            found = self._pieces.encode_batch([_encodable(t) for t in distinct], add_special_tokens=False)
-            ids = [np.array(each.ids[: self.config.max_tokens] or [NULL], np.int32) for each in found]
+            batch = self._pieces.encode_batch([_encodable(t) for t in distinct], add_special_tokens=False)
+            whole = [(found.ids, len(found.ids)) for found in batch]
         else:
-            ids = [self.encode(text) for text in distinct]
-        once = dict(zip(distinct, ids, strict=True))
+            whole = [(self._byte_ids(text), len(_encodable(text).encode())) for text in distinct]
+        made = [
+            Encoded(np.array(ids[: self.config.max_tokens] or [NULL], np.int32), tokens, UNKNOWN in ids)
+            for ids, tokens in whole
+        ]
+        once = dict(zip(distinct, made, strict=True))
         return [once[text] for text in texts]
 
     def embed(self, text: str) -> None:
@@ -113,9 +155,28 @@ class NoText:
     def embed(self, text: str) -> None:
         """No embedding."""
 
-    def length(self, text: str) -> int:
-        """0: no text is ever cut."""
-        return 0
+    def read(self, text: str) -> Reading:
+        """Nothing is read, and nothing is left out."""
+        return Reading(text, 0, 1)
+
+
+def _unknown_words(text: str, found) -> tuple[str, ...]:
+    """Return the words with an unknown piece; those that touch, as in scripts without blanks, are one."""
+    ends: dict[int, list[int]] = {}
+    for word, (start, end) in zip(found.word_ids, found.offsets, strict=True):
+        ends.setdefault(word, [start, end])[1] = end
+    spans: list[list[int]] = []
+    for word in dict.fromkeys(word for word, i in zip(found.word_ids, found.ids, strict=True) if i == UNKNOWN):
+        start, end = ends[word]
+        if spans and spans[-1][1] == start:
+            spans[-1][1] = end
+        else:
+            spans.append([start, end])
+    return tuple(dict.fromkeys(text[start:end] for start, end in spans))
+
+
+def _is_punctuation(letter: str) -> bool:
+    return unicodedata.category(letter)[0] in "PZC"
 
 
 def _encodable(text: str) -> str:

@@ -17,8 +17,8 @@ from sora_jax.data.media import save_png
 from sora_jax.evaluate.consistency import Consistency, Measured, average, in_worlds_words, measure
 from sora_jax.evaluate.page import draw_page
 from sora_jax.files import as_path, write_json
-from sora_jax.generate.requests import latent_size
-from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
+from sora_jax.generate.requests import Wanted, latent_size
+from sora_jax.generate.run import Run, autoencoder_folder, changed, load_run, read_run_config
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import autoencoder_config
 
@@ -108,7 +108,7 @@ def evaluate_denoiser(
     if not oracle:
         notes.append("the captions are not in the words of the embedded world: the rows of its oracle are left out")
     with tqdm(total=(2 + len(COLUMNS)) * len(rows), desc="evaluate", unit="clip") as bar:
-        clips = {"generated": _generate(model, prompts, real, options)}
+        clips = {"generated": _generate(model, prompts, real, options, notes)}
         bar.update(len(rows))
         clips |= {"autoencoder": _reconstruct(model, real), "real": real}
         bar.update(len(rows))
@@ -161,10 +161,14 @@ def _size(row: dict) -> tuple[int, int, int]:
 
 
 def _generate(
-    model: Run, prompts: Sequence[str], real: Sequence[np.ndarray], options: DenoiserOptions
+    model: Run, prompts: Sequence[str], real: Sequence[np.ndarray], options: DenoiserOptions, notes: list[str]
 ) -> list[np.ndarray]:
+    """Sample a clip for each prompt, of the size of the real one; add to the notes what the run has not learnt."""
     sizes = [(options.frames or len(clip), *clip.shape[1:3]) for clip in real]
-    return model.generate(prompts, sizes, options.steps, seed=options.seed)
+    sampling = changed(model.config.sampling, options.steps, None)
+    requests = model.plan(Wanted(prompts, sizes), sampling)
+    notes += model.learnt.doubts(requests)
+    return model.sample(requests, sampling, options.seed)
 
 
 def _reconstruct(model: Run, clips: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from sora_jax.data.sheets import grid
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.files import as_path
+from sora_jax.generate.doubts import tell
 from sora_jax.generate.inputs import make_task, read_inputs
 from sora_jax.generate.long import Windows
 from sora_jax.generate.options import LONG, Asked, resolve, sampling_of, usual_frames, windows_asked
@@ -61,6 +62,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     requests = _plan(asked, wanted)
     if warning := tiling_warning(asked.first_stage, asked.tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
+    tell(asked.learnt.doubts(requests))
     _announce(run, requests, asked.sampling)
     clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks)
     if wanted.classes:
@@ -80,12 +82,16 @@ def _warn(asked: Asked) -> None:
 
 
 def _plan(asked: Asked, wanted: Wanted) -> list[Request]:
-    return plan_requests(asked.config, asked.first_stage, wanted, asked.sampling)
+    requests = plan_requests(asked.config, asked.first_stage, wanted, asked.sampling)
+    asked.learnt.check_spelt(requests)
+    return requests
 
 
 def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> list[Path]:
     """Sample in windows, or by rolling noise levels, and write each clip in parts."""
     requests, run = _plan(asked, asked.wanted), load()
+    sides = [(min(windows.window, request.size[0]), *request.size[1:]) for request in requests]
+    tell(asked.learnt.doubts([dataclasses.replace(r, size=size) for r, size in zip(requests, sides, strict=True)]))
     what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
     what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
     what = "one window, which does not roll" if windows.rolls and windows.frames <= windows.window else what
@@ -125,7 +131,7 @@ def _write(asked: Asked, step: int, requests: Sequence[Request], clips: Clips, f
         path = asked.options.out if asked.options.clip is not None else asked.paths[number]
         request = requests[number]
         facts = {"prompt": request.prompt, "negative": request.negative, "seed": asked.options.seed}
-        facts |= {"guidance": request.guidance, "latent_size": request.size}
+        facts |= {"guidance": request.guidance, "latent_size": request.size, "clip_id": request.clip_id}
         recipe = make_recipe(asked.made_by, step, number, facts)
         write_chunks(path, chunks, fps or asked.config.preview.fps, asked.options.upscale, json.dumps(recipe))
         save_recipe(path, recipe)
@@ -138,11 +144,7 @@ def _count(requests: Sequence[Request]) -> str:
 
 
 def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -> None:
-    """Print what will be sampled, and which prompts are longer than the run reads."""
-    most = run.tokenizer.max_tokens
-    for request in requests:
-        if (count := run.tokenizer.length(request.prompt)) > most:
-            print(f"sora-jax: {request.prompt!r} has {count} tokens; this run reads the first {most}", file=sys.stderr)
+    """Print what will be sampled."""
     first = requests[0]
     tokens = math.prod(grid_of(first.size, run.config.model.patch))
     frames, height, width = size_of(run.autoencoder.config, first.size)
@@ -165,6 +167,7 @@ def like(options: argparse.Namespace) -> dict:
     for name, value in (("prompt", options.prompt), ("class", options.classes), ("prompts-file", options.prompts_file)):
         check(not value, f"--like is given with --{name}; leave one of them out")
     check(not options.expand, "--like is given with --expand; leave one of them out")
+    check(not options.clip_ids, "--like is given with --clip; leave one of them out")
     recipe = read_recipe(options.like)
     folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
     same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
@@ -193,9 +196,11 @@ def calibrate(options: argparse.Namespace) -> Path:
     run, sizes = load_run(options.workdir), [preview.sizes[i % len(preview.sizes)] for i in range(count)]
     wanted = Wanted(preview.prompts, sizes, preview.classes, options.guidance)
     sampling = dataclasses.replace(sampling, skipped=())
-    requests = plan_requests(config, run.autoencoder.config, wanted, sampling)
+    requests = run.plan(wanted, sampling)
+    tell(run.learnt.doubts(requests))
     with jax.set_mesh(run.mesh):
         ratios_XK = trunk_ratios(run, requests, sampling, config.seed)
+    check(np.isfinite(ratios_XK).all(), f"--workdir is {str(options.workdir)!r}; its samples are not finite")
     sampling = dataclasses.replace(sampling, skipped=choose_skipped(ratios_XK, options.error, options.most))
     facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
     file = save_skipped(options.workdir, sampling, options.guidance, facts)

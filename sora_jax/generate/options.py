@@ -12,10 +12,12 @@ from typing import Any
 
 from sora_jax.config import check, choose, override
 from sora_jax.data.media import check_ending
+from sora_jax.data.seen import read_seen
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
+from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.expand import expand_prompts
 from sora_jax.generate.inputs import TaskOptions, pictures_of
 from sora_jax.generate.long import Windows, windows_of
@@ -28,7 +30,7 @@ from sora_jax.generate.skipping import read_skipped
 from sora_jax.generate.tasks import check_guides
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
-from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
 from sora_jax.train.frozen import autoencoder_config
 
 DEFAULT_SIZE = (17, 64, 64)
@@ -49,7 +51,7 @@ class Asked:
     """Hold what a command asks for, and the run that it asks.
 
     options: those of the command line, with no gaps. paths: of the files, one for each clip; one for all where they are
-    pictures of classes. task: what is to be done with clips.
+    pictures of classes. task: what is to be done with clips. learnt: what requests are compared with.
     """
 
     options: argparse.Namespace
@@ -61,6 +63,7 @@ class Asked:
     task: TaskOptions
     paths: Sequence[Path]
     made_by: MadeBy
+    learnt: Learnt
 
     @property
     def size(self) -> Size:
@@ -84,7 +87,13 @@ def resolve(options: argparse.Namespace) -> Asked:
     both = options.extend is not None and options.frames is not None
     check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
     rows, classes, task = _rows(options), _classes(options.classes), _task_options(options)
+    clip_ids = _clip_ids(options.clip_ids, max(len(rows), len(classes), 1))
     command = command_of(options)
+    if clip_ids and rows:
+        twice = any("clip_id" in row for row in rows)
+        check(not twice, "--clip is given, and --prompts-file has a column clip_id; give one of them")
+        rows = [row | {"clip_id": clip_id} for row, clip_id in zip(rows, clip_ids, strict=True)]
+        command = [word for word in command if not word.startswith("--clip=")]  # the rows of the recipe say which
     prompts = [row["prompt"] for row in rows]
     config = read_run_config(options.workdir)
     takes = config.model.text or config.model.classes
@@ -101,6 +110,8 @@ def resolve(options: argparse.Namespace) -> Asked:
     first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
     check_seed(options.seed)
     wanted = _wanted(options, rows, prompts, classes)
+    if clip_ids and not rows:
+        wanted = dataclasses.replace(wanted, clip_ids=clip_ids)
     if options.skip_steps:
         check(not sampling.skipped, "--skip-steps and --sampling.skipped are both given; give one of them")
         sampling = dataclasses.replace(sampling, skipped=read_skipped(options.workdir, sampling, wanted.guidance))
@@ -108,7 +119,8 @@ def resolve(options: argparse.Namespace) -> Asked:
         command = [word for word in command if word != "--skip-steps"] + [f"--sampling.skipped={sampling.skipped}"]
     _check_long(options, config, sampling)
     made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(task.files))
-    return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by)
+    learnt = Learnt(config, first_stage, load_tokenizer(config, options.workdir), read_seen(options.workdir))
+    return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by, learnt)
 
 
 def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence[Row]) -> None:
@@ -249,6 +261,16 @@ def _wanted(options: argparse.Namespace, rows: Sequence[Row], prompts: Sequence[
         guidance = [row.get("guidance", usual if options.guidance is None else options.guidance) for row in each]
     clip_ids = [row["clip_id"] for row in each]
     return Wanted(prompts, sizes, classes, guidance, [row["negative"] for row in each], clip_ids)
+
+
+def _clip_ids(given: list[str] | None, count: int) -> list[int]:
+    """Read the numbers that key the noise of `count` clips; [] for the usual ones."""
+    text = ",".join(given or [])
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")] if text else []
+    right = all(0 < number < 2**32 for number in numbers)
+    check(right, f"--clip is {text!r}; it must be whole numbers from 1 to 4294967295 with commas between, such as 3,4")
+    check(len(numbers) in (0, count), f"--clip is {text!r}; give a number for each clip, of which there are {count}")
+    return numbers
 
 
 def _classes(given: list[str] | None) -> list[int]:

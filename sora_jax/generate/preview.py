@@ -9,10 +9,16 @@ import numpy as np
 
 from sora_jax.data.media import save_png, write_video
 from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.errors import NotFinite
 from sora_jax.files import local_copy
-from sora_jax.generate.run import Run
+from sora_jax.generate.doubts import tell
+from sora_jax.generate.requests import Request, Wanted, plan_requests
+from sora_jax.generate.run import Run, changed
+from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import FrozenAutoencoder
 from sora_jax.train.loop import Preview
 from sora_jax.train.metrics import MetricsWriter
@@ -42,7 +48,20 @@ def reconstruction_preview(
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
-    return preview
+    return _said(preview)
+
+
+def preview_sampling(config: DenoiserRun) -> SamplingConfig:
+    """Return how previews are sampled."""
+    return changed(config.sampling, config.preview.steps or None, None)
+
+
+def preview_requests(config: DenoiserRun, first_stage: FirstStageConfig) -> list[Request]:
+    """Return the requests of a run's previews."""
+    preview = config.preview
+    sizes = [preview.sizes[i % len(preview.sizes)] for i in range(len(preview.prompts or preview.classes))]
+    wanted = Wanted(preview.prompts, sizes, preview.classes)
+    return plan_requests(config, first_stage, wanted, preview_sampling(config))
 
 
 def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
@@ -53,11 +72,9 @@ def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
 
     def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
         current = run(averages)
-        config = current.config.preview
-        count = len(config.prompts or config.classes)
-        sizes = [config.sizes[i % len(config.sizes)] for i in range(count)]
-        seed = current.config.seed
-        clips = current.generate(config.prompts, sizes, config.steps or None, seed=seed, classes=config.classes)
+        config, sampling = current.config.preview, preview_sampling(current.config)
+        requests = preview_requests(current.config, current.autoencoder.config)
+        clips = current.sample(requests, sampling, current.config.seed)
         folder = workdir / "samples" / f"step_{step:06d}"
         for i, clip in enumerate(clips):
             ending = "png" if len(clip) == 1 else "mp4"
@@ -67,7 +84,19 @@ def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
         save_png(workdir / "samples" / "progress.png", image)
         writer.picture(step, "samples", image)
 
-    return preview
+    return _said(preview)
+
+
+def _said(preview: Preview) -> Preview:
+    """Report on stderr a preview that is not finite, in place of drawing it; the loop judges the training itself."""
+
+    def finite(step: int, averages: dict, writer: MetricsWriter) -> None:
+        try:
+            preview(step, averages, writer)
+        except NotFinite as error:
+            tell([f"the preview of step {step} is left out: {error}"])
+
+    return finite
 
 
 def scale_of(clip: np.ndarray) -> int:

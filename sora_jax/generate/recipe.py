@@ -19,7 +19,7 @@ from sora_jax.data.media import read_comment
 from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.prompts import Row
 
-FLAGS = {"classes": "class"}  # options whose flag has another name
+FLAGS = {"classes": "class", "clip_ids": "clip"}  # options whose flag has another name
 LEFT_OUT = (
     "function", "parser", "arguments", "out", "like", "prompts_file", "prompt", "expand", "checkpoint", "sampling",
     "clip", "rows",

@@ -75,6 +75,10 @@ class Request:
     negative: str = ""
     known: Known | None = None
 
+    def __str__(self) -> str:
+        about = f"class {self.label}" if self.label >= 0 else f"prompt {self.prompt!r}"
+        return f"the clip of {about} (clip id {self.clip_id}, guidance {self.guidance:g})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:

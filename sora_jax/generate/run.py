@@ -1,7 +1,9 @@
 """A trained run, ready to use: `load_run(folder).generate(prompts, sizes)`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -9,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax.config import check, from_dict, read_json
+from sora_jax.data.seen import Seen, read_seen
 from sora_jax.diffusion.sampling import SamplingConfig
-from sora_jax.errors import UserError
+from sora_jax.errors import NotFinite, UserError
 from sora_jax.files import as_path
+from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.long import Windows, sample_long
 from sora_jax.generate.packs import TrainedDenoiser
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
@@ -40,10 +44,14 @@ def changed(sampling: SamplingConfig, steps: int | str | None, solver: str | Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(TrainedDenoiser):
-    """Generate clips with a trained denoiser and its autoencoder; step: that of its checkpoint."""
+    """Generate clips with a trained denoiser and its autoencoder.
+
+    step: that of its checkpoint. seen: what it is trained on, None where that is not known.
+    """
 
     autoencoder: FrozenAutoencoder
     step: int = 0
+    seen: Seen | None = None
 
     def generate(
         self,
@@ -68,14 +76,29 @@ class Run(TrainedDenoiser):
         id, prompt, size) gives the same clip beside any others. tiles: larger clips are decoded in tiles. tasks: what
         is known of the clips, from `generate.tasks`, one for all or one each; sizes are then left out.
 
+        Warns of what the run does not read of the prompts, and of words and sizes that are far from its training.
+
         Raises:
             UserError: the run takes no such; the sentence names the nearest sizes that are allowed.
+            NotFinite: a clip has values that are NaN or infinite.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
         wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids, tasks)
         check_seed(seed)
-        requests = plan_requests(self.config, self.autoencoder.config, wanted, sampling)
+        requests = self.plan(wanted, sampling)
+        self.learnt.check_spelt(requests)
+        for line in self.learnt.doubts(requests):
+            warnings.warn(line, stacklevel=2)
         return self.sample(requests, sampling, seed, tiles, tasks)
+
+    @property
+    def learnt(self) -> Learnt:
+        """Return what the run has learnt, to compare requests with."""
+        return Learnt(self.config, self.autoencoder.config, self.tokenizer, self.seen)
+
+    def plan(self, wanted: Wanted, sampling: SamplingConfig) -> list[Request]:
+        """Check what is asked for and return a request for each clip."""
+        return plan_requests(self.config, self.autoencoder.config, wanted, sampling)
 
     def sample(
         self,
@@ -110,31 +133,49 @@ class Run(TrainedDenoiser):
             wait = next(batches, None)
         while wait is not None:
             with jax.set_mesh(self.mesh):
-                clips = self._decoded(wait(), each, tiles)
+                clips = self._decoded(wait(), requests, each, tiles)
                 wait = next(batches, None)
             yield from clips.items()
 
     def _decoded(
-        self, latents: dict[int, np.ndarray], tasks: Sequence[Task], tiles: TilingConfig
+        self, latents: dict[int, np.ndarray], requests: Sequence[Request], tasks: Sequence[Task], tiles: TilingConfig
     ) -> dict[int, np.ndarray]:
         """Decode latents by the number of their request, whose task is in `tasks` unless that is empty."""
+        latents = dict(sorted(latents.items()))  # they come in the order of packs
+        names = [str(requests[number]) for number in latents]
+        _check_finite(latents.values(), names)
         z = list(latents.values())
-        clips = self._finish(z, [tasks[number] for number in latents], tiles) if tasks else self.decode(z, tiles)
+        if tasks:
+            clips = self._finish(z, [tasks[number] for number in latents], tiles, names)
+        else:
+            clips = self.decode(z, tiles, names)
         return dict(zip(latents, clips, strict=True))
 
-    def _finish(self, latents: Sequence[np.ndarray], tasks: Sequence[Task], tiles: TilingConfig) -> list[np.ndarray]:
+    def _finish(
+        self, latents: Sequence[np.ndarray], tasks: Sequence[Task], tiles: TilingConfig, names: Sequence[str]
+    ) -> list[np.ndarray]:
         """Decode the latents of tasks and complete their clips."""
         latents = [task.latent(z) for z, task in zip(latents, tasks, strict=True)]
-        open_ends = iter(self.decode([z for z, task in zip(latents, tasks, strict=True) if not task.loops], tiles))
-        pairs = zip(latents, tasks, strict=True)
-        decoded = [self.autoencoder.decode_ring(z, tiles) if task.loops else next(open_ends) for z, task in pairs]
-        return [task.clip(clip) for task, clip in zip(tasks, decoded, strict=True)]
+        which = [i for i, task in enumerate(tasks) if not task.loops]
+        clips = dict(
+            zip(which, self.decode([latents[i] for i in which], tiles, [names[i] for i in which]), strict=True)
+        )
+        for i in (i for i, task in enumerate(tasks) if task.loops):
+            with _naming(names[i]):
+                clips[i] = self.autoencoder.decode_ring(latents[i], tiles)
+        return [task.clip(clips[i]) for i, task in enumerate(tasks)]
 
-    def decode(self, latents: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()) -> list[np.ndarray]:
-        """Decode latents into clips, in groups of equal size; return them in order."""
+    def decode(
+        self, latents: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig(), names: Sequence[str] = ()
+    ) -> list[np.ndarray]:
+        """Decode latents into clips, in groups of equal size; return them in order. names: for NotFinite."""
         order = sorted(range(len(latents)), key=lambda i: latents[i].shape)
         decoded = self.autoencoder.decode((latents[i] for i in order), 4, tiles)
-        return [clip for _, clip in sorted(zip(order, decoded, strict=True), key=lambda pair: pair[0])]
+        clips = {}
+        for i in order:
+            with _naming(names[i] if names else f"clip {i}"):
+                clips[i] = next(decoded)
+        return [clips[i] for i in range(len(clips))]
 
     def sample_long(
         self,
@@ -154,15 +195,33 @@ class Run(TrainedDenoiser):
         with jax.set_mesh(self.mesh):
             sample = sample_rolling if windows.rolls else sample_long
             latents = sample(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
-        return [self._parts(z, parts) for z in latents]
+        names = list(map(str, requests))
+        _check_finite(latents, names)
+        return [self._parts(z, parts, name) for z, name in zip(latents, names, strict=True)]
 
-    def _parts(self, z_thwC: np.ndarray, tiles: TilingConfig) -> Iterator[np.ndarray]:
-        with jax.set_mesh(self.mesh):
+    def _parts(self, z_thwC: np.ndarray, tiles: TilingConfig, name: str) -> Iterator[np.ndarray]:
+        with jax.set_mesh(self.mesh), _naming(name):
             yield from self.autoencoder.decode_chunks(z_thwC, tiles, 1)
 
     def latent_size(self, frames: int, height: int, width: int) -> Size:
         """Return the latent (t, h, w) of a clip of this size; UserError with the sizes that are allowed."""
         return latent_size(self.config, self.autoencoder.config, (frames, height, width))
+
+
+def _check_finite(latents: Iterable[np.ndarray], names: Iterable[str]) -> None:
+    """Raise NotFinite for the first latent with values that are NaN or infinite."""
+    for z, name in zip(latents, names):
+        if not np.isfinite(z).all():
+            raise NotFinite(f"{name}: the sampled latent has values that are not finite")
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the clip of a NotFinite that decoding raises."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{name}: {error}") from error
 
 
 def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoint: str | int = NEWEST) -> Run:
@@ -173,6 +232,7 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
 
     Raises:
         UserError: the folder holds no denoiser, no such checkpoint, or no autoencoder.
+        NotFinite: the weights are not finite.
     """
     folder = as_path(folder)
     config = read_run_config(folder)
@@ -182,7 +242,7 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
     params, step = restore_weights(folder, denoiser_groups(config), fixed, mesh, str(checkpoint))
     first_stage = load_autoencoder(autoencoder_folder(folder, autoencoder))
     tokenizer = load_tokenizer(config, folder)
-    return Run(config, params, tokenizer, mesh, autoencoder=first_stage, step=step)
+    return Run(config, params, tokenizer, mesh, autoencoder=first_stage, step=step, seen=read_seen(folder))
 
 
 def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:

@@ -9,10 +9,12 @@ from jax.sharding import Mesh
 
 from sora_jax.config import check
 from sora_jax.data.latents import LatentCache
+from sora_jax.data.seen import Seen, look, read_seen, save_seen
 from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.files import as_path
-from sora_jax.generate.preview import denoiser_preview
+from sora_jax.generate.doubts import Learnt
+from sora_jax.generate.preview import denoiser_preview, preview_requests
 from sora_jax.generate.requests import latent_size
 from sora_jax.generate.run import Run
 from sora_jax.parallel import distributed
@@ -29,9 +31,13 @@ from sora_jax.train.state import MODEL
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoiserInputs(Inputs):
-    """cache: the latents. share: this process's part of a batch. computed: the config with its attention chosen."""
+    """cache: the latents. share: this process's part of a batch. computed: the config with its attention chosen.
+
+    seen: the sizes of the clips that are trained on, and the words of their captions; None where not all is known.
+    """
 
     cache: LatentCache
+    seen: Seen | None
     autoencoder: FrozenAutoencoder
     tokenizer: Text
     computed: DenoiserRun
@@ -67,12 +73,26 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
         digest=cache.digest,
         text=cache.info.text.fingerprint if cache.info.text else None,
         cache=cache,
+        seen=_look(config, cache, workdir),
         autoencoder=autoencoder,
         tokenizer=prepare_tokenizer(config, cache, workdir),
         computed=with_fastest_attention(config, mesh, workdir),
         mesh=mesh,
         share=distributed.share_of_batch(mesh),
     )
+
+
+def _look(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Seen | None:
+    """Return what the run has seen when it has trained; None if it began with weights of which that is not known."""
+    seen = read_seen(workdir)
+    if seen is None:
+        seen = look(cache, config.split, config.model.patch)
+        if config.init.weights:
+            before = read_seen(config.init.source[0])
+            seen = before and seen.plus(before)
+    if seen is None:
+        return None
+    return dataclasses.replace(seen, dropped=seen.dropped or config.diffusion.caption_dropout > 0)
 
 
 def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
@@ -87,7 +107,24 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
     else:
         log("config.preview names no prompts or classes: no samples are shown while training")
     folder = as_path(workdir) / "captions"
-    return denoiser_job(inputs.computed, inputs.cache, inputs.tokenizer, preview, folder, inputs.share)
+    job = denoiser_job(inputs.computed, inputs.cache, inputs.tokenizer, preview, folder, inputs.share)
+    return dataclasses.replace(job, note="\n".join([job.note, *_doubts(config, inputs)]))
+
+
+def _doubts(config: DenoiserRun, inputs: DenoiserInputs) -> list[str]:
+    """Return a line for each thing that previews ask for and the run will not learn; UserError for unread prompts."""
+    learnt = Learnt(config, inputs.autoencoder.config, inputs.tokenizer, inputs.seen)
+    lines, scale = [], config.sampling.guidance.scale
+    if scale != 1.0 and learnt.never_dropped and (config.model.text or config.model.classes):
+        lines.append(
+            f"diffusion.caption_dropout is 0 and sampling.guidance.scale is {scale:g}: guidance will lead away from "
+            "what is never learnt; set --config.diffusion.caption_dropout=0.1 or --config.sampling.guidance.scale=1"
+        )
+    if config.preview.any:
+        requests = preview_requests(config, inputs.autoencoder.config)
+        learnt.check_spelt(requests)
+        lines += [f"preview: {line}" for line in learnt.of_texts(requests) + learnt.of_sizes(requests)]
+    return lines
 
 
 def claim(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> None:
@@ -95,6 +132,8 @@ def claim(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> None:
     if inputs.computed != config:
         keep_attention(inputs.computed, workdir)
     copy_autoencoder(config.latents, workdir)
+    if inputs.seen:
+        save_seen(inputs.seen, workdir)
     if isinstance(inputs.tokenizer, Tokenizer):
         inputs.tokenizer.save(as_path(workdir) / "tokenizer.json")
 

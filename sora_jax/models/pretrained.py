@@ -11,7 +11,7 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data.latents import TextInfo
-from sora_jax.data.tokenizer import NULL, UNKNOWN
+from sora_jax.data.tokenizer import NULL, UNKNOWN, Reading
 from sora_jax.errors import UserError
 
 CLASSES = {
@@ -47,9 +47,16 @@ class PretrainedText:
         """Return the embedding (m, E) of one caption in float16."""
         return self.embed_all([text])[0]
 
-    def length(self, text: str) -> int:
-        """Return the number of tokens of a text before truncation to max_tokens."""
-        return len(self._tokenizer(text)["input_ids"])
+    def read(self, text: str) -> Reading:
+        """Say how a text is read: its tokens before truncation to max_tokens, and its words of unknown tokens."""
+        words = list(dict.fromkeys(text.split())) if self._is_unknown(text) else []
+        unknown = tuple(word for word in words if self._is_unknown(word))
+        spelt = len(unknown) < len(words) or not unknown
+        return Reading(text, len(self._tokenizer(text)["input_ids"]), self.max_tokens, unknown, spelt)
+
+    def _is_unknown(self, text: str) -> bool:
+        """Return True if a piece of a text is not known."""
+        return self._tokenizer.unk_token_id in self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def embed_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the embeddings of several captions; equal captions are computed once."""

@@ -25,6 +25,7 @@ def add_data(commands) -> None:
     p = make_parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
     p.add_argument("folder", type=as_path, help="dataset folder")
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
+    p.add_argument("--slots", type=int, default=16, help="clips per pack at most, as config.packing.slots")
     p.set_defaults(function=inspect)
     example = (
         "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
@@ -216,5 +217,5 @@ def inspect(options) -> None:
     """Print the summary of a dataset folder."""
     from sora_jax.data.inspect import inspect
 
-    found = inspect(options.folder, options.pack_length)
+    found = inspect(options.folder, options.pack_length, slots=options.slots)
     print(f"{found.text}\ncontact sheet    {found.sheet}\nhistogram        {found.histogram}")

@@ -43,6 +43,8 @@ def add_sample(commands) -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, help="guidance scale; 1: no guidance (default: the run's)")
     p.add_argument("--skip-steps", action="store_true", help="skip the blocks at the steps that calibrate has chosen")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    about = "numbers that key the noise, one for each clip (default: 1,2..); the third of several prompts alone: 3"
+    p.add_argument("--clip", dest="clip_ids", action="append", metavar="N,N..", help=about)
     p.add_argument("--fps", type=float, help="frames per second of the file (default: as in the run's previews)")
     p.add_argument("--upscale", type=int, default=1, help="integer factor that enlarges pixels, to view tiny clips")
     p.add_argument("--checkpoint", default="newest", help="newest, best (of those kept by loop.keep_best) or a step")

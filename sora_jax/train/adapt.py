@@ -15,8 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from sora_jax.config import check
+from sora_jax.errors import NotFinite
 from sora_jax.files import as_path
 from sora_jax.nn import params as param
+from sora_jax.nn.finite import named, not_finite
 from sora_jax.nn.lora import SCALE, adapter_specs, merge_adapters, scale_spec
 from sora_jax.nn.params import ParamSpec
 from sora_jax.train.checkpoint import NEWEST, Checkpoints, restore_tree
@@ -109,14 +111,23 @@ def restore_weights(
     """Restore the first average of a run's network, and the step that it is of; adapters stay beside their weights.
 
     fixed: the specs of what the run does not train. option: names the folder where it has no checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint.
+        NotFinite: some of the weights are not finite.
     """
     choice = "--checkpoint" if option == "--workdir" else option
     with Checkpoints(folder / "checkpoints", option=choice) as checkpoints:
         check(checkpoints.latest() is not None, f"{option} is {str(folder)!r}; it has no checkpoint yet")
         averages = checkpoints.restore_ema(abstract_ema(groups, mesh), which)[MODEL][0]
         step = checkpoints.candidates(which)[0]  # those found damaged are no longer among them
+        others = [str(other) for other in checkpoints.candidates() if other != step]
     if fixed:
         averages = merge(restore_tree(folder / BASE, param.abstract_on(fixed, mesh)), averages)
+    if bad := not_finite(averages):
+        what = f"{option} is {str(folder)!r}; the averaged weights of its checkpoint {step} have values that are"
+        mend = f"; {choice} can name another: {', '.join(others)}" if others else ""
+        raise NotFinite(f"{what} not finite, in {named(bad)}{mend}")
     return averages, step
 
 

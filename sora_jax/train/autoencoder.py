@@ -16,7 +16,7 @@ from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.share import Share
 from sora_jax.diffusion.keys import Purpose, step_key
-from sora_jax.errors import UserError
+from sora_jax.errors import NotFinite, UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, start_from_linear
 from sora_jax.models.discriminator import DiscriminatorConfig, discriminator_specs
 from sora_jax.models.first_stage import (
@@ -220,8 +220,11 @@ def to_float(frames: jax.Array) -> jax.Array:
 
 
 def to_uint8(video: jax.Array | np.ndarray) -> np.ndarray:
-    """Convert float pixels, about [-1, 1], to uint8."""
-    return np.clip(np.round((np.asarray(video) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    """Convert float pixels, about [-1, 1], to uint8; NotFinite where some are NaN, which would be black."""
+    video = np.asarray(video)
+    if not np.isfinite(video).all():
+        raise NotFinite("a decoded clip has values that are not finite")
+    return np.clip(np.round((video + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def autoencoder_loss(

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
+from sora_jax.data.captions import CaptionCounts
 from sora_jax.data.clips import Clip, clip_id_of
 from sora_jax.data.guides import GuideCounts, guide_frames, guide_pictures
 from sora_jax.data.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
@@ -92,12 +93,15 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     clips, again = tee(map(dataset.__getitem__, chain(*work)))  # `again` is behind by a batch at most
     latents = autoencoder.encode((clip.frames for clip in clips), options.batch, padded_shapes, tiles=tiles)
     latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
-    guides = _guides(autoencoder, again, options, padded_shapes, tiles)
+    guides, counts = _guides(autoencoder, again, options, padded_shapes, tiles), CaptionCounts()
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer, jax.set_mesh(make_mesh()):
             rows = [dataset.row(index) for index in members]
+            counts = _count_captions(options.text, rows, counts)
             for row, texts in zip(rows, _texts(options.text, rows), strict=True):
                 add_latent(writer, info, row, next(latents), texts, next(guides))
+    for note in counts.notes("--text-tokens", options.text.max_tokens if options.text else 0):
+        print(f"sora-jax: {note}", file=sys.stderr)
     return finish_cache(parts, info)
 
 
@@ -176,6 +180,13 @@ def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[n
     captions = [row["captions"] or [""] for row in rows]
     found = iter(text.embed_all(list(chain(*captions))))
     yield from ([next(found) for _ in each] for each in captions)
+
+
+def _count_captions(text: PretrainedText | None, rows: Sequence[dict], counts: CaptionCounts) -> CaptionCounts:
+    """Add the captions of some clips to the counts of what the encoder does not read."""
+    if text is None:
+        return counts
+    return counts.plus([text.read(caption) for row in rows for caption in row["captions"]], text.max_tokens)
 
 
 def copy_autoencoder(run: str | Path, target: Path, replace: bool = False) -> None:

@@ -18,7 +18,7 @@ from flax import serialization, traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.config import check, from_dict, read_json, to_dict, value_at
-from sora_jax.errors import UserError
+from sora_jax.errors import NotFinite, UserError
 from sora_jax.files import as_path, local_copy, replacing, write_json
 from sora_jax.models import codes
 from sora_jax.models.first_stage import (
@@ -33,6 +33,7 @@ from sora_jax.models.first_stage import (
 )
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.nn import params as param
+from sora_jax.nn.finite import named
 from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train import streaming
 from sora_jax.train.autoencoder import to_float, to_uint8
@@ -238,6 +239,7 @@ def measure_statistics(
 def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
     """Write weights.npz and autoencoder.json; the JSON is written last and makes the folder valid."""
     folder, arrays = as_path(folder), _flat(autoencoder)
+    _check_finite(f"the autoencoder for {str(folder)!r}", arrays)
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **arrays)
     record = {"config": to_dict(autoencoder.config), "version": autoencoder.version}
@@ -291,7 +293,14 @@ def load_autoencoder(run: str | Path) -> FrozenAutoencoder:
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"the autoencoder in {str(folder)!r} is damaged: {error}") from error
     check(whole, f"the autoencoder in {str(folder)!r} is damaged: its weights do not match its fingerprint")
+    _check_finite(f"the autoencoder in {str(folder)!r}", _flat(autoencoder))
     return autoencoder
+
+
+def _check_finite(what: str, arrays: dict[str, np.ndarray]) -> None:
+    bad = [name for name, values in sorted(arrays.items()) if not np.isfinite(values).all()]
+    if bad:
+        raise NotFinite(f"{what} has values that are not finite, in {named(bad)}")
 
 
 def _read(folder: Path) -> tuple[FrozenAutoencoder, dict]:
