@@ -13,8 +13,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from sora_jax.errors import UserError
 from sora_jax.diffusion.keys import Purpose
+from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.first_stage import kl_to_standard_normal, psnr, sample_posterior
 from sora_jax.nn.params import abstract, count, init, shardings

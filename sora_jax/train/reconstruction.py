@@ -297,9 +297,10 @@ def _distances(
         shift = random_shift(keys.of_step(Purpose.BANDS), loss.bands_levels)
         return bands_loss(decoded, video, loss.bands_levels, loss.bands_form, shift)
 
-    def chosen() -> list[jax.Array]:
-        pair = whole_frames(decoded), whole_frames(video)
-        return choose_frames(keys.of_clips(Purpose.FEATURES), loss.features_frames, *pair)
+    def chosen() -> tuple[jax.Array, jax.Array]:
+        whole = whole_frames(decoded), whole_frames(video)
+        first, second = choose_frames(keys.of_clips(Purpose.FEATURES), loss.features_frames, *whole)
+        return first, second
 
     def features() -> jax.Array:
         return random_features_loss(keys.of_step(Purpose.FEATURES), *chosen(), loss.features_frames)
