@@ -26,8 +26,8 @@ class Unreachable(UserError):
 
 
 class Stopped(Exception):
-    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`."""
+    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`; hint: what else to do."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there")
+    def __init__(self, step: int, hint: str = "") -> None:
+        super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there{hint}")
         self.step = step
