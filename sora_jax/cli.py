@@ -105,9 +105,7 @@ def _train(commands) -> None:
     about = "with --init-from: parameters that are not trained, by path: text,blocks/mlp"
     p.add_argument("--freeze", type=paths, default=(), metavar="PATHS", help=about)
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, then exit")
-    p.add_argument(
-        "--finish", action="store_true", help="use an autoencoder as it is now: freeze its newest checkpoint"
-    )
+    p.add_argument("--finish", action="store_true", help="do not train; freeze an autoencoder at its newest checkpoint")
     p.add_argument("--distributed", action="store_true", help="run as one of several processes: TPU pods, SLURM, GKE")
     p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
     p.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")

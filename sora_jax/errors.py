@@ -26,7 +26,10 @@ class Unreachable(UserError):
 
 
 class Stopped(Exception):
-    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`; hint: what else to do."""
+    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`.
+
+    hint: what else can be done then.
+    """
 
     def __init__(self, step: int, hint: str = "") -> None:
         super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there{hint}")

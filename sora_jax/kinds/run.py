@@ -51,11 +51,11 @@ def finish(config: RunConfig, workdir: Path) -> None:
         UserError: the run is of a kind that leaves nothing, or has no checkpoint.
     """
     workdir, kind = as_path(workdir), kind_of(config)
-    check(
-        kind.finish,
-        f"--finish is given; --workdir is {str(workdir)!r}, a run of kind {kind.name!r}: there is nothing to finish, "
-        "`sora-jax sample` takes any checkpoint",
-    )
+    if kind.finish is None:
+        raise UserError(
+            f"--finish is given; --workdir is {str(workdir)!r}, a run of kind {kind.name!r}: there is nothing to "
+            "finish, `sora-jax sample` takes any checkpoint"
+        )
     with run_lock(workdir):
         check_workdir(workdir, config)
         stages = kind.stages(config, workdir)
