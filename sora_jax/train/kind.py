@@ -37,8 +37,8 @@ class Kind:
     may_change: fields that may change when a run goes on, beside those of all kinds, such as the path of its data, or
         its loss: all that does not change what the weights mean.
     claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
-    finish(config, inputs, params, step, workdir): writes what a run leaves at its end, by its averaged parameters, fixed
-        ones among them, of that step. By all processes.
+    finish(config, inputs, params, step, workdir): writes what a run leaves at its end, by its averaged parameters of
+        that step, fixed ones among them. By all processes.
     stages(config, workdir): runs that make up this one, in order, each with its folder; empty if it is a single one.
     check_stage(config, inputs): raises a UserError where a stage does not fit the inputs of the first one.
     finish_stages(workdir, last): writes what the run leaves, by the folder of its last stage. By one process.
