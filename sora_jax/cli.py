@@ -105,6 +105,7 @@ def _train(commands) -> None:
     about = "with --init-from: parameters that are not trained, by path: text,blocks/mlp"
     p.add_argument("--freeze", type=paths, default=(), metavar="PATHS", help=about)
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, then exit")
+    p.add_argument("--finish", action="store_true", help="do not train; freeze an autoencoder at its newest checkpoint")
     p.add_argument("--distributed", action="store_true", help="run as one of several processes: TPU pods, SLURM, GKE")
     p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
     p.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")
@@ -133,7 +134,7 @@ def train(options) -> None:
     if options.distributed or others != (None, None, None):
         distributed.start(*others)
     use_compilation_cache()
-    run.train(config, options.workdir)
+    (run.finish if options.finish else run.train)(config, options.workdir)
 
 
 def sample(options) -> None:

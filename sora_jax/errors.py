@@ -30,8 +30,11 @@ class Unreachable(UserError):
 
 
 class Stopped(Exception):
-    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`."""
+    """Report that a run stopped on request (Ctrl-C, SIGTERM) and saved everything up to `step`.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there")
+    hint: what else can be done then.
+    """
+
+    def __init__(self, step: int, hint: str = "") -> None:
+        super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there{hint}")
         self.step = step

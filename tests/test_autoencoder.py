@@ -13,6 +13,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+from sora_jax.diffusion.keys import Purpose
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, latent_grid
 from sora_jax.models.first_stage import kl_to_standard_normal, psnr, sample_posterior
@@ -297,7 +298,8 @@ def test_loss_is_the_weighted_sum_of_its_parts():
     params, video, key = random_params(config), clips(2, 5), jax.random.key(0)
     loss, _, metrics = jax.jit(lambda p, v: reconstruction_loss(p, config, v, key))(params, video)
     mean, logvar = jit_encode(config)(params, video)
-    error = np.asarray(jit_decode(config)(params, sample_posterior(key, mean, logvar)) - video)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, Purpose.NOISE), row) for row in range(2)]
+    error = np.asarray(jit_decode(config)(params, sample_posterior(jnp.stack(keys), mean, logvar)) - video)
     kl = kl_to_standard_normal(mean, logvar).mean()
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
     expected = 0.5 * np.abs(error).mean() + 2.0 * np.square(error).mean() + 0.1 * kl

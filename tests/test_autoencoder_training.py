@@ -1,9 +1,11 @@
 """Training the autoencoder: its loss terms, its linear start, discrete latents, stages, and who learns when."""
 
+import dataclasses
 import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ from sora_jax.train.encode import encode_dataset
 from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.latent_scale import scale_by_effect
 from sora_jax.train.linear_codec import fit_linear_codec
-from sora_jax.train.loop import LoopConfig
+from sora_jax.train.loop import LoopConfig, split_batch
 from sora_jax.train.optim import OptimConfig, make_optimizer, matrix_axes
 from sora_jax.train.reconstruction import Aids, LossConfig, fits, reconstruction_loss, resize
 from sora_jax.train.state import MODEL, init_state, make_optimizers
@@ -225,6 +227,41 @@ def trained_steps(**loss):
             states.append(jax.tree.map(np.asarray, state.params))
             metrics.append(found)
     return config, states, metrics
+
+
+SOFT = dataclasses.replace(FSQ, codes=CodesConfig("fsq", (5, 4), warmup_noise=0.5))
+ACCUMULATED = LossConfig(
+    bands_weight=0.3, features_weight=0.5, features_frames=2, equivariance=0.3, equivariance_scales=(0.5,)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model, loss", [(PLAIN, ACCUMULATED), (SOFT, LossConfig())])
+def test_accumulated_losses_are_those_of_the_whole_batch(model, loss):
+    """Each crop has draws of its own, by its row in the whole batch, and the draws of a step are one for all parts."""
+    config = AutoencoderRun(model=model, crop=(5, 16, 16), batch=16, image_share=0.5, loss=loss)
+    whole = {f"{name}_BTHW3": clips(8, frames) for name, frames in (("videos", 5), ("images", 1))}
+    whole |= {f"{name}_rows_B": np.arange(8, dtype=np.int32) for name in ("videos", "images")}
+    params = {MODEL: jax.tree.map(lambda x: x + 0.1, init(autoencoder_specs(model), jax.random.key(1)))}
+
+    @jax.jit
+    def one(batch, part):
+        return autoencoder_loss(config, params, {}, batch, jnp.int32(0), part)
+
+    def accumulated(parts):
+        found = [one({name: x[i] for name, x in split_batch(whole, parts).items()}, i) for i in range(parts)]
+        return jax.tree.map(lambda *values: sum(values[1:], values[0]), *found)
+
+    chex.assert_trees_all_close(accumulated(4), accumulated(1), rtol=1e-4, atol=1e-4)
+
+
+def test_crops_of_one_clip_have_noise_of_their_own():
+    video = jnp.concatenate([floats(1)] * 2)
+    one, other, both = (
+        float(loss_of(PLAIN, LossConfig(), Aids(rows_B=jnp.array(rows)), video=video[: len(rows)]).model)
+        for rows in ([4], [7], [4, 7])
+    )
+    assert abs(one - other) > 1e-4
+    np.testing.assert_allclose(both, (one + other) / 2, rtol=1e-5)
 
 
 def same(a, b):

@@ -61,9 +61,10 @@ def test_crops_are_solid_blocks_of_clips_that_are_large_enough(clips):
 
 
 def test_one_kind_only(clips):
-    assert set(crop_batches(clips, CropConfig(8, 16, 20, 4), 0)[0]) == {"videos_BTHW3", "videos_clips_B"}
+    videos = crop_batches(clips, CropConfig(8, 16, 20, 4), 0)[0]
+    assert set(videos) == {"videos_BTHW3", "videos_clips_B", "videos_rows_B"}
     images = crop_batches(clips, CropConfig(99, 16, 20, 4, image_share=1.0), 0)[0]
-    assert set(images) == {"images_BTHW3", "images_clips_B"}
+    assert set(images) == {"images_BTHW3", "images_clips_B", "images_rows_B"}
 
 
 def test_crop_streams_are_pure_and_shared_by_hosts(clips):

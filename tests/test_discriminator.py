@@ -244,8 +244,8 @@ def test_gradients_of_the_discriminator_loss_stop_at_both_clips():
 
 def signs_of(count):
     """Keys for which the real clip of a batch of one comes first, and second."""
-    keys = [jax.random.key(seed) for seed in range(count)]
-    first = [bool(jax.random.bernoulli(key, shape=(1,))[0]) for key in keys]
+    keys = list(jax.random.split(jax.random.key(0), (count, 1)))  # one for each clip
+    first = [bool(jax.random.bernoulli(key[0])) for key in keys]
     return keys[first.index(True)], keys[first.index(False)]
 
 

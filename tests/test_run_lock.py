@@ -76,7 +76,7 @@ def test_the_second_is_refused_by_name_and_a_killed_one_holds_nobody_up(chain, t
 def test_training_holds_its_folder_and_those_of_its_stages(chain, tmp_path, monkeypatch):  # noqa: F811
     seen = []
 
-    def fit(job, config, seed, mesh, workdir, _):
+    def fit(job, config, seed, mesh, workdir, *_):
         seen.append(workdir)
         for folder in (workdir, tmp_path / "run"):
             with refused(folder), run_lock(folder):

@@ -79,6 +79,7 @@ class CropBatches:
                 crops = [self._crop(name, self._size(name, size), step, row) for row in rows]
                 batch[f"{name}_BTHW3"] = np.stack([pixels for _, pixels in crops])
                 batch[f"{name}_clips_B"] = np.array([clip for clip, _ in crops], np.int32)
+                batch[f"{name}_rows_B"] = np.array(rows, np.int32)
         return batch
 
     def stream(self, start: int = 0, feed: FeedConfig = FeedConfig()) -> Iterator[Batch]:
@@ -117,7 +118,8 @@ def crop_batches(
     not given; `clips` are the indices to draw from, default all (`sizes_and_clips` reads both from a dataset
     folder). Clips smaller than the crop in any side are never padded or scaled: a row draws from the clips
     that are large enough. A batch has videos_BTHW3 and images_BTHW3 (T = 1), each with ..._clips_B (index in
-    the dataset), absent where it would have no row. Pixels stay uint8, a quarter of the bytes to the device.
+    the dataset) and ..._rows_B (row in the batch of all hosts), absent where it would have no row. Pixels stay uint8, a
+    quarter of the bytes to the device.
     UserError if no clip is large enough.
     """
     if sizes is None:

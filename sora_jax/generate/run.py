@@ -27,7 +27,7 @@ from sora_jax.train.adapt import restore_weights
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
 from sora_jax.train.fastest_attention import with_fastest_attention
-from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, recorded_fingerprint
+from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, missing_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
 
 PART = 8  # latent frames, beside the first, that are decoded at a time
@@ -252,7 +252,7 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
     if not own or other is None:
         return folder if other is None else as_path(other)
     found = recorded_fingerprint(as_path(other))
-    check(found, f"--autoencoder is {str(other)!r}; there is no trained autoencoder in that folder")
+    check(found, missing_autoencoder(other))
     # A decoder that was trained further decodes the same latents, which the fingerprint says.
     check(
         found == recorded_fingerprint(folder),

@@ -41,7 +41,6 @@ from sora_jax.train.frozen import (
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.latent_scale import scale_by_effect
 from sora_jax.train.loop import Job, log
-from sora_jax.train.state import MODEL, TrainState
 
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
@@ -79,7 +78,7 @@ def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> Autoencode
 
 def _first(config: AutoencoderRun) -> FrozenAutoencoder:
     """Read the autoencoder that the run starts from; UserError unless it is the same network."""
-    first = load_autoencoder(config.start)
+    first = load_autoencoder(config.start, "--config.start")
     wanted, found = (
         jax.tree.map(lambda x: x.shape, param.abstract(autoencoder_specs(model)))
         for model in (config.model, first.config)
@@ -117,14 +116,13 @@ def _whole(config: AutoencoderRun, inputs: AutoencoderInputs, trained: dict) -> 
     return encoder_part(inputs.first.params) | trained
 
 
-def finish(config: AutoencoderRun, inputs: AutoencoderInputs, state: TrainState, workdir: Path) -> None:
+def finish(config: AutoencoderRun, inputs: AutoencoderInputs, params: dict, step: int, workdir: Path) -> None:
     """Measure the latents of the averaged parameters and write workdir/frozen, unless it is of this step already."""
-    step = int(state.step)
     if distributed.all_true(_finished_before(workdir, step)):
         return  # written anew it could differ in a last bit, and caches made with it would no longer match
-    params = distributed.on_host(state.ema[MODEL][0])
+    here = jax.tree.leaves(params)[0].sharding.mesh.local_devices
+    params = distributed.on_host(params)
     if distributed.first():
-        here = jax.tree.leaves(state.params)[0].sharding.mesh.local_devices
         with jax.set_mesh(make_mesh(devices=here)):
             _freeze(config, inputs, params, step, workdir)
     distributed.barrier("autoencoder kept")

@@ -54,7 +54,7 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
         f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "
         f"have {cache.channels}",
     )
-    autoencoder = load_autoencoder(config.latents)
+    autoencoder = load_autoencoder(config.latents, "--config.latents")
     cache.check(autoencoder.fingerprint)
     if text := config.model.text:
         cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)

@@ -1,26 +1,26 @@
 """Training a run of any kind in its folder: checks first, then the loop, then what the run leaves."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sora_jax.config import check, differences, read_json, to_dict, value_at
-from sora_jax.errors import UserError
+from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.kinds import kind_of, stored_config
 from sora_jax.kinds.begin import begin, save_fixed
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
-from sora_jax.train.adapt import merge
+from sora_jax.train.adapt import merge, restore_weights
+from sora_jax.train.frozen import saved_steps
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import check_accumulation, fit, log
 from sora_jax.train.optim import check_schedule
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.run_lock import run_lock
-from sora_jax.train.state import Group
+from sora_jax.train.state import MODEL, Group
 
 # What does not change what the weights mean may change when a run goes on; a kind adds fields of its own.
 MAY_CHANGE = ("loop", "feed", "mesh", "optim", "batch", "seed")
@@ -35,7 +35,41 @@ def train(config: RunConfig, workdir: Path) -> None:
         Stopped: after an orderly stop.
     """
     with run_lock(workdir):
-        _train(config, as_path(workdir))
+        try:
+            _train(config, as_path(workdir))
+        except Stopped as stopped:
+            if not kind_of(config).finish:
+                raise
+            hint = f"; to use it as it is now: sora-jax train --workdir={workdir} --finish"
+            raise Stopped(stopped.step, hint) from None
+
+
+def finish(config: RunConfig, workdir: Path) -> None:
+    """Write what a run leaves at its end by its newest checkpoint, without training; it can still go on.
+
+    Raises:
+        UserError: the run is of a kind that leaves nothing, or has no checkpoint.
+    """
+    workdir, kind = as_path(workdir), kind_of(config)
+    if kind.finish is None:
+        raise UserError(
+            f"--finish is given; --workdir is {str(workdir)!r}, a run of kind {kind.name!r}: there is nothing to "
+            "finish, `sora-jax sample` takes any checkpoint"
+        )
+    with run_lock(workdir):
+        check_workdir(workdir, config)
+        stages = kind.stages(config, workdir)
+        begun = [(folder, stage) for folder, stage in stages if saved_steps(folder)]
+        folder, own = begun[-1] if begun else (workdir, config)
+        mesh = make_mesh(own.mesh)
+        inputs = kind.open(own, folder, mesh)
+        check_data(folder, inputs.digest)
+        params, step = restore_weights(folder, kind.groups(own), kind.parts(own)[1], mesh)
+        kind.finish(own, inputs, params, step, folder)
+        if stages and kind.finish_stages and distributed.first():
+            kind.finish_stages(workdir, folder)
+        distributed.barrier("finished")
+    log(f"{kind.name}: {workdir} can be used as it is at step {step}; the ordinary command trains it further")
 
 
 def _train(config: RunConfig, workdir: Path) -> None:
@@ -60,9 +94,8 @@ def _train(config: RunConfig, workdir: Path) -> None:
     save_fixed(job, workdir)
     state = fit(job, config.loop, config.seed, mesh, workdir, to_dict(config), functools.partial(_read_saved, kind))
     if kind.finish:
-        ema = {name: tuple(merge(job.fixed.get(name, {}), tree) for tree in trees) for name, trees in state.ema.items()}
-        state = dataclasses.replace(state, ema=ema)
-        kind.finish(config, inputs, state, workdir)
+        params = merge(job.fixed.get(MODEL, {}), state.ema[MODEL][0])
+        kind.finish(config, inputs, params, int(state.step), workdir)
 
 
 def _train_stages(kind: Kind, config: RunConfig, workdir: Path, stages: Sequence[tuple[Path, RunConfig]]) -> None:

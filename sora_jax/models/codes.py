@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.parallel.rules import layout_of, on_mesh, out_sharding
+from sora_jax.nn.draws import per_clip
+from sora_jax.parallel.rules import laid_out_as, on_mesh, out_sharding
 
 NAMES = ("none", "fsq", "lfq", "bsq")
 MARGIN = 1e-3  # by which FSQ's bound exceeds the outermost values, so that they can be reached (official code)
@@ -117,7 +118,7 @@ def quantize(
     Args:
         config: that of the codes; of "none" z is returned.
         z_BthwC: latents, (..., C).
-        key: draws the noise.
+        key: draws the noise, see `nn.draws.per_clip`.
         soften: traced share from 0 to 1, or a boolean, by which noise replaces rounding. At 1 the result is the bounded
             latent (LFQ: clipped to [-1, 1]; BSQ: on the sphere) plus uniform noise of half a step either way, the
             error that rounding makes, with an exact gradient. None: no noise, and no key is needed.
@@ -138,7 +139,8 @@ def quantize(
         if key is None:
             raise ValueError("soften needs a key")
         bounded = jnp.clip(grid, -1.0, 1.0) if config.name == "lfq" else grid
-        noise = step * jax.random.uniform(key, z.shape, jnp.float32, -0.5, 0.5, out_sharding=layout_of(z))
+        draw = lambda key: step * jax.random.uniform(key, z.shape[1:], jnp.float32, -0.5, 0.5)  # noqa: E731
+        noise = laid_out_as(per_clip(draw, key, len(z)), z)
         codes = codes + jnp.asarray(soften, jnp.float32) * (bounded + noise - codes)
     return codes / _like(_grid_size(config, z.shape[-1]), z)
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from sora_jax.config import check, choose
 from sora_jax.models.perceptual import LEAK, average, magnitude, whole_frames
 from sora_jax.nn.conv import causal_conv3d_specs
+from sora_jax.nn.draws import per_clip
 from sora_jax.nn.images import group_norm, group_norm_specs, to_clips, to_images
 from sora_jax.nn.layers import compute_dtype
-from sora_jax.parallel.rules import out_sharding
+from sora_jax.parallel.rules import reshard
 from sora_jax.shapes import PyTree
 
 KERNELS = {"2d": (1, 4, 4), "3d": (3, 3, 3)}  # (time, height, width) of the convolutions of a level
@@ -283,8 +284,8 @@ def _scores(
 
 
 def _order(key: jax.Array, clips: int) -> jax.Array:
-    """Draw for each clip 1, if the real one comes first, or -1."""
-    return jnp.where(jax.random.bernoulli(key, shape=(clips,), out_sharding=out_sharding("batch")), 1.0, -1.0)
+    """Draw for each clip 1, if the real one comes first, or -1; key: see `nn.draws.per_clip`."""
+    return jnp.where(reshard(per_clip(jax.random.bernoulli, key, clips), "batch"), 1.0, -1.0)
 
 
 def _signed(scores: jax.Array, sign_B: jax.Array) -> jax.Array:

@@ -16,8 +16,9 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.codes import CodesConfig
+from sora_jax.nn.draws import per_clip
 from sora_jax.nn.past import Past
-from sora_jax.parallel.rules import layout_of
+from sora_jax.parallel.rules import laid_out_as
 
 MODULES: dict[type, ModuleType] = {
     AutoencoderConfig: autoencoder,
@@ -102,9 +103,10 @@ def decode(
 
 
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
-    """Draw mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
-    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=layout_of(mean_BthwC))
-    return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
+    """Draw mean + std * eps, differentiable in both (1312.6114, section 2.4); key: see `nn.draws.per_clip`."""
+    clips, *shape = mean_BthwC.shape
+    eps = per_clip(lambda key: jax.random.normal(key, shape), key, clips)
+    return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * laid_out_as(eps, mean_BthwC)
 
 
 def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, choose
+from sora_jax.nn.draws import per_clip
 from sora_jax.nn.images import IMAGES, conv2d, to_images
-from sora_jax.parallel.rules import out_sharding, reshard
+from sora_jax.parallel.rules import reshard
 
 FRAMES = ("batch", "time", *IMAGES[1:])  # logical axes of clips whose frames are whole on one device
 CHARBONNIER = 0.1  # half width of the rounded tip of the Charbonnier penalty, in units of a coefficient
@@ -46,13 +47,14 @@ def average(terms: list[jax.Array]) -> jax.Array:
 def choose_frames(key: jax.Array, count: int, *videos: jax.Array) -> list[jax.Array]:
     """Draw `count` frames of each clip, without repetition and in any order, the same frames of all `videos`.
 
-    A video (B, T, H, W, C) becomes (B, count, H, W, C), or stays as it is where T is not larger than `count`.
+    A video (B, T, H, W, C) becomes (B, count, H, W, C), or stays as it is where T is not larger than `count`. key: see
+    `nn.draws.per_clip`.
     """
     check(count > 0, f"frames is {count}; it must be at least 1")
     clips, frames = videos[0].shape[:2]
     if count >= frames:
         return list(videos)
-    draws_BT = jax.random.uniform(key, (clips, frames), out_sharding=out_sharding("batch", "time"))
+    draws_BT = reshard(per_clip(lambda key: jax.random.uniform(key, (frames,)), key, clips), "batch", "time")
     chosen = jnp.argsort(draws_BT, axis=1)[:, :count, None, None, None]
     return [jnp.take_along_axis(video, chosen, axis=1) for video in videos]
 

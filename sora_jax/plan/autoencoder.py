@@ -37,6 +37,7 @@ def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
         check_split(mesh, "batch", rows // accumulate, f"the number of {name} in config.batch / loop.accumulate")
         shape = (accumulate, rows // accumulate, length, height, width, 3)
         batch[f"{name}_BTHW3"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        batch[f"{name}_rows_B"] = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
         flops += rows * autoencoder_train_flops(config.model, length, height, width)
         pixels += rows * length * height * width
     load = Load(flops, pixels, "pixels", config.batch, smaller)

@@ -233,24 +233,24 @@ def autoencoder_loss(
     """Return the sums of the losses over clips and images, their weights, and means: see `make_step`.
 
     `frozen` holds what is not trained, where there is something: {"encoder": its part of the parameters, "lpips"}.
+    Draws of a crop are functions of (seed, step, row), as the crop itself is, and those of a step of (seed, step): of
+    how the batch is cut into micro-batches, `part`, none depends.
     """
     frozen = frozen or {}
-    key = jax.random.fold_in(step_key(config.seed, step, Purpose.NOISE), part)
+    key = step_key(config.seed, step, Purpose.NOISE)
     whole = frozen.get("encoder", {}) | params[MODEL]
     aids = _aids(config, params, frozen, step)
     sums: dict[str, jax.Array] = {}
     count = jnp.float32(0.0)
     means: MetricSums = {}
-    for number, name in enumerate(sorted(batch)):
-        video_BTHWC = to_float(batch[name])
-        found = reconstruction_loss(
-            whole, config.model, video_BTHWC, jax.random.fold_in(key, number), config.loss, aids
-        )
+    for number, name in enumerate(sorted(name for name in batch if name.endswith("_BTHW3"))):
+        video_BTHWC, prefix = to_float(batch[name]), name.partition("_")[0]
+        own = aids._replace(rows_B=batch.get(f"{prefix}_rows_B"))
+        found = reconstruction_loss(whole, config.model, video_BTHWC, jax.random.fold_in(key, number), config.loss, own)
         clips = jnp.float32(video_BTHWC.shape[0])
         losses = {MODEL: found.model, DISCRIMINATOR: found.discriminator, CONTROL: _control(config, params, found)}
         sums = {group: sums.get(group, jnp.float32(0.0)) + losses[group] * clips for group in params}
         count = count + clips
-        prefix = name.partition("_")[0]
         means |= {f"{prefix}/{metric}": (value * clips, clips) for metric, value in found.metrics.items()}
     learning = step >= config.loss.discriminator_start
     weights = {group: jnp.where(learning, count, 0.0) if group == DISCRIMINATOR else count for group in params}
@@ -321,7 +321,7 @@ def autoencoder_job(
         groups=autoencoder_groups(config),
         loss=functools.partial(autoencoder_loss, config),
         batches=lambda start, position: ((batch, None) for batch in batches.stream(start, config.feed)),
-        to_device=lambda batch: {name: x for name, x in batch.items() if name.endswith("_BTHW3")},
+        to_device=lambda batch: {name: x for name, x in batch.items() if name.endswith(("_BTHW3", "_rows_B"))},
         counts=functools.partial(_counts, config.model),
         clip_ids=lambda batch: [
             dataset.row(int(i))["id"] for name in sorted(batch) if name.endswith("_clips_B") for i in batch[name]

@@ -26,7 +26,15 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.tiling import TilingConfig, choose_tile, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
-from sora_jax.train.frozen import FOLDER, RECORD, WEIGHTS, FrozenAutoencoder, frozen_folder, load_autoencoder
+from sora_jax.train.frozen import (
+    FOLDER,
+    RECORD,
+    WEIGHTS,
+    FrozenAutoencoder,
+    frozen_folder,
+    load_autoencoder,
+    missing_autoencoder,
+)
 from sora_jax.train.padded_shapes import Size, choose_padded_shapes, padded_shape_of
 
 CLIPS_PER_SHARD = 1024
@@ -199,7 +207,7 @@ def copy_autoencoder(run: str | Path, target: Path, replace: bool = False) -> No
         return
     (kept / RECORD).unlink(missing_ok=True)
     source = frozen_folder(run)
-    check((source / RECORD).exists(), f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    check((source / RECORD).exists(), missing_autoencoder(run))
     for name in (WEIGHTS, RECORD):  # in this order: the record makes the copy valid
         with replacing(kept / name) as temporary:
             shutil.copyfile(local_copy(source / name), temporary)

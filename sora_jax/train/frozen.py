@@ -260,8 +260,7 @@ def recorded_fingerprint(run: Path) -> str | None:
 
 def autoencoder_config(run: Path) -> FirstStageConfig:
     """Read the config of the frozen autoencoder of a run folder, without its weights; UserError where there is none."""
-    exists = (frozen_folder(run) / RECORD).exists()
-    check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    check((frozen_folder(run) / RECORD).exists(), missing_autoencoder(run))
     return from_dict(FirstStageConfig, migrate_autoencoder(_record(frozen_folder(run))["config"]))
 
 
@@ -276,15 +275,38 @@ def _record(folder: Path) -> dict:
     return record
 
 
-def load_autoencoder(run: str | Path) -> FrozenAutoencoder:
-    """Read the frozen autoencoder of a run folder (or the frozen folder itself).
+def saved_steps(run: str | Path) -> list[int]:
+    """List the steps of the checkpoints in a run folder, whole or not."""
+    folder = as_path(run) / "checkpoints"
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.exists() else []
+
+
+def missing_autoencoder(run: str | Path, option: str = "--autoencoder") -> str:
+    """Say that a folder holds no frozen autoencoder and, of a run that was stopped early, how to make one of it."""
+    folder, config = as_path(run), as_path(run) / "config.json"
+    said = f"{option} is {str(run)!r}; "
+    if not config.exists() or read_json(config).get("kind") != "autoencoder":
+        return f"{said}there is no trained autoencoder in that folder"
+    stages = sorted(entry for entry in folder.iterdir() if entry.name.startswith("stage_"))
+    begun = [(each, steps[-1]) for each in (folder, *stages) if (steps := saved_steps(each))]
+    if not begun:
+        return f"{said}that autoencoder has no checkpoint yet"
+    stage, step = begun[-1]
+    where = f"step {step}" if stage == folder else f"step {step} of {stage.name}"
+    return (
+        f"{said}that autoencoder is at {where} and its training has not ended: go on with it, or use it as it is now "
+        f"by sora-jax train --workdir={run} --finish"
+    )
+
+
+def load_autoencoder(run: str | Path, option: str = "--autoencoder") -> FrozenAutoencoder:
+    """Read the frozen autoencoder of a run folder (or the frozen folder itself); `option` names it in messages.
 
     Raises:
         UserError: there is none, or it is damaged: weights and fingerprint do not match.
     """
     folder = frozen_folder(run)
-    exists = (folder / RECORD).exists()
-    check(exists, f"--autoencoder is {str(run)!r}; there is no trained autoencoder in that folder")
+    check((folder / RECORD).exists(), missing_autoencoder(run, option))
     try:
         autoencoder, record = _read(folder)
         # Records of versions before 3 have no digest of the weights: their fingerprint is one.

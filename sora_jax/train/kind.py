@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from sora_jax.train.loop import Job
 from sora_jax.train.run_config import RunConfig
-from sora_jax.train.state import Group, TrainState
+from sora_jax.train.state import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Kind:
     may_change: fields that may change when a run goes on, beside those of all kinds, such as the path of its data, or
         its loss: all that does not change what the weights mean.
     claim(config, inputs, workdir): writes what the run folder holds from the start, beside config.json. By one process.
-    finish(config, inputs, state, workdir): writes what a run leaves at its end. By all processes.
+    finish(config, inputs, params, step, workdir): writes what a run leaves at its end, by its averaged parameters of
+        that step, fixed ones among them. By all processes.
     stages(config, workdir): runs that make up this one, in order, each with its folder; empty if it is a single one.
     check_stage(config, inputs): raises a UserError where a stage does not fit the inputs of the first one.
     finish_stages(workdir, last): writes what the run leaves, by the folder of its last stage. By one process.
@@ -51,7 +52,7 @@ class Kind:
     programs: Mapping[str, Callable[[Any, Mesh], Any]]
     may_change: tuple[str, ...] = ()
     claim: Callable[[Any, Any, Path], None] | None = None
-    finish: Callable[[Any, Any, TrainState, Path], None] | None = None
+    finish: Callable[[Any, Any, dict, int, Path], None] | None = None
     stages: Callable[[Any, Path], Sequence[tuple[Path, Any]]] = lambda config, workdir: ()
     check_stage: Callable[[Any, Any], None] | None = None
     finish_stages: Callable[[Path, Path], None] | None = None

@@ -28,8 +28,17 @@ from sora_jax.models.first_stage import (
     sample_posterior,
 )
 from sora_jax.models.lpips import lpips
-from sora_jax.models.perceptual import FORMS, bands_loss, pyramid_l1, random_features_loss, random_shift, whole_frames
-from sora_jax.parallel.rules import laid_out_as, layout_of
+from sora_jax.models.perceptual import (
+    FORMS,
+    bands_loss,
+    choose_frames,
+    pyramid_l1,
+    random_features_loss,
+    random_shift,
+    whole_frames,
+)
+from sora_jax.nn.draws import per_clip
+from sora_jax.parallel.rules import laid_out_as, reshard
 
 Metrics = dict[str, jax.Array]
 
@@ -92,7 +101,8 @@ class Aids(NamedTuple):
 
     kl_weight: in place of the model's. soften: share of noise in place of rounding (`codes.quantize`). lpips: its
     parameters. discriminator: parameters and config. lecam: running means of its scores. ramp: factor, from 0 to 1, of
-    the terms that a discriminator gives.
+    the terms that a discriminator gives. rows_B: the numbers of the clips in the whole batch of a step, which key their
+    draws; None: 0, 1, 2...
     """
 
     kl_weight: jax.Array | None = None
@@ -101,6 +111,7 @@ class Aids(NamedTuple):
     discriminator: tuple[dict, DiscriminatorConfig] | None = None
     lecam: tuple[jax.Array, jax.Array] | None = None
     ramp: jax.Array | float = 1.0
+    rows_B: jax.Array | None = None
 
 
 class Losses(NamedTuple):
@@ -121,31 +132,50 @@ def reconstruction_loss(
 ) -> Losses:
     """Return the training losses of a batch of clips in [-1, 1], and their terms.
 
-    Latents are drawn from the posterior with `key`; all other draws are functions of it and of their purpose. PSNR is
-    a mean over clips, of the result clipped to [-1, 1].
+    Draws of a step (turns, shifts, random features) are functions of `key` and their purpose; draws of a clip (its
+    latents, noise, frames, order) of its row, too, so that they are the same in whatever micro-batch. PSNR is a mean
+    over clips, of the result clipped to [-1, 1].
     """
     mean, logvar = encode(params, config, video_BTHWC)
-    drawn = _draw(config, mean, logvar, key, aids)
+    keys = _Keys(key, _rows(video_BTHWC) if aids.rows_B is None else aids.rows_B)
+    drawn = _draw(config, mean, logvar, keys, aids)
     z = drawn
     if loss.latent_noise:
-        z = add_latent_noise(z, jax.random.fold_in(key, Purpose.LATENT_NOISE), loss.latent_noise)
+        z = add_latent_noise(z, keys.of_clips(Purpose.LATENT_NOISE), loss.latent_noise)
 
     def compare(z: jax.Array, video: jax.Array) -> Losses:
-        return _compare(decode(params, config, z), video, config, key, loss, aids)
+        return _compare(decode(params, config, z), video, config, keys, loss, aids)
 
-    found = _transformed(compare, z, video_BTHWC, key, loss) if loss.equivariance else compare(z, video_BTHWC)
+    found = _transformed(compare, z, video_BTHWC, keys, loss) if loss.equivariance else compare(z, video_BTHWC)
     # After the decoder: in another order the gradients of the posterior would be added in another one, and runs of
     # earlier versions would not go on to the bit.
     bottleneck, metrics = _bottleneck(config, mean, logvar, drawn, aids)
     return Losses(found.model + bottleneck, found.discriminator, found.metrics | metrics)
 
 
-def _draw(config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, key: jax.Array, aids: Aids) -> jax.Array:
+class _Keys(NamedTuple):
+    """Give the keys of a batch's draws by their purpose: those of the step, and those of its clips."""
+
+    key: jax.Array
+    rows_B: jax.Array
+
+    def of_step(self, purpose: Purpose) -> jax.Array:
+        return jax.random.fold_in(self.key, purpose)
+
+    def of_clips(self, purpose: Purpose) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.of_step(purpose), self.rows_B)
+
+
+def _rows(video_BTHWC: jax.Array) -> jax.Array:
+    return reshard(jnp.arange(len(video_BTHWC), dtype=jnp.int32), "batch")
+
+
+def _draw(config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, keys: _Keys, aids: Aids) -> jax.Array:
     """Return the latents that are decoded: drawn from the posterior, or the codes of its mean."""
     discrete = codes_of(config)
     if discrete.name == "none":
-        return sample_posterior(key, mean, logvar)
-    return codes.quantize(discrete, mean, jax.random.fold_in(key, Purpose.LATENT_NOISE), aids.soften)
+        return sample_posterior(keys.of_clips(Purpose.NOISE), mean, logvar)
+    return codes.quantize(discrete, mean, keys.of_clips(Purpose.NOISE), aids.soften)
 
 
 def _bottleneck(
@@ -162,21 +192,27 @@ def _bottleneck(
 def add_latent_noise(z_BthwC: jax.Array, key: jax.Array, deviation: float) -> jax.Array:
     """Add noise of a level that is drawn for each clip, |N(0, deviation^2)| of the deviation of the batch's latents.
 
-    A decoder that has seen it forgives the errors of a denoiser (SSVAE, 2512.05394; LTX-Video, 2501.00103).
+    A decoder that has seen it forgives the errors of a denoiser (SSVAE, 2512.05394; LTX-Video, 2501.00103). key: see
+    `nn.draws.per_clip`. The deviation is that of the clips given, so of a micro-batch, not of the whole batch.
     """
-    level, noise = jax.random.split(key)
-    shape = (z_BthwC.shape[0], 1, 1, 1, 1)
-    tau = jnp.abs(deviation * jax.random.normal(level, shape, out_sharding=layout_of(z_BthwC[:, :1, :1, :1, :1])))
+    clips, *shape = z_BthwC.shape
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        level, noise = jax.random.split(key)
+        return jax.random.normal(level, (1,) * len(shape)), jax.random.normal(noise, shape)
+
+    level, noise = per_clip(draw, key, clips)
+    tau = jnp.abs(deviation * laid_out_as(level, z_BthwC[:, :1, :1, :1, :1]))
     # With its gradient: else larger latents would be a way out. The gradient of a root has no value at 0.
     std = jnp.sqrt(z_BthwC.var((0, 1, 2, 3), keepdims=True) + 1e-12)
-    return z_BthwC + tau * std * jax.random.normal(noise, z_BthwC.shape, out_sharding=layout_of(z_BthwC))
+    return z_BthwC + tau * std * laid_out_as(noise, z_BthwC)
 
 
 def _transformed(
     compare: Callable[[jax.Array, jax.Array], Losses],
     z_BthwC: jax.Array,
     video_BTHWC: jax.Array,
-    key: jax.Array,
+    keys: _Keys,
     loss: LossConfig,
 ) -> Losses:
     """Compare clips, and also scaled and turned clips with what is decoded of latents changed alike (2502.09509).
@@ -185,7 +221,7 @@ def _transformed(
     """
     scales = [s for s in loss.equivariance_scales if fits(s, z_BthwC.shape[2:4]) and fits(s, video_BTHWC.shape[2:4])]
     square = z_BthwC.shape[2] == z_BthwC.shape[3]
-    turn_key = jax.random.fold_in(key, Purpose.EQUIVARIANCE)
+    turn_key = keys.of_step(Purpose.EQUIVARIANCE)
     turn = jax.random.randint(turn_key, (), 0, 4) if square else 2 * jax.random.randint(turn_key, (), 0, 2)
     plain = compare(z_BthwC, video_BTHWC)
     if not scales:
@@ -224,21 +260,21 @@ def _turn(x_BTHWC: jax.Array, quarters: jax.Array, square: bool) -> jax.Array:
 
 
 def _compare(
-    decoded: jax.Array, video: jax.Array, config: FirstStageConfig, key: jax.Array, loss: LossConfig, aids: Aids
+    decoded: jax.Array, video: jax.Array, config: FirstStageConfig, keys: _Keys, loss: LossConfig, aids: Aids
 ) -> Losses:
     """Return the losses of decoded clips, without that of the bottleneck."""
     video = laid_out_as(video, decoded)
-    total, metrics = _distances(decoded, video, config, key, loss, aids)
+    total, metrics = _distances(decoded, video, config, keys, loss, aids)
     metrics |= {"psnr": psnr(jnp.clip(decoded, -1.0, 1.0), video).mean()}
     if aids.discriminator is None:
         return Losses(total, jnp.zeros(()), metrics)
     params, networks = aids.discriminator
-    order = jax.random.fold_in(key, Purpose.DISCRIMINATOR)
+    order = keys.of_clips(Purpose.DISCRIMINATOR)
     adversarial, matching = generator_loss(params, networks, video, decoded, order)
     weight = jnp.float32(loss.adversarial_weight)
     if loss.adaptive_most:
         here = jax.lax.stop_gradient(decoded)
-        of_distances = jax.grad(lambda x: _distances(x, video, config, key, loss, aids)[0])(here)
+        of_distances = jax.grad(lambda x: _distances(x, video, config, keys, loss, aids)[0])(here)
         of_adversary = jax.grad(lambda x: generator_loss(params, networks, video, x, order)[0])(here)
         weight = weight * adaptive_weight(of_distances, of_adversary, loss.adaptive_most)
         metrics["adversarial_weight"] = weight
@@ -250,7 +286,7 @@ def _compare(
 
 
 def _distances(
-    decoded: jax.Array, video: jax.Array, config: FirstStageConfig, key: jax.Array, loss: LossConfig, aids: Aids
+    decoded: jax.Array, video: jax.Array, config: FirstStageConfig, keys: _Keys, loss: LossConfig, aids: Aids
 ) -> tuple[jax.Array, Metrics]:
     """Return the weighted sum of all distances of decoded clips from the original, and each of them."""
     error = decoded - video
@@ -258,25 +294,23 @@ def _distances(
     total = config.l1_weight * parts["l1"] + config.l2_weight * parts["l2"]
 
     def bands() -> jax.Array:
-        shift = random_shift(jax.random.fold_in(key, Purpose.BANDS), loss.bands_levels)
+        shift = random_shift(keys.of_step(Purpose.BANDS), loss.bands_levels)
         return bands_loss(decoded, video, loss.bands_levels, loss.bands_form, shift)
 
-    def features(distance: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return distance(jax.random.fold_in(key, Purpose.FEATURES))
+    def chosen() -> tuple[jax.Array, jax.Array]:
+        whole = whole_frames(decoded), whole_frames(video)
+        first, second = choose_frames(keys.of_clips(Purpose.FEATURES), loss.features_frames, *whole)
+        return first, second
 
-    frames = loss.features_frames
+    def features() -> jax.Array:
+        return random_features_loss(keys.of_step(Purpose.FEATURES), *chosen(), loss.features_frames)
+
     # Functions: a term without a weight is not traced.
     terms: dict[str, tuple[float, Callable[[], Any]]] = {
         "bands": (loss.bands_weight, bands),
         "pyramid": (loss.pyramid_weight, lambda: pyramid_l1(decoded, video, loss.pyramid_levels)),
-        "features": (
-            loss.features_weight,
-            lambda: features(lambda key: random_features_loss(key, decoded, video, frames)),
-        ),
-        "lpips": (
-            loss.lpips_weight,
-            lambda: features(lambda key: lpips(aids.lpips or {}, decoded, video, frames, key).mean()),
-        ),
+        "features": (loss.features_weight, features),
+        "lpips": (loss.lpips_weight, lambda: lpips(aids.lpips or {}, *chosen()).mean()),
     }
     for name, (weight, term) in terms.items():
         if weight:
