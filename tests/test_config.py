@@ -171,8 +171,8 @@ def test_a_model_without_a_name_is_the_first_of_version_0_1_0_that_has_all_field
 
 def test_what_a_user_gives_is_not_taken_for_a_stored_config():
     assert run_config(dict(kind="denoiser", sampling=dict(steps="7"))).sampling.steps == "7"
-    with pytest.raises(UserError, match="config.preview.steps is 20; it must be of type str"):
+    with pytest.raises(UserError, match="--config.preview.steps is 20; it must be of type str"):
         run_config(dict(kind="denoiser", preview=dict(steps=20)))
     for values in (dict(preview=None), dict(preview="x"), dict(model="x"), dict(model=[1]), dict(kind=["a"])):
-        with pytest.raises(UserError, match=r"^config\.(preview|model|kind) is "):
+        with pytest.raises(UserError, match=r"^--config\.(preview|model|kind) is "):
             run_config(dict(kind="denoiser") | values)

@@ -157,7 +157,7 @@ def build_config(options):
     for flag in (*SOURCE_FLAGS, "world"):
         name, value = flag.replace("_", "-"), getattr(options, flag, None)
         check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
-    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes)), **given)
+    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes), "--config"), **given)
 
 
 def source_config(options):
