@@ -127,7 +127,8 @@ def _train(commands) -> None:
     about = "configs/FILE.py or configs/FILE.py:VARIANT; --config.a.b=VALUE overrides a field"
     p.add_argument("--config", required=True, help=about)
     p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there is resumed")
-    p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, then exit")
+    about = "check config, mesh and data; print the config, parameters, memory, and what a step and an epoch are"
+    p.add_argument("--dry-run", action="store_true", help=about)
     p.add_argument("--distributed", action="store_true", help="run as one of several processes: TPU pods, SLURM, GKE")
     p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
     p.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")
@@ -137,24 +138,24 @@ def _train(commands) -> None:
 
 def train(options) -> None:
     from sora_jax.config import load
-    from sora_jax.kinds import run, run_config
+    from sora_jax.kinds import dry_run, run, run_config
     from sora_jax.parallel import distributed
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
 
     config = run_config(load(options.config, options.changes))
-    if options.dry_run:
-        print(run.describe(config))
-        return
     others = (options.coordinator, options.processes, options.process)
     if options.distributed or others != (None, None, None):
         distributed.start(*others)
-    use_compilation_cache()
-    run.train(config, options.workdir)
+    prepare_jax()
+    if options.dry_run:
+        print(dry_run.describe(config, options.workdir))
+    else:
+        run.train(config, options.workdir)
 
 
 def sample(options) -> None:
     from sora_jax.generate import command
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
 
     if options.like:
         recipe = command.like(options)
@@ -163,7 +164,7 @@ def sample(options) -> None:
         kept = [word for word in recipe["command"] if not (several and word.startswith(several))]
         options = parsed([options.arguments[0], *kept, *options.arguments[1:]])
         options.clip, options.rows = recipe["clip"], recipe["rows"]
-    use_compilation_cache()
+    prepare_jax()
     for path in command.sample(options):
         print(path)
 

@@ -31,7 +31,7 @@ from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds.run import check_data, check_workdir, train
 from sora_jax.models.first_stage import latent_grid
-from sora_jax.parallel.compilation_cache import use_compilation_cache
+from sora_jax.parallel.settings import prepare_jax
 from sora_jax.train.autoencoder import AutoencoderRun, stage_folder
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
 from sora_jax.train.encode import encode_dataset
@@ -66,7 +66,7 @@ class QuickstartConfig:
 def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     """Run all stages in `workdir`, going on where an earlier call stopped."""
     start = time.perf_counter()
-    use_compilation_cache()
+    prepare_jax()
     config = from_dict(QuickstartConfig, load(config_file or default_config(), changes), "--config")
     check_sizes(config)
     dataset = render_world(config, workdir)

@@ -217,7 +217,7 @@ def sampling_times(
     tokens_BR counts the tokens of the clip that a row serves. To hold a row of given tokens, set all its times to 0.
     """
     base_K = jnp.asarray(base_K, jnp.float32)
-    return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR, process))(base_K)
+    return jax.vmap(lambda t: shift(config, jnp.zeros_like(tokens_BR, jnp.float32) + t, tokens_BR, process))(base_K)
 
 
 def per_token(values_BR: Num[Array, "B R"], rows_BL: RowsBL) -> Num[Array, "B L"]:

@@ -317,6 +317,7 @@ def autoencoder_job(
         frozen=frozen,
         note=_note(config),
         start=_starter(config, dataset, clips, first),
+        epoch=len(clips) / config.batch,
     )
 
 

@@ -233,6 +233,7 @@ def denoiser_job(
         first=distributed.first(),
         shares=PackingShares(given.headless, given.key_frames, given.sketches),
     )
+    report = batches.report()
     return Job(
         name=config.kind,
         groups=denoiser_groups(config),
@@ -242,8 +243,9 @@ def denoiser_job(
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: _names(cache, batch["clip_ids_BS"]),
         preview=preview,
-        note=str(batches.report()),
+        note=str(report),
         share=share,
+        epoch=report.packs / report.clips * batches.subjects.weights.sum() / config.batch,
     )
 
 

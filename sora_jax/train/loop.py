@@ -72,7 +72,8 @@ class Job:
     a batch; `batches`, `counts` and `clip_ids` are of this part. frozen: weights that the loss reads and nothing
     trains; those that are not on the mesh yet are copied to each of its devices. micro_batches: False for a loss that
     is no sum over parts of a batch, such as a contrastive one. start(params): parameters, by group, to begin a new run
-    with in place of the random ones; of those groups that it returns.
+    with in place of the random ones; of those groups that it returns. epoch: steps in which all clips are seen once; 0
+    where that is not known.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Job:
     frozen: Any = ()
     micro_batches: bool = True
     start: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    epoch: float = 0.0
 
 
 def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run: dict) -> TrainState:
@@ -135,7 +137,7 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
                 batch, position = next(batches)
                 placed = job.to_device(place_batch(split_batch(batch, config.accumulate), mesh, leading=1))
             with watch("step" if step > start + 1 else "compile"):
-                with jax.transfer_guard("disallow"):
+                with _transfer_guard():
                     state, metrics = step_function(state, frozen, placed)
                 reporter.read_previous()
             reporter.hold(step, metrics, batch)
@@ -162,6 +164,12 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
     if stopping:
         raise Stopped(step)
     return state
+
+
+def _transfer_guard() -> contextlib.AbstractContextManager:
+    """Forbid transfers that nothing asked for, unless JAX's own debugging, which makes some, is switched on."""
+    switches = jax.config.jax_debug_nans, jax.config.jax_debug_infs, jax.config.jax_disable_jit
+    return contextlib.nullcontext() if any(switches) else jax.transfer_guard("disallow")
 
 
 def _on_mesh(tree: Any, mesh: Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""Keep compiled programs on disk, and check that the platform that the user names is there."""
+"""Make JAX's settings those that the package relies on, at the start of each command that computes."""
 
 import os
 import sys
@@ -11,13 +11,23 @@ from sora_jax.files import as_path, cache_folder, is_remote, make_folder
 from sora_jax.parallel import distributed
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that the next run starts faster; SORA_JAX_CACHE names another folder.
+def prepare_jax() -> None:
+    """Check the platform, keep compiled programs on disk, and let Optax convert dtypes.
 
     Raises:
         UserError: JAX_PLATFORMS names a platform that is not there.
     """
     check_platforms()
+    # Optax multiplies floats with its counter: with JAX_NUMPY_DTYPE_PROMOTION=strict no optimizer makes a step.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    use_compilation_cache()
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the next run starts faster; SORA_JAX_CACHE names another folder.
+
+    Without a folder that can be written they are not kept, which is reported.
+    """
     if distributed.several() and jax.default_backend() == "cpu":
         return  # it serves the first process alone, and on CPUs that one waits for the others half a minute at most
     try:
