@@ -12,7 +12,6 @@ from sora_jax.parsers.data import add_data
 from sora_jax.parsers.evaluate import add_evaluate
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
-
 PREFIXES = {"--config.": "changes", "--sampling.": "sampling"}  # of options for fields, and what collects them
 
 

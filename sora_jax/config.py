@@ -19,7 +19,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import read_text
 
 # What a message begins with: the path of a field, as the dataclass that holds it calls it.
-FIELD = re.compile(r"(?P<path>[a-z]\w*(?:\.\w+|\[\d+\])*)(?P<rest> (?:is|are|names) .*)", re.DOTALL)
+FIELD = re.compile(r"(?P<path>[a-z]\w*(?:\.\w+|\[\d+\])*)(?P<rest>(?: is | are | names |=|: ).*)", re.DOTALL)
 RENAMED = {"mutable": "to_config_dict", "frozen": "from_dict", "plain": "to_dict"}
 
 

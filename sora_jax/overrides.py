@@ -51,8 +51,10 @@ def _set(value, kind, steps: Sequence[str | int], text: str | None, option: str)
             value[step] = _set(value[step], _kinds(value).get(step, typing.Any), rest, text, option)
         return value
     check(isinstance(value, (tuple, list)), f"{option} is not an option: {value!r} has no {step!r}")
+    shown = f"[{step}]" if isinstance(step, int) else repr(step)
     there = isinstance(step, int) and -len(value) <= step < len(value)
-    check(there, f"{option} is not an option: there is no [{step}] among {len(value)} entries, counted from 0")
+    check(there, f"{option} is not an option: there is no {shown} among {len(value)} entries, named by [0], [1], ...")
+    assert isinstance(step, int)
     entries = list(value)
     entries[step] = _set(entries[step], _entry_kind(kind, step), rest, text, option)
     return tuple(entries)
@@ -74,9 +76,9 @@ def _kinds(group) -> dict:
 
 def _entry_kind(kind, index: int):
     """Return the type of an entry of a tuple."""
-    for kind in _members(kind):
-        arguments = typing.get_args(kind)
-        if typing.get_origin(kind) is tuple and arguments:
+    for member in _members(kind):
+        arguments = typing.get_args(member)
+        if typing.get_origin(member) is tuple and arguments:
             return arguments[0] if arguments[-1] is Ellipsis else arguments[index % len(arguments)]
     return typing.Any
 

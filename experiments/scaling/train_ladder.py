@@ -30,8 +30,8 @@ from sora_jax.generate.run import Run
 from sora_jax.models.transformer import denoiser_specs
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
-from sora_jax.parallel.settings import prepare_jax
 from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.parallel.settings import prepare_jax
 from sora_jax.quickstart import QuickstartConfig, default_config
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, denoiser_job, denoiser_loss, prepare_tokenizer
 from sora_jax.train.frozen import load_autoencoder

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 from sora_jax.config import check
 from sora_jax.shapes import ClipIdsBS, IndexBL
 
-
 # Draws belong to the run, not to the machine: whatever JAX is set to elsewhere (JAX_DEFAULT_PRNG_IMPL,
-# JAX_THREEFRY_PARTITIONABLE), they come from this generator, in the form whose values do not depend on the mesh.
+# JAX_THREEFRY_PARTITIONABLE), they come from this generator, in the form whose values do not depend on the mesh. Each
+# draw names its dtype for the same reason: JAX_ENABLE_X64 would change it, and with it the bits.
 GENERATOR = "threefry2x32"
 jax.config.update("jax_threefry_partitionable", True)
 

@@ -177,11 +177,11 @@ def draw_times(config: TimesConfig, process: Process, key: Key[Array, ""], clips
     if config.stratified:
         ranks_BS = batch_ranks(clip_ids_BS) if ranks_BS is None else ranks_BS
         # No clip has id 0, so the draw of the step coincides with that of no clip.
-        drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0))
+        drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0), dtype=jnp.float32)
         uniform_BS = drawn_BS - jnp.floor(drawn_BS)
     else:
         keys_BS = clip_keys(key, clip_ids_BS)
-        uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(keys_BS)
+        uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(keys_BS)
     times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
     return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
 

@@ -70,10 +70,14 @@ def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> list[str]
         counts = job.counts(batch)
     lines = [f"data: {job.note}" if job.note else "data"]
     if job.epoch:
-        lines.append(f"  epoch        {job.epoch:>14,.2f} steps; the run has {config.loop.steps / job.epoch:,.1f} epochs")
+        lines.append(
+            f"  epoch        {job.epoch:>14,.2f} steps; the run has {config.loop.steps / job.epoch:,.1f} epochs"
+        )
     if "capacity" in counts:
         real, places = counts.pop("tokens"), counts.pop("capacity")
-        lines.append(f"  tokens       {real:>14,} in the first step, of {places:,} places: {1 - real / places:.1%} padding")
+        lines.append(
+            f"  tokens       {real:>14,} in the first step, of {places:,} places: {1 - real / places:.1%} padding"
+        )
     flops = counts.pop("flops")
     lines += [f"  {name:12} {count:>14,} in the first step" for name, count in counts.items()]
     return [*lines, f"  FLOPs        {flops:>14.3g} of the model in the first step"]

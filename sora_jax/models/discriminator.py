@@ -284,7 +284,9 @@ def _scores(
 
 def _order(key: jax.Array, clips: int) -> jax.Array:
     """Draw for each clip 1, if the real one comes first, or -1."""
-    return jnp.where(jax.random.bernoulli(key, shape=(clips,), out_sharding=out_sharding("batch")), 1.0, -1.0)
+    return jnp.where(
+        jax.random.bernoulli(key, jnp.float32(0.5), shape=(clips,), out_sharding=out_sharding("batch")), 1.0, -1.0
+    )
 
 
 def _signed(scores: jax.Array, sign_B: jax.Array) -> jax.Array:

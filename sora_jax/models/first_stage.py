@@ -103,7 +103,7 @@ def decode(
 
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
     """Draw mean + std * eps, differentiable in both (1312.6114, section 2.4)."""
-    eps = jax.random.normal(key, mean_BthwC.shape, out_sharding=layout_of(mean_BthwC))
+    eps = jax.random.normal(key, mean_BthwC.shape, jnp.float32, out_sharding=layout_of(mean_BthwC))
     return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * eps
 
 

@@ -17,7 +17,9 @@ RESUMED = (["train"], ["quickstart"], ["data", "build"], ["data", "encode"])  # 
 def sentence(arguments: list[str]) -> str:
     """Return what an interrupted command says."""
     resumed = any(arguments[: len(command)] == command for command in RESUMED)
-    rest = "the same command goes on where the last save was" if resumed else "each file that it has written is whole"
+    rest = (
+        "the same command goes on where the last save was" if resumed else "the files that it has written are complete"
+    )
     return f"sora-jax: interrupted; {rest}"
 
 

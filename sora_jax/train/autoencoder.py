@@ -90,7 +90,10 @@ class AutoencoderRun(RunConfig):
             "start is not given; with trained = 'decoder' it must be the run folder of an autoencoder",
         )
         for size in self.sizes:
-            _check_crop(self.model, self.loss, self.discriminator.levels, size)
+            try:
+                _check_crop(self.model, self.loss, self.discriminator.levels, size)
+            except UserError as error:
+                raise UserError(f"{'crop' if size == self.crop else 'crops'} is {size}: {error}") from error
         tile_grid(self.model, self.tiles)
         for name, rows in self.rows.items():
             check(

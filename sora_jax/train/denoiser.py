@@ -202,7 +202,9 @@ def network(
 
 
 def _drop(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
-    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(clip_keys(key, clip_ids_BS))
+    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(
+        clip_keys(key, clip_ids_BS)
+    )
     return draw_BS < share
 
 

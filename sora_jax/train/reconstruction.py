@@ -166,10 +166,12 @@ def add_latent_noise(z_BthwC: jax.Array, key: jax.Array, deviation: float) -> ja
     """
     level, noise = jax.random.split(key)
     shape = (z_BthwC.shape[0], 1, 1, 1, 1)
-    tau = jnp.abs(deviation * jax.random.normal(level, shape, out_sharding=layout_of(z_BthwC[:, :1, :1, :1, :1])))
+    tau = jnp.abs(
+        deviation * jax.random.normal(level, shape, jnp.float32, out_sharding=layout_of(z_BthwC[:, :1, :1, :1, :1]))
+    )
     # With its gradient: else larger latents would be a way out. The gradient of a root has no value at 0.
     std = jnp.sqrt(z_BthwC.var((0, 1, 2, 3), keepdims=True) + 1e-12)
-    return z_BthwC + tau * std * jax.random.normal(noise, z_BthwC.shape, out_sharding=layout_of(z_BthwC))
+    return z_BthwC + tau * std * jax.random.normal(noise, z_BthwC.shape, jnp.float32, out_sharding=layout_of(z_BthwC))
 
 
 def _transformed(
@@ -186,7 +188,8 @@ def _transformed(
     scales = [s for s in loss.equivariance_scales if fits(s, z_BthwC.shape[2:4]) and fits(s, video_BTHWC.shape[2:4])]
     square = z_BthwC.shape[2] == z_BthwC.shape[3]
     turn_key = jax.random.fold_in(key, Purpose.EQUIVARIANCE)
-    turn = jax.random.randint(turn_key, (), 0, 4) if square else 2 * jax.random.randint(turn_key, (), 0, 2)
+    quarters, step = (4, 1) if square else (2, 2)
+    turn = step * jax.random.randint(turn_key, (), 0, quarters, jnp.int32)
     plain = compare(z_BthwC, video_BTHWC)
     if not scales:
         return plain
