@@ -169,7 +169,7 @@ DATA = str(CONFIGS / "data.py")
         (TINY, ["packing.patch=(1,2,2)"], "packing.patch", (1, 2, 2)),
         (TINY, ["packing.patch=(1,2,2)", "packing.patch=None"], "packing.patch", None),
         (TINY, ["model.text=None"], "model.text", None),
-        (TINY, ["model.text=None", "model.text.width=64", "model.text.depth=3"], "model.text", TextConfig(width=64, depth=3)),
+        (TINY, ["model.text=None", "model.text.width=64"], "model.text", TextConfig(width=64)),
         (TINY, ["preview={'fps': 3.0}"], "preview", PreviewConfig(fps=3.0)),
         (TINY, ["optim.ema[1]=0.5"], "optim.ema", (0.9, 0.5)),
         (TINY, ["optim.ema=0.5"], "optim.ema", (0.5,)),
@@ -204,12 +204,12 @@ def test_a_config_file_may_set_none_and_groups_of_its_own(tmp_path):
         ("sources[0].limit=1.5", "--config.sources[0].limit is '1.5'; it must be None or of type int"),
         ("sources[1].path=x", "--config.sources[1].path is not an option: there is no [1] among 1 entries"),
         ("sources[0].pat=x", "--config.sources[0].pat is not an option: there is no 'pat'; .*; did you mean path?"),
-        ("sources.path=x", "--config.sources.path is not an option: (.*) has no 'path'"),
+        ("sources.path=x", "--config.sources.path is not an option: there is no 'path' among 1 entries, named by"),
         ("min_pixel=3", "--config.min_pixel is not an option: there is no 'min_pixel'; .*; did you mean min_pixels?"),
         ("cuts=maybe", "--config.cuts is 'maybe'; it must be true or false"),
         ("fps", "--config.fps is given without a value; write --config.fps=VALUE"),
         ("a b=3", "--config.a b is not an option; write --config.NAME=VALUE"),
-        ("multiple=0", "--config.multiple is 0; "),
+        ("multiple=0", "--config.multiple=0 is not allowed"),
     ],
 )
 def test_the_option_at_fault_is_named_as_typed_and_no_other(change, message):
@@ -243,7 +243,7 @@ def test_a_message_of_a_nested_dataclass_names_the_whole_path(change, message):
 
 def test_a_crop_is_named_as_it_is_typed():
     for change, message in (
-        ("crop=(5,0,16)", "--config.crop is "),
+        ("crop=(5,0,16)", "--config.crop is .5, 0, 16.: height is 0; "),
         ("image_share=2.0", "--config.image_share is 2.0; "),
     ):
         with pytest.raises(UserError, match=f"^{message}"):

@@ -1,5 +1,6 @@
 """Whatever the machine is set to: JAX's own switches, users without a home, installations, Ctrl-C."""
 
+import ast
 import json
 import os
 import pwd
@@ -51,6 +52,19 @@ def test_a_run_is_the_same_under_all_switches_of_jax(chain, tmp_path, monkeypatc
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, err_msg=name)
     bins = [[row.get(f"loss_by_noise/{i}") for i in range(10)] for row in (found, wanted)]
     assert [x is None for x in bins[0]] == [x is None for x in bins[1]] and None in bins[0]
+
+
+DRAWS = ("uniform", "normal", "truncated_normal", "randint", "bernoulli", "gumbel", "exponential", "categorical")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sora_jax").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_draw_names_its_dtype(path):
+    """With that of JAX's default, 64 bits would change the bits that are drawn."""
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        if name.startswith("jax.random.") and name.rpartition(".")[2] in DRAWS:
+            given = [ast.unparse(value) for value in [*call.args, *(word.value for word in call.keywords)]]
+            assert any(word.startswith(("jnp.float32", "jnp.int32")) for word in given), ast.unparse(call)
 
 
 def test_a_nan_that_is_hunted_is_found_where_it_is(tmp_path):

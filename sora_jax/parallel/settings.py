@@ -46,7 +46,7 @@ def use_compilation_cache() -> None:
 
 def check_platforms() -> None:
     """Raise a UserError if JAX_PLATFORMS names a platform that is not there."""
-    asked = jax.config.jax_platforms
+    asked = jax.config.values["jax_platforms"]
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that CUDA's plug-in is installed

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def refuse(self, words: Sequence[str], more: Sequence[str]) -> None:
-        """End with the usage and the nearest option to the first word; `more` are options that the help does not list."""
+        """End with the usage and the nearest option to the first word; `more`: options that the help does not list."""
         known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", self.format_help(), re.MULTILINE)
         near = did_you_mean(words[0].split("=")[0], [*known, *more])
         self.error(f"unrecognized arguments: {' '.join(words)}{near}")

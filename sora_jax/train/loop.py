@@ -168,8 +168,9 @@ def fit(job: Job, config: LoopConfig, seed: int, mesh: Mesh, workdir: Path, run:
 
 def _transfer_guard() -> contextlib.AbstractContextManager:
     """Forbid transfers that nothing asked for, unless JAX's own debugging, which makes some, is switched on."""
-    switches = jax.config.jax_debug_nans, jax.config.jax_debug_infs, jax.config.jax_disable_jit
-    return contextlib.nullcontext() if any(switches) else jax.transfer_guard("disallow")
+    switches = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
+    debugging = any(getattr(jax.config, name) for name in switches)
+    return contextlib.nullcontext() if debugging else jax.transfer_guard("disallow")
 
 
 def _on_mesh(tree: Any, mesh: Mesh) -> Any:

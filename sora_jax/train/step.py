@@ -30,9 +30,9 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
     gradients are accumulated. `means` maps a name to (sum, count). Where there are several groups, one with weight 0
     rests in this step: its parameters, averages and optimizer stay as they are.
 
-    Metrics are scalars or small vectors, for `fetch` to read: "loss" and the norms of gradient, update and parameters, the latter followed
-    by "/group" where there are several groups; "skipped_updates", where an optimizer skips spikes, counts from the
-    beginning of the run.
+    Metrics are scalars or small vectors, for `fetch` to read: "loss" and the norms of gradient, update and parameters,
+    the latter followed by "/group" where there are several groups; "skipped_updates", where an optimizer skips spikes,
+    counts from the beginning of the run.
     """
 
     @partial(jax.jit, donate_argnums=0)
