@@ -1,17 +1,33 @@
 """Train and sample text-to-video models. `sora-jax COMMAND --help` shows each command with an example."""
 
 import argparse
-import difflib
-import re
 import sys
+from collections.abc import Sequence
 
 from sora_jax import __version__
 from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, storage_message
-from sora_jax.parsers import base
+from sora_jax.parsers import base, interrupt
 from sora_jax.parsers.data import add_data
 from sora_jax.parsers.evaluate import add_evaluate
 from sora_jax.parsers.sample import add_calibrate, add_sample
+
+PREFIXES = {"--config.": "changes", "--sampling.": "sampling"}  # of options for fields, and what collects them
+
+
+def console() -> int:
+    """Run the command line as a process: `main`, which Ctrl-C ends at once and by its own exit code."""
+    with interrupt.watched(interrupt.sentence(sys.argv[1:])):
+        code = main()
+        if code == interrupt.CODE and not _several_processes():
+            interrupt.end(code)
+    return code
+
+
+def _several_processes() -> bool:
+    """Return True for one of several processes of a run, which JAX must take leave of."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.process_count() > 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,20 +44,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; --config.NAME=VALUE and --sampling.NAME=VALUE become lists of NAME=VALUE."""
+    arguments = _joined(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    elif arguments[:1] == ["version"]:
+        arguments = ["--version"]
     options, rest = make_parser().parse_known_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else arguments
-    prefixes = {"--config.": "changes", "--sampling.": "sampling"}
-    prefixes = {prefix: name for prefix, name in prefixes.items() if hasattr(options, name)}
+    options.arguments = arguments
+    prefixes = {prefix: name for prefix, name in PREFIXES.items() if hasattr(options, name)}
     for prefix, name in prefixes.items():
         setattr(options, name, [a.removeprefix(prefix) for a in rest if a.startswith(prefix)])
     rest = [a for a in rest if not a.startswith(tuple(prefixes))]
     if rest:
-        known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", options.parser.format_help(), re.MULTILINE)
-        known += [f"{prefix}NAME" for prefix in prefixes]
-        near = difflib.get_close_matches(rest[0].split("=")[0], dict.fromkeys(known), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        options.parser.refuse(rest, [f"{prefix}NAME" for prefix in prefixes])
     return options
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line with `--config.NAME VALUE` as one word, `--config.NAME=VALUE`."""
+    words: list[str] = []
+    for word in arguments:
+        before = words[-1] if words else ""
+        if before.startswith(tuple(PREFIXES)) and "=" not in before and not word.startswith("--"):
+            words[-1] = f"{before}={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,16 +78,16 @@ def run(options: argparse.Namespace) -> int:
         options.function(options)
     except Stopped as stopped:
         print(f"sora-jax: {stopped}", file=sys.stderr)
-        return 130
+        return interrupt.CODE
     except KeyboardInterrupt:
-        print("sora-jax: interrupted; the same command goes on where the last save was", file=sys.stderr)
-        return 130
+        print(interrupt.sentence(options.arguments), file=sys.stderr)
+        return interrupt.CODE
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> base.Parser:
     """Build the parser, with one subparser per command."""
-    parser = base.make_parser(argparse.ArgumentParser, prog="sora-jax", description=__doc__, epilog=base.EXAMPLES)
+    parser = base.make_parser(base.Parser, prog="sora-jax", description=__doc__, epilog=base.EXAMPLES)
     parser.add_argument("--version", action="version", version=f"sora_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _quickstart(commands)
@@ -104,7 +132,8 @@ def _train(commands) -> None:
     p.add_argument("--renew", type=paths, default=(), metavar="PATHS", help=about)
     about = "with --init-from: parameters that are not trained, by path: text,blocks/mlp"
     p.add_argument("--freeze", type=paths, default=(), metavar="PATHS", help=about)
-    p.add_argument("--dry-run", action="store_true", help="print the resolved config and parameter counts, then exit")
+    about = "check config, mesh and data; print the config, parameters, memory, and what a step and an epoch are"
+    p.add_argument("--dry-run", action="store_true", help=about)
     p.add_argument("--finish", action="store_true", help="do not train; freeze an autoencoder at its newest checkpoint")
     p.add_argument("--distributed", action="store_true", help="run as one of several processes: TPU pods, SLURM, GKE")
     p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
@@ -119,27 +148,27 @@ def paths(text: str) -> tuple[str, ...]:
 
 
 def train(options) -> None:
-    from sora_jax.kinds import run
+    from sora_jax.kinds import dry_run, run
     from sora_jax.kinds.begin import given_config
     from sora_jax.parallel import distributed
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
     from sora_jax.train.adapt import InitConfig
 
     init = InitConfig(options.init_from, options.renew)
     config = given_config(options.config, options.changes, options.workdir, init, options.freeze)
-    if options.dry_run:
-        print(run.describe(config))
-        return
     others = (options.coordinator, options.processes, options.process)
     if options.distributed or others != (None, None, None):
         distributed.start(*others)
-    use_compilation_cache()
-    (run.finish if options.finish else run.train)(config, options.workdir)
+    prepare_jax()
+    if options.dry_run:
+        print(dry_run.describe(config, options.workdir))
+    else:
+        (run.finish if options.finish else run.train)(config, options.workdir)
 
 
 def sample(options) -> None:
     from sora_jax.generate import command
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
 
     if options.like:
         recipe = command.like(options)
@@ -148,7 +177,7 @@ def sample(options) -> None:
         kept = [word for word in recipe["command"] if not (several and word.startswith(several))]
         options = parsed([options.arguments[0], *kept, *options.arguments[1:]])
         options.clip, options.rows = recipe["clip"], recipe["rows"]
-    use_compilation_cache()
+    prepare_jax()
     for path in command.sample(options):
         print(path)
 
@@ -220,4 +249,4 @@ def plan(options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

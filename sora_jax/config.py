@@ -6,17 +6,20 @@ validates it.
 """
 
 import dataclasses
-import functools
+import difflib
 import json
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sora_jax.errors import UserError
 from sora_jax.files import read_text
 
+# What a message begins with: the path of a field, as the dataclass that holds it calls it.
+FIELD = re.compile(r"(?P<path>[a-z]\w*(?:\.\w+|\[\d+\])*)(?P<rest>(?: is | are | names |=|: ).*)", re.DOTALL)
 RENAMED = {"mutable": "to_config_dict", "frozen": "from_dict", "plain": "to_dict"}
 
 
@@ -56,6 +59,12 @@ def choose(option: str, value, table: Mapping):
     return table[value]
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean NEAREST?", or "" where no known name is near."""
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def to_dict(config) -> dict:
     """Convert a dataclass into nested dicts of JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -67,7 +76,9 @@ def to_config_dict(config):
 
     def convert(value):
         if dataclasses.is_dataclass(value):
-            return ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
+            made = ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
+            object.__setattr__(made, "dataclass", type(value))  # beside its fields; `overrides` reads the types there
+            return made
         if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
             return tuple(map(convert, value))
         return value
@@ -86,9 +97,28 @@ def from_dict(cls, values, where: str = "config", of: str = ""):
     cls = _member(cls, values, where)
     types_ = typing.get_type_hints(cls, include_extras=True)
     unknown = [name for name in values if name not in types_]
-    check(not unknown, f"{where}.{unknown and unknown[0]} is not an option{of}; allowed: {', '.join(types_)}")
+    if unknown:
+        near, allowed = did_you_mean(unknown[0], types_), ", ".join(types_)
+        raise UserError(f"{where}.{unknown[0]} is not an option{of}; allowed: {allowed}{near}")
     arguments = {name: _coerce(types_[name], value, f"{where}.{name}") for name, value in values.items()}
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(_with_whole_path(str(error), where, types_)) from error
+
+
+def _with_whole_path(message: str, where: str, fields: Iterable[str]) -> str:
+    """Return the message of a dataclass with the whole path of the field that it begins with.
+
+    A dataclass names its fields from itself or from a group above: "schedule" or "optim.schedule".
+    """
+    found = FIELD.match(message)
+    if not found:
+        return message
+    names, above = found["path"].split("."), re.sub(r"\[\d+\]", "", where).split(".")
+    shared = max((n for n in range(1, len(names)) if above[-n:] == names[:n]), default=0)
+    known = shared or re.sub(r"\[\d+\]", "", names[0]) in fields
+    return f"{where}.{'.'.join(names[shared:])}{found['rest']}" if known else message
 
 
 def _one_of(kind) -> OneOf | None:
@@ -153,61 +183,38 @@ def read_json(path: Path) -> dict:
 def load(file: str, overrides: Sequence[str] = ()):
     """Load the ConfigDict of `configs/X.py` or `configs/X.py:variant`, changed by `path.to.field=value` strings.
 
-    Reading, typing and overriding are `ml_collections.config_flags`; its errors become UserErrors.
+    The file is looked for in the working folder, then among those that came with the package. Reading is
+    `ml_collections.config_flags`; what the file raises becomes a UserError.
     """
+    from absl import flags
     from ml_collections import config_flags
 
-    path = file.partition(":")[0]
-    check(Path(path).is_file(), f"--config is {file!r}; there is no file {path!r}")
-    arguments = [f"--config={file}", *(f"--config.{change}" for change in overrides)]
+    from sora_jax.config_files import find_config
+    from sora_jax.overrides import override_fields
+
+    values, argument = flags.FlagValues(), f"--config={find_config(file)}"
     # The library loads every file into this module: one that is being read may itself load another.
     sys.modules.pop("config_config", None)
-    return _parsed(config_flags.DEFINE_config_file, "config", arguments, lambda: load(file) if overrides else None)
+    try:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["sora-jax", argument])
+        values(["sora-jax", argument])
+    except Exception as error:  # of the library, or of the user's own file, which may raise anything
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"--config={file}: {reason}") from error
+    config = values["config"].value
+    override_fields(config, overrides, "--config")
+    return config
 
 
 def override(config, changes: Sequence[str], name: str):
     """Change a dataclass by `path.to.field=value` strings, as the command line gives them under `--NAME.`."""
-    from ml_collections import config_flags
+    from sora_jax.overrides import override_fields
 
-    arguments = [f"--{name}.{change}" for change in changes]
-    define = functools.partial(config_flags.DEFINE_config_dict, config=to_config_dict(config))
-    return from_dict(type(config), _parsed(define, name, arguments, lambda: to_config_dict(config)), name)
-
-
-def _parsed(define: Callable, name: str, arguments: Sequence[str], known: Callable[[], object]):
-    """Return the ConfigDict of a flag after the arguments were read.
-
-    `known` returns it as it was before the changes; it serves to explain errors.
-    """
-    from absl import flags
-
-    values = flags.FlagValues()
-    try:
-        define(name, flag_values=values, sys_argv=["sora-jax", *arguments])
-        values(["sora-jax", *arguments])
-    except Exception as error:  # of the library, or of the user's own file, which may raise anything
-        if isinstance(error, UserError):
-            raise
-        raise UserError(_explain(arguments, known(), error)) from error
-    return values[name].value
-
-
-def _explain(arguments: Sequence[str], known, error: Exception) -> str:
-    """Explain an error in one sentence: the first override that names no single field, else the library's reason."""
-    for argument in arguments:
-        path, _, value = argument.partition("=")
-        node = known
-        for name in path.split(".")[1:]:
-            if not hasattr(node, "keys") or name not in node:
-                allowed = ", ".join(node) if hasattr(node, "keys") else "nothing"
-                return f"{path} is not an option: there is no {name!r}; allowed there: {allowed}"
-            node = node[name]
-        if hasattr(node, "keys") and len(path.split(".")) > 1:
-            return f"{path} is {value!r}; it is a group of options, give one of them: {', '.join(node)}"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-    # Of a field that is not there the library lists all others, nested, in one line.
-    reason = reason.split(" Other fields present")[0].removeprefix("'")
-    return reason.removeprefix("flag ") if reason.startswith("flag ") else f"{arguments[0]}: {reason}"
+    values = to_config_dict(config)
+    override_fields(values, changes, f"--{name}")
+    return from_dict(type(config), values, f"--{name}")
 
 
 def differences(old: dict, new: dict, where: str = "") -> Iterator[str]:

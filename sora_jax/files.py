@@ -303,11 +303,19 @@ def finish_folder(out: Path) -> None:
 def cache_folder() -> Path:
     """Return the local cache folder: SORA_JAX_CACHE if that is a local path, else ~/.cache/sora_jax.
 
-    It may be deleted while nothing runs. Below it, `files` holds copies of remote files, `captions` tokenized captions
-    and `unfinished` files that wait for their upload.
+    It may be deleted while nothing runs. Below it, `files` holds copies of remote files, `captions` tokenized captions,
+    `compiled` programs and `unfinished` files that wait for their upload.
+
+    Raises:
+        UserError: this user has no home folder, and SORA_JAX_CACHE names none.
     """
     named = os.environ.get("SORA_JAX_CACHE", "")
-    return Path(named) if named and not is_remote(named) else Path.home() / ".cache" / "sora_jax"
+    if named and not is_remote(named):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "sora_jax"
+    except RuntimeError as error:
+        raise UserError("SORA_JAX_CACHE is not set; without a home folder it must name a folder for caches") from error
 
 
 def local_copy(path: Path) -> Path:

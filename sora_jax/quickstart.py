@@ -6,7 +6,6 @@ the same code as its own command, leaves its result in a folder of its own, and 
 
 import dataclasses
 import json
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.config import check, from_dict, load
+from sora_jax.config_files import package_config
 from sora_jax.data.build import build
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.media import save_png, write_video
@@ -31,7 +31,7 @@ from sora_jax.generate.preview import scale_of
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds.run import check_data, check_workdir, train
 from sora_jax.models.first_stage import latent_grid
-from sora_jax.parallel.compilation_cache import use_compilation_cache
+from sora_jax.parallel.settings import prepare_jax
 from sora_jax.train.autoencoder import AutoencoderRun, stage_folder
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
 from sora_jax.train.encode import encode_dataset
@@ -66,8 +66,8 @@ class QuickstartConfig:
 def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     """Run all stages in `workdir`, going on where an earlier call stopped."""
     start = time.perf_counter()
-    use_compilation_cache()
-    config = from_dict(QuickstartConfig, load(config_file or default_config(), changes))
+    prepare_jax()
+    config = from_dict(QuickstartConfig, load(config_file or default_config(), changes), "--config")
     check_sizes(config)
     dataset = render_world(config, workdir)
     autoencoder_psnr = learn_autoencoder(config, dataset, workdir)
@@ -107,12 +107,8 @@ def check_sizes(config: QuickstartConfig) -> None:
 
 
 def default_config() -> str:
-    """Find configs/quickstart.py in the checkout, or among the installed package's data files."""
-    places = [Path(__file__).parents[1] / "configs", Path(sysconfig.get_path("data"), "share", "sora_jax", "configs")]
-    for place in places:
-        if (place / "quickstart.py").exists():
-            return str(place / "quickstart.py")
-    raise UserError("--config is not given and configs/quickstart.py was not found; name the file")
+    """Return the path of configs/quickstart.py, as it came with the package."""
+    return str(package_config("quickstart.py"))
 
 
 def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:

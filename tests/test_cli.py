@@ -1,6 +1,7 @@
 """The command line: quick help with examples, and one sentence for every mistake."""
 
 import argparse
+import dataclasses
 import errno
 import inspect
 import os
@@ -11,18 +12,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fixtures_runs import ROOT, TINY, build_options, chain, run, train_options  # noqa: F401
+from fixtures_runs import ROOT, TINY, build_options, chain, one_device, run, train_options  # noqa: F401
 
 from sora_jax import __version__, cli
+from sora_jax.config import load
 from sora_jax.data import media
 from sora_jax.data.manifest import Dataset
 from sora_jax.data.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 from sora_jax.generate import command
 from sora_jax.generate.run import Run, load_run
+from sora_jax.kinds import KINDS, dry_run, run_config
+from sora_jax.nn import params
 from sora_jax.parallel.compile import Topology
+from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.parsers import data as data_parser
+from sora_jax.train.autoencoder import AutoencoderRun, StageConfig
 from sora_jax.train.encode import EncodeOptions
 
 
@@ -351,6 +358,49 @@ def test_the_version_is_told(capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == f"sora_jax {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["trian"], "'trian' is not a command of sora-jax; allowed: quickstart, train, .*; did you mean train?"),
+        (["data", "incode"], "'incode' is not a command of sora-jax data; .*; did you mean encode?"),
+        (["dance"], "'dance' is not a command of sora-jax; allowed: [a-z, ]*$"),
+    ],
+)
+def test_a_mistyped_command_is_told_with_the_nearest(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert re.search(said.replace("?", r"\?"), capsys.readouterr().err)
+
+
+def test_help_and_version_are_commands_too(capsys):
+    for arguments, wanted in ((["help"], PARSERS["sora-jax"]), (["help", "train"], PARSERS["sora-jax train"])):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0 and capsys.readouterr().out == wanted.format_help()
+    with pytest.raises(SystemExit):
+        cli.main(["version"])
+    assert capsys.readouterr().out == f"sora_jax {__version__}\n"
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "sora_jax", "version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"sora_jax {__version__}\n")
+
+
+@pytest.mark.parametrize("words, changes", [
+    (["--config.seed", "3"], ["seed=3"]),
+    (["--config.optim.clip_norm", "-1"], ["optim.clip_norm=-1"]),
+    (["--config.data", "a b", "--config.seed=4"], ["data=a b", "seed=4"]),
+    (["--config.model.guides", "--config.seed", "5"], ["model.guides", "seed=5"]),
+    (["--config.sources[0].path", "x=y"], ["sources[0].path=x=y"]),
+])  # fmt: skip
+def test_a_blank_works_as_an_equals_sign(words, changes):
+    options = cli.parsed(["train", "--config", "c.py", *words, "--workdir=x"])
+    assert options.changes == changes and options.config == "c.py"
+    assert cli.parsed(["sample", "--sampling.guidance.scale", "2"]).sampling == ["guidance.scale=2"]
+
+
 @pytest.mark.parametrize("arguments", [["--config.seed=3"], ["--colour=red"], ["--config.seed", "3"]])
 def test_stray_arguments_are_not_swallowed(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -362,7 +412,64 @@ def test_dry_run_prints_the_config_and_the_parameters_and_makes_nothing(tmp_path
     assert run(*train_options("autoencoder", tmp_path / "run", "seed=41"), "--dry-run") == 0
     printed = capsys.readouterr().out
     assert '"seed": 41' in printed and re.search(r"total +[\d,]+", printed)
+    assert printed.endswith("data: not checked, since --config.data is not given\n")
     assert not (tmp_path / "run").exists() and TINY.exists()
+
+
+def figures(text: str) -> dict[str, float]:
+    """Return the figures of a dry run by name; later ones of a name replace those before."""
+    found = re.findall(r"^  (\w+) +([\d.,e+-]+)", text.partition("\nparameters\n")[2], re.MULTILINE)
+    return {name: float(value.replace(",", "")) for name, value in found}
+
+
+def test_a_dry_run_of_the_denoiser_tells_what_a_step_and_an_epoch_are(chain, tmp_path, capsys):  # noqa: F811
+    options = train_options("transformer", tmp_path / "run", f"latents={chain.latents}", "loop.steps=10")
+    capsys.readouterr()
+    assert run(*options, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    found = figures(printed)
+    # Two clips of 18 tokens and three of 12 in packs of 48: two packs; a step has eight.
+    assert found["epoch"] == 2 / 8 and "the run has 40.0 epochs" in printed
+    assert found["tokens"] == 4 * (2 * 18 + 3 * 12) and "of 384 places: 25.0% padding" in printed
+    groups = KINDS["denoiser"].groups(run_config(load(str(TINY))))
+    parameters = params.count(groups["model"].specs)
+    # Adam keeps two values for each parameter, and there are two averages.
+    assert re.search(rf"^  total +{parameters:,}$", printed, re.MULTILINE)
+    for name, copies in (("parameters", 1), ("optimizer", 2), ("averages", 2), ("total", 5)):
+        np.testing.assert_allclose(found[name], copies * 4 * parameters / 2**20, atol=0.01)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_splits_the_memory_over_the_mesh(tmp_path):
+    config = run_config(load(str(TINY), ["mesh.fsdp=4", "model.width=64", "mesh.data=2"]))
+    whole = dataclasses.replace(config, mesh=MeshConfig(data=8))
+    split, alone = (figures(dry_run.describe(c, tmp_path / "run")) for c in (config, whole))
+    assert split["total"] < 0.45 * alone["total"]
+
+
+def test_a_dry_run_of_stages_reads_the_first(chain, tmp_path):  # noqa: F811
+    model = run_config(load(f"{TINY}:autoencoder")).model
+    stages = (StageConfig(steps=3, crop=(5, 16, 16)), StageConfig(steps=4))
+    config = AutoencoderRun(data=str(chain.dataset), model=model, crop=(9, 16, 16), stages=stages)
+    with one_device():
+        found = figures(dry_run.describe(config, tmp_path / "run"))
+    assert (found["clips"], found["frames"], found["epoch"]) == (16, 14 * 5 + 2, round(5 / 16, 2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("mesh.data=3", ["data=3", "1 devices"]),
+        ("packing.length=8", ["packing.length is 8", "at least 18"]),
+        ("latents=nowhere", ["nowhere", "data encode"]),
+        ("split=none", ["'none'", "held-out, train"]),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(chain, tmp_path, capsys, change, words):  # noqa: F811
+    options = train_options("transformer", tmp_path / "run", f"latents={chain.latents}", change)
+    message = refused(capsys, *options, "--dry-run")
+    assert all(word in message for word in words), message
 
 
 def test_the_world_may_be_built_without_a_share_that_is_held_out(tmp_path):

@@ -11,7 +11,9 @@ from sora_jax.config import first_difference, from_dict, load, to_config_dict, t
 from sora_jax.data.prepare import BuildConfig
 from sora_jax.errors import UserError
 from sora_jax.kinds import run_config
+from sora_jax.models.text import TextConfig
 from sora_jax.quickstart import QuickstartConfig
+from sora_jax.train.denoiser import PreviewConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = str(CONFIGS / "tiny.py")
@@ -151,6 +153,103 @@ def test_a_missing_file_is_named():
         load("configs/none.py:a")
 
 
+DATA = str(CONFIGS / "data.py")
+
+
+@pytest.mark.parametrize(
+    "file, changes, path, value",
+    [
+        (f"{DATA}:video", ["min_pixels=1024", "sources[0].path=clips"], "min_pixels", 1024),
+        (f"{DATA}:mixed", ["sources[2].path=x", "sources[2].limit=7"], "sources[2].limit", 7),
+        (f"{DATA}:mixed", ["fps=8.0"], "fps", 8.0),
+        (f"{DATA}:mixed", ["fps=8"], "fps", 8.0),
+        (f"{DATA}:navit", ["max_tokens=64"], "max_tokens", 64),
+        (f"{DATA}:video", ["fps=None"], "fps", None),
+        (f"{DATA}:labels", ["sources[0].label_field=7"], "sources[0].label_field", "7"),
+        (TINY, ["packing.patch=(1,2,2)"], "packing.patch", (1, 2, 2)),
+        (TINY, ["packing.patch=(1,2,2)", "packing.patch=None"], "packing.patch", None),
+        (TINY, ["model.text=None"], "model.text", None),
+        (TINY, ["model.text=None", "model.text.width=64"], "model.text", TextConfig(width=64)),
+        (TINY, ["preview={'fps': 3.0}"], "preview", PreviewConfig(fps=3.0)),
+        (TINY, ["optim.ema[1]=0.5"], "optim.ema", (0.9, 0.5)),
+        (TINY, ["optim.ema=0.5"], "optim.ema", (0.5,)),
+        (TINY, ["preview.prompts=cat", "preview.sizes=((1,16,16),)"], "preview.prompts", ("cat",)),
+        (TINY, ["diffusion.times.stratified"], "diffusion.times.stratified", True),
+        (TINY, ["seed=0x10"], "seed", 16),
+    ],
+)  # fmt: skip
+def test_what_may_be_none_is_set_from_the_command_line(file, changes, path, value):
+    values = load(file, changes)
+    config = from_dict(BuildConfig, values) if "sources" in values else run_config(values)
+    assert eval(f"config.{path}", {"config": config}) == value
+
+
+def test_a_config_file_may_set_none_and_groups_of_its_own(tmp_path):
+    """As files of users do: no dataclass tells the types."""
+    (tmp_path / "own.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict({'a': None, 'b': {'c': None, 'd': 1.5, 'e': (1, 2)}})\n"
+    )
+    changes = ["a=4", "b.c=some words", "b.d=2", "b.e[0]=7"]
+    found = load(str(tmp_path / "own.py"), changes).to_dict()
+    assert found == {"a": 4, "b": {"c": "some words", "d": 2.0, "e": (7, 2)}}
+    assert load(str(tmp_path / "own.py"), ["b=None"]).b is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("min_pixels=many", "--config.min_pixels is 'many'; it must be None or of type int"),
+        ("sources[0].limit=1.5", "--config.sources[0].limit is '1.5'; it must be None or of type int"),
+        ("sources[1].path=x", "--config.sources[1].path is not an option: there is no [1] among 1 entries"),
+        ("sources[0].pat=x", "--config.sources[0].pat is not an option: there is no 'pat'; .*; did you mean path?"),
+        ("sources.path=x", "--config.sources.path is not an option: there is no 'path' among 1 entries, named by"),
+        ("min_pixel=3", "--config.min_pixel is not an option: there is no 'min_pixel'; .*; did you mean min_pixels?"),
+        ("cuts=maybe", "--config.cuts is 'maybe'; it must be true or false"),
+        ("fps", "--config.fps is given without a value; write --config.fps=VALUE"),
+        ("a b=3", "--config.a b is not an option; write --config.NAME=VALUE"),
+        ("multiple=0", "--config.multiple=0 is not allowed"),
+    ],
+)
+def test_the_option_at_fault_is_named_as_typed_and_no_other(change, message):
+    with pytest.raises(UserError) as caught:
+        from_dict(BuildConfig, load(f"{DATA}:video", ["sources[0].path=clips", change]), "--config")
+    assert re.match(message.replace("[", r"\[").replace("?", r"\?"), str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("model.text=3", "--config.model.text is '3'; it is a group of options, give one of them: .*, or None"),
+        ("model=None", "--config.model is 'None'; it is a group of options"),
+        ("batch=None", "--config.batch is 'None'; it must be of type int"),
+        ("batch.x=3", "--config.batch.x is not an option: 8 has no 'x'"),
+        ("batch=7 loop.accumulate=2", "--config.batch is 7; it must be a multiple of loop.accumulate = 2"),
+        ("optim.learning_rate=-1", "--config.optim.learning_rate is -1.0; "),
+        ("diffusion.times.mean=nan", "--config.diffusion.times.mean is nan; "),
+        ("model.text.vocabulary=1", "--config.model.text.vocabulary is 1; "),
+        ("sampling.guidance.end=2.0", "--config.sampling.guidance.end is 2.0; "),
+        ("packing.length=0", "--config.packing.length is 0; "),
+        ("feed.workers=-1", "--config.feed.workers is -1; "),
+        ("captions=most", "--config.captions is 'most'; "),
+        ("seed=-1", "--config.seed is -1; "),
+    ],
+)
+def test_a_message_of_a_nested_dataclass_names_the_whole_path(change, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        run_config(load(TINY, change.split()))
+
+
+def test_a_crop_is_named_as_it_is_typed():
+    for change, message in (
+        ("crop=(5,0,16)", "--config.crop is .5, 0, 16.: height is 0; "),
+        ("image_share=2.0", "--config.image_share is 2.0; "),
+    ):
+        with pytest.raises(UserError, match=f"^{message}"):
+            run_config(load(f"{TINY}:autoencoder", [change]))
+
+
 def test_first_difference_is_the_path_of_the_first_value_that_differs():
     assert first_difference(to_dict(EXAMPLE), to_dict(EXAMPLE)) is None
     other = dataclasses.replace(EXAMPLE, inner=dataclasses.replace(EXAMPLE.inner, name="c"))
@@ -171,8 +270,8 @@ def test_a_model_without_a_name_is_the_first_of_version_0_1_0_that_has_all_field
 
 def test_what_a_user_gives_is_not_taken_for_a_stored_config():
     assert run_config(dict(kind="denoiser", sampling=dict(steps="7"))).sampling.steps == "7"
-    with pytest.raises(UserError, match="config.preview.steps is 20; it must be of type str"):
+    with pytest.raises(UserError, match="--config.preview.steps is 20; it must be of type str"):
         run_config(dict(kind="denoiser", preview=dict(steps=20)))
     for values in (dict(preview=None), dict(preview="x"), dict(model="x"), dict(model=[1]), dict(kind=["a"])):
-        with pytest.raises(UserError, match=r"^config\.(preview|model|kind) is "):
+        with pytest.raises(UserError, match=r"^--config\.(preview|model|kind) is "):
             run_config(dict(kind="denoiser") | values)

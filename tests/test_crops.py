@@ -98,8 +98,8 @@ def test_crops_of_a_split_of_a_dataset_folder(clips, tmp_path):
         (lambda clips: crop_batches(clips, CropConfig(13, 16, 16), 0), ["13 x 16 x 16", "12 x 40 x 40"]),
         (lambda clips: crop_batches([], CROP, 0), ["0 clips"]),
         (lambda clips: crop_batches(clips, CROP, 0, share=Share(0, 4)), ["6 rows", "4 processes"]),
-        (lambda clips: CropConfig(frames=0), ["crop.frames", "0"]),
-        (lambda clips: CropConfig(image_share=1.5), ["crop.image_share", "1.5"]),
+        (lambda clips: CropConfig(frames=0), ["crop is (0, 64, 64)"]),
+        (lambda clips: CropConfig(image_share=1.5), ["image_share is 1.5"]),
     ],
 )
 def test_crop_mistakes(clips, make, words):

@@ -19,7 +19,7 @@ from sora_jax.train.denoiser import NOISE_BINS, denoiser_groups, denoiser_loss
 from sora_jax.train.loop import split_batch
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.state import MODEL, Group, TrainState, make_optimizers
-from sora_jax.train.step import make_step
+from sora_jax.train.step import fetch, make_step
 
 OPTIM = OptimConfig(1e-2, warmup_steps=2, ema=(0.5, 0.9))
 OPTIMIZERS = make_optimizers({MODEL: Group({}, OPTIM)}, 100)
@@ -84,6 +84,22 @@ def test_the_first_step_is_its_formula():
     averages = [[tree["weight"], tree["bias"]] for tree in state.ema[MODEL]]
     np.testing.assert_allclose(averages, [young * np.array([0.5, 0.0]) + (1 - young) * new] * 2, rtol=1e-4)
     assert int(state.step) == 1
+
+
+def test_a_mean_of_nothing_is_nan_on_the_host_alone():
+    """Under JAX's detector, which looks at what the device returns."""
+
+    def loss(*arguments):
+        sums, (weights, means) = line_loss(*arguments)
+        zero = jnp.zeros(3).at[1].set(means["first"][1])
+        return sums, (weights, means | {"bins": (jnp.stack([0.0, means["first"][0], 0.0]), zero)})
+
+    batch = split_batch(line_batch(), 1)
+    with jax.debug_nans(True):
+        _, metrics = make_step(loss, OPTIMIZERS)(line_state(), (), batch)
+    found = fetch(metrics)
+    np.testing.assert_array_equal(np.isnan(found["bins"]), [True, False, True])
+    assert found["bins"][1] == found["first"] and found["bins"].dtype == np.float32 and "counted" not in found
 
 
 def test_the_old_state_is_donated():

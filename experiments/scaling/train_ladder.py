@@ -30,8 +30,8 @@ from sora_jax.generate.run import Run
 from sora_jax.models.transformer import denoiser_specs
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
-from sora_jax.parallel.compilation_cache import use_compilation_cache
 from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.parallel.settings import prepare_jax
 from sora_jax.quickstart import QuickstartConfig, default_config
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, denoiser_job, denoiser_loss, prepare_tokenizer
 from sora_jax.train.frozen import load_autoencoder
@@ -204,7 +204,7 @@ def main() -> None:
     chosen = options.rungs.split(",") if options.rungs else names
     for name in chosen:
         check(name in names, f"--rungs has {name!r}; the rungs are {', '.join(names)}")
-    use_compilation_cache()
+    prepare_jax()
     base = from_dict(QuickstartConfig, load(default_config())).transformer
     cache, dataset = LatentCache(options.quickstart / "latents"), Dataset(options.quickstart / "world")
     ladder = Ladder(base, cache, dataset, options.out, options.steps, options.prompts)

@@ -24,7 +24,7 @@ from sora_jax.generate.long import Windows
 from sora_jax.generate.requests import Wanted, plan_requests
 from sora_jax.generate.run import Run, load_run
 from sora_jax.generate.tasks import Tasks
-from sora_jax.parallel.compilation_cache import use_compilation_cache
+from sora_jax.parallel.settings import prepare_jax
 from sora_jax.quickstart import QuickstartConfig, default_config
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--frames", type=int, default=121, help="of the long clips")
     options = parser.parse_args()
-    use_compilation_cache()
+    prepare_jax()
     config = from_dict(QuickstartConfig, load(options.config or default_config()))
     seen = {caption for row in Dataset(options.workdir / "world").rows() for caption in row["captions"]}
     pairs = [pair for pair in fresh_clips(config.world, seen, 4 * options.count) if len(pair[1]) == 9]

@@ -28,13 +28,14 @@ class CropConfig:
     further: tuple[tuple[int, int, int], ...] = ()  # other (frames, height, width); each step takes one of all sizes
 
     def __post_init__(self):
-        for name in ("frames", "height", "width", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"crop.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}; it must be at least 1")
+        if min(self.frames, self.height, self.width) < 1:
+            raise UserError(f"crop is {self.sizes[0]}; all numbers must be at least 1")
         if any(min(size) < 1 for size in self.further):
             raise UserError(f"crops is {self.further}; all numbers must be at least 1")
         if not 0.0 <= self.image_share <= 1.0:
-            raise UserError(f"crop.image_share is {self.image_share}; it must be 0 to 1")
+            raise UserError(f"image_share is {self.image_share}; it must be from 0 to 1")
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int], ...]:

@@ -13,6 +13,12 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 from sora_jax.config import check
 from sora_jax.shapes import ClipIdsBS, IndexBL
 
+# Draws belong to the run, not to the machine: whatever JAX is set to elsewhere (JAX_DEFAULT_PRNG_IMPL,
+# JAX_THREEFRY_PARTITIONABLE), they come from this generator, in the form whose values do not depend on the mesh. Each
+# draw names its dtype for the same reason: JAX_ENABLE_X64 would change it, and with it the bits.
+GENERATOR = "threefry2x32"
+jax.config.update("jax_threefry_partitionable", True)
+
 
 class Purpose(enum.IntEnum):
     """Name the purpose of a random draw. The numbers enter the keys: changing one changes every run."""
@@ -40,7 +46,8 @@ def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose:
     """
     fits = not isinstance(seed, int) or 0 <= seed < 2**32
     check(fits, f"seed is {seed}; it must be from 0 to 4294967295")
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), step), int(purpose))
+    key = jax.random.key(jnp.uint32(seed), impl=GENERATOR)
+    return jax.random.fold_in(jax.random.fold_in(key, step), int(purpose))
 
 
 def clip_keys(key: Key[Array, ""], clip_ids_BS: ClipIdsBS) -> Key[Array, "B S"]:

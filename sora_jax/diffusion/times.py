@@ -191,11 +191,11 @@ def draw_times(config: TimesConfig, process: Process, key: Key[Array, ""], clips
     if config.stratified:
         ranks_BS = batch_ranks(clip_ids_BS) if ranks_BS is None else ranks_BS
         # No clip has id 0, so the draw of the step coincides with that of no clip.
-        drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0))
+        drawn_BS = ranks_BS + jax.random.uniform(jax.random.fold_in(key, 0), dtype=jnp.float32)
         uniform_BS = drawn_BS - jnp.floor(drawn_BS)
     else:
         keys_BS = clip_keys(key, clip_ids_BS)
-        uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(keys_BS)
+        uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(keys_BS)
     times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
     return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
 
@@ -231,7 +231,7 @@ def sampling_times(
     tokens_BR counts the tokens of the clip that a row serves. To hold a row of given tokens, set all its times to 0.
     """
     base_K = jnp.asarray(base_K, jnp.float32)
-    return jax.vmap(lambda t: shift(config, jnp.full_like(tokens_BR, t, jnp.float32), tokens_BR, process))(base_K)
+    return jax.vmap(lambda t: shift(config, jnp.zeros_like(tokens_BR, jnp.float32) + t, tokens_BR, process))(base_K)
 
 
 def per_token(values_BR: Num[Array, "B R"], rows_BL: RowsBL) -> Num[Array, "B L"]:

@@ -23,14 +23,14 @@ def run_config(values: Mapping) -> RunConfig:
     migrated = migrate_config(values)
     if migrated["kind"] != values.get("kind"):
         print(f"sora-jax: the kind {values['kind']!r} is called {migrated['kind']!r} now", file=sys.stderr)
-    return _build(migrated)
+    return _build(migrated, "--config")
 
 
 def stored_config(values: Mapping) -> RunConfig:
     """Build the config that a run folder keeps, written by this or an earlier version."""
-    return _build(migrate_stored(values))
+    return _build(migrate_stored(values), "config")
 
 
-def _build(values: Mapping) -> RunConfig:
-    kind = choose("config.kind", values.get("kind"), KINDS)
-    return from_dict(kind.config, values, of=f" of kind {kind.name!r}")
+def _build(values: Mapping, where: str) -> RunConfig:
+    kind = choose(f"{where}.kind", values.get("kind"), KINDS)
+    return from_dict(kind.config, values, where, of=f" of kind {kind.name!r}")

@@ -1,7 +1,6 @@
 """Training a run of any kind in its folder: checks first, then the loop, then what the run leaves."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -113,19 +112,6 @@ def _train_stages(kind: Kind, config: RunConfig, workdir: Path, stages: Sequence
     if kind.finish_stages and distributed.first():
         kind.finish_stages(workdir, stages[-1][0])
     distributed.barrier("the last stage")
-
-
-def describe(config: RunConfig) -> str:
-    """Describe the resolved config and the number of parameters, for `--dry-run`."""
-    groups = kind_of(config).groups(config)
-    alone = len(groups) == 1
-    trees = {
-        name if alone else f"{group}/{name}": tree
-        for group, declared in groups.items()
-        for name, tree in declared.specs.items()
-    }
-    sizes = "\n".join(f"  {name:12} {param.count(tree):>14,}" for name, tree in trees.items())
-    return f"{json.dumps(to_dict(config), indent=1)}\nparameters\n{sizes}\n  {'total':12} {param.count(trees):>14,}"
 
 
 def _read_saved(kind: Kind, values: dict) -> tuple[dict, Mapping[str, Group]]:

@@ -285,7 +285,9 @@ def _scores(
 
 def _order(key: jax.Array, clips: int) -> jax.Array:
     """Draw for each clip 1, if the real one comes first, or -1; key: see `nn.draws.per_clip`."""
-    return jnp.where(reshard(per_clip(jax.random.bernoulli, key, clips), "batch"), 1.0, -1.0)
+    return jnp.where(
+        reshard(per_clip(lambda key: jax.random.bernoulli(key, jnp.float32(0.5)), key, clips), "batch"), 1.0, -1.0
+    )
 
 
 def _signed(scores: jax.Array, sign_B: jax.Array) -> jax.Array:

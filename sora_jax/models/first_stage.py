@@ -105,7 +105,7 @@ def decode(
 def sample_posterior(key: jax.Array, mean_BthwC: jax.Array, logvar_BthwC: jax.Array) -> jax.Array:
     """Draw mean + std * eps, differentiable in both (1312.6114, section 2.4); key: see `nn.draws.per_clip`."""
     clips, *shape = mean_BthwC.shape
-    eps = per_clip(lambda key: jax.random.normal(key, shape), key, clips)
+    eps = per_clip(lambda key: jax.random.normal(key, shape, jnp.float32), key, clips)
     return mean_BthwC + jnp.exp(0.5 * logvar_BthwC) * laid_out_as(eps, mean_BthwC)
 
 

@@ -54,7 +54,9 @@ def choose_frames(key: jax.Array, count: int, *videos: jax.Array) -> list[jax.Ar
     clips, frames = videos[0].shape[:2]
     if count >= frames:
         return list(videos)
-    draws_BT = reshard(per_clip(lambda key: jax.random.uniform(key, (frames,)), key, clips), "batch", "time")
+    draws_BT = reshard(
+        per_clip(lambda key: jax.random.uniform(key, (frames,), jnp.float32), key, clips), "batch", "time"
+    )
     chosen = jnp.argsort(draws_BT, axis=1)[:, :count, None, None, None]
     return [jnp.take_along_axis(video, chosen, axis=1) for video in videos]
 
@@ -106,7 +108,7 @@ def haar_bands(x_BTHWC: jax.Array, levels: int, temporal: bool = True) -> list[d
 
 def random_shift(key: jax.Array, levels: int) -> jax.Array:
     """Draw the `shift` of `bands_loss`: (2,) int32, each from 0 to 2^levels - 1."""
-    return jax.random.randint(key, (2,), 0, 2**levels)
+    return jax.random.randint(key, (2,), 0, 2**levels, jnp.int32)
 
 
 def bands_loss(
@@ -199,5 +201,5 @@ def random_features_loss(
 
 def _random_conv(key: jax.Array, inputs: int, outputs: int) -> dict:
     """Draw normal weights that keep the variance through ReLUs (He et al. 1502.01852), without a bias."""
-    weight = jax.random.normal(key, (3, 3, inputs, outputs)) * math.sqrt(2 / (9 * inputs))
+    weight = jax.random.normal(key, (3, 3, inputs, outputs), jnp.float32) * math.sqrt(2 / (9 * inputs))
     return {"weight": weight, "bias": jnp.zeros(outputs)}

@@ -1,7 +1,10 @@
 """Hold what all parsers share: their help, and options that several commands have."""
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+
+from sora_jax.config import did_you_mean
 
 EXAMPLES = """\
 examples:
@@ -26,7 +29,33 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if hidden else f"{action.help} (default: {default})"
 
 
-def make_parser(make, *names, formatter_class=Help, **options) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Name the nearest command or option where one is mistyped."""
+
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+
+    def add_subparsers(self, **options):
+        """Add commands, and remember them by name."""
+        action = super().add_subparsers(**options)
+        self.commands = action.choices
+        return action
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse what is known, after a look at the name of the command; the rest is returned beside it."""
+        word = next(iter(args or ()), "-")
+        if self.commands and not word.startswith("-") and word not in self.commands:
+            near = did_you_mean(word, self.commands)
+            self.error(f"{word!r} is not a command of {self.prog}; allowed: {', '.join(self.commands)}{near}")
+        return super().parse_known_args(args, namespace)
+
+    def refuse(self, words: Sequence[str], more: Sequence[str]) -> None:
+        """End with the usage and the nearest option to the first word; `more`: options that the help does not list."""
+        known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", self.format_help(), re.MULTILINE)
+        near = did_you_mean(words[0].split("=")[0], [*known, *more])
+        self.error(f"unrecognized arguments: {' '.join(words)}{near}")
+
+
+def make_parser(make, *names, formatter_class=Help, **options) -> Parser:
     """Make a parser by `make`, which does not take abbreviations of options."""
     parser = make(*names, formatter_class=formatter_class, allow_abbrev=False, **options)
     parser.set_defaults(parser=parser)  # the innermost one wins: its options are those to suggest

@@ -158,7 +158,7 @@ def build_config(options):
     for flag in (*SOURCE_FLAGS, "world"):
         name, value = flag.replace("_", "-"), getattr(options, flag, None)
         check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
-    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes)), **given)
+    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes), "--config"), **given)
 
 
 def source_config(options):
@@ -187,10 +187,10 @@ def encode(options) -> None:
     from sora_jax.data.share import Share
     from sora_jax.models.pretrained import PretrainedText
     from sora_jax.models.tiling import TilingConfig
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
     from sora_jax.train.encode import EncodeOptions, encode_dataset
 
-    use_compilation_cache()
+    prepare_jax()
     text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
     share = Share.parse(options.shard)
     choose_tile = options.tile == "auto"

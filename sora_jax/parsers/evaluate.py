@@ -41,13 +41,13 @@ def evaluate(options: argparse.Namespace) -> None:
     import dataclasses
     import json
 
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
 
     if options.run is None and options.autoencoder is None:
         raise UserError("RUN is not given; it must be the folder of a denoiser's run, or give --autoencoder")
     if options.run is not None and options.autoencoder is not None:
         raise UserError(f"RUN is {str(options.run)!r}; it must be left out beside --autoencoder")
-    use_compilation_cache()
+    prepare_jax()
     report = _denoiser(options) if options.run is not None else _autoencoder(options)
     print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else report.text)
 

@@ -109,7 +109,7 @@ def add_calibrate(commands) -> None:
 
 def calibrate(options) -> None:
     from sora_jax.generate import command
-    from sora_jax.parallel.compilation_cache import use_compilation_cache
+    from sora_jax.parallel.settings import prepare_jax
 
-    use_compilation_cache()
+    prepare_jax()
     print(command.calibrate(options))

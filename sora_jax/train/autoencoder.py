@@ -97,7 +97,10 @@ class AutoencoderRun(RunConfig):
         check(not (self.stages and self.init.weights), "init.weights is given; beside stages it must be start")
         autoencoder_parts(self)
         for size in self.sizes:
-            _check_crop(self.model, self.loss, self.discriminator.levels, size)
+            try:
+                _check_crop(self.model, self.loss, self.discriminator.levels, size)
+            except UserError as error:
+                raise UserError(f"{'crop' if size == self.crop else 'crops'} is {size}: {error}") from error
         tile_grid(self.model, self.tiles)
         for name, rows in self.rows.items():
             check(
@@ -331,6 +334,7 @@ def autoencoder_job(
         frozen=frozen,
         note=_note(config),
         start=_starter(config, dataset, clips, first),
+        epoch=len(clips) / config.batch,
     )
 
 

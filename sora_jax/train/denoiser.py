@@ -210,7 +210,9 @@ def network(
 
 
 def _drop(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
-    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key)))(clip_keys(key, clip_ids_BS))
+    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(
+        clip_keys(key, clip_ids_BS)
+    )
     return draw_BS < share
 
 
@@ -241,6 +243,7 @@ def denoiser_job(
         first=distributed.first(),
         shares=PackingShares(given.headless, given.key_frames, given.sketches),
     )
+    report = batches.report()
     return Job(
         name=config.kind,
         groups=denoiser_groups(config),
@@ -250,8 +253,9 @@ def denoiser_job(
         counts=functools.partial(batch_counts, config.model),
         clip_ids=lambda batch: _names(cache, batch["clip_ids_BS"]),
         preview=preview,
-        note=str(batches.report()),
+        note=str(report),
         share=share,
+        epoch=report.packs / report.clips * batches.subjects.weights.sum() / config.batch,
     )
 
 

@@ -85,7 +85,7 @@ def draw_given(
     tokens have that are not given. A clip keeps at least one token that is not given.
     """
     (B, S), rows = pack.clip_ids_BS.shape, pack.row_slots_BR.shape[1] // pack.slots
-    numbers_BSX = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (_NUMBERS,))))(
+    numbers_BSX = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (_NUMBERS,), jnp.float32)))(
         clip_keys(keys[0], pack.clip_ids_BS)
     )
     kind_BS = _kinds(config, numbers_BSX[..., 0], pack.grids_BS3[..., 0])
@@ -168,7 +168,10 @@ def _given(key: Key[Array, ""], numbers_BSX: Array, kind_BS: Array, pack: Pack) 
     places = _Places(index // (height * width), index // width % height, index % width, frames, height, width)
     numbers_BLX, kind_BL = per_slot(numbers_BSX, slots_BL), per_slot(kind_BS, slots_BL)
     u = lambda place: numbers_BLX[..., place]  # noqa: E731
-    one = lambda clip, frame: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, clip), frame))  # noqa: E731
+
+    def one(clip, frame):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, clip), frame), dtype=jnp.float32)
+
     own_BL = jax.vmap(jax.vmap(one))(per_slot(pack.clip_ids_BS, slots_BL), places.t)
     rules: dict[str, Callable[[], Array]] = {
         "first": lambda: places.t < _first(places, u(4), u(5)),

@@ -76,7 +76,8 @@ class Job:
     trains; those that are not on the mesh yet are copied to each of its devices. micro_batches: False for a loss that
     is no sum over parts of a batch, such as a contrastive one. start(params): parameters, by group, to begin a new run
     with in place of the random ones; of those groups that it returns. fixed: parameters of groups that are not trained,
-    see `train.adapt`; the loss and previews get them merged with those that are.
+    see `train.adapt`; the loss and previews get them merged with those that are. epoch: steps in which all clips are
+    seen once; 0 where that is not known.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Job:
     micro_batches: bool = True
     start: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     fixed: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+    epoch: float = 0.0
 
 
 def fit(
@@ -152,7 +154,7 @@ def fit(
                 batch, position = next(batches)
                 placed = job.to_device(place_batch(split_batch(batch, config.accumulate), mesh, leading=1))
             with watch("step" if step > start + 1 else "compile"):
-                with jax.transfer_guard("disallow"):
+                with _transfer_guard():
                     state, metrics = step_function(state, frozen, placed)
                 reporter.read_previous()
             reporter.hold(step, metrics, batch)
@@ -185,6 +187,13 @@ def fit(
 def with_fixed(loss: LossFunction) -> LossFunction:
     """Return the loss as a function of what is trained, whose frozen weights are (fixed parameters, frozen)."""
     return lambda params, frozen, batch, step, part: loss(merge(frozen[0], params), frozen[1], batch, step, part)
+
+
+def _transfer_guard() -> contextlib.AbstractContextManager:
+    """Forbid transfers that nothing asked for, unless JAX's own debugging, which makes some, is switched on."""
+    switches = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
+    debugging = any(getattr(jax.config, name) for name in switches)
+    return contextlib.nullcontext() if debugging else jax.transfer_guard("disallow")
 
 
 def _on_mesh(tree: Any, mesh: Mesh) -> Any:

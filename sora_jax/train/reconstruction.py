@@ -199,7 +199,8 @@ def add_latent_noise(z_BthwC: jax.Array, key: jax.Array, deviation: float) -> ja
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         level, noise = jax.random.split(key)
-        return jax.random.normal(level, (1,) * len(shape)), jax.random.normal(noise, shape)
+        tau = jax.random.normal(level, (1,) * len(shape), jnp.float32)
+        return tau, jax.random.normal(noise, shape, jnp.float32)
 
     level, noise = per_clip(draw, key, clips)
     tau = jnp.abs(deviation * laid_out_as(level, z_BthwC[:, :1, :1, :1, :1]))
@@ -222,7 +223,8 @@ def _transformed(
     scales = [s for s in loss.equivariance_scales if fits(s, z_BthwC.shape[2:4]) and fits(s, video_BTHWC.shape[2:4])]
     square = z_BthwC.shape[2] == z_BthwC.shape[3]
     turn_key = keys.of_step(Purpose.EQUIVARIANCE)
-    turn = jax.random.randint(turn_key, (), 0, 4) if square else 2 * jax.random.randint(turn_key, (), 0, 2)
+    quarters, step = (4, 1) if square else (2, 2)
+    turn = step * jax.random.randint(turn_key, (), 0, quarters, jnp.int32)
     plain = compare(z_BthwC, video_BTHWC)
     if not scales:
         return plain

@@ -13,6 +13,7 @@ from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.parallel import distributed
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, flatten
+from sora_jax.train.step import fetch
 
 if TYPE_CHECKING:
     from sora_jax.train.loop import Job, LoopConfig
@@ -77,7 +78,7 @@ class Reporter:
         if self._held is None:
             return
         (step, metrics, batch), self._held = self._held, None
-        metrics = jax.device_get(metrics)
+        metrics = fetch(metrics)
         self.instruments.stepped(step)
         self._check_finite(step, metrics, batch)
         self.instruments.bar.update(1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sora_jax.train.optim import update_ema
@@ -14,7 +15,7 @@ from sora_jax.train.state import Optimizer, TrainState
 Sums = dict[str, jax.Array]
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 LossResult = tuple[Sums, tuple[Sums, MetricSums]]
-METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm", "skipped_updates")
+METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm", "skipped_updates", "counted")
 LossFunction = Callable[..., LossResult]
 
 
@@ -29,17 +30,18 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
     gradients are accumulated. `means` maps a name to (sum, count). Where there are several groups, one with weight 0
     rests in this step: its parameters, averages and optimizer stay as they are.
 
-    Metrics are scalars or small vectors: "loss" and the norms of gradient, update and parameters, the latter followed
-    by "/group" where there are several groups; "skipped_updates", where an optimizer skips spikes, counts from the
-    beginning of the run.
+    Metrics are scalars or small vectors, for `fetch` to read: "loss" and the norms of gradient, update and parameters,
+    the latter followed by "/group" where there are several groups; "skipped_updates", where an optimizer skips spikes,
+    counts from the beginning of the run.
     """
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, frozen: Any, batches: Any) -> tuple[TrainState, dict]:
         gradients, totals, weights, means = _accumulate(loss, state, frozen, batches)
-        # 0 / 0 is NaN, and says that nothing was counted
         _check_names(means, optimizers)
-        metrics = {name: value / count for name, (value, count) in means.items()}
+        # `fetch` makes NaN of what counted nothing: on the device, JAX's detector of NaN would stop a healthy run.
+        metrics = {name: value / jnp.where(count == 0, 1, count) for name, (value, count) in means.items()}
+        metrics["counted"] = {name: count > 0 for name, (_, count) in means.items()}
         updated, losses = {}, []
         for name, optimizer in optimizers.items():
             gradient = jax.tree.map(lambda g, weight=weights[name]: g / weight, gradients[name])
@@ -61,6 +63,13 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step
+
+
+def fetch(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a step on the host, with NaN for each mean that counted nothing; waits for the step."""
+    found = jax.device_get(dict(metrics))
+    counted = found.pop("counted")
+    return found | {name: np.where(counts, found[name], np.nan) for name, counts in counted.items()}
 
 
 def _check_names(means: MetricSums, optimizers: Mapping[str, Optimizer]) -> None:

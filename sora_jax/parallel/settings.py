@@ -1,0 +1,68 @@
+"""Make JAX's settings those that the package relies on, at the start of each command that computes."""
+
+import os
+import sys
+from glob import glob
+
+import jax
+
+from sora_jax.errors import UserError
+from sora_jax.files import as_path, cache_folder, is_remote, make_folder
+from sora_jax.parallel import distributed
+
+
+def prepare_jax() -> None:
+    """Check the platform, keep compiled programs on disk, and let Optax convert dtypes.
+
+    Raises:
+        UserError: JAX_PLATFORMS names a platform that is not there.
+    """
+    check_platforms()
+    # Optax multiplies floats with its counter: with JAX_NUMPY_DTYPE_PROMOTION=strict no optimizer makes a step.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    use_compilation_cache()
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the next run starts faster; SORA_JAX_CACHE names another folder.
+
+    Without a folder that can be written they are not kept, which is reported.
+    """
+    if distributed.several() and jax.default_backend() == "cpu":
+        return  # it serves the first process alone, and on CPUs that one waits for the others half a minute at most
+    try:
+        named = os.environ.get("SORA_JAX_CACHE")
+        folder = as_path(named) if named else cache_folder() / "compiled"
+        if not is_remote(folder):
+            make_folder(folder)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} cannot be written")
+    except (UserError, OSError) as error:
+        print(f"sora-jax: compiled programs are not kept for the next start: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def check_platforms() -> None:
+    """Raise a UserError if JAX_PLATFORMS names a platform that is not there."""
+    asked = jax.config.values["jax_platforms"]
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that CUDA's plug-in is installed
+        if not asked:
+            raise
+        here = " or ".join(filter(_is_there, ("tpu", "cuda", "cpu")))
+        raise UserError(
+            f"JAX_PLATFORMS is {asked!r}; JAX finds no such platform here: it must be {here}, or not be set"
+        ) from error
+
+
+def _is_there(platform: str) -> bool:
+    if platform == "tpu" and not glob("/dev/accel*") + glob("/dev/vfio/[0-9]*"):
+        return False  # JAX would look for it for minutes, where libtpu is installed
+    jax.config.update("jax_platforms", platform)
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
