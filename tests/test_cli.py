@@ -256,7 +256,7 @@ def test_wrong_files_and_folders(chain, tmp_path, capsys):  # noqa: F811
         (train_options("transformer", tmp_path / "x", "latents=nowhere"), "data encode"),
         (train_options("transformer", tmp_path / "occupied", latents), "take an empty folder"),
         (train_options("transformer", tmp_path / "file" / "run", latents), "file"),
-        (train_options("transformer", chain.transformer, latents, "optim.eps=1e-7"), "another config.optim.eps"),
+        (train_options("transformer", chain.transformer, latents, "model.depth=3"), "another config.model.depth"),
         (["sample", f"--workdir={tmp_path / 'empty'}", "--prompt=a", "--out=a.gif"], "not a run folder"),
         (["sample", f"--workdir={chain.autoencoder}", "--prompt=a", "--out=a.gif"], "it must be 'denoiser'"),
         (["convert", "--to=dit", f"--workdir={chain.autoencoder}", "--out=x"], "it must be 'denoiser'"),
@@ -336,7 +336,7 @@ def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, err
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--workdir=x"], ["sample", "--workdir=x", "--frames=many", "--out=a.gif"], ["data"], ["nonsense"], []],
+    [["train"], ["sample", "--workdir=x", "--frames=many", "--out=a.gif"], ["data"], ["nonsense"], []],
 )
 def test_what_is_no_command_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
