@@ -26,6 +26,7 @@ from sora_jax.nn import params as param
 from sora_jax.nn.lora import ADAPTER, DOWN, UP, merge_adapters
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from sora_jax.plan.denoiser import train_denoiser
 from sora_jax.train.adapt import InitConfig, LoraConfig, fitting, matches, merge, split_specs
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig, denoiser_groups, denoiser_loss
@@ -137,6 +138,13 @@ def test_adapters_on_any_mesh_are_those_of_one_device(mesh):
     (loss, gradient), (wanted, slopes) = loss_and_gradient(mesh, 8), loss_and_gradient(MeshConfig(), 1)
     assert_same(loss, wanted)
     assert_same(gradient, slopes)
+
+
+def test_a_plan_counts_the_state_of_adapters_alone():
+    held = train_denoiser(RUN, make_mesh(devices=jax.devices()[:1])).held
+    trained, fixed = split_specs(SPECS, init=INIT, lora=RUN.lora)
+    assert sum(x.size for x in jax.tree.leaves(held["parameters"])) == param.count(trained)
+    assert sum(x.size for x in jax.tree.leaves(held["frozen"])) == param.count(fixed)
 
 
 def test_parameters_of_another_shape_are_listed_and_begin_anew_only_when_named():

@@ -20,7 +20,8 @@ from sora_jax.generate.run import read_run_config as load_config
 IMAGES = ROOT / "configs" / "images.py"
 SMALL = [
     "model.depth=2", "model.width=24", "model.heads=2", "model.classes=3", "packing.length=48", "packing.slots=4",
-    "batch=2", "loop.steps=4", "optim.warmup_steps=1", "loop.save_every=2", "loop.log_every=1", "loop.preview_every=4", "preview.classes=(0,2)",
+    "batch=2", "loop.steps=4", "optim.warmup_steps=1", "loop.save_every=2", "loop.log_every=1", "loop.preview_every=4",
+    "preview.classes=(0,2)",
     "preview.sizes=((1,16,16),)", "preview.steps=2", "sampling.steps=3", "sampling.guidance.scale=2.0",
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from sora_jax.parallel.compile import abstract_batch
 from sora_jax.parallel.mesh import check_split
 from sora_jax.parallel.rules import parts, reshard
 from sora_jax.plan.programs import AnyMesh, Load, Program, Trained, training_program
-from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoencoder_loss
+from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups, autoencoder_loss, autoencoder_parts
 
 
 def heaviest(config: AutoencoderRun) -> tuple[str, AutoencoderRun]:
@@ -46,7 +46,8 @@ def train_autoencoder(config: AutoencoderRun, mesh: AnyMesh) -> Program:
     frozen = {}
     if config.trained == "decoder":
         frozen["encoder"] = param.abstract_on(encoder_part(autoencoder_specs(config.model)), mesh)
-    return training_program(config, Trained(autoencoder_groups(config), loss, frozen), batch, load, mesh)
+    trained = Trained(autoencoder_groups(config), loss, frozen, autoencoder_parts(config)[1])
+    return training_program(config, trained, batch, load, mesh)
 
 
 def reconstruct(config: AutoencoderRun, mesh: AnyMesh) -> Program:

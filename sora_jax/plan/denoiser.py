@@ -22,8 +22,6 @@ from sora_jax.parallel.mesh import check_split
 from sora_jax.parallel.rules import parts
 from sora_jax.plan.programs import AnyMesh, Load, Program, Trained, many, training_program
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_loss, denoiser_parts
-from sora_jax.train.loop import with_fixed
-from sora_jax.train.state import MODEL
 
 ROUND = 128  # tokens; a pack length is suggested in such steps
 
@@ -47,8 +45,7 @@ def train_denoiser(config: DenoiserRun, mesh: AnyMesh) -> Program:
         arrays["ranks_BS"] = jax.ShapeDtypeStruct(arrays["clip_ids_BS"].shape, jnp.float32)
     load = load_of(config, 3 * config.batch * forward_flops(config.model, row), config.batch)
     batch, loss = abstract_batch(Pack(**arrays), mesh, leading=1), functools.partial(denoiser_loss, config)
-    fixed = {MODEL: param.abstract_on(denoiser_parts(config)[1], mesh)}
-    trained = Trained(denoiser_groups(config), with_fixed(loss), (fixed, ()))
+    trained = Trained(denoiser_groups(config), loss, fixed=denoiser_parts(config)[1])
     return training_program(config, trained, batch, load, mesh)
 
 

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from sora_jax.nn import params as param
 from sora_jax.parallel.compile import abstract_on_mesh, use_mesh
+from sora_jax.train.loop import with_fixed
 from sora_jax.train.run_config import RunConfig
-from sora_jax.train.state import Group, abstract_state, make_optimizers
+from sora_jax.train.state import MODEL, Group, abstract_state, make_optimizers
 from sora_jax.train.step import LossFunction, make_step
 
 AnyMesh = Mesh | AbstractMesh
@@ -55,11 +57,15 @@ def for_accelerator(config: RunConfig) -> RunConfig:
 
 
 class Trained(NamedTuple):
-    """Hold what a step trains: groups of parameters, the loss, and frozen weights (abstract arrays on a mesh)."""
+    """Hold what a step trains: groups of parameters, the loss, and frozen weights (abstract arrays on a mesh).
+
+    fixed: the specs of those parameters of the network that are not trained.
+    """
 
     groups: Mapping[str, Group]
     loss: LossFunction
     frozen: Any = ()
+    fixed: Mapping = {}
 
 
 def training_program(config: RunConfig, trained: Trained, batch: Any, load: Load, mesh: AnyMesh) -> Program:
@@ -67,6 +73,8 @@ def training_program(config: RunConfig, trained: Trained, batch: Any, load: Load
 
     batch: abstract arrays on `mesh` with a leading axis of micro-batches.
     """
+    fixed = {MODEL: param.abstract_on(trained.fixed, mesh)}
+    trained = trained._replace(loss=with_fixed(trained.loss), frozen=(fixed, trained.frozen))
     optimizers = make_optimizers(trained.groups, config.loop.steps)
     state = abstract_state(trained.groups, optimizers, mesh)
     held = {
