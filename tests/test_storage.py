@@ -113,7 +113,7 @@ def test_what_is_learnt_and_encoded_there_is_the_same_to_the_bit(remote, chain):
 def test_a_run_there_has_all_its_files(remote):
     run_folder = remote / "transformer"
     written = {path.relative_to(run_folder).parts[0] for path in run_folder.rglob("*") if path.is_file()}
-    files_of_a_run = {"config.json", "data.json", "metrics.jsonl", "time.json", "tokenizer.json"}
+    files_of_a_run = {"config.json", "data.json", "history.jsonl", "seen.json", "metrics.jsonl", "time.json", "tokenizer.json"}
     assert written == files_of_a_run | {"captions", "checkpoints", "frozen", "samples", "tensorboard"}
     assert list((run_folder / "tensorboard").glob("events*"))
     assert decode(run_folder / "samples" / "step_000006" / "00.mp4").frames.shape[0] == 9

@@ -117,7 +117,8 @@ class Checkpoints:
             nonlocal like
             like = structure(run) if structure else state
             tree = to_stored(like)
-            return {EMA: tree.pop("ema"), STATE: tree}
+            ema = tree.pop("ema")
+            return {STATE: tree, EMA: ema}
 
         found = self._first_whole(trees, RUN)
         return from_stored(like, found[STATE] | {"ema": found[EMA]}), found[RUN]
