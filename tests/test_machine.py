@@ -95,6 +95,7 @@ COMMANDS = {
     "sample": ["--workdir=run", "--prompt=a", "--out=a.gif"],
     "calibrate": ["--workdir=run"],
     "evaluate": ["run", "--data=data"],
+    "convert": ["--from=dit", "--weights=dit.safetensors", "--out=run"],
     "data encode": ["--autoencoder=run", "--data=data", "--out=latents"],
 }
 
