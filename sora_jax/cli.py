@@ -27,7 +27,7 @@ def console() -> int:
 def _several_processes() -> bool:
     """Return True for one of several processes of a run, which JAX must take leave of."""
     jax = sys.modules.get("jax")
-    return jax is not None and jax.process_count() > 1
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,6 +206,7 @@ def convert(options) -> None:
     """Import or export published weights."""
     from sora_jax.config import check
     from sora_jax.convert.command import convert_from, convert_to
+    from sora_jax.parallel.settings import prepare_jax
 
     needed, spare = ("weights", ("workdir",)) if options.source else ("workdir", ("weights", "autoencoder", "heads"))
     way = "--from" if options.source else "--to"
@@ -213,6 +214,7 @@ def convert(options) -> None:
     for name in spare:
         value = getattr(options, name)
         check(value is None, f"--{name} is {str(value)!r}; it must not be given with {way}")
+    prepare_jax()
     if options.source:
         said = convert_from(options.source, options.weights, options.out, options.autoencoder, options.heads)
     else:

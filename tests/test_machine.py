@@ -95,6 +95,7 @@ COMMANDS = {
     "sample": ["--workdir=run", "--prompt=a", "--out=a.gif"],
     "calibrate": ["--workdir=run"],
     "evaluate": ["run", "--data=data"],
+    "convert": ["--from=dit", "--weights=dit.safetensors", "--out=run"],
     "data encode": ["--autoencoder=run", "--data=data", "--out=latents"],
 }
 
@@ -229,6 +230,11 @@ SAMPLE = ["sample", "--out=a.gif"]
 TRAIN = ["train", "--config=a.py", "--workdir=a"]
 
 
+def listening() -> None:
+    """Let a new process have Ctrl-C even if this one runs in the background, where shells switch it off."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("what, arguments, signals, words", [
     ("asleep", SAMPLE, 0, "interrupted; the files that it has written are complete"),
     ("asleep", TRAIN, 0, "interrupted; the same command goes on where the last save was"),
@@ -241,7 +247,8 @@ def test_ctrl_c_ends_a_command_with_130_also_while_a_program_compiles(what, argu
     try:
         program = INTERRUPTED.format(what=what, arguments=arguments)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+        pipe = dict(env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
+        process = subprocess.Popen([sys.executable, "-c", program], **pipe)
         if signals:
             assert signal.sigtimedwait([signal.SIGUSR1], 30)
         for _ in range(signals):
@@ -262,7 +269,9 @@ def test_ctrl_c_ends_a_command_with_130_also_while_a_program_compiles(what, argu
 def test_a_sample_that_is_interrupted_while_it_compiles(chain, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "False")
     out = tmp_path / "a.gif"
-    process = start("sample", f"--workdir={chain.transformer}", "--prompt=a", "--steps=2", f"--out={out}")
+    process = start(
+        "sample", f"--workdir={chain.transformer}", "--prompt=a", "--steps=2", f"--out={out}", preexec_fn=listening
+    )
     for line in process.stderr:
         if "sampling 1 clip" in line:
             break

@@ -75,9 +75,13 @@ def plan_training(config, mesh):
     return training_program(config, trained, batch, load, mesh)
 
 
-def finish(config, inputs, state, workdir):
+def finish(config, inputs, params, step, workdir):
     if distributed.first():
-        (workdir / "classes.json").write_text(f'{{"classes": {config.classes}, "step": {int(state.step)}}}')
+        (workdir / "classes.json").write_text(f'{{"classes": {config.classes}, "step": {step}}}')
 
 
-CLASSIFIER = Kind(ClassifierRun, groups, open_inputs, make_job, {"train": plan_training}, finish=finish)
+def parts(config):
+    return groups(config)[MODEL].specs, {}
+
+
+CLASSIFIER = Kind(ClassifierRun, groups, parts, open_inputs, make_job, {"train": plan_training}, finish=finish)

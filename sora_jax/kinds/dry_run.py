@@ -40,8 +40,8 @@ def describe(config: RunConfig, workdir: Path) -> str:
         check_schedule(group.optim, config.loop.steps)
     fixed = kind.parts(config)[1]
     lines = [json.dumps(to_dict(config), indent=1), *_parameters(groups, fixed), *_memory(config, groups, fixed, mesh)]
-    field = next(name for name in DATA if hasattr(config, name))
-    if not getattr(config, field):
+    field = next((name for name in DATA if hasattr(config, name)), "")
+    if field and not getattr(config, field):
         return "\n".join([*lines, f"data: not checked, since --config.{field} is not given"])
     return "\n".join([*lines, *_data(kind, config, workdir, mesh)])
 
@@ -84,9 +84,9 @@ def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> list[str]
         lines.append(
             f"  tokens       {real:>14,} in the first step, of {places:,} places: {1 - real / places:.1%} padding"
         )
-    flops = counts.pop("flops")
+    flops = counts.pop("flops", None)
     lines += [f"  {name:12} {count:>14,} in the first step" for name, count in counts.items()]
-    return [*lines, f"  FLOPs        {flops:>14.3g} of the model in the first step"]
+    return lines if flops is None else [*lines, f"  FLOPs        {flops:>14.3g} of the model in the first step"]
 
 
 @contextlib.contextmanager

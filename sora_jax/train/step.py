@@ -68,7 +68,7 @@ def make_step(loss: LossFunction, optimizers: Mapping[str, Optimizer]) -> Callab
 def fetch(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of a step on the host, with NaN for each mean that counted nothing; waits for the step."""
     found = jax.device_get(dict(metrics))
-    counted = found.pop("counted")
+    counted = found.pop("counted", {})
     return found | {name: np.where(counts, found[name], np.nan) for name, counts in counted.items()}
 
 
