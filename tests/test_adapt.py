@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import chex
 import jax
@@ -31,6 +32,7 @@ from sora_jax.train.adapt import InitConfig, LoraConfig, fitting, matches, merge
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig, denoiser_groups, denoiser_loss
 from sora_jax.train.loop import with_fixed
+from sora_jax.train.metrics import read_metrics
 from sora_jax.train.state import MODEL
 
 INIT = InitConfig("some/run")
@@ -207,6 +209,16 @@ def test_a_run_of_adapters_goes_on_and_is_tuned_again(chain, adapted, tmp_path, 
     assert f"begins with the averaged weights of '{folder}' at step 4" in said
     with one_device():
         assert load_run(tmp_path / "again").config.lora.rank == 0  # all of the network, with the adapters merged
+
+
+def test_a_run_that_was_killed_in_its_first_save_begins_with_the_weights_again(adapted, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(adapted[0], workdir)
+    saves = workdir / "checkpoints"
+    (saves / "4").rename(saves / "4.orbax-checkpoint-tmp")
+    assert run("train", f"--workdir={workdir}", "--config.loop.steps=2") == 0
+    assert "begins with the averaged weights of" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(workdir)] == [1, 2]
 
 
 def test_frozen_parameters_stay_and_the_others_learn(chain, tmp_path):  # noqa: F811

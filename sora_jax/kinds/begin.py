@@ -16,6 +16,7 @@ from sora_jax.nn import params as param
 from sora_jax.nn.lora import ADAPTER
 from sora_jax.train.adapt import BASE, InitConfig, fitting, restore_weights
 from sora_jax.train.checkpoint import restore_tree, save_tree
+from sora_jax.train.frozen import saved_steps
 from sora_jax.train.kind import Kind
 from sora_jax.train.loop import Job, log
 from sora_jax.train.run_config import RunConfig
@@ -30,11 +31,14 @@ def given_config(
     file: a config file; without one the config is that of the run in `workdir` or, if there is none, of the run whose
     weights `init` names. init, freeze: replace those of the config where they are given.
     """
+    here = as_path(workdir) / "config.json"
+    there = stored_config(read_json(here)) if here.exists() else None
+    source = source_config(init) if init.weights and not there else None
     own: dict[str, Any] = {"init": dataclasses.asdict(init)} if init.weights else {}
     own |= {"freeze": freeze} if freeze else {}
-    here = as_path(workdir) / "config.json"
-    source = source_config(init) if init.weights and not here.exists() else None
     if file:
+        if there:  # a run that goes on need not be told again what it began with
+            own = {"init": to_dict(there.init), "freeze": there.freeze} | own
         config = run_config(dict(load(file, changes)) | own)
         check(
             source is None or source.kind == config.kind,
@@ -42,8 +46,8 @@ def given_config(
             f"{config.kind!r}",
         )
         return config
-    if here.exists():
-        values = to_dict(stored_config(read_json(here)))
+    if there:
+        values = to_dict(there)
     else:
         check(source, "--config is not given; without --init-from=RUN, or a run in --workdir, it must be")
         values = {**to_dict(source), "init": {}, "freeze": (), "lora": {}}
@@ -69,8 +73,7 @@ def begin(kind: Kind, config: RunConfig, job: Job, workdir: Path, mesh: Mesh) ->
         return job
     trained, fixed = kind.parts(config)
     base = as_path(workdir) / BASE
-    begun = (as_path(workdir) / "checkpoints").exists() and any((as_path(workdir) / "checkpoints").iterdir())
-    if begun:
+    if saved_steps(workdir):
         kept = restore_tree(base, param.abstract_on(fixed, mesh)) if fixed else {}
         return dataclasses.replace(job, fixed={MODEL: kept} if fixed else {})
     flat_fixed, flat_trained = (flatten_dict(tree, sep="/") for tree in (fixed, trained))
