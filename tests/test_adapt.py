@@ -90,16 +90,23 @@ def test_what_is_trained_and_what_is_fixed_make_the_network(options):
     "options, message",
     [
         ({"freeze": ("blocks",)}, "freeze is .*; it needs the weights of a run: give --init-from=RUN"),
-        ({"freeze": ("block",), "init": INIT}, "freeze has 'block'; allowed: .*blocks/qkv"),
-        ({"lora": LoraConfig(2, paths=("up",)), "init": INIT}, "lora.paths has 'up'; allowed"),
+        ({"freeze": ("block",), "init": INIT}, "freeze is .*; there is no 'block'; allowed: .*blocks/qkv"),
+        ({"lora": LoraConfig(2, paths=("up",)), "init": INIT}, "lora.paths is .*; there is no 'up'; allowed"),
         ({"freeze": ("*",), "init": INIT}, "that is all of the network"),
         ({"freeze": ("blocks",), "lora": RUN.lora, "init": INIT}, "with lora.rank = 2 all is frozen"),
-        ({"init": InitConfig("some/run", ("head/wait",))}, "init.renew has 'head/wait'; allowed"),
+        ({"init": InitConfig("some/run", ("head/wait",))}, "init.renew is .*; there is no 'head/wait'; allowed"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(options, message):
     with pytest.raises(UserError, match=message):
         split_specs(SPECS, **options)
+
+
+def test_every_network_takes_the_default_paths():
+    """Not all have attention to captions, which the defaults name."""
+    trained, _ = split_specs(SPECS, init=INIT, lora=LoraConfig(rank=2))
+    layers = {path.rpartition("/")[0] for path in flatten_dict(trained, sep="/")}
+    assert layers == {"blocks/qkv", "blocks/merge", "blocks/mlp/up", "blocks/mlp/down"}
 
 
 def test_an_adapter_begins_as_the_network_and_is_its_product_after():
@@ -159,7 +166,9 @@ def test_parameters_of_another_shape_are_listed_and_begin_anew_only_when_named()
     assert taken.keys() == wanted.keys() - {"classes"}
 
 
-def test_a_checkpoint_is_named_behind_an_at_sign():
+def test_a_checkpoint_is_named_behind_an_at_sign(tmp_path):
+    (tmp_path / "me@home").mkdir()
+    assert [str(x) for x in InitConfig(f"{tmp_path}/me@home").source] == [f"{tmp_path}/me@home", "newest"]
     assert [str(x) for x in InitConfig("runs/a@best").source] == ["runs/a", "best"]
     assert [str(x) for x in InitConfig("runs/a@1/b").source] == ["runs/a@1/b", "newest"]
 
@@ -216,8 +225,12 @@ def test_a_run_that_was_killed_in_its_first_save_begins_with_the_weights_again(a
     shutil.copytree(adapted[0], workdir)
     saves = workdir / "checkpoints"
     (saves / "4").rename(saves / "4.orbax-checkpoint-tmp")
+    shutil.rmtree(workdir / "base")
+    shutil.copytree(workdir / "checkpoints", workdir / "base")  # what another start has left, as it were
     assert run("train", f"--workdir={workdir}", "--config.loop.steps=2") == 0
     assert "begins with the averaged weights of" in capsys.readouterr().out
+    with one_device():
+        load_run(workdir)
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2]
 
 
@@ -241,7 +254,7 @@ def test_frozen_parameters_stay_and_the_others_learn(chain, tmp_path):  # noqa: 
         (["--init-from={transformer}@7"], "--init-from is .*'7'; the whole checkpoints"),
         (["--init-from={autoencoder}", "--config={tiny}"], "that run is of kind 'autoencoder', and it must be"),
         (["--init-from={transformer}", "--config.model.width=48"], "parameters differ: .* --renew="),
-        (["--init-from={transformer}", "--renew=clases"], "init.renew has 'clases'; allowed"),
+        (["--init-from={transformer}", "--renew=clases"], "config.init.renew is .*; there is no 'clases'; allowed"),
         (["--freeze=text", "--config={tiny}"], "it needs the weights of a run: give --init-from=RUN"),
         ([], "--config is not given; without --init-from=RUN, or a run in --workdir, it must be"),
     ],

@@ -9,13 +9,16 @@ import chex
 import jax
 import numpy as np
 import pytest
-from fixtures_runs import chain, run, train_options  # noqa: F401
+from fixtures_runs import TINY, chain, one_device, run, train_options  # noqa: F401
 from fixtures_toy import SPECS, toy_job
 
 from sora_jax.config import to_dict
 from sora_jax.errors import UserError
+from sora_jax.generate.run import load_run
+from sora_jax.kinds.begin import given_config
 from sora_jax.kinds.run import check_workdir
 from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train.adapt import InitConfig
 from sora_jax.train.history import read_history
 from sora_jax.train.loop import LoopConfig, fit
 from sora_jax.train.metrics import read_metrics
@@ -162,9 +165,6 @@ BOUND |= {"diffusion.prediction=eps": "diffusion.prediction", "tokenizer.max_tok
 
 
 def test_what_weights_mean_stays_and_the_rest_is_free(chain):  # noqa: F811
-    from sora_jax.kinds.begin import given_config
-    from sora_jax.train.adapt import InitConfig
-
     workdir = chain.transformer
     with_changes = lambda *changes: given_config(None, changes, workdir, InitConfig(), ())  # noqa: E731
     check_workdir(workdir, with_changes(*FREE))
@@ -185,6 +185,31 @@ def test_a_run_goes_on_by_its_folder_alone_with_all_that_may_change(chain, tmp_p
     assert rows[-1]["step"] == 8 and np.isfinite(rows[-1]["loss"])
     assert json.loads((workdir / "config.json").read_text())["batch"] == 16
     assert [line["config"]["batch"] for line in read_history(workdir)] == [8, 16]
+
+
+def test_a_checkpoint_from_before_an_average_was_added_is_still_read(chain, tmp_path):  # noqa: F811
+    workdir = tmp_path / "run"
+    shutil.copytree(chain.transformer, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["optim"]["ema"] = [0.9, 0.5, 0.99]  # as a run that goes on writes it, before its next save
+    (workdir / "config.json").write_text(json.dumps(config))
+    with one_device():
+        found, wanted = (load_run(folder) for folder in (workdir, chain.transformer))
+    chex.assert_trees_all_equal(found.params, wanted.params)
+
+
+def test_what_a_run_began_with_need_not_be_told_again_and_cannot_change_unsaid(chain, tmp_path, capsys):  # noqa: F811
+    workdir, source, tiny = tmp_path / "run", str(chain.transformer), f"{TINY}:transformer"
+    workdir.mkdir()
+    began = given_config(tiny, ["lora.rank=2"], workdir, InitConfig(source), ())
+    (workdir / "config.json").write_text(json.dumps(to_dict(began)))
+    again = given_config(tiny, ["seed=4"], workdir, InitConfig(), ())
+    assert again == dataclasses.replace(began, seed=4)
+    for change, field in {"lora.rank=3": "lora.rank", "init.renew=('head',)": "init.renew"}.items():
+        given = [change, f"init.weights={source}"] if "init" in change else [change]
+        other = given_config(tiny, given, workdir, InitConfig(), ())
+        with pytest.raises(UserError, match=rf"another config\.{field}"):
+            check_workdir(workdir, other)
 
 
 @pytest.mark.parametrize("decay, option", [(6, "optim.decay_steps = 6"), (0, "loop.steps = 8")])

@@ -10,12 +10,12 @@ from sora_jax.convert.dit import diffusers_links
 from sora_jax.convert.links import Link
 from sora_jax.convert.tensors import write_tensors
 from sora_jax.errors import UserError
-from sora_jax.generate.run import read_run_config
+from sora_jax.generate.run import read_run_config, saved_groups
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.lora import DOWN, SCALE, UP, merge_adapters
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.adapt import InitConfig, LoraConfig, restore_weights
-from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts
+from sora_jax.train.denoiser import DenoiserRun, denoiser_parts
 
 PREFIX = "transformer"  # of the names in files that diffusers' `load_lora_weights` reads
 
@@ -23,7 +23,7 @@ PREFIX = "transformer"  # of the names in files that diffusers' `load_lora_weigh
 def averaged_weights(workdir: Path) -> tuple[DenoiserRun, dict]:
     """Read a denoiser's config and averaged weights, with its adapters beside their weights."""
     config = read_run_config(workdir)
-    return config, restore_weights(workdir, denoiser_groups(config), denoiser_parts(config)[1], make_mesh())[0]
+    return config, restore_weights(workdir, saved_groups, denoiser_parts(config)[1], make_mesh())[0]
 
 
 def merged_weights(workdir: Path) -> tuple[DenoiserRun, dict]:

@@ -217,7 +217,7 @@ def _write_run(workdir: Path, out: Path) -> list[str]:
     _save_run(out, config, params, denoiser_groups(config))
     if (workdir / FOLDER / RECORD).exists():
         copy_autoencoder(workdir, out)
-    for name in ("tokenizer.json", "data.json"):
+    for name in ("tokenizer.json", "data.json", "seen.json"):
         if (workdir / name).exists():
             write_json(out / name, read_json(workdir / name))
     return [f"the EMA of decay {config.optim.ema[0]} was written, with step 0"]

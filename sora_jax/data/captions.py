@@ -275,7 +275,7 @@ def _flat(starts: np.ndarray, clips: np.ndarray) -> np.ndarray:
     """Return the places of all captions of some clips in the flat list."""
     counts = starts[clips + 1] - starts[clips]
     ends = np.cumsum(counts)
-    return np.arange(ends[-1]) + np.repeat(starts[clips] - (ends - counts), counts)
+    return np.arange(counts.sum()) + np.repeat(starts[clips] - (ends - counts), counts)
 
 
 def _counts(cache: ClipStore) -> np.ndarray:

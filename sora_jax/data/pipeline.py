@@ -28,7 +28,7 @@ COPY = np.uint32(0x9E3779B9)  # between the ids of copies: odd, so that 2^32 cop
 
 @dataclass(frozen=True)
 class PackReport:
-    """How well the packs of a section (of a small set: of an epoch) are filled.
+    """Describe how well the packs of a section (of a small set: of an epoch) are filled.
 
     notes: sentences on what leaves packs empty, and on what is not read of captions.
     """

@@ -53,7 +53,7 @@ class Reading:
 
     @property
     def is_cut(self) -> bool:
-        """True if the end of the text is not read."""
+        """Return True if the end of the text is not read."""
         return self.tokens > self.most
 
 
@@ -156,7 +156,7 @@ class NoText:
         """No embedding."""
 
     def read(self, text: str) -> Reading:
-        """Nothing is read, and nothing is left out."""
+        """Say that nothing is read, and nothing left out."""
         return Reading(text, 0, 1)
 
 

@@ -104,7 +104,7 @@ class Learnt:
             return []
         one, others = far[0], f" (the first of {len(far)} such sizes)" if len(far) > 1 else ""
         asked = f"a clip of {one.frames}x{one.height}x{one.width} has {one.tokens:,} tokens{others}"
-        return [f"{asked}; the clips of training had {self.seen.sizes}, so expect a poor clip"]
+        return [f"{asked}; the clips of training had {self.seen.sizes}, so the clip may be poor"]
 
 
 def _texts(requests: Sequence[Request]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -29,6 +29,7 @@ from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts
 from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, missing_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
+from sora_jax.train.state import Group
 
 PART = 8  # latent frames, beside the first, that are decoded at a time
 
@@ -238,11 +239,15 @@ def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoi
     config = read_run_config(folder)
     mesh = _mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
-    fixed = denoiser_parts(config)[1]
-    params, step = restore_weights(folder, denoiser_groups(config), fixed, mesh, str(checkpoint))
+    params, step = restore_weights(folder, saved_groups, denoiser_parts(config)[1], mesh, str(checkpoint))
     first_stage = load_autoencoder(autoencoder_folder(folder, autoencoder))
     tokenizer = load_tokenizer(config, folder)
     return Run(config, params, tokenizer, mesh, autoencoder=first_stage, step=step, seen=read_seen(folder))
+
+
+def saved_groups(values: dict) -> Mapping[str, Group]:
+    """Return the groups that a checkpoint of a denoiser trained, by the config that it holds."""
+    return denoiser_groups(from_dict(DenoiserRun, migrate_stored(values)))
 
 
 def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:

@@ -1,6 +1,7 @@
 """Begin a run with the weights of another, and keep what it does not train."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from sora_jax.config import check, from_dict, load, override, read_json, to_dict
 from sora_jax.files import as_path
 from sora_jax.kinds import KINDS, run_config, stored_config
 from sora_jax.nn import params as param
-from sora_jax.nn.lora import ADAPTER
-from sora_jax.train.adapt import BASE, InitConfig, fitting, restore_weights
-from sora_jax.train.checkpoint import restore_tree, save_tree
-from sora_jax.train.frozen import saved_steps
+from sora_jax.nn.lora import ADAPTER, merge_adapters
+from sora_jax.parallel import distributed
+from sora_jax.train.adapt import BASE, InitConfig, LoraConfig, fitting, restore_weights
+from sora_jax.train.checkpoint import Checkpoints, restore_tree, save_tree
 from sora_jax.train.kind import Kind
 from sora_jax.train.loop import Job, log
+from sora_jax.train.migrate import migrate_config
 from sora_jax.train.run_config import RunConfig
-from sora_jax.train.state import MODEL
+from sora_jax.train.state import MODEL, Group
 
 
 def given_config(
@@ -37,9 +39,10 @@ def given_config(
     own: dict[str, Any] = {"init": dataclasses.asdict(init)} if init.weights else {}
     own |= {"freeze": freeze} if freeze else {}
     if file:
-        if there:  # a run that goes on need not be told again what it began with
-            own = {"init": to_dict(there.init), "freeze": there.freeze} | own
-        config = run_config(dict(load(file, changes)) | own)
+        values = dict(load(file, changes))
+        if there and there.kind == migrate_config(values)["kind"]:
+            own = _left_out(values, there) | own
+        config = run_config(values | own)
         check(
             source is None or source.kind == config.kind,
             f"--init-from is {init.weights!r}; that run is of kind {source and source.kind!r}, and it must be "
@@ -54,6 +57,18 @@ def given_config(
     kind = KINDS[values["kind"]]
     known = {name: value for name, value in (values | own).items() if name in kind.config.__dataclass_fields__}
     return override(from_dict(kind.config, known), changes, "config")
+
+
+def _left_out(values: Mapping, there: RunConfig) -> dict:
+    """Return what a run that goes on began with, where the config leaves it out: it need not be told again."""
+    fields = {"init": InitConfig, "freeze": tuple, "lora": LoraConfig}
+    found = {}
+    for name, make in fields.items():
+        own = values.get(name)
+        given = from_dict(make, own) if hasattr(own, "items") else tuple(own or ())
+        if hasattr(there, name) and given == make():
+            found[name] = to_dict(there)[name]
+    return found
 
 
 def source_config(init: InitConfig) -> RunConfig:
@@ -73,7 +88,11 @@ def begin(kind: Kind, config: RunConfig, job: Job, workdir: Path, mesh: Mesh) ->
         return job
     trained, fixed = kind.parts(config)
     base = as_path(workdir) / BASE
-    if saved_steps(workdir):
+    if _has_checkpoint(workdir):
+        stored = stored_config(read_json(as_path(workdir) / "config.json")).init
+        if stored.source != config.init.source:
+            text = f"the run has begun with {stored.weights!r}, and goes on from it"
+            log(f"--init-from is {config.init.weights!r}; {text}")
         kept = restore_tree(base, param.abstract_on(fixed, mesh)) if fixed else {}
         return dataclasses.replace(job, fixed={MODEL: kept} if fixed else {})
     flat_fixed, flat_trained = (flatten_dict(tree, sep="/") for tree in (fixed, trained))
@@ -97,12 +116,24 @@ def _source_weights(kind: Kind, config: RunConfig, mesh: Mesh) -> dict:
     """Restore the weights that a run begins with, of a run of the same kind."""
     folder, which = config.init.source
     source = source_config(config.init)
-    weights, step = restore_weights(folder, kind.groups(source), kind.parts(source)[1], mesh, which, "--init-from")
+    groups = functools.partial(saved_groups, kind)
+    weights, step = restore_weights(folder, groups, kind.parts(source)[1], mesh, which, "--init-from")
     log(f"{config.kind}: begins with the averaged weights of {str(folder)!r} at step {step}")
-    return weights
+    adapted = any(path.endswith(ADAPTER) for path in flatten_dict(weights, sep="/"))
+    return merge_adapters(distributed.on_host(weights)) if adapted else weights
+
+
+def saved_groups(kind: Kind, values: dict) -> Mapping[str, Group]:
+    """Return the groups that a checkpoint trained, by the config that it holds."""
+    return kind.groups(stored_config(values))
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    with Checkpoints(as_path(workdir) / "checkpoints") as checkpoints:
+        return checkpoints.latest() is not None
 
 
 def save_fixed(job: Job, workdir: Path) -> None:
     """Keep what the run does not train in its folder, so that it can be used without the run that it began with."""
-    if job.fixed:
+    if job.fixed and not _has_checkpoint(workdir):  # before the first one they may be of another start
         save_tree(as_path(workdir) / BASE, job.fixed[MODEL])

@@ -12,6 +12,7 @@ from sora_jax.data.latents import LatentCache
 from sora_jax.data.seen import Seen, look, read_seen, save_seen
 from sora_jax.data.share import Share
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.preview import denoiser_preview, preview_requests
@@ -23,7 +24,7 @@ from sora_jax.plan.denoiser import sample_latents, train_denoiser
 from sora_jax.train.denoiser import DenoiserRun, Text, denoiser_groups, denoiser_job, denoiser_parts, prepare_tokenizer
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
-from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint
+from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint, saved_steps
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import Job, log
 from sora_jax.train.state import MODEL
@@ -31,7 +32,9 @@ from sora_jax.train.state import MODEL
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoiserInputs(Inputs):
-    """cache: the latents. share: this process's part of a batch. computed: the config with its attention chosen.
+    """Hold the inputs of a run.
+
+    cache: the latents. share: this process's part of a batch. computed: the config with its attention chosen.
 
     seen: the sizes of the clips that are trained on, and the words of their captions; None where not all is known.
     """
@@ -92,7 +95,8 @@ def _look(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Seen | None
             seen = before and seen.plus(before)
     if seen is None:
         return None
-    return dataclasses.replace(seen, dropped=seen.dropped or config.diffusion.caption_dropout > 0)
+    unknown = read_seen(workdir) is None and bool(saved_steps(workdir))  # how a run of an earlier version began
+    return dataclasses.replace(seen, dropped=seen.dropped or unknown or config.diffusion.caption_dropout > 0)
 
 
 def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
@@ -108,10 +112,10 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
         log("config.preview names no prompts or classes: no samples are shown while training")
     folder = as_path(workdir) / "captions"
     job = denoiser_job(inputs.computed, inputs.cache, inputs.tokenizer, preview, folder, inputs.share)
-    return dataclasses.replace(job, note="\n".join([job.note, *_doubts(config, inputs)]))
+    return dataclasses.replace(job, note="\n".join([job.note, *_doubts(config, inputs, bool(saved_steps(workdir)))]))
 
 
-def _doubts(config: DenoiserRun, inputs: DenoiserInputs) -> list[str]:
+def _doubts(config: DenoiserRun, inputs: DenoiserInputs, begun: bool) -> list[str]:
     """Return a line for each thing that previews ask for and the run will not learn; UserError for unread prompts."""
     learnt = Learnt(config, inputs.autoencoder.config, inputs.tokenizer, inputs.seen)
     lines, scale = [], config.sampling.guidance.scale
@@ -122,7 +126,13 @@ def _doubts(config: DenoiserRun, inputs: DenoiserInputs) -> list[str]:
         )
     if config.preview.any:
         requests = preview_requests(config, inputs.autoencoder.config)
-        learnt.check_spelt(requests)
+        try:
+            learnt.check_spelt(requests)
+        except UserError as error:
+            text = f"--config.preview.prompts: {error}"
+            if not begun:  # a run that goes on is not refused for its previews
+                raise UserError(text) from error
+            lines.append(text)
         lines += [f"preview: {line}" for line in learnt.of_texts(requests) + learnt.of_sizes(requests)]
     return lines
 

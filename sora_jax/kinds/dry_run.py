@@ -13,13 +13,12 @@ from sora_jax.config import to_dict
 from sora_jax.data.feed import FeedConfig
 from sora_jax.kinds import kind_of
 from sora_jax.kinds.begin import begin
-from sora_jax.kinds.run import check_data, check_workdir
+from sora_jax.kinds.run import check_data, check_schedules, check_workdir
 from sora_jax.nn import params as param
 from sora_jax.parallel.compile import bytes_per_device
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.kind import Kind
 from sora_jax.train.loop import Job, check_accumulation
-from sora_jax.train.optim import check_schedule
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import Group, abstract_state, make_optimizers
 
@@ -36,8 +35,7 @@ def describe(config: RunConfig, workdir: Path) -> str:
     kind, mesh = kind_of(config), make_mesh(config.mesh)
     groups = kind.groups(config)
     check_workdir(workdir, config)
-    for group in groups.values():
-        check_schedule(group.optim, config.loop.steps)
+    check_schedules(kind, config, workdir)
     fixed = kind.parts(config)[1]
     lines = [json.dumps(to_dict(config), indent=1), *_parameters(groups, fixed), *_memory(config, groups, fixed, mesh)]
     field = next((name for name in DATA if hasattr(config, name)), "")

@@ -8,7 +8,7 @@ from sora_jax.config import check, differences, read_json, to_dict, value_at
 from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, is_empty, write_json
 from sora_jax.kinds import kind_of, stored_config
-from sora_jax.kinds.begin import begin, save_fixed
+from sora_jax.kinds.begin import begin, save_fixed, saved_groups
 from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
@@ -22,7 +22,7 @@ from sora_jax.train.run_lock import run_lock
 from sora_jax.train.state import MODEL, Group
 
 # What does not change what the weights mean may change when a run goes on; a kind adds fields of its own.
-MAY_CHANGE = ("loop", "feed", "mesh", "optim", "batch", "seed")
+MAY_CHANGE = ("loop", "feed", "mesh", "optim", "batch", "seed", "init.weights")
 MUST_STAY = ("optim.method",)  # among those: its state is of no use to another method
 
 
@@ -63,7 +63,8 @@ def finish(config: RunConfig, workdir: Path) -> None:
         mesh = make_mesh(own.mesh)
         inputs = kind.open(own, folder, mesh)
         check_data(folder, inputs.digest)
-        params, step = restore_weights(folder, kind.groups(own), kind.parts(own)[1], mesh)
+        groups = functools.partial(saved_groups, kind)
+        params, step = restore_weights(folder, groups, kind.parts(own)[1], mesh)
         kind.finish(own, inputs, params, step, folder)
         if stages and kind.finish_stages and distributed.first():
             kind.finish_stages(workdir, folder)
@@ -75,7 +76,7 @@ def _train(config: RunConfig, workdir: Path) -> None:
     kind, mesh = kind_of(config), make_mesh(config.mesh)
     for group in kind.groups(config).values():
         param.check_splits(group.specs, mesh)
-        check_schedule(group.optim, config.loop.steps)
+    check_schedules(kind, config, workdir)
     check_workdir(workdir, config)
     if stages := kind.stages(config, workdir):
         _train_stages(kind, config, workdir, stages)
@@ -114,10 +115,16 @@ def _train_stages(kind: Kind, config: RunConfig, workdir: Path, stages: Sequence
     distributed.barrier("the last stage")
 
 
+def check_schedules(kind: Kind, config: RunConfig, workdir: Path) -> None:
+    """Raise a UserError if the schedule of a group, in one of the stages of the run, ends before its warm-up."""
+    for each in [stage for _, stage in kind.stages(config, workdir)] or [config]:
+        for name, group in kind.groups(each).items():
+            check_schedule(group.optim, each.loop.steps, "optim" if name == MODEL else f"{name}_optim")
+
+
 def _read_saved(kind: Kind, values: dict) -> tuple[dict, Mapping[str, Group]]:
     """Read the config that a checkpoint holds, and the groups that it trained."""
-    config = stored_config(values)
-    return to_dict(config), kind.groups(config)
+    return to_dict(stored_config(values)), saved_groups(kind, values)
 
 
 def check_workdir(workdir: Path, config: RunConfig) -> None:

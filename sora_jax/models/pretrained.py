@@ -51,7 +51,8 @@ class PretrainedText:
         """Say how a text is read: its tokens before truncation to max_tokens, and its words of unknown tokens."""
         words = list(dict.fromkeys(text.split())) if self._is_unknown(text) else []
         unknown = tuple(word for word in words if self._is_unknown(word))
-        spelt = len(unknown) < len(words) or not unknown
+        pieces = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelt = not unknown or any(piece != self._tokenizer.unk_token_id for piece in pieces)
         return Reading(text, len(self._tokenizer(text)["input_ids"]), self.max_tokens, unknown, spelt)
 
     def _is_unknown(self, text: str) -> bool:

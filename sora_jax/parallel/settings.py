@@ -52,9 +52,10 @@ def check_platforms() -> None:
     except (RuntimeError, AssertionError) as error:  # JAX asserts that CUDA's plug-in is installed
         if not asked:
             raise
+        reason = f" ({str(error).partition(chr(10))[0][:200]})" if str(error) else ""
         here = " or ".join(filter(_is_there, ("tpu", "cuda", "cpu")))
         raise UserError(
-            f"JAX_PLATFORMS is {asked!r}; JAX finds no such platform here: it must be {here}, or not be set"
+            f"JAX_PLATFORMS is {asked!r}; JAX finds no such platform here: it must be {here}, or not be set{reason}"
         ) from error
 
 

@@ -6,7 +6,7 @@ its path, such as "blocks/qkv/weight"; a pattern names a path, all below it, or 
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sora_jax.errors import NotFinite
 from sora_jax.files import as_path
 from sora_jax.nn import params as param
 from sora_jax.nn.finite import named, not_finite
-from sora_jax.nn.lora import SCALE, adapter_specs, merge_adapters, scale_spec
+from sora_jax.nn.lora import SCALE, adapter_specs, scale_spec
 from sora_jax.nn.params import ParamSpec
 from sora_jax.train.checkpoint import NEWEST, Checkpoints, restore_tree
 from sora_jax.train.state import MODEL, Group, abstract_ema
@@ -44,7 +44,8 @@ class InitConfig:
     def source(self) -> tuple[Path, str]:
         """Return the run folder and which of its checkpoints: "newest", "best" or a step."""
         folder, mark, which = self.weights.rpartition("@")
-        return (as_path(folder), which) if mark and "/" not in which else (as_path(self.weights), NEWEST)
+        whole = not mark or "/" in which or as_path(self.weights).exists()
+        return (as_path(self.weights), NEWEST) if whole else (as_path(folder), which)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,12 @@ def split_specs(
     if not (freeze or lora.rank or init.renew):
         return specs, {}
     flat = flatten_dict(specs, sep="/")
-    for option, patterns in (("freeze", freeze), ("init.renew", init.renew), ("lora.paths", lora.rank and lora.paths)):
-        for pattern in patterns or ():
-            known = ", ".join(dict.fromkeys(path.rpartition("/")[0] or path for path in flat))
-            check(any(matches(path, [pattern]) for path in flat), f"{option} has {pattern!r}; allowed: {known}")
+    known = ", ".join(dict.fromkeys(path.rpartition("/")[0] or path for path in flat))
+    own_paths = lora.paths if lora.rank and lora.paths != LoraConfig.paths else ()  # not all networks have the defaults
+    for option, patterns in (("freeze", freeze), ("init.renew", init.renew), ("lora.paths", own_paths)):
+        for pattern in patterns:
+            there = any(matches(path, [pattern]) for path in flat)
+            check(there, f"{option} is {patterns}; there is no {pattern!r}; allowed: {known}")
     for option, value in (("freeze", freeze), ("lora.rank", lora.rank)):
         check(init.weights or not value, f"{option} is {value}; it needs the weights of a run: give --init-from=RUN")
     check(not (freeze and lora.rank), f"freeze is {freeze}; with lora.rank = {lora.rank} all is frozen: leave it out")
@@ -106,11 +109,17 @@ def merge(fixed: Mapping[str, Any], trained: Mapping[str, Any]) -> dict:
 
 
 def restore_weights(
-    folder: Path, groups: Mapping[str, Group], fixed: dict, mesh: Mesh, which: str = NEWEST, option: str = "--workdir"
+    folder: Path,
+    groups: Callable[[dict], Mapping[str, Group]],
+    fixed: dict,
+    mesh: Mesh,
+    which: str = NEWEST,
+    option: str = "--workdir",
 ) -> tuple[dict, int]:
     """Restore the first average of a run's network, and the step that it is of; adapters stay beside their weights.
 
-    fixed: the specs of what the run does not train. option: names the folder where it has no checkpoint.
+    groups(config): what a checkpoint trained, by the config that it holds: averages may have been added since. fixed:
+    the specs of what the run does not train. option: names the folder where it has no checkpoint.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -119,7 +128,7 @@ def restore_weights(
     choice = "--checkpoint" if option == "--workdir" else option
     with Checkpoints(folder / "checkpoints", option=choice) as checkpoints:
         check(checkpoints.latest() is not None, f"{option} is {str(folder)!r}; it has no checkpoint yet")
-        averages = checkpoints.restore_ema(abstract_ema(groups, mesh), which)[MODEL][0]
+        averages = checkpoints.restore_ema(lambda run: abstract_ema(groups(run["config"]), mesh), which)[MODEL][0]
         step = checkpoints.candidates(which)[0]  # those found damaged are no longer among them
         others = [str(other) for other in checkpoints.candidates() if other != step]
     if fixed:
@@ -137,7 +146,7 @@ def fitting(found: dict, wanted: Mapping[str, ParamSpec], init: InitConfig) -> d
     Raises:
         UserError: some are missing, or of another shape; the sentence lists them.
     """
-    found = flatten_dict(merge_adapters(found), sep="/")
+    found = flatten_dict(found, sep="/")
     wrong = []
     for path, spec in wanted.items():
         there = tuple(found[path].shape) if path in found else "absent"

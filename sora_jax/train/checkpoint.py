@@ -123,15 +123,22 @@ class Checkpoints:
         found = self._first_whole(trees, RUN)
         return from_stored(like, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
-    def restore_ema(self, averages: dict[str, tuple], which: str = NEWEST) -> dict[str, tuple]:
-        """Restore the averages alone, in the structure and shardings of those given, see `state.abstract_ema`.
+    def restore_ema(self, averages: dict | Callable[[dict], dict], which: str = NEWEST) -> dict[str, tuple]:
+        """Restore the averages alone.
 
-        which: "newest", "best" or a step, see `candidates`.
+        averages: their structure and shardings, see `state.abstract_ema`, or a function that makes them of what was
+        saved as `run`. which: "newest", "best" or a step, see `candidates`.
         """
-        like = serialization.to_state_dict(averages)
-        alone = len(averages) == 1  # a single group is stored without its name
-        found = self._first_whole({EMA: like[next(iter(like))] if alone else like}, which=which)[EMA]
-        return serialization.from_state_dict(averages, {next(iter(like)): found} if alone else found)
+        target: dict[str, tuple] = {}
+
+        def trees(run: dict) -> dict:
+            nonlocal target
+            target = averages(run) if callable(averages) else averages
+            like = serialization.to_state_dict(target)
+            return {EMA: like[next(iter(like))] if len(target) == 1 else like}  # a single group has no name there
+
+        found = self._first_whole(trees, which=which)[EMA]
+        return serialization.from_state_dict(target, {next(iter(target)): found} if len(target) == 1 else found)
 
     def candidates(self, which: str = NEWEST) -> list[int]:
         """List the steps to try for checkpoint "newest", "best" (smallest metric) or STEP, in order.
@@ -338,10 +345,11 @@ def _like(tree):
 
 
 def save_tree(folder: Path, tree: dict) -> None:
-    """Save a tree of arrays in a folder of its own, unless one is there; all processes take part."""
+    """Save a tree of arrays in a folder of its own, in place of what is there; all processes take part."""
     folder = folder if is_remote(folder) else as_path(folder).absolute()
-    if distributed.all_true(folder.exists()):
-        return
+    if distributed.first() and folder.exists():
+        remove_folder(folder)
+    distributed.barrier(f"{folder.name} removed")
     with _one_sentence(f"weights could not be saved in {folder}"), ocp.StandardCheckpointer() as saver:
         saver.save(folder, tree)
 
