@@ -168,6 +168,7 @@ def train(options) -> None:
 
 def sample(options) -> None:
     from sora_jax.generate import command
+    from sora_jax.generate.options import named_as_typed
     from sora_jax.parallel.settings import prepare_jax
 
     if options.like:
@@ -178,8 +179,9 @@ def sample(options) -> None:
         options = parsed([options.arguments[0], *kept, *options.arguments[1:]])
         options.clip, options.rows = recipe["clip"], recipe["rows"]
     prepare_jax()
-    for path in command.sample(options):
-        print(path)
+    with named_as_typed(options.arguments):
+        for path in command.sample(options):
+            print(path)
 
 
 def _convert(commands) -> None:

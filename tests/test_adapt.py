@@ -166,6 +166,15 @@ def test_parameters_of_another_shape_are_listed_and_begin_anew_only_when_named()
     assert taken.keys() == wanted.keys() - {"classes"}
 
 
+def test_another_network_is_told_in_a_line():
+    found = filled(denoiser_specs(dataclasses.replace(CLASSES, width=24)))
+    with pytest.raises(
+        UserError, match="and [0-9]+ more: this is another network; take the config of that run"
+    ) as said:
+        fitting(found, flatten_dict(SPECS, sep="/"), INIT)
+    assert len(str(said.value)) < 600
+
+
 def test_a_checkpoint_is_named_behind_an_at_sign(tmp_path):
     (tmp_path / "me@home").mkdir()
     assert [str(x) for x in InitConfig(f"{tmp_path}/me@home").source] == [f"{tmp_path}/me@home", "newest"]

@@ -352,6 +352,24 @@ def test_a_mistyped_option_is_told_with_the_nearest(capsys):
     assert "usage: sora-jax data encode" in said and "--bach=3; did you mean --batch?" in said
 
 
+def test_a_mistyped_option_that_is_required_is_told_with_the_nearest(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sora-jax", "train", "--wrkdir=x"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "required: --workdir; did you mean --workdir?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [("--solver=eulr", "--solver is 'eulr'"), ("--steps=0", "--steps is '0'"), ("--height=17", "--height is 17")],
+)
+def test_options_of_sample_are_named_as_typed(chain, capsys, option, said):  # noqa: F811
+    given = ["--frames=5", "--height=16", "--width=24"]
+    words = [option, *(g for g in given if g.split("=")[0] != option.split("=")[0])]
+    assert run("sample", f"--workdir={chain.transformer}", "--prompt=a red square", "--out=x.gif", *words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"sora-jax: {said}")
+
+
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

@@ -20,17 +20,17 @@ from sora_jax.train.denoiser import DenoiserRun, denoiser_parts
 PREFIX = "transformer"  # of the names in files that diffusers' `load_lora_weights` reads
 
 
-def averaged_weights(workdir: Path) -> tuple[DenoiserRun, dict]:
-    """Read a denoiser's config and averaged weights, with its adapters beside their weights."""
+def averaged_weights(workdir: Path) -> tuple[DenoiserRun, dict, int]:
+    """Read a denoiser's config, averaged weights, with its adapters beside their weights, and their step."""
     config = read_run_config(workdir)
-    return config, restore_weights(workdir, saved_groups, denoiser_parts(config)[1], make_mesh())[0]
+    return config, *restore_weights(workdir, saved_groups, denoiser_parts(config)[1], make_mesh())
 
 
-def merged_weights(workdir: Path) -> tuple[DenoiserRun, dict]:
-    """Read a denoiser's averaged weights, its adapters merged, and the config of a run that has such weights."""
-    config, params = averaged_weights(workdir)
+def merged_weights(workdir: Path) -> tuple[DenoiserRun, dict, int]:
+    """Read averaged weights with adapters merged, their step, and the config of a run that has such weights."""
+    config, params, step = averaged_weights(workdir)
     plain = dataclasses.replace(config, init=InitConfig(), freeze=(), lora=LoraConfig())
-    return plain, merge_adapters(params)
+    return plain, merge_adapters(params), step
 
 
 def write_lora(workdir: Path, out: Path) -> list[str]:
@@ -41,7 +41,7 @@ def write_lora(workdir: Path, out: Path) -> list[str]:
     Raises:
         UserError: the run has no adapters, or some on layers that have no name there.
     """
-    config, params = averaged_weights(workdir)
+    config, params, _ = averaged_weights(workdir)
     check(config.lora.rank, f"--workdir is {str(workdir)!r}; config.lora.rank is 0: it must be a run with adapters")
     check(out.suffix == ".safetensors", f"--out is {str(out)!r}; for --to=diffusers-lora it must end in .safetensors")
     if not isinstance(config.model, TransformerConfig):

@@ -191,7 +191,7 @@ def _write_autoencoder(workdir: Path, out: Path) -> list[str]:
 
 
 def _write_denoiser(write: Callable, recipe: Recipe, workdir: Path, out: Path) -> list[str]:
-    config, params = merged_weights(workdir)
+    config, params, _ = merged_weights(workdir)
     if not isinstance(config.model, TransformerConfig):
         raise UserError(f"config.model.name is {config.model.name!r}; for this format it must be 'transformer'")
     factor = autoencoder_config(workdir).space_factor if (workdir / FOLDER / RECORD).exists() else FACTOR
@@ -213,14 +213,14 @@ def _write_denoiser(write: Callable, recipe: Recipe, workdir: Path, out: Path) -
 
 def _write_run(workdir: Path, out: Path) -> list[str]:
     """Write a run folder with the merged weights of a run, as its step 0, that needs no other run."""
-    config, params = merged_weights(workdir)
+    config, params, step = merged_weights(workdir)
     _save_run(out, config, params, denoiser_groups(config))
     if (workdir / FOLDER / RECORD).exists():
         copy_autoencoder(workdir, out)
     for name in ("tokenizer.json", "data.json", "seen.json"):
         if (workdir / name).exists():
             write_json(out / name, read_json(workdir / name))
-    return [f"the EMA of decay {config.optim.ema[0]} was written, with step 0"]
+    return [f"the EMA of decay {config.optim.ema[0]} at step {step} was written: a new run, at its step 0"]
 
 
 OFFICIAL = ("dit", "sit")

@@ -19,7 +19,7 @@ from sora_jax.data.sheets import grid
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.files import as_path
-from sora_jax.generate.doubts import tell
+from sora_jax.generate.doubts import print_lines
 from sora_jax.generate.inputs import make_task, read_inputs
 from sora_jax.generate.long import Windows
 from sora_jax.generate.options import LONG, Asked, resolve, sampling_of, usual_frames, windows_asked
@@ -62,7 +62,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
     requests = _plan(asked, wanted)
     if warning := tiling_warning(asked.first_stage, asked.tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
-    tell(asked.learnt.doubts(requests))
+    print_lines(asked.learnt.doubts(requests))
     _announce(run, requests, asked.sampling)
     clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks)
     if wanted.classes:
@@ -91,7 +91,9 @@ def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> lis
     """Sample in windows, or by rolling noise levels, and write each clip in parts."""
     requests, run = _plan(asked, asked.wanted), load()
     sides = [(min(windows.window, request.size[0]), *request.size[1:]) for request in requests]
-    tell(asked.learnt.doubts([dataclasses.replace(r, size=size) for r, size in zip(requests, sides, strict=True)]))
+    print_lines(
+        asked.learnt.doubts([dataclasses.replace(r, size=size) for r, size in zip(requests, sides, strict=True)])
+    )
     what = f"windows of {windows.window} latent frames, {windows.carried} of them carried"
     what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
     what = "one window, which does not roll" if windows.rolls and windows.frames <= windows.window else what
@@ -197,7 +199,7 @@ def calibrate(options: argparse.Namespace) -> Path:
     wanted = Wanted(preview.prompts, sizes, preview.classes, options.guidance)
     sampling = dataclasses.replace(sampling, skipped=())
     requests = run.plan(wanted, sampling)
-    tell(run.learnt.doubts(requests))
+    print_lines(run.learnt.doubts(requests))
     with jax.set_mesh(run.mesh):
         ratios_XK = trunk_ratios(run, requests, sampling, config.seed)
     check(np.isfinite(ratios_XK).all(), f"--workdir is {str(options.workdir)!r}; its samples are not finite")

@@ -24,7 +24,7 @@ WORDS = 6  # words that are named
 ROLES = ("prompt", "negative prompt", "prompt of the given clip")
 
 
-def tell(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Print each line to stderr, once."""
     for line in dict.fromkeys(lines):
         print(f"sora-jax: {line}", file=sys.stderr)
@@ -42,7 +42,7 @@ class Learnt:
     def check_spelt(self, requests: Sequence[Request]) -> None:
         """Raise a UserError for a text of which nothing is known: all such texts would give the same clip."""
         text_config = self.config.model.text
-        mend = "write it in the letters of the captions of training (a new run with tokenizer.kind = 'bytes' knows all)"
+        mend = "write it in words of the captions of training (a new run with tokenizer.kind = 'bytes' knows all)"
         mend = "write it in a language of that encoder" if text_config and text_config.pretrained else mend
         for role, text in _texts(requests):
             found = self.tokenizer.read(text)
@@ -130,7 +130,7 @@ def _cut(role: str, readings: Sequence[Reading]) -> list[str]:
         longest, most = max(found.tokens for found in cut), cut[0].most
         return f"{len(cut)} of {len(readings)} {role}s have up to {longest} tokens; this run reads the first {most}"
 
-    return _told([found for found in readings if found.is_cut], one, many)
+    return _line_of_each([found for found in readings if found.is_cut], one, many)
 
 
 def _unknown(role: str, readings: Sequence[Reading]) -> list[str]:
@@ -141,7 +141,7 @@ def _unknown(role: str, readings: Sequence[Reading]) -> list[str]:
         words = [word for found in unknown for word in found.unknown]
         return f"{len(unknown)} of {len(readings)} {role}s have words that the tokenizer does not know: {_named(words)}"
 
-    return _told([found for found in readings if found.unknown], one, many)
+    return _line_of_each([found for found in readings if found.unknown], one, many)
 
 
 def _new_words(role: str, readings: Sequence[Reading], seen: Seen | None) -> list[str]:
@@ -152,7 +152,7 @@ def _new_words(role: str, readings: Sequence[Reading], seen: Seen | None) -> lis
     return [f"{seen.captions} {_named(words)}, which a {role} has"] if words else []
 
 
-def _told(
+def _line_of_each(
     readings: Sequence[Reading], one: Callable[[Reading], str], many: Callable[[Sequence[Reading]], str]
 ) -> list[str]:
     """Return a line for each reading, or one for all where they are many."""

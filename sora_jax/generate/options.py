@@ -4,9 +4,11 @@ All of this is done before any weights are read.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,20 @@ SAMPLING_FLAGS = {  # option -> field of config.sampling
     "history-level": "guidance.history_level",
 }
 LONG = 4  # clips of more than so many times the frames of a run's previews are sampled in windows
+
+
+@contextlib.contextmanager
+def named_as_typed(words: Sequence[str]) -> Iterator[None]:
+    """Name the option of a UserError as the command line has it: --steps, not sampling.steps."""
+    typed = {word.split("=")[0] for word in words}
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"(?:(?:--)?sampling\.)?([a-z_]+)(\.[a-z_.]+)?(?= is |=)", str(error))
+        option = f"--{found[1].replace('_', '-')}" if found else ""
+        if found is None or option not in typed:
+            raise
+        raise type(error)(option + str(error)[found.end() :]) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sora_jax.data.sheets import contact_sheet, strip
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import NotFinite
 from sora_jax.files import local_copy
-from sora_jax.generate.doubts import tell
+from sora_jax.generate.doubts import print_lines
 from sora_jax.generate.requests import Request, Wanted, plan_requests
 from sora_jax.generate.run import Run, changed
 from sora_jax.models.first_stage import FirstStageConfig
@@ -48,7 +48,7 @@ def reconstruction_preview(
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
-    return _said(preview)
+    return _without_not_finite(preview)
 
 
 def preview_sampling(config: DenoiserRun) -> SamplingConfig:
@@ -84,17 +84,17 @@ def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
         save_png(workdir / "samples" / "progress.png", image)
         writer.picture(step, "samples", image)
 
-    return _said(preview)
+    return _without_not_finite(preview)
 
 
-def _said(preview: Preview) -> Preview:
+def _without_not_finite(preview: Preview) -> Preview:
     """Report on stderr a preview that is not finite, in place of drawing it; the loop judges the training itself."""
 
     def finite(step: int, averages: dict, writer: MetricsWriter) -> None:
         try:
             preview(step, averages, writer)
         except NotFinite as error:
-            tell([f"the preview of step {step} is left out: {error}"])
+            print_lines([f"the preview of step {step} is left out: {error}"])
 
     return finite
 

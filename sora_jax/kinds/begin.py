@@ -10,7 +10,8 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from sora_jax.config import check, from_dict, load, override, read_json, to_dict
+from sora_jax.config import check, from_dict, load, override, read_json, to_dict, value_at
+from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.kinds import KINDS, run_config, stored_config
 from sora_jax.nn import params as param
@@ -56,7 +57,11 @@ def given_config(
         values = {**to_dict(source), "init": {}, "freeze": (), "lora": {}}
     kind = KINDS[values["kind"]]
     known = {name: value for name, value in (values | own).items() if name in kind.config.__dataclass_fields__}
-    return override(from_dict(kind.config, known), changes, "config")
+    try:
+        return override(from_dict(kind.config, known), changes, "config")
+    except UserError as error:
+        whose = "" if there else f" (the config is that of {str(init.source[0])!r}, of kind {kind.name!r})"
+        raise UserError(f"{error}{whose}") from error
 
 
 def _left_out(values: Mapping, there: RunConfig) -> dict:
@@ -119,6 +124,10 @@ def _source_weights(kind: Kind, config: RunConfig, mesh: Mesh) -> dict:
     groups = functools.partial(saved_groups, kind)
     weights, step = restore_weights(folder, groups, kind.parts(source)[1], mesh, which, "--init-from")
     log(f"{config.kind}: begins with the averaged weights of {str(folder)!r} at step {step}")
+    for field in ("diffusion.process", "diffusion.prediction"):
+        was, now = (value_at(to_dict(c), field) for c in (source, config))
+        if was != now:
+            log(f"config.{field} is {now!r}; the weights have learnt {was!r}, and begin with another task than theirs")
     adapted = any(path.endswith(ADAPTER) for path in flatten_dict(weights, sep="/"))
     return merge_adapters(distributed.on_host(weights)) if adapted else weights
 

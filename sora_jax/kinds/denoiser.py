@@ -51,7 +51,11 @@ class DenoiserInputs(Inputs):
 def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInputs:
     """Open the latent cache with its autoencoder and the tokenizer; check that model, cache and mesh fit together."""
     check(config.latents, "--config.latents is not given; it must be a folder made by `sora-jax data encode`")
-    cache = LatentCache(config.latents)
+    try:
+        cache = LatentCache(config.latents)
+    except UserError as error:
+        where = "" if as_path(config.latents).is_absolute() else f", as seen from {Path.cwd()}"
+        raise UserError(f"--config.latents is {config.latents!r}{where}: {error}") from error
     check(
         cache.channels == config.model.latent_channels,
         f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "

@@ -2,7 +2,9 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from sora_jax.config import did_you_mean
 
@@ -48,11 +50,22 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{word!r} is not a command of {self.prog}; allowed: {', '.join(self.commands)}{near}")
         return super().parse_known_args(args, namespace)
 
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and a message; a required option that is missing may be one that is mistyped."""
+        if message.startswith("the following arguments are required"):
+            typed = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+            unknown = [word for word in typed if word not in self._option_string_actions and "." not in word]
+            message += "".join(self._near(word, ()) for word in unknown)
+        super().error(message)
+
+    def _near(self, word: str, more: Sequence[str]) -> str:
+        """Return the option that is nearest to a word, as a question; `more`: options that the help does not list."""
+        known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", self.format_help(), re.MULTILINE)
+        return did_you_mean(word, [*known, *more])
+
     def refuse(self, words: Sequence[str], more: Sequence[str]) -> None:
         """End with the usage and the nearest option to the first word; `more`: options that the help does not list."""
-        known = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", self.format_help(), re.MULTILINE)
-        near = did_you_mean(words[0].split("=")[0], [*known, *more])
-        self.error(f"unrecognized arguments: {' '.join(words)}{near}")
+        self.error(f"unrecognized arguments: {' '.join(words)}{self._near(words[0].split('=')[0], more)}")
 
 
 def make_parser(make, *names, formatter_class=Help, **options) -> Parser:

@@ -24,6 +24,7 @@ from sora_jax.nn.params import ParamSpec
 from sora_jax.train.checkpoint import NEWEST, Checkpoints, restore_tree
 from sora_jax.train.state import MODEL, Group, abstract_ema
 
+LISTED = 6  # parameters at most that a message names
 BASE = "base"  # folder of what is fixed, in a run folder
 
 
@@ -80,7 +81,7 @@ def split_specs(
     if not (freeze or lora.rank or init.renew):
         return specs, {}
     flat = flatten_dict(specs, sep="/")
-    known = ", ".join(dict.fromkeys(path.rpartition("/")[0] or path for path in flat))
+    known = ", ".join(dict.fromkeys(path.removesuffix("/weight").removesuffix("/bias") for path in flat))
     own_paths = lora.paths if lora.rank and lora.paths != LoraConfig.paths else ()  # not all networks have the defaults
     for option, patterns in (("freeze", freeze), ("init.renew", init.renew), ("lora.paths", own_paths)):
         for pattern in patterns:
@@ -152,10 +153,9 @@ def fitting(found: dict, wanted: Mapping[str, ParamSpec], init: InitConfig) -> d
         there = tuple(found[path].shape) if path in found else "absent"
         if there != spec.shape and not matches(path, init.renew):
             wrong.append(f"{path} ({there} there, {spec.shape} here)")
-    renewed = ",".join(entry.partition(" ")[0] for entry in wrong)
-    check(
-        not wrong,
-        f"--init-from is {init.weights!r}; parameters differ: {'; '.join(wrong)}; to begin these at random: "
-        f"--renew={renewed}",
-    )
+    if len(wrong) > LISTED:
+        mend = f"and {len(wrong) - LISTED} more: this is another network; take the config of that run"
+    else:
+        mend = f"to begin these at random: --renew={','.join(entry.partition(' ')[0] for entry in wrong)}"
+    check(not wrong, f"--init-from is {init.weights!r}; parameters differ: {'; '.join(wrong[:LISTED])}; {mend}")
     return {path: found[path] for path in wanted if not matches(path, init.renew)}

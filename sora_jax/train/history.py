@@ -27,13 +27,14 @@ def read_history(workdir: Path) -> list[dict]:
 def record_config(workdir: Path, step: int, config: dict, old: dict | None = None) -> None:
     """Add a line if the run goes on from `step` with another config than the last line's, or has no line yet.
 
-    Lines of later steps, which were lost with their checkpoints, are dropped. old: the config of the checkpoint, for
-    runs whose folder has no history yet.
+    Lines of later steps, which were lost with their checkpoints, are dropped. old: the config of the checkpoint, as
+    this version writes it; None for a run that begins.
     """
     before = read_history(workdir)
     lines = [line for line in before if line["step"] < step] or ([] if old is None else [_line(0, old, None)])
-    if not lines or lines[-1]["config"] != config:
-        lines.append(_line(step, config, lines[-1]["config"] if lines else None))
+    old = old or (lines[-1]["config"] if lines else None)
+    if not lines or old != config:
+        lines.append(_line(step, config, old))
     if step == 0 or lines != before:
         write_text(as_path(workdir) / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
 

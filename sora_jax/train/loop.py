@@ -132,13 +132,14 @@ def fit(
             elif job.start:
                 state = start_from(state, job.start(state.params))
         start = int(state.step)
+        if distributed.first():
+            record_config(workdir, start, run, old)
         if start >= config.steps:
-            log(f"{job.name}: already at step {start} of {config.steps}")
+            where = f"of {config.steps}" if start == config.steps else f"beyond config.loop.steps = {config.steps}"
+            log(f"{job.name}: already at step {start} {where}{changes and '; with '}{changes}")
             return state
         if start:
             log(f"{job.name}: goes on from step {start} of {config.steps}{changes and ' with '}{changes}")
-        if distributed.first():
-            record_config(workdir, start, run, old)
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
         writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
         bar = stack.enter_context(_bar(job.name, start, config.steps))

@@ -61,7 +61,8 @@ def resume(
         notes = notes | {"position": None}
     step = int(found.step)
     _, before = saved_optimizers(notes)
-    for name in before.keys() & optimizers.keys():
+    said = {path.rpartition(".")[2] for path in differences(old, run)} & {"learning_rate"}
+    for name in () if said else before.keys() & optimizers.keys():
         was, now = float(before[name].rate(step)), float(optimizers[name].rate(step))
         if abs(was - now) > 1e-3 * max(was, now):
             changes += f"; the learning rate is {now:.3g} from here on, not {was:.3g}"

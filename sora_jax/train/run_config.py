@@ -35,5 +35,5 @@ class RunConfig:
         each = self.loop.accumulate
         check(
             self.batch > 0 and self.batch % each == 0,
-            f"batch is {self.batch}; it must be a multiple of loop.accumulate = {each}",
+            f"batch is {self.batch}; it must be a positive multiple of loop.accumulate = {each}",
         )
