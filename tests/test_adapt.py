@@ -262,7 +262,10 @@ def test_frozen_parameters_stay_and_the_others_learn(chain, tmp_path):  # noqa: 
         (["--init-from=nowhere"], "--init-from is 'nowhere'; there is no config.json"),
         (["--init-from={transformer}@7"], "--init-from is .*'7'; the whole checkpoints"),
         (["--init-from={autoencoder}", "--config={tiny}"], "that run is of kind 'autoencoder', and it must be"),
-        (["--init-from={transformer}", "--config.model.width=48"], "parameters differ: .* --renew="),
+        (
+            ["--init-from={transformer}", "--config.model.width=48"],
+            "parameters differ: .* more: this is another network",
+        ),
         (["--init-from={transformer}", "--renew=clases"], "config.init.renew is .*; there is no 'clases'; allowed"),
         (["--freeze=text", "--config={tiny}"], "it needs the weights of a run: give --init-from=RUN"),
         ([], "--config is not given; without --init-from=RUN, or a run in --workdir, it must be"),
