@@ -35,9 +35,14 @@ def describe(config: RunConfig, workdir: Path) -> str:
     kind, mesh = kind_of(config), make_mesh(config.mesh)
     groups = kind.groups(config)
     check_workdir(workdir, config)
-    check_schedules(kind, config, workdir)
+    doubts = check_schedules(kind, config, workdir)
     fixed = kind.parts(config)[1]
-    lines = [json.dumps(to_dict(config), indent=1), *_parameters(groups, fixed), *_memory(config, groups, fixed, mesh)]
+    lines = [
+        json.dumps(to_dict(config), indent=1),
+        *_parameters(groups, fixed),
+        *_memory(config, groups, fixed, mesh),
+        *doubts,
+    ]
     field = next((name for name in DATA if hasattr(config, name)), "")
     if field and not getattr(config, field):
         return "\n".join([*lines, f"data: not checked, since --config.{field} is not given"])

@@ -76,7 +76,8 @@ def _train(config: RunConfig, workdir: Path) -> None:
     kind, mesh = kind_of(config), make_mesh(config.mesh)
     for group in kind.groups(config).values():
         param.check_splits(group.specs, mesh)
-    check_schedules(kind, config, workdir)
+    for line in check_schedules(kind, config, workdir):
+        log(line)
     check_workdir(workdir, config)
     if stages := kind.stages(config, workdir):
         _train_stages(kind, config, workdir, stages)
@@ -115,11 +116,14 @@ def _train_stages(kind: Kind, config: RunConfig, workdir: Path, stages: Sequence
     distributed.barrier("the last stage")
 
 
-def check_schedules(kind: Kind, config: RunConfig, workdir: Path) -> None:
-    """Raise a UserError if the schedule of a group, in one of the stages of the run, ends before its warm-up."""
-    for each in [stage for _, stage in kind.stages(config, workdir)] or [config]:
-        for name, group in kind.groups(each).items():
-            check_schedule(group.optim, each.loop.steps, "optim" if name == MODEL else f"{name}_optim")
+def check_schedules(kind: Kind, config: RunConfig, workdir: Path) -> list[str]:
+    """Return what `check_schedule` says of the groups of a run, or of its stages."""
+    lines = [
+        check_schedule(group.optim, each.loop.steps, "optim" if name == MODEL else f"{name}_optim")
+        for each in [stage for _, stage in kind.stages(config, workdir)] or [config]
+        for name, group in kind.groups(each).items()
+    ]
+    return list(filter(None, lines))
 
 
 def _read_saved(kind: Kind, values: dict) -> tuple[dict, Mapping[str, Group]]:

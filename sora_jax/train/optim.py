@@ -76,14 +76,20 @@ SCHEDULES = {
 }
 
 
-def check_schedule(config: OptimConfig, steps: int, name: str = "optim") -> None:
-    """Raise a UserError if the schedule of a run of `steps` ends before its warm-up: the rate would be 0 after it."""
-    option, end = ("loop.steps", steps) if not config.decay_steps else (f"{name}.decay_steps", config.decay_steps)
+def check_schedule(config: OptimConfig, steps: int, name: str = "optim") -> str:
+    """Return a line about a run of `steps` that ends in its warm-up, "" for others; `name` is that of the config.
+
+    Raises:
+        UserError: the schedule ends before its warm-up does, so that the rate would fall to its end at once.
+    """
+    end, warm = config.decay_steps, config.warmup_steps
     check(
-        config.schedule == "constant" or config.warmup_steps < end,
-        f"--config.{name}.warmup_steps is {config.warmup_steps}; it must be below {option} = {end}, where the schedule "
+        config.schedule == "constant" or not end or warm < end,
+        f"--config.{name}.warmup_steps is {warm}; it must be below {name}.decay_steps = {end}, where the schedule "
         f"{config.schedule!r} ends",
     )
+    short = f"--config.{name}.warmup_steps is {warm} and the run has {steps} steps: the rate does not reach its peak"
+    return short if steps < warm else ""
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
