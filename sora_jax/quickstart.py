@@ -6,6 +6,7 @@ the same code as its own command, leaves its result in a folder of its own, and 
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from sora_jax.train.encode import encode_dataset
 from sora_jax.train.frozen import FOLDER
 
 Size = tuple[int, int, int]
+NO_NAME = re.compile(r'[\s/\\:*?"<>|\x00-\x1f]')  # what no name of a file may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
     show = config.show
     clips = run.generate(show.prompts, list(show.sizes), show.steps or None)
     for i, (prompt, clip) in enumerate(zip(show.prompts, clips, strict=True)):
-        name = f"{i:02d}_{prompt.replace(' ', '_')[:60]}"
+        name = f"{i:02d}_{NO_NAME.sub('_', prompt)[:60]}"
         for ending in ("png",) if len(clip) == 1 else ("mp4", "gif"):
             write_video(out / f"{name}.{ending}", clip, show.fps, upscale=scale_of(clip))
     save_png(out / "contact_sheet.png", contact_sheet(clips, list(show.prompts), columns=2, scale=3, shown=5))

@@ -16,7 +16,7 @@ from sora_jax.kinds import run_config
 from sora_jax.models.first_stage import autoencoder_specs, latent_grid
 from sora_jax.models.transformer import SIZES, denoiser_specs
 from sora_jax.nn.params import count
-from sora_jax.quickstart import QuickstartConfig, check_sizes
+from sora_jax.quickstart import NO_NAME, QuickstartConfig, check_sizes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
@@ -94,6 +94,11 @@ def test_the_full_world_fits_its_models_and_shows_what_it_can_say(variant):
     assert all(in_worlds_words(prompt) for prompt in config.show.prompts)
     passes = [any(s.motion == "pass" for s in scene(config.world, i).shapes) for i in range(1000)]
     assert 0.18 < np.mean(passes) < 0.28  # the share that its comment says
+
+
+def test_a_prompt_with_what_no_file_name_holds_names_a_file():
+    assert NO_NAME.sub("_", "a red/blue ring: it moves\nright") == "a_red_blue_ring__it_moves_right"
+    assert NO_NAME.sub("_", "a circle, 红") == "a_circle,_红"
 
 
 @pytest.mark.parametrize("size", ["xs", "s", "m", "b", "l"])
