@@ -225,7 +225,7 @@ def test_the_option_at_fault_is_named_as_typed_and_no_other(change, message):
         ("model=None", "--config.model is 'None'; it is a group of options"),
         ("batch=None", "--config.batch is 'None'; it must be of type int"),
         ("batch.x=3", "--config.batch.x is not an option: 8 has no 'x'"),
-        ("batch=7 loop.accumulate=2", "--config.batch is 7; it must be a multiple of loop.accumulate = 2"),
+        ("batch=7 loop.accumulate=2", "--config.batch is 7; it must be a positive multiple of loop.accumulate = 2"),
         ("optim.learning_rate=-1", "--config.optim.learning_rate is -1.0; "),
         ("diffusion.times.mean=nan", "--config.diffusion.times.mean is nan; "),
         ("model.text.vocabulary=1", "--config.model.text.vocabulary is 1; "),

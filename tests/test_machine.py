@@ -117,7 +117,8 @@ def test_a_platform_that_is_not_there_is_one_sentence(command, error, tmp_path, 
         assert cli.main([*command.split(), *COMMANDS[command]]) == 2
     finally:
         jax.config.update("jax_platforms", platforms)
-    wanted = "sora-jax: JAX_PLATFORMS is 'gpu'; JAX finds no such platform here: it must be cpu, or not be set\n"
+    wanted = "sora-jax: JAX_PLATFORMS is 'gpu'; JAX finds no such platform here: it must be cpu, or not be set"
+    wanted += f" ({error})\n" if str(error) else "\n"
     assert capsys.readouterr().err == wanted and not list(tmp_path.iterdir())
 
 

@@ -337,7 +337,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_before_a_folder_is_made(c
     options, _ = classified
     train = ["train", *options, f"--workdir={tmp_path / 'run'}"]
     assert run(*train, "--config.batch=7", "--config.loop.accumulate=2") == 2
-    assert "batch is 7; it must be a multiple of loop.accumulate = 2" in capsys.readouterr().err
+    assert "batch is 7; it must be a positive multiple of loop.accumulate = 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
