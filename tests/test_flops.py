@@ -39,6 +39,7 @@ def test_equal_the_formula(clips, alone):
         assert forward_flops(CONFIG, one) == 2 * by_hand(tokens, words, 1)
         assert forward_flops(CONFIG, two) == 2 * by_hand(tokens, words, 2)
         assert train_flops(CONFIG, one) == 3 * forward_flops(CONFIG, one)
+        assert train_flops(CONFIG, one, trained=0.25) == 2.25 * forward_flops(CONFIG, one)
 
 
 @pytest.mark.parametrize("slots", [4, 9])

@@ -111,6 +111,9 @@ def forward_flops(config: DenoiserConfig, batch: dict, encodes_condition: bool =
     return MODULES[type(config)].forward_flops(config, batch, encodes_condition)
 
 
-def train_flops(config: DenoiserConfig, batch: dict) -> float:
-    """Return the model FLOPs of one forward and backward pass over a host batch: three times the forward ones."""
-    return 3 * forward_flops(config, batch)
+def train_flops(config: DenoiserConfig, batch: dict, trained: float = 1.0) -> float:
+    """Return the model FLOPs of one forward and backward pass over a host batch: three times the forward ones.
+
+    trained: share of the parameters that are trained; gradients of the others are not computed.
+    """
+    return (2 + trained) * forward_flops(config, batch)

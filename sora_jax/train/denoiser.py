@@ -31,6 +31,7 @@ from sora_jax.models.denoiser import AnyDenoiser, DenoiserConfig, RunTrunk, deno
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
+from sora_jax.nn.params import count
 from sora_jax.parallel import distributed
 from sora_jax.train.adapt import LoraConfig, matches, split_specs
 from sora_jax.train.given import GivenConfig, draw_given
@@ -244,13 +245,14 @@ def denoiser_job(
         shares=PackingShares(given.headless, given.key_frames, given.sketches),
     )
     report = batches.report()
+    trained, fixed = map(count, denoiser_parts(config))
     return Job(
         name=config.kind,
         groups=denoiser_groups(config),
         loss=functools.partial(denoiser_loss, config),
         batches=lambda start, position: batches.stream(start, config.feed, Position(*position or ())),
         to_device=functools.partial(to_pack, config.diffusion.times),
-        counts=functools.partial(batch_counts, config.model),
+        counts=functools.partial(batch_counts, config.model, trained=trained / (trained + fixed)),
         clip_ids=lambda batch: _names(cache, batch["clip_ids_BS"]),
         preview=preview,
         note=str(report),
@@ -277,14 +279,14 @@ def _names(cache: LatentCache, clip_ids_BS: np.ndarray) -> list[str]:
     return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])).tolist())))
 
 
-def batch_counts(model: DenoiserConfig, batch: dict) -> dict[str, float]:
-    """Count clips, real tokens, capacity for tokens and model FLOPs of a host batch."""
+def batch_counts(model: DenoiserConfig, batch: dict, trained: float = 1.0) -> dict[str, float]:
+    """Count clips, real tokens, capacity for tokens and model FLOPs of a host batch; trained: see `train_flops`."""
     lengths = token_counts(batch)
     return {
         "clips": int((lengths > 0).sum()),
         "tokens": int(lengths.sum()),
         "capacity": batch["segments_BL"].size,
-        "flops": train_flops(model, batch),
+        "flops": train_flops(model, batch, trained),
     }
 
 
