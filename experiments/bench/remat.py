@@ -44,7 +44,7 @@ def prepare(config: DenoiserRun, state: TrainState, mesh):
 
     def step() -> float:
         nonlocal state
-        state, metrics = compiled(state, (), batch)
+        state, metrics = compiled(state, made.arguments[1], batch)  # frozen weights: there are none
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     flops = hlo.count(compiled.as_text(), 1).flops / made.load.model_flops
