@@ -91,7 +91,7 @@ def test_nestings_are_opened_and_told():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_checkpoint_of_the_training_code_gives_its_average(weights, tmp_path, capsys, half):
-    """That of facebookresearch/DiT and willisma/SiT: model, ema, opt, and args, which is a Namespace."""
+    """Write that of facebookresearch/DiT and willisma/SiT: model, ema, opt, and args, which is a Namespace."""
     torch = pytest.importorskip("torch", reason="needs sora_jax[text]")
     averaged = {f"module.{name}": torch.tensor(x) for name, x in weights.items()}
     averaged = {name: x.half() for name, x in averaged.items()} if half else averaged
@@ -194,5 +194,5 @@ def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(tmp_pat
 
 def test_many_broken_tensors_are_counted(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {f"t{i}": np.full(1, np.nan, np.float32) for i in range(5)})
-    with pytest.raises(UserError, match="infinity in t0, t1, t2 and 2 more$"):
+    with pytest.raises(UserError, match="infinity in t0 .the first of 5 arrays.$"):
         read_tensors(tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""What a run does not read or has not learnt is said in a line, at every door."""
+"""Say in a line, at every door, what a run does not read or has not learnt."""
 
 import dataclasses
 import json

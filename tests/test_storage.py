@@ -55,6 +55,7 @@ from sora_jax.files import (
     write_text,
 )
 from sora_jax.generate.recipe import read_recipe
+from sora_jax.train import mirror
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.metrics import MetricsWriter, read_metrics
@@ -405,7 +406,7 @@ def test_a_save_waits_for_the_reports_and_not_for_their_pictures(bucket, monkeyp
 
     monkeypatch.setattr(files, "put", note_put)
     monkeypatch.setattr(Checkpoints, "save", note_save)
-    monkeypatch.setattr(files, "FLUSH_INTERVAL", 1000)
+    monkeypatch.setattr(mirror, "FLUSH_INTERVAL", 1000)
     train_toy(as_path(f"{ROOT}/ordered"), steps=4, save_every=4)
     order = [name.partition(".tfevents")[0] for name in order if "time.json" not in name]
     first = order.index("save")

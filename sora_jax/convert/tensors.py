@@ -11,8 +11,9 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.convert.record import Record, read_record
-from sora_jax.errors import UserError
+from sora_jax.errors import NotFinite, UserError
 from sora_jax.files import as_path, local_copy, replacing
+from sora_jax.nn.finite import named
 
 WEIGHTS = "diffusion_pytorch_model"
 # Weight files of a folder and their indices; diffusers names a variant before the last ending.
@@ -25,7 +26,6 @@ NESTINGS = ("ema", "state_dict", "model", "module")
 PREFIXES = ("module.", "model.", "ema.", "state_dict.")
 COMPILED = "_orig_mod."  # put by torch.compile, which may wrap a network or its blocks, before the names of its parts
 TOLD = ("model", "path_type", "prediction")  # arguments of the training codes of DiT and SiT that must fit --from
-NAMED = 3  # tensors that a sentence names
 
 
 def read_tensors(path: Path, notes: list[str] | None = None) -> dict[str, np.ndarray]:
@@ -54,11 +54,9 @@ def read_tensors(path: Path, notes: list[str] | None = None) -> dict[str, np.nda
 
 def _check_finite(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     broken = [name for name, x in tensors.items() if not np.isfinite(x).all()]
-    more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    named = ", ".join(broken[:NAMED]) + more
-    check(
-        not broken, f"--weights is {str(path)!r}; its tensors must be finite, and there is a NaN or infinity in {named}"
-    )
+    if broken:
+        wrong = f"there is a NaN or infinity in {named(broken)}"
+        raise NotFinite(f"--weights is {str(path)!r}; its tensors must be finite, and {wrong}")
 
 
 def _weight_files(folder: Path, notes: list[str]) -> list[Path]:

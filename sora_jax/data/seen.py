@@ -1,4 +1,4 @@
-"""What a run is trained on, kept in its folder: the sizes of its clips and the words of its captions.
+"""Keep what a run is trained on in its folder: the sizes of its clips and the words of its captions.
 
 A model makes noise of sizes and words that are far from these, so a sampler compares what it is asked for.
 """

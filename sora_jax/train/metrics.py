@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.files import Mirror, as_path, read_text, write_text
+from sora_jax.files import as_path, read_text, write_text
+from sora_jax.train.mirror import Mirror
 
 ROWS = "metrics.jsonl"
 
@@ -21,7 +22,7 @@ class MetricsWriter:
     """Append one JSON line per report to RUN/metrics.jsonl and the same scalars to RUN/tensorboard.
 
     In an object store, where files cannot grow, both are written anew by `flush`, and from time to time
-    (`files.Mirror`); if that fails it is reported and the run goes on.
+    (`mirror.Mirror`); if that fails it is reported and the run goes on.
 
     `start` is the step that the run goes on from: reports of later steps, which a killed run left, are dropped,
     so that no step is reported twice.

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from sora_jax.config import read_json
 from sora_jax.errors import UserError
-from sora_jax.files import FLUSH_INTERVAL, as_path, is_remote, write_json
+from sora_jax.files import as_path, is_remote, write_json
 from sora_jax.train.metrics import Stopwatch
+from sora_jax.train.mirror import FLUSH_INTERVAL
 
 FILE = "time.json"
 WAITING = {"data": "its batch", "step": "the device or another process"}
