@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_jax.data.media import write_video
+from sora_jax.data.viewing.write import write_video
 
 ROOT = Path(__file__).parents[1]
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -11,13 +11,14 @@ frames a second; a long file gives up to eight clips. mixed: videos in a folder,
 photographs, of which an epoch sees half. navit: each picture in four sizes, sampled as in NaViT; epochs take them in
 turn. labels: a TFDS data set with class labels, each kept as a number and as a caption.
 
-`--config.NAME=VALUE`, or the option of that name, overrides any field of `sora_jax/data/prepare.py:BuildConfig`.
+`--config.NAME=VALUE`, or the option of that name, overrides any field of
+`sora_jax/data/building/prepare.py:BuildConfig`.
 Hardware: a laptop; `--workers` sets the number of decoding processes, `--shard=i/n` divides the work between machines.
 Times: experiments/bench/README.md.
 """
 
 from sora_jax.config import choose, to_config_dict
-from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 
 

@@ -15,15 +15,13 @@ import numpy as np
 
 from sora_jax.config import check, from_dict, load
 from sora_jax.config_files import package_config
-from sora_jax.data.build import build
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import save_png, write_video
-from sora_jax.data.oracle import agreement
-from sora_jax.data.packing import grid_of
-from sora_jax.data.prepare import BuildConfig
-from sora_jax.data.sheets import contact_sheet, gallery
+from sora_jax.data.building.build import build
+from sora_jax.data.building.prepare import BuildConfig
+from sora_jax.data.packing.packs import grid_of
 from sora_jax.data.sources import SourceConfig
-from sora_jax.data.world import WorldConfig
+from sora_jax.data.storing.manifest import Dataset
+from sora_jax.data.viewing.sheets import contact_sheet, gallery
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.evaluate.world import Score, cleanness, held_out_prompts, in_words, score, triple
@@ -37,6 +35,8 @@ from sora_jax.train.autoencoder import AutoencoderRun, stage_folder
 from sora_jax.train.denoiser import DenoiserRun, PreviewConfig
 from sora_jax.train.encode import encode_dataset
 from sora_jax.train.frozen import FOLDER
+from sora_jax.worlds import WorldConfig
+from sora_jax.worlds.oracle import agreement
 
 Size = tuple[int, int, int]
 NO_NAME = re.compile(r'[\s/\\:*?"<>|\x00-\x1f]')  # what no name of a file may hold

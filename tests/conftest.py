@@ -62,7 +62,7 @@ os.environ.update({name.upper(): str(value) for name, value in SETTINGS.items()}
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from sora_jax.data.packing import PackingConfig, PackItem, pack, stack  # noqa: E402
+from sora_jax.data.packing.packs import PackingConfig, PackItem, pack, stack  # noqa: E402
 from sora_jax.nn.pack import Pack  # noqa: E402
 from sora_jax.nn.params import abstract  # noqa: E402
 

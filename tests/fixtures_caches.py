@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from sora_jax.data.clips import clip_id_of
 from sora_jax.data.guides import guide_frames
-from sora_jax.data.latents import (
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.clips import clip_id_of
+from sora_jax.data.storing.latents import (
     CacheInfo,
     GuideLatents,
     LatentCache,
@@ -13,7 +14,6 @@ from sora_jax.data.latents import (
     finish_cache,
     start_cache,
 )
-from sora_jax.data.share import Share
 
 INFO = CacheInfo("print", "data", 2, (2, 4, 4))
 TEXT = TextInfo("encoder", "weights", 3, 16)
@@ -54,7 +54,9 @@ def hash_of(caption: str) -> float:
     return float(sum(caption.encode()) % 97)
 
 
-def write_cache(path, rows, info: CacheInfo = INFO, each: int = 32, share: Share = Share()) -> LatentCache | None:
+def write_cache(
+    path, rows, info: CacheInfo = INFO, each: int = 32, share: ShardSpec = ShardSpec()
+) -> LatentCache | None:
     """A cache of these rows in parts of `each` clips, or the parts of one share; None where others are missing."""
     parts = start_cache(path, info, -(-len(rows) // each))
     for part in parts.missing(share):

@@ -8,7 +8,7 @@ import numpy as np
 from peers.tensors import random_weights
 
 from sora_jax.convert.tensors import WEIGHTS, write_tensors
-from sora_jax.data.packing import PackingConfig, PackItem, pack, stack, unpatchify
+from sora_jax.data.packing.packs import PackingConfig, PackItem, pack, stack, unpatchify
 from sora_jax.files import write_json
 from sora_jax.nn.pack import Pack
 

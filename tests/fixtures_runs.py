@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from sora_jax import cli
-from sora_jax.data.media import write_video
+from sora_jax.data.viewing.write import write_video
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.py"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import LostPeer, Stopped
 from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel import distributed
@@ -41,7 +41,7 @@ def toy_loss(params, frozen, batch, step, part):
     return {MODEL: error.sum()}, ({MODEL: jnp.float32(error.shape[0])}, {})
 
 
-def toy_job(at=None, preview=None, share=Share(), optim=OPTIM) -> Job:
+def toy_job(at=None, preview=None, share=ShardSpec(), optim=OPTIM) -> Job:
     """`at` maps a step to what happens while its batch is made: changes to the batch, or None."""
 
     def batches(start, position):

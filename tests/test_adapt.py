@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sora_jax.convert.command import _save_run
 from sora_jax.convert.tensors import read_tensors
-from sora_jax.data.packing import PackingConfig as Packing
-from sora_jax.data.packing import PackItem, pack, stack
+from sora_jax.data.packing.packs import PackingConfig as Packing
+from sora_jax.data.packing.packs import PackItem, pack, stack
 from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
 from sora_jax.models.denoiser import denoise, denoiser_specs

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.errors import UserError
 from sora_jax.nn.attention import BACKENDS, dense_attention
 from sora_jax.nn.attention import measured as room

@@ -12,8 +12,8 @@ import pytest
 from fixtures_runs import CLIPS, build_options, run, write_clips
 
 from sora_jax.config import from_dict, to_dict
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig, autoencoder_specs, decode, encode, latent_grid

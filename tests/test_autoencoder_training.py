@@ -13,8 +13,8 @@ import pytest
 from fixtures_runs import build_options, run, write_clips
 
 from sora_jax.config import from_dict, to_dict
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.diffusion.keys import Purpose
 from sora_jax.errors import UserError
 from sora_jax.evaluate.autoencoder import EvaluateOptions, evaluate_autoencoder

@@ -3,8 +3,8 @@
 import pytest
 from fixtures_runs import write_clips
 
-from sora_jax.data.build import build
-from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.building.build import build
+from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 from sora_jax.errors import UserError
 
@@ -24,7 +24,7 @@ def clips(tmp_path):
 
 def test_the_same_folder(tmp_path, clips):
     pytest.importorskip("apache_beam", reason="needs sora_jax[beam]")
-    from sora_jax.data.beam import build_with_beam
+    from sora_jax.data.building.beam import build_with_beam
 
     alone = build(config(tmp_path, "alone"), progress=False)
     by_beam = build_with_beam(config(tmp_path, "beam"), "--runner=DirectRunner --direct_num_workers=2")
@@ -37,7 +37,7 @@ def test_the_same_folder(tmp_path, clips):
 
 
 def test_without_beam_the_way_to_it_is_told(tmp_path, clips, monkeypatch):
-    from sora_jax.data.beam import build_with_beam
+    from sora_jax.data.building.beam import build_with_beam
 
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"pip install 'sora_jax\[beam\]'"):

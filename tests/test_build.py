@@ -12,19 +12,21 @@ from functools import partial
 import numpy as np
 import pytest
 
-from sora_jax.data import build as building
-from sora_jax.data import prepare as preparing
 from sora_jax.data import sources
-from sora_jax.data.build import build
-from sora_jax.data.clips import Clip
-from sora_jax.data.inspect import aspect, duration, inspect
-from sora_jax.data.manifest import Dataset, add_clip, write_dataset
-from sora_jax.data.media import decode, save_png, write_video
-from sora_jax.data.prepare import BuildConfig, hashed_split, uniform
+from sora_jax.data.building import build as building
+from sora_jax.data.building import prepare as preparing
+from sora_jax.data.building.build import build
+from sora_jax.data.building.inspect import aspect, duration, inspect
+from sora_jax.data.building.prepare import BuildConfig, hashed_split
+from sora_jax.data.draws import uniform
+from sora_jax.data.reading.media import decode
 from sora_jax.data.sources import SourceConfig
 from sora_jax.data.sources.opened import FileMedia
-from sora_jax.data.world import WorldConfig
+from sora_jax.data.storing.clips import Clip
+from sora_jax.data.storing.manifest import Dataset, add_clip, write_dataset
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
+from sora_jax.worlds import WorldConfig
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:

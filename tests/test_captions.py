@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, write_cache
 
-from sora_jax.data.captions import PRESETS, CaptionChoice, EmbeddedTexts, TokenTexts, captions_in_order, parse_mix
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.tokenizer import NULL, TokenizerConfig, train
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.texts import PRESETS, CaptionChoice, EmbeddedTexts, TokenTexts, captions_in_order, parse_mix
+from sora_jax.data.feeding.tokenizer import NULL, TokenizerConfig, train
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.errors import UserError
 
 BOTH = {"original": "a dog", "synthetic": "a brown dog runs over a field"}
@@ -88,7 +88,7 @@ def test_kept_tokens_are_read_and_not_made_again(cache, tmp_path, monkeypatch):
     first = TokenTexts(cache, BYTES, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()  # nothing is written before it is known that the run starts
     first.keep()
-    monkeypatch.setattr("sora_jax.data.captions._tokenize", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("sora_jax.data.feeding.texts._tokenize", lambda *_: pytest.fail("made again"))
     second = TokenTexts(cache, BYTES, tmp_path / "captions")
     np.testing.assert_array_equal(second.ids(17, 1), first.ids(17, 1))
     monkeypatch.undo()

@@ -9,9 +9,9 @@ import pytest
 from fixtures_runs import ROOT, chain, one_device, run  # noqa: F401
 from PIL import Image
 
-from sora_jax.data.inspect import inspect
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.sheets import grid
+from sora_jax.data.building.inspect import inspect
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.viewing.sheets import grid
 from sora_jax.errors import UserError
 from sora_jax.generate.requests import Wanted, check_seed, plan_requests
 from sora_jax.generate.run import load_run

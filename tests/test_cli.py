@@ -18,10 +18,10 @@ from fixtures_runs import ROOT, TINY, build_options, chain, one_device, run, tra
 
 from sora_jax import __version__, cli
 from sora_jax.config import load
-from sora_jax.data import media
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.building.prepare import BuildConfig
+from sora_jax.data.reading import media
 from sora_jax.data.sources import SourceConfig
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.generate import command
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds import KINDS, dry_run, run_config

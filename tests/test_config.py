@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sora_jax.config import first_difference, from_dict, load, to_config_dict, to_dict
-from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.errors import UserError
 from sora_jax.kinds import run_config
 from sora_jax.models.text import TextConfig

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.world import scene
-from sora_jax.data.world.captions import CAMERAS, MOTIONS
 from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
 from sora_jax.evaluate.consistency import in_worlds_words
@@ -17,6 +15,8 @@ from sora_jax.models.first_stage import autoencoder_specs, latent_grid
 from sora_jax.models.transformer import SIZES, denoiser_specs
 from sora_jax.nn.params import count
 from sora_jax.quickstart import NO_NAME, QuickstartConfig, check_sizes
+from sora_jax.worlds import scene
+from sora_jax.worlds.captions import CAMERAS, MOTIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
@@ -150,7 +150,7 @@ def test_the_recipe_of_sit_is_that_of_the_paper():
 
 def test_the_data_configs_are_valid_and_changed_by_the_command_line():
     from sora_jax.config import from_dict
-    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.building.prepare import BuildConfig
 
     path = CONFIGS / "data.py"
     for variant in ("video", "mixed", "navit", "labels"):

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sora_jax.data.oracle import read_frames
-from sora_jax.data.world import FULL_WORLD, clip, scene
-from sora_jax.data.world.captions import LEVELS, write
-from sora_jax.data.world.render import render
-from sora_jax.data.world.scenes import wanted
 from sora_jax.evaluate import looks as look
 from sora_jax.evaluate.consistency import average, in_worlds_words, mean_curve, measure, permanence
+from sora_jax.worlds import FULL_WORLD, clip, scene
+from sora_jax.worlds.captions import LEVELS, write
+from sora_jax.worlds.oracle import read_frames
+from sora_jax.worlds.render import render
+from sora_jax.worlds.scenes import wanted
 
 WORLD = replace(FULL_WORLD, sizes=((36, 48), (48, 36)), frames=(9,), image_share=0.0, max_shapes=2, scale=(0.34, 0.48))
 PASSES = replace(WORLD, motions=("pass", "pass", "pass", "still"), cameras=("still",), backgrounds=("plain",))

@@ -25,7 +25,7 @@ from sora_jax.convert.links import write_tree
 from sora_jax.convert.record import read_record
 from sora_jax.convert.tensors import WEIGHTS, read_tensors, write_tensors
 from sora_jax.convert.vae import read_vae, write_vae
-from sora_jax.data.media import save_png
+from sora_jax.data.viewing.write import save_png
 from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss
 from sora_jax.diffusion.process import process_named

@@ -12,10 +12,10 @@ from fixtures_runs import TINY
 from scipy import stats
 
 from sora_jax.config import load
-from sora_jax.data.clips import clip_id_of
-from sora_jax.data.pipeline import COPY, packed_batches
-from sora_jax.data.share import Share
-from sora_jax.data.tokenizer import TokenizerConfig, train
+from sora_jax.data.feeding.pipeline import COPY, packed_batches
+from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.clips import clip_id_of
 from sora_jax.kinds import run_config
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract
@@ -88,7 +88,7 @@ def test_ids_in_a_batch_differ_and_the_first_of_each_clip_keeps_its_own(few_clip
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_hosts_agree_on_which_copy_is_which(few_clips, hosts):
     config = config_of("batch=6")
-    shares = [batches_of(few_clips, config, share=Share(host, hosts)) for host in range(hosts)]
+    shares = [batches_of(few_clips, config, share=ShardSpec(host, hosts)) for host in range(hosts)]
     for step in (0, 5, 9):
         whole, parts = batches_of(few_clips, config)[step], [share[step] for share in shares]
         chex.assert_trees_all_equal({name: np.concatenate([p[name] for p in parts]) for name in whole}, whole)
@@ -144,7 +144,7 @@ def test_eight_copies_of_one_clip_are_eight_draws(one_clip, params):
 def test_the_message_of_a_wrong_loss_names_the_clips_of_copies_whoever_has_them(few_clips):
     config, names = config_of("batch=6"), set()
     for host in range(2):
-        share = Share(host, 2)
+        share = ShardSpec(host, 2)
         batch = batches_of(few_clips, config, share=share)[0]
         assert has_copies(batch)
         names |= set(denoiser_job(config, few_clips, BYTES, share=share).clip_ids(batch))

@@ -7,11 +7,11 @@ import chex
 import numpy as np
 import pytest
 
-from sora_jax.data.clips import Clip
-from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
-from sora_jax.data.feed import FeedConfig
-from sora_jax.data.manifest import Dataset, add_clip, write_dataset
-from sora_jax.data.share import Share
+from sora_jax.data.feeding.crops import CropConfig, crop_batches, sizes_and_clips
+from sora_jax.data.feeding.feed import FeedConfig
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.clips import Clip
+from sora_jax.data.storing.manifest import Dataset, add_clip, write_dataset
 from sora_jax.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_crop_streams_are_pure_and_shared_by_hosts(clips):
     expected = crop_batches(clips, CROP, seed=3)
     for step, batch in enumerate(islice(crop_batches(clips, CROP, 3).stream(5, FeedConfig(threads=3)), 10), 5):
         chex.assert_trees_all_equal(batch, expected[step])
-    halves = [crop_batches(clips, CROP, 3, share=Share(host, 2))[4] for host in (0, 1)]
+    halves = [crop_batches(clips, CROP, 3, share=ShardSpec(host, 2))[4] for host in (0, 1)]
     chex.assert_trees_all_equal(
         {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}, expected[4]
     )
@@ -97,7 +97,7 @@ def test_crops_of_a_split_of_a_dataset_folder(clips, tmp_path):
     [
         (lambda clips: crop_batches(clips, CropConfig(13, 16, 16), 0), ["13 x 16 x 16", "12 x 40 x 40"]),
         (lambda clips: crop_batches([], CROP, 0), ["0 clips"]),
-        (lambda clips: crop_batches(clips, CROP, 0, share=Share(0, 4)), ["6 rows", "4 processes"]),
+        (lambda clips: crop_batches(clips, CROP, 0, share=ShardSpec(0, 4)), ["6 rows", "4 processes"]),
         (lambda clips: CropConfig(frames=0), ["crop is (0, 64, 64)"]),
         (lambda clips: CropConfig(image_share=1.5), ["image_share is 1.5"]),
     ],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fixtures_media import encode
 
-from sora_jax.data.cuts import longest_run, small_size
-from sora_jax.data.media import SpanRule, decode, sample_frames
+from sora_jax.data.reading.cuts import longest_run, small_size
+from sora_jax.data.reading.media import SpanRule, decode, sample_frames
 from sora_jax.errors import UserError
 
 

@@ -10,10 +10,18 @@ import pytest
 from fixtures_media import encode, flat, names
 from PIL import Image
 
-from sora_jax.data.damage import check_gif, check_units, lzw_length, signs_of_damage, sound_jpeg, sound_png_frames
-from sora_jax.data.guard import guarded_map
-from sora_jax.data.media import SpanRule, decode, write_video
-from sora_jax.data.tracks import Damage, MediaError
+from sora_jax.data.building.guard import guarded_map
+from sora_jax.data.reading.damage import (
+    check_gif,
+    check_units,
+    lzw_length,
+    signs_of_damage,
+    sound_jpeg,
+    sound_png_frames,
+)
+from sora_jax.data.reading.media import SpanRule, decode
+from sora_jax.data.reading.tracks import Damage, MediaError
+from sora_jax.data.viewing.write import write_video
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "bench"))
 import corrupt

@@ -19,7 +19,7 @@ from fixtures_toy import kill, one_of_two, train, train_half  # noqa: F401
 from PIL import Image
 
 from sora_jax import cli
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import LostPeer, UserError
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -166,7 +166,7 @@ def test_processes_that_do_not_come_are_told_and_given_up():
 
 def test_the_share_of_one_process_is_the_whole_batch():
     for config in (MeshConfig(), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=1, tensor=8)):
-        assert distributed.share_of_batch(make_mesh(config)) == Share()
+        assert distributed.share_of_batch(make_mesh(config)) == ShardSpec()
 
 
 @pytest.mark.parametrize(

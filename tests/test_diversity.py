@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sora_jax.data.oracle import agreement
-from sora_jax.data.world import WorldConfig, clip, scene, wanted
-from sora_jax.data.world.captions import write
-from sora_jax.data.world.render import render
 from sora_jax.errors import UserError
 from sora_jax.evaluate.diversity import Diversity, diversity, mean_diversity, spread, world_clips
+from sora_jax.worlds import WorldConfig, clip, scene, wanted
+from sora_jax.worlds.captions import write
+from sora_jax.worlds.oracle import agreement
+from sora_jax.worlds.render import render
 
 WORLD = WorldConfig(
     sizes=((24, 24), (24, 36)),

@@ -16,7 +16,7 @@ import pytest
 
 from sora_jax import cli
 from sora_jax.config import OneOf, from_dict, load, override
-from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.diffusion.prediction import FORMS
 from sora_jax.diffusion.process import PROCESSES
 from sora_jax.diffusion.sampling import SamplingConfig

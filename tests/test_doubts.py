@@ -9,16 +9,16 @@ from fixtures_caches import clip_row, write_cache
 from fixtures_runs import TINY, chain, run, trained  # noqa: F401
 
 from sora_jax.config import from_dict, load
-from sora_jax.data import seen as seen_data
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.seen import ClipSize, Seen, look, read_seen, save_seen, words_of
-from sora_jax.data.tokenizer import Reading
+from sora_jax.train import seen as seen_data
+from sora_jax.data.feeding.tokenizer import Reading
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.requests import Known, Request
 from sora_jax.kinds import denoiser as kind
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.seen import ClipSize, Seen, look, read_seen, save_seen, words_of
 
 LONG = "a red square moves right " * 4
 REQUEST = Request("a red square moves right", (2, 4, 6), 1, guidance=3.0)
@@ -228,7 +228,7 @@ def test_the_start_of_a_training_says_what_is_cut_and_what_previews_ask_for(chai
 
 def test_captions_that_an_encoder_cuts_are_counted():
     """As `data encode --text-encoder` does; each caption of a clip counts."""
-    from sora_jax.data.captions import CaptionCounts
+    from sora_jax.data.feeding.texts import CaptionCounts
     from sora_jax.train.encode import _count_captions
 
     class Encoder:
@@ -249,8 +249,8 @@ def test_captions_that_an_encoder_cuts_are_counted():
 
 
 def test_letters_beyond_the_vocabulary_are_counted(tmp_path):
-    from sora_jax.data.captions import TokenTexts
-    from sora_jax.data.tokenizer import TokenizerConfig, train
+    from sora_jax.data.feeding.texts import TokenTexts
+    from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 
     captions = ["a red circle 红", "a red circle", "красный", "a circle"]
     rows = [clip_row(n, (1, 2, 2), {"original": caption, "other": "a red"}) for n, caption in enumerate(captions)]

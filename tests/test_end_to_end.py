@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fixtures_runs import CLIPS, chain, run  # noqa: F401
 
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import decode
+from sora_jax.data.reading.media import decode
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.train.metrics import read_metrics
 
 

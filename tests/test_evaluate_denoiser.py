@@ -7,7 +7,7 @@ import pytest
 from fixtures_runs import chain, run  # noqa: F401
 from PIL import Image
 
-from sora_jax.data.manifest import Dataset, caption_of
+from sora_jax.data.storing.manifest import Dataset, caption_of
 from sora_jax.errors import UserError
 from sora_jax.evaluate.denoiser import COLUMNS, choose_rows
 

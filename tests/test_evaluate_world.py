@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sora_jax.data.oracle import read_frames
-from sora_jax.data.oracle.drawing import fit_drawing
-from sora_jax.data.world import WorldConfig, captions, clip, scene
-from sora_jax.data.world.captions import COLOURS, MOTIONS
-from sora_jax.data.world.render import render, track
 from sora_jax.evaluate.world import cleanness, held_out_prompts, score
+from sora_jax.worlds import WorldConfig, captions, clip, scene
+from sora_jax.worlds.captions import COLOURS, MOTIONS
+from sora_jax.worlds.oracle import read_frames
+from sora_jax.worlds.oracle.drawing import fit_drawing
+from sora_jax.worlds.render import render, track
 
 # As the quickstart draws them: large shapes in small frames.
 LARGE = WorldConfig(

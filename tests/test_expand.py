@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from fixtures_runs import chain, run  # noqa: F401
 
-from sora_jax.data.world.captions import parse
 from sora_jax.errors import UserError
 from sora_jax.generate.expand import INSTRUCTION, describe_world, expand_prompts
 from sora_jax.generate.recipe import read_recipe
+from sora_jax.worlds.captions import parse
 
 
 @pytest.mark.parametrize(

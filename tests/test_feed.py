@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
 
-from sora_jax.data.feed import FeedConfig, read_ahead
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.share import Share
-from sora_jax.data.tokenizer import TokenizerConfig, train
+from sora_jax.data.feeding.feed import FeedConfig, read_ahead
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
+from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import UserError
 
 CONFIG = PackingConfig(length=64, slots=8, text_length=120, patch=(1, 2, 2), window=16)
@@ -27,7 +27,7 @@ BATCH, SECTION, STEPS = 4, 40, 60
 
 def stream_of(cache, host=0, hosts=1):
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=24))
-    return packed_batches(cache, tokenizer, CONFIG, BATCH, 5, "train", Share(host, hosts), "sd3", section=SECTION)
+    return packed_batches(cache, tokenizer, CONFIG, BATCH, 5, "train", ShardSpec(host, hosts), "sd3", section=SECTION)
 
 
 def digest(pack) -> str:
@@ -56,10 +56,10 @@ import json, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 from itertools import islice
 from test_feed import digest, stream_of
-from sora_jax.data.epochs import Position
-from sora_jax.data.feed import FeedConfig
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.packing import unstack
+from sora_jax.data.feeding.epochs import Position
+from sora_jax.data.feeding.feed import FeedConfig
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.packing.packs import unstack
 
 if __name__ == "__main__":
     path, host, hosts, start, position, workers, pause = json.loads(sys.argv[1])

@@ -11,7 +11,7 @@ from fixtures_caches import INFO, clip_row
 from fixtures_runs import TINY, chain, one_device, run, trained  # noqa: F401
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.latents import add_latent, start_cache
+from sora_jax.data.storing.latents import add_latent, start_cache
 from sora_jax.errors import NotFinite, UserError
 from sora_jax.generate import command
 from sora_jax.generate.preview import denoiser_preview, reconstruction_preview

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from fixtures_runs import build_options, chain, one_device, run  # noqa: F401
 
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.models import autoencoder as causal
 from sora_jax.models import first_stage
@@ -258,7 +258,7 @@ def test_an_interrupted_encode_goes_on_after_its_last_complete_shard(chain, tmp_
 
 def test_shares_of_two_machines_make_the_cache_of_one(chain, tmp_path, capsys):  # noqa: F811
     for number in range(2):
-        options = EncodeOptions(share=Share(number, 2), clips_per_shard=2)
+        options = EncodeOptions(share=ShardSpec(number, 2), clips_per_shard=2)
         done = encoding.encode_dataset(chain.autoencoder, chain.dataset, tmp_path / "l", options)
         assert done == (number == 1) == (tmp_path / "l").exists()
     assert load_autoencoder(tmp_path / "l").fingerprint == LatentCache(tmp_path / "l").info.fingerprint
@@ -268,7 +268,7 @@ def test_shares_of_two_machines_make_the_cache_of_one(chain, tmp_path, capsys): 
 
 
 def test_an_interrupted_build_leaves_nothing_and_can_be_given_again(chain, tmp_path, monkeypatch, capsys):  # noqa: F811
-    from sora_jax.data import build
+    from sora_jax.data.building import build
 
     prepare = build.prepare
 

@@ -10,7 +10,7 @@ import pytest
 from fixtures_diffusion import quick_jit
 from scipy.stats import chisquare
 
-from sora_jax.data.packing import EmptyItem, PackingConfig, pack_batch
+from sora_jax.data.packing.packs import EmptyItem, PackingConfig, pack_batch
 from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.guidance import GuidanceConfig, TokenLayout, guided
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sora_jax.data.guard import AHEAD, Failure, guarded_map
+from sora_jax.data.building.guard import AHEAD, Failure, guarded_map
 
 
 def square(number: int) -> int:

@@ -9,7 +9,8 @@ import pytest
 from fixtures_caches import INFO, clip_row, write_cache
 from fixtures_runs import chain, run, train_options, trained, with_random_weights  # noqa: F401
 
-from sora_jax.data.clips import clip_id_of
+from sora_jax.data.feeding.pipeline import PackingShares, packed_batches
+from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.guides import (
     KEY_FRAME,
     SKETCH,
@@ -20,10 +21,7 @@ from sora_jax.data.guides import (
     guide_pictures,
     trace_lines,
 )
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import decode, write_video
-from sora_jax.data.packing import (
+from sora_jax.data.packing.packs import (
     PackingConfig,
     PackItem,
     add_guides,
@@ -34,8 +32,11 @@ from sora_jax.data.packing import (
     token_counts,
     unpack,
 )
-from sora_jax.data.pipeline import PackingShares, packed_batches
-from sora_jax.data.tokenizer import TokenizerConfig, train
+from sora_jax.data.reading.media import decode
+from sora_jax.data.storing.clips import clip_id_of
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
+from sora_jax.data.viewing.write import write_video
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.generate.inputs import TaskOptions, read_inputs

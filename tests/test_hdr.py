@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sora_jax.data.hdr import HLG, KNEE, PQ, WHITE, to_srgb
+from sora_jax.data.reading.hdr import HLG, KNEE, PQ, WHITE, to_srgb
 
 
 def pq(nits: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 from test_given import ONLY, SHARES, by_clip, draw, packs_of, token_times
 from test_given import SIZES as CLIPS
 
-from sora_jax.data.media import write_video
+from sora_jax.data.viewing.write import write_video
 from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.guidance import GuidanceConfig, HistoryModels, TokenLayout, guided, guided_by_history
 from sora_jax.diffusion.history import HISTORY_LEVEL, history_tokens, without_history

@@ -15,9 +15,9 @@ from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, latent_of, writ
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_jax.data import shards
-from sora_jax.data.latents import LatentCache, add_latent, clip_id_of, finish_cache, start_cache
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing import shards
+from sora_jax.data.storing.latents import LatentCache, add_latent, clip_id_of, finish_cache, start_cache
 from sora_jax.errors import UserError
 
 OTHER = dataclasses.replace(INFO, fingerprint="another")
@@ -88,7 +88,7 @@ def test_shares_of_several_processes_make_the_cache_of_one(tmp_path, order):
     made = rows(23)
     whole = write_cache(tmp_path / "whole", made, each=3)
     for number, index in enumerate(order):
-        shared = write_cache(tmp_path / "shared", made, each=3, share=Share(index, 3))
+        shared = write_cache(tmp_path / "shared", made, each=3, share=ShardSpec(index, 3))
         assert (shared is None) == (number < 2) == (not (tmp_path / "shared").exists())
     check(shared, made)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -117,7 +117,7 @@ def test_a_stopped_cache_is_none_and_goes_on_after_its_whole_parts(tmp_path):
 
 
 def test_what_was_started_is_never_gone_on_with_as_something_else(tmp_path):
-    write_cache(tmp_path / "cache", rows(4), each=1, share=Share(0, 2))
+    write_cache(tmp_path / "cache", rows(4), each=1, share=ShardSpec(0, 2))
     for info, count, layout in ((OTHER, 4, None), (INFO, 2, None), (INFO, 4, {"canvases": []})):
         with pytest.raises(UserError, match="was started with another .*: remove .* to start anew"):
             start_cache(tmp_path / "cache", info, count, layout)
@@ -130,7 +130,7 @@ def test_processes_that_start_at_once_work_on_one_folder(tmp_path):
 
     def work(index):
         barrier.wait()
-        return write_cache(tmp_path / "cache", rows(24), each=2, share=Share(index, 12))
+        return write_cache(tmp_path / "cache", rows(24), each=2, share=ShardSpec(index, 12))
 
     with ThreadPoolExecutor(12) as pool:
         made = list(pool.map(work, range(12)))
@@ -142,7 +142,7 @@ def test_processes_that_start_at_once_work_on_one_folder(tmp_path):
 
 def test_a_part_that_is_made_again_and_not_finished_stays_whole(tmp_path):
     made = rows(4)
-    write_cache(tmp_path / "cache", made, each=2, share=Share(0, 2))
+    write_cache(tmp_path / "cache", made, each=2, share=ShardSpec(0, 2))
     parts = start_cache(tmp_path / "cache", INFO, 2)
     with pytest.raises(KeyboardInterrupt), parts.write(0) as writer:
         add_latent(writer, INFO, made[3], latent_of(made[3]))
@@ -237,7 +237,7 @@ def test_uids_are_32_bit_and_never_zero(id):
 
 
 def test_uid_is_stable_across_processes_and_spreads():
-    code = "from sora_jax.data.clips import clip_id_of; print(clip_id_of('clip-7'))"
+    code = "from sora_jax.data.storing.clips import clip_id_of; print(clip_id_of('clip-7'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) == clip_id_of("clip-7")
     assert len({clip_id_of(f"world-{n}") for n in range(20_000)}) > 19_990

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 
-from sora_jax.data.media import decode, write_chunks, write_video
+from sora_jax.data.reading.media import decode
+from sora_jax.data.viewing.write import write_chunks, write_video
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.generate.long import HISTORY_LEVEL, Windows, _at, _history, sample_long, windows_of

@@ -18,9 +18,9 @@ from fixtures_runs import chain  # noqa: F401
 from fixtures_toy import GROUPS, OPTIM, toy_job, train
 from tensorboardX.proto import event_pb2
 
-from sora_jax.data import tokenizer as tokenizers
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.feeding import tokenizer as tokenizers
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import Stopped, UserError
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.denoiser import train_flops

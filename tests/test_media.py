@@ -9,10 +9,11 @@ import pytest
 from fixtures_media import corners, encode, flat, names, quadrants
 from PIL import Image
 
-from sora_jax.data import tracks, videos
-from sora_jax.data.media import SpanRule, decode, sample, save_png, write_video
-from sora_jax.data.sheets import contact_sheet, strip
-from sora_jax.data.tracks import MediaError
+from sora_jax.data.reading import tracks, videos
+from sora_jax.data.reading.media import SpanRule, decode, sample
+from sora_jax.data.reading.tracks import MediaError
+from sora_jax.data.viewing.sheets import contact_sheet, strip
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 
 

@@ -16,8 +16,8 @@ import optax
 import pytest
 from compare import assert_near
 
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.data.feeding.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate.packs import TrainedDenoiser
 from sora_jax.generate.requests import Known, Request

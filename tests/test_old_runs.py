@@ -20,8 +20,8 @@ import pytest
 from conftest import processor_digest
 from fixtures_runs import one_device, run
 
-from sora_jax.data import pipeline
-from sora_jax.data.latents import LatentCache
+from sora_jax.data.feeding import pipeline
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.diffusion.keys import step_key
 from sora_jax.generate.run import load_run
 from sora_jax.parallel.rules import layout_of

@@ -14,13 +14,12 @@ from PIL import Image
 from scipy import ndimage
 
 from sora_jax.config import from_dict, load
-from sora_jax.data import oracle
-from sora_jax.data.oracle import agree, agreement, read, read_frames
-from sora_jax.data.world import FULL_WORLD, WorldConfig, captions, clip, scene, wanted
-from sora_jax.data.world.captions import COLOURS, MOTIONS, STYLES, TONES
-from sora_jax.data.world.render import render
 from sora_jax.evaluate.world import in_words, score
 from sora_jax.quickstart import QuickstartConfig
+from sora_jax.worlds import FULL_WORLD, WorldConfig, captions, clip, oracle, scene, wanted
+from sora_jax.worlds.captions import COLOURS, MOTIONS, STYLES, TONES
+from sora_jax.worlds.oracle import agree, agreement, read, read_frames
+from sora_jax.worlds.render import render
 
 SIMPLE = WorldConfig()
 TINY = WorldConfig(sizes=((24, 24),))
@@ -242,14 +241,14 @@ def test_shuffled_frames_raise_the_physics_error():
 
 
 def test_the_oracle_never_sees_the_renderer():
-    rooms = {f"sora_jax.data.{name}" for name in ("oracle", "world.captions", "world.figures")}
+    rooms = {f"sora_jax.worlds.{name}" for name in ("oracle", "captions", "figures")}
     folder = Path(oracle.__file__).parent
-    for file in [*folder.glob("*.py"), folder.parent / "world/captions.py", folder.parent / "world/figures.py"]:
+    for file in [*folder.glob("*.py"), folder.parent / "captions.py", folder.parent / "figures.py"]:
         tree = ast.parse(file.read_text())
         modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         modules |= {name.name for n in ast.walk(tree) if isinstance(n, ast.Import) for name in n.names}
         ours = {m for m in modules if m.startswith("sora_jax")}
-        assert all(m in rooms or m.startswith("sora_jax.data.oracle.") for m in ours), file
+        assert all(m in rooms or m.startswith("sora_jax.worlds.oracle.") for m in ours), file
         assert not any(m.split(".")[0] in ("jax", "flax") for m in modules)
 
 

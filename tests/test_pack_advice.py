@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
 
-from sora_jax.data.inspect import plan_fill
-from sora_jax.data.pack_advice import PackSizes, advise
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.planning import plan
-from sora_jax.data.tokenizer import NoText, TokenizerConfig, train
+from sora_jax.data.building.inspect import plan_fill
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.tokenizer import NoText, TokenizerConfig, train
+from sora_jax.data.packing.advice import PackSizes, advise
+from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.packing.planning import plan
 from sora_jax.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_jax.data.packing import (
+from sora_jax.data.draws import generator
+from sora_jax.data.packing.packs import (
     PackingConfig,
     PackItem,
     check_fits,
@@ -19,7 +20,7 @@ from sora_jax.data.packing import (
     unpatchify,
     unstack,
 )
-from sora_jax.data.planning import generator, plan
+from sora_jax.data.packing.planning import plan
 from sora_jax.errors import UserError
 
 MIX = np.array([9, 15, 16, 18, 27, 30, 32, 45, 48])

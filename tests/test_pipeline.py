@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
 
-from sora_jax.data.feed import FeedConfig
-from sora_jax.data.latents import clip_id_of
-from sora_jax.data.packing import PackingConfig, unpack, unstack
-from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.share import Share
-from sora_jax.data.tokenizer import TokenizerConfig, train
+from sora_jax.data.feeding.feed import FeedConfig
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
+from sora_jax.data.packing.packs import PackingConfig, unpack, unstack
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.latents import clip_id_of
 from sora_jax.errors import UserError
 
 GRIDS = [(1, 6, 6), (1, 8, 10), (3, 6, 6), (3, 10, 6), (5, 6, 6), (2, 8, 8)]
@@ -114,7 +114,7 @@ def test_sections_make_up_the_epoch(cache, section):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_shares_of_hosts_make_up_the_batch_of_one(cache, hosts):
-    shares = [batches(cache, share=Share(host, hosts)) for host in range(hosts)]
+    shares = [batches(cache, share=ShardSpec(host, hosts)) for host in range(hosts)]
     for step in (0, 11, 30):
         parts = [share[step] for share in shares]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -146,8 +146,8 @@ def test_another_split_has_other_clips(cache):
     [
         (lambda cache: batches(cache, split="none"), "'none'"),
         (lambda cache: batches(cache, batch=0), "batch is 0"),
-        (lambda cache: batches(cache, batch=5, share=Share(0, 2)), "5 rows"),
-        (lambda cache: Share(2, 2), "the share is 2/2"),
+        (lambda cache: batches(cache, batch=5, share=ShardSpec(0, 2)), "5 rows"),
+        (lambda cache: ShardSpec(2, 2), "the share is 2/2"),
         (
             lambda cache: packed_batches(cache, BYTES, PackingConfig(length=40, patch=(1, 2, 2)), 4, 0),
             "packing.length is 40",
@@ -165,7 +165,7 @@ def test_mistakes(cache, make, word):
 
 
 def test_shares_part_the_rows():
-    rows = [row for host in range(3) for row in Share(host, 3).rows(12)]
+    rows = [row for host in range(3) for row in ShardSpec(host, 3).rows(12)]
     assert rows == list(range(12))
 
 

@@ -15,7 +15,7 @@ from fixtures_runs import run
 from jax.sharding import AbstractMesh, AxisType
 
 from sora_jax.config import load
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SolverConfig
 from sora_jax.errors import UserError

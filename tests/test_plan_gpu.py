@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.kinds.denoiser import DENOISER
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.attention import Place, Places, blockwise_attention

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fixtures_runs import chain, one_device, run, train_options  # noqa: F401
 
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.tokenizer import NULL, UNKNOWN
+from sora_jax.data.feeding.tokenizer import NULL, UNKNOWN
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.models.pretrained import PretrainedText
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fixtures_runs import run
 
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import write_video
-from sora_jax.data.recaption import describe_world
-from sora_jax.data.world import WorldConfig, clip
+from sora_jax.data.building.recaption import describe_world
+from sora_jax.data.storing.manifest import Dataset
+from sora_jax.data.viewing.write import write_video
+from sora_jax.worlds import WorldConfig, clip
 
 WORLD = WorldConfig(sizes=((48, 64),), frames=(9,), image_share=0.0, scale=(0.4, 0.5), backgrounds=("plain",))
 

@@ -10,7 +10,7 @@ import pytest
 from fixtures_diffusion import quick_jit
 from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 
-from sora_jax.data.media import write_video
+from sora_jax.data.viewing.write import write_video
 from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, step_key

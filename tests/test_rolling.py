@@ -9,7 +9,7 @@ import pytest
 from fixtures_diffusion import quick_jit
 from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 
-from sora_jax.data.media import decode
+from sora_jax.data.reading.media import decode
 from sora_jax.diffusion.given import Given
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.history import HISTORY_LEVEL

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sora_jax.data.epochs import SECTION, Subjects, section_bounds, section_count
-from sora_jax.data.shuffle import Permutation, mix64, uniforms
+from sora_jax.data.draws import mix64, uniforms
+from sora_jax.data.feeding.epochs import SECTION, ClipIndex, section_bounds, section_count
+from sora_jax.data.feeding.shuffle import Permutation
 
 BILLION = 10**9
 
@@ -90,7 +91,7 @@ class Million:
 
 @pytest.mark.parametrize("number", [0, 500, 953])
 def test_a_section_of_a_billion_clips_holds_its_own_clips_only(number):
-    subjects = Subjects(rows=Million(None), starts=Million(None), clip_ids=Million(None), weights=Million(1.0))
+    subjects = ClipIndex(rows=Million(None), starts=Million(None), clip_ids=Million(None), weights=Million(1.0))
     clips, copies = subjects.section(0, 3, number, SECTION)
     first, last = section_bounds(BILLION, SECTION, number)
     places = Permutation.of(BILLION, 0, "order", 3).place(clips)

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_jax.data.fit import FitError, SizeRule, crop_box, fit_length, fit_size, pad_frames
-from sora_jax.data.media import SpanRule, save_png
+from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.sources import SourceConfig, make_source
-from sora_jax.data.sources.captions import Fields, number_labels, words
 from sora_jax.data.sources.opened import FileMedia, Held, Part, fingerprint
-from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene, split
+from sora_jax.data.sources.tables import Fields, annotations, number_labels
+from sora_jax.data.viewing.write import save_png
 from sora_jax.errors import UserError
+from sora_jax.worlds import HELD_OUT, WorldConfig, clip, scene, split
 
 lengths = st.integers(1, 300)
 factors = st.integers(1, 16)
@@ -189,16 +190,18 @@ def test_class_names_are_numbered_in_sorted_order(labels):
 
 def test_rows_say_captions_of_all_kinds():
     row = {"caption_b": " two\n words", "captions": {"c": "three", "original": "x"}, "caption": "one", "label": 3.0}
-    said = words(row | {"split": "test", "file": "x"})
+    said = annotations(row | {"split": "test", "file": "x"})
     assert list(said.captions.items()) == [("original", "one"), ("b", "two words"), ("c", "three")]
     assert (said.label, said.split) == (3, "test")
-    assert words({"captions": ["a", "", "c"]}).captions == {"original": "a", "3": "c"}
-    assert words({"captions": [("x", "a"), ("y", None)]}).captions == {"x": "a"}
-    assert words({"text": "t"}).captions == {"original": "t"}
-    assert words({"words": "w", "caption": "c", "no": "7"}, Fields("words", "no")) == words(
+    assert annotations({"captions": ["a", "", "c"]}).captions == {"original": "a", "3": "c"}
+    assert annotations({"captions": [("x", "a"), ("y", None)]}).captions == {"x": "a"}
+    assert annotations({"text": "t"}).captions == {"original": "t"}
+    assert annotations({"words": "w", "caption": "c", "no": "7"}, Fields("words", "no")) == annotations(
         {"caption": "w", "label": 7}
     )
-    assert [words({"label": label}).label for label in ("-1", -1, "", None, float("nan"), " 12 ")] == [None] * 5 + [12]
+    assert [annotations({"label": label}).label for label in ("-1", -1, "", None, float("nan"), " 12 ")] == [
+        None
+    ] * 5 + [12]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,7 @@ def test_rows_say_captions_of_all_kinds():
 )
 def test_rows_that_cannot_be_understood(row):
     with pytest.raises(ValueError):
-        words(row)
+        annotations(row)
 
 
 def test_a_part_of_a_file_is_a_file(tmp_path):

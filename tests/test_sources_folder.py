@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from sora_jax.data.media import SpanRule, save_png, write_video
+from sora_jax.data.reading.media import SpanRule
+from sora_jax.data.reading.tracks import MediaError
 from sora_jax.data.sources import SourceConfig, make_source
-from sora_jax.data.tracks import MediaError
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 
 

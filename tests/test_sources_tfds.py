@@ -13,11 +13,12 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from sora_jax.data.media import SpanRule, write_video
+from sora_jax.data.reading.media import SpanRule
+from sora_jax.data.reading.tracks import MediaError
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.data.sources.opened import FileMedia, Held
 from sora_jax.data.sources.tfds import dataset_name
-from sora_jax.data.tracks import MediaError
+from sora_jax.data.viewing.write import write_video
 from sora_jax.errors import UserError
 
 F = tfds.features

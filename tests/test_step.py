@@ -10,7 +10,7 @@ import pytest
 from fixtures_runs import TINY
 
 from sora_jax.config import load
-from sora_jax.data.packing import PackItem, pack, stack
+from sora_jax.data.packing.packs import PackItem, pack, stack
 from sora_jax.kinds import run_config
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract, shardings

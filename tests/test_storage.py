@@ -28,19 +28,20 @@ from test_sources_tfds import GreyDigits
 
 from sora_jax import cli, files
 from sora_jax.convert.tensors import read_tensors, write_tensors
-from sora_jax.data import shards
-from sora_jax.data.feed import FeedConfig
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import SpanRule, decode, save_png, write_video
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.parts import Kind, start
-from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.shards import FLOATS, RecordWriter, shard_name
-from sora_jax.data.share import Share
+from sora_jax.data.feeding.feed import FeedConfig
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.tokenizer import TokenizerConfig
+from sora_jax.data.feeding.tokenizer import train as train_tokenizer
+from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.reading.media import SpanRule, decode
+from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.sources import SourceConfig, make_source
-from sora_jax.data.tokenizer import TokenizerConfig
-from sora_jax.data.tokenizer import train as train_tokenizer
+from sora_jax.data.storing import shards
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
+from sora_jax.data.storing.parts import Kind, start
+from sora_jax.data.storing.shards import FLOATS, RecordWriter, shard_name
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.files import (
@@ -315,7 +316,7 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
     arguments = cache, tokenizer, PackingConfig(length=512, patch=(1, 2, 2)), 2, 0
     folder = as_path(f"{ROOT}/shares/captions")
     shares = [
-        packed_batches(*arguments, share=Share(k, 2), folder=folder, first=first)
+        packed_batches(*arguments, share=ShardSpec(k, 2), folder=folder, first=first)
         for k, first in ((0, False), (1, False), (0, True))  # two that read the same rows, of which one is the first
     ]
     for batches in shares:

@@ -16,7 +16,7 @@ import toy_denoiser
 from fixtures_runs import ROOT, chain, run, write_clips  # noqa: F401
 
 from sora_jax.config import OneOf, from_dict, to_dict
-from sora_jax.data.media import decode
+from sora_jax.data.reading.media import decode
 from sora_jax.errors import UserError
 from sora_jax.kinds import KINDS, kind_of, run_config
 from sora_jax.models.autoencoder import AutoencoderConfig
@@ -63,7 +63,7 @@ def toy_run(chain, tmp_path_factory):  # noqa: F811
     """The config file and the folder of a finished run of the toy denoiser."""
     folder = tmp_path_factory.mktemp("toy")
     lines = ["from toy_denoiser import ToyConfig", "from sora_jax.train.denoiser import DenoiserRun"]
-    lines += ["from sora_jax.data.packing import PackingConfig"]
+    lines += ["from sora_jax.data.packing.packs import PackingConfig"]
     packing = "packing=PackingConfig(length=48, slots=4)"
     config = write_config(folder / "toy.py", *lines, f"DenoiserRun(model=ToyConfig(), {packing})")
     with pytest.MonkeyPatch.context() as patch:

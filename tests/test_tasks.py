@@ -11,8 +11,9 @@ from fixtures_diffusion import quick_jit
 from fixtures_runs import chain, run, trained, with_random_weights  # noqa: F401
 
 from sora_jax.data.fit import fit_frames
-from sora_jax.data.media import decode, write_video
-from sora_jax.data.packing import EmptyItem, Layout, PackingConfig, pack_batch
+from sora_jax.data.packing.packs import EmptyItem, Layout, PackingConfig, pack_batch
+from sora_jax.data.reading.media import decode
+from sora_jax.data.viewing.write import write_video
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.diffusion.sampling import SamplingConfig, grid_times, sample

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.data.tokenizer import NULL, TokenizerConfig, train
+from sora_jax.data.feeding.tokenizer import NULL, TokenizerConfig, train
 from sora_jax.errors import UserError
 from sora_jax.models.text import TextConfig, encode_text, text_specs
 from sora_jax.nn.pack import drop_captions

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_jax.config import from_dict, to_dict
-from sora_jax.data.latents import LatentCache
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
 from sora_jax.models import tiling

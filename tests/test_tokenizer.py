@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_jax.data.tokenizer import NULL, PADDING, UNKNOWN, Tokenizer, TokenizerConfig, load, train
+from sora_jax.data.feeding.tokenizer import NULL, PADDING, UNKNOWN, Tokenizer, TokenizerConfig, load, train
 from sora_jax.errors import UserError
 
 CAPTIONS = [
@@ -151,7 +151,7 @@ def test_bytes_know_every_script():
 
 def test_training_is_the_same_in_every_process(words, tmp_path):
     code = (
-        "import sys; from sora_jax.data.tokenizer import TokenizerConfig, train; "
+        "import sys; from sora_jax.data.feeding.tokenizer import TokenizerConfig, train; "
         "train(sys.argv[2:], TokenizerConfig(vocab=200, max_tokens=32)).save(sys.argv[1])"
     )
     words.save(tmp_path / "here.json")

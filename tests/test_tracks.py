@@ -10,9 +10,9 @@ import pytest
 from fixtures_media import encode, flat
 from PIL import Image
 
-from sora_jax.data import videos
-from sora_jax.data.media import SpanRule, decode, sample_frames
-from sora_jax.data.tracks import MediaError, usual_period
+from sora_jax.data.reading import videos
+from sora_jax.data.reading.media import SpanRule, decode, sample_frames
+from sora_jax.data.reading.tracks import MediaError, usual_period
 
 
 def moving(count: int = 120, height: int = 48, width: int = 64) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from compare import assert_near
 
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.errors import UserError

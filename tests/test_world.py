@@ -8,7 +8,8 @@ import pytest
 
 from sora_jax.data.sources import SourceConfig
 from sora_jax.data.sources.world import WorldReader
-from sora_jax.data.world import (
+from sora_jax.errors import UserError
+from sora_jax.worlds import (
     FULL_WORLD,
     HELD_OUT,
     WorldConfig,
@@ -21,9 +22,8 @@ from sora_jax.data.world import (
     split,
     wanted,
 )
-from sora_jax.data.world.captions import COLOURS, LEVELS, MOTIONS, TONES
-from sora_jax.data.world.figures import FIGURES
-from sora_jax.errors import UserError
+from sora_jax.worlds.captions import COLOURS, LEVELS, MOTIONS, TONES
+from sora_jax.worlds.figures import FIGURES
 
 # Areas at unit diameter, by elementary geometry from the lengths in figures.py.
 AREAS = {

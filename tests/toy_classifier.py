@@ -7,11 +7,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sora_jax.data.epochs import Position
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.pipeline import packed_batches
-from sora_jax.data.tokenizer import NoText
+from sora_jax.data.feeding.epochs import Position
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.tokenizer import NoText
+from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel import distributed

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from make_character import BRIGHT, DARK, caption_of
 
-from sora_jax.data.manifest import Dataset, evenly_spread
-from sora_jax.data.manifest import caption_of as caption_of_row
-from sora_jax.data.media import save_png
-from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.data.storing.manifest import Dataset, evenly_spread
+from sora_jax.data.storing.manifest import caption_of as caption_of_row
+from sora_jax.data.viewing.sheets import contact_sheet, strip
+from sora_jax.data.viewing.write import save_png
 from sora_jax.generate.run import Run, load_run
 
 ACTIONS = ("slashing", "walking", "casting a spell", "shooting", "thrusting")

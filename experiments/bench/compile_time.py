@@ -19,7 +19,7 @@ from jax_dit import make_loss
 from model import first_state
 from timing import machine, report
 
-from sora_jax.data.packing import PackingConfig, PackItem, pack_batch
+from sora_jax.data.packing.packs import PackingConfig, PackItem, pack_batch
 from sora_jax.models.transformer import SIZES, TransformerConfig, denoiser_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract

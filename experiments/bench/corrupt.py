@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import timing
 
+from sora_jax.data.building.guard import Failure, guarded_map
 from sora_jax.data.fit import SizeRule
-from sora_jax.data.guard import Failure, guarded_map
-from sora_jax.data.media import DecodedClip, SpanRule, decode
-from sora_jax.data.tracks import MediaError
+from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
+from sora_jax.data.reading.tracks import MediaError
 
 SMALL = 450_000  # bytes
 FIT = SizeRule(2, 128 * 128)

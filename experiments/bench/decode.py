@@ -15,7 +15,7 @@ from pathlib import Path
 import timing
 
 from sora_jax.data.fit import SizeRule
-from sora_jax.data.media import decode
+from sora_jax.data.reading.media import decode
 
 FIT = SizeRule(16, 256 * 256)
 HEADER = ["frames of", "files", "frames", "bare loop, s", "decode, s", "decode, frames/s", "speed against bare"]
@@ -54,7 +54,7 @@ def measure(job: tuple[str, int]) -> tuple[str, int, float, float]:
 
 def usable(path: str) -> bool:
     """Whether both read the file, and in no longer than some seconds."""
-    from sora_jax.data.tracks import MediaError
+    from sora_jax.data.reading.tracks import MediaError
 
     try:
         return not decode(path, fit=FIT).flags

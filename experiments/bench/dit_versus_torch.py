@@ -77,7 +77,7 @@ def jax_side(folder: Path, remat: str, processor_time: bool) -> None:
     from jax_dit import make_runs
 
     from sora_jax.convert.dit import read_diffusers
-    from sora_jax.data.packing import PackingConfig, PackItem, pack_batch, patchify
+    from sora_jax.data.packing.packs import PackingConfig, PackItem, pack_batch, patchify
 
     network = read_diffusers(folder)
     config = dataclasses.replace(network.config, remat=remat, dtype="float32")

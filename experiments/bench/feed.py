@@ -21,13 +21,13 @@ from statistics import median
 import numpy as np
 from timing import in_turns, machine, middle_half, report, table
 
-from sora_jax.data.feed import FeedConfig
-from sora_jax.data.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.pipeline import PackedBatches, packed_batches
-from sora_jax.data.planning import plan
-from sora_jax.data.shards import open_reader
-from sora_jax.data.tokenizer import TokenizerConfig, train
+from sora_jax.data.feeding.feed import FeedConfig
+from sora_jax.data.feeding.pipeline import PackedBatches, packed_batches
+from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
+from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.packing.planning import plan
+from sora_jax.data.storing.latents import CacheInfo, LatentCache, add_latent, finish_cache, start_cache
+from sora_jax.data.storing.shards import open_reader
 
 CHANNELS, BATCH = 16, 8
 SMALL = PackingConfig(length=512, slots=16, text_length=2048, patch=(1, 2, 2))
@@ -122,9 +122,9 @@ start = time.perf_counter()
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from feed import batches_of
-from sora_jax.data.epochs import Position
-from sora_jax.data.feed import FeedConfig
-from sora_jax.data.latents import LatentCache
+from sora_jax.data.feeding.epochs import Position
+from sora_jax.data.feeding.feed import FeedConfig
+from sora_jax.data.storing.latents import LatentCache
 import grain
 cache, folder, step, position = json.loads(sys.argv[1])
 imported = time.perf_counter()

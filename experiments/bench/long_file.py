@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.data.fit import SizeRule
-from sora_jax.data.media import SpanRule, decode
+from sora_jax.data.reading.media import SpanRule, decode
 
 RATE, SEGMENT = 30, 600  # frames a second, frames that are encoded
 HEADER = ["file", "spans", "first span, s", "later spans, median s", "later spans, longest s", "peak memory, MiB"]

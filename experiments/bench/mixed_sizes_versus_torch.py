@@ -32,7 +32,7 @@ LAYOUTS = {"packed": "jax", "padded-eager": "torch", "padded-compiled": "torch",
 
 def make_images() -> list[list[dict]]:
     """The images of each update: clean latent x0 and noise eps (H, W, C), step, class."""
-    from sora_jax.data.planning import plan
+    from sora_jax.data.packing.planning import plan
 
     draws = np.random.default_rng(0)
     sides = 2 * draws.integers(4, LARGEST // 2 + 1, (400, 2))
@@ -133,7 +133,7 @@ def jax_side(folder: Path, remat: str, processor_time: bool) -> None:
     from jax_dit import make_runs
 
     from sora_jax.convert.dit import read_diffusers
-    from sora_jax.data.packing import PackingConfig, PackItem, pack_batch, patchify
+    from sora_jax.data.packing.packs import PackingConfig, PackItem, pack_batch, patchify
 
     network = read_diffusers(folder)
     config = dataclasses.replace(network.config, remat=remat, dtype="float32")

@@ -21,11 +21,10 @@ from model import first_state, place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
 from sora_jax.config import check, from_dict, load
-from sora_jax.data import tokenizer as tokenizers
-from sora_jax.data.latents import clip_id_of
-from sora_jax.data.packing import PackingConfig, PackItem, grid_of, pack, stack
-from sora_jax.data.planning import plan
-from sora_jax.data.world import WorldConfig, scene
+from sora_jax.data.feeding import tokenizer as tokenizers
+from sora_jax.data.packing.packs import PackingConfig, PackItem, grid_of, pack, stack
+from sora_jax.data.packing.planning import plan
+from sora_jax.data.storing.latents import clip_id_of
 from sora_jax.models.autoencoder import latent_grid
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import make_mesh, place_batch
@@ -33,6 +32,7 @@ from sora_jax.quickstart import QuickstartConfig
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_loss
 from sora_jax.train.state import MODEL, TrainState, make_optimizers
 from sora_jax.train.step import make_step
+from sora_jax.worlds import WorldConfig, scene
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
 WIDE = ((24, 24), (24, 36), (36, 24), (36, 36), (48, 48), (48, 84), (84, 48))

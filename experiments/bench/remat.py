@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from timing import in_turns, machine, middle_half, milliseconds, report
 
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.models.transformer import REMAT, TransformerConfig
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import make_mesh, place_batch

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.data.packing import grid_of
+from sora_jax.data.packing.packs import grid_of
 from sora_jax.generate.requests import Request
 from sora_jax.generate.run import Run, load_run
 from sora_jax.generate.sampler import sample_latents

@@ -23,7 +23,7 @@ from model import first_state, place, random_params
 from timing import in_turns, machine, middle_half, milliseconds, report
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.packing import PackingConfig, PackItem, pack, stack
+from sora_jax.data.packing.packs import PackingConfig, PackItem, pack, stack
 from sora_jax.models.transformer import TransformerConfig, denoise
 from sora_jax.nn.layers import compute_dtype
 from sora_jax.nn.pack import Pack

@@ -15,8 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.data.packing import PackingConfig
-from sora_jax.data.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.data.feeding.tokenizer import Tokenizer, TokenizerConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate import sampler
 from sora_jax.generate.requests import Request

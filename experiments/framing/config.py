@@ -12,7 +12,7 @@ The same with `square` for `native`; then experiments/framing/measure.py. Result
 import dataclasses
 
 from sora_jax.config import choose, from_dict, load, to_config_dict
-from sora_jax.data.prepare import BuildConfig
+from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 from sora_jax.quickstart import QuickstartConfig, default_config
 

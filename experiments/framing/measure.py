@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from config import world
 
 from sora_jax.data.fit import crop_box
-from sora_jax.data.media import save_png
-from sora_jax.data.oracle import agreement
-from sora_jax.data.oracle.backdrop import fit_plane
-from sora_jax.data.oracle.reading import find_colours, grey_levels
-from sora_jax.data.sheets import strip
-from sora_jax.data.world import HELD_OUT, clip, scene
+from sora_jax.data.viewing.sheets import strip
+from sora_jax.data.viewing.write import save_png
 from sora_jax.generate.run import load_run
+from sora_jax.worlds import HELD_OUT, clip, scene
+from sora_jax.worlds.oracle import agreement
+from sora_jax.worlds.oracle.backdrop import fit_plane
+from sora_jax.worlds.oracle.reading import find_colours, grey_levels
 
 FIRST = HELD_OUT + 1_000_000
 SHOWN = 6

@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 from sora_jax.config import check, from_dict, load
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene
-from sora_jax.data.world.captions import parse, write
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.evaluate.diversity import Diversity, diversity, mean_diversity, world_clips
 from sora_jax.evaluate.world import Score, score
 from sora_jax.generate.run import Run, load_run
 from sora_jax.quickstart import QuickstartConfig, default_config
+from sora_jax.worlds import HELD_OUT, WorldConfig, clip, scene
+from sora_jax.worlds.captions import parse, write
 
 FIRST = HELD_OUT + 1_000_000  # far behind the held-out clips of any dataset
 REAL = 64  # of the world's own clips that the diversity of a prompt is compared with

@@ -16,14 +16,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.oracle import read
-from sora_jax.data.world import HELD_OUT, clip, scene
-from sora_jax.data.world.captions import parse, write
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.evaluate.world import Score, score
 from sora_jax.generate.expand import expand_prompts
 from sora_jax.generate.run import load_run
 from sora_jax.quickstart import QuickstartConfig, default_config
+from sora_jax.worlds import HELD_OUT, clip, scene
+from sora_jax.worlds.captions import parse, write
+from sora_jax.worlds.oracle import read
 
 FIRST = HELD_OUT + 1_000_000
 FACTS = ("triple", "colour", "kind", "motion", "shape_constancy")

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, from_dict, load, to_dict
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.evaluate.world import held_out_prompts, score
 from sora_jax.files import write_json
 from sora_jax.generate.run import Run

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.data.manifest import Dataset
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.evaluate.world import score

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.manifest import Dataset, caption_of
-from sora_jax.data.media import save_png
-from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.data.storing.manifest import Dataset, caption_of
+from sora_jax.data.viewing.sheets import contact_sheet, strip
+from sora_jax.data.viewing.write import save_png
 from sora_jax.generate.run import load_run
 
 GAP = 12

@@ -16,8 +16,7 @@ import numpy as np
 from measure import fresh_clips, identity, seams, turned
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.oracle import read_frames
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.evaluate.seams import seam
 from sora_jax.generate.long import Windows
@@ -26,6 +25,7 @@ from sora_jax.generate.run import Run, load_run
 from sora_jax.generate.tasks import Tasks
 from sora_jax.parallel.settings import prepare_jax
 from sora_jax.quickstart import QuickstartConfig, default_config
+from sora_jax.worlds.oracle import read_frames
 
 
 def guided(sampling: SamplingConfig, scale: float, level: float = 1.0) -> SamplingConfig:

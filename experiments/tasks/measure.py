@@ -20,16 +20,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from score_fresh import fresh_clips
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.media import save_png
-from sora_jax.data.oracle import agreement, read_frames
-from sora_jax.data.sheets import strip
+from sora_jax.data.storing.manifest import Dataset
+from sora_jax.data.viewing.sheets import strip
+from sora_jax.data.viewing.write import save_png
 from sora_jax.evaluate.seams import Seam, closure, seam
 from sora_jax.generate.long import windows_of
 from sora_jax.generate.requests import Wanted, plan_requests
 from sora_jax.generate.run import Run, load_run
 from sora_jax.generate.tasks import Tasks, pad
 from sora_jax.quickstart import QuickstartConfig, default_config
+from sora_jax.worlds.oracle import agreement, read_frames
 
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SHOWN = 17  # frames of a strip

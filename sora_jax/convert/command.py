@@ -20,7 +20,7 @@ from sora_jax.convert.dit import (
     write_sit,
 )
 from sora_jax.convert.vae import read_vae, write_vae
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SolverConfig

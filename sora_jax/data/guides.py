@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import grey_dilation, grey_erosion, minimum_filter
 
+from sora_jax.data.draws import generator
 from sora_jax.data.fit import fit_frames
-from sora_jax.data.planning import generator
 
 KEY_FRAME, SKETCH = 1, 2  # kinds of the tokens of guides; those of a clip itself have 0
 EDGE = 24  # range of grey levels, in a channel, among the pixels around one, that makes it an edge

@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, read_json
-from sora_jax.data.manifest import Dataset, evenly_spread
-from sora_jax.data.media import save_png, write_video
-from sora_jax.data.sheets import contact_sheet, gallery, strip
+from sora_jax.data.storing.manifest import Dataset, evenly_spread
+from sora_jax.data.viewing.sheets import contact_sheet, gallery, strip
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 from sora_jax.evaluate.linear_bound import choose_clips, fit_bound, reconstruct
 from sora_jax.evaluate.metrics import (

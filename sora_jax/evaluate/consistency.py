@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sora_jax.data.oracle import Agreement, FrameReading, read, read_frames
-from sora_jax.data.oracle.agreement import agree
-from sora_jax.data.oracle.backdrop import around, fit_plane
-from sora_jax.data.oracle.reading import Sighting, find_colours, grey_levels
-from sora_jax.data.world.captions import LEVELS, Wanted, WantedShape, parse, write
 from sora_jax.evaluate.looks import Looks, looks
 from sora_jax.evaluate.world import triple
+from sora_jax.worlds.captions import LEVELS, Wanted, WantedShape, parse, write
+from sora_jax.worlds.oracle import Agreement, FrameReading, read, read_frames
+from sora_jax.worlds.oracle.agreement import agree
+from sora_jax.worlds.oracle.backdrop import around, fit_plane
+from sora_jax.worlds.oracle.reading import Sighting, find_colours, grey_levels
 
 FACTS = ("colour", "kind", "motion", "count", "background", "camera")
 COVERED = 0.8  # a shape of which a frame shows less than this share of what the first frame shows is covered in it

@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.manifest import Dataset, caption_of, evenly_spread
-from sora_jax.data.media import save_png
+from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
+from sora_jax.data.viewing.write import save_png
 from sora_jax.evaluate.consistency import Consistency, Measured, average, in_worlds_words, measure
 from sora_jax.evaluate.page import draw_page
 from sora_jax.files import as_path, write_json

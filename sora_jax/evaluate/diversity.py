@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.oracle import agree, read
-from sora_jax.data.oracle.kinds import unit_area
-from sora_jax.data.world import HELD_OUT, WorldConfig, clip, scene, wanted
-from sora_jax.data.world.captions import LEVELS, Wanted, parse, said
 from sora_jax.evaluate.world import triple
+from sora_jax.worlds import HELD_OUT, WorldConfig, clip, scene, wanted
+from sora_jax.worlds.captions import LEVELS, Wanted, parse, said
+from sora_jax.worlds.oracle import agree, read
+from sora_jax.worlds.oracle.kinds import unit_area
 
 FIRST = HELD_OUT + (1 << 32)  # far behind the held-out clips of any dataset
 TRIES = 2000  # scenes that are looked at for each clip that is wanted

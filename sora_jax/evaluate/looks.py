@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from sora_jax.data.oracle.backdrop import mean_light
+from sora_jax.worlds.oracle.backdrop import mean_light
 
 COLOUR_BINS = 8  # bins of each colour channel
 DIRECTION_BINS = 8  # bins of the direction of a gradient

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.data.viewing.sheets import contact_sheet, strip
 from sora_jax.evaluate.consistency import Consistency, Measured
 from sora_jax.evaluate.world import in_words
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sora_jax.data.manifest import Dataset, caption_of
-from sora_jax.data.oracle import Agreement, agreement, read, read_frames
+from sora_jax.data.storing.manifest import Dataset, caption_of
+from sora_jax.worlds.oracle import Agreement, agreement, read, read_frames
 
 MOST_SHAPES = 3  # that `in_words` names
 FACTS = ("colour", "kind", "motion", "count")

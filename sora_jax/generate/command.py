@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.media import write_chunks
-from sora_jax.data.packing import grid_of
-from sora_jax.data.sheets import grid
+from sora_jax.data.packing.packs import grid_of
+from sora_jax.data.viewing.sheets import grid
+from sora_jax.data.viewing.write import write_chunks
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.files import as_path

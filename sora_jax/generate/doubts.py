@@ -10,14 +10,14 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from sora_jax.config import check
-from sora_jax.data.packing import grid_of
-from sora_jax.data.seen import ClipSize, Seen, words_of
-from sora_jax.data.tokenizer import Reading
+from sora_jax.data.feeding.tokenizer import Reading
+from sora_jax.data.packing.packs import grid_of
 from sora_jax.errors import UserError
 from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Request, size_of
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.train.denoiser import DenoiserRun, Text
+from sora_jax.train.seen import ClipSize, Seen, words_of
 
 EACH = 4  # texts with the same trouble that are told one by one
 WORDS = 6  # words that are named

@@ -19,9 +19,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 
 from sora_jax.config import check
-from sora_jax.data.world.captions import COLOURS, DIRECTIONS, TONES, parse, write
 from sora_jax.errors import UserError
 from sora_jax.generate.prompts import spans_of
+from sora_jax.worlds.captions import COLOURS, DIRECTIONS, TONES, parse, write
 
 INSTRUCTION = (
     "Rewrite the user's prompt for a text-to-video model as one detailed caption of what is seen: subjects, their "

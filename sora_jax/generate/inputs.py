@@ -15,8 +15,8 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.data.fit import SizeRule
 from sora_jax.data.guides import draw_edges, trace_lines
-from sora_jax.data.media import DecodedClip, SpanRule, decode
-from sora_jax.data.tracks import MediaError
+from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
+from sora_jax.data.reading.tracks import MediaError
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.requests import Size, Task

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax.config import check, choose, override
-from sora_jax.data.media import check_ending
-from sora_jax.data.seen import read_seen
+from sora_jax.data.viewing.write import check_ending
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.errors import UserError
@@ -34,6 +33,7 @@ from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
 from sora_jax.train.frozen import autoencoder_config
+from sora_jax.train.seen import read_seen
 
 DEFAULT_SIZE = (17, 64, 64)
 SAMPLING_FLAGS = {  # option -> field of config.sampling

@@ -8,8 +8,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sora_jax.data.packing import EmptyItem, Layout, PackingConfig, add_guides, grid_of, layout_of, pack_batch, patchify
-from sora_jax.data.planning import plan
+from sora_jax.data.packing.packs import (
+    EmptyItem,
+    Layout,
+    PackingConfig,
+    add_guides,
+    grid_of,
+    layout_of,
+    pack_batch,
+    patchify,
+)
+from sora_jax.data.packing.planning import plan
 from sora_jax.diffusion.given import Given
 from sora_jax.generate.requests import Request, Size
 from sora_jax.nn.pack import Pack, per_slot

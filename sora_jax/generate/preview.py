@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.data.media import save_png, write_video
-from sora_jax.data.sheets import contact_sheet, strip
+from sora_jax.data.viewing.sheets import contact_sheet, strip
+from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import NotFinite
 from sora_jax.files import local_copy

@@ -15,7 +15,7 @@ from typing import Any
 
 from sora_jax import __version__
 from sora_jax.config import check, read_json
-from sora_jax.data.media import read_comment
+from sora_jax.data.viewing.write import read_comment
 from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.prompts import Row
 

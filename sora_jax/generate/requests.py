@@ -10,7 +10,7 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data.guides import Guides
-from sora_jax.data.packing import grid_of
+from sora_jax.data.packing.packs import grid_of
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.models.denoiser import has_trunk
 from sora_jax.models.first_stage import FirstStageConfig, latent_grid

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.packing import patchify, unpack, unstack
+from sora_jax.data.packing.packs import patchify, unpack, unstack
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.rolling import roll, rolling_levels, rolling_times

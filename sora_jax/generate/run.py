@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax.config import check, from_dict, read_json
-from sora_jax.data.seen import Seen, read_seen
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import NotFinite, UserError
 from sora_jax.files import as_path
@@ -29,6 +28,7 @@ from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts
 from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, missing_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
+from sora_jax.train.seen import Seen, read_seen
 from sora_jax.train.state import Group
 
 PART = 8  # latent frames, beside the first, that are decoded at a time

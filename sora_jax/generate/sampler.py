@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.packing import unpack, unstack
+from sora_jax.data.packing.packs import unpack, unstack
 from sora_jax.diffusion.flow_edit import flow_edit
 from sora_jax.diffusion.given import limit_times
 from sora_jax.diffusion.guidance import HistoryModels, TokenLayout, guided, guided_by_history

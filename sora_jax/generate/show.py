@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.media import write_video
+from sora_jax.data.viewing.write import write_video
 from sora_jax.errors import UserError
 from sora_jax.generate.preview import scale_of
 

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sora_jax.config import check, read_json, to_dict, value_at
-from sora_jax.data.crops import crop_batches, sizes_and_clips
-from sora_jax.data.manifest import Dataset, evenly_spread
-from sora_jax.data.share import Share
+from sora_jax.data.feeding.crops import crop_batches, sizes_and_clips
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.manifest import Dataset, evenly_spread
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, encoder_part, latent_fields
 from sora_jax.models.lpips import read_lpips
@@ -58,7 +58,7 @@ class AutoencoderInputs(Inputs):
 
     dataset: Dataset
     held_out: list[np.ndarray]
-    share: Share
+    share: ShardSpec
     first: FrozenAutoencoder | None = None
 
 

@@ -8,10 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from sora_jax.config import check
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.seen import Seen, look, read_seen, save_seen
-from sora_jax.data.share import Share
-from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.data.feeding.tokenizer import Tokenizer
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
@@ -27,6 +26,7 @@ from sora_jax.train.fastest_attention import keep_attention, with_fastest_attent
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint, saved_steps
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import Job, log
+from sora_jax.train.seen import Seen, look, read_seen, save_seen
 from sora_jax.train.state import MODEL
 
 
@@ -45,7 +45,7 @@ class DenoiserInputs(Inputs):
     tokenizer: Text
     computed: DenoiserRun
     mesh: Mesh
-    share: Share
+    share: ShardSpec
 
 
 def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInputs:

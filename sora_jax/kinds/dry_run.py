@@ -10,7 +10,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from sora_jax.config import to_dict
-from sora_jax.data.feed import FeedConfig
+from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.kinds import kind_of
 from sora_jax.kinds.begin import begin
 from sora_jax.kinds.run import check_data, check_schedules, check_workdir

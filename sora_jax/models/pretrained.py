@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.latents import TextInfo
-from sora_jax.data.tokenizer import NULL, UNKNOWN, Reading
+from sora_jax.data.feeding.tokenizer import NULL, UNKNOWN, Reading
+from sora_jax.data.storing.latents import TextInfo
 from sora_jax.errors import UserError
 
 CLASSES = {

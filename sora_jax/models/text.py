@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sora_jax.config import check
-from sora_jax.data.tokenizer import NULL
+from sora_jax.data.feeding.tokenizer import NULL
 from sora_jax.nn.attention import Place, Places, attention
 from sora_jax.nn.layers import (
     dense,

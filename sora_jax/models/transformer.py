@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.data.packing import token_counts
+from sora_jax.data.packing.packs import token_counts
 from sora_jax.errors import UserError
 from sora_jax.models.conditioning import (
     MODULATED,

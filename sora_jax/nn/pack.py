@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sora_jax.data.tokenizer import NULL
+from sora_jax.data.feeding.tokenizer import NULL
 
 
 @struct.dataclass

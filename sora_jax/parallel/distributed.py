@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.config import check
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import LostPeer, Unreachable, UserError
 from sora_jax.parallel.rules import partition, parts
 from sora_jax.shapes import PyTree
@@ -122,7 +122,7 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
-def share_of_batch(mesh: Mesh) -> Share:
+def share_of_batch(mesh: Mesh) -> ShardSpec:
     """Return the share of this process in the rows of a batch.
 
     Processes between which only parameters or the sequence are split read the same rows.
@@ -135,7 +135,7 @@ def share_of_batch(mesh: Mesh) -> Share:
     rows = sorted({index[0].start or 0 for index in placed.values() if index})
     even = rows == list(range(rows[0], rows[0] + len(rows))) and count % len(rows) == rows[0] % len(rows) == 0
     check(even, f"the mesh gives process {jax.process_index()} parts {rows} of a batch; they must follow each other")
-    return Share(rows[0] // len(rows), count // len(rows))
+    return ShardSpec(rows[0] // len(rows), count // len(rows))
 
 
 def barrier(name: str) -> None:

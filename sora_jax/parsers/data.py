@@ -116,7 +116,7 @@ def _build(verbs) -> None:
 
 def build_defaults() -> dict:
     """Return the default of each option of `data build`: that of the config field which it sets."""
-    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.building.prepare import BuildConfig
     from sora_jax.data.sources import SourceConfig
 
     source = {flag: getattr(SourceConfig, field) for flag, field in SOURCE_FLAGS.items()}
@@ -125,14 +125,14 @@ def build_defaults() -> dict:
 
 def build(options) -> None:
     """Build a dataset folder and print its summary."""
-    from sora_jax.data.build import build
-    from sora_jax.data.inspect import inspect
+    from sora_jax.data.building.build import build
+    from sora_jax.data.building.inspect import inspect
 
     config = build_config(options)
     if options.beam is None:
         dataset = build(config)
     else:
-        from sora_jax.data.beam import build_with_beam
+        from sora_jax.data.building.beam import build_with_beam
 
         dataset = build_with_beam(config, options.beam)
     if dataset is None:
@@ -148,7 +148,7 @@ def build_config(options):
     import dataclasses
 
     from sora_jax.config import check, from_dict, load
-    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.building.prepare import BuildConfig
 
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig) if hasattr(options, f.name)}
     if options.config is None:
@@ -166,9 +166,9 @@ def source_config(options):
     import dataclasses
 
     from sora_jax.config import choose
-    from sora_jax.data.prepare import BuildConfig
+    from sora_jax.data.building.prepare import BuildConfig
     from sora_jax.data.sources import SourceConfig
-    from sora_jax.data.world import FULL_WORLD, WorldConfig
+    from sora_jax.worlds import FULL_WORLD, WorldConfig
 
     values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
     if values.get("name") == "world":
@@ -183,8 +183,8 @@ def source_config(options):
 def encode(options) -> None:
     """Encode a dataset folder into a latent cache."""
     from sora_jax.data.guides import GuideCounts
-    from sora_jax.data.latents import LatentCache
-    from sora_jax.data.share import Share
+    from sora_jax.data.shard_spec import ShardSpec
+    from sora_jax.data.storing.latents import LatentCache
     from sora_jax.models.pretrained import PretrainedText
     from sora_jax.models.tiling import TilingConfig
     from sora_jax.parallel.settings import prepare_jax
@@ -192,7 +192,7 @@ def encode(options) -> None:
 
     prepare_jax()
     text = PretrainedText(options.text_encoder, options.text_tokens) if options.text_encoder else None
-    share = Share.parse(options.shard)
+    share = ShardSpec.parse(options.shard)
     choose_tile = options.tile == "auto"
     tiles = TilingConfig.parse("" if choose_tile else options.tile, options.tile_overlap)
     folders = options.autoencoder, options.data, options.out
@@ -207,7 +207,7 @@ def encode(options) -> None:
 
 def caption(options) -> None:
     """Caption the clips of a folder and print what came of it."""
-    from sora_jax.data.recaption import caption_folder
+    from sora_jax.data.building.recaption import caption_folder
 
     written, refused = caption_folder(options.path, options.how, options.out, options.kind)
     print(f"{written} clips captioned in {options.out}, {refused} not readable")
@@ -215,7 +215,7 @@ def caption(options) -> None:
 
 def inspect(options) -> None:
     """Print the summary of a dataset folder."""
-    from sora_jax.data.inspect import inspect
+    from sora_jax.data.building.inspect import inspect
 
     found = inspect(options.folder, options.pack_length, slots=options.slots)
     print(f"{found.text}\ncontact sheet    {found.sheet}\nhistogram        {found.histogram}")

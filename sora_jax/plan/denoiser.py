@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.data.packing import PackItem, pack_batch
+from sora_jax.data.packing.packs import PackItem, pack_batch
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig, sample
 from sora_jax.diffusion.solvers import Problem

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec
 
-from sora_jax.data.packing import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.models.denoiser import DenoiserConfig, denoiser_specs
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs
 from sora_jax.nn.params import ParamSpec

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.data.crops import CropConfig, crop_batches, sizes_and_clips
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.share import Share
+from sora_jax.data.feeding.crops import CropConfig, crop_batches, sizes_and_clips
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.diffusion.keys import Purpose, step_key
 from sora_jax.errors import NotFinite, UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, start_from_linear
@@ -306,7 +306,7 @@ def autoencoder_job(
     config: AutoencoderRun,
     dataset: Dataset,
     preview: Preview | None = None,
-    share: Share = Share(),
+    share: ShardSpec = ShardSpec(),
     first: dict | None = None,
 ) -> Job:
     """Make the job that trains an autoencoder on a dataset folder.

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, read_json
-from sora_jax.data import tokenizer as tokenizers
-from sora_jax.data.captions import captions_in_order, parse_mix
-from sora_jax.data.epochs import Position
-from sora_jax.data.latents import LatentCache
-from sora_jax.data.packing import PackingConfig, token_counts
-from sora_jax.data.pipeline import PackingShares, packed_batches
-from sora_jax.data.share import Share
-from sora_jax.data.tokenizer import NoText, Tokenizer, TokenizerConfig
+from sora_jax.data.feeding import tokenizer as tokenizers
+from sora_jax.data.feeding.epochs import Position
+from sora_jax.data.feeding.pipeline import PackingShares, packed_batches
+from sora_jax.data.feeding.texts import captions_in_order, parse_mix
+from sora_jax.data.feeding.tokenizer import NoText, Tokenizer, TokenizerConfig
+from sora_jax.data.packing.packs import PackingConfig, token_counts
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
@@ -223,7 +223,7 @@ def denoiser_job(
     text: Text,
     preview: Preview | None = None,
     folder: Path | None = None,
-    share: Share = Share(),
+    share: ShardSpec = ShardSpec(),
 ) -> Job:
     """Make the job that trains a denoiser on a latent cache.
 

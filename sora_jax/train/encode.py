@@ -13,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
-from sora_jax.data.captions import CaptionCounts
-from sora_jax.data.clips import Clip, clip_id_of
+from sora_jax.data.feeding.texts import CaptionCounts
 from sora_jax.data.guides import GuideCounts, guide_frames, guide_pictures
-from sora_jax.data.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
-from sora_jax.data.manifest import Dataset
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.clips import Clip, clip_id_of
+from sora_jax.data.storing.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.files import as_path, local_copy, replacing
 from sora_jax.models.codes import digit_weights
 from sora_jax.models.first_stage import block_of, codes_of, latent_grid
@@ -46,7 +46,7 @@ class EncodeOptions:
 
     batch: int = 16  # clips (or tiles) encoded at once; the devices share them
     shapes: int = 4  # programs compiled at most, for clips of all sizes
-    share: Share = Share()  # of the shards, where several processes share the work
+    share: ShardSpec = ShardSpec()  # of the shards, where several processes share the work
     text: PretrainedText | None = None  # encoder that embeds the captions, too
     clips_per_shard: int = CLIPS_PER_SHARD
     tiles: TilingConfig = TilingConfig()  # larger clips are encoded in tiles

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sora_jax.config import check
-from sora_jax.data.share import Share
+from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import Stopped
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh, place_batch
@@ -89,7 +89,7 @@ class Job:
     clip_ids: Callable[[dict], list]
     preview: Preview | None = None
     note: str = ""
-    share: Share = Share()
+    share: ShardSpec = ShardSpec()
     frozen: Any = ()
     micro_batches: bool = True
     start: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None

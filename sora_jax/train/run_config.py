@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from sora_jax.config import check
-from sora_jax.data.feed import FeedConfig
+from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.train.adapt import InitConfig
 from sora_jax.train.loop import LoopConfig

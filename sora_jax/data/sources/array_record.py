@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from sora_jax.data.media import DecodedClip, FitClip, SpanRule
-from sora_jax.data.shards import open_reader
-from sora_jax.data.sources.captions import READERS, Fields, number_labels, table_rows
+from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
+from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry, Reader
 from sora_jax.data.sources.opened import FileMedia, FramesMedia
-from sora_jax.data.tracks import MediaError, reason
+from sora_jax.data.sources.tables import READERS, Fields, number_labels, table_rows
+from sora_jax.data.storing.shards import open_reader
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, names_below, size_and_time
 
@@ -76,7 +76,7 @@ class DatasetMedia:
 
 @lru_cache(maxsize=8)
 def _dataset(path: Path, process: int):
-    from sora_jax.data.manifest import Dataset
+    from sora_jax.data.storing.manifest import Dataset
 
     return Dataset(path)
 

@@ -4,8 +4,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from sora_jax.data.world import WorldConfig
 from sora_jax.errors import UserError
+from sora_jax.worlds import WorldConfig
 
 KINDS = ("folder", "webdataset", "array_record", "world")
 LABELS = ("caption", "class", "both")

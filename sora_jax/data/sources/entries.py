@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Protocol
 
-from sora_jax.data.media import DecodedClip, FitClip, SpanRule
+from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,20 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sora_jax.data.sources.captions import (
+from sora_jax.data.reading.tracks import reason
+from sora_jax.data.sources.config import SourceConfig
+from sora_jax.data.sources.entries import Entry, escapes
+from sora_jax.data.sources.opened import FileMedia, ZipMember, archive
+from sora_jax.data.sources.tables import (
     ORIGINAL,
+    Annotations,
     Fields,
-    Words,
     clean,
     file_rows,
     is_file_table,
     number_labels,
     original_first,
 )
-from sora_jax.data.sources.config import SourceConfig
-from sora_jax.data.sources.entries import Entry, escapes
-from sora_jax.data.sources.opened import FileMedia, ZipMember, archive
-from sora_jax.data.tracks import reason
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, is_remote, read_together, remote_files, size_and_time
 
@@ -84,7 +84,7 @@ class FolderReader:
         listing = repr((self._entries, [place.size for place in self._found], self.refused))
         return hashlib.blake2b(listing.encode(errors="replace"), digest_size=16).hexdigest()
 
-    def _list(self, found: list[tuple[Place, Words]]) -> None:
+    def _list(self, found: list[tuple[Place, Annotations]]) -> None:
         self._found = [place for place, _ in found]
         labels = number_labels(said.label for _, said in found)
         self._entries = [
@@ -115,7 +115,7 @@ class FolderReader:
             elif not member.is_dir() and not _beside_clips(member.filename):
                 yield Place(name, member.filename, member.file_size)
 
-    def _said(self, place: Place, captions: "FolderCaptions") -> Words | None:
+    def _said(self, place: Place, captions: "FolderCaptions") -> Annotations | None:
         try:
             place.name.encode()
             return captions.find(place)
@@ -184,18 +184,18 @@ class FolderCaptions:
         for table in _tables(root, names):
             for name, said in file_rows(root / table, fields).items():
                 name = str(PurePosixPath(table).parent / name)
-                self._rows[name] = _over(self._rows.get(name, Words()), said)
+                self._rows[name] = _over(self._rows.get(name, Annotations()), said)
                 self._tables[name] = table
         self._texts = _texts(names, clips)
         texts = [name for named in self._texts.values() for _, name in named]
         # One after the other, a million texts would take a night.
         self._read_before = read_together(root, [name for name in texts if sizes.get(name, math.inf) <= MAX_TEXT_BYTES])
 
-    def find(self, place: Place) -> Words:
+    def find(self, place: Place) -> Annotations:
         """What is said of a clip. Raises ValueError or OSError where its text file cannot be read."""
         listed = str(PurePosixPath(place.file).parent / place.member) if place.member else place.file
         self._tables.pop(listed, None)
-        said = self._rows.get(listed, Words())
+        said = self._rows.get(listed, Annotations())
         if place.member:
             return said
         texts = {kind: self._read(name) for kind, name in self._texts.get(_stem(place.file), [])}
@@ -223,9 +223,9 @@ def _tables(root: Path, names: list[str]) -> list[str]:
     return sorted(tables, key=lambda name: (name.count("/"), name))
 
 
-def _over(below: Words, above: Words) -> Words:
+def _over(below: Annotations, above: Annotations) -> Annotations:
     label = below.label if above.label is None else above.label
-    return Words(original_first({**below.captions, **above.captions}), label, above.split or below.split)
+    return Annotations(original_first({**below.captions, **above.captions}), label, above.split or below.split)
 
 
 def _texts(names: list[str], clips: list[str]) -> dict[str, list[tuple[str, str]]]:

@@ -12,9 +12,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from sora_jax.data.fit import FitError
-from sora_jax.data.media import DecodedClip, FitClip, SpanRule, decode, sample_frames
+from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule, decode, sample_frames
+from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources.entries import Media
-from sora_jax.data.tracks import MediaError, reason
 from sora_jax.errors import UserError
 from sora_jax.files import local_copy, size_and_time
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sora_jax.data.media import DecodedClip, FitClip, SpanRule
-from sora_jax.data.sources.captions import Fields, Words, words
+from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
+from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FileMedia, FramesMedia, Held
+from sora_jax.data.sources.tables import Annotations, Fields, annotations
 from sora_jax.data.sources.tfds_video import linked, needs_links, prepared_folder
-from sora_jax.data.tracks import MediaError, reason
 from sora_jax.errors import UserError
 
 VIDEO_NAMES = ("video", "clip", "mp4")
@@ -65,9 +65,9 @@ class TfdsReader:
         shown = f"{self._key.name}/{name}/{place}"
         try:
             row = _parse(opened, self._plan.said, split, place)
-            said = words(_as_text(row), self._fields)
+            said = annotations(_as_text(row), self._fields)
         except (MediaError, ValueError):  # a damaged record says so when it is opened; a text not in UTF-8 is none
-            said = Words()
+            said = Annotations()
         return Entry(shown, said.captions, *_class(opened.features, self._plan.label, said.label), name.split("[")[0])
 
     def open(self, index: int) -> "TfdsMedia":

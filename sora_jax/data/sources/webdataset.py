@@ -14,11 +14,19 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from sora_jax.data.sources.captions import ORIGINAL, Fields, Words, clean, number_labels, original_first, words
+from sora_jax.data.reading.tracks import reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry, escapes
 from sora_jax.data.sources.opened import FileMedia, Part, archive_copy
-from sora_jax.data.tracks import reason
+from sora_jax.data.sources.tables import (
+    ORIGINAL,
+    Annotations,
+    Fields,
+    annotations,
+    clean,
+    number_labels,
+    original_first,
+)
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, matching, names_below, size_and_time
 
@@ -81,7 +89,7 @@ class TarReader:
         listing = repr((self._entries, [member for _, member in self._places], self.refused))
         return hashlib.blake2b(listing.encode(errors="replace"), digest_size=16).hexdigest()
 
-    def _samples(self, shard: str) -> Iterator[Words]:
+    def _samples(self, shard: str) -> Iterator[Annotations]:
         """What is said of each usable sample; fills `_places` and `refused` on the way."""
         path = self._root / shard
         if shard.lower().endswith(COMPRESSED):
@@ -114,25 +122,25 @@ class TarReader:
             raise ValueError(f"several media: {', '.join(members)}; media_field says which to take")
         return found[0]
 
-    def _said(self, path: Path, members: dict[str, Member]) -> Words:
+    def _said(self, path: Path, members: dict[str, Member]) -> Annotations:
         try:
             return _read_words(path, members, self._fields)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"name or caption: {reason(error)}") from error
 
 
-def _read_words(path: Path, members: dict[str, Member], fields: Fields) -> Words:
+def _read_words(path: Path, members: dict[str, Member], fields: Fields) -> Annotations:
     next(iter(members.values())).name.encode()
     row = json.loads(_read_text(path, members["json"])) if "json" in members else {}
     if not isinstance(row, dict):
         raise ValueError("the .json member is not an object")
-    said = words(row, fields)
+    said = annotations(row, fields)
     texts = {ending[:-4]: member for ending, member in members.items() if ending.endswith(".txt")}
     texts |= {ORIGINAL: members["txt"]} if "txt" in members else {}
     captions = said.captions | {kind: clean(_read_text(path, member)) for kind, member in texts.items()}
     captions = original_first({kind: text for kind, text in captions.items() if text})
     if "cls" in members:
-        said = replace(said, label=words({"label": _read_text(path, members["cls"])}).label)
+        said = replace(said, label=annotations({"label": _read_text(path, members["cls"])}).label)
     return replace(said, captions=captions)
 
 

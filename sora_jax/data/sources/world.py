@@ -3,8 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
-from sora_jax.data import world
-from sora_jax.data.media import DecodedClip, FitClip, SpanRule
+from sora_jax import worlds as world
+from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FramesMedia

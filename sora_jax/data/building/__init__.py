@@ -1,0 +1,1 @@
+"""Build a dataset from the entries of sources."""

@@ -1,0 +1,91 @@
+"""Caption the clips of a folder anew, as DALL-E 3 and Sora do before training, and write the captions as a table.
+
+A hook looks at a clip and says what is seen: `world`, the oracle of the embedded world, or `transformers:MODEL`, an
+image-to-text model of `transformers` (extra `[text]`), which sees the frame in the middle.
+"""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sora_jax.data.reading.media import SpanRule
+from sora_jax.data.reading.tracks import MediaError
+from sora_jax.data.sources import SourceConfig, make_source
+from sora_jax.errors import UserError
+from sora_jax.files import as_path, replacing
+from sora_jax.worlds.captions import Wanted, WantedShape, write
+from sora_jax.worlds.oracle import read
+
+MAX_FRAMES = 33  # that a hook sees, from the middle of a clip
+Describe = Callable[[np.ndarray], str]
+
+
+def caption_folder(path: str | Path, how: str, out: str | Path, kind: str = "synthetic") -> tuple[int, int]:
+    """Write a table of the clips of a folder with a caption of each; return the numbers captioned and not readable.
+
+    The table has the columns `file`, `caption_KIND` and, where the folder's clips have them, their other captions and
+    their split: as `captions.csv` in that folder it serves `data build`.
+
+    Raises:
+        UserError: there is no such hook, or the table exists.
+    """
+    out = as_path(out)
+    if out.exists():
+        raise UserError(f"--out is {str(out)!r}; it exists, give another name")
+    describe, source = _hook(how), make_source(SourceConfig("folder", path=str(path)))
+    rows: list[dict[str, str]] = []
+    refused = 0
+    for place in tqdm(range(len(source)), "caption", unit="clip"):
+        entry = source.entry(place)
+        try:
+            decoded = source.open(place).decode(SpanRule(max_frames=MAX_FRAMES, place=0.5), None)
+        except MediaError:
+            decoded = None
+        if decoded is None:
+            refused += 1
+            continue
+        told = {f"caption_{name}": text for name, text in entry.captions.items()}
+        split = {"split": entry.split} if entry.split else {}
+        rows.append({"file": entry.file, **split, **told, f"caption_{kind}": describe(decoded.frames)})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with replacing(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names or ["file"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return len(rows), refused
+
+
+def describe_world(frames: np.ndarray) -> str:
+    """Describe a clip of the embedded world, uint8 (T, H, W, 3), as its captions do; "" where no shape is seen."""
+    found = read(frames)
+    shapes = tuple(WantedShape(s.colour, s.kind, None, s.motion, s.direction) for s in found.shapes)
+    return write(Wanted(shapes, found.style, found.tone, found.camera), "sentence") if shapes else ""
+
+
+def _hook(how: str) -> Describe:
+    if how == "world":
+        return describe_world
+    if not how.startswith("transformers:"):
+        raise UserError(f"--how is {how!r}; it must be world or transformers:MODEL")
+    try:
+        from transformers import pipeline
+    except ImportError as error:
+        raise UserError(f"--how is {how!r}; it needs pip install 'sora_jax[text]'") from error
+    from PIL import Image
+
+    try:
+        look = pipeline("image-text-to-text", model=how.removeprefix("transformers:"))
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--how is {how!r}; the model cannot be loaded: {error}") from error
+
+    def describe(frames: np.ndarray) -> str:
+        image = Image.fromarray(frames[len(frames) // 2])
+        try:
+            return str(look(image, text="", return_full_text=False)[0]["generated_text"]).strip()
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"--how is {how!r}; the model does not describe an image: {error}") from error
+
+    return describe

@@ -1,0 +1,1 @@
+"""Feed: from packs to batches, through Grain."""

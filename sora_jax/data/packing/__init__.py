@@ -1,0 +1,1 @@
+"""Pack: from lengths to packs."""

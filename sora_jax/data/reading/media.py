@@ -1,0 +1,203 @@
+"""Decode any video or picture into uint8 frames; write clips for people.
+
+A clip is looked at on an even grid of moments, so variable and absurd frame rates come out regular; it ends
+where the decoder reports damage. A frame is held in full size only until it has been scaled.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from sora_jax.data.fit import FitError
+from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
+from sora_jax.data.reading.pictures import fitted, open_picture
+from sora_jax.data.reading.tracks import File, Fit, MediaError, Track, reason, usual_period
+from sora_jax.data.reading.videos import open_video
+from sora_jax.errors import UserError
+
+MAX_CLIP_BYTES = 2**32
+MAX_CLIP_FRAMES = 2**22
+REPEATS = 1.5  # times the file's own rate: above, many frames are shown twice
+
+# Upright (height, width) of a clip and its number of frames -> the (height, width) wanted.
+FitClip = Callable[[int, int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SpanRule:
+    """Which part of a file becomes its clip `number` (of at most `count`), and at what rate.
+
+    The file is cut into as many equal stretches as spans of `max_frames` fit into it, at most `count`, at least
+    one (max_frames=None: the whole file is the one span); span `number` lies in its stretch from the start
+    (place=0) to the end (place=1). `fps` resamples to that rate by holding or leaving out frames, `max_fps` only
+    slows faster files down; without them a file keeps its most usual rate. cuts: keep only the longest run of
+    frames without a scene cut.
+    """
+
+    max_frames: int | None = None
+    fps: float | None = None
+    max_fps: float | None = None
+    place: float = 0.0
+    number: int = 0
+    count: int = 1
+    cuts: bool = False
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """Frames uint8 (T, H, W, 3), frames a second (1.0 for a picture), the first one's seconds in the file.
+
+    flags: what a reader should know, "partial: ..." of a file used up to its damage.
+    """
+
+    frames: np.ndarray
+    fps: float
+    start: float = 0.0
+    flags: tuple[str, ...] = ()
+
+
+def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
+    """Decode a part of a video or a picture (one frame; animated GIF, WebP, PNG: several); None: no such span.
+
+    Frames are upright (rotation tags, EXIF), with square pixels, 8 bits, transparency over white. `fit` maps the
+    upright (height, width) and the number of frames to the size wanted: a frame is scaled to cover it and the rest
+    cropped evenly.
+
+    Raises MediaError for anything that gives no frame.
+    """
+    try:
+        with open_track(file) as track:
+            return sample(track, rule, fit)
+    except (MediaError, UserError):
+        raise
+    except FitError as error:
+        raise MediaError(str(error)) from error
+    except Exception as error:  # decoders raise whatever they like: UnicodeDecodeError, EOFError, ...
+        raise MediaError(f"unreadable: {reason(error)}") from error
+
+
+def sample_frames(
+    frames: np.ndarray, fps: float, rule: SpanRule = SpanRule(), fit: FitClip | None = None
+) -> DecodedClip | None:
+    """`decode` for frames in memory, uint8 (T, H, W, 3) at `fps` frames a second."""
+
+    def draw(k: int, fit: Fit | None) -> np.ndarray:
+        return fitted(Image.fromarray(frames[k]), frames.shape[1:3], fit)
+
+    times = np.arange(len(frames)) / fps
+    draws = [(time, partial(draw, k)) for k, time in enumerate(times)]
+    return sample(Track(times, len(frames) / fps, lambda start: iter(draws)), rule, fit)
+
+
+@contextmanager
+def open_track(file: File) -> Iterator[Track]:
+    """Pillow for what it knows by content, PyAV for the rest."""
+    with ExitStack() as stack:
+        try:
+            track = stack.enter_context(open_picture(file))
+        except UnidentifiedImageError:
+            track = stack.enter_context(open_video(file))
+        yield track
+
+
+def sample(track: Track, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
+    """`decode` for an open track."""
+    period = usual_period(track.times, track.end)
+    if len(track.times) == 1:
+        rule = replace(rule, fps=None)  # a picture stays a picture
+    rate = float(rule.fps or min(1 / period, rule.max_fps or np.inf))
+    grid = _grid(track, rate, rule)
+    if grid is None:
+        return None
+    slack = 0.49 * period
+    grid, flags = _without_cuts(track, grid, slack) if rule.cuts and len(grid) > 1 else (grid, ())
+    frames, damage = _drawn(track, grid, slack, fit and (lambda height, width: fit(height, width, len(grid))))
+    if rule.fps and len(grid) > 1 and rule.fps * period > REPEATS:
+        flags += (f"repeated: {1 / period:.3g} frames a second are shown at {rule.fps:g}",)
+    if damage:
+        flags += (f"partial: damaged: {damage}, after {len(frames)} of {len(grid)} frames",)
+    return DecodedClip(np.stack(frames), round(rate, 3), round(float(grid[0] - track.times[0]), 6), flags)
+
+
+def _grid(track: Track, rate: float, rule: SpanRule) -> np.ndarray | None:
+    """The moments at which span `rule.number` is looked at, in seconds; None: the file has no such span."""
+    total = max(1, int((track.end - track.times[0]) * rate + 0.5))
+    spans = max(1, min(rule.count, total // (rule.max_frames or total)))
+    if rule.number >= spans:
+        return None
+    low, high = rule.number * total // spans, (rule.number + 1) * total // spans
+    length = min(high - low, rule.max_frames or total)
+    if length > MAX_CLIP_FRAMES:
+        raise MediaError(f"too large: {length} frames at once")
+    return track.times[0] + (low + round(rule.place * (high - low - length)) + np.arange(length)) / rate
+
+
+def _without_cuts(track: Track, grid: np.ndarray, slack: float) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The longest part of the grid without a scene cut, and the flag that says so."""
+    moments = cut_moments(_small_frames(track, grid, slack))
+    inner = [moment for moment in moments if grid[0] + slack < moment <= grid[-1] + slack]
+    if not inner:
+        return grid, ()
+    part = longest_run(grid, inner, slack)
+    seconds = ", ".join(f"{moment - track.times[0]:.2f}" for moment in inner[:5]) + ", ..." * (len(inner) > 5)
+    return grid[part], (f"cut: at {seconds} s, {part.stop - part.start} of {len(grid)} frames are kept",)
+
+
+def _small_frames(track: Track, grid: np.ndarray, slack: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of the file within the grid, small, up to the first damage."""
+    try:
+        for time, draw in track.frames(grid[0]):
+            if time > grid[-1] + slack:
+                return
+            if _next_time(track, time + slack) > grid[0] - slack:
+                yield time, draw(small_size)
+    except Exception:
+        return
+
+
+def _drawn(track: Track, grid: np.ndarray, slack: float, fit: Fit | None) -> tuple[list[np.ndarray], str]:
+    """The frames at the grid's moments up to the first damage, and what that was; at least one."""
+    frames, damage = [], ""
+    try:
+        for frame in _hold(track, grid, slack, lambda draw: draw(fit)):
+            if frame.nbytes * len(grid) > MAX_CLIP_BYTES:
+                raise MediaError(f"too large: {len(grid)} frames of {frame.shape[:2]} at once")
+            frames.append(frame)
+    except (MediaError, FitError):
+        raise
+    except Exception as error:
+        damage = reason(error)
+    if not frames:
+        raise MediaError(f"damaged: {damage}" if damage else "no frames: none of the file's frames decodes")
+    return frames, damage
+
+
+def _hold(track: Track, grid: np.ndarray, slack: float, render: Callable) -> Iterator[np.ndarray]:
+    """For each moment the frame shown then, drawn once; the last one is held as long as the file says."""
+    k, shown, until, failure = 0, None, -np.inf, None
+    frames = track.frames(grid[0])
+    while k < len(grid):
+        try:
+            time, draw = next(frames, (None, None))
+        except Exception as error:
+            time, failure = None, error
+        ended = until if time is None else time
+        frame = None
+        while shown is not None and k < len(grid) and grid[k] < ended - slack:
+            frame = render(shown) if frame is None else frame
+            yield frame
+            k += 1
+        if time is None:
+            break
+        shown, until = draw, _next_time(track, time + slack)
+    if failure:
+        raise failure
+
+
+def _next_time(track: Track, time: float) -> float:
+    later = np.searchsorted(track.times, time, side="right")
+    return track.times[later] if later < len(track.times) else max(track.end, time)

@@ -1,0 +1,1 @@
+"""Show clips to people: sheets, files."""

@@ -1,0 +1,123 @@
+"""Write clips for people, and read back the recipe that a written file carries."""
+
+import itertools
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from sora_jax.errors import UserError
+from sora_jax.files import as_path, replacing
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1, comment: str = "") -> Path:
+    """Write uint8 frames (T, H, W, 3) as .mp4 (H.264), .gif, .webp or, where T = 1, .png; returns the path.
+
+    upscale: each pixel becomes a square of that side, for clips too small to watch. An odd side of an mp4
+    grows by a copy of its last row or column. The file appears under its name only when it is whole; a full
+    disk or an unknown ending is a UserError. comment: kept in the file, for `read_comment`.
+    """
+    path = as_path(path)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise UserError(f"frames of {frames.dtype} {frames.shape} cannot be written: uint8 (T, H, W, 3) can.")
+    check_ending(path, len(frames))
+    return write_chunks(path, iter([frames]), fps, upscale, comment)
+
+
+def write_chunks(
+    path: str | Path, chunks: Iterator[np.ndarray], fps: float, upscale: int = 1, comment: str = ""
+) -> Path:
+    """Write a clip that comes in parts (T, H, W, 3), see `write_video`; of an mp4 one part at a time is held."""
+    path = as_path(path)
+    large = (chunk.repeat(upscale, axis=1).repeat(upscale, axis=2) for chunk in chunks)
+    with replacing(path) as temporary:
+        WRITERS[path.suffix.lower()](temporary, large, fps, comment)
+    return path
+
+
+def check_ending(path: str | Path, frames: int) -> None:
+    """UserError unless a clip of so many frames can be written under this name; to call before making the clip."""
+    ending = as_path(path).suffix.lower()
+    if ending not in WRITERS:
+        raise UserError(f"out={path} has an unknown ending: {', '.join(WRITERS)} are allowed.")
+    if ending == ".png" and frames != 1:
+        raise UserError(f"out={path} holds one frame, the clip has {frames}: use .mp4, .gif or .webp.")
+
+
+def save_png(path: str | Path, image: np.ndarray) -> Path:
+    """Write one uint8 picture (H, W, 3) as PNG."""
+    return write_video(as_path(path).with_suffix(".png"), image[None], 1.0)
+
+
+def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    frames = (frame for chunk in chunks for frame in chunk)
+    first = next(frames)
+    odd = ((0, first.shape[0] % 2), (0, first.shape[1] % 2), (0, 0))
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60000))
+        stream.height, stream.width = first.shape[0] + odd[0][1], first.shape[1] + odd[1][1]
+        # One thread, of libav and of x264: with more, equal frames give another file almost every time.
+        stream.codec_context.thread_count = 1
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16", "preset": "medium", "x264-params": "threads=1"}
+        # Untagged, players guess the matrix from the size, and colours shift between small and large clips.
+        stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        for pixels in itertools.chain([first], frames):
+            frame = av.VideoFrame.from_ndarray(np.pad(pixels, odd, mode="edge"), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        container.mux(stream.encode())
+
+
+def _write_animation(path: Path, chunks: Iterator[np.ndarray], fps: float, **options) -> None:
+    frames = np.concatenate(list(chunks))
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    # Rounded as sums, so that a rate that does not divide 100 (GIF) or 1000 keeps the right duration.
+    ticks = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)).astype(int) * 10
+    first.save(path, save_all=True, append_images=rest, duration=ticks.tolist(), loop=0, **options)
+
+
+def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    _write_animation(path, chunks, fps, comment=comment.encode())
+
+
+def _write_webp(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = comment
+    _write_animation(path, chunks, fps, quality=95, exif=exif)
+
+
+def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
+    text = PngInfo()
+    text.add_text("recipe", comment)
+    frames = np.concatenate(list(chunks))
+    if len(frames) != 1:
+        raise UserError(f"a .png holds one frame, the clip has {len(frames)}: use .mp4, .gif or .webp.")
+    Image.fromarray(frames[0]).save(path, pnginfo=text)
+
+
+def read_comment(path: Path) -> str:
+    """Return the comment with which a file was written by `write_video`, or ""."""
+    if path.suffix.lower() == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment", "")
+    with Image.open(path) as image:
+        comment = image.info.get("comment", image.info.get("recipe", "")) or image.getexif().get(
+            ExifTags.Base.ImageDescription, ""
+        )
+    return comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
+
+
+WRITERS = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".webp": _write_webp,
+    ".png": _write_png,
+}

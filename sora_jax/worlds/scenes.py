@@ -1,0 +1,239 @@
+"""The embedded world: captioned clips of moving shapes, a pure function of (config, index), nothing to download.
+
+`scene(config, index)` draws up what a clip shows (size, frames and caption are known without drawing it), `clip`
+renders it. Training clips have the indices 0, 1, 2, ...; held-out clips HELD_OUT, HELD_OUT + 1, ... (see `split`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sora_jax.errors import UserError
+from sora_jax.worlds import captions
+from sora_jax.worlds.captions import (
+    CAMERAS,
+    COLOURS,
+    DESCRIPTIONS,
+    KINDS,
+    LEVELS,
+    MOTIONS,
+    SIZES,
+    STYLES,
+    TONES,
+    Wanted,
+    WantedShape,
+)
+from sora_jax.worlds.motions import (
+    apart,
+    draw_diameter,
+    largest_zoom,
+    passing,
+    place,
+    size_bands,
+    turning,
+)
+from sora_jax.worlds.render import ZOOM, Backdrop, Scene, Shape, render
+
+HELD_OUT = 1 << 40
+# A smaller figure cannot be told from another kind on the pixel grid.
+MIN_PIXELS = 8.5
+# With fewer frames a bounce or a turn cannot be seen.
+MIN_FRAMES = 5
+# Diameters allowed with one, two and three shapes in the frame, in short sides.
+_CROWD = (SIZES["large"][1], 0.36, 0.28)
+_TRIES = 40
+_STREAM = 0x776F726C
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What clips the world holds; the defaults are its simplest form: one shape that moves or stays still.
+
+    sizes: (height, width) in pixels, short side at least 24. frames: lengths, 1 (an image) or at least 5.
+    image_share: probability that a clip is an image whatever `frames` says. max_shapes: 1 to 3; a small frame holds
+    fewer. directions: 4 or 8. scale: range of diameters in short sides (growing shapes end larger).
+    caption_levels: the first caption of a clip is of a level drawn from them. extra_captions: levels of further
+    captions that every clip has; their kinds, of which training mixes captions, are called as the levels are.
+    Words are drawn with equal probability from each tuple; one that stands there twice is twice as frequent.
+    """
+
+    seed: int = 0
+    sizes: tuple[tuple[int, int], ...] = ((24, 24), (24, 40), (40, 24), (32, 32))
+    frames: tuple[int, ...] = (5, 9)
+    image_share: float = 0.2
+    max_shapes: int = 1
+    shapes: tuple[str, ...] = KINDS
+    colours: tuple[str, ...] = tuple(COLOURS)
+    motions: tuple[str, ...] = ("move", "still")
+    directions: int = 4
+    cameras: tuple[str, ...] = ("still",)
+    backgrounds: tuple[str, ...] = ("plain", "gradient")
+    tones: tuple[str, ...] = tuple(TONES)
+    scale: tuple[float, float] = (0.35, 0.5)
+    caption_levels: tuple[str, ...] = ("sentence",)
+    fps: float = 8.0
+    # Not in `repr`, of which the ids of clips are made: captions do not change what a clip is.
+    extra_captions: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        for name, allowed in _VOCABULARIES.items():
+            _check_words(name, getattr(self, name), allowed)
+        low, high = self.scale[0], self.scale[-1]
+        rules = {
+            "seed": (0 <= self.seed < 2**32, "an integer from 0 to 4294967295"),
+            "sizes": (_sizes_allowed(self.sizes), "one or more (height, width) with both sides at least 24"),
+            "frames": (
+                bool(self.frames) and all(n == 1 or n >= MIN_FRAMES for n in self.frames),
+                f"one or more lengths, each 1 or at least {MIN_FRAMES}",
+            ),
+            "image_share": (0.0 <= self.image_share <= 1.0, "from 0 to 1"),
+            "max_shapes": (self.max_shapes in (1, 2, 3), "1, 2 or 3"),
+            "directions": (self.directions in (4, 8), "4 or 8"),
+            "scale": (
+                len(self.scale) == 2 and bool(size_bands(low, high)),
+                f"a range that meets one of {SIZES}",
+            ),
+            "fps": (self.fps > 0, "greater than 0"),
+            "extra_captions": (
+                set(self.extra_captions) <= set(LEVELS) and len(set(self.extra_captions)) == len(self.extra_captions),
+                f"some of {', '.join(LEVELS)}, each once",
+            ),
+        }
+        for name, (good, allowed) in rules.items():
+            if not good:
+                raise UserError(f"world.{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+        self._check_together(low)
+
+    def _check_together(self, low: float) -> None:
+        short = min(min(size) for size in self.sizes)
+        if not size_bands(max(low, MIN_PIXELS / short), self.scale[1]):
+            raise UserError(f"world.scale is {self.scale!r}; shapes would be under {MIN_PIXELS} pixels at {short}.")
+        if set(self.cameras) != {"still"} and "textured" not in self.backgrounds:
+            raise UserError(
+                f"world.backgrounds is {self.backgrounds!r}; moving cameras need 'textured', or they cannot be seen."
+            )
+        if self.motions == ("pass",) or ("pass" in self.motions and self.max_shapes < 2):
+            raise UserError(
+                f"world.motions is {self.motions!r}; 'pass' needs max_shapes of 2 or 3 and another motion beside it."
+            )
+        if set(self.motions) <= {"rotate"} and not turning(self.shapes):
+            raise UserError(f"world.shapes is {self.shapes!r}; 'rotate' alone needs a shape that is not round.")
+
+
+_VOCABULARIES = {
+    "shapes": KINDS,
+    "colours": tuple(COLOURS),
+    "motions": MOTIONS,
+    "cameras": tuple(CAMERAS),
+    "backgrounds": STYLES,
+    "tones": tuple(TONES),
+    "caption_levels": LEVELS,
+}
+
+
+def _check_words(name: str, words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    unknown = [word for word in words if word not in allowed]
+    if unknown or not words or isinstance(words, str):
+        raise UserError(f"world.{name} is {words!r}; allowed: one or more of {', '.join(allowed)}.")
+
+
+def _sizes_allowed(sizes: tuple) -> bool:
+    return bool(sizes) and all(len(size) == 2 and min(size) >= 24 for size in sizes)
+
+
+# Everything the world can show; for frames of about 48 pixels and more.
+FULL_WORLD = WorldConfig(
+    sizes=((48, 48), (48, 80), (80, 48), (64, 64)),
+    frames=(9, 17),
+    max_shapes=3,
+    motions=MOTIONS,
+    directions=8,
+    cameras=("still",) * 6 + tuple(CAMERAS)[1:],
+    backgrounds=STYLES,
+    scale=(0.2, 0.5),
+    caption_levels=DESCRIPTIONS,
+)
+
+
+def split(index: int) -> str:
+    """ "train" or "held-out", the split that a clip belongs to; the two ranges of indices never meet."""
+    return "held-out" if index >= HELD_OUT else "train"
+
+
+def clip(config: WorldConfig, index: int) -> tuple[np.ndarray, str]:
+    """Frames (T, H, W, 3) uint8 and caption of clip `index`, the same on every call and every machine."""
+    planned = scene(config, index)
+    return render(planned), planned.caption
+
+
+def scene(config: WorldConfig, index: int) -> Scene:
+    """Return what clip `index` shows, without drawing it; any index from 0 to 2**63 - 1, in any order."""
+    key = np.array([(_STREAM << 32) | config.seed, index], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
+    height, width = _pick(rng, config.sizes)
+    frames = 1 if rng.random() < config.image_share else _pick(rng, config.frames)
+    camera = _pick(rng, config.cameras) if frames > 1 else "still"
+    style = "textured" if camera != "still" else _pick(rng, config.backgrounds)
+    angle, *phases = rng.uniform(0, 2 * np.pi, 3)
+    level = _pick(rng, config.caption_levels)
+    backdrop = Backdrop(style, _pick(rng, config.tones), float(angle), (float(phases[0]), float(phases[1])))
+    empty = Scene(height, width, frames, config.fps, (), backdrop, camera, level, caption="")
+    shapes = _cast(config, rng, empty)
+    caption = captions.write(_facts(shapes, empty), level)
+    return Scene(height, width, frames, config.fps, shapes, backdrop, camera, level, caption)
+
+
+def captions_of(config: WorldConfig, planned: Scene) -> dict[str, str]:
+    """Return the captions of a scene, kind -> text: its "original" one first, then one of each extra level."""
+    facts = wanted(planned)
+    extra = {level: captions.write(facts, level) for level in config.extra_captions}
+    return {"original": planned.caption} | extra
+
+
+def wanted(planned: Scene) -> Wanted:
+    """Everything that can be said of a scene in the words of captions."""
+    return _facts(planned.shapes, planned)
+
+
+def _facts(shapes: tuple[Shape, ...], planned: Scene) -> Wanted:
+    moving = planned.frames > 1
+    words = tuple(
+        WantedShape(s.colour, s.kind, captions.size_word(s.diameter), s.motion if moving else None, s.direction)
+        for s in shapes
+    )
+    return Wanted(words, planned.backdrop.style, planned.backdrop.tone, planned.camera if moving else None)
+
+
+def _pick(rng: np.random.Generator, options: tuple):
+    return options[int(rng.integers(len(options)))]
+
+
+def _cast(config: WorldConfig, rng: np.random.Generator, empty: Scene) -> tuple[Shape, ...]:
+    """Shapes of a scene, at least one: each keeps clear of the earlier ones; one that finds no free path stays out."""
+    spans = [_range(config, empty, crowd) for crowd in range(1, config.max_shapes + 1)]
+    fitting = [crowd for crowd, span in enumerate(spans, 1) if size_bands(*span)]
+    number = min(_pick(rng, fitting or [1]), len(config.colours))
+    low, high = spans[number - 1]
+    motions = [_pick(rng, config.motions) if empty.frames > 1 else "still" for _ in range(number)]
+    shapes = []
+    if "pass" in motions and number > 1:
+        shapes += passing(rng, empty, config.shapes, config.colours, low, high)
+    others = [motion for motion in config.motions if motion != "pass"]
+    colours = [c for c in rng.permutation(config.colours).tolist() if c not in {s.colour for s in shapes}]
+    for motion, colour in zip(motions[len(shapes) :], colours, strict=False):
+        motion = _pick(rng, others) if motion == "pass" else motion
+        for _ in range(_TRIES):
+            diameter = draw_diameter(rng, low, high)
+            shape = place(rng, empty, config.shapes, config.directions, colour, motion, diameter)
+            if all(apart(shape, other, empty) for other in shapes):
+                shapes.append(shape)
+                break
+    return tuple(shapes)
+
+
+def _range(config: WorldConfig, empty: Scene, crowd: int) -> tuple[float, float]:
+    """Diameters that suit a number of shapes, in short sides: no frame shows one too small or too large."""
+    smallest = MIN_PIXELS / empty.short * (ZOOM if empty.camera == "zoom out" else 1.0)
+    return max(config.scale[0], smallest), min(config.scale[1] / largest_zoom(empty), _CROWD[crowd - 1])
