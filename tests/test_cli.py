@@ -19,9 +19,9 @@ from fixtures_runs import ROOT, TINY, build_options, chain, one_device, run, tra
 from sora_jax import __version__, cli
 from sora_jax.config import load
 from sora_jax.data.building.prepare import BuildConfig
-from sora_jax.data.reading import media
 from sora_jax.data.sources import SourceConfig
 from sora_jax.data.storing.manifest import Dataset
+from sora_jax.data.viewing import write
 from sora_jax.generate import command
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds import KINDS, dry_run, run_config
@@ -329,7 +329,7 @@ def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, err
         patch.setattr(os, "replace", full)
         message = refused(capsys, *train_options("transformer", tmp_path / "run", f"latents={chain.latents}"))
     assert os.strerror(error) in message and "config.json" in message
-    monkeypatch.setitem(media.WRITERS, ".gif", full)
+    monkeypatch.setitem(write.WRITERS, ".gif", full)
     out = tmp_path / "new" / "clip.gif"
     options = ["--prompt=a red square", "--frames=5", "--height=16", "--width=24", "--steps=2", f"--out={out}"]
     assert os.strerror(error) in refused(capsys, "sample", f"--workdir={chain.transformer}", *options)

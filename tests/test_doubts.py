@@ -9,7 +9,6 @@ from fixtures_caches import clip_row, write_cache
 from fixtures_runs import TINY, chain, run, trained  # noqa: F401
 
 from sora_jax.config import from_dict, load
-from sora_jax.train import seen as seen_data
 from sora_jax.data.feeding.tokenizer import Reading
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
@@ -17,6 +16,7 @@ from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.requests import Known, Request
 from sora_jax.kinds import denoiser as kind
 from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train import seen as seen_data
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.seen import ClipSize, Seen, look, read_seen, save_seen, words_of
 
