@@ -220,11 +220,10 @@ def _stem(name: str) -> str:
 
 
 def _may_be_table(name: str, keys: set[str]) -> bool:
-    """Return True for files with the ending of a table, unless they stand beside a clip of the same name."""
+    """Return True for files with the ending of a table; JSON, which is read whole, must have a usual name, too."""
     title = posixpath.basename(_stem(name)).lower()
-    if title.startswith(("captions", "meta")):
-        return _ending(name) in READERS
-    return _ending(name) in READERS and _ending(name) != ".json" and _stem(name) not in keys  # JSON is read whole
+    json_table = title.startswith(("captions", "meta")) and _stem(name) not in keys
+    return json_table if _ending(name) == ".json" else _ending(name) in READERS
 
 
 def _beside(names: Iterable[str], keys: set[str], tables: set[str]) -> dict[str, list[tuple[str, str]]]:
