@@ -273,7 +273,7 @@ def test_strips_become_frames(tmp_path):
             "its columns are name, caption; it must have one of file, file_name",
         ),
         ("captions.csv", "file,split\na.png,x\n", "file, split; .* and one of caption, text"),
-        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "UTF-8"),
+        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "cannot be used: 'utf-8' codec"),
         (
             "captions.csv",
             'file,caption\na.png,x\nb.png,"a 12 inch record\nc.png,a dog\nd.png,y\n',

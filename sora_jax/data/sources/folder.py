@@ -53,13 +53,9 @@ class FolderReader:
         shards = config.name == "webdataset"
         self._listing = listing = list_files(config.path, shards)
         self.refused = listing.refused
-        if shards:
-            clips, rest = _samples(listing, config.media_field)
-        else:
-            clips = {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
-            rest = {}
+        plain = {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
+        clips = _samples(listing, config.media_field) if shards else plain
         captions = Captions(listing, clips, Fields(config.caption_field, config.label_field), strict=shards)
-        self.refused += [(key, why) for key, (names, why) in rest.items() if not captions.tables.intersection(names)]
         found = [(name, given) for name in clips if (given := self._annotations(captions, name)) is not None]
         labels = number_labels(given.label for _, given in found)
         self._entries = [
@@ -99,22 +95,21 @@ class Captions:
     """Captions, labels and splits of the clips of a listing.
 
     clips: file name -> key, which the files beside a clip share. strict: JSON beside a clip must be a record.
-    `tables`: names of the tables; `unused`: file -> table of the rows that no clip has asked for yet.
+    `unused`: file -> table of the rows that no clip has asked for yet.
     """
 
     def __init__(self, listing: Listing, clips: Mapping[str, str], fields: Fields, strict: bool):
         self._listing, self._clips, self._strict = listing, clips, strict
         self._fields = Fields(usual(fields.caption), usual(fields.label))
         root, keys = listing.root, set(clips.values())
-        self._roots = [
-            f"{normal(str(path))}/" for path in ([root] if is_remote(root) else [root.absolute(), root.resolve()])
-        ]
+        roots = [root] if is_remote(root) else [root.absolute(), root.resolve()]
+        self._roots = [f"{normal(str(path))}/" for path in roots]
         self._rows: dict[str, Annotations | str] = {}
         self.unused: dict[str, str] = {}
-        candidates = [name for name in listing.files if _may_be_table(name, keys)]
-        candidates.sort(key=lambda name: (name.count("/"), name))  # a table nearer to a clip comes later
-        self.tables = {name for name in candidates if self._read_table(name)}
-        self._beside = _beside(listing.files, keys.union(map(normal, clips)), self.tables)
+        tables = [name for name in listing.files if _may_be_table(name, keys)]
+        for name in sorted(tables, key=lambda name: (name.count("/"), name)):  # one nearer to a clip comes later
+            self._read_table(name)
+        self._beside = _beside(listing.files, keys.union(map(normal, clips)))
         texts = {name: listing.files[name] for beside in self._beside.values() for _, name in beside}
         small = [name for name, file in texts.items() if file.size <= MAX_TEXT_BYTES and not file.archive]
         # One after the other, a million texts of a bucket would take a night.
@@ -159,12 +154,8 @@ class Captions:
             raise ValueError(f"{name} has more than {MAX_TEXT_BYTES} bytes")
         return data.decode("utf-8-sig")
 
-    def _read_table(self, name: str) -> bool:
-        """Take the rows of a table of clips; return False if the file is something else.
-
-        Raises:
-            UserError: it is such a table, or is called captions, and cannot be used.
-        """
+    def _read_table(self, name: str) -> None:
+        """Take the rows of a table of clips, refuse another file; UserError if a table, or captions.*, is unusable."""
         certain = posixpath.basename(_stem(name)).lower() == "captions"
         media = self._listing.media(name)
         try:
@@ -177,12 +168,11 @@ class Captions:
         except UserError:
             raise
         except Exception as error:  # pyarrow, csv, json and archives raise one of many types
-            wrong = f"it cannot be read in UTF-8, {' '.join(str(error).split()) or type(error).__name__}"
+            wrong = " ".join(str(error).split()) or type(error).__name__
         if wrong and certain:
             raise UserError(f"{self._listing.root / name} cannot be used: {wrong}")
         if wrong:
             self._listing.refused.append((name, f"no table: {wrong}"))
-        return not wrong
 
     def _take(self, table: str, row: Row) -> None:
         where, file, found = f"bad row: {table}, row {row.number}", row.file(), row.annotations(self._fields)
@@ -192,10 +182,8 @@ class Captions:
         key = self._key(table, file)
         if self.unused.get(key) == table:
             found = f"it names {file} again; a file has one row, with columns caption_KIND"
-        self.unused[key] = table
-        self._rows[key] = merge(
-            (self._rows.get(key, Annotations()), f"{where}: {found}" if isinstance(found, str) else found)
-        )
+        found = f"{where}: {found}" if isinstance(found, str) else found
+        self.unused[key], self._rows[key] = table, merge((self._rows.get(key, Annotations()), found))
 
     def _key(self, table: str, file: str) -> str:
         """Return the name, relative to the root, of a file in a table."""
@@ -226,12 +214,12 @@ def _may_be_table(name: str, keys: set[str]) -> bool:
     return json_table if _ending(name) == ".json" else _ending(name) in READERS
 
 
-def _beside(names: Iterable[str], keys: set[str], tables: set[str]) -> dict[str, list[tuple[str, str]]]:
+def _beside(names: Iterable[str], keys: set[str]) -> dict[str, list[tuple[str, str]]]:
     """Return pairs (kind, file) of the texts and records beside clips by key, the longest that fits; "" is no kind."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name in reversed(list(names)):
         key, ending, kind = _stem(name), _ending(name), ""
-        if ending not in (".txt", ".json", ".cls") or name in tables:
+        if ending not in (".txt", ".json", ".cls"):
             continue
         while key not in keys and "." in posixpath.basename(key):
             key, _, more = key.rpartition(".")
@@ -241,17 +229,15 @@ def _beside(names: Iterable[str], keys: set[str], tables: set[str]) -> dict[str,
     return found
 
 
-def _samples(listing: Listing, ending: str) -> tuple[dict[str, str], dict[str, tuple[list[str], str]]]:
-    """Group the files of shards by their name up to the first dot.
+def _samples(listing: Listing, ending: str) -> dict[str, str]:
+    """Group the files of shards by their name up to the first dot; return the group of each media file.
 
-    Returns:
-        the group of each media file; and the groups that have not exactly one, with their files and the reason.
+    A group must have one, that of the ending if one is given; any other is refused.
     """
     groups: dict[str, list[str]] = {}
     for name in listing.files:
         groups.setdefault(_sample(name), []).append(name)
-    clips, rest = {}, {}
-    known = {_sample(name) for name, _ in listing.refused}
+    clips, known = {}, {_sample(name) for name, _ in listing.refused}
     endings = (f".{ending.lstrip('.')}",) if ending else SAMPLE_MEDIA
     for key, names in groups.items():
         media = [name for name in names if name.lower().endswith(endings)]
@@ -259,10 +245,11 @@ def _samples(listing: Listing, ending: str) -> tuple[dict[str, str], dict[str, t
         if len(exact or media) == 1:
             clips[(exact or media)[0]] = key
         elif media:
-            rest[key] = names, f"several media: {', '.join(media)}; --media-field is the ending of the one to take"
-        elif key not in known:  # of the others the reason is known
-            rest[key] = names, f"no media: only {', '.join(names)}"
-    return clips, rest
+            why = f"several media: {', '.join(media)}; --media-field is the ending of the one to take"
+            listing.refused.append((key, why))
+        elif key not in known and not all(_may_be_table(name, set()) for name in names):  # those are listed elsewhere
+            listing.refused.append((key, f"no media: only {', '.join(names)}"))
+    return clips
 
 
 def _sample(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
 from types import SimpleNamespace
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from sora_jax.files import local_copy, size_and_time
 
 WHOLE_BYTES = 2**24
 BLOCK_BYTES, BLOCKS = 2**20, 16
+File: TypeAlias = "Path | ZipMember | Part | Held"
 
 
 def fingerprint(stream: BinaryIO) -> str:
@@ -44,13 +45,7 @@ def fingerprint(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class Stream(Protocol):
-    """Bytes that can be opened, again and in another process."""
-
-    def open(self) -> BinaryIO: ...
-
-
-def open_file(file: Path | Stream) -> BinaryIO:
+def open_file(file: File) -> BinaryIO:
     """Open a file wherever it lies."""
     return file.open("rb") if isinstance(file, PurePath) else file.open()
 
@@ -59,7 +54,7 @@ def open_file(file: Path | Stream) -> BinaryIO:
 class FileMedia:
     """A video or a picture: a path, or bytes inside another file."""
 
-    file: Path | Stream
+    file: File
 
     def content_id(self) -> str:
         with self._reading() as stream:

@@ -13,7 +13,7 @@ from sora_jax.errors import UserError
 READERS = {
     "folder": "folder.FolderReader",
     "webdataset": "folder.FolderReader",
-    "array_record": "array_record.array_record_reader",
+    "array_record": "array_record.DatasetReader",
     "world": "world.WorldReader",
 }
 

@@ -222,9 +222,8 @@ def _csv_rows(cells, columns: list[str]) -> Iterator[Row]:
                 raise ValueError(f"row {number} opens a quote and does not close it ({error})") from error
             yield Row(number, {}, f"its quotes do not match ({error})")
             continue
-        extra = row[count:]
-        if any(cell.strip() for cell in row):  # sheets end in rows of separators
-            wrong = len(row) < count or any(cell.strip() for cell in extra)
+        if any(map(str.strip, row)):  # sheets end in rows of separators
+            wrong = len(row) < count or any(map(str.strip, row[count:]))
             problem = f"it has {len(row)} cells, the header {count}; a text with separators needs quotes"
             yield Row(number, dict(zip(columns, row)), problem if wrong else "")
 
@@ -256,12 +255,10 @@ def json_row(number: int, value: object) -> Row:
 def _read_json(stream: BinaryIO, fields: Fields) -> Table:
     content = json.load(_lines(stream))
     if isinstance(content, Mapping):
-        if not all(isinstance(value, Mapping) or "." in name for name, value in content.items()):
+        rows = {name: row if isinstance(row, Mapping) else {"captions": row} for name, row in content.items()}
+        if any(rows[name] is not content[name] and "." not in name for name in rows):  # a record of something else
             return Table(list(content), [])
-        items = [
-            (name, value if isinstance(value, Mapping) else {"captions": value}) for name, value in content.items()
-        ]
-        content = [{"file": name, **row} for name, row in items]
+        content = [{"file": name, **row} for name, row in rows.items()]
     return _records(enumerate(content if isinstance(content, list) else [content], 1))
 
 
