@@ -22,7 +22,6 @@ import pytest
 from fixtures_bucket import BucketFileSystem, Handler, bucket  # noqa: F401
 from fixtures_runs import TINY, chain, run  # noqa: F401
 from fixtures_toy import train as train_toy
-from test_sources_records import write_records  # noqa: F401
 from test_sources_tar import png, write_tar  # noqa: F401
 from test_sources_tfds import GreyDigits
 
@@ -182,7 +181,7 @@ def test_other_commands_there(remote, chain, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.fixture
-def sources(tmp_path, png, write_records):  # noqa: F811
+def sources(tmp_path, png):  # noqa: F811
     """kind -> a folder of one source of every kind, and the pattern of names in it."""
     folder = tmp_path / "folder"
     for name, shade in (("b", 20), ("sub/a", 40), ("sub/deep/c", 50), ("t", 70), (".hidden/x", 60)):
@@ -200,8 +199,6 @@ def sources(tmp_path, png, write_records):  # noqa: F811
     for k in range(2):
         members = [(f"{n}.png", png(10 * k + n)) for n in range(3)] + [(f"{n}.txt", b"said") for n in range(3)]
         write_tar(tmp_path / "tars/part" / f"{k}.tar", members)
-    write_records("records/deep/x.array_record", [10, 20, 30])
-    (tmp_path / "records/deep/x.jsonl").write_text("\n".join(json.dumps({"caption": str(n)}) for n in range(3)))
     return tmp_path
 
 
@@ -210,8 +207,6 @@ KINDS = {
     "tars of a folder": ("webdataset", "tars"),
     "tars by a pattern": ("webdataset", "tars/*/[01].tar"),
     "one tar": ("webdataset", "tars/part/1.tar"),
-    "records": ("array_record", "records"),
-    "one file of records": ("array_record", "records/deep/x.array_record"),
 }
 
 

@@ -79,7 +79,7 @@ def _reader(config: SourceConfig) -> Reader:
     elif config.name == "webdataset":
         from sora_jax.data.sources.webdataset import TarReader as reader
     elif config.name == "array_record":
-        from sora_jax.data.sources.array_record import array_record_reader as reader
+        from sora_jax.data.sources.array_record import DatasetReader as reader
     elif config.name == "world":
         from sora_jax.data.sources.world import WorldReader as reader
     else:
