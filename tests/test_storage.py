@@ -48,8 +48,8 @@ from sora_jax.files import (
     create,
     is_remote,
     local_copy,
-    names_below,
     read_text,
+    remote_files,
     replacing,
     temporary_path,
     write_text,
@@ -97,7 +97,7 @@ def test_a_dataset_there_is_the_dataset_here(remote, chain):  # noqa: F811
         np.testing.assert_array_equal(again[i].frames, here[i].frames)
         assert again[i].captions == here[i].captions
     names = {"dataset.json", "manifest.parquet", "refused.jsonl", "clips-00000-of-00001.array_record"}
-    assert set(names_below(as_path(f"{ROOT}/dataset"))) - {"contact_sheet.png", "histogram.png"} == names
+    assert set(remote_files(as_path(f"{ROOT}/dataset"))) - {"contact_sheet.png", "histogram.png"} == names
     assert not (remote / ".dataset.sora_jax-unfinished").exists()
 
 
@@ -273,7 +273,7 @@ def test_a_failed_write_leaves_the_old_object_and_nothing_else(bucket):  # noqa:
     with pytest.raises(ValueError), replacing(path) as temporary:
         temporary.write_text("half")
         raise ValueError
-    assert read_text(path) == "old" and names_below(path.parent) == ["notes.txt"] and not temporary.exists()
+    assert read_text(path) == "old" and sorted(remote_files(path.parent)) == ["notes.txt"] and not temporary.exists()
 
 
 def test_what_a_killed_process_has_not_finished_goes(bucket):  # noqa: F811
@@ -339,7 +339,7 @@ def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  #
     with parts.write(0) as writer:
         writer.add({"id": "early"})
     assert parts.finish({})
-    assert names_below(as_path(out)) == ["info.json", "manifest.parquet", "refused.jsonl"]
+    assert sorted(remote_files(as_path(out))) == ["info.json", "manifest.parquet", "refused.jsonl"]
     with pytest.raises(UserError, match="already exists"):
         start(out, kind, {"a": 1}, 2)
 
@@ -375,7 +375,7 @@ def test_a_failed_upload_of_reports_ends_no_run(bucket, monkeypatch, capfd):  # 
         assert capfd.readouterr().err.count(told) == 1
         monkeypatch.setattr(files, "put", put)
         writer.flush_rows()
-        assert names_below(as_path(workdir)) == ["metrics.jsonl"]
+        assert sorted(remote_files(as_path(workdir))) == ["metrics.jsonl"]
         monkeypatch.setattr(files, "put", fail)
         writer.write(2, {"loss": 2.0})
         writer.flush_rows()
