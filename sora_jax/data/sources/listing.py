@@ -59,6 +59,7 @@ def list_files(path: str, shards: bool) -> Listing:
     Raises:
         UserError: there is no such file.
     """
+    archive_copy.cache_clear()  # a tar may have changed since it was last listed
     root = as_path(path)
     listing = Listing(root)
     if root.is_dir():
