@@ -110,10 +110,8 @@ def _walk(listing: Listing) -> Iterator[tuple[str, int]]:
             try:
                 status = path.stat()
             except OSError as error:
-                broken = path.is_symlink()
-                listing.refused.append(
-                    (name, "missing: a link to nothing" if broken else f"unreadable: {reason(error)}")
-                )
+                why = "missing: a link to nothing" if path.is_symlink() else f"unreadable: {reason(error)}"
+                listing.refused.append((name, why))
                 continue
             if stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
                 yield name, status.st_size
