@@ -93,12 +93,8 @@ class FrameTensors(Prepared):
 def data_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
     films = [write_video(root / f"{n}.mp4", frames(6, 30 * n), 8).read_bytes() for n in range(3)]
-    still = images(frames(1, 99))[0]
-    FilmFiles.examples = {
-        "train": [
-            {"video": film, "caption": f"film {n}", "caption_long": "", "image": still} for n, film in enumerate(films)
-        ]
-    }
+    rest = {"caption_long": "", "image": images(frames(1, 99))[0]}
+    FilmFiles.examples = {"train": [{"video": film, "caption": f"film {n}"} | rest for n, film in enumerate(films)]}
     for builder in (GreyDigits, FilmFiles, FrameTensors):
         builder(data_dir=root, file_format="array_record").download_and_prepare()
     yield str(root)
@@ -137,6 +133,11 @@ def test_splits_are_chosen_and_keep_their_names(data_dir):
     everything = entries(source("grey_digits", data_dir))
     some = source("grey_digits", data_dir, split="test+train[:2]")
     assert [entry.split for entry in entries(some)] == ["test", "train", "train"]
+    assert [entry.file.removeprefix("grey_digits/") for entry in entries(some)] == [
+        "test/0",
+        "train[:2]/0",
+        "train[:2]/1",
+    ]
     train = [entry for entry in everything if entry.split == "train"]
     assert [entry.label_name for entry in entries(some)[1:]] == [entry.label_name for entry in train[:2]]
     np.testing.assert_array_equal(decoded(some, 0).frames, np.full((1, 16, 16, 3), 200))
@@ -234,10 +235,9 @@ def test_a_mistake_is_one_sentence(data_dir, tmp_path, name, options, message):
 
 
 def test_names_with_configs_and_versions():
-    assert dataset_name("tfds:mnist") == "mnist"
-    assert dataset_name("tfds:moving:big") == "moving/big"
-    assert dataset_name("tfds:mnist:3.0.1") == "mnist:3.0.1"
-    assert dataset_name("tfds:moving:big:1.0.0") == dataset_name("tfds:moving/big:1.0.0") == "moving/big:1.0.0"
+    names = ("tfds:mnist", "tfds:moving:big", "tfds:mnist:3.0.1", "tfds:moving:big:1.0.0", "tfds:moving/big:1.0.0")
+    expected = ["mnist", "moving/big", "mnist:3.0.1", "moving/big:1.0.0", "moving/big:1.0.0"]
+    assert [dataset_name(name) for name in names] == expected
 
 
 def test_what_cannot_be_read_costs_one_clip(tmp_path):

@@ -24,6 +24,7 @@ from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FileMedia, FramesMedia, Held
+from sora_jax.data.sources.tables import clean
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text
 
@@ -87,8 +88,8 @@ class TfdsReader:
         captions, label = {}, None
         try:
             texts, labels = opened.values(index, opened.caption, opened.label)
-            lines = [" ".join(text.decode().split()) for text in texts]
-            captions = {str(n) if n > 1 else "original": line for n, line in enumerate(lines, 1) if line}
+            lines = enumerate((clean(text.decode()) for text in texts), 1)
+            captions = {str(n) if n > 1 else "original": line for n, line in lines if line}
             label = next((value for value in labels if value >= 0), None)
         except (MediaError, ValueError):  # `decode` reports a damaged record; a text that is not UTF-8 is left out
             pass
@@ -240,7 +241,4 @@ def _command(config: SourceConfig) -> str:
 
 def dataset_name(source: str) -> str:
     """Convert "tfds:NAME[:CONFIG][:VERSION]" to the name of TFDS, name/config:version."""
-    name, *rest = source.removeprefix("tfds:").split(":")
-    config = [part for part in rest if not re.fullmatch(r"\d+\.\d+\.\d+", part)]
-    version = [part for part in rest if part not in config]
-    return "/".join([name, *config]) + "".join(f":{part}" for part in version)
+    return re.sub(r":(?!\d+\.\d+\.\d+$)", "/", source.removeprefix("tfds:"))
