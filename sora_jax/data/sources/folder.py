@@ -53,8 +53,7 @@ class FolderReader:
         shards = config.name == "webdataset"
         self._listing = listing = list_files(config.path, shards)
         self.refused = listing.refused
-        plain = {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
-        clips = _samples(listing, config.media_field) if shards else plain
+        clips = _samples(listing, config.media_field) if shards else _clips(listing)
         captions = Captions(listing, clips, Fields(config.caption_field, config.label_field), strict=shards)
         found = [(name, given) for name in clips if (given := self._annotations(captions, name)) is not None]
         labels = number_labels(given.label for _, given in found)
@@ -209,9 +208,9 @@ def _stem(name: str) -> str:
 
 def _may_be_table(name: str, keys: set[str]) -> bool:
     """Return True for files with the ending of a table; JSON, which is read whole, must have a usual name, too."""
-    title = posixpath.basename(_stem(name)).lower()
-    json_table = title.startswith(("captions", "meta")) and _stem(name) not in keys
-    return json_table if _ending(name) == ".json" else _ending(name) in READERS
+    ending, stem = _ending(name), _stem(name)
+    usual_name = posixpath.basename(stem).lower().startswith(("captions", "meta"))
+    return ending in READERS and (ending != ".json" or usual_name and stem not in keys)
 
 
 def _beside(names: Iterable[str], keys: set[str]) -> dict[str, list[tuple[str, str]]]:
@@ -227,6 +226,10 @@ def _beside(names: Iterable[str], keys: set[str]) -> dict[str, list[tuple[str, s
         if key in keys and (ending == ".txt" or not kind):
             found.setdefault(key, []).append((kind, name))
     return found
+
+
+def _clips(listing: Listing) -> dict[str, str]:
+    return {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
 
 
 def _samples(listing: Listing, ending: str) -> dict[str, str]:

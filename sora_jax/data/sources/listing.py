@@ -2,12 +2,13 @@
 
 import io
 import os
+import posixpath
 import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from sora_jax.config import check
@@ -44,7 +45,7 @@ class Listing:
 
     def add(self, archive: str, name: str, why: str, listed: Listed) -> None:
         """List a member of an archive, or refuse it for the reason `why`."""
-        inside = str(PurePosixPath(name.replace("\\", "/")))  # some tar files begin all names with "./"
+        inside = posixpath.normpath(name.replace("\\", "/"))  # some tar files begin all names with "./"
         if why or escapes(name):
             self.refused.append((f"{archive}/{name}", why or "unsafe: the name leads out of the archive"))
         elif f"{archive}/{inside}" in self.files:
@@ -59,6 +60,7 @@ def list_files(path: str, shards: bool) -> Listing:
     Raises:
         UserError: there is no such file.
     """
+    archive_copy.cache_clear()  # a tar may have changed since it was last listed
     root = as_path(path)
     listing = Listing(root)
     if root.is_dir():
