@@ -91,8 +91,10 @@ class TfdsReader:
             lines = enumerate((clean(text.decode()) for text in texts), 1)
             captions = {str(n) if n > 1 else "original": line for n, line in lines if line}
             label = next((value for value in labels if value >= 0), None)
-        except (MediaError, ValueError):  # `decode` reports a damaged record; a text that is not UTF-8 is left out
-            pass
+        except MediaError:
+            captions = {"original": ""}  # so that the damage, which `decode` reports, is the reason of the refusal
+        except UnicodeDecodeError:
+            captions = {}
         file = f"{dataset_name(self._config.name)}/{split}/{number}"
         class_name = None if label is None else opened.classes.get(label, str(label))
         return Entry(file, captions, label, class_name, split.partition("[")[0])
@@ -165,7 +167,10 @@ def _opened(config: SourceConfig, process: int) -> Prepared:
     local = [
         replace(file, filename=os.fspath(local_copy(as_path(file.filename)))) for _, each in chosen for file in each
     ]
-    check(local, f"{folder} holds no examples; {_command(config)}")
+    missing = next(
+        (file.filename for file in local if not os.path.exists(file.filename)), "" if local else "every file"
+    )
+    check(not missing, f"{folder} is not complete: {missing} is missing; {_command(config)}")
     media, caption, label = _named(features, config)
     rate = next((name for name in ("fps", "frame_rate") if features.get(name, "").startswith("Scalar")), "")
     table = folder / f"{label.replace('/', '-')}.labels.txt"
