@@ -200,7 +200,7 @@ def test_a_video_is_read_as_the_pictures_it_is_stored_as(data_dir, tmp_path):
         ("sizes", {}, "it must name one of its configs: tfds:sizes:big, tfds:sizes:small"),
         ("as_tfrecord", {}, "is not prepared as ArrayRecord; run tfds.builder("),
         ("cut_off", {}, "1.0.0 cannot be read: JSONDecodeError"),
-        ("partly", {}, "grey_digits-test.array_record-00000-of-00001 is missing; run tfds.builder("),
+        ("partly", {}, "lacks grey_digits-test.array_record-00000-of-00001; run tfds.builder("),
     ],
 )
 def test_a_mistake_is_one_sentence(data_dir, tmp_path, name, options, message):
