@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sora_jax.data.fit import FitError
 from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
-from sora_jax.data.reading.pictures import fitted, open_picture
+from sora_jax.data.reading.pictures import open_picture, scaled
 from sora_jax.data.reading.tracks import File, Fit, MediaError, Track, reason, usual_period
 from sora_jax.data.reading.videos import open_video
 from sora_jax.errors import UserError
@@ -86,7 +86,7 @@ def sample_frames(
     """`decode` for frames in memory, uint8 (T, H, W, 3) at `fps` frames a second."""
 
     def draw(k: int, fit: Fit | None) -> np.ndarray:
-        return fitted(Image.fromarray(frames[k]), frames.shape[1:3], fit)
+        return np.asarray(scaled(Image.fromarray(frames[k]), frames.shape[1:3], fit))
 
     times = np.arange(len(frames)) / fps
     draws = [(time, partial(draw, k)) for k, time in enumerate(times)]
@@ -115,6 +115,7 @@ def sample(track: Track, rule: SpanRule = SpanRule(), fit: FitClip | None = None
         return None
     slack = 0.49 * period
     grid, flags = _without_cuts(track, grid, slack) if rule.cuts and len(grid) > 1 else (grid, ())
+    flags = track.flags + flags
     frames, damage = _drawn(track, grid, slack, fit and (lambda height, width: fit(height, width, len(grid))))
     if rule.fps and len(grid) > 1 and rule.fps * period > REPEATS:
         flags += (f"repeated: {1 / period:.3g} frames a second are shown at {rule.fps:g}",)

@@ -28,12 +28,13 @@ class Track:
     """The frames of a file in the order they are shown, before any is decoded.
 
     times: seconds, ascending; end: when the last one goes; frames(start): pairs (time, draw) from `start` or
-    earlier, which raise Damage or the decoder's own error where the file is damaged.
+    earlier, which raise Damage or the decoder's own error where the file is damaged; flags: notes for the manifest.
     """
 
     times: np.ndarray
     end: float
     frames: Callable[[float], Iterator[tuple[float, Draw]]]
+    flags: tuple[str, ...] = ()
 
 
 def usual_period(times: np.ndarray, end: float) -> float:
