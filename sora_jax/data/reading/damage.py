@@ -139,6 +139,8 @@ def check_units(codec: str, data: bytes, prefix: int) -> None:
     while place + prefix < len(data):
         start = place + prefix
         place = start + int.from_bytes(data[place:start])
+        if not start < place <= len(data):
+            raise Damage("a unit of picture data has a wrong length")
         picture = data[start] & 31 in (1, 5) if codec == "h264" else data[start] >> 1 & 63 < 32
         unit = data[start:place].rstrip(b"\0") if picture else b""
         if any(pattern in unit for pattern in (b"\0\0\0", b"\0\0\1", b"\0\0\2")):

@@ -1,7 +1,7 @@
 """Read pictures and animations: Pillow composes their frames, pillow-heif reads HEIC; colours become sRGB."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from sora_jax.data.fit import crop_box
-from sora_jax.data.reading.damage import listening
+from sora_jax.data.reading.damage import check_units, length_bytes, listening
 from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
 from sora_jax.data.reading.tracks import Damage, Draw, File, Fit, MediaError, Track, check_pixels, reason
 
@@ -71,8 +71,9 @@ def _still(image: Any, file: BinaryIO, several: bool) -> Track:
         if image.format == "PNG":
             _open(file).verify()  # its check sums, which Pillow passes over while it decodes
         if image.format in ("JPEG", "MPO"):
-            file.seek(0)
-            check_jpeg(file.read())
+            check_jpeg(file)
+        if image.format == "HEIF":
+            check_heic(file)
         yield 0.0, partial(draw, _open(file) if image.format in ("PNG", "JPEG", "MPO") else image)
 
     flags: tuple[str, ...] = ()
@@ -81,16 +82,32 @@ def _still(image: Any, file: BinaryIO, several: bool) -> Track:
     return Track(np.zeros(1), 1.0, frames, flags)
 
 
-def check_jpeg(data: bytes) -> None:
+def check_heic(file: BinaryIO) -> None:
+    """Raise Damage where a HEIC file is cut off or holds a zeroed block: libheif leaves the tiles in it grey."""
+    import av
+    from av.error import FFmpegError
+
+    file.seek(0)
+    with suppress(FFmpegError), av.open(file, "r", metadata_errors="replace") as container:
+        for packet in container.demux(container.streams.video):
+            if packet.is_corrupt:
+                raise Damage("the file ends before its picture does")
+            context = packet.stream.codec_context
+            if prefix := length_bytes(context.name, context.extradata):
+                check_units(context.name, bytes(packet), prefix)
+
+
+def check_jpeg(file: BinaryIO) -> None:
     """Raise Damage for an error that libav's decoder finds in the coded data of a JPEG: libjpeg only warns of it."""
     import av
     from av.error import FFmpegError, PatchWelcomeError
 
+    file.seek(0)
     decoder = av.CodecContext.create("mjpeg", "r")
     decoder.thread_count, decoder.options = 1, {"err_detect": "crccheck+bitstream+buffer+explode"}
     with listening() as log:
         try:
-            decoder.decode(av.Packet(data))
+            decoder.decode(av.Packet(file.read()))
         except PatchWelcomeError:
             return  # a kind of JPEG that libav does not decode
         except FFmpegError as error:
