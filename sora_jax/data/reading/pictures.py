@@ -62,7 +62,8 @@ def _open_heic(file: BinaryIO) -> Image.Image:
     transfer = image.info.get("nclx_profile", {}).get("transfer_characteristics")
     if transfer in (PQ, HLG) and image.info["bit_depth"] > 8 and image.mode == "RGB":
         check_pixels(*image.size)
-        return Image.fromarray(to_srgb(np.asarray(open_heif(file, convert_hdr_to_8bit=False)), transfer))
+        deep = open_heif(file, convert_hdr_to_8bit=False)  # holds the memory of its array
+        return Image.fromarray(to_srgb(np.asarray(deep), transfer))
     return image
 
 
