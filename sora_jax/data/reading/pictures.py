@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sora_jax.data.fit import crop_box
 from sora_jax.data.reading.damage import sound_jpeg, sound_png_frames
-from sora_jax.data.reading.tracks import Damage, File, Fit, MediaError, Track, check_pixels, reason
+from sora_jax.data.reading.tracks import Damage, File, Fit, MediaError, FrameSource, check_pixels, reason
 
 # By name, so that formats which run programs or point to other files (EPS, PDF, WMF) are not tried.
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000")
@@ -19,14 +19,14 @@ MAX_FRAMES = 2**16
 
 
 @contextmanager
-def open_picture(file: File) -> Iterator[Track]:
+def open_picture(file: File) -> Iterator[FrameSource]:
     """The one frame of a picture or the frames of an animation; PIL.UnidentifiedImageError for others."""
     with _open(file) as image:
         if image.format == "GIF" and image.is_animated:
             raise UnidentifiedImageError("animated GIFs are read as videos, which is faster")
         sound, damage = _sound_frames(image)
         if not (image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)):
-            yield Track(np.zeros(1), 1.0, lambda start: iter([(0.0, partial(draw, image))]))
+            yield FrameSource(np.zeros(1), 1.0, lambda start: iter([(0.0, partial(draw, image))]))
             return
         first = int(getattr(image, "default_image", False))  # an APNG's poster is not part of its film
         durations, failure = _durations(image, first, sound)
@@ -56,7 +56,7 @@ def _sound_frames(image: Image.Image) -> tuple[float, str]:
     return sound, damage
 
 
-def _animation(image: Image.Image, first: int, durations: list[float], damage: str) -> Track:
+def _animation(image: Image.Image, first: int, durations: list[float], damage: str) -> FrameSource:
     ends = np.cumsum(durations)
     times = np.concatenate([[0.0], ends[:-1]])
 
@@ -67,7 +67,7 @@ def _animation(image: Image.Image, first: int, durations: list[float], damage: s
         if damage:
             raise Damage(damage)
 
-    return Track(times, ends[-1], frames)
+    return FrameSource(times, ends[-1], frames)
 
 
 def _durations(image: Image.Image, first: int, sound: float) -> tuple[list[float], str]:
