@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from sora_jax.data.fit import crop_box
 from sora_jax.data.reading.damage import check_units, length_bytes, listening
 from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
-from sora_jax.data.reading.tracks import Damage, Draw, File, Fit, MediaError, Track, check_pixels, reason
+from sora_jax.data.reading.tracks import Damage, Draw, File, Fit, FrameSource, MediaError, check_pixels, reason
 
 # By name, so that formats which run programs or point to other files (EPS, PDF, WMF) are not tried.
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000")
@@ -27,7 +27,7 @@ SAME = 3  # levels: a profile that moves no colour by more is sRGB under another
 
 
 @contextmanager
-def open_picture(file: File) -> Iterator[Track]:
+def open_picture(file: File) -> Iterator[FrameSource]:
     """Open the one frame of a picture or the frames of an animation; PIL.UnidentifiedImageError for other files."""
     if isinstance(file, str | Path):
         with open(file, "rb") as opened, open_picture(opened) as track:
@@ -67,7 +67,7 @@ def _open_heic(file: BinaryIO) -> Image.Image:
     return image
 
 
-def _still(image: Any, file: BinaryIO, several: bool) -> Track:
+def _still(image: Any, file: BinaryIO, several: bool) -> FrameSource:
     def frames(start: float) -> Iterator[tuple[float, Draw]]:
         if image.format == "PNG":
             _open(file).verify()  # its check sums, which Pillow passes over while it decodes
@@ -77,10 +77,10 @@ def _still(image: Any, file: BinaryIO, several: bool) -> Track:
             check_heic(file)
         yield 0.0, partial(draw, _open(file) if image.format in ("PNG", "JPEG", "MPO") else image)
 
-    flags: tuple[str, ...] = ()
+    flags = []
     if several and image.format in ("HEIF", "TIFF"):
-        flags = (f"several: picture {image.tell() + 1} of {image.n_frames}, the others are left out",)
-    return Track(np.zeros(1), 1.0, frames, flags)
+        flags.append(f"several: picture {image.tell() + 1} of {image.n_frames}, the others are left out")
+    return FrameSource(np.zeros(1), 1.0, frames, flags)
 
 
 def check_heic(file: BinaryIO) -> None:
@@ -118,7 +118,7 @@ def check_jpeg(file: BinaryIO) -> None:
             raise Damage(" ".join(text.split()))
 
 
-def _animation(image: Any, file: BinaryIO) -> Track:
+def _animation(image: Any, file: BinaryIO) -> FrameSource:
     """Decode all frames once for their durations, up to the first damage."""
     durations, damage = [], ""
     first = int(getattr(image, "default_image", False))  # an APNG's poster is not part of its film
@@ -144,7 +144,7 @@ def _animation(image: Any, file: BinaryIO) -> Track:
         if damage:
             raise Damage(damage)
 
-    return Track(times, ends[-1], frames)
+    return FrameSource(times, ends[-1], frames)
 
 
 def draw(image: Image.Image, fit: Fit | None) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Videos by PyAV: when each frame is shown, and the frames from any moment on.
 
-Nothing a file says of itself is believed: rate, number of frames and duration come from the time stamps of its
-packets. A decoder that conceals damage says so in its log; the log is read after every packet, and the first
-error in it ends the file.
+The rate, the number of frames and the duration come from the time stamps of the packets, not from the header. A
+decoder that conceals damage reports it in libav's log: the log is read after every packet, and the first error in it
+ends the file. Errors of a decoder that catches up after a cut do not count.
 """
 
 import os
@@ -10,23 +10,23 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import av
 import numpy as np
-from PIL import Image
+from av.stream import Discard, Disposition
 
-from sora_jax.data.reading.damage import check_gif, check_units, heard, length_bytes, listening, signs_of_damage
-from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
+from sora_jax.data.reading.damage import MISSING_REFERENCE, check_units, heard, length_bytes, listening
+from sora_jax.data.reading.graphs import DEINTERLACE, FrameRenderer, build_graph, display_matrix
 from sora_jax.data.reading.tracks import (
     MAX_FRAME_PIXELS,
     Damage,
     File,
-    Fit,
+    FrameSource,
     MediaError,
-    Track,
     check_pixels,
     reason,
     usual_period,
@@ -34,62 +34,83 @@ from sora_jax.data.reading.tracks import (
 
 # FFmpeg draws text files as video and follows lists of other files; neither is a clip.
 FOREIGN_CONTAINERS = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "lrc", "srt", "webvtt", "ass"}
-# Errors are not to end the decoder: it has to get over references that are missing where it begins in mid-file.
+# Errors must not end the decoder: it has to get over references that are missing where it begins in mid-file.
 DECODER = {"err_detect": "crccheck+bitstream+buffer", "max_pixels": str(MAX_FRAME_PIXELS)}
 MAX_PACKETS = 4_000_000  # 37 hours at 30 frames a second
 KEPT_BYTES = 2**25  # of packets, so that a short file is read once
 REMEMBERED = 8  # files whose time stamps are kept, so that the spans of a long one read them once
+CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
+PROBED = 100  # packets that are decoded if their time stamps look wrong
+HELD = "held: the decoder gives no picture for some frames, the one before is shown instead"
+MIN_DELAY = 0.01  # seconds; browsers show frames of a GIF with at most this delay for 0.1 s, and makers count on it
 
 
 @dataclass(frozen=True)
 class Index:
-    """What the packets of a stream say: `times` in seconds, ascending, and the `end` of the last.
+    """What the packets of a stream tell.
 
-    keys: ticks of the frames that decode without others, ascending; empty where there are no time stamps to seek by.
-    damage: why the file ends where it does.
+    Attributes:
+        times: seconds, ascending, from the first frame that can be shown.
+        end: seconds at which the last frame goes.
+        keys: ticks of the key frames, ascending; empty if no time stamps lead there.
+        in_order: the n-th frame of the decoder has the n-th time, its own time stamp is not to be believed.
+        damage: why the file ends where it does.
+        flags: what a user should know of the times.
+        matrix: the display matrix, if the decoder does not put it on its frames.
     """
 
     times: np.ndarray
     end: float
     keys: np.ndarray
+    in_order: bool = False
     damage: str = ""
+    flags: tuple[str, ...] = ()
+    matrix: np.ndarray | None = None
 
 
-class Reel:
-    """An open stream; `packets` are all of it where they are few, `log` grows by what libav complains of."""
+class VideoReader:
+    """An open stream.
+
+    Attributes:
+        packets: all of the stream, if they are few.
+        log: libav's errors; it grows.
+        flags: what a user should know of the frames read so far.
+    """
 
     def __init__(self, container, log: list):
-        from av.video.reformatter import VideoReformatter
-
-        self.container, self.log, self.heard = container, log, len(log)
-        self.stream, self.packets, self.moved, self.size = _best_stream(container), None, False, None
+        self.container, self.log, self.log_read = container, log, len(log)
+        self.stream = _best_stream(container)
+        self.packets: list | None = None
+        self.moved, self.size, self.flags = False, (0, 0), list[str]()
+        context = self.stream.codec_context
+        self.codec = context.codec.canonical_name
+        self.prefix = length_bytes(self.codec, context.extradata)
         self.decoder = _decoder(self.stream)
         # Processes decode side by side; and libav's log can be read only in the thread that waits for it.
         self.decoder.thread_count = 1
         self.decoder.options = DECODER
-        self.scaler, self.mixer = VideoReformatter(), VideoReformatter()  # they keep their tables
-        self.shape = _pixel_shape(self.stream)
-        context = self.stream.codec_context
-        self.codec = context.codec.canonical_name
-        self.prefix = length_bytes(self.codec, context.extradata)
+        self.renderer = FrameRenderer(_pixel_aspect(self.stream))
 
     def complaint(self) -> str:
-        """The first error that was not heard before."""
-        return heard(self.log, self.heard)
+        """Return the first error in the log since the last call."""
+        after, self.log_read = self.log_read, len(self.log)
+        return heard(self.log, after)
 
     def demux(self) -> Iterator:
-        """The packets from where the container stands to the end; Damage at the first sign of it."""
+        """Yield the packets from where the container stands to the end; raise Damage at the first sign of it."""
         self.moved = True
         for packet in self.container.demux(self.stream):
-            if self.complaint() or packet.is_corrupt:
-                raise Damage(self.complaint() or "a packet is cut short")
+            # Transport streams mark packets after a jump of their counter; whether data are missing, the decoder sees.
+            corrupt = packet.is_corrupt and self.container.format.name != "mpegts"
+            if (complaint := self.complaint()) or corrupt:
+                raise Damage(complaint or "a packet is cut short")
             if packet.size:
                 yield packet
-        if self.complaint():
-            raise Damage(self.complaint())
+        if complaint := self.complaint():
+            raise Damage(complaint)
 
     def packets_from(self, index: Index, ticks: int | None) -> Iterator:
-        """The packets from the key frame at `ticks` on, or from the first."""
+        """Return the packets from the key frame at `ticks` on, or from the first."""
         if self.packets is None:
             if ticks is not None or self.moved:
                 ticks = int(index.times[0] / self.stream.time_base) if ticks is None else ticks
@@ -98,44 +119,48 @@ class Reel:
         found = (i for i, packet in enumerate(self.packets) if packet.is_keyframe and packet.pts == ticks)
         return iter(self.packets[next(found, 0) :])
 
-    def decode(self, packet) -> list:
-        """The frames that the decoder gives for a packet (None: what it still holds); Damage at any sign of it."""
-        if packet is not None and self.prefix:
-            check_units(self.codec, bytes(packet), self.prefix)
-        if packet is not None and self.codec == "gif":
-            check_gif(bytes(packet))
-        frames = self.decoder.decode(packet)
-        if self.complaint():
-            raise Damage(self.complaint())
-        for frame in frames:
-            self.size = self.size or (frame.width, frame.height)
-            if frame.is_corrupt:
-                raise Damage("a frame marked so by the decoder")
-            if self.size != (frame.width, frame.height):
-                raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
-        return frames
+    def decode(self, packet) -> tuple[list, str]:
+        """Return the frames that the decoder gives for a packet (None: what it still holds), and its complaint."""
+        frames, failure = [], ""
+        try:
+            if packet is not None and self.prefix:
+                check_units(self.codec, bytes(packet), self.prefix)
+            frames = self.decoder.decode(packet)
+        except Exception as error:
+            failure = reason(error)
+        return frames, self.complaint() or failure
+
+    def check(self, frame) -> None:
+        """Raise Damage for a frame that is not to be shown."""
+        self.size = self.size if self.size[0] else (frame.width, frame.height)
+        if frame.is_corrupt:
+            raise Damage("a frame marked so by the decoder")
+        if self.size != (frame.width, frame.height):
+            raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
 
 
 @contextmanager
-def open_video(file: File) -> Iterator[Track]:
-    """The best video stream of a file; MediaError where there is none."""
+def open_video(file: File) -> Iterator[FrameSource]:
+    """Open the best video stream of a file; raise MediaError if there is none."""
     with listening() as log, ExitStack() as stack:
-        reel = stack.enter_context(_open_reel(file, log))
-        name = _name(file)
+        reader = stack.enter_context(_open_reader(file, log))
+        name = _file_key(file)
         index = _remembered.get(name)
         if index is None:
-            index = _read_index(reel, *signs_of_damage(file, reel.container.format.name))
+            index = _read_index(reader)
             _remember(name, index)
-            if reel.packets is None:  # the container stands at its end, and not every format can go back
-                reel = stack.enter_context(_open_reel(file, log))
-        yield Track(index.times, index.end, partial(_frames, reel, index))
+            if reader.packets is None:  # the container stands at its end, and not every format can go back
+                reader = stack.enter_context(_open_reader(file, log))
+        reader.flags += index.flags
+        reader.renderer.matrix = index.matrix
+        yield FrameSource(index.times, index.end, partial(_frames, reader, index), reader.flags)
 
 
-_remembered: OrderedDict[tuple, Index] = OrderedDict()
+_remembered: OrderedDict[tuple | None, Index] = OrderedDict()
 
 
-def _name(file: File) -> tuple | None:
-    """What tells a file from others and from what it was before."""
+def _file_key(file: File) -> tuple | None:
+    """Return what tells a file from others and from what it was before."""
     if not isinstance(file, str | Path):
         return None
     status = os.stat(file)
@@ -150,9 +175,7 @@ def _remember(name: tuple | None, index: Index) -> None:
 
 
 @contextmanager
-def _open_reel(file: File, log: list) -> Iterator[Reel]:
-    import av
-
+def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
@@ -162,83 +185,141 @@ def _open_reel(file: File, log: list) -> Iterator[Reel]:
     with av.open(file, options=options, metadata_errors="replace") as container:
         if FOREIGN_CONTAINERS & set(container.format.name.split(",")):
             raise MediaError(f"not a video: FFmpeg reads it as {container.format.name}")
-        yield Reel(container, log)
+        yield VideoReader(container, log)
 
 
 def _best_stream(container):
-    from av.stream import Disposition
-
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise MediaError("no video: the file has no video stream")
+    if stream.codec_context is None:
+        raise MediaError("no decoder: FFmpeg has none for the codec of the video stream")
+    for other in container.streams:
+        if other is not stream:
+            other.discard = Discard.all  # damage beside the pictures is not looked for
     check_pixels(stream.codec_context.width, stream.codec_context.height)
     return stream
 
 
 def _decoder(stream):
-    """The stream's own; libvpx for VP8 and VP9, as it gives transparency too and sees more of damage."""
-    import av
-
+    """Return the stream's own decoder; libvpx for VP8 and VP9 with transparency, which only it gives."""
     name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
-    return av.CodecContext.create(name, "r") if name in av.codecs_available else stream.codec_context
+    transparent = stream.metadata.get("alpha_mode") == "1" and name in av.codecs_available
+    return av.CodecContext.create(name, "r") if transparent else stream.codec_context
 
 
-def _pixel_shape(stream) -> float:
-    """Width over height of a pixel; shapes that no camera has are taken for square."""
-    shape = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
-    return shape if 1 / 8 <= shape <= 8 else 1.0
+def _pixel_aspect(stream) -> float:
+    """Return width over height of a pixel; shapes that no camera has are taken for square."""
+    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    return aspect if 1 / 8 <= aspect <= 8 else 1.0
 
 
-class _Seen:
+@dataclass
+class _PacketScan:
     """What is kept of the packets while they are read: time stamps, key frames, and all of a file that is small."""
 
-    def __init__(self, stream):
-        self.rate, self.unit = float(stream.average_rate or 1), float(stream.time_base or 1)
-        self.stamps, self.keys, self.kept, self.size = array("d"), array("q"), [], 0
-        self.stamped, self.last = True, 0.0
+    unit: float
+    count: int = 0
+    bytes: int = 0
+    stamps: array = field(default_factory=lambda: array("d"))  # of the packets that have one, in coding order
+    keys: array = field(default_factory=lambda: array("q"))  # ticks
+    kept: list = field(default_factory=list)
+    probed: list = field(default_factory=list)  # the first packets
+    last: float = 0.0  # seconds for which the last frame is shown
 
     def add(self, packet) -> None:
-        self.size += packet.size
-        if self.size <= KEPT_BYTES:
+        self.bytes += packet.size
+        if self.bytes <= KEPT_BYTES:
             self.kept.append(packet)
         else:
             self.kept.clear()
-        if packet.is_discard:
-            return
-        ticks = packet.dts if packet.pts is None else packet.pts
-        self.stamps.append(len(self.stamps) / self.rate if ticks is None else ticks * self.unit)
-        self.stamped = self.stamped and packet.pts is not None
-        self.last = float((packet.duration or 0) * self.unit)
+        if len(self.probed) < PROBED:
+            self.probed.append(packet)
         if packet.is_keyframe and packet.pts is not None:
             self.keys.append(packet.pts)
+        if packet.is_discard:
+            return
+        self.count += 1
+        ticks = packet.dts if packet.pts is None else packet.pts
+        if ticks is not None:
+            self.stamps.append(ticks * self.unit)
+        self.last = float((packet.duration or 0) * self.unit)
 
 
-def _read_index(reel: Reel, limit: float, damage: str) -> Index:
-    """Read every packet once, up to the first damage; the reel keeps them where they are few.
-
-    limit: the place in the file, in bytes, from which on `damage` is known.
-    """
-    seen, damage = _Seen(reel.stream), damage or heard(reel.log)  # when the file was opened
+def _read_index(reader: VideoReader) -> Index:
+    """Read every packet once, up to the first damage; the reader keeps them if they are few."""
+    unit, damage = float(reader.stream.time_base or 1), ""
+    scan = _PacketScan(unit)
     try:
-        for packet in reel.demux():
-            if (packet.pos or 0) >= limit or len(seen.stamps) == MAX_PACKETS:
+        for packet in reader.demux():
+            if scan.count == MAX_PACKETS:
                 break
-            seen.add(packet)
+            scan.add(packet)
     except Exception as error:
         damage = reason(error)
-    if not seen.stamps:
+    if not scan.count:
         raise MediaError(f"damaged: {damage}" if damage else "no frames: the file opens but holds none")
-    reel.packets, times = seen.kept or None, np.unique(seen.stamps)
-    period = usual_period(times, times[-1] + 1 / seen.rate)
-    # A GIF's last frame may be meant to stand still; elsewhere what is said of the last frame is not to be trusted.
-    end = float(times[-1] + (seen.last if reel.codec == "gif" else period))
-    if not damage and _promised(reel.stream) > end - times[0] + max(2 * period, 0.1):
-        damage = f"it ends after {end - times[0]:.2f} of {_promised(reel.stream):.2f} seconds"
-    return Index(times, end, np.sort(seen.keys) if seen.stamped else np.empty(0, np.int64), damage)
+    reader.packets = scan.kept or None
+    times, in_order, flags = _frame_times(reader, scan)
+    period = usual_period(times, times[-1] + 1 / _nominal_rate(reader.stream))
+    # A GIF's last frame may be meant to stand still; elsewhere the duration of the last frame is not to be trusted.
+    end = float(times[-1] + (max(scan.last, MIN_DELAY) if reader.codec == "gif" else period))
+    promised = _header_duration(reader.stream)
+    if not damage and promised > end - times[0] + max(2 * period, 0.1):
+        damage = f"it ends after {end - times[0]:.2f} of {promised:.2f} seconds"
+    keys = np.empty(0, np.int64) if in_order else np.sort(np.asarray(scan.keys, np.int64))
+    if reader.codec == "gif":
+        times, end, in_order = *_gif_times(times, end), True
+    elif len(keys) and (early := int(np.searchsorted(times, keys[0] * unit - 1e-6))):
+        times = times[early:]
+        flags += (f"start: {early} frames before the first key frame cannot be decoded",)
+    return Index(times, end, keys, in_order, damage, flags, _stored_matrix(reader, scan))
 
 
-def _promised(stream) -> float:
-    """The seconds that a video stream's header gives it; 0 where it does not say."""
+def _stored_matrix(reader: VideoReader, scan: _PacketScan) -> np.ndarray | None:
+    """Return the display matrix if the stream's own decoder, which puts it on its frames, is not the one in use."""
+    own = reader.stream.codec_context
+    if reader.decoder is own:
+        return None
+    return next((display_matrix(frame) for packet in scan.probed[:1] for frame in own.decode(packet)), None)
+
+
+def _frame_times(reader: VideoReader, scan: _PacketScan) -> tuple[np.ndarray, bool, tuple[str, ...]]:
+    """Return the times of the frames, ascending, whether they are given in the decoder's order, and flags.
+
+    Time stamps may be absent, equal, or in coding order where the container has no field for that of presentation
+    (H.264 with B-frames in AVI). Whether they are believed, the first frames of the decoder show.
+    """
+    times, ascend = np.unique(scan.stamps), bool((np.diff(scan.stamps) > 0).all())
+    distinct = len(times) == scan.count
+    if distinct and not (ascend and reader.stream.codec_context.has_b_frames):
+        return times, False, ()
+    shown = [frame.pts for packet in (*scan.probed, None) for frame in reader.decode(packet)[0]]
+    reader.decoder.flush_buffers()
+    reader.log_read = len(reader.log)
+    stamped = [pts for pts in shown if pts is not None]
+    if stamped == sorted(set(stamped)) and len(stamped) == len(shown) > 0:
+        equal = len(scan.stamps) - len(times)
+        return times, False, (f"times: {equal} frames have the time stamp of another",) if equal else ()
+    if distinct:
+        return times, True, ()
+    rate = _nominal_rate(reader.stream)
+    flag = f"times: the file has no time stamp for each frame, {rate:.4g} frames a second are assumed"
+    return (times[0] if len(times) else 0) + np.arange(scan.count) / rate, True, (flag,)
+
+
+def _gif_times(times: np.ndarray, end: float) -> tuple[np.ndarray, float]:
+    delays = np.diff([*times, end])
+    ends = np.cumsum(np.where(delays < MIN_DELAY + 1e-6, 0.1, delays))
+    return np.array([0.0, *ends[:-1]]), float(ends[-1])
+
+
+def _nominal_rate(stream) -> float:
+    return float(stream.average_rate or stream.base_rate or 25)
+
+
+def _header_duration(stream) -> float:
+    """Return the seconds that the header gives the stream; 0 if it does not say."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     parts = stream.metadata.get("DURATION", "").split(":")
@@ -249,122 +330,104 @@ def _promised(stream) -> float:
     return 3600 * hours + 60 * minutes + seconds
 
 
-def _frames(reel: Reel, index: Index, start: float) -> Iterator[tuple]:
-    """Pairs (time, draw) from the last frame before `start` on."""
-    early = np.searchsorted(index.keys * float(reel.stream.time_base), start + 1e-6, side="right")
+def _frames(reader: VideoReader, index: Index, start: float) -> Iterator[tuple]:
+    """Yield pairs (time, draw) from the last frame before `start` on."""
+    early = np.searchsorted(index.keys * float(reader.stream.time_base), start + 1e-6, side="right")
     # In the first second, decoding from the beginning is cheaper than a seek, and safe in files without an index.
     if start <= index.times[0] + 1 or early == 0:
-        yield from _timed(reel, index)
+        yield from _timed(reader, index)
         return
-    failure, key = None, int(index.keys[early - 1])
+    failure, key = "", int(index.keys[early - 1])
     # Frames after a key frame may be made from frames before it: then decoding begins one or two key frames earlier.
     for ticks in index.keys[max(0, early - 3) : early][::-1].tolist():
         try:
-            frames = _timed(reel, index, ticks, key)
-            if head := _run_up(frames, start):
+            frames = _timed(reader, index, ticks, key)
+            if head := _run_up(frames, start, reader):
                 yield from chain(head, frames)
                 return
         except Exception as error:
-            failure = error
+            failure = reason(error)
     if failure:
-        raise failure
-    yield from _timed(reel, index)  # the format's own index leads too far on
+        raise Damage(failure)
+    yield from _timed(reader, index)  # the format's own index leads too far on
 
 
-def _run_up(frames: Iterator[tuple], start: float) -> list[tuple]:
-    """The frame shown at `start` and the next one; none where the first frame comes later."""
-    shown = []
-    for time, draw in frames:
+def _run_up(frames: Iterator[tuple], start: float, reader: VideoReader) -> list[tuple]:
+    """Return the frame shown at `start` and the next one; none if decoding has to begin earlier."""
+    shown: list[tuple] = []
+    for count, (time, draw) in enumerate(frames):
         if time > start + 1e-6:
-            return [*shown, (time, draw)] if shown else []
+            # The first frame has no neighbour before it, from which its missing lines are made.
+            return [] if not count or (count == 1 and "deinterlaced" in reader.flags) else [*shown, (time, draw)]
         shown = [(time, draw)]
     return shown
 
 
-def _timed(reel: Reel, index: Index, ticks: int | None = None, key: int | None = None) -> Iterator[tuple]:
-    unit, last = float(reel.stream.time_base or 1), len(index.times) - 1
-    for number, frame in enumerate(_decoded(reel, index, ticks, key)):
-        yield index.times[min(number, last)] if frame.pts is None else frame.pts * unit, partial(_draw, reel, frame)
+def _timed(reader: VideoReader, index: Index, ticks: int | None = None, key: int | None = None) -> Iterator[tuple]:
+    unit, last, before = float(reader.stream.time_base or 1), len(index.times) - 1, None
+    frames = _deinterlaced(reader, _decoded(reader, index, ticks, key))
+    for number, frame in enumerate(frames):
+        time = index.times[min(number, last)] if index.in_order or frame.pts is None else frame.pts * unit
+        place = int(np.searchsorted(index.times, time - 1e-6))
+        # One may be a field or a frame that is never shown.
+        if before is not None and place - before > 2 and HELD not in reader.flags:
+            reader.flags.append(HELD)
+        before = place
+        yield time, partial(reader.renderer.render, frame)
 
 
-def _decoded(reel: Reel, index: Index, ticks: int | None, key: int | None) -> Iterator:
-    """The frames from the key frame at `ticks` on; what is shown before the one at `key` may lack its references."""
-    reel.decoder.flush_buffers()
-    reel.heard = len(reel.log)
-    for packet in reel.packets_from(index, ticks):
-        try:
-            yield from reel.decode(packet)
-        except Exception:
-            if key is None or packet.pts >= key:
-                raise
-            reel.heard = len(reel.log)
+def _deinterlaced(reader: VideoReader, frames: Iterator) -> Iterator:
+    """Yield the frames, from the first one marked as interlaced on through a graph, which needs all of them."""
+    graph = None
+    for frame in frames:
+        if frame.interlaced_frame and graph is None:
+            graph = build_graph([DEINTERLACE], frame)
+            reader.flags += ["deinterlaced"] * ("deinterlaced" not in reader.flags)
+        if graph is None:
+            yield frame
+            continue
+        graph.push(frame)
+        yield from _pulled(graph)
+    if graph is not None:
+        graph.push(None)
+        yield from _pulled(graph)
+
+
+def _pulled(graph) -> Iterator:
+    try:
+        while True:
+            yield graph.pull()
+    except (av.BlockingIOError, av.EOFError):
+        return
+
+
+def _decoded(reader: VideoReader, index: Index, ticks: int | None, key: int | None) -> Iterator:
+    """Yield the frames from the key frame at `ticks` on, without those before the one at `key` (None: the first).
+
+    What is decoded before `key` may lack its references, and so may the pictures that follow a key frame in coding
+    order and are shown before it (open GOP): if the decoder reports it, they are left out, and nothing else.
+    """
+    reader.decoder.flush_buffers()
+    reader.log_read = len(reader.log)
+    if key is None:
+        key = int(index.keys[0]) if len(index.keys) else None
+    since, latest, lost = CATCH_UP, key, (0, 0)
+    for packet in reader.packets_from(index, ticks):
+        since, latest = (0, packet.pts) if packet.is_keyframe else (since + 1, latest)
+        frames, complaint = reader.decode(packet)
+        begun = key is None or (packet.pts is not None and packet.pts >= key)
+        if complaint and begun:
+            if since >= CATCH_UP or not complaint.startswith(MISSING_REFERENCE):
+                raise Damage(complaint)
+            if latest is not None and packet.pts is not None and packet.pts < latest:
+                lost = packet.pts, latest
+        for frame in frames:
+            if frame.pts is None or (key is None or frame.pts >= key) and not lost[0] <= frame.pts < lost[1]:
+                reader.check(frame)
+                yield frame
     if index.damage:
         raise Damage(index.damage)
-    yield from reel.decode(None)
-
-
-def _draw(reel: Reel, frame, fit: Fit | None) -> np.ndarray:
-    """The frame turned as its rotation tag says (degrees counter-clockwise), scaled and cropped."""
-    quarters = 0 if frame.rotation % 90 else frame.rotation // 90 % 4
-    size = frame.height, max(1, round(frame.width * reel.shape))
-    turn = slice(None, None, -1 if quarters % 2 else 1)
-    target = fit(*size[turn])[turn] if fit else size
-    cover = _cover(size, target)
-    top, left = (cover[0] - target[0]) // 2, (cover[1] - target[1]) // 2
-    return np.rot90(_rgb(reel, frame, cover)[top : top + target[0], left : left + target[1]], quarters)
-
-
-def _over_white(frame):
-    """An RGB frame from one with transparency. (Scaled before, it would show the colours of transparent parts.)"""
-    packed = frame.format.name in ("rgba", "bgra")
-    if packed and frame.to_ndarray()[:, :, 3].min() == 255:
-        return frame
-    image = Image.fromarray(frame.to_ndarray(format="rgba", threads=1))
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return frame.from_image(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The size in which a picture covers the target, which lies in its exact middle: what is over is even."""
-    scale = max(target[0] / size[0], target[1] / size[1])
-    return tuple(want + 2 * round((have * scale - want) / 2) for have, want in zip(size, target))
-
-
-def _rgb(reel: Reel, frame, size: tuple[int, int]) -> np.ndarray:
-    """The frame in sRGB, scaled to (height, width)."""
-    from av.video.reformatter import ColorRange, Interpolation
-
-    if any(component.is_alpha for component in frame.format.components):
-        frame = _over_white(frame)
-    # Planes are scaled before they are mixed: faster than to mix them at full size, and more exact.
-    options = dict(interpolation=Interpolation.BICUBIC, threads=1)
-    if frame.format.is_rgb:
-        scaled = (frame.height, frame.width) != size
-        options["interpolation"] |= Interpolation.FULL_CHR_H_INP  # else every second column gives the colour of two
-        return reel.scaler.reformat(frame, size[1], size[0], "gbrp" if scaled else "rgb24", **options).to_ndarray()
-    high = frame.color_trc in (PQ, HLG)
-    colours = dict(src_colorspace=_matrix(frame), src_color_range=_range(frame))
-    same = dict(dst_colorspace=_matrix(frame), dst_color_range=_range(frame))
-    planes = "yuv444p16le" if high else "yuv444p"
-    frame = reel.scaler.reformat(frame, size[1], size[0], planes, **colours, **same, **options)
-    mixed = "rgb48le" if high else "rgb24"
-    pixels = reel.mixer.reformat(
-        frame, format=mixed, dst_color_range=ColorRange.JPEG, **colours, **options
-    ).to_ndarray()
-    return to_srgb(pixels, frame.color_trc) if high else pixels
-
-
-def _matrix(frame):
-    """The matrix of the frame's tag; untagged, what players guess (mpv: BT.709 for high definition, BT.601 below)."""
-    from av.video.reformatter import Colorspace
-
-    guess = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
-    tags = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}  # AVCOL_SPC_
-    return Colorspace[tags[frame.colorspace]] if frame.colorspace in tags else guess
-
-
-def _range(frame):
-    from av.video.reformatter import ColorRange
-
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    return ColorRange.JPEG if full else ColorRange.MPEG
+    frames, complaint = reader.decode(None)
+    if complaint:
+        raise Damage(complaint)
+    yield from frames

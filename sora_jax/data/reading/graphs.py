@@ -1,0 +1,130 @@
+"""Filter graphs of FFmpeg (`ffmpeg -vf`) that turn decoded frames into upright RGB pixels of the wanted size.
+
+A graph does all but the tone mapping of HDR: PyAV's FFmpeg is built without zscale and libplacebo, and its `tonemap`
+needs the linear light that only they give. `hdr` maps the graph's 16-bit output instead.
+"""
+
+import numpy as np
+from av import VideoFrame
+from av.filter import Graph
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import ColorRange
+
+from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
+from sora_jax.data.reading.tracks import Fit
+
+# AVCOL_SPC_* to the names of `setparams`.
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020nc", 10: "bt2020c"}
+# Frames that the decoder marks as interlaced become progressive, the others pass; the number of frames stays.
+DEINTERLACE = "bwdif=mode=send_frame:deint=interlaced"
+# White minus premultiplied inverse: colour * alpha + white * (1 - alpha). Scaled before, a picture would show the
+# colours of its transparent parts.
+OVER_WHITE = ["format=gbrap", "negate", "premultiply=inplace=1", "format=gbrp", "negate"]
+# From the display matrix [a b; c d] (x' = a x + c y, y' = b x + d y), as `ffmpeg -autorotate` does.
+FLIPS = {(1, 1): [], (-1, 1): ["hflip"], (1, -1): ["vflip"], (-1, -1): ["hflip", "vflip"]}  # signs of a, d
+TRANSPOSES = {(1, 1): "cclock_flip", (1, -1): "clock", (-1, 1): "cclock", (-1, -1): "clock_flip"}  # signs of b, c
+
+
+def build_graph(filters: list[str], frame: VideoFrame) -> Graph:
+    """Return a configured graph of one chain of filters for frames like this one."""
+    graph = Graph()
+    graph.threads = 1  # must be set before a filter is added
+    size, kind = f"{frame.width}x{frame.height}", frame.format.name
+    colours = {"colorspace": str(int(frame.colorspace)), "range": str(int(frame.color_range))}
+    nodes = [graph.add("buffer", video_size=size, pix_fmt=kind, time_base="1/1000", **colours)]
+    for text in filters:
+        name, _, options = text.partition("=")
+        nodes.append(graph.add(name, options or None))
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+class FrameRenderer:
+    """Renders frames by graphs that it keeps, one for each kind of frame and size.
+
+    Args:
+        pixel_aspect: width over height of a pixel.
+        matrix: the display matrix of frames that carry none, (9,).
+    """
+
+    def __init__(self, pixel_aspect: float, matrix: np.ndarray | None = None):
+        self.pixel_aspect, self.matrix = pixel_aspect, matrix
+        self.graphs: dict[tuple, Graph] = {}
+
+    def render(self, frame: VideoFrame, fit: Fit | None) -> np.ndarray:
+        """Return the frame upright, in sRGB uint8 (H, W, 3), scaled to cover the size of `fit` and cropped evenly."""
+        filters = self._filters(frame, fit)
+        key = (*filters, frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+        if key not in self.graphs:
+            self.graphs[key] = build_graph(filters, frame)
+        self.graphs[key].push(frame)
+        pixels = self.graphs[key].pull().to_ndarray()
+        return to_srgb(pixels, frame.color_trc) if is_hdr(frame) else pixels
+
+    def _filters(self, frame: VideoFrame, fit: Fit | None) -> list[str]:
+        turn = turn_filters(display_matrix(frame, self.matrix))
+        swap = slice(None, None, -1 if turn and turn[0].startswith("transpose") else 1)
+        size = frame.height, max(1, round(frame.width * self.pixel_aspect))
+        target = fit(*size[swap])[swap] if fit else size
+        cover = cover_size(size, target)
+        filters = colour_filters(frame, f"scale={cover[1]}:{cover[0]}:flags=bicubic")
+        if cover != target:
+            left, top = (cover[1] - target[1]) // 2, (cover[0] - target[0]) // 2
+            filters.append(f"crop={target[1]}:{target[0]}:{left}:{top}")
+        return filters + turn
+
+
+def display_matrix(frame: VideoFrame, otherwise: np.ndarray | None = None) -> np.ndarray | None:
+    """Return the display matrix of a frame, (9,)."""
+    try:
+        found = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # PyAV lists no side data if one is of a type that it does not know
+        angle = np.radians(frame.rotation)
+        return np.array([np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1]) * 2**16
+    return otherwise if found is None else np.frombuffer(bytes(found), np.int32)
+
+
+def turn_filters(matrix: np.ndarray | None) -> list[str]:
+    """Return the filters that turn and mirror a stored frame upright, to the nearest quarter."""
+    if matrix is None:
+        return []
+    a, b, c, d = (int(matrix[k]) for k in (0, 1, 3, 4))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return [f"transpose={TRANSPOSES[1 if b > 0 else -1, 1 if c > 0 else -1]}"]
+    return FLIPS[-1 if a < 0 else 1, -1 if d < 0 else 1]
+
+
+def colour_filters(frame: VideoFrame, scale: str) -> list[str]:
+    """Return the filters that scale a frame and bring it to RGB: of 8 bits, over white; of 16 bits if it is HDR."""
+    palette = frame.format.has_palette
+    alpha = palette or any(component.is_alpha for component in frame.format.components)
+    rgb = palette or frame.format.is_rgb
+    parameters = [] if rgb else [f"setparams=colorspace={_matrix(frame)}:range={_range(frame)}"]
+    if rgb or alpha:
+        white = ["scale=flags=bicubic", *OVER_WHITE] if alpha else []
+        # Without full_chroma_inp every second column takes the colour of two.
+        return [*parameters, *white, f"{scale}+full_chroma_inp", "format=gbrp", "format=rgb24"]
+    # Planes are scaled before they are mixed: faster than to mix them at full size, and more exact.
+    planes, mixed = ("yuv444p16le", "rgb48le") if is_hdr(frame) else ("yuv444p", "rgb24")
+    return [*parameters, scale, f"format={planes}", "scale=flags=bicubic", f"format={mixed}"]
+
+
+def is_hdr(frame: VideoFrame) -> bool:
+    """Return True for frames coded by PQ or HLG."""
+    return frame.color_trc in (PQ, HLG)
+
+
+def cover_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Return the size in which a picture covers the target, larger by an even number of pixels on each axis."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    height, width = (want + 2 * round((have * scale - want) / 2) for have, want in zip(size, target))
+    return height, width
+
+
+def _matrix(frame: VideoFrame) -> str:
+    # Untagged, what players guess (mpv: BT.709 for high definition, BT.601 below).
+    return MATRICES.get(frame.colorspace, "bt709" if frame.width >= 1280 or frame.height > 576 else "smpte170m")
+
+
+def _range(frame: VideoFrame) -> str:
+    return "pc" if frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj") else "tv"
