@@ -30,8 +30,8 @@ SAME = 3  # levels: a profile that moves no colour by more is sRGB under another
 def open_picture(file: File) -> Iterator[FrameSource]:
     """Open the one frame of a picture or the frames of an animation; PIL.UnidentifiedImageError for other files."""
     if isinstance(file, str | Path):
-        with open(file, "rb") as opened, open_picture(opened) as track:
-            yield track
+        with open(file, "rb") as opened, open_picture(opened) as source:
+            yield source
         return
     image = _open(file)
     animated = getattr(image, "is_animated", False)
@@ -63,7 +63,7 @@ def _open_heic(file: BinaryIO) -> Image.Image:
     if transfer in (PQ, HLG) and image.info["bit_depth"] > 8 and image.mode == "RGB":
         check_pixels(*image.size)
         deep = open_heif(file, convert_hdr_to_8bit=False)  # holds the memory of its array
-        return Image.fromarray(to_srgb(np.asarray(deep), transfer))
+        image.paste(Image.fromarray(to_srgb(np.asarray(deep), transfer)))
     return image
 
 
@@ -75,7 +75,7 @@ def _still(image: Any, file: BinaryIO, several: bool) -> FrameSource:
             check_jpeg(file)
         if image.format == "HEIF":
             check_heic(file)
-        yield 0.0, partial(draw, _open(file) if image.format in ("PNG", "JPEG", "MPO") else image)
+        yield 0.0, partial(draw, image)
 
     flags = []
     if several and image.format in ("HEIF", "TIFF"):
