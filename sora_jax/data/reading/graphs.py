@@ -16,7 +16,8 @@ from sora_jax.data.reading.tracks import Fit
 # AVCOL_SPC_* to the names of `setparams`.
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020nc", 10: "bt2020c"}
 # Frames that the decoder marks as interlaced become progressive, the others pass; the number of frames stays.
-DEINTERLACE = "bwdif=mode=send_frame:deint=interlaced"
+TIME_BASE = "1/1000"  # of all graphs; ticks pass as they are
+DEINTERLACE = ["bwdif=mode=send_frame:deint=interlaced", f"settb={TIME_BASE}"]  # bwdif halves the time base
 # White minus premultiplied inverse: colour * alpha + white * (1 - alpha). Scaled before, a picture would show the
 # colours of its transparent parts.
 OVER_WHITE = ["format=gbrap", "negate", "premultiply=inplace=1", "format=gbrp", "negate"]
@@ -31,7 +32,7 @@ def build_graph(filters: list[str], frame: VideoFrame) -> Graph:
     graph.threads = 1  # must be set before a filter is added
     size, kind = f"{frame.width}x{frame.height}", frame.format.name
     colours = {"colorspace": str(int(frame.colorspace)), "range": str(int(frame.color_range))}
-    nodes = [graph.add("buffer", video_size=size, pix_fmt=kind, time_base="1/1000", **colours)]
+    nodes = [graph.add("buffer", video_size=size, pix_fmt=kind, time_base=TIME_BASE, **colours)]
     for text in filters:
         name, _, options = text.partition("=")
         nodes.append(graph.add(name, options or None))

@@ -313,7 +313,7 @@ def _deinterlaced(reader: VideoReader, frames: Iterator) -> Iterator:
     graph = None
     for frame in chain(frames, [None]):
         if graph is None and frame is not None and frame.interlaced_frame:
-            graph = build_graph([DEINTERLACE], frame)
+            graph = build_graph(DEINTERLACE, frame)
             reader.flags += ["deinterlaced"] * ("deinterlaced" not in reader.flags)
         if graph is None:
             yield from [frame] * (frame is not None)
