@@ -1,10 +1,8 @@
 """Signs of damage that decoders pass over: what libav logs, check sums, and byte patterns that a format forbids."""
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import BinaryIO
 
 from sora_jax.data.reading.tracks import Damage
 
@@ -50,43 +48,6 @@ MISSING_REFERENCE = (
 )
 
 
-def sound_png_frames(file: BinaryIO) -> tuple[float, str]:
-    """How many frames of a PNG have right check sums, which Pillow passes over in picture data, and what is wrong.
-
-    Infinity and "" where all have; the one picture of a PNG that does not move is frame 0.
-    """
-    file.seek(8)
-    kind, begun = b"", 0
-    while kind != b"IEND":
-        head = file.read(8)
-        kind, size = head[4:], int.from_bytes(head[:4])
-        body = file.read(size) if len(head) == 8 else b""
-        if len(head) < 8 or len(body) < size:
-            return max(0, begun - 1), "the file ends before its end mark"
-        if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(file.read(4)):
-            return max(0, begun - 1), f"wrong check sum of chunk {kind.decode('latin1')}"
-        begun += kind == b"fcTL"
-    return float("inf"), ""
-
-
-def sound_jpeg(file: BinaryIO) -> tuple[int, str]:
-    """1 and "", or 0 and the error that libav's decoder finds in the coded data, of which libjpeg only warns."""
-    import av
-    from av.error import FFmpegError, PatchWelcomeError
-
-    decoder = av.CodecContext.create("mjpeg", "r")
-    decoder.thread_count, decoder.options = 1, {"err_detect": "crccheck+bitstream+buffer+explode"}
-    file.seek(0)
-    with listening() as log:
-        try:
-            decoder.decode(av.Packet(file.read()))
-        except PatchWelcomeError:
-            return 1, ""  # a kind of JPEG that it does not know
-        except FFmpegError as error:
-            return 0, heard(log) or error.strerror
-    return (0, heard(log)) if log else (1, "")
-
-
 def length_bytes(codec: str, extradata: bytes | None) -> int:
     """Return the bytes of the length before each unit of an H.264 or HEVC packet (MP4, Matroska); 0 for others."""
     place = {"h264": 4, "hevc": 21}.get(codec)
@@ -110,6 +71,8 @@ def check_units(codec: str, data: bytes, prefix: int) -> None:
     while place + prefix < len(data):
         start = place + prefix
         place = start + int.from_bytes(data[place:start])
+        if not start < place <= len(data):
+            raise Damage("a unit of picture data has a wrong length")
         picture = data[start] & 31 in (1, 5) if codec == "h264" else data[start] >> 1 & 63 < 32
         unit = data[start:place].rstrip(b"\0") if picture else b""
         if any(pattern in unit for pattern in (b"\0\0\0", b"\0\0\1", b"\0\0\2")):

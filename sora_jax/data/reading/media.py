@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sora_jax.data.fit import FitError
 from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
-from sora_jax.data.reading.pictures import fitted, open_picture
+from sora_jax.data.reading.pictures import open_picture, scaled
 from sora_jax.data.reading.tracks import File, Fit, FrameSource, MediaError, reason, usual_period
 from sora_jax.data.reading.videos import open_video
 from sora_jax.errors import UserError
@@ -92,7 +92,7 @@ def sample_frames(
     """Sample frames in memory, uint8 (T, H, W, 3) at `fps` frames a second, as `decode` samples a file."""
 
     def draw(k: int, fit: Fit | None) -> np.ndarray:
-        return fitted(Image.fromarray(frames[k]), frames.shape[1:3], fit)
+        return np.asarray(scaled(Image.fromarray(frames[k]), frames.shape[1:3], fit))
 
     times = np.arange(len(frames)) / fps
     draws = [(time, partial(draw, k)) for k, time in enumerate(times)]
