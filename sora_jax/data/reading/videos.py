@@ -7,10 +7,9 @@ ends the file. Errors of a decoder that catches up after a cut do not count.
 
 import os
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -41,47 +40,34 @@ KEPT_BYTES = 2**25  # of packets, so that a short file is read once
 REMEMBERED = 8  # files whose time stamps are kept, so that the spans of a long one read them once
 CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
 PROBED = 100  # packets that are decoded if their time stamps look wrong
-HELD = "held: the decoder gives no picture for some frames, the one before is shown instead"
 MIN_DELAY = 0.01  # seconds; browsers show frames of a GIF with at most this delay for 0.1 s, and makers count on it
+HELD = "held: the decoder gives no picture for some frames, the one before is shown instead"
+UNKNOWN = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
 class Index:
-    """What the packets of a stream tell.
+    """What the packets of a stream tell."""
 
-    Attributes:
-        times: seconds, ascending, from the first frame that can be shown.
-        end: seconds at which the last frame goes.
-        keys: ticks of the key frames, ascending; empty if no time stamps lead there.
-        in_order: the n-th frame of the decoder has the n-th time, its own time stamp is not to be believed.
-        damage: why the file ends where it does.
-        flags: what a user should know of the times.
-        matrix: the display matrix, if the decoder does not put it on its frames.
-    """
-
-    times: np.ndarray
-    end: float
-    keys: np.ndarray
-    in_order: bool = False
-    damage: str = ""
-    flags: tuple[str, ...] = ()
-    matrix: np.ndarray | None = None
+    times: np.ndarray  # seconds, ascending, from the first frame that can be shown
+    end: float  # seconds at which the last frame goes
+    keys: np.ndarray  # ticks of the key frames, ascending; empty if no time stamps lead there
+    keyed: bool  # key frames are marked, with or without time stamps
+    in_order: bool  # the n-th frame of the decoder has the n-th time, its own time stamp is not to be believed
+    damage: str  # why the file ends where it does
+    flags: list[str]
+    matrix: np.ndarray | None  # the display matrix, if the decoder does not put it on its frames
 
 
 class VideoReader:
-    """An open stream.
-
-    Attributes:
-        packets: all of the stream, if they are few.
-        log: libav's errors; it grows.
-        flags: what a user should know of the frames read so far.
-    """
+    """An open stream. `log` grows by libav's errors, `flags` by what a user should know of the frames read."""
 
     def __init__(self, container, log: list):
-        self.container, self.log, self.log_read = container, log, len(log)
+        self.container, self.log, self.log_read, self.flags = container, log, len(log), list[str]()
         self.stream = _best_stream(container)
-        self.packets: list | None = None
-        self.moved, self.size, self.flags = False, (0, 0), list[str]()
+        self.unit = float(self.stream.time_base or 1)
+        self.packets: list = []  # all of the stream, if they are few
+        self.moved = False
         context = self.stream.codec_context
         self.codec = context.codec.canonical_name
         self.prefix = length_bytes(self.codec, context.extradata)
@@ -89,7 +75,8 @@ class VideoReader:
         # Processes decode side by side; and libav's log can be read only in the thread that waits for it.
         self.decoder.thread_count = 1
         self.decoder.options = DECODER
-        self.renderer = FrameRenderer(_pixel_aspect(self.stream))
+        aspect = float(self.stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
+        self.renderer = FrameRenderer(aspect if 1 / 8 <= aspect <= 8 else 1.0)  # no camera has other pixels
 
     def complaint(self) -> str:
         """Return the first error in the log since the last call."""
@@ -101,23 +88,22 @@ class VideoReader:
         self.moved = True
         for packet in self.container.demux(self.stream):
             # Transport streams mark packets after a jump of their counter; whether data are missing, the decoder sees.
-            corrupt = packet.is_corrupt and self.container.format.name != "mpegts"
-            if (complaint := self.complaint()) or corrupt:
-                raise Damage(complaint or "a packet is cut short")
+            cut = packet.is_corrupt and self.container.format.name != "mpegts"
+            if complaint := self.complaint() or "a packet is cut short" * cut:
+                raise Damage(complaint)
             if packet.size:
                 yield packet
         if complaint := self.complaint():
             raise Damage(complaint)
 
-    def packets_from(self, index: Index, ticks: int | None) -> Iterator:
-        """Return the packets from the key frame at `ticks` on, or from the first."""
-        if self.packets is None:
-            if ticks is not None or self.moved:
-                ticks = int(index.times[0] / self.stream.time_base) if ticks is None else ticks
-                self.container.seek(ticks, stream=self.stream)
-            return self.demux()
-        found = (i for i, packet in enumerate(self.packets) if packet.is_keyframe and packet.pts == ticks)
-        return iter(self.packets[next(found, 0) :])
+    def packets_from(self, key: int | None, index: Index) -> Iterator:
+        """Return the packets from a key frame on, or from the first."""
+        if self.packets:
+            found = (i for i, packet in enumerate(self.packets) if packet.is_keyframe and packet.pts == key)
+            return iter(self.packets[next(found, 0) :])
+        if key is not None or self.moved:
+            self.container.seek(int(index.times[0] / self.unit) if key is None else key, stream=self.stream)
+        return self.demux()
 
     def decode(self, packet) -> tuple[list, str]:
         """Return the frames that the decoder gives for a packet (None: what it still holds), and its complaint."""
@@ -130,13 +116,10 @@ class VideoReader:
             failure = reason(error)
         return frames, self.complaint() or failure
 
-    def check(self, frame) -> None:
-        """Raise Damage for a frame that is not to be shown."""
-        self.size = self.size if self.size[0] else (frame.width, frame.height)
-        if frame.is_corrupt:
-            raise Damage("a frame marked so by the decoder")
-        if self.size != (frame.width, frame.height):
-            raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
+    def restart(self) -> None:
+        """Forget what was decoded."""
+        self.decoder.flush_buffers()
+        self.log_read = len(self.log)
 
 
 @contextmanager
@@ -144,34 +127,28 @@ def open_video(file: File) -> Iterator[FrameSource]:
     """Open the best video stream of a file; raise MediaError if there is none."""
     with listening() as log, ExitStack() as stack:
         reader = stack.enter_context(_open_reader(file, log))
-        name = _file_key(file)
-        index = _remembered.get(name)
-        if index is None:
-            index = _read_index(reader)
-            _remember(name, index)
-            if reader.packets is None:  # the container stands at its end, and not every format can go back
+        identity = _identity(file)
+        if identity not in _remembered:
+            _remembered[identity] = _read_index(reader)
+            if len(_remembered) > REMEMBERED:
+                _remembered.pop(next(iter(_remembered)))
+            if not reader.packets:  # the container stands at its end, and not every format can go back
                 reader = stack.enter_context(_open_reader(file, log))
+        index = _remembered[identity]
         reader.flags += index.flags
         reader.renderer.matrix = index.matrix
         yield FrameSource(index.times, index.end, partial(_frames, reader, index), reader.flags)
 
 
-_remembered: OrderedDict[tuple | None, Index] = OrderedDict()
+_remembered: dict[object, Index] = {}
 
 
-def _file_key(file: File) -> tuple | None:
+def _identity(file: File) -> object:
     """Return what tells a file from others and from what it was before."""
     if not isinstance(file, str | Path):
-        return None
+        return object()
     status = os.stat(file)
     return os.path.abspath(file), status.st_size, status.st_mtime_ns
-
-
-def _remember(name: tuple | None, index: Index) -> None:
-    if name is not None:
-        _remembered[name] = index
-        while len(_remembered) > REMEMBERED:
-            _remembered.popitem(last=False)
 
 
 @contextmanager
@@ -194,162 +171,117 @@ def _best_stream(container):
         raise MediaError("no video: the file has no video stream")
     if stream.codec_context is None:
         raise MediaError("no decoder: FFmpeg has none for the codec of the video stream")
+    check_pixels(stream.codec_context.width, stream.codec_context.height)
     for other in container.streams:
         if other is not stream:
             other.discard = Discard.all  # damage beside the pictures is not looked for
-    check_pixels(stream.codec_context.width, stream.codec_context.height)
     return stream
 
 
 def _decoder(stream):
-    """Return the stream's own decoder; libvpx for VP8 and VP9 with transparency, which only it gives."""
-    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
-    transparent = stream.metadata.get("alpha_mode") == "1" and name in av.codecs_available
-    return av.CodecContext.create(name, "r") if transparent else stream.codec_context
+    """Return libvpx for VP8 and VP9 of 8 bits, and for other streams their own decoder.
 
-
-def _pixel_aspect(stream) -> float:
-    """Return width over height of a pixel; shapes that no camera has are taken for square."""
-    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
-    return aspect if 1 / 8 <= aspect <= 8 else 1.0
-
-
-@dataclass
-class _PacketScan:
-    """What is kept of the packets while they are read: time stamps, key frames, and all of a file that is small."""
-
-    unit: float
-    count: int = 0
-    bytes: int = 0
-    stamps: array = field(default_factory=lambda: array("d"))  # of the packets that have one, in coding order
-    keys: array = field(default_factory=lambda: array("q"))  # ticks
-    kept: list = field(default_factory=list)
-    probed: list = field(default_factory=list)  # the first packets
-    last: float = 0.0  # seconds for which the last frame is shown
-
-    def add(self, packet) -> None:
-        self.bytes += packet.size
-        if self.bytes <= KEPT_BYTES:
-            self.kept.append(packet)
-        else:
-            self.kept.clear()
-        if len(self.probed) < PROBED:
-            self.probed.append(packet)
-        if packet.is_keyframe and packet.pts is not None:
-            self.keys.append(packet.pts)
-        if packet.is_discard:
-            return
-        self.count += 1
-        ticks = packet.dts if packet.pts is None else packet.pts
-        if ticks is not None:
-            self.stamps.append(ticks * self.unit)
-        self.last = float((packet.duration or 0) * self.unit)
+    libvpx decodes transparency, and reports damage that FFmpeg's own decoder passes over.
+    """
+    context = stream.codec_context
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(context.codec.canonical_name)
+    deep = context.format is None or context.format.components[0].bits > 8
+    return context if deep or name not in av.codecs_available else av.CodecContext.create(name, "r")
 
 
 def _read_index(reader: VideoReader) -> Index:
     """Read every packet once, up to the first damage; the reader keeps them if they are few."""
-    unit, damage = float(reader.stream.time_base or 1), ""
-    scan = _PacketScan(unit)
+    rows, packets, size, damage = array("q"), list[av.Packet](), 0, ""
     try:
         for packet in reader.demux():
-            if scan.count == MAX_PACKETS:
+            ticks = packet.dts if packet.pts is None else packet.pts
+            rows.extend(
+                (UNKNOWN if ticks is None else ticks, packet.is_keyframe, packet.is_discard, packet.duration or 0)
+            )
+            size += packet.size
+            if size <= KEPT_BYTES or len(packets) < PROBED:
+                packets.append(packet)
+            if len(rows) == 4 * MAX_PACKETS:
                 break
-            scan.add(packet)
     except Exception as error:
         damage = reason(error)
-    if not scan.count:
+    ticks, marked, discard, durations = np.array(rows, np.int64).reshape(-1, 4).T
+    if not (discard == 0).any():
         raise MediaError(f"damaged: {damage}" if damage else "no frames: the file opens but holds none")
-    reader.packets = scan.kept or None
-    times, in_order, flags = _frame_times(reader, scan)
-    period = usual_period(times, times[-1] + 1 / _nominal_rate(reader.stream))
-    # A GIF's last frame may be meant to stand still; elsewhere the duration of the last frame is not to be trusted.
-    end = float(times[-1] + (max(scan.last, MIN_DELAY) if reader.codec == "gif" else period))
+    reader.packets = packets if size <= KEPT_BYTES else []
+    rate = float(reader.stream.average_rate or reader.stream.base_rate or 25)
+    times, in_order, flags = _frame_times(reader, ticks[discard == 0], packets[:PROBED], rate)
+    period = usual_period(times, times[-1] + 1 / rate)
+    end = float(times[-1] + period)
     promised = _header_duration(reader.stream)
     if not damage and promised > end - times[0] + max(2 * period, 0.1):
         damage = f"it ends after {end - times[0]:.2f} of {promised:.2f} seconds"
-    keys = np.empty(0, np.int64) if in_order else np.sort(np.asarray(scan.keys, np.int64))
+    keys = np.sort(ticks[(marked == 1) & (ticks != UNKNOWN) & (not in_order)])
     if reader.codec == "gif":
-        times, end, in_order = *_gif_times(times, end), True
-    elif len(keys) and (early := int(np.searchsorted(times, keys[0] * unit - 1e-6))):
+        # The last frame may be meant to stand still; elsewhere the duration of the last packet is not to be trusted.
+        delays = np.diff(times, append=times[-1] + durations[-1] * reader.unit)
+        ends = np.cumsum(np.where(delays < MIN_DELAY + 1e-6, 0.1, delays))
+        times, end, in_order = ends - np.diff(ends, prepend=0), float(ends[-1]), True
+    elif len(keys) and (early := int(np.searchsorted(times, keys[0] * reader.unit - 1e-6))):
         times = times[early:]
-        flags += (f"start: {early} frames before the first key frame cannot be decoded",)
-    return Index(times, end, keys, in_order, damage, flags, _stored_matrix(reader, scan))
+        flags.append(f"start: {early} frames before the first key frame cannot be decoded")
+    own, matrix = reader.stream.codec_context, None
+    if reader.decoder is not own:
+        matrix = next((display_matrix(frame) for packet in packets[:1] for frame in own.decode(packet)), None)
+    return Index(times, end, keys, bool(marked.any()), in_order, damage, flags, matrix)
 
 
-def _stored_matrix(reader: VideoReader, scan: _PacketScan) -> np.ndarray | None:
-    """Return the display matrix if the stream's own decoder, which puts it on its frames, is not the one in use."""
-    own = reader.stream.codec_context
-    if reader.decoder is own:
-        return None
-    return next((display_matrix(frame) for packet in scan.probed[:1] for frame in own.decode(packet)), None)
-
-
-def _frame_times(reader: VideoReader, scan: _PacketScan) -> tuple[np.ndarray, bool, tuple[str, ...]]:
+def _frame_times(
+    reader: VideoReader, ticks: np.ndarray, first: list, rate: float
+) -> tuple[np.ndarray, bool, list[str]]:
     """Return the times of the frames, ascending, whether they are given in the decoder's order, and flags.
 
     Time stamps may be absent, equal, or in coding order where the container has no field for that of presentation
-    (H.264 with B-frames in AVI). Whether they are believed, the first frames of the decoder show.
+    (H.264 with B-frames in AVI). The first frames of the decoder show whether they are to be believed.
     """
-    times, ascend = np.unique(scan.stamps), bool((np.diff(scan.stamps) > 0).all())
-    distinct = len(times) == scan.count
+    known = ticks[ticks != UNKNOWN]
+    times, flags = np.unique(known) * reader.unit, list[str]()
+    distinct, ascend = len(times) == len(ticks), bool((np.diff(known) > 0).all())
     if distinct and not (ascend and reader.stream.codec_context.has_b_frames):
-        return times, False, ()
-    shown = [frame.pts for packet in (*scan.probed, None) for frame in reader.decode(packet)[0]]
-    reader.decoder.flush_buffers()
-    reader.log_read = len(reader.log)
-    stamped = [pts for pts in shown if pts is not None]
-    if stamped == sorted(set(stamped)) and len(stamped) == len(shown) > 0:
-        equal = len(scan.stamps) - len(times)
-        return times, False, (f"times: {equal} frames have the time stamp of another",) if equal else ()
-    if distinct:
-        return times, True, ()
-    rate = _nominal_rate(reader.stream)
-    flag = f"times: the file has no time stamp for each frame, {rate:.4g} frames a second are assumed"
-    return (times[0] if len(times) else 0) + np.arange(scan.count) / rate, True, (flag,)
-
-
-def _gif_times(times: np.ndarray, end: float) -> tuple[np.ndarray, float]:
-    delays = np.diff([*times, end])
-    ends = np.cumsum(np.where(delays < MIN_DELAY + 1e-6, 0.1, delays))
-    return np.array([0.0, *ends[:-1]]), float(ends[-1])
-
-
-def _nominal_rate(stream) -> float:
-    return float(stream.average_rate or stream.base_rate or 25)
+        return times, False, flags
+    shown = [frame.pts for packet in (*first, None) for frame in reader.decode(packet)[0]]
+    reader.restart()
+    if shown and None not in shown and shown == sorted(set(shown)):
+        if equal := len(known) - len(times):
+            flags.append(f"times: {equal} frames have the time stamp of another")
+        return times, False, flags
+    if not distinct:
+        times = (times[0] if len(times) else 0) + np.arange(len(ticks)) / rate
+        flags.append(f"times: the file has no time stamp for each frame, {rate:.4g} frames a second are assumed")
+    return times, True, flags
 
 
 def _header_duration(stream) -> float:
     """Return the seconds that the header gives the stream; 0 if it does not say."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    parts = stream.metadata.get("DURATION", "").split(":")
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
     try:
-        hours, minutes, seconds = (float(part) for part in parts)
+        return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
     except ValueError:
         return 0.0
-    return 3600 * hours + 60 * minutes + seconds
 
 
 def _frames(reader: VideoReader, index: Index, start: float) -> Iterator[tuple]:
     """Yield pairs (time, draw) from the last frame before `start` on."""
-    early = np.searchsorted(index.keys * float(reader.stream.time_base), start + 1e-6, side="right")
+    keys = index.keys[index.keys * reader.unit <= start + 1e-6]
     # In the first second, decoding from the beginning is cheaper than a seek, and safe in files without an index.
-    if start <= index.times[0] + 1 or early == 0:
-        yield from _timed(reader, index)
-        return
-    failure, key = "", int(index.keys[early - 1])
-    # Frames after a key frame may be made from frames before it: then decoding begins one or two key frames earlier.
-    for ticks in index.keys[max(0, early - 3) : early][::-1].tolist():
+    if start > index.times[0] + 1 and len(keys):
         try:
-            frames = _timed(reader, index, ticks, key)
-            if head := _run_up(frames, start, reader):
-                yield from chain(head, frames)
-                return
-        except Exception as error:
-            failure = reason(error)
-    if failure:
-        raise Damage(failure)
-    yield from _timed(reader, index)  # the format's own index leads too far on
+            frames = _timed(reader, index, int(keys[-1]))
+            head = _run_up(frames, start, reader)
+        except Exception:
+            head = []
+        if head:
+            yield from chain(head, frames)
+            return
+    yield from _timed(reader, index)
 
 
 def _run_up(frames: Iterator[tuple], start: float, reader: VideoReader) -> list[tuple]:
@@ -363,14 +295,14 @@ def _run_up(frames: Iterator[tuple], start: float, reader: VideoReader) -> list[
     return shown
 
 
-def _timed(reader: VideoReader, index: Index, ticks: int | None = None, key: int | None = None) -> Iterator[tuple]:
-    unit, last, before = float(reader.stream.time_base or 1), len(index.times) - 1, None
-    frames = _deinterlaced(reader, _decoded(reader, index, ticks, key))
-    for number, frame in enumerate(frames):
-        time = index.times[min(number, last)] if index.in_order or frame.pts is None else frame.pts * unit
+def _timed(reader: VideoReader, index: Index, key: int | None = None) -> Iterator[tuple]:
+    """Yield pairs (time, draw) from a key frame on, or from the first."""
+    last, before = len(index.times) - 1, len(index.times)
+    for number, frame in enumerate(_deinterlaced(reader, _decoded(reader, index, key))):
+        time = index.times[min(number, last)] if index.in_order or frame.pts is None else frame.pts * reader.unit
         place = int(np.searchsorted(index.times, time - 1e-6))
-        # One may be a field or a frame that is never shown.
-        if before is not None and place - before > 2 and HELD not in reader.flags:
+        # One that is left out may be a field or a frame that is never shown.
+        if place - before > 2 and HELD not in reader.flags:
             reader.flags.append(HELD)
         before = place
         yield time, partial(reader.renderer.render, frame)
@@ -379,52 +311,50 @@ def _timed(reader: VideoReader, index: Index, ticks: int | None = None, key: int
 def _deinterlaced(reader: VideoReader, frames: Iterator) -> Iterator:
     """Yield the frames, from the first one marked as interlaced on through a graph, which needs all of them."""
     graph = None
-    for frame in frames:
-        if frame.interlaced_frame and graph is None:
-            graph = build_graph([DEINTERLACE], frame)
+    for frame in chain(frames, [None]):
+        if graph is None and frame is not None and frame.interlaced_frame:
+            graph = build_graph(DEINTERLACE, frame)
             reader.flags += ["deinterlaced"] * ("deinterlaced" not in reader.flags)
         if graph is None:
-            yield frame
+            yield from [frame] * (frame is not None)
             continue
         graph.push(frame)
-        yield from _pulled(graph)
-    if graph is not None:
-        graph.push(None)
-        yield from _pulled(graph)
+        try:
+            while True:
+                yield graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            pass
 
 
-def _pulled(graph) -> Iterator:
-    try:
-        while True:
-            yield graph.pull()
-    except (av.BlockingIOError, av.EOFError):
-        return
+def _decoded(reader: VideoReader, index: Index, key: int | None) -> Iterator:
+    """Yield the frames from a key frame on, or from the first one; raise Damage at the first sign of it.
 
-
-def _decoded(reader: VideoReader, index: Index, ticks: int | None, key: int | None) -> Iterator:
-    """Yield the frames from the key frame at `ticks` on, without those before the one at `key` (None: the first).
-
-    What is decoded before `key` may lack its references, and so may the pictures that follow a key frame in coding
-    order and are shown before it (open GOP): if the decoder reports it, they are left out, and nothing else.
+    Pictures that follow a key frame in coding order and are shown before it (open GOP) may lack their references after
+    a cut, and so may all before the first key frame: those for which the decoder reports it are left out.
     """
-    reader.decoder.flush_buffers()
-    reader.log_read = len(reader.log)
-    if key is None:
-        key = int(index.keys[0]) if len(index.keys) else None
-    since, latest, lost = CATCH_UP, key, (0, 0)
-    for packet in reader.packets_from(index, ticks):
+    reader.restart()
+    packets = reader.packets_from(key, index)
+    first = int(index.keys[0]) if key is None and len(index.keys) else key
+    since, latest, lost, reached, size = CATCH_UP, first, (0, 0), not index.keyed, None
+    for packet in packets:
         since, latest = (0, packet.pts) if packet.is_keyframe else (since + 1, latest)
         frames, complaint = reader.decode(packet)
-        begun = key is None or (packet.pts is not None and packet.pts >= key)
-        if complaint and begun:
+        late = first is None or (packet.pts is not None and packet.pts >= first)
+        reached = reached or (late and packet.is_keyframe)
+        if complaint and reached and late:
             if since >= CATCH_UP or not complaint.startswith(MISSING_REFERENCE):
                 raise Damage(complaint)
             if latest is not None and packet.pts is not None and packet.pts < latest:
                 lost = packet.pts, latest
         for frame in frames:
-            if frame.pts is None or (key is None or frame.pts >= key) and not lost[0] <= frame.pts < lost[1]:
-                reader.check(frame)
-                yield frame
+            if frame.pts is not None and (first is not None and frame.pts < first or lost[0] <= frame.pts < lost[1]):
+                continue
+            size = size or (frame.width, frame.height)
+            if frame.is_corrupt:
+                raise Damage("a frame marked so by the decoder")
+            if size != (frame.width, frame.height):
+                raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
+            yield frame
     if index.damage:
         raise Damage(index.damage)
     frames, complaint = reader.decode(None)
