@@ -85,8 +85,7 @@ def test_folder_is_read_in_order_with_captions_from_text_and_csv(tmp_path):
 
 
 def test_text_files_name_their_kind_and_go_before_tables(tmp_path):
-    for name in ("fox.png", "fox.2.png", "owl.png", "yak.png"):
-        save_png(tmp_path / name, frame(1))
+    make(tmp_path, "fox.png", "fox.2.png", "owl.png", "yak.png")
     texts = {"fox.txt": "a fox", "fox.synthetic.txt": "long", "fox.2.txt": "second", "owl.original.txt": "an owl"}
     for name, text in (texts | {"elk.txt": "no elk", "fox.original.txt": "not this", "fox.table.txt": ""}).items():
         (tmp_path / name).write_text(text)
@@ -104,32 +103,8 @@ def test_text_files_name_their_kind_and_go_before_tables(tmp_path):
     assert all(next(iter(captions)) == "original" for captions in found.values())
 
 
-def test_the_same_captions_from_every_table(tmp_path):
-    rows = [
-        {"file": "a.png", "caption": "one", "caption_long": "one in words", "split": "test", "label": "ox"},
-        {"file": "sub/b.png", "caption": "two", "caption_long": "two in words", "split": "train", "label": "ape"},
-    ]
-    found = []
-    for kind in ("csv", "jsonl", "parquet"):
-        root = tmp_path / kind
-        save_png(root / "a.png", frame(1))
-        save_png(root / "sub/b.png", frame(2))
-        if kind == "csv":
-            lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
-            (root / "captions.csv").write_text("\n".join(lines))
-        elif kind == "jsonl":
-            (root / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
-        else:
-            write_parquet(root / "any.parquet", rows)
-        found.append(entries(folder(root, label="class")))
-    assert found[0] == found[1] == found[2]
-    assert [(e.label, e.label_name, e.split) for e in found[0]] == [(1, "ox", "test"), (0, "ape", "train")]
-    assert found[0][1].captions == {"original": "two", "long": "two in words"}
-
-
 def test_tables_with_mappings_lists_and_other_columns(tmp_path):
-    for name in "abc":
-        save_png(tmp_path / f"{name}.png", frame(1))
+    make(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "captions.jsonl").write_text(
         '{"file_name": "a.png", "captions": {"synthetic": "s", "original": "o"}}\n'
         '{"file": "./b.png", "captions": ["x", "y"]}\n'
@@ -148,9 +123,8 @@ def test_tables_with_mappings_lists_and_other_columns(tmp_path):
 
 
 def test_a_deeper_table_goes_before_one_above(tmp_path):
-    save_png(tmp_path / "sub/a.png", frame(1))
-    (tmp_path / "captions.csv").write_text("file,caption,split,label\nsub/a.png,above,test,4\n")
-    (tmp_path / "sub/captions.csv").write_text("file,caption\na.png,near\n")
+    make(tmp_path, "sub/a.png", captions__csv="file,caption,split,label\nsub/a.png,above,test,4\n")
+    make(tmp_path / "sub", captions__csv="file,caption\na.png,near\n")
     (entry,) = entries(folder(tmp_path, label="class"))
     assert (entry.captions, entry.split, entry.label) == ({"original": "near"}, "test", 4)
 
@@ -159,13 +133,12 @@ def pack(folder, path):
     """Put the files of a folder into a zip or tar file."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     if path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name in names:
-                archive.write(folder / name, name)
+        opened, add = zipfile.ZipFile(path, "w"), zipfile.ZipFile.write
     else:
-        with tarfile.open(path, "w") as archive:
-            for name in names:
-                archive.add(folder / name, f"./{name}")
+        opened, add = tarfile.open(path, "w"), tarfile.TarFile.add
+    with opened as archive:
+        for name in names:
+            add(archive, folder / name, f"./{name}")
     return path
 
 
@@ -282,7 +255,6 @@ def test_strips_become_frames(tmp_path):
         ("clips.tsv", 'file\tcaption\na.png\t"a 12" record\nb.png\ta dog"\n', ""),
         ("Captions.JSONL", '{"caption": "x"}\n', "its columns are caption; .*one of file"),
         ("captions.jsonl", "[" * 100_000, "row 1: it is not JSON"),
-        ("captions.json", "[1, 2]", "row 1: it is 1; it must be a JSON object"),
         ("captions.parquet", b"PAR1 not really", "Parquet|parquet"),
     ],
 )
@@ -330,8 +302,7 @@ def test_a_bad_row_costs_its_clip(tmp_path, name, rows, reason):
 
 
 def test_captions_that_are_not_utf8_cost_one_clip(tmp_path):
-    save_png(tmp_path / "a.png", frame(1))
-    save_png(tmp_path / "b.png", frame(2))
+    make(tmp_path, "a.png", "b.png")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     source = folder(tmp_path)
     assert [entry.file for entry in entries(source)] == ["b.png"]

@@ -52,7 +52,6 @@ class FolderReader:
     def __init__(self, config: SourceConfig):
         shards = config.name == "webdataset"
         self._listing = listing = list_files(config.path, shards)
-        self.refused = listing.refused
         clips = _samples(listing, config.media_field) if shards else _clips(listing)
         captions = Captions(listing, clips, Fields(config.caption_field, config.label_field), strict=shards)
         found = [(name, given) for name in clips if (given := self._annotations(captions, name)) is not None]
@@ -60,7 +59,10 @@ class FolderReader:
         self._entries = [
             Entry(name, given.captions, *label, given.split) for (name, given), label in zip(found, labels)
         ]
-        self.refused += [(name, f"missing: named in {table} but not there") for name, table in captions.unused.items()]
+        listing.refused += [
+            (name, f"missing: named in {table} but not there") for name, table in captions.unused.items()
+        ]
+        self.refused = [(_printable(name), _printable(why)) for name, why in listing.refused]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -85,7 +87,7 @@ class FolderReader:
         except Exception as error:  # a damaged archive raises one of many types
             found = f"bad name or caption: {reason(error)}"
         if isinstance(found, str):
-            self.refused.append((name.encode(errors="replace").decode(), found))
+            self._listing.refused.append((name, found))
             return None
         return found
 
@@ -155,7 +157,7 @@ class Captions:
 
     def _read_table(self, name: str) -> None:
         """Take the rows of a table of clips, refuse another file; UserError if a table, or captions.*, is unusable."""
-        certain = posixpath.basename(_stem(name)).lower() == "captions"
+        certain = posixpath.basename(_stem(name)).lower() == "captions" and _ending(name) != ".json"
         media = self._listing.media(name)
         try:
             with open_file(local_copy(media) if isinstance(media, PurePath) else media) as stream:
@@ -196,6 +198,10 @@ class Captions:
 def normal(name: str) -> str:
     """Return a name with slashes and composed letters: macOS decomposes them on the disk, tables compose them."""
     return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()  # names that are not UTF-8
 
 
 def _ending(name: str) -> str:
