@@ -327,8 +327,8 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
     assert sorted(there) == [
         f"{ROOT}/shares/captions/{name}" for name in ("ends.npy", "ids.npy", "made_of.txt", "uncut.npy")
     ]
-    assert len(pickle.dumps(shares[0].texts)) < 2000  # to workers a file goes by name
-    np.testing.assert_array_equal(shares[0].texts.ids(1, 0), shares[1].texts.ids(1, 0))
+    assert len(pickle.dumps(shares[0].captions)) < 2000  # to workers a file goes by name
+    np.testing.assert_array_equal(shares[0].captions.ids(1, 0), shares[1].captions.ids(1, 0))
 
 
 def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  # noqa: F811

@@ -57,9 +57,9 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
         where = "" if as_path(config.latents).is_absolute() else f", as seen from {Path.cwd()}"
         raise UserError(f"--config.latents is {config.latents!r}{where}: {error}") from error
     check(
-        cache.channels == config.model.latent_channels,
+        cache.info.latent_channels == config.model.latent_channels,
         f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "
-        f"have {cache.channels}",
+        f"have {cache.info.latent_channels}",
     )
     autoencoder = load_autoencoder(config.latents, "--config.latents")
     cache.check(autoencoder.fingerprint)

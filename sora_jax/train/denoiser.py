@@ -257,7 +257,7 @@ def denoiser_job(
         preview=preview,
         note=str(report),
         share=share,
-        epoch=report.packs / report.clips * batches.subjects.weights.sum() / config.batch,
+        epoch=report.packs / report.clips * batches.clip_index.weights.sum(dtype=np.float64) / config.batch,
     )
 
 

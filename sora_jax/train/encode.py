@@ -180,10 +180,10 @@ def _in_words(tiles: dict | None) -> str:
     return f"tiles of {'x'.join(map(str, tiles['tile']))} with overlap {tiles['overlap']}" if tiles else "whole clips"
 
 
-def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray] | None]:
+def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray]]:
     """Yield for each clip the embeddings of all its captions; of the empty one where it has none."""
     if text is None:
-        yield from (None for _ in rows)
+        yield from ([] for _ in rows)
         return
     captions = [row["captions"] or [""] for row in rows]
     found = iter(text.embed_all(list(chain(*captions))))

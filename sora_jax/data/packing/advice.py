@@ -1,4 +1,4 @@
-"""Say which size of a pack leaves packs half empty, and which would fill them."""
+"""Find the limit that leaves packs half empty, and the sizes that would fill them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sora_jax.data.draws import generator
-from sora_jax.data.packing.planning import plan
+from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.packing.planning import Plan, plan
 
 POOR = 0.15  # share of padding from which on there is advice
 GAIN = 0.05  # share of padding that a change must save
@@ -18,18 +19,8 @@ TABLE = 1 << 24  # entries of a plan's table, (slots + 1) x 2 length, at most: 6
 STEPS = {"slots": 4, "text_length": 32}  # sizes are rounded up to multiples
 
 
-@dataclass(frozen=True)
-class PackSizes:
-    """Hold what limits a pack, by the names of `packing`: tokens, clips and text tokens."""
-
-    length: int
-    slots: int
-    text_length: int
-    window: int = 1024
-
-
-def advise(lengths: np.ndarray, texts: np.ndarray, sizes: PackSizes) -> str:
-    """Return which limit leaves packs empty and what would fill them; "" where they are full, or nothing helps.
+def advise(lengths: np.ndarray, texts: np.ndarray, sizes: PackingConfig) -> str:
+    """Name the limit that leaves packs empty and what would fill them; "" where they are full, or nothing helps.
 
     lengths, texts: tokens and text tokens of each clip.
     """
@@ -41,17 +32,19 @@ def advise(lengths: np.ndarray, texts: np.ndarray, sizes: PackSizes) -> str:
     if found <= POOR:
         return ""
     wide = _without_limits(clips, sizes)
-    tries = [{"slots"}, {"text_length"}, {"slots", "text_length"}]
+    tries = [["slots"], ["text_length"], ["slots", "text_length"]]
     left = [clips.padding(_changed(sizes, wide, names)) for names in tries]
     best = min(left)
     if best > found - GAIN:
         return _advise_length(clips, sizes, found)
     names = next(names for names, padding in zip(tries, left, strict=True) if padding <= best + NEAR)
-    chosen, padding = clips.smallest(_candidates(clips, sizes, wide, sorted(names)), best + NEAR)
-    return _sentence(sizes, chosen, sorted(names), padding)
+    for chosen in _candidates(clips, sizes, wide, names):
+        if (padding := clips.padding(chosen)) <= best + NEAR:
+            break
+    return _sentence(sizes, chosen, names, padding)
 
 
-def _sentence(sizes: PackSizes, chosen: PackSizes, limiting: list[str], padding: float) -> str:
+def _sentence(sizes: PackingConfig, chosen: PackingConfig, limiting: list[str], padding: float) -> str:
     limits = " and ".join(f"packing.{name} = {getattr(sizes, name)}" for name in limiting)
     changed = [name for name in vars(sizes) if getattr(sizes, name) != getattr(chosen, name)]
     options = " ".join(f"--config.packing.{name}={getattr(chosen, name)}" for name in changed)
@@ -59,12 +52,12 @@ def _sentence(sizes: PackSizes, chosen: PackSizes, limiting: list[str], padding:
     return f"{limits} {verb}; {options} would leave {padding:.0%} padding"
 
 
-def _advise_length(clips: _Clips, sizes: PackSizes, found: float) -> str:
+def _advise_length(clips: _Clips, sizes: PackingConfig, found: float) -> str:
     """Advise longer packs where clips do not fill those of this length."""
     for times in (2, 3, 4):
-        longer = PackSizes(sizes.length * times, sizes.slots * times, sizes.text_length * times, sizes.window)
-        if (padding := clips.padding(longer)) < found / 2:
-            return _sentence(sizes, longer, ["length"], padding)
+        longer = {name: times * getattr(sizes, name) for name in ("length", "slots", "text_length")}
+        if (padding := clips.padding(replace(sizes, **longer))) < found / 2:
+            return _sentence(sizes, replace(sizes, **longer), ["length"], padding)
     return ""
 
 
@@ -75,33 +68,25 @@ class _Clips:
     lengths: np.ndarray
     texts: np.ndarray
 
-    def packs(self, sizes: PackSizes):
+    def packs(self, sizes: PackingConfig) -> Plan:
         """Plan the clips into packs of these sizes."""
-        return plan(0, 0, self.lengths, self.texts, sizes.length, sizes.slots, sizes.text_length, sizes.window)
+        return plan(0, 0, self.lengths, self.texts, sizes)
 
-    def padding(self, sizes: PackSizes) -> float:
+    def padding(self, sizes: PackingConfig) -> float:
         """Return the share of padding in packs of these sizes."""
         return 1 - self.lengths.sum() / (len(self.packs(sizes)) * sizes.length)
 
-    def smallest(self, candidates: Iterable[PackSizes], enough: float) -> tuple[PackSizes, float]:
-        """Return the first sizes with so little padding, or the last, and their padding."""
-        for sizes in candidates:
-            padding = self.padding(sizes)
-            if padding <= enough:
-                break
-        return sizes, padding
 
-
-def _without_limits(clips: _Clips, sizes: PackSizes) -> PackSizes:
+def _without_limits(clips: _Clips, sizes: PackingConfig) -> PackingConfig:
     """Return sizes whose slots and text tokens no pack uses up, as far as a plan's table allows."""
     slots = min(int(sizes.length // clips.lengths.min()), TABLE // (2 * sizes.length + 2))
     slots = max(sizes.slots, slots)
     return replace(sizes, slots=slots, text_length=max(sizes.text_length, slots * int(clips.texts.max())))
 
 
-def _candidates(clips: _Clips, sizes: PackSizes, wide: PackSizes, names: list[str]) -> Iterable[PackSizes]:
-    """Yield sizes from small to large: what a half, then more, and at last all of the packs without limits use."""
-    packs = clips.packs(_changed(sizes, wide, set(names)))
+def _candidates(clips: _Clips, sizes: PackingConfig, wide: PackingConfig, names: list[str]) -> Iterable[PackingConfig]:
+    """Yield sizes from small to large: enough for half of the packs without limits, for more, at last for all."""
+    packs = clips.packs(_changed(sizes, wide, names))
     ends = packs.offsets
     texts = np.concatenate([[0], np.cumsum(clips.texts[packs.order])])
     used = {"slots": np.diff(ends), "text_length": np.diff(texts[ends])}
@@ -111,5 +96,5 @@ def _candidates(clips: _Clips, sizes: PackSizes, wide: PackSizes, names: list[st
         yield replace(sizes, **{name: max(rounded[name], getattr(sizes, name)) for name in names})
 
 
-def _changed(sizes: PackSizes, other: PackSizes, names: set[str]) -> PackSizes:
+def _changed(sizes: PackingConfig, other: PackingConfig, names: list[str]) -> PackingConfig:
     return replace(sizes, **{name: getattr(other, name) for name in names})

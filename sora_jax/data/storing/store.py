@@ -1,10 +1,12 @@
-"""Say what packing is fed by: anything with clips."""
+"""The interface of what packing reads: a store of clips."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from sora_jax.config import check
 
 
 class ClipStore(Protocol):
@@ -25,7 +27,7 @@ class ClipStore(Protocol):
 
     @property
     def grids(self) -> np.ndarray:
-        """Size (t, h, w) of the values of each clip, (n, 3) int64."""
+        """Size (t, h, w) of the values of each clip, (n, 3) integers."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -33,11 +35,11 @@ class ClipStore(Protocol):
 
     @property
     def weights(self) -> np.ndarray:
-        """Give how often each clip comes in an epoch, on average, (n,) float64."""
+        """Mean number of times that each clip comes in an epoch, (n,) floats."""
 
     @property
     def has_variants(self) -> bool:
-        """True if some clip is there in several sizes or places."""
+        """Return True if some clip is there in several sizes or places."""
 
     def indices(self, split: str) -> np.ndarray:
         """Return the indices (n,) of the clips of a split; UserError if it has none."""
@@ -50,3 +52,16 @@ class ClipStore(Protocol):
 
     def item(self, index: int) -> np.ndarray:
         """Return the values (t, h, w, C) of a clip: a latent, or pixels."""
+
+
+def indices_of_split(split: str, splits: Any, where: str) -> np.ndarray:
+    """Return the indices (n,) at which an Arrow array of names has `split`; UserError if it has none.
+
+    where: what the array belongs to, for the message.
+    """
+    import pyarrow.compute as pc
+
+    found = np.flatnonzero(pc.equal(splits, split).to_numpy(zero_copy_only=False))
+    names = ", ".join(sorted(pc.unique(splits).to_pylist()))
+    check(len(found), f"config.split is {split!r}; it must be a split of {where}, which has {names}")
+    return found
