@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, write_cache
 
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.texts import PRESETS, CaptionChoice, EmbeddedTexts, TokenTexts, captions_in_order, parse_mix
 from sora_jax.data.feeding.tokenizer import NULL, TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig
@@ -104,7 +104,7 @@ def test_embeddings_travel_to_the_pack_and_the_null_caption_is_marked(tmp_path):
     texts = EmbeddedTexts(cache)
     np.testing.assert_array_equal(texts.lengths(np.array([0, 0, 1, 2, 3]), np.array([0, 1, 0, 0, 0])), [3, 2, 1, 1, 4])
     config = PackingConfig(length=8, slots=4, text_length=16, patch=(1, 2, 2))
-    row = packed_batches(cache, None, config, 1, 0, captions="synthetic=1").row(0)
+    row = PackedBatches(cache, None, config, 1, 0, captions="synthetic=1").row(0)
     assert row["embeddings_ME"].shape == (16, 3)
     for slot, clip_id in enumerate(row["clip_ids_S"]):
         clip = int(np.flatnonzero(cache.clip_ids == clip_id)[0])

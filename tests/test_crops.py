@@ -6,8 +6,8 @@ from itertools import islice
 import chex
 import numpy as np
 import pytest
-
 from sora_jax.data.feeding.crops import CropConfig, crop_batches, sizes_and_clips
+
 from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip

@@ -15,7 +15,7 @@ import pytest
 from fixtures_caches import clip_row, write_cache
 
 from sora_jax.data.feeding.feed import FeedConfig, read_ahead
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.shard_spec import ShardSpec
@@ -27,7 +27,7 @@ BATCH, SECTION, STEPS = 4, 40, 60
 
 def stream_of(cache, host=0, hosts=1):
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=24))
-    return packed_batches(cache, tokenizer, CONFIG, BATCH, 5, "train", ShardSpec(host, hosts), "sd3", section=SECTION)
+    return PackedBatches(cache, tokenizer, CONFIG, BATCH, 5, "train", ShardSpec(host, hosts), "sd3", section=SECTION)
 
 
 def digest(pack) -> str:

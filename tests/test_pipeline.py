@@ -10,7 +10,7 @@ import pytest
 from fixtures_caches import clip_row, write_cache
 
 from sora_jax.data.feeding.feed import FeedConfig
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig, unpack, unstack
 from sora_jax.data.shard_spec import ShardSpec
@@ -37,7 +37,7 @@ assert_same = functools.partial(chex.assert_trees_all_equal, strict=True)  # typ
 
 
 def batches(cache, seed=0, batch=4, **options):
-    return packed_batches(cache, BYTES, CONFIG, batch, seed, **options)
+    return PackedBatches(cache, BYTES, CONFIG, batch, seed, **options)
 
 
 def test_an_epoch_has_every_clip_of_the_split_once_with_its_latent_and_caption(cache):
@@ -149,12 +149,12 @@ def test_another_split_has_other_clips(cache):
         (lambda cache: batches(cache, batch=5, share=ShardSpec(0, 2)), "5 rows"),
         (lambda cache: ShardSpec(2, 2), "the share is 2/2"),
         (
-            lambda cache: packed_batches(cache, BYTES, PackingConfig(length=40, patch=(1, 2, 2)), 4, 0),
+            lambda cache: PackedBatches(cache, BYTES, PackingConfig(length=40, patch=(1, 2, 2)), 4, 0),
             "packing.length is 40",
         ),
-        (lambda cache: packed_batches(cache, BYTES, PackingConfig(patch=(1, 4, 4)), 4, 0), "multiple"),
+        (lambda cache: PackedBatches(cache, BYTES, PackingConfig(patch=(1, 4, 4)), 4, 0), "multiple"),
         (
-            lambda cache: packed_batches(cache, BYTES, PackingConfig(text_length=3, patch=(1, 2, 2)), 4, 0)[0],
+            lambda cache: PackedBatches(cache, BYTES, PackingConfig(text_length=3, patch=(1, 2, 2)), 4, 0)[0],
             "text_length is 3",
         ),
     ],
@@ -177,7 +177,7 @@ def test_a_caption_too_long_is_told_before_the_first_step_whatever_the_epoch_tak
     rows = [clip_row(n, (1, 2, 2), {"original": "short", "synthetic": "long " * 5}) for n in range(3)]
     config = PackingConfig(length=8, slots=4, text_length=8, patch=(1, 2, 2))
     with pytest.raises(UserError, match="text_length is 8; a caption of clip 'clip-0' has 24 text tokens"):
-        packed_batches(write_cache(tmp_path / "cache", rows), BYTES, config, 1, 0, captions="first")
+        PackedBatches(write_cache(tmp_path / "cache", rows), BYTES, config, 1, 0, captions="first")
 
 
 def test_weights_that_empty_the_epochs_are_told(tmp_path):

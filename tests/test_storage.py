@@ -29,7 +29,7 @@ from test_sources_tfds import GreyDigits
 from sora_jax import cli, files
 from sora_jax.convert.tensors import read_tensors, write_tensors
 from sora_jax.data.feeding.feed import FeedConfig
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig
 from sora_jax.data.feeding.tokenizer import train as train_tokenizer
 from sora_jax.data.packing.packs import PackingConfig
@@ -316,7 +316,7 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
     arguments = cache, tokenizer, PackingConfig(length=512, patch=(1, 2, 2)), 2, 0
     folder = as_path(f"{ROOT}/shares/captions")
     shares = [
-        packed_batches(*arguments, share=ShardSpec(k, 2), folder=folder, first=first)
+        PackedBatches(*arguments, share=ShardSpec(k, 2), folder=folder, first=first)
         for k, first in ((0, False), (1, False), (0, True))  # two that read the same rows, of which one is the first
     ]
     for batches in shares:

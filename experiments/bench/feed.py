@@ -22,7 +22,7 @@ import numpy as np
 from timing import in_turns, machine, middle_half, report, table
 
 from sora_jax.data.feeding.feed import FeedConfig
-from sora_jax.data.feeding.pipeline import PackedBatches, packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
@@ -64,7 +64,7 @@ def write_cache(path: Path, count: int, large: bool = False) -> LatentCache:
 
 def batches_of(cache: LatentCache, packing: PackingConfig = SMALL, folder: Path | None = None) -> PackedBatches:
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=64))
-    return packed_batches(cache, tokenizer, packing, BATCH, 0, folder=folder)
+    return PackedBatches(cache, tokenizer, packing, BATCH, 0, folder=folder)
 
 
 def throughput(name: str, cache: LatentCache, packing: PackingConfig, rounds: int) -> list[list[str]]:

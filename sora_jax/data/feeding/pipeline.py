@@ -17,7 +17,6 @@ from sora_jax.data.feeding.texts import (
     CaptionChoice,
     CaptionStore,
     EmbeddedCaptions,
-    NullCaptions,
     TokenizedCaptions,
 )
 from sora_jax.data.feeding.tokenizer import NoText, Tokenizer
@@ -110,29 +109,46 @@ class StoredItem(NamedTuple):
 
 
 class PackedBatches:
-    """Batches of packs: `batches[step]` is batch `step` (this host's rows), made by `packed_batches`.
+    """Batches of packs of the clips of a split: `batches[step]` is batch `step`, the rows of this host.
 
     A clip comes twice in a batch where its weight is above 1, or where an epoch ends and the next one begins. Further
     copies have ids of their own there, since ids key the draws of a step: noise, times, dropout, what is given.
+
+    batch: packs over all hosts. tokenizer: None for the embeddings of a latent cache, NoText for no captions.
+    captions: the mix, see `texts.parse_mix`. folder: for the tokens of all captions, which the next start reads.
+    section: the most clips that are planned at once. first: True in one process, which alone writes to a folder in a
+    bucket. shares: of clips without their beginning or with guides; guides need a latent cache that has some.
+    UserError if a clip or a caption is over the size of a pack, a latent does not divide into patches, or the split is
+    empty.
     """
 
     def __init__(
         self,
         store: ClipStore,
-        captions: CaptionStore,
-        choice: CaptionChoice,
+        tokenizer: Tokenizer | NoText | None,
         config: PackingConfig,
         batch: int,
         seed: int,
-        split: str,
-        share: ShardSpec,
+        split: str = "train",
+        share: ShardSpec = ShardSpec(),
+        captions: str = "first",
+        folder: Path | None = None,
         section: int = SECTION,
+        first: bool = True,
         shares: PackingShares = PackingShares(),
     ):
+        check(batch >= 1, f"batch is {batch}; it must be at least 1")
         assert config.patch is not None  # the model sets it
-        self.store, self.captions, self.choice, self.config, self.patch = store, captions, choice, config, config.patch
+        self.store, self.config, self.patch, self.shares = store, config, config.patch, shares
+        if isinstance(tokenizer, NoText):
+            self.captions = CaptionStore()
+        elif tokenizer is not None:
+            self.captions = TokenizedCaptions(store, tokenizer, folder, first)
+        else:
+            assert isinstance(store, LatentCache)
+            self.captions = EmbeddedCaptions(store)
+        self.choice = CaptionChoice(store, captions)
         self.batch, self.seed, self.split, self.share, self.section = batch, seed, split, share, section
-        self.shares = shares
         self._rows = share.rows(batch)
         self._read_columns()
         self._check()
@@ -198,7 +214,7 @@ class PackedBatches:
         return planned.clips[planned.plan[place]].tolist()
 
     def _copies(self, step: int) -> np.ndarray:
-        """Return the number of each copy of a clip in a batch of all hosts, (batch, S) uint32, in the stream's order."""
+        """Return the number of each copy of a clip in a batch of all hosts, (batch, S) uint32, in stream order."""
         row, end, ids, counts = step * self.batch, (step + 1) * self.batch, [], []
         while row < end:
             planned, place = self._epochs.locate(row)
@@ -245,7 +261,7 @@ class PackedBatches:
         planned = self._plan(0, 0)
         lengths = self._lengths(planned.clips, planned.cuts, planned.guides)
         texts = self.captions.lengths(planned.clips, planned.captions)
-        if isinstance(self.captions, NullCaptions):
+        if not self.captions.has_text:
             texts = np.zeros_like(texts)  # as many as there are slots: no limit of their own
         report = PackReport(len(planned.clips), len(planned.plan), int(lengths.sum()), self.config.length)
         advice = advise(lengths, texts, self.config) if report.padding > POOR else ""
@@ -314,43 +330,6 @@ class PackedBatches:
         text = self.captions.ids(clip, caption), self.captions.embedding(clip, caption)
         clip_id, label = int(self.store.clip_ids[clip]), int(self.store.labels[clip])
         return StoredItem(self.store, clip, size, clip_id, *text, label, layout, latents, pictures)
-
-
-def packed_batches(
-    store: ClipStore,
-    tokenizer: Tokenizer | NoText | None,
-    config: PackingConfig,
-    batch: int,
-    seed: int,
-    split: str = "train",
-    share: ShardSpec = ShardSpec(),
-    captions: str = "first",
-    folder: Path | None = None,
-    section: int = SECTION,
-    first: bool = True,
-    shares: PackingShares = PackingShares(),
-) -> PackedBatches:
-    """Pack the clips of a split of a store, `batch` packs over all hosts; epochs follow each other.
-
-    tokenizer: None for the embeddings of a latent cache, NoText for no captions. captions: the mix, see
-    `texts.parse_mix`. folder: for the tokens of all captions, which the next start reads. section: the most clips that
-    are planned at once. first: True in one process, which alone writes to a folder in a bucket. shares: of clips
-    without their beginning or with guides; guides need a latent cache that has some.
-    UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is
-    empty.
-    """
-    check(batch >= 1, f"batch is {batch}; it must be at least 1")
-    texts: CaptionStore
-    if isinstance(tokenizer, NoText):
-        texts = NullCaptions()
-    elif tokenizer is not None:
-        texts = TokenizedCaptions(store, tokenizer, folder, first)
-    else:
-        assert isinstance(store, LatentCache)
-        texts = EmbeddedCaptions(store)
-    return PackedBatches(
-        store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section, shares
-    )
 
 
 def _numbered(ids: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -134,26 +134,33 @@ class CaptionCounts:
         return found
 
 
-class CaptionStore(Protocol):
-    """The captions of all clips of a store, as the model takes them."""
+class CaptionStore:
+    """The captions of all clips, as the model takes them; here of a model without text: a null token for each clip."""
+
+    has_text = False
 
     def most(self, clips: np.ndarray) -> np.ndarray:
         """Return the text tokens of the longest caption of each clip, (n,) int64."""
+        return np.ones(len(clips), np.int64)
 
     def lengths(self, clips: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """Return the text tokens of caption `captions[i]` of clip `clips[i]`, (n,) int64."""
+        return np.ones(len(clips), np.int64)
 
     def ids(self, clip: int, caption: int) -> np.ndarray:
         """Return token ids (m,) int32."""
+        return np.array([NULL], np.int32)
 
     def embedding(self, clip: int, caption: int) -> np.ndarray | None:
         """Return embeddings (m, E), or None where the model learns its own from the ids."""
+        return None
 
     def flush(self) -> None:
         """Write what was computed to the disk, for the next start."""
 
     def notes(self, clips: np.ndarray) -> list[str]:
         """Return a sentence for each kind of text in the captions of clips that the model does not read."""
+        return []
 
 
 class _Tokens(NamedTuple):
@@ -164,11 +171,13 @@ class _Tokens(NamedTuple):
     uncut: np.ndarray | None  # None in folders of earlier versions
 
 
-class TokenizedCaptions:
+class TokenizedCaptions(CaptionStore):
     """Captions as ids of a tokenizer, all computed once; `flush` writes them into `folder`, if given.
 
     Only the `first` process writes into a folder in a bucket; the others write to their own disks.
     """
+
+    has_text = True
 
     def __init__(self, store: ClipStore, tokenizer: Tokenizer, folder: Path | None = None, first: bool = True):
         self._first, self._most, self._starts = first, tokenizer.max_tokens, caption_starts(store)
@@ -213,15 +222,14 @@ class TokenizedCaptions:
         flat, (ids, ends, _) = self._starts[clip] + caption, self.tokens
         return ids[ends[flat] : ends[flat + 1]]
 
-    def embedding(self, clip: int, caption: int) -> None:
-        return None
-
     def __getstate__(self) -> dict:
         return self.__dict__ | ({"_tokens": None} if self._saved else {})  # workers map the files
 
 
-class EmbeddedCaptions:
+class EmbeddedCaptions(CaptionStore):
     """Captions that a pretrained encoder has embedded, stored in the cache; ids only mark the null caption."""
+
+    has_text = True
 
     def __init__(self, cache: LatentCache):
         import pyarrow.compute as pc
@@ -247,37 +255,12 @@ class EmbeddedCaptions:
     def embedding(self, clip: int, caption: int) -> np.ndarray:
         return self._cache.text(clip, caption)
 
-    def flush(self) -> None:
-        pass
-
     def notes(self, clips: np.ndarray) -> list[str]:
         assert self._cache.info.text
         most, lengths = self._cache.info.text.max_tokens, self._lengths[_are_of(clips, self._starts)]
         full, count = int((lengths >= most).sum()), len(lengths)
         limit = f"the {most} tokens of `data encode --text-tokens`: longer ones are cut"
         return [f"{full:,} of {count:,} captions fill {limit}"] if full else []
-
-
-class NullCaptions:
-    """Captions of a model that reads none: one null token for each clip."""
-
-    def most(self, clips: np.ndarray) -> np.ndarray:
-        return np.ones(len(clips), np.int64)
-
-    def lengths(self, clips: np.ndarray, captions: np.ndarray) -> np.ndarray:
-        return np.ones(len(clips), np.int64)
-
-    def ids(self, clip: int, caption: int) -> np.ndarray:
-        return np.array([NULL], np.int32)
-
-    def embedding(self, clip: int, caption: int) -> None:
-        return None
-
-    def flush(self) -> None:
-        pass
-
-    def notes(self, clips: np.ndarray) -> list[str]:
-        return []
 
 
 def caption_starts(store: ClipStore) -> np.ndarray:

@@ -177,7 +177,7 @@ def finish_cache(parts: ShardedWriter, info: CacheInfo) -> bool:
 
 
 class LatentCache:
-    """A complete cache: `len`, `[i]` -> latent (t, h, w, C), and the columns of the manifest. May be pickled and forked.
+    """A complete cache: `len`, `[i]` -> latent (t, h, w, C), and columns of the manifest. May be pickled and forked.
 
     UserError where the folder is missing or of another format.
     """
@@ -193,6 +193,7 @@ class LatentCache:
         identity = json.dumps([self.info.header(), header["digest"]], sort_keys=True)
         # Of what is in it, and in which order: an epoch of another cache of the same clips is another one.
         self.digest = hashlib.sha256(identity.encode()).hexdigest()
+        self._columns: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -208,7 +209,7 @@ class LatentCache:
         return np.frombuffer(data, np.float16).reshape(-1, *sides, self.info.latent_channels)
 
     def _read(self, shards: ShardReader, index: int) -> bytes:
-        return shards.read(int(self._shards[index]), int(self._records[index]))
+        return shards.read(int(self._numbers("shard")[index]), int(self._numbers("record")[index]))
 
     def item(self, index: int) -> np.ndarray:
         """Return the latent (t, h, w, C) of a clip, as `[index]` does."""
@@ -216,7 +217,7 @@ class LatentCache:
 
     def guides(self, index: int, count: int) -> Guides:
         """Return the first key frames of a clip, or, where `count` is negative, its first sketches."""
-        frames = np.array(self._guide_frames[index].as_py())
+        frames = np.array(self._lists["guide_frames"][index].as_py())
         key_frames = int(counts_of(self.info.guides, self.frames[index])[0])
         first, kind = (0, KEY_FRAME) if count > 0 else (key_frames, SKETCH)
         chosen = slice(first, first + abs(count))
@@ -225,7 +226,7 @@ class LatentCache:
     def text(self, index: int, caption: int) -> np.ndarray:
         """Return the embedding (m, E) float16 of a caption of a clip, by its number."""
         assert self.info.text is not None
-        ends = np.cumsum(self._text_tokens[index].as_py())
+        ends = np.cumsum(self._lists["text_tokens"][index].as_py())
         whole = np.frombuffer(self._read(self._texts, index), np.float16).reshape(-1, self.info.text.width)
         return whole[ends[caption - 1] if caption else 0 : ends[caption]]
 
@@ -238,20 +239,6 @@ class LatentCache:
                 f"`sora-jax data encode --autoencoder=RUN --data=DATASET --out={self.path}`, or use the autoencoder "
                 "that made it"
             )
-
-    def check_text(self, name: str, width: int, max_tokens: int) -> None:
-        """Raise UserError unless the cache has text of this encoder (none for the empty name), width and length."""
-        text = self.info.text
-        if (text.name, text.width, text.max_tokens) == (name, width, max_tokens) if text else not name:
-            return
-        have = "no text of a pretrained encoder"
-        if text:
-            have = f"text of {text.name!r}, width {text.width}, at most {text.max_tokens} tokens"
-        wanted = f"--text-encoder={name} --text-tokens={max_tokens}" if name else "no --text-encoder"
-        raise UserError(
-            f"config.model.text.pretrained is {name!r}, pretrained_width {width}, config.tokenizer.max_tokens "
-            f"{max_tokens}; the latent cache {self.path} has {have}: make it again with {wanted}, or change the config"
-        )
 
     def indices(self, split: str) -> np.ndarray:
         """Return the indices (n,) of the clips of a split; UserError, naming the splits there are, if it has none."""
@@ -271,56 +258,40 @@ class LatentCache:
         return self.column("id").take(np.asarray(indices, np.int64)).to_pylist()
 
     def _numbers(self, name: str) -> np.ndarray:
-        return self.column(name).to_numpy()
+        """Read a column of numbers; it stays in memory."""
+        if name not in self._columns:
+            self._columns[name] = self.column(name).to_numpy()
+        return self._columns[name]
 
     @cached_property
-    def _shards(self) -> np.ndarray:
-        return self._numbers("shard")
+    def _lists(self) -> Any:
+        """The columns of lists that items need, an Arrow table."""
+        import pyarrow as pa
 
-    @cached_property
-    def _records(self) -> np.ndarray:
-        return self._numbers("record")
-
-    @cached_property
-    def _text_tokens(self) -> Any:
-        return self.column("text_tokens")
-
-    @cached_property
-    def _guide_frames(self) -> Any:
-        return self.column("guide_frames")
-
-    @cached_property
-    def frames(self) -> np.ndarray:
-        """Frames of each clip before it was encoded, (n,) int32."""
-        return self._numbers("frames")
+        names = [name for name, there in (("text_tokens", self.info.text), ("guide_frames", self.info.guides)) if there]
+        return pa.table({name: self.column(name) for name in names})
 
     @cached_property
     def grids(self) -> np.ndarray:
         """Latent sizes (n, 3) int32: t, h, w."""
-        return np.stack([self._numbers(side) for side in "thw"], axis=1)
+        return np.stack([self.column(side).to_numpy() for side in "thw"], axis=1)
 
-    @cached_property
+    @property
+    def frames(self) -> np.ndarray:
+        """Frames of each clip before it was encoded, (n,) int32."""
+        return self._numbers("frames")
+
+    @property
     def clip_ids(self) -> np.ndarray:
         """Ids of the clips (n,) uint32, the same for all variants of a clip."""
         return self._numbers("uid")
 
-    @cached_property
+    @property
     def labels(self) -> np.ndarray:
         """Class of each clip (n,) int32, -1 = none."""
         return self._numbers("label")
 
-    def check_labels(self, classes: int, split: str) -> None:
-        """Raise UserError unless every clip of the split has one of so many classes."""
-        labels = self.labels[self.indices(split)]
-        if labels.min() < 0 or labels.max() >= classes:
-            have = f"classes up to {labels.max()}" if labels.max() >= 0 else "no class"
-            have = "clips without a class" if labels.min() < 0 <= labels.max() else have
-            raise UserError(
-                f"config.model.classes is {classes}; the latent cache {self.path} has {have}: every clip needs one "
-                f"of 0 to {classes - 1}, from a column `label` or a TFDS class label"
-            )
-
-    @cached_property
+    @property
     def weights(self) -> np.ndarray:
         """Mean number of times that each clip comes in an epoch, (n,) float32."""
         return self._numbers("weight")
@@ -328,7 +299,7 @@ class LatentCache:
     @cached_property
     def has_variants(self) -> bool:
         """Return True if some clip is there in several sizes or places."""
-        return bool(self._numbers("variant").any())
+        return bool(self.column("variant").to_numpy().any())
 
     def __getstate__(self) -> Path:
         return self.path

@@ -39,7 +39,7 @@ def write_chunks(
 
 
 def check_ending(path: str | Path, frames: int) -> None:
-    """Raise UserError unless a clip of so many frames can be written under this name; call it before making the clip."""
+    """Raise UserError unless a clip of so many frames can be written under this name; call it before generating."""
     endings = [ending for ending in WRITERS if frames == 1 or ending != ".png"]
     check(
         as_path(path).suffix.lower() in endings,
