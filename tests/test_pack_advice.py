@@ -60,9 +60,8 @@ def test_full_packs_and_few_clips_need_no_advice(lengths, texts, sizes):
 
 def test_the_start_of_a_training_says_it(tmp_path):
     """1,200 clips of 4 tokens, packs of 256 with 16 slots: three quarters are padding."""
-    cache = write_cache(
-        tmp_path / "cache", [clip_row(n, (1, 4, 4), {"original": "a dog"}) for n in range(1200)], each=600
-    )
+    rows = [clip_row(n, (1, 4, 4), {"original": "a dog"}) for n in range(1200)]
+    cache = write_cache(tmp_path / "cache", rows, each=600)
     config = PackingConfig(length=256, slots=16, text_length=640, patch=(1, 2, 2))
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=40))
     report = PackedBatches(cache, tokenizer, config, 4, 0).report()
