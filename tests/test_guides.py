@@ -11,16 +11,7 @@ from fixtures_runs import chain, run, train_options, trained, with_random_weight
 
 from sora_jax.data.feeding.pipeline import PackedBatches, PackingShares
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
-from sora_jax.data.guides import (
-    KEY_FRAME,
-    SKETCH,
-    GuideCounts,
-    Guides,
-    draw_edges,
-    guide_frames,
-    guide_pictures,
-    trace_lines,
-)
+from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, guide_frames
 from sora_jax.data.packing.packs import (
     PackingConfig,
     PackItem,
@@ -46,6 +37,7 @@ from sora_jax.generate.tasks import Tasks
 from sora_jax.models.denoiser import denoise
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.train.denoiser import denoiser_loss
+from sora_jax.train.drawings import draw_edges, guide_pictures, trace_lines
 from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.state import MODEL
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
 from sora_jax.data.feeding.texts import CaptionCounts
-from sora_jax.data.guides import GuideCounts, guide_frames, guide_pictures
+from sora_jax.data.guides import GuideCounts, guide_frames
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip, clip_id_of
 from sora_jax.data.storing.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
@@ -26,6 +26,7 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.tiling import TilingConfig, choose_tile, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
+from sora_jax.train.drawings import guide_pictures
 from sora_jax.train.frozen import (
     FOLDER,
     RECORD,

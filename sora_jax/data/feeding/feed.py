@@ -45,7 +45,12 @@ def read_ahead(batch_at: Callable[[int], T], start: int, feed: FeedConfig) -> It
     read = grain.ReadOptions(num_threads=feed.threads, prefetch_buffer_size=feed.ahead if feed.threads else 0)
     steps = grain.MapDataset.range(start, _END).map(batch_at).to_iter_dataset(read)
     if feed.workers:
-        _parse_flags()
+        from absl import flags
+
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # workers of Grain read flags of absl, which a program without absl never parsed
+            flags.FLAGS.mark_as_parsed()
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(feed.workers, per_worker_buffer_size=feed.ahead))
     return _closing(iter(steps))
 
@@ -56,11 +61,3 @@ def _closing(iterator: Any) -> Iterator[Any]:
         yield from iterator
     finally:
         iterator.close()
-
-
-def _parse_flags() -> None:
-    """Mark absl's flags as parsed: workers of Grain read them, and a program without absl has not parsed them."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

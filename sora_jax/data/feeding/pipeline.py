@@ -36,6 +36,7 @@ from sora_jax.data.packing.planning import plan
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.store import ClipStore
+from sora_jax.errors import UserError
 
 COPY = np.uint32(0x9E3779B9)  # between the ids of copies: odd, so that 2^32 copies have as many ids
 
@@ -54,14 +55,9 @@ class PackReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def fill(self) -> float:
-        """Share of the packed tokens that are real."""
-        return self.tokens / max(1, self.packs * self.length)
-
-    @property
     def padding(self) -> float:
         """Share of the packed tokens that are padding."""
-        return 1.0 - self.fill
+        return 1.0 - self.tokens / max(1, self.packs * self.length)
 
     def __str__(self) -> str:
         line = (
@@ -172,18 +168,15 @@ class PackedBatches:
         lengths = self._lengths(rows, 0, self._most_guides(rows))
         if (most := int(lengths.max())) > config.length:
             name = self.store.ids([rows[lengths.argmax()]])[0]
-            check(
-                False,
-                f"packing.length is {config.length}; it must be at least {most}, the tokens of clip {name!r} "
-                "with its guides",
+            raise UserError(
+                f"packing.length is {config.length}; it must be at least {most}, for clip {name!r} and its guides"
             )
         texts = self.captions.most(rows)
         if (most := int(texts.max())) > config.text_length:
             name = self.store.ids([rows[texts.argmax()]])[0]
-            check(
-                False,
-                f"packing.text_length is {config.text_length}; it must be at least {most}, the text tokens of "
-                f"a caption of clip {name!r}; or set tokenizer.max_tokens to at most {config.text_length}",
+            raise UserError(
+                f"packing.text_length is {config.text_length}; it must be at least {most}, the tokens of a caption of "
+                f"clip {name!r}, or tokenizer.max_tokens at most {config.text_length}"
             )
         expected = self.clip_index.weights.sum(dtype=np.float64)
         check(expected >= 1, f"the weights of the sources give an epoch of {expected:.2g} clips; make them larger")

@@ -163,6 +163,21 @@ class CaptionStore:
         return []
 
 
+class _WithText(CaptionStore):
+    """Captions in a flat list: those of clip i begin at `_starts[i]`, the tokens of caption j end at `_ends[j + 1]`."""
+
+    _starts: np.ndarray
+    _ends: np.ndarray
+    has_text = True
+
+    def most(self, clips: np.ndarray) -> np.ndarray:
+        return np.maximum.reduceat(np.diff(self._ends), self._starts[:-1])[clips]
+
+    def lengths(self, clips: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        flat = self._starts[clips] + captions
+        return self._ends[flat + 1] - self._ends[flat]
+
+
 class _Tokens(NamedTuple):
     """The ids of all captions, where those of each end, and its tokens uncut, negative if some are unknown."""
 
@@ -171,13 +186,11 @@ class _Tokens(NamedTuple):
     uncut: np.ndarray | None  # None in folders of earlier versions
 
 
-class TokenizedCaptions(CaptionStore):
+class TokenizedCaptions(_WithText):
     """Captions as ids of a tokenizer, all computed once; `flush` writes them into `folder`, if given.
 
     Only the `first` process writes into a folder in a bucket; the others write to their own disks.
     """
-
-    has_text = True
 
     def __init__(self, store: ClipStore, tokenizer: Tokenizer, folder: Path | None = None, first: bool = True):
         self._first, self._most, self._starts = first, tokenizer.max_tokens, caption_starts(store)
@@ -211,53 +224,44 @@ class TokenizedCaptions(CaptionStore):
         counts = CaptionCounts(len(uncut), int((tokens > self._most).sum()), int((uncut < 0).sum()), int(tokens.max()))
         return counts.notes("tokenizer.max_tokens", self._most)
 
-    def most(self, clips: np.ndarray) -> np.ndarray:
-        return np.maximum.reduceat(np.diff(self.tokens.ends), self._starts[:-1])[clips]
-
-    def lengths(self, clips: np.ndarray, captions: np.ndarray) -> np.ndarray:
-        flat, ends = self._starts[clips] + captions, self.tokens.ends
-        return ends[flat + 1] - ends[flat]
-
     def ids(self, clip: int, caption: int) -> np.ndarray:
         flat, (ids, ends, _) = self._starts[clip] + caption, self.tokens
         return ids[ends[flat] : ends[flat + 1]]
+
+    @property
+    def _ends(self) -> np.ndarray:  # type: ignore[override]
+        return self.tokens.ends
 
     def __getstate__(self) -> dict:
         return self.__dict__ | ({"_tokens": None} if self._saved else {})  # workers map the files
 
 
-class EmbeddedCaptions(CaptionStore):
+class EmbeddedCaptions(_WithText):
     """Captions that a pretrained encoder has embedded, stored in the cache; ids only mark the null caption."""
-
-    has_text = True
 
     def __init__(self, cache: LatentCache):
         import pyarrow.compute as pc
 
         self._cache, self._starts = cache, caption_starts(cache)
-        self._lengths = cache.column("text_tokens").values.to_numpy().astype(np.int64)
+        lengths = cache.column("text_tokens").values.to_numpy()
+        self._ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         captions = cache.column("captions")
         given = np.repeat(_counts(captions) > 0, np.diff(self._starts))
         self._null = np.ones(len(given), bool)  # a clip without a caption has the empty one
         blank = pc.equal(pc.utf8_trim_whitespace(captions.values), "")
         self._null[given] = blank.to_numpy(zero_copy_only=False)
 
-    def most(self, clips: np.ndarray) -> np.ndarray:
-        return np.maximum.reduceat(self._lengths, self._starts[:-1])[clips]
-
-    def lengths(self, clips: np.ndarray, captions: np.ndarray) -> np.ndarray:
-        return self._lengths[self._starts[clips] + captions]
-
     def ids(self, clip: int, caption: int) -> np.ndarray:
         flat = self._starts[clip] + caption
-        return np.full(self._lengths[flat], NULL if self._null[flat] else UNKNOWN, np.int32)
+        length = self._ends[flat + 1] - self._ends[flat]
+        return np.full(length, NULL if self._null[flat] else UNKNOWN, np.int32)
 
     def embedding(self, clip: int, caption: int) -> np.ndarray:
         return self._cache.text(clip, caption)
 
     def notes(self, clips: np.ndarray) -> list[str]:
         assert self._cache.info.text
-        most, lengths = self._cache.info.text.max_tokens, self._lengths[_are_of(clips, self._starts)]
+        most, lengths = self._cache.info.text.max_tokens, np.diff(self._ends)[_are_of(clips, self._starts)]
         full, count = int((lengths >= most).sum()), len(lengths)
         limit = f"the {most} tokens of `data encode --text-tokens`: longer ones are cut"
         return [f"{full:,} of {count:,} captions fill {limit}"] if full else []

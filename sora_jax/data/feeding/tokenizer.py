@@ -88,7 +88,7 @@ class Tokenizer:
         found = self._pieces.encode(whole, add_special_tokens=False)
         unknown = broken or _unknown_words(text, found)
         known = [text[slice(*at)] for i, at in zip(found.ids[:most], found.offsets) if i != UNKNOWN]
-        spelt = any(not _is_punctuation(letter) for piece in known for letter in piece)
+        spelt = any(unicodedata.category(letter)[0] not in "PZC" for piece in known for letter in piece)
         return Reading(text, len(found.ids), most, unknown, spelt or not unknown)
 
     def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
@@ -113,12 +113,6 @@ class Tokenizer:
     def max_tokens(self) -> int:
         """Largest number of ids of a caption."""
         return self.config.max_tokens
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return readable text: exact for whole captions in bytes, lower-case pieces separated by spaces for words."""
-        if self.config.kind == "words":
-            return " ".join(self._pieces.id_to_token(int(i)) for i in ids if i > NULL)
-        return bytes(int(i) - len(_SPECIAL) for i in ids if i > UNKNOWN).decode("utf-8", "replace")
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file, whole or not at all."""
@@ -167,10 +161,6 @@ def _unknown_words(text: str, found: Any) -> tuple[str, ...]:
         else:
             spans.append([start, end])
     return tuple(dict.fromkeys(text[start:end] for start, end in spans))
-
-
-def _is_punctuation(letter: str) -> bool:
-    return unicodedata.category(letter)[0] in "PZC"
 
 
 def _encodable(text: str) -> str:

@@ -54,11 +54,6 @@ def _check_positive(name: str, value: int) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Patches
-# ----------------------------------------------------------------------------------------------------------
-
-
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
     """Return the token grid (t, h, w) of a latent `size` (t, h, w); UserError if a side is no multiple of its patch."""
     for side, step in zip(size, patch, strict=True):
@@ -121,11 +116,6 @@ def check_fits(grid: Sequence[int], length: int) -> None:
 
 def _product(sides: Sequence[int]) -> str:
     return " x ".join(str(int(side)) for side in sides)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pack and unpack
-# ----------------------------------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):

@@ -104,11 +104,6 @@ def _shuffled(order: np.ndarray, sizes: np.ndarray, draws: np.random.Generator) 
     return Plan(order[np.arange(len(order)) + shift], offsets)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The inner loop
-# ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Clips:
     """Lengths with one more clip at the end, the blank, that fits nowhere; and the limits of a pack."""

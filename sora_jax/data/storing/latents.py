@@ -30,7 +30,7 @@ from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, counts_
 from sora_jax.data.storing.clips import clip_id_of
 from sora_jax.data.storing.parts import Kind, PartWriter, ShardedWriter, start
 from sora_jax.data.storing.shards import FLOATS, ShardReader
-from sora_jax.data.storing.store import indices_of_split
+from sora_jax.data.storing.splits import indices_of_split
 from sora_jax.errors import NotFinite, UserError
 from sora_jax.files import as_path, local_copy, read_text
 
@@ -193,13 +193,16 @@ class LatentCache:
         identity = json.dumps([self.info.header(), header["digest"]], sort_keys=True)
         # Of what is in it, and in which order: an epoch of another cache of the same clips is another one.
         self.digest = hashlib.sha256(identity.encode()).hexdigest()
-        self._columns: dict[str, np.ndarray] = {}
+        self._columns: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def item(self, index: int) -> np.ndarray:
+        """Return the latent (t, h, w, C) of a clip."""
         return self._values(self._latents, index)
+
+    __getitem__ = item
 
     def _values(self, shards: ShardReader, index: int) -> np.ndarray:
         """Return the latent frames (n, h, w, C) in the record of a clip."""
@@ -209,15 +212,11 @@ class LatentCache:
         return np.frombuffer(data, np.float16).reshape(-1, *sides, self.info.latent_channels)
 
     def _read(self, shards: ShardReader, index: int) -> bytes:
-        return shards.read(int(self._numbers("shard")[index]), int(self._numbers("record")[index]))
-
-    def item(self, index: int) -> np.ndarray:
-        """Return the latent (t, h, w, C) of a clip, as `[index]` does."""
-        return self[index]
+        return shards.read(int(self._kept("shard")[index]), int(self._kept("record")[index]))
 
     def guides(self, index: int, count: int) -> Guides:
         """Return the first key frames of a clip, or, where `count` is negative, its first sketches."""
-        frames = np.array(self._lists["guide_frames"][index].as_py())
+        frames = np.array(self._kept("guide_frames")[index].as_py())
         key_frames = int(counts_of(self.info.guides, self.frames[index])[0])
         first, kind = (0, KEY_FRAME) if count > 0 else (key_frames, SKETCH)
         chosen = slice(first, first + abs(count))
@@ -226,7 +225,7 @@ class LatentCache:
     def text(self, index: int, caption: int) -> np.ndarray:
         """Return the embedding (m, E) float16 of a caption of a clip, by its number."""
         assert self.info.text is not None
-        ends = np.cumsum(self._lists["text_tokens"][index].as_py())
+        ends = np.cumsum(self._kept("text_tokens")[index].as_py())
         whole = np.frombuffer(self._read(self._texts, index), np.float16).reshape(-1, self.info.text.width)
         return whole[ends[caption - 1] if caption else 0 : ends[caption]]
 
@@ -257,19 +256,12 @@ class LatentCache:
         """Return the ids of some clips."""
         return self.column("id").take(np.asarray(indices, np.int64)).to_pylist()
 
-    def _numbers(self, name: str) -> np.ndarray:
-        """Read a column of numbers; it stays in memory."""
+    def _kept(self, name: str) -> Any:
+        """Return a column that stays in memory: numbers as a NumPy array, lists of them as an Arrow array."""
         if name not in self._columns:
-            self._columns[name] = self.column(name).to_numpy()
+            column = self.column(name)
+            self._columns[name] = column if hasattr(column, "offsets") else column.to_numpy()
         return self._columns[name]
-
-    @cached_property
-    def _lists(self) -> Any:
-        """The columns of lists that items need, an Arrow table."""
-        import pyarrow as pa
-
-        names = [name for name, there in (("text_tokens", self.info.text), ("guide_frames", self.info.guides)) if there]
-        return pa.table({name: self.column(name) for name in names})
 
     @cached_property
     def grids(self) -> np.ndarray:
@@ -279,22 +271,22 @@ class LatentCache:
     @property
     def frames(self) -> np.ndarray:
         """Frames of each clip before it was encoded, (n,) int32."""
-        return self._numbers("frames")
+        return self._kept("frames")
 
     @property
     def clip_ids(self) -> np.ndarray:
         """Ids of the clips (n,) uint32, the same for all variants of a clip."""
-        return self._numbers("uid")
+        return self._kept("uid")
 
     @property
     def labels(self) -> np.ndarray:
         """Class of each clip (n,) int32, -1 = none."""
-        return self._numbers("label")
+        return self._kept("label")
 
     @property
     def weights(self) -> np.ndarray:
         """Mean number of times that each clip comes in an epoch, (n,) float32."""
-        return self._numbers("weight")
+        return self._kept("weight")
 
     @cached_property
     def has_variants(self) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from sora_jax.data.storing.clips import Clip, clip_id_of
 from sora_jax.data.storing.parts import Kind, PartWriter, start
 from sora_jax.data.storing.shards import PIXELS, ShardReader
-from sora_jax.data.storing.store import indices_of_split
+from sora_jax.data.storing.splits import indices_of_split
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text
 
