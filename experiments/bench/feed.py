@@ -22,7 +22,7 @@ import numpy as np
 from timing import in_turns, machine, middle_half, report, table
 
 from sora_jax.data.feeding.feed import FeedConfig
-from sora_jax.data.feeding.pipeline import PackedBatches, packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
@@ -64,7 +64,7 @@ def write_cache(path: Path, count: int, large: bool = False) -> LatentCache:
 
 def batches_of(cache: LatentCache, packing: PackingConfig = SMALL, folder: Path | None = None) -> PackedBatches:
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=64))
-    return packed_batches(cache, tokenizer, packing, BATCH, 0, folder=folder)
+    return PackedBatches(cache, tokenizer, packing, BATCH, 0, folder=folder)
 
 
 def throughput(name: str, cache: LatentCache, packing: PackingConfig, rounds: int) -> list[list[str]]:
@@ -109,7 +109,7 @@ def plans(count: int) -> list[list[str]]:
     for name, (lengths, L) in mixes.items():
         text = draws.integers(4, 40, count)
         start = time.perf_counter()
-        made = plan(0, 0, lengths, text, L, 64, 64 * 40)
+        made = plan(0, 0, lengths, text, PackingConfig(L, 64, 64 * 40))
         seconds = time.perf_counter() - start
         fill = lengths.sum() / (len(made) * L)
         rows.append([name, f"{count:,}", f"{seconds:.2f}", f"{count / seconds / 1e6:.2f}", f"{fill:.2%}"])
@@ -137,7 +137,7 @@ print(json.dumps([imported - start, time.perf_counter() - imported]))
 def resume(cache: LatentCache, folder: Path, step: int, rounds: int) -> list[list[str]]:
     """Seconds to the first batch of a step in a fresh process, with the position of the checkpoint."""
     batches = batches_of(cache, folder=folder)
-    batches.texts.keep()
+    batches.captions.flush()
     position = batches.position(step)
     arguments = json.dumps([str(cache.path), str(folder), step, list(position)])
     command = [sys.executable, "-c", RESUME.format(here=str(Path(__file__).parent)), arguments]
