@@ -298,8 +298,8 @@ def no_loading(monkeypatch):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--prompt=a", "--out=clip.avi"], "ending"),
-        (["--prompt=a", "--out=clip"], "ending"),
+        (["--prompt=a", "--out=clip.avi"], "must end in"),
+        (["--prompt=a", "--out=clip"], "must end in"),
         (["--prompt=a", "--out=clip.png", "--frames=5"], "one frame"),
         (["--out=clip.gif"], "no prompt"),
         (["--out=clip.gif", "--prompts-file=none.txt"], "none.txt"),
