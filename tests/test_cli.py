@@ -300,7 +300,7 @@ def no_loading(monkeypatch):
     [
         (["--prompt=a", "--out=clip.avi"], "must end in"),
         (["--prompt=a", "--out=clip"], "must end in"),
-        (["--prompt=a", "--out=clip.png", "--frames=5"], "one frame"),
+        (["--prompt=a", "--out=clip.png", "--frames=5"], "must end in"),
         (["--out=clip.gif"], "no prompt"),
         (["--out=clip.gif", "--prompts-file=none.txt"], "none.txt"),
         (["--out=clip.gif", f"--prompts-file={os.devnull}"], "devnull|no such file|no prompt"),
