@@ -46,7 +46,7 @@ def test_png_and_upscale_are_exact(tmp_path):
 def test_unwritable_clips_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="--out is .*clip.xyz; it must end in .mp4, .gif or .webp"):
         write_video(tmp_path / "clip.xyz", flat(2), 8)
-    with pytest.raises(UserError, match="one frame"):
+    with pytest.raises(UserError, match="clip.png; it must end in .mp4"):
         write_video(tmp_path / "clip.png", flat(2), 8)
     with pytest.raises(UserError, match="uint8"):
         write_video(tmp_path / "clip.mp4", flat(2).astype(float), 8)
