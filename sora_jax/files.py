@@ -188,15 +188,10 @@ def write_json(path: str | Path, content: object) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """Read a text file."""
-    with open_text(path, encoding) as file:  # not `path.read_text`: that of epath ignores `encoding`
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file."""
+    with io.TextIOWrapper(path.open("rb"), encoding="utf-8") as file:  # `path.read_text` of epath ignores `encoding`
         return file.read()
-
-
-def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> io.TextIOBase:
-    """Open a text file for reading line by line."""
-    return io.TextIOWrapper(path.open("rb"), encoding=encoding, newline=newline)
 
 
 def size_and_time(path: Path) -> tuple[int, str]:
@@ -207,13 +202,6 @@ def size_and_time(path: Path) -> tuple[int, str]:
         return found["size"], str(found.get("mtime"))
     status = path.stat()
     return status.st_size, str(status.st_mtime_ns)
-
-
-def names_below(folder: Path) -> list[str]:
-    """List all files below a folder recursively, as sorted names relative to it."""
-    if is_remote(folder):
-        return sorted(remote_files(folder))
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def matching(pattern: str) -> list[Path]:

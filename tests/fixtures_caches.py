@@ -62,6 +62,6 @@ def write_cache(
     for part in parts.missing(share):
         with parts.write(part) as writer:
             for row in rows[part * each : (part + 1) * each]:
-                texts = embeddings_of(row) if info.text else None
+                texts = embeddings_of(row) if info.text else []
                 add_latent(writer, info, row, latent_of(row), texts, guides_of(row, info))
     return LatentCache(path) if finish_cache(parts, info) else None

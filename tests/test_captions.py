@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, write_cache
 
-from sora_jax.data.feeding.pipeline import packed_batches
-from sora_jax.data.feeding.texts import PRESETS, CaptionChoice, EmbeddedTexts, TokenTexts, captions_in_order, parse_mix
+from sora_jax.data.feeding.pipeline import PackedBatches
+from sora_jax.data.feeding.texts import CaptionChoice, EmbeddedCaptions, TokenizedCaptions, captions_in_order, parse_mix
 from sora_jax.data.feeding.tokenizer import NULL, TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.errors import UserError
@@ -40,10 +40,6 @@ def test_kinds_are_taken_in_their_shares(cache, mix, share):
     assert taken.count("synthetic") + taken.count("original") == 1000
 
 
-def test_the_presets_are_those_of_the_papers():
-    assert PRESETS == {"dalle3": {"synthetic": 0.95, "original": 0.05}, "sd3": {"synthetic": 0.5, "original": 0.5}}
-
-
 def test_a_clip_without_the_kinds_of_the_mix_takes_its_first_caption(cache):
     for mix in ("dalle3", "synthetic=1", "first"):
         assert chosen(cache, mix)[1000:1006] == ["original", "label", None] * 2
@@ -73,27 +69,25 @@ def test_a_mix_that_cannot_be_is_told(mix):
 
 
 def test_tokens_are_those_of_each_caption(cache):
-    texts = TokenTexts(cache, BYTES)
-    flat = list(captions_in_order(cache))
+    texts, captions = TokenizedCaptions(cache, BYTES), cache.column("captions").to_pylist()
     clips, numbers = np.array([0, 1, 1, 1000, 1001, 1002]), np.array([1, 0, 1, 0, 1, 0])
-    words = [(cache.column("captions")[int(clip)].as_py() or [""])[number] for clip, number in zip(clips, numbers)]
-    assert all(word in flat for word in words)
+    words = [(captions[clip] or [""])[number] for clip, number in zip(clips, numbers)]
     np.testing.assert_array_equal(texts.lengths(clips, numbers), [len(BYTES.encode(word)) for word in words])
     for clip, number, word in zip(clips, numbers, words):
         np.testing.assert_array_equal(texts.ids(clip, number), BYTES.encode(word))
-        assert texts.embedding(clip, number) is None
+    assert list(captions_in_order(cache)) == [caption for each in captions for caption in each or [""]]
 
 
 def test_kept_tokens_are_read_and_not_made_again(cache, tmp_path, monkeypatch):
-    first = TokenTexts(cache, BYTES, tmp_path / "captions")
+    first = TokenizedCaptions(cache, BYTES, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()  # nothing is written before it is known that the run starts
-    first.keep()
+    first.flush()
     monkeypatch.setattr("sora_jax.data.feeding.texts._tokenize", lambda *_: pytest.fail("made again"))
-    second = TokenTexts(cache, BYTES, tmp_path / "captions")
+    second = TokenizedCaptions(cache, BYTES, tmp_path / "captions")
     np.testing.assert_array_equal(second.ids(17, 1), first.ids(17, 1))
     monkeypatch.undo()
     shorter = train([], TokenizerConfig(kind="bytes", max_tokens=4))
-    assert len(TokenTexts(cache, shorter, tmp_path / "captions").ids(17, 0)) == 4  # another tokenizer: not those
+    assert len(TokenizedCaptions(cache, shorter, tmp_path / "captions").ids(17, 0)) == 4  # another tokenizer: not those
 
 
 def test_embeddings_travel_to_the_pack_and_the_null_caption_is_marked(tmp_path):
@@ -101,10 +95,10 @@ def test_embeddings_travel_to_the_pack_and_the_null_caption_is_marked(tmp_path):
     captions = [{"original": "a b c", "synthetic": "d e"}, {}, {"original": " "}, {"original": "f g h i"}]
     rows = [clip_row(n, (1, 2, 2), captions[n]) for n in range(4)]
     cache = write_cache(tmp_path / "cache", rows, info)
-    texts = EmbeddedTexts(cache)
+    texts = EmbeddedCaptions(cache)
     np.testing.assert_array_equal(texts.lengths(np.array([0, 0, 1, 2, 3]), np.array([0, 1, 0, 0, 0])), [3, 2, 1, 1, 4])
     config = PackingConfig(length=8, slots=4, text_length=16, patch=(1, 2, 2))
-    row = packed_batches(cache, None, config, 1, 0, captions="synthetic=1").row(0)
+    row = PackedBatches(cache, None, config, 1, 0, captions="synthetic=1").row(0)
     assert row["embeddings_ME"].shape == (16, 3)
     for slot, clip_id in enumerate(row["clip_ids_S"]):
         clip = int(np.flatnonzero(cache.clip_ids == clip_id)[0])

@@ -12,7 +12,7 @@ from fixtures_runs import TINY
 from scipy import stats
 
 from sora_jax.config import load
-from sora_jax.data.feeding.pipeline import COPY, packed_batches
+from sora_jax.data.feeding.pipeline import COPY, PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import clip_id_of
@@ -40,7 +40,7 @@ def on_device(batch) -> Pack:
 
 
 def batches_of(cache, config, **options):
-    return packed_batches(cache, BYTES, config.packs, config.batch, config.seed, **options)
+    return PackedBatches(cache, BYTES, config.packs, config.batch, config.seed, **options)
 
 
 @pytest.fixture(scope="module")

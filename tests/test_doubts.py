@@ -249,21 +249,21 @@ def test_captions_that_an_encoder_cuts_are_counted():
 
 
 def test_letters_beyond_the_vocabulary_are_counted(tmp_path):
-    from sora_jax.data.feeding.texts import TokenTexts
+    from sora_jax.data.feeding.texts import TokenizedCaptions
     from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 
     captions = ["a red circle 红", "a red circle", "красный", "a circle"]
     rows = [clip_row(n, (1, 2, 2), {"original": caption, "other": "a red"}) for n, caption in enumerate(captions)]
     cache, tokenizer = write_cache(tmp_path / "cache", rows), train(captions[1::2], TokenizerConfig(vocab=24))
     some = lambda *clips: np.array(clips)  # noqa: E731
-    texts = TokenTexts(cache, tokenizer, tmp_path / "kept")
+    texts = TokenizedCaptions(cache, tokenizer, tmp_path / "kept")
     (note,) = texts.notes(some(0, 1, 2, 3))
     assert note.startswith("2 of 8 captions have letters that the tokenizer does not know")
     assert texts.notes(some(1, 3)) == [] and texts.notes(some(3, 0))[0].startswith("1 of 4 ")
-    texts.keep()
-    assert TokenTexts(cache, tokenizer, tmp_path / "kept").notes(some(0, 1, 2, 3)) == [note]
+    texts.flush()
+    assert TokenizedCaptions(cache, tokenizer, tmp_path / "kept").notes(some(0, 1, 2, 3)) == [note]
     (tmp_path / "kept" / "uncut.npy").unlink()  # as earlier versions kept it
-    assert TokenTexts(cache, tokenizer, tmp_path / "kept").notes(some(0)) == []
+    assert TokenizedCaptions(cache, tokenizer, tmp_path / "kept").notes(some(0)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------

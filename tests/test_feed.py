@@ -15,7 +15,7 @@ import pytest
 from fixtures_caches import clip_row, write_cache
 
 from sora_jax.data.feeding.feed import FeedConfig, read_ahead
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.shard_spec import ShardSpec
@@ -27,7 +27,7 @@ BATCH, SECTION, STEPS = 4, 40, 60
 
 def stream_of(cache, host=0, hosts=1):
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=24))
-    return packed_batches(cache, tokenizer, CONFIG, BATCH, 5, "train", ShardSpec(host, hosts), "sd3", section=SECTION)
+    return PackedBatches(cache, tokenizer, CONFIG, BATCH, 5, "train", ShardSpec(host, hosts), "sd3", section=SECTION)
 
 
 def digest(pack) -> str:
@@ -128,10 +128,10 @@ def test_worker_processes_change_nothing(tmp_path, cache, expected, workers):
 
 
 def test_a_process_killed_in_the_middle_of_a_batch_loses_nothing(tmp_path, cache, expected):
-    process = host(tmp_path, cache, 0, 1, pause=0.01)
-    first = read(process, 2)
+    killed = host(tmp_path, cache, 0, 1, pause=0.01)
+    first = read(killed, 2)
     time.sleep(0.05)
-    kill(process)
+    kill(killed)
     again = host(tmp_path, cache, 0, 1, start=2, position=first[-1][2])
     rest = read(again, 10)
     kill(again)
@@ -150,11 +150,9 @@ def test_a_section_that_ends_finds_the_next_one_planned(cache):
     assert asked == [(0, 0), (0, 1)]  # the second one before a row of it was asked for
 
 
-FEEDS = [FeedConfig(threads=0), FeedConfig(threads=3, ahead=1), FeedConfig(threads=1, ahead=9)]
-
-
-@pytest.mark.parametrize("feed", FEEDS)
-def test_steps_come_in_order(feed):
+@pytest.mark.parametrize("threads, ahead", [(0, 4), (3, 1), (1, 9)])
+def test_steps_come_in_order(threads, ahead):
+    feed = FeedConfig(threads=threads, ahead=ahead)
     assert list(islice(read_ahead(lambda step: step * step, 7, feed), 30)) == [n * n for n in range(7, 37)]
 
 

@@ -217,7 +217,7 @@ def test_a_complete_cache_knows_the_tiles_that_clips_were_cut_into(chain, tmp_pa
     assert cut.info.tiles == {"tile": [5, 16, 0], "overlap": 0.5} and cut.info != whole.info
     assert cut.digest != whole.digest
     uncut = encode_in("uncut", (17, 24, 24))  # no clip is larger
-    assert uncut.info == whole.info and "tiles" not in uncut.info.plain() and uncut.digest == whole.digest
+    assert uncut.info == whole.info and "tiles" not in uncut.info.header() and uncut.digest == whole.digest
     assert encode_in("cut", (5, 16, 0)).digest == cut.digest
     for tile, overlap, given in (((0, 0, 0), 0.5, "whole clips"), ((5, 16, 0), 0.25, "tiles of 5x16x0 with .* 0.25")):
         with pytest.raises(UserError, match=f"make {given}; .* was made of tiles of 5x16x0 with overlap 0.5; remove"):

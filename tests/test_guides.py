@@ -9,18 +9,9 @@ import pytest
 from fixtures_caches import INFO, clip_row, write_cache
 from fixtures_runs import chain, run, train_options, trained, with_random_weights  # noqa: F401
 
-from sora_jax.data.feeding.pipeline import PackingShares, packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches, PackingShares
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
-from sora_jax.data.guides import (
-    KEY_FRAME,
-    SKETCH,
-    GuideCounts,
-    Guides,
-    draw_edges,
-    guide_frames,
-    guide_pictures,
-    trace_lines,
-)
+from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, guide_frames
 from sora_jax.data.packing.packs import (
     PackingConfig,
     PackItem,
@@ -46,6 +37,7 @@ from sora_jax.generate.tasks import Tasks
 from sora_jax.models.denoiser import denoise
 from sora_jax.nn.pack import Pack, per_slot
 from sora_jax.train.denoiser import denoiser_loss
+from sora_jax.train.drawings import draw_edges, guide_pictures, trace_lines
 from sora_jax.train.frozen import load_autoencoder
 from sora_jax.train.state import MODEL
 
@@ -146,7 +138,7 @@ def many(tmp_path_factory):
 
 
 def test_guides_are_packed_behind_their_clip(many):
-    stream = packed_batches(many, BYTES, PACKING, 4, 0, shares=HALF)
+    stream = PackedBatches(many, BYTES, PACKING, 4, 0, shares=HALF)
     counts = {"key frames": 0, "sketches": 0, "clips": 0, "one sketch": 0}
     for row in range(stream.report().packs):
         pack = stream.row(row)
@@ -180,7 +172,7 @@ def test_guides_are_packed_behind_their_clip(many):
 
 
 def test_guides_are_drawn_by_seed_epoch_and_clip(many):
-    one, other = (packed_batches(many, BYTES, PACKING, 4, seed, shares=HALF) for seed in (0, 1))
+    one, other = (PackedBatches(many, BYTES, PACKING, 4, seed, shares=HALF) for seed in (0, 1))
     clips, copies = np.arange(len(many)), np.zeros(len(many), np.int64)
     drawn = one._guides(0, clips, copies)
     np.testing.assert_array_equal(one._guides(0, clips[::-1], copies)[::-1], drawn)
@@ -190,9 +182,9 @@ def test_guides_are_drawn_by_seed_epoch_and_clip(many):
 
 def test_a_clip_that_does_not_fit_with_its_guides_is_told_before_training(many):
     small = dataclasses.replace(PACKING, length=20)
-    packed_batches(many, BYTES, small, 4, 0)
+    PackedBatches(many, BYTES, small, 4, 0)
     with pytest.raises(UserError, match="packing.length is 20; it must be at least 36, the tokens of clip"):
-        packed_batches(many, BYTES, small, 4, 0, shares=HALF)
+        PackedBatches(many, BYTES, small, 4, 0, shares=HALF)
 
 
 # ----------------------------------------------------------------------------------------------------------

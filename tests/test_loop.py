@@ -19,7 +19,7 @@ from fixtures_toy import GROUPS, OPTIM, toy_job, train
 from tensorboardX.proto import event_pb2
 
 from sora_jax.data.feeding import tokenizer as tokenizers
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import Stopped, UserError
 from sora_jax.generate.run import read_run_config
@@ -291,7 +291,7 @@ def test_tensorboard_shows_each_step_once_also_of_a_run_killed_before_its_first_
 def test_the_report_of_a_denoiser_is_of_its_batches(chain):  # noqa: F811
     config, cache = read_run_config(chain.transformer), LatentCache(chain.latents)
     tokenizer = tokenizers.load(chain.transformer / "tokenizer.json")
-    batches = packed_batches(cache, tokenizer, config.packs, config.batch, config.seed, config.split)
+    batches = PackedBatches(cache, tokenizer, config.packs, config.batch, config.seed, config.split)
     rows = read_metrics(chain.transformer)
     for row in rows[1:]:
         tokens = batches[row["step"] - 1]["grids_BS3"].prod(-1).sum()

@@ -7,9 +7,9 @@ import pytest
 from fixtures_caches import clip_row, write_cache
 
 from sora_jax.data.building.inspect import plan_fill
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import NoText, TokenizerConfig, train
-from sora_jax.data.packing.advice import PackSizes, advise
+from sora_jax.data.packing.advice import advise
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
 from sora_jax.errors import UserError
@@ -19,19 +19,19 @@ SMALL = RNG.choice([6, 9, 12, 18], 2000)  # the clips of a small world, in packs
 SHORT, WORDY = RNG.integers(4, 8, 2000), RNG.integers(15, 30, 2000)
 
 
-def padding(lengths, texts, sizes: PackSizes) -> float:
-    packs = plan(1, 0, lengths, texts, sizes.length, sizes.slots, sizes.text_length)
+def padding(lengths, texts, sizes: PackingConfig) -> float:
+    packs = plan(1, 0, lengths, texts, sizes)
     return 1 - lengths.sum() / (len(packs) * sizes.length)
 
 
 @pytest.mark.parametrize(
     "lengths, texts, sizes, limits",
     [
-        (SMALL, SHORT, PackSizes(384, 16, 256), ["slots"]),
-        (np.repeat([3, 120], [1500, 500]), np.ones(2000, int), PackSizes(384, 4, 256), ["slots"]),
-        (SMALL, WORDY, PackSizes(384, 64, 256), ["text_length"]),
-        (SMALL, WORDY, PackSizes(384, 16, 256), ["slots", "text_length"]),
-        (np.full(2000, 150), SHORT, PackSizes(256, 16, 256), ["length"]),
+        (SMALL, SHORT, PackingConfig(384, 16, 256), ["slots"]),
+        (np.repeat([3, 120], [1500, 500]), np.ones(2000, int), PackingConfig(384, 4, 256), ["slots"]),
+        (SMALL, WORDY, PackingConfig(384, 64, 256), ["text_length"]),
+        (SMALL, WORDY, PackingConfig(384, 16, 256), ["slots", "text_length"]),
+        (np.full(2000, 150), SHORT, PackingConfig(256, 16, 256), ["length"]),
     ],
 )
 def test_the_advice_is_followed_and_fills_the_packs(lengths, texts, sizes, limits):
@@ -40,18 +40,18 @@ def test_the_advice_is_followed_and_fills_the_packs(lengths, texts, sizes, limit
     assert re.findall(r"packing\.(\w+) = ", stated) == limits
     changes = {name: int(value) for name, value in re.findall(r"--config\.packing\.(\w+)=(\d+)", promise)}
     assert set(limits) <= set(changes)
-    after = padding(lengths, texts, PackSizes(**(vars(sizes) | changes)))
+    after = padding(lengths, texts, PackingConfig(**(vars(sizes) | changes)))
     assert after < before / 2 and before > 0.15
     if "length" not in limits:  # then no other number of slots or text tokens leaves much less
-        assert after < padding(lengths, texts, PackSizes(sizes.length, 400, 10**5)) + 0.03
+        assert after < padding(lengths, texts, PackingConfig(sizes.length, 400, 10**5)) + 0.03
     assert after == pytest.approx(int(re.search(r"leave (\d+)%", promise)[1]) / 100, abs=0.02)
 
 
 @pytest.mark.parametrize(
     "lengths, texts, sizes",
     [
-        (SMALL, SHORT, PackSizes(128, 16, 256)),  # full
-        (np.array([30, 30, 30]), np.ones(3, int), PackSizes(256, 16, 256)),  # there are no more clips
+        (SMALL, SHORT, PackingConfig(128, 16, 256)),  # full
+        (np.array([30, 30, 30]), np.ones(3, int), PackingConfig(256, 16, 256)),  # there are no more clips
     ],
 )
 def test_full_packs_and_few_clips_need_no_advice(lengths, texts, sizes):
@@ -60,25 +60,24 @@ def test_full_packs_and_few_clips_need_no_advice(lengths, texts, sizes):
 
 def test_the_start_of_a_training_says_it(tmp_path):
     """1,200 clips of 4 tokens, packs of 256 with 16 slots: three quarters are padding."""
-    cache = write_cache(
-        tmp_path / "cache", [clip_row(n, (1, 4, 4), {"original": "a dog"}) for n in range(1200)], each=600
-    )
+    rows = [clip_row(n, (1, 4, 4), {"original": "a dog"}) for n in range(1200)]
+    cache = write_cache(tmp_path / "cache", rows, each=600)
     config = PackingConfig(length=256, slots=16, text_length=640, patch=(1, 2, 2))
     tokenizer = train([], TokenizerConfig(kind="bytes", max_tokens=40))
-    report = packed_batches(cache, tokenizer, config, 4, 0).report()
+    report = PackedBatches(cache, tokenizer, config, 4, 0).report()
     assert report.padding == pytest.approx(0.75)
     line, advice = str(report).splitlines()
     assert "padding 75.00%" in line
     assert advice == "padding 75%: packing.slots = 16 is the limit; --config.packing.slots=64 would leave 1% padding"
     # A model without text has as many text tokens as slots: they are no limit of their own.
     untexted = PackingConfig(length=256, slots=16, text_length=16, patch=(1, 2, 2))
-    assert str(packed_batches(cache, NoText(), untexted, 4, 0).report()).splitlines()[1] == advice
+    assert str(PackedBatches(cache, NoText(), untexted, 4, 0).report()).splitlines()[1] == advice
 
 
 def test_inspect_counts_with_the_slots_of_training():
     found = plan_fill(SMALL, 384)
     assert found["slots"] == PackingConfig().slots == 16
-    in_training = 1 - padding(SMALL, SHORT, PackSizes(384, 16, 10**6))
+    in_training = 1 - padding(SMALL, SHORT, PackingConfig(384, 16, 10**6))
     assert in_training < 0.6 and found["fill"] == pytest.approx(in_training, abs=0.01)
     assert found["advice"].startswith("packing.slots = 16 is the limit; --config.packing.slots=")
     assert plan_fill(SMALL, 384, 64)["fill"] > 0.98 and plan_fill(SMALL, 384, 64)["advice"] == ""

@@ -73,18 +73,12 @@ class FrameTensors(Prepared):
         "fps": F.Scalar(np.float32),
         "class": F.ClassLabel(num_classes=3),
     }
+    MEDIA = {"steps": images(frames(2, 40)), "still": frames(1, 60)[0], "fps": 5.0}
+    SAID = [{"text": f"said {k}", "id": k} for k in range(2)]
     examples = {
         "train": [
-            {
-                "clip": frames(3 + n, 20, 1),
-                "steps": images(frames(2, 40)),
-                "still": frames(1, 60)[0],
-                "captions": ["one", "another"][: n + 1],
-                "said": [{"text": f"said {k}", "id": k} for k in range(n + 1)],
-                "fps": 5.0,
-                "class": n,
-            }
-            for n in range(2)
+            {**MEDIA, "clip": frames(3, 20, 1), "captions": ["one"], "said": SAID[:1], "class": 0},
+            {**MEDIA, "clip": frames(4, 20, 1), "captions": ["one", "another"], "said": SAID, "class": 1},
         ]
     }
 
@@ -93,12 +87,8 @@ class FrameTensors(Prepared):
 def data_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
     films = [write_video(root / f"{n}.mp4", frames(6, 30 * n), 8).read_bytes() for n in range(3)]
-    still = images(frames(1, 99))[0]
-    FilmFiles.examples = {
-        "train": [
-            {"video": film, "caption": f"film {n}", "caption_long": "", "image": still} for n, film in enumerate(films)
-        ]
-    }
+    rest = {"caption_long": "", "image": images(frames(1, 99))[0]}
+    FilmFiles.examples = {"train": [{"video": film, "caption": f"film {n}"} | rest for n, film in enumerate(films)]}
     for builder in (GreyDigits, FilmFiles, FrameTensors):
         builder(data_dir=root, file_format="array_record").download_and_prepare()
     yield str(root)
@@ -137,6 +127,11 @@ def test_splits_are_chosen_and_keep_their_names(data_dir):
     everything = entries(source("grey_digits", data_dir))
     some = source("grey_digits", data_dir, split="test+train[:2]")
     assert [entry.split for entry in entries(some)] == ["test", "train", "train"]
+    assert [entry.file.removeprefix("grey_digits/") for entry in entries(some)] == [
+        "test/0",
+        "train[:2]/0",
+        "train[:2]/1",
+    ]
     train = [entry for entry in everything if entry.split == "train"]
     assert [entry.label_name for entry in entries(some)[1:]] == [entry.label_name for entry in train[:2]]
     np.testing.assert_array_equal(decoded(some, 0).frames, np.full((1, 16, 16, 3), 200))
@@ -159,33 +154,29 @@ def test_films_as_files_with_captions(data_dir):
 
 
 @pytest.mark.parametrize(
-    "field, expected, fps",
-    [("clip", [frames(3, 20), frames(4, 20)], 5), ("steps", [frames(2, 40)] * 2, 5), ("still", [frames(1, 60)] * 2, 1)],
+    "field, expected, fps, text, captions",
+    [
+        ("clip", [frames(3, 20), frames(4, 20)], 5, "captions", ["one", "another"]),
+        ("steps", [frames(2, 40)] * 2, 5, "said/text", ["said 0", "said 1"]),
+        ("still", [frames(1, 60)] * 2, 1, "captions", ["one", "another"]),
+    ],
 )
-def test_sequences_of_pictures_and_tensors_are_frames(data_dir, field, expected, fps):
-    made = source("frame_tensors", data_dir, media_field=field, caption_field="captions", label="class")
+def test_sequences_of_pictures_and_tensors_are_frames(data_dir, field, expected, fps, text, captions):
+    made = source("frame_tensors", data_dir, media_field=field, caption_field=text, label="class")
     for index, entry in enumerate(entries(made)):
-        assert entry.captions == [{"original": "one"}, {"original": "one", "2": "another"}][entry.label]
+        assert entry.captions == dict(zip(("original", "2"), captions[: entry.label + 1]))
         assert entry.label_name == str(entry.label)
         np.testing.assert_array_equal(decoded(made, index).frames, expected[entry.label])
         assert decoded(made, index).fps == fps
-
-
-def test_a_text_inside_a_sequence_is_named_by_its_path(data_dir):
-    made = source("frame_tensors", data_dir, media_field="steps", caption_field="said/text", label="class")
-    captions = sorted((entry.captions for entry in entries(made)), key=len)
-    assert captions == [{"original": "said 0"}, {"original": "said 0", "2": "said 1"}]
 
 
 def test_a_video_is_read_as_the_pictures_it_is_stored_as(data_dir, tmp_path):
     """A Video cannot be declared without TensorFlow, but it is stored as Sequence(Image) is."""
     copied = shutil.copytree(Path(data_dir, "frame_tensors"), tmp_path / "frame_tensors") / "1.0.0/features.json"
     described = json.loads(copied.read_text())
-    features = described["featuresDict"]["features"]
-    shape = {"dimensions": ["-1", "16", "16", "3"]}
     name = "tensorflow_datasets.core.features.video_feature.Video"
-    video = {"pythonClassName": name, "video": {"dtype": "uint8", "encodingFormat": "png", "shape": shape}}
-    described["featuresDict"]["features"] = {"steps": video, "class": features["class"]}
+    content = {"dtype": "uint8", "encodingFormat": "png", "shape": {"dimensions": ["-1", "16", "16", "3"]}}
+    described["featuresDict"]["features"] = {"steps": {"pythonClassName": name, "video": content}}
     copied.write_text(json.dumps(described))
     for name in ("frame_tensors", "frame_tensors:1.0.0"):  # the only feature that holds media need not be named
         made = source(name, str(tmp_path), split="train[1:]")
@@ -197,33 +188,31 @@ def test_a_video_is_read_as_the_pictures_it_is_stored_as(data_dir, tmp_path):
     ("name", "options", "message"),
     [
         ("grey_digits", dict(split="valid"), "--split is 'valid'; it must be one of train, test, a part such as"),
-        ("grey_digits", dict(split="train[0:2"), "--split is 'train[0:2'; it must be one of train, test"),
+        ("grey_digits", dict(split="train[0:2"), "--split is 'train[0:2'; it must be one of"),
         ("grey_digits", dict(media_field="label"), "--media-field is 'label'; it must name the video or picture of"),
         ("grey_digits", dict(caption_field="label"), "--caption-field is 'label'; it must name the text of"),
         ("grey_digits", dict(label_field="image"), "which has image (Image), label (ClassLabel)"),
         ("film_files", {}, "--media-field is not given; it must name the video or picture of tfds:film_files"),
         ("film_files", {}, "caption (Text), caption_long (Text), image (Image), video (Tensor of string)"),
         ("frame_tensors", dict(media_field="said/text"), "clip (Tensor of uint8 -1x16x16x1), fps (Scalar of float32)"),
-        (
-            "pairs",
-            {},
-            "--label-field is not given; it must name the class of tfds:pairs, which has coarse (ClassLabel)",
-        ),
+        ("pairs", {}, "--label-field is not given; it must name the class of tfds:pairs, which has coarse (Class"),
         ("mnist", {}, 'run tfds.builder("mnist", data_dir='),
         ("sizes", {}, "it must name one of its configs: tfds:sizes:big, tfds:sizes:small"),
         ("as_tfrecord", {}, "is not prepared as ArrayRecord; run tfds.builder("),
         ("cut_off", {}, "1.0.0 cannot be read: JSONDecodeError"),
+        ("partly", {}, "lacks grey_digits-test.array_record-00000-of-00001; run tfds.builder("),
     ],
 )
 def test_a_mistake_is_one_sentence(data_dir, tmp_path, name, options, message):
     digits = Path(data_dir, "grey_digits/1.0.0")
-    for copy in ("sizes/big", "sizes/small", "as_tfrecord", "cut_off", "pairs"):
+    for copy in ("sizes/big", "sizes/small", "as_tfrecord", "cut_off", "pairs", "partly"):
         shutil.copytree(digits, tmp_path / copy / "1.0.0")
     for copy in ("film_files", "grey_digits", "frame_tensors"):
         (tmp_path / copy).symlink_to(Path(data_dir, copy))
     info = tmp_path / "as_tfrecord/1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     (tmp_path / "cut_off/1.0.0/features.json").write_text("{")
+    (tmp_path / "partly/1.0.0/grey_digits-test.array_record-00000-of-00001").unlink()
     described = json.loads((digits / "features.json").read_text())
     described["featuresDict"]["features"]["coarse"] = described["featuresDict"]["features"]["label"]
     (tmp_path / "pairs/1.0.0/features.json").write_text(json.dumps(described, sort_keys=True))
@@ -234,10 +223,9 @@ def test_a_mistake_is_one_sentence(data_dir, tmp_path, name, options, message):
 
 
 def test_names_with_configs_and_versions():
-    assert dataset_name("tfds:mnist") == "mnist"
-    assert dataset_name("tfds:moving:big") == "moving/big"
-    assert dataset_name("tfds:mnist:3.0.1") == "mnist:3.0.1"
-    assert dataset_name("tfds:moving:big:1.0.0") == dataset_name("tfds:moving/big:1.0.0") == "moving/big:1.0.0"
+    names = ("tfds:mnist", "tfds:moving:big", "tfds:mnist:3.0.1", "tfds:moving:big:1.0.0", "tfds:moving/big:1.0.0")
+    expected = ["mnist", "moving/big", "mnist:3.0.1", "moving/big:1.0.0", "moving/big:1.0.0"]
+    assert [dataset_name(name) for name in names] == expected
 
 
 def test_what_cannot_be_read_costs_one_clip(tmp_path):
@@ -256,7 +244,7 @@ def test_what_cannot_be_read_costs_one_clip(tmp_path):
     content = shard.read_bytes()
     shard.write_bytes(content[:40] + bytes(60) + content[100:])
     made = source("damaged", str(tmp_path), media_field="video", caption_field="caption", split="train[:1]")
-    assert made.entry(0).captions == {}
+    assert made.entry(0).captions  # or it would be refused for want of a caption
     with pytest.raises(MediaError, match="unreadable"):
         decoded(made, 0)
 

@@ -28,7 +28,7 @@ from test_sources_tfds import GreyDigits
 from sora_jax import cli, files
 from sora_jax.convert.tensors import read_tensors, write_tensors
 from sora_jax.data.feeding.feed import FeedConfig
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig
 from sora_jax.data.feeding.tokenizer import train as train_tokenizer
 from sora_jax.data.packing.packs import PackingConfig
@@ -311,7 +311,7 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
     arguments = cache, tokenizer, PackingConfig(length=512, patch=(1, 2, 2)), 2, 0
     folder = as_path(f"{ROOT}/shares/captions")
     shares = [
-        packed_batches(*arguments, share=ShardSpec(k, 2), folder=folder, first=first)
+        PackedBatches(*arguments, share=ShardSpec(k, 2), folder=folder, first=first)
         for k, first in ((0, False), (1, False), (0, True))  # two that read the same rows, of which one is the first
     ]
     for batches in shares:
@@ -322,8 +322,8 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
     assert sorted(there) == [
         f"{ROOT}/shares/captions/{name}" for name in ("ends.npy", "ids.npy", "made_of.txt", "uncut.npy")
     ]
-    assert len(pickle.dumps(shares[0].texts)) < 2000  # to workers a file goes by name
-    np.testing.assert_array_equal(shares[0].texts.ids(1, 0), shares[1].texts.ids(1, 0))
+    assert len(pickle.dumps(shares[0].captions)) < 2000  # to workers a file goes by name
+    np.testing.assert_array_equal(shares[0].captions.ids(1, 0), shares[1].captions.ids(1, 0))
 
 
 def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  # noqa: F811

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.data.feeding.epochs import Position
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import NoText
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.storing.manifest import Dataset
@@ -52,7 +52,7 @@ def open_inputs(config, workdir, mesh):
 
 def make_job(config, inputs, workdir):
     how = config.packing, config.batch, config.seed, config.split, distributed.share_of_batch(make_mesh(config.mesh))
-    batches = packed_batches(Dataset(config.data), NoText(), *how)
+    batches = PackedBatches(Dataset(config.data), NoText(), *how)
     return Job(
         name=config.kind,
         groups=groups(config),
@@ -66,7 +66,7 @@ def make_job(config, inputs, workdir):
 
 
 def plan_training(config, mesh):
-    row = packed_batches(Dataset(config.data), NoText(), config.packing, 1, 0, config.split)[0]
+    row = PackedBatches(Dataset(config.data), NoText(), config.packing, 1, 0, config.split)[0]
     batch = abstract_batch(Pack(**many(row, (1, config.batch))), mesh, leading=1)
     trained, load = (
         Trained(groups(config), functools.partial(loss, config)),

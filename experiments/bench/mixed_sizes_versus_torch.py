@@ -32,12 +32,13 @@ LAYOUTS = {"packed": "jax", "padded-eager": "torch", "padded-compiled": "torch",
 
 def make_images() -> list[list[dict]]:
     """The images of each update: clean latent x0 and noise eps (H, W, C), step, class."""
+    from sora_jax.data.packing.packs import PackingConfig
     from sora_jax.data.packing.planning import plan
 
     draws = np.random.default_rng(0)
     sides = 2 * draws.integers(4, LARGEST // 2 + 1, (400, 2))
     tokens = sides.prod(1) // PATCH**2
-    planned = plan(0, 0, tokens, np.ones_like(tokens), LENGTH, SLOTS, SLOTS, 400)
+    planned = plan(0, 0, tokens, np.ones_like(tokens), PackingConfig(LENGTH, SLOTS, SLOTS, window=400))
     fullest = sorted(range(len(planned)), key=lambda p: -tokens[planned[p]].sum())[:PACKS]
     packs = [[image(draws, sides[i]) for i in planned[p]] for p in fullest]
     return [packs[:ROWS], packs[ROWS:]]

@@ -114,7 +114,7 @@ def members_of(layout: Layout, items: list[PackItem]) -> list[list[PackItem]]:
     p = layout.packing
     lengths = np.array([tokens(item, p.patch) for item in items])
     texts = np.array([len(item.text) for item in items])
-    planned = plan(0, 0, lengths, texts, p.length, p.slots, p.text_length, p.window)
+    planned = plan(0, 0, lengths, texts, p)
     return [[items[i] for i in planned[row]] for row in range(len(planned))]
 
 

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from score_fresh import fresh_clips
 
 from sora_jax.config import from_dict, load
-from sora_jax.data.guides import draw_edges
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.data.viewing.sheets import strip
 from sora_jax.data.viewing.write import save_png
 from sora_jax.generate.run import load_run
 from sora_jax.generate.tasks import Tasks
 from sora_jax.quickstart import QuickstartConfig, default_config
+from sora_jax.train.drawings import draw_edges
 from sora_jax.worlds.oracle import read
 
 SHOWN = 5

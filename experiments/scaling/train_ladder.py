@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import check, from_dict, load, to_dict
-from sora_jax.data.feeding.pipeline import packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.evaluate.world import held_out_prompts, score
@@ -94,7 +94,7 @@ def rung_config(ladder: Ladder, name: str) -> DenoiserRun:
 
 def step_counts(config: DenoiserRun, ladder: Ladder, tokenizer) -> dict[str, float]:
     """Return the mean clips, tokens and FLOPs of a training step."""
-    batches = packed_batches(ladder.cache, tokenizer, config.packs, config.batch, config.seed, config.split)
+    batches = PackedBatches(ladder.cache, tokenizer, config.packs, config.batch, config.seed, config.split)
     counts = [batch_counts(config.model, batches[step]) for step in range(50)]
     return {name: sum(c[name] for c in counts) / len(counts) for name in ("clips", "tokens", "flops")}
 
@@ -146,7 +146,7 @@ class Measure:
             Run, config, tokenizer=tokenizer, autoencoder=load_autoencoder(ladder.cache.path), mesh=mesh
         )
         self.chosen = held_out_prompts(ladder.dataset, ladder.prompts)
-        self.held_out = packed_batches(ladder.cache, tokenizer, config.packs, config.batch, HELD_OUT_SEED, "held-out")
+        self.held_out = PackedBatches(ladder.cache, tokenizer, config.packs, config.batch, HELD_OUT_SEED, "held-out")
 
     def known(self, step: int) -> bool:
         """Return True if an earlier call has sampled at this step."""

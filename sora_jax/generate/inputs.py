@@ -14,7 +14,6 @@ import numpy as np
 
 from sora_jax.config import check
 from sora_jax.data.fit import SizeRule
-from sora_jax.data.guides import draw_edges, trace_lines
 from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.errors import UserError
@@ -22,6 +21,7 @@ from sora_jax.files import as_path
 from sora_jax.generate.requests import Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.generate.tasks import Pictures, Tasks, pad
+from sora_jax.train.drawings import draw_edges, trace_lines
 
 GAP = 8  # frames of --gap where it is not given
 WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt")

@@ -156,7 +156,7 @@ def lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> PackLayout:
         text_length=-(-text_length // split) * split,
         rows_per_clip=max(len(task.ceilings) for task in tasks),
     )
-    planned = plan(0, 0, lengths, words, packing.length, packing.slots, packing.text_length, packing.window)
+    planned = plan(0, 0, lengths, words, packing)
     rows = [list(map(int, planned[row])) for row in range(len(planned))]
     return PackLayout(items, negatives, sources, rows, packing, tasks)
 

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sora_jax.config import check, read_json, to_dict, value_at
-from sora_jax.data.feeding.crops import crop_batches, sizes_and_clips
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.manifest import Dataset, evenly_spread
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
@@ -29,6 +28,7 @@ from sora_jax.train.autoencoder import (
     check_sizes,
     stage_folder,
 )
+from sora_jax.train.crops import CropBatches
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.frozen import (
     FOLDER,
@@ -164,8 +164,7 @@ def stages(config: AutoencoderRun, workdir: Path) -> list[tuple[Path, Autoencode
 
 def check_stage(config: AutoencoderRun, inputs: AutoencoderInputs) -> None:
     """Raise a UserError where a stage cannot train on the dataset."""
-    sizes, clips = sizes_and_clips(inputs.dataset, config.split)
-    crop_batches(inputs.dataset, config.crop_config, config.seed, sizes, clips, inputs.share)
+    CropBatches(inputs.dataset, config.crop_config, config.seed, config.split, inputs.share)
     if config.loss.lpips_weight:
         read_lpips(config.loss.lpips_file)
 

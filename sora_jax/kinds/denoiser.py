@@ -48,6 +48,31 @@ class DenoiserInputs(Inputs):
     share: ShardSpec
 
 
+def check_text(cache: LatentCache, name: str, width: int, max_tokens: int) -> None:
+    """Raise UserError unless a cache has text of this encoder (none for the empty name), width and length."""
+    text, have = cache.info.text, "no text of a pretrained encoder"
+    if text:
+        have = f"text of {text.name!r}, width {text.width}, at most {text.max_tokens} tokens"
+    wanted = f"--text-encoder={name} --text-tokens={max_tokens}" if name else "no --text-encoder"
+    check(
+        (text.name, text.width, text.max_tokens) == (name, width, max_tokens) if text else not name,
+        f"config.model.text.pretrained is {name!r}, pretrained_width {width}, config.tokenizer.max_tokens "
+        f"{max_tokens}; the latent cache {cache.path} has {have}: make it again with {wanted}, or change the config",
+    )
+
+
+def check_labels(cache: LatentCache, classes: int, split: str) -> None:
+    """Raise UserError unless every clip of a split has one of so many classes."""
+    labels = cache.labels[cache.indices(split)]
+    have = f"classes up to {labels.max()}" if labels.max() >= 0 else "no class"
+    have = "clips without a class" if labels.min() < 0 <= labels.max() else have
+    check(
+        0 <= labels.min() and labels.max() < classes,
+        f"config.model.classes is {classes}; the latent cache {cache.path} has {have}: every clip needs one "
+        f"of 0 to {classes - 1}, from a column `label` or a TFDS class label",
+    )
+
+
 def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInputs:
     """Open the latent cache with its autoencoder and the tokenizer; check that model, cache and mesh fit together."""
     check(config.latents, "--config.latents is not given; it must be a folder made by `sora-jax data encode`")
@@ -57,16 +82,16 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
         where = "" if as_path(config.latents).is_absolute() else f", as seen from {Path.cwd()}"
         raise UserError(f"--config.latents is {config.latents!r}{where}: {error}") from error
     check(
-        cache.channels == config.model.latent_channels,
+        cache.info.latent_channels == config.model.latent_channels,
         f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "
-        f"have {cache.channels}",
+        f"have {cache.info.latent_channels}",
     )
     autoencoder = load_autoencoder(config.latents, "--config.latents")
     cache.check(autoencoder.fingerprint)
     if text := config.model.text:
-        cache.check_text(text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
+        check_text(cache, text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
     if config.model.classes:
-        cache.check_labels(config.model.classes, config.split)
+        check_labels(cache, config.model.classes, config.split)
     if own := recorded_fingerprint(workdir):
         cache.check(own)  # latents made anew are not those this run has learnt
     elif config.init.weights and recorded_fingerprint(config.init.source[0]) not in (None, autoencoder.fingerprint):

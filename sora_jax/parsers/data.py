@@ -64,7 +64,11 @@ def _encode(verbs) -> None:
 
 
 # Option of `data build` -> field of SourceConfig
-SOURCE_FLAGS = dict(source="name", path="path", strip_frames="strip_frames", strip_fps="strip_fps", limit="limit")
+SOURCE_FLAGS = {"source": "name"} | {
+    name: name
+    for name in ("path", "limit", "split", "media_field", "caption_field", "label_field", "label", "label_caption")
+    + ("strip_frames", "strip_fps")
+}
 WORLD = "simple"
 
 
@@ -82,8 +86,14 @@ def _build(verbs) -> None:
     # An option that is not given leaves the field of --config, or the default of the dataclass, as it is.
     add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
     add("--source", help="folder, webdataset, tfds:NAME[:CONFIG], array_record or world")
-    add("--path", help="folder, tar shards or ArrayRecord files to read")
+    add("--path", help="folder, tar shards or dataset folder to read; data_dir of TFDS")
     add("--limit", type=int, help="maximum number of entries of the source, evenly spaced")
+    add("--split", help="splits of TFDS, such as train or train[:10%%]+test (default: all)")
+    add("--media-field", help="feature of TFDS with the video or picture; ending of the member of tar samples")
+    add("--caption-field", help="feature of TFDS, column or key with the caption (default: caption, text or prompt)")
+    add("--label-field", help="feature of TFDS, column or key with the class (default: label)")
+    add("--label", help="use of a class label: caption, class or both")
+    add("--label-caption", help="caption of a class, with {label} for its name")
     add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
     add("--strip-fps", type=float, help="frames per second of such strips")
     add("--world", help="variant of the embedded world: simple or full")

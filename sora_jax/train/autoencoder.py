@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.data.feeding.crops import CropConfig, crop_batches, sizes_and_clips
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.diffusion.keys import Purpose, step_key
@@ -33,6 +32,7 @@ from sora_jax.models.lpips import SMALLEST, read_lpips
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.nn.params import ParamSpec, zeros
 from sora_jax.train.adapt import split_specs
+from sora_jax.train.crops import CropBatches, CropConfig
 from sora_jax.train.linear_codec import fit_linear_codec
 from sora_jax.train.loop import Job, LoopConfig, Preview
 from sora_jax.train.optim import OptimConfig
@@ -314,9 +314,7 @@ def autoencoder_job(
     share: this process's part of each batch. first: parameters to begin with, in place of random ones.
     """
     check_sizes(config.model, dataset)
-    sizes, clips = sizes_and_clips(dataset, config.split)
-    check(len(clips) > 0, f"config.split is {config.split!r}; the dataset {str(dataset.path)!r} has no such clip")
-    batches = crop_batches(dataset, config.crop_config, config.seed, sizes, clips, share)
+    batches = CropBatches(dataset, config.crop_config, config.seed, config.split, share)
     frozen = {"encoder": encoder_part(first)} if first and config.trained == "decoder" else {}
     frozen |= {"lpips": read_lpips(config.loss.lpips_file)} if config.loss.lpips_weight else {}
     return Job(
@@ -333,8 +331,8 @@ def autoencoder_job(
         share=share,
         frozen=frozen,
         note=_note(config),
-        start=_starter(config, dataset, clips, first),
-        epoch=len(clips) / config.batch,
+        start=_starter(config, dataset, batches.clips, first),
+        epoch=len(batches.clips) / config.batch,
     )
 
 

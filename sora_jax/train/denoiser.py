@@ -12,7 +12,7 @@ import numpy as np
 from sora_jax.config import check, read_json
 from sora_jax.data.feeding import tokenizer as tokenizers
 from sora_jax.data.feeding.epochs import Position
-from sora_jax.data.feeding.pipeline import PackingShares, packed_batches
+from sora_jax.data.feeding.pipeline import PackedBatches, PackingShares
 from sora_jax.data.feeding.texts import captions_in_order, parse_mix
 from sora_jax.data.feeding.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.data.packing.packs import PackingConfig, token_counts
@@ -231,7 +231,7 @@ def denoiser_job(
     """
     given = config.diffusion.given
     _check_guides(given, cache)
-    batches = packed_batches(
+    batches = PackedBatches(
         cache,
         None if isinstance(text, PretrainedText) else text,
         config.packs,
@@ -257,7 +257,7 @@ def denoiser_job(
         preview=preview,
         note=str(report),
         share=share,
-        epoch=report.packs / report.clips * batches.subjects.weights.sum() / config.batch,
+        epoch=report.packs / report.clips * batches.clip_index.weights.sum(dtype=np.float64) / config.batch,
     )
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sora_jax.config import check, to_dict
 from sora_jax.data.feeding.texts import CaptionCounts
-from sora_jax.data.guides import GuideCounts, guide_frames, guide_pictures
+from sora_jax.data.guides import GuideCounts, guide_frames
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip, clip_id_of
 from sora_jax.data.storing.latents import CacheInfo, GuideLatents, LatentCache, add_latent, finish_cache, start_cache
@@ -26,6 +26,7 @@ from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.tiling import TilingConfig, choose_tile, is_cut, tiling_warning
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
+from sora_jax.train.drawings import guide_pictures
 from sora_jax.train.frozen import (
     FOLDER,
     RECORD,
@@ -180,10 +181,10 @@ def _in_words(tiles: dict | None) -> str:
     return f"tiles of {'x'.join(map(str, tiles['tile']))} with overlap {tiles['overlap']}" if tiles else "whole clips"
 
 
-def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray] | None]:
+def _texts(text: PretrainedText | None, rows: Sequence[dict]) -> Iterator[list[np.ndarray]]:
     """Yield for each clip the embeddings of all its captions; of the empty one where it has none."""
     if text is None:
-        yield from (None for _ in rows)
+        yield from ([] for _ in rows)
         return
     captions = [row["captions"] or [""] for row in rows]
     found = iter(text.embed_all(list(chain(*captions))))

@@ -9,7 +9,7 @@ import numpy as np
 
 from sora_jax.worlds.captions import AXES, COLOURS, DIRECTIONS, SIZES, TURNS
 from sora_jax.worlds.figures import FIGURES
-from sora_jax.worlds.render import ZOOM, Scene, Shape, room, track
+from sora_jax.worlds.render import ZOOM, Scene, Shape, centre_bounds, track
 
 GROWTH = 1.8
 _LARGEST_GROWING = 0.4
@@ -72,7 +72,7 @@ def place(
     if motion in ("grow", "shrink"):
         diameter = min(diameter, _LARGEST_GROWING)
         largest = diameter * GROWTH
-    low, high = room(kind, largest, frame_size(scene), spins=motion == "rotate")
+    low, high = centre_bounds(kind, largest, frame_size(scene), spins=motion == "rotate")
     stage = _Stage(low, np.maximum(low, high), scene.frames, tuple(DIRECTIONS)[:directions])
     return _MOVERS[motion](rng, Shape(kind, colour, diameter, motion), stage)
 
@@ -111,12 +111,12 @@ def passing(
         Shape(kinds[int(rng.integers(len(kinds)))], colour, diameter, "still") for colour in (front, behind)
     )
     largest = diameter * largest_zoom(scene)
-    first_low, first_high = room(first.kind, largest, frame)
+    first_low, first_high = centre_bounds(first.kind, largest, frame)
     stage = _Stage(first_low, first_high, scene.frames, (direction,))
     first = replace(_move(rng, first, stage, (0.95, 1.0)), motion="pass")
     offset = rng.uniform(-0.1, 0.1, 2) * diameter
     middle = np.add(first.start, np.divide(first.travel, 2)) + offset
-    middle = np.clip(middle, *room(second.kind, largest, frame))
+    middle = np.clip(middle, *centre_bounds(second.kind, largest, frame))
     return [first, replace(second, motion="behind", start=_point(middle))]
 
 

@@ -90,7 +90,7 @@ def zoom_factor(camera: str, times_T: np.ndarray) -> np.ndarray:
     return ZOOM ** ({"zoom in": 1.0, "zoom out": -1.0}.get(camera, 0.0) * times_T)
 
 
-def room(kind: str, diameter: float, frame: tuple[float, float], spins: bool = False) -> np.ndarray:
+def centre_bounds(kind: str, diameter: float, frame: tuple[float, float], spins: bool = False) -> np.ndarray:
     """Return the bounds of centres of figures inside the frame (width, height): [[x0, y0], [x1, y1]]."""
     figure = FIGURES[kind]
     near, far = (figure.left, figure.up), (figure.right, figure.down)
@@ -112,7 +112,7 @@ def track(shape: Shape, scene: Scene) -> Track:
     if shape.motion == "bounce":
         frame = (scene.width / scene.short, scene.height / scene.short)
         largest = shape.diameter * zoom_factor(scene.camera, times).max()
-        centres = reflect(centres, *room(shape.kind, largest, frame))
+        centres = reflect(centres, *centre_bounds(shape.kind, largest, frame))
     if shape.motion == "orbit":
         angles = shape.phase + shape.turn * times
         centres = centres + shape.radius * np.stack([np.cos(angles), np.sin(angles)], -1)

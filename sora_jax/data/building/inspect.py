@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sora_jax.data.building.build import kind
-from sora_jax.data.packing.advice import PackSizes, advise
+from sora_jax.data.packing.advice import advise
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
 from sora_jax.data.storing.manifest import Dataset, caption_of
@@ -109,10 +109,11 @@ def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingC
         )
     if slots < 1:
         raise UserError(f"--slots is {slots}; it must be at least 1")
-    planned = plan(0, 0, tokens, np.zeros_like(tokens), length, slots, 1)
+    packing, texts = PackingConfig(length, slots), np.zeros_like(tokens)
+    planned = plan(0, 0, tokens, texts, packing)
     found = {"pack_length": length, "slots": slots, "packs": len(planned)}
-    advice = advise(tokens, np.zeros_like(tokens), PackSizes(length, slots, 1))
-    return found | {"fill": round(tokens.sum() / (len(planned) * length), 4), "advice": advice}
+    fill = round(tokens.sum() / (len(planned) * length), 4)
+    return found | {"fill": fill, "advice": advise(tokens, texts, packing)}
 
 
 def draw_histograms(dataset: Dataset, path: Path) -> Path:

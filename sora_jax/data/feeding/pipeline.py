@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sora_jax.config import check
 from sora_jax.data.draws import uniforms
 from sora_jax.data.feeding.epochs import SECTION, ClipIndex, Epochs, Planned, Position, section_count
 from sora_jax.data.feeding.feed import Batch, FeedConfig, read_ahead
-from sora_jax.data.feeding.texts import CaptionChoice, EmbeddedTexts, NullTexts, Texts, TokenTexts
+from sora_jax.data.feeding.texts import (
+    CaptionChoice,
+    CaptionStore,
+    EmbeddedCaptions,
+    TokenizedCaptions,
+)
 from sora_jax.data.feeding.tokenizer import NoText, Tokenizer
 from sora_jax.data.guides import counts_of
-from sora_jax.data.packing.advice import POOR, PackSizes, advise
+from sora_jax.data.packing.advice import POOR, advise
 from sora_jax.data.packing.packs import (
     Layout,
     PackingConfig,
@@ -29,6 +34,7 @@ from sora_jax.data.packing.packs import (
 )
 from sora_jax.data.packing.planning import plan
 from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.store import ClipStore
 from sora_jax.errors import UserError
 
@@ -37,9 +43,9 @@ COPY = np.uint32(0x9E3779B9)  # between the ids of copies: odd, so that 2^32 cop
 
 @dataclass(frozen=True)
 class PackReport:
-    """Describe how well the packs of a section (of a small set: of an epoch) are filled.
+    """The fill of the packs of a section, which for small data sets is an epoch.
 
-    notes: sentences on what leaves packs empty, and on what is not read of captions.
+    notes: sentences on limits that leave packs empty, and on text that the model does not read.
     """
 
     clips: int
@@ -49,14 +55,9 @@ class PackReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def fill(self) -> float:
-        """Share of the packed tokens that are real."""
-        return self.tokens / max(1, self.packs * self.length)
-
-    @property
     def padding(self) -> float:
         """Share of the packed tokens that are padding."""
-        return 1.0 - self.fill
+        return 1.0 - self.tokens / max(1, self.packs * self.length)
 
     def __str__(self) -> str:
         line = (
@@ -68,15 +69,20 @@ class PackReport:
 
 @dataclass(frozen=True)
 class PackingShares:
-    """Hold the fractions of the clips that are packed without their beginning, or with guides beside them."""
+    """Fractions of the clips that are packed without their beginning, or with guides."""
 
     headless: float = 0.0  # without their first token frame
     key_frames: float = 0.0  # with key frames as guides
     sketches: float = 0.0  # with sketches as guides
 
+    @property
+    def guides(self) -> float:
+        """Fraction of the clips with guides."""
+        return self.key_frames + self.sketches
+
 
 class StoredItem(NamedTuple):
-    """A `PackItem` whose values, but not its guides, are read when they are asked for: those of one clip at a time.
+    """A `PackItem` whose values are read when it is packed, so that one clip at a time is in memory.
 
     size: without the first `cut` latent frames, which the item leaves out. guides: their latents.
     """
@@ -94,81 +100,94 @@ class StoredItem(NamedTuple):
 
     @property
     def values(self) -> np.ndarray:
+        """Read the values (t, h, w, C)."""
         return self.store.item(self.clip)[self.cut :]
 
 
 class PackedBatches:
-    """Batches of packs: `batches[step]` is batch `step` (this host's rows), made by `packed_batches`.
+    """Batches of packs of the clips of a split: `batches[step]` is batch `step`, the rows of this host.
 
     A clip comes twice in a batch where its weight is above 1, or where an epoch ends and the next one begins. Further
     copies have ids of their own there, since ids key the draws of a step: noise, times, dropout, what is given.
+
+    batch: packs over all hosts. tokenizer: None for the embeddings of a latent cache, NoText for no captions.
+    captions: the mix, see `texts.parse_mix`. folder: for the tokens of all captions, which the next start reads.
+    section: the most clips that are planned at once. first: True in one process, which alone writes to a folder in a
+    bucket. shares: of clips without their beginning or with guides; guides need a latent cache that has some.
+    UserError if a clip or a caption is over the size of a pack, a latent does not divide into patches, or the split is
+    empty.
     """
 
     def __init__(
         self,
         store: ClipStore,
-        texts: Texts,
-        choice: CaptionChoice,
+        tokenizer: Tokenizer | NoText | None,
         config: PackingConfig,
         batch: int,
         seed: int,
-        split: str,
-        share: ShardSpec,
+        split: str = "train",
+        share: ShardSpec = ShardSpec(),
+        captions: str = "first",
+        folder: Path | None = None,
         section: int = SECTION,
+        first: bool = True,
         shares: PackingShares = PackingShares(),
     ):
-        self.shares = shares
-        self.store, self.texts, self.choice, self.config = store, texts, choice, config
+        check(batch >= 1, f"batch is {batch}; it must be at least 1")
+        assert config.patch is not None  # the model sets it
+        self.store, self.config, self.patch, self.shares = store, config, config.patch, shares
+        if isinstance(tokenizer, NoText):
+            self.captions = CaptionStore()
+        elif tokenizer is not None:
+            self.captions = TokenizedCaptions(store, tokenizer, folder, first)
+        else:
+            assert isinstance(store, LatentCache)
+            self.captions = EmbeddedCaptions(store)
+        self.choice = CaptionChoice(store, captions)
         self.batch, self.seed, self.split, self.share, self.section = batch, seed, split, share, section
         self._rows = share.rows(batch)
-        self._prepare()
+        self._read_columns()
         self._check()
-        self._epochs = Epochs(section_count(len(self.subjects), section), self._plan)
+        self._epochs = Epochs(section_count(len(self.clip_index), section), self._plan)
 
-    def _prepare(self) -> None:
-        """What is read off the manifest: it is not pickled."""
-        store, rows = self.store, self.store.indices(self.split)
-        self.tokens = _token_counts(store.grids, self.config, rows)
-        self.frames = store.grids[:, 0] // self.config.patch[0]
-        self.labels = store.labels
-        ids = store.column("id").take(rows) if store.has_variants else None
-        self.subjects = ClipIndex.of(rows, ids, store.clip_ids[rows], store.weights[rows])
+    def _read_columns(self) -> None:
+        """Read from the manifest what is not pickled."""
+        self.clip_index = ClipIndex.of(self.store, self.split)
+        self._tokens = _token_counts(self.store.grids, self.patch, self.config.length, self.clip_index.rows)
+        self._frames = self.store.grids[:, 0] // np.int32(self.patch[0])
 
     def _check(self) -> None:
-        """UserError, before the first step, for what would end the run in some later epoch."""
-        rows = self.subjects.rows
-        rows_per_clip, frames = self.config.rows_per_clip, int(self.frames[rows].max())
-        if 2 < rows_per_clip <= frames:
+        """Raise UserError, before the first step, for what would end the run in some later epoch."""
+        rows, config = self.clip_index.rows, self.config
+        frames = int(self._frames[rows].max())
+        check(
+            not 2 < config.rows_per_clip <= frames,
+            f"packing.rows_per_clip is {config.rows_per_clip}; it must be at least {frames + 1}: a row for each of the "
+            f"{frames} token frames of a clip, and one for what is given",
+        )
+        lengths = self._lengths(rows, 0, self._most_guides(rows))
+        if (most := int(lengths.max())) > config.length:
+            name = self.store.ids([rows[lengths.argmax()]])[0]
             raise UserError(
-                f"packing.rows_per_clip is {rows_per_clip}; a clip has {frames} token frames: set it to at least "
-                f"{frames + 1}, a row for each and one for what is given"
+                f"packing.length is {config.length}; it must be at least {most}, for clip {name!r} and its guides"
             )
-        lengths, length = self._lengths(rows, 0, self._most_guides(rows)), self.config.length
-        if (most := int(lengths.max())) > length:
-            name = self.store.ids(rows[[lengths.argmax()]])[0]
+        texts = self.captions.most(rows)
+        if (most := int(texts.max())) > config.text_length:
+            name = self.store.ids([rows[texts.argmax()]])[0]
             raise UserError(
-                f"packing.length is {length}; it must be at least {most}, the tokens of clip {name!r} with its guides"
+                f"packing.text_length is {config.text_length}; it must be at least {most}, the tokens of a caption of "
+                f"clip {name!r}, or tokenizer.max_tokens at most {config.text_length}"
             )
-        words = self.texts.most(rows)
-        if words.max() > self.config.text_length:
-            longest = self.store.ids(rows[[words.argmax()]])[0]
-            raise UserError(
-                f"packing.text_length is {self.config.text_length}; a caption of clip {longest!r} has {words.max()} "
-                f"text tokens: set it to at least that, or tokenizer.max_tokens to at most {self.config.text_length}"
-            )
-        if (expected := self.subjects.weights.sum()) < 1:
-            raise UserError(f"the sources' weights give an epoch of {expected:.2g} clips; make them larger")
+        expected = self.clip_index.weights.sum(dtype=np.float64)
+        check(expected >= 1, f"the weights of the sources give an epoch of {expected:.2g} clips; make them larger")
 
     def __getstate__(self) -> dict:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("tokens", "frames", "labels", "subjects")
-        }
+        columns = ("_tokens", "_frames", "clip_index")
+        return {name: value for name, value in self.__dict__.items() if name not in columns}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._prepare()
+        self._read_columns()
 
     def __getitem__(self, step: int) -> Batch:
         batch = pack_batch([self._items(step * self.batch + row) for row in self._rows], self.config)
@@ -176,19 +195,19 @@ class PackedBatches:
         return batch
 
     def row(self, row: int) -> Batch:
-        """One pack: row `row` of the endless stream that all hosts share."""
+        """Return one pack: row `row` of the endless stream that all hosts share."""
         step, place = divmod(row, self.batch)
         made = pack(self._items(row), self.config)
         made["clip_ids_S"] += self._copies(step)[place] * COPY
         return made
 
     def clips(self, row: int) -> list[int]:
-        """The clips of a row, by their places in the store."""
+        """Return the clips of a row, by their indices in the store."""
         planned, place = self._epochs.locate(row)
         return planned.clips[planned.plan[place]].tolist()
 
     def _copies(self, step: int) -> np.ndarray:
-        """Number the copies of each clip in a batch of all hosts, (batch, S) uint32, in the order of the stream."""
+        """Return the number of each copy of a clip in a batch of all hosts, (batch, S) uint32, in stream order."""
         row, end, ids, counts = step * self.batch, (step + 1) * self.batch, [], []
         while row < end:
             planned, place = self._epochs.locate(row)
@@ -209,21 +228,21 @@ class PackedBatches:
         return [self._item(*item) for item in zip(*(column[items].tolist() for column in columns))]
 
     def epoch(self, step: int) -> int:
-        """The epoch that the first row of a step belongs to, from 0."""
+        """Return the epoch that the first row of a step belongs to, from 0."""
         return self._epochs.epoch(step * self.batch)
 
     def position(self, step: int) -> Position:
-        """Where in the stream a step begins: a hint for `stream`, see `epochs`."""
+        """Return where in the stream a step begins, for `stream`; see `epochs`."""
         return self._epochs.position(step * self.batch)
 
     def stream(
         self, start: int = 0, feed: FeedConfig = FeedConfig(), position: Position = Position()
     ) -> Iterator[tuple[Batch, Position]]:
-        """`self[start]`, `self[start + 1]`, ... without end, read ahead, each with its position.
+        """Yield `self[start]`, `self[start + 1]`, ... without end, read ahead, each with its position.
 
         position: of this or an earlier step, so that a late start need not count the packs of all epochs before.
         """
-        self.texts.keep()
+        self.captions.flush()
         self._epochs.seek(position)
         return read_ahead(self._at, start, feed)
 
@@ -231,120 +250,83 @@ class PackedBatches:
         return self[step], self.position(step)
 
     def report(self) -> PackReport:
-        """Fill of the first section."""
+        """Report the fill of the first section."""
         planned = self._plan(0, 0)
         lengths = self._lengths(planned.clips, planned.cuts, planned.guides)
-        texts = self.texts.lengths(planned.clips, planned.captions)
-        if isinstance(self.texts, NullTexts):
-            texts = np.zeros_like(texts)  # their number is that of the slots
-        sizes = PackSizes(self.config.length, self.config.slots, self.config.text_length, self.config.window)
+        texts = self.captions.lengths(planned.clips, planned.captions)
+        if not self.captions.has_text:
+            texts = np.zeros_like(texts)  # as many as there are slots: no limit of their own
         report = PackReport(len(planned.clips), len(planned.plan), int(lengths.sum()), self.config.length)
-        advice = advise(lengths, texts, sizes) if report.padding > POOR else ""
-        notes = ([f"padding {report.padding:.0%}: {advice}"] if advice else []) + self.texts.notes(
-            self.store.indices(self.split)
-        )
-        return replace(report, notes=tuple(notes))
+        advice = advise(lengths, texts, self.config) if report.padding > POOR else ""
+        notes = self.captions.notes(self.clip_index.rows)
+        return replace(report, notes=(*([f"padding {report.padding:.0%}: {advice}"] if advice else []), *notes))
 
     def _plan(self, epoch: int, section: int) -> Planned:
-        clips, copies = self.subjects.section(self.seed, epoch, section, self.section)
+        clips, copies = self.clip_index.section(self.seed, epoch, section, self.section)
         captions = self.choice(self.seed, epoch, clips, copies)
-        text = self.texts.lengths(clips, captions)
-        sizes = (self.config.length, self.config.slots, self.config.text_length, self.config.window)
+        text = self.captions.lengths(clips, captions)
         cuts, guides = self._cuts(epoch, clips, copies), self._guides(epoch, clips, copies)
         lengths = self._lengths(clips, cuts, guides)
-        return Planned(clips, captions, cuts, guides, plan(self.seed, epoch, lengths, text, *sizes, section=section))
+        return Planned(clips, captions, cuts, guides, plan(self.seed, epoch, lengths, text, self.config, section))
 
     def _lengths(self, clips: np.ndarray, cuts: np.ndarray | int, guides: np.ndarray) -> np.ndarray:
         """Count the tokens of clips without the frames that are cut, with those of guides."""
-        return self.tokens[clips] // self.frames[clips] * (self.frames[clips] - cuts + np.abs(guides))
+        frames = self._frames[clips].astype(np.int64)
+        return self._tokens[clips] // frames * (frames - cuts + np.abs(guides))
 
     def _cuts(self, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
-        """Draw the clips that are trained without their first token frame, by (seed, epoch, clip); images keep theirs.
+        """Draw the clips that lose their first token frame, by (seed, epoch, clip); images keep theirs.
 
         So a model learns clips that begin later than the first frame, as continuations and loops do.
         """
         if not self.shares.headless:
             return np.zeros(len(clips), np.int64)
         drawn = uniforms(self.seed, "headless", epoch, self.store.clip_ids[clips], copies) < self.shares.headless
-        return (drawn & (self.frames[clips] > 1)).astype(np.int64)
+        return (drawn & (self._frames[clips] > 1)).astype(np.int64)
 
     def _guides(self, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
-        """Draw the guides of clips, by (seed, epoch, clip): so many key frames, or, negative, sketches.
+        """Draw the number of guides of clips, by (seed, epoch, clip): of key frames, or, negative, of sketches.
 
         Half of the clips with sketches have that of the first frame alone.
         """
-        if not (self.shares.key_frames or self.shares.sketches):
+        if not self.shares.guides:
             return np.zeros(len(clips), np.int64)
         u, v = (uniforms(self.seed, p, epoch, self.store.clip_ids[clips], copies) for p in ("guides", "guide number"))
         key_frames, sketches = self._stored_guides(clips)
-        some = lambda most, v: 1 + np.floor(v * most).astype(np.int64)  # noqa: E731
-        drawn = np.where(v < 0.5, 1, some(sketches, 2 * v - 1))
-        of_sketches = np.where(sketches > 0, -drawn, 0)
-        of_key_frames = np.where(key_frames > 0, some(key_frames, v), 0)
-        first, both = self.shares.key_frames, self.shares.key_frames + self.shares.sketches
-        return np.where(u < first, of_key_frames, np.where(u < both, of_sketches, 0))
+        some_sketches = np.where(v < 0.5, 1, 1 + np.floor((2 * v - 1) * sketches).astype(np.int64))
+        of_sketches = np.where(sketches > 0, -some_sketches, 0)
+        of_key_frames = np.where(key_frames > 0, 1 + np.floor(v * key_frames).astype(np.int64), 0)
+        return np.where(u < self.shares.key_frames, of_key_frames, np.where(u < self.shares.guides, of_sketches, 0))
 
     def _stored_guides(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Count the key frames and the sketches that the store holds of clips."""
-        return counts_of(self.store.info.guides, self.store.column("frames").to_numpy()[clips])
+        """Return the number of key frames and of sketches that the cache has of clips."""
+        assert isinstance(self.store, LatentCache)
+        return counts_of(self.store.info.guides, self.store.frames[clips])
 
     def _most_guides(self, clips: np.ndarray) -> np.ndarray:
-        """Count the guides at most that a clip is packed with."""
-        if not (self.shares.key_frames or self.shares.sketches):
+        """Return the largest number of guides that each clip is packed with."""
+        if not self.shares.guides:
             return np.zeros(len(clips), np.int64)
         key_frames, sketches = self._stored_guides(clips)
         return np.maximum(key_frames * (self.shares.key_frames > 0), sketches * (self.shares.sketches > 0))
 
     def _item(self, clip: int, caption: int, cut: int, guides: int) -> StoredItem:
         t, h, w = self.store.grids[clip].tolist()
-        clip_id = int(self.store.clip_ids[clip])
-        said = self.texts.ids(clip, caption), self.texts.embedding(clip, caption)
-        latents = cut * self.config.patch[0]
+        latents = cut * self.patch[0]
         size = (t - latents, h, w)
-        grid, rows = grid_of(size, self.config.patch), self.config.rows_per_clip
+        grid, rows = grid_of(size, self.patch), self.config.rows_per_clip
         layout, pictures = layout_of(grid, rows, cut), None
         if guides:
+            assert isinstance(self.store, LatentCache)
             kind, times, pictures = self.store.guides(clip, guides)
             layout = add_guides(layout, grid, kind, times, rows - 1)
-        return StoredItem(self.store, clip, size, clip_id, *said, int(self.labels[clip]), layout, latents, pictures)
-
-
-def packed_batches(
-    store: ClipStore,
-    tokenizer: Tokenizer | NoText | None,
-    config: PackingConfig,
-    batch: int,
-    seed: int,
-    split: str = "train",
-    share: ShardSpec = ShardSpec(),
-    captions: str = "first",
-    folder: Path | None = None,
-    section: int = SECTION,
-    first: bool = True,
-    shares: PackingShares = PackingShares(),
-) -> PackedBatches:
-    """Pack the clips of a split of a store, `batch` packs over all hosts; epochs follow each other.
-
-    tokenizer: None takes the embeddings that a latent cache holds, NoText leaves all captions out. captions: the mix,
-    see `captions.parse_mix`. folder: keeps the tokens of all captions for the next start. section: clips that are
-    planned at once at most. first: of all processes, whatever their shares; it alone writes to a folder in a bucket.
-    shares: of clips that are packed otherwise than they are; guides need a latent cache that holds some.
-    UserError if a clip or a caption is over the pack's size, a latent does not divide into patches, or the split is
-    empty.
-    """
-    if batch < 1:
-        raise UserError(f"batch is {batch}; it must be at least 1")
-    if isinstance(tokenizer, NoText):
-        texts = NullTexts()
-    else:
-        texts = EmbeddedTexts(store) if tokenizer is None else TokenTexts(store, tokenizer, folder, first)
-    return PackedBatches(
-        store, texts, CaptionChoice(store, captions), config, batch, seed, split, share, section, shares
-    )
+        text = self.captions.ids(clip, caption), self.captions.embedding(clip, caption)
+        clip_id, label = int(self.store.clip_ids[clip]), int(self.store.labels[clip])
+        return StoredItem(self.store, clip, size, clip_id, *text, label, layout, latents, pictures)
 
 
 def _numbered(ids: np.ndarray) -> np.ndarray:
-    """Say of each id how often it comes before."""
+    """Count for each id its occurrences before."""
     different, which, counts = np.unique(ids, return_inverse=True, return_counts=True)
     numbers = np.zeros(len(ids), np.uint32)
     if len(different) < len(ids):
@@ -352,12 +334,15 @@ def _numbered(ids: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def _token_counts(sizes_N3: np.ndarray, config: PackingConfig, rows: np.ndarray) -> np.ndarray:
-    """Tokens (N,) of latents of these sizes (t, h, w); UserError where one of `rows` cannot be packed."""
-    t, h, w = sizes_N3[rows].T
-    _, first, which = np.unique(t << 40 | h << 20 | w, return_index=True, return_inverse=True)
-    grids = [grid_of(size, config.patch) for size in sizes_N3[rows[first]]]
-    check_fits(max(grids, key=math.prod), config.length)  # what fits depends on the number of tokens alone
-    tokens = np.zeros(len(sizes_N3), np.int64)
-    tokens[rows] = np.prod(grids, axis=1)[which]
+def _token_counts(sizes_N3: np.ndarray, patch: tuple[int, int, int], length: int, rows: np.ndarray) -> np.ndarray:
+    """Return the tokens (N,) int32 of latents of these sizes (t, h, w); UserError if one of `rows` cannot be packed."""
+    sizes, patch_3 = sizes_N3[rows], np.array(patch, sizes_N3.dtype)
+    grids = sizes // patch_3
+    wrong = np.flatnonzero(((grids < 1) | (grids * patch_3 != sizes)).any(1))
+    if len(wrong):
+        grid_of(sizes[wrong[0]], patch)
+    counts = grids.prod(1)
+    check_fits(grids[counts.argmax()], length)
+    tokens = np.zeros(len(sizes_N3), np.int32)
+    tokens[rows] = counts
     return tokens

@@ -1,48 +1,46 @@
-"""Captions to token ids without a download: word pieces learnt from the captions, or plain bytes."""
+"""Tokenize captions without a download: word pieces learnt from the captions, or plain bytes."""
 
 from __future__ import annotations
 
 import json
-import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, read_text, write_json
 
-PADDING, NULL, UNKNOWN = 0, 1, 2  # NULL is the caption of "no caption", what guidance compares with
+NULL, UNKNOWN = 1, 2  # 0 is padding; NULL is the caption of "no caption", which guidance compares with
 _SPECIAL = ["<pad>", "<null>", "<unk>"]
 _KINDS = ("words", "bytes")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How captions become ids; `vocab` counts the three reserved ids and is used by words only."""
+    """Rules by which captions become ids."""
 
     kind: str = "words"  # "words": pieces learnt from the captions; "bytes": UTF-8, nothing to learn
-    vocab: int = 2048
+    vocab: int = 2048  # ids at most, with the three reserved ones; of words only
     max_tokens: int = 64  # longer captions are cut
 
-    def __post_init__(self):
-        if self.kind not in _KINDS:
-            raise UserError(f"tokenizer.kind is {self.kind!r}; allowed are {' and '.join(_KINDS)}")
-        if self.vocab < 16:
-            raise UserError(f"tokenizer.vocab is {self.vocab}; it must be at least 16")
-        if self.max_tokens < 1:
-            raise UserError(f"tokenizer.max_tokens is {self.max_tokens}; it must be at least 1")
+    def __post_init__(self) -> None:
+        check(self.kind in _KINDS, f"tokenizer.kind is {self.kind!r}; it must be {' or '.join(map(repr, _KINDS))}")
+        check(self.vocab >= 16, f"tokenizer.vocab is {self.vocab}; it must be at least 16")
+        check(self.max_tokens >= 1, f"tokenizer.max_tokens is {self.max_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Say how a model reads a text.
+    """A text as a model reads it.
 
-    tokens: of the whole text, of which the first `most` are read. unknown: the words of which a piece is not known. In
-    the eyes of the model they are all the same. spelt: False where nothing but punctuation is known.
+    tokens: of the whole text, of which the first `most` are read. unknown: the words with an unknown piece, which are
+    all the same to the model. spelt: False where nothing but punctuation is known.
     """
 
     text: str
@@ -58,7 +56,7 @@ class Reading:
 
 
 class Encoded(NamedTuple):
-    """Hold the ids of a text, the tokens that it has before it is cut, and whether some of them are unknown."""
+    """The ids of a text, its number of tokens before it is cut, and whether some of them are unknown."""
 
     ids: np.ndarray
     tokens: int
@@ -67,23 +65,22 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A pure function from text to ids, with what it learnt; made by `train` or `load`."""
+    """A pure function from text to ids, with the pieces that it learnt; made by `train` or `load`."""
 
     config: TokenizerConfig
     model: str = ""  # the pieces, as JSON of the `tokenizers` library; empty for bytes
 
     @property
     def vocab_size(self) -> int:
-        """Ids run from 0 to one less than this."""
+        """Number of ids, which count from 0."""
         return self._pieces.get_vocab_size() if self.config.kind == "words" else len(_SPECIAL) + 256
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (m,) int32, 1 <= m <= max_tokens; a caption without content is the null caption, [1]."""
-        ids = self._word_ids(text) if self.config.kind == "words" else self._byte_ids(text)
-        return np.array(ids[: self.config.max_tokens] or [NULL], np.int32)
+        """Return ids (m,) int32, 1 <= m <= max_tokens; a caption without content is the null caption, [1]."""
+        return self.encode_all([text])[0].ids
 
     def read(self, text: str) -> Reading:
-        """Say how a text is read: what is cut of it, and which of its words are not known."""
+        """Find what is cut of a text, and its unknown words."""
         whole, most = _encodable(text), self.config.max_tokens
         broken = tuple(word for word in text.split() if _encodable(word) != word)
         if self.config.kind == "bytes":
@@ -91,11 +88,11 @@ class Tokenizer:
         found = self._pieces.encode(whole, add_special_tokens=False)
         unknown = broken or _unknown_words(text, found)
         known = [text[slice(*at)] for i, at in zip(found.ids[:most], found.offsets) if i != UNKNOWN]
-        spelt = any(not _is_punctuation(letter) for piece in known for letter in piece)
+        spelt = any(unicodedata.category(letter)[0] not in "PZC" for piece in known for letter in piece)
         return Reading(text, len(found.ids), most, unknown, spelt or not unknown)
 
     def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
-        """`encode` of many captions, and what it leaves out; equal captions are encoded once and share an array."""
+        """Encode captions, and count what is cut; equal captions are encoded once and share an array."""
         distinct = sorted(set(texts))
         if self.config.kind == "words":  # a batch is encoded by all cores
             batch = self._pieces.encode_batch([_encodable(t) for t in distinct], add_special_tokens=False)
@@ -110,32 +107,23 @@ class Tokenizer:
         return [once[text] for text in texts]
 
     def embed(self, text: str) -> None:
-        """No embedding: the model learns its own from the ids. (A pretrained encoder gives one.)"""
+        """Return None: the model learns its own embedding from the ids. (A pretrained encoder returns one.)"""
 
     @property
     def max_tokens(self) -> int:
-        """Most ids of a caption."""
+        """Largest number of ids of a caption."""
         return self.config.max_tokens
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Readable text: exact for whole captions in bytes, lower-case pieces parted by spaces for words."""
-        if self.config.kind == "words":
-            return " ".join(self._pieces.id_to_token(int(i)) for i in ids if i > NULL)
-        return bytes(int(i) - len(_SPECIAL) for i in ids if i > UNKNOWN).decode("utf-8", "replace")
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write to one JSON file, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file, whole or not at all."""
         content = {"config": asdict(self.config), "model": json.loads(self.model) if self.model else None}
         write_json(path, content)
 
     @cached_property
-    def _pieces(self):
+    def _pieces(self) -> Any:
         from tokenizers import Tokenizer as Pieces
 
         return Pieces.from_str(self.model)
-
-    def _word_ids(self, text: str) -> list[int]:
-        return self._pieces.encode(_encodable(text), add_special_tokens=False).ids
 
     def _byte_ids(self, text: str) -> list[int]:
         data = _encodable(text).encode()[: self.config.max_tokens]
@@ -149,19 +137,19 @@ class NoText:
     max_tokens = 1
 
     def encode(self, text: str) -> np.ndarray:
-        """The null caption, [1]."""
+        """Return the null caption, [1]."""
         return np.array([NULL], np.int32)
 
     def embed(self, text: str) -> None:
-        """No embedding."""
+        """Return None: there is no embedding."""
 
     def read(self, text: str) -> Reading:
-        """Say that nothing is read, and nothing left out."""
+        """Report no token and no loss."""
         return Reading(text, 0, 1)
 
 
-def _unknown_words(text: str, found) -> tuple[str, ...]:
-    """Return the words with an unknown piece; those that touch, as in scripts without blanks, are one."""
+def _unknown_words(text: str, found: Any) -> tuple[str, ...]:
+    """Return the words with an unknown piece; adjacent ones, as in scripts without blanks, are one."""
     ends: dict[int, list[int]] = {}
     for word, (start, end) in zip(found.word_ids, found.offsets, strict=True):
         ends.setdefault(word, [start, end])[1] = end
@@ -175,12 +163,8 @@ def _unknown_words(text: str, found) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text[start:end] for start, end in spans))
 
 
-def _is_punctuation(letter: str) -> bool:
-    return unicodedata.category(letter)[0] in "PZC"
-
-
 def _encodable(text: str) -> str:
-    """Lone surrogates, which file names and broken sidecars bring, become question marks."""
+    """Replace lone surrogates, which come from file names and broken sidecars, by question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -192,8 +176,7 @@ def train(captions: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     if config.kind == "bytes":
         return Tokenizer(config)
     captions = [_encodable(caption) for caption in captions if caption.strip()]
-    if not captions:
-        raise UserError("tokenizer.kind is 'words' but the data has no caption; use 'bytes'")
+    check(captions, "tokenizer.kind is 'words'; it must be 'bytes' where the data has no caption")
     from tokenizers import Tokenizer as Pieces
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -215,7 +198,7 @@ def train(captions: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return Tokenizer(config, json.dumps(model, ensure_ascii=False))
 
 
-def load(path: str | os.PathLike) -> Tokenizer:
+def load(path: str | Path) -> Tokenizer:
     """Read what `Tokenizer.save` wrote; UserError if the file is missing or is something else."""
     try:
         content = json.loads(read_text(as_path(path)))

@@ -1,115 +1,63 @@
-"""Say which size of a pack leaves packs half empty, and which would fill them."""
+"""Find the limit that leaves packs half empty, and the sizes that would fill them."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from sora_jax.data.draws import generator
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
 
 POOR = 0.15  # share of padding from which on there is advice
 GAIN = 0.05  # share of padding that a change must save
-NEAR = 0.02  # a smaller size that leaves so much more padding than the best is good enough
+NEAR = 0.02  # a smaller change that leaves so much more padding than the best is good enough
 CLIPS = 2048  # planned to find out, drawn at random
 TABLE = 1 << 24  # entries of a plan's table, (slots + 1) x 2 length, at most: 64 MB
-STEPS = {"slots": 4, "text_length": 32}  # sizes are rounded up to multiples
+TIMES = (1.5, 2, 3, 4, 6, 8, 12, 16, 32)  # what limits are multiplied by
+ALL: tuple[str, ...] = ("length", "slots", "text_length")
+# In order: the limits that are raised together, and by how much at most.
+RAISED: tuple[dict[tuple[str, ...], int], ...] = (
+    {("slots",): 32, ("text_length",): 32, ("slots", "text_length"): 32},
+    {ALL: 4},
+)
 
 
-@dataclass(frozen=True)
-class PackSizes:
-    """Hold what limits a pack, by the names of `packing`: tokens, clips and text tokens."""
-
-    length: int
-    slots: int
-    text_length: int
-    window: int = 1024
-
-
-def advise(lengths: np.ndarray, texts: np.ndarray, sizes: PackSizes) -> str:
-    """Return which limit leaves packs empty and what would fill them; "" where they are full, or nothing helps.
+def advise(lengths: np.ndarray, texts: np.ndarray, sizes: PackingConfig) -> str:
+    """Name the limit that leaves packs empty and what would fill them; "" where they are full, or nothing helps.
 
     lengths, texts: tokens and text tokens of each clip.
     """
-    some = np.arange(len(lengths))
-    if len(some) > CLIPS:
+    if len(lengths) > CLIPS:
         some = generator(0, "advice").choice(len(lengths), CLIPS, replace=False)
-    clips = _Clips(lengths[some], texts[some])
-    found = clips.padding(sizes)
-    if found <= POOR:
-        return ""
-    wide = _without_limits(clips, sizes)
-    tries = [{"slots"}, {"text_length"}, {"slots", "text_length"}]
-    left = [clips.padding(_changed(sizes, wide, names)) for names in tries]
-    best = min(left)
-    if best > found - GAIN:
-        return _advise_length(clips, sizes, found)
-    names = next(names for names, padding in zip(tries, left, strict=True) if padding <= best + NEAR)
-    chosen, padding = clips.smallest(_candidates(clips, sizes, wide, sorted(names)), best + NEAR)
-    return _sentence(sizes, chosen, sorted(names), padding)
+        lengths, texts = lengths[some], texts[some]
 
+    def padding(sizes: PackingConfig) -> float:
+        return 1 - lengths.sum() / (len(plan(0, 0, lengths, texts, sizes)) * sizes.length)
 
-def _sentence(sizes: PackSizes, chosen: PackSizes, limiting: list[str], padding: float) -> str:
-    limits = " and ".join(f"packing.{name} = {getattr(sizes, name)}" for name in limiting)
-    changed = [name for name in vars(sizes) if getattr(sizes, name) != getattr(chosen, name)]
-    options = " ".join(f"--config.packing.{name}={getattr(chosen, name)}" for name in changed)
-    verb = "is the limit" if len(limiting) == 1 else "are the limits"
-    return f"{limits} {verb}; {options} would leave {padding:.0%} padding"
-
-
-def _advise_length(clips: _Clips, sizes: PackSizes, found: float) -> str:
-    """Advise longer packs where clips do not fill those of this length."""
-    for times in (2, 3, 4):
-        longer = PackSizes(sizes.length * times, sizes.slots * times, sizes.text_length * times, sizes.window)
-        if (padding := clips.padding(longer)) < found / 2:
-            return _sentence(sizes, longer, ["length"], padding)
+    found = padding(sizes)
+    for raised in RAISED if found > POOR else ():
+        left = {names: padding(_raise(sizes, names, most)) for names, most in raised.items()}
+        best = min(left.values())
+        if best <= found - GAIN:
+            names = next(names for names, padded in left.items() if padded <= best + NEAR)
+            for chosen in (_raise(sizes, names, times) for times in TIMES if times <= raised[names]):
+                if (padded := padding(chosen)) <= best + NEAR:
+                    break
+            return _sentence(sizes, chosen, names, padded)
     return ""
 
 
-@dataclass(frozen=True)
-class _Clips:
-    """Tokens and text tokens of some clips."""
-
-    lengths: np.ndarray
-    texts: np.ndarray
-
-    def packs(self, sizes: PackSizes):
-        """Plan the clips into packs of these sizes."""
-        return plan(0, 0, self.lengths, self.texts, sizes.length, sizes.slots, sizes.text_length, sizes.window)
-
-    def padding(self, sizes: PackSizes) -> float:
-        """Return the share of padding in packs of these sizes."""
-        return 1 - self.lengths.sum() / (len(self.packs(sizes)) * sizes.length)
-
-    def smallest(self, candidates: Iterable[PackSizes], enough: float) -> tuple[PackSizes, float]:
-        """Return the first sizes with so little padding, or the last, and their padding."""
-        for sizes in candidates:
-            padding = self.padding(sizes)
-            if padding <= enough:
-                break
-        return sizes, padding
+def _raise(sizes: PackingConfig, names: tuple[str, ...], times: float) -> PackingConfig:
+    larger: dict[str, Any] = {name: int(times * getattr(sizes, name)) for name in names}
+    changed = replace(sizes, **larger)
+    most = max(sizes.slots, TABLE // (2 * changed.length + 2))
+    return replace(changed, slots=min(changed.slots, most))
 
 
-def _without_limits(clips: _Clips, sizes: PackSizes) -> PackSizes:
-    """Return sizes whose slots and text tokens no pack uses up, as far as a plan's table allows."""
-    slots = min(int(sizes.length // clips.lengths.min()), TABLE // (2 * sizes.length + 2))
-    slots = max(sizes.slots, slots)
-    return replace(sizes, slots=slots, text_length=max(sizes.text_length, slots * int(clips.texts.max())))
-
-
-def _candidates(clips: _Clips, sizes: PackSizes, wide: PackSizes, names: list[str]) -> Iterable[PackSizes]:
-    """Yield sizes from small to large: what a half, then more, and at last all of the packs without limits use."""
-    packs = clips.packs(_changed(sizes, wide, set(names)))
-    ends = packs.offsets
-    texts = np.concatenate([[0], np.cumsum(clips.texts[packs.order])])
-    used = {"slots": np.diff(ends), "text_length": np.diff(texts[ends])}
-    for share in (0.5, 0.75, 0.9, 1.0):
-        most = {name: int(np.quantile(used[name], share)) for name in names}
-        rounded = {name: -(-most[name] // STEPS[name]) * STEPS[name] for name in names}
-        yield replace(sizes, **{name: max(rounded[name], getattr(sizes, name)) for name in names})
-
-
-def _changed(sizes: PackSizes, other: PackSizes, names: set[str]) -> PackSizes:
-    return replace(sizes, **{name: getattr(other, name) for name in names})
+def _sentence(sizes: PackingConfig, chosen: PackingConfig, names: tuple[str, ...], padding: float) -> str:
+    limits = ("length",) if names == ALL else names
+    values = " and ".join(f"packing.{name} = {getattr(sizes, name)}" for name in limits)
+    options = " ".join(f"--config.packing.{name}={getattr(chosen, name)}" for name in names)
+    verb = "is the limit" if len(limits) == 1 else "are the limits"
+    return f"{values} {verb}; {options} would leave {padding:.0%} padding"

@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sora_jax.data.packing.planning import MAX_WINDOW
+from sora_jax.config import check
 from sora_jax.errors import UserError
+
+MAX_WINDOW = 1 << 20  # `planning` keeps the age of a clip in its window in the low 20 bits of a score
 
 
 @dataclass(frozen=True)
@@ -27,52 +29,50 @@ class PackingConfig:
     slots: int = 16  # S, clips in a pack at most
     text_length: int = 256  # M, text tokens in a pack
     patch: tuple[int, int, int] | None = None  # latent frames, rows and columns in one token; None: the model's
-    # Noise-level rows kept for each slot, R = slots * rows_per_clip. 1: one level for all tokens of a clip; 2: the last
+    # Noise-level rows for each slot, R = slots * rows_per_clip. 1: one level for all tokens of a clip; 2: the last
     # for given tokens; more: a row for each token frame, and the last.
     rows_per_clip: int = 1
     window: int = 1024  # clips of the shuffled order that are planned together
-    guides: bool = False  # tell tokens of guides from those of clips; set by the model
+    guides: bool = False  # mark the tokens of guides; set by the model
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("length", "slots", "text_length", "rows_per_clip", "window"):
-            _positive(f"packing.{name}", getattr(self, name))
-        if self.patch is not None and len(self.patch) != 3:
-            raise UserError(f"packing.patch is {self.patch}; it needs three numbers: frames, rows, columns")
+            _check_positive(f"packing.{name}", getattr(self, name))
         for size in self.patch or ():
-            _positive("packing.patch", size)
-        if self.window > MAX_WINDOW:
-            raise UserError(f"packing.window is {self.window}; at most {MAX_WINDOW} is allowed")
+            _check_positive("packing.patch", size)
+        check(
+            self.patch is None or len(self.patch) == 3,
+            f"packing.patch is {self.patch}; it must be three numbers: frames, rows, columns",
+        )
+        check(self.window <= MAX_WINDOW, f"packing.window is {self.window}; it must be at most {MAX_WINDOW}")
 
 
-def _positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Patches
-# ----------------------------------------------------------------------------------------------------------
+def _check_positive(name: str, value: int) -> None:
+    check(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{name} is {value!r}; it must be a whole number of at least 1",
+    )
 
 
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
-    """Token grid (t, h, w) of a latent `size` (t, h, w); UserError if a side is no multiple of its patch."""
+    """Return the token grid (t, h, w) of a latent `size` (t, h, w); UserError if a side is no multiple of its patch."""
     for side, step in zip(size, patch, strict=True):
         if side < 1 or side % step:
             raise UserError(
-                f"a latent of {_times(size)} (frames x rows x columns) cannot be cut into patches of "
-                f"{_times(patch)}; each side must be a positive multiple of its patch"
+                f"a latent of {_product(size)} (frames x rows x columns) cannot be cut into patches of "
+                f"{_product(patch)}; each side must be a positive multiple of its patch"
             )
     t, h, w = (int(side) // step for side, step in zip(size, patch, strict=True))
     return t, h, w
 
 
 def coords_of(grid: Sequence[int]) -> np.ndarray:
-    """Coordinates (n, 3) float32 of the tokens of a grid in raster order: (t, y, x), in tokens, from 0."""
+    """Return coordinates (n, 3) float32 of the tokens of a grid in raster order: (t, y, x), in tokens, from 0."""
     return np.indices(tuple(grid)).reshape(3, -1).T.astype(np.float32)
 
 
 def patchify(latent, patch: Sequence[int]):
-    """Latent (..., t, h, w, C) to tokens (..., n, P).
+    """Cut a latent (..., t, h, w, C) into tokens (..., n, P).
 
     Tokens run in raster order (t, then y, then x); the P values of a token run in the order
     (frame in patch, row in patch, column in patch, channel). `unpatchify` is the exact inverse.
@@ -87,7 +87,7 @@ def patchify(latent, patch: Sequence[int]):
 
 
 def unpatchify(tokens, grid: Sequence[int], patch: Sequence[int]):
-    """Tokens (..., n, P) of a token grid back to the latent (..., t, h, w, C)."""
+    """Put the tokens (..., n, P) of a token grid together to the latent (..., t, h, w, C)."""
     *lead, _, values = tokens.shape
     pt, ph, pw = patch
     gt, gh, gw = (int(side) for side in grid)
@@ -99,32 +99,27 @@ def unpatchify(tokens, grid: Sequence[int], patch: Sequence[int]):
 
 
 def check_fits(grid: Sequence[int], length: int) -> None:
-    """UserError, with the nearest token grids that would fit, when a clip is longer than a pack."""
+    """Raise UserError, with the nearest token grids that would fit, if a clip is longer than a pack."""
     t, h, w = (int(side) for side in grid)
     tokens = t * h * w
     if tokens <= length:
         return
     shrink = math.sqrt(length / tokens)
     options = [(length // (h * w), h, w), (t, int(h * shrink), int(w * shrink))]
-    sizes = " or ".join(_times(option) for option in options if min(option) > 0)
+    sizes = " or ".join(_product(option) for option in options if min(option) > 0)
     fits = f", or use clips of at most {sizes} tokens" if sizes else ", or use smaller clips"
     raise UserError(
-        f"a clip of {_times(grid)} (frames x rows x columns) has {tokens} tokens but packing.length is "
+        f"a clip of {_product(grid)} (frames x rows x columns) has {tokens} tokens but packing.length is "
         f"{length}; set it to at least {tokens}{fits}"
     )
 
 
-def _times(sides: Sequence[int]) -> str:
+def _product(sides: Sequence[int]) -> str:
     return " x ".join(str(int(side)) for side in sides)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Pack and unpack
-# ----------------------------------------------------------------------------------------------------------
-
-
 class Layout(NamedTuple):
-    """Place the tokens of a clip: coordinates (t, y, x), (n, 3), and the row of levels that each reads, (n,).
+    """Coordinates (t, y, x) of the tokens of a clip, (n, 3), and the row of noise levels that each reads, (n,).
 
     kinds (n,): 0 for the tokens of the clip itself, then those of its guides, see `data.guides`; None where all are 0.
     """
@@ -136,10 +131,10 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class PackItem:
-    """One clip on its way into a pack: values (t, h, w, C), such as a latent, clip id > 0, text token ids (m,).
+    """A clip to pack: values (t, h, w, C), such as a latent, clip id > 0, text token ids (m,).
 
     embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption. label: class, -1 = none.
-    layout: None for that of the grid, see `layout_of`. guides (k, h, w, C): latents that the layout has places for.
+    layout: None for that of the grid, see `layout_of`. guides (k, h, w, C): latents whose tokens the layout includes.
     """
 
     values: np.ndarray
@@ -152,82 +147,9 @@ class PackItem:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """(t, h, w)."""
-        return self.values.shape[:3]
-
-
-def pack(items: Sequence[PackItem], config: PackingConfig) -> dict[str, np.ndarray]:
-    """One pack of clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
-
-    Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
-    rows_L (row of the conditioning table), row_slots_R, clip_ids_S uint32, labels_S (class + 1), grids_S3, text_M,
-    text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them, guides_L (kind of guide)
-    where the config has guides; int32 where not said. UserError if the clips do not fit.
-    """
-    return unstack(pack_batch([items], config))[0]
-
-
-def pack_batch(rows: Sequence[Sequence[PackItem | EmptyItem]], config: PackingConfig) -> dict[str, np.ndarray]:
-    """Packs of several lists of clips, stacked: the arrays of `pack` with a B in front (tokens_BLP, ...).
-
-    This is what feeds the accelerator: one copy of the values of each clip, and a few array operations for all clips
-    together. Rows of `EmptyItem`s give no tokens_BLP.
-    """
-    items = [item for row in rows for item in row]
-    clips = np.array([len(row) for row in rows])
-    if not 0 < clips.min() or clips.max() > config.slots:
-        wrong = clips[(clips == 0) | (clips > config.slots)][0]
-        raise UserError(f"a pack got {wrong} clips; packing.slots allows 1 to {config.slots}")
-    B, L, S, M = len(rows), config.length, config.slots, config.text_length
-    grids = [grid_of(item.size, config.patch) for item in items]
-    layouts = [item.layout or layout_of(grid, config.rows_per_clip) for item, grid in zip(items, grids)]
-    coords = [layout.coords for layout in layouts]
-    at = _Runs.of(clips, np.array([len(c) for c in coords]), L)
-    _check_length(at, items, config)
-    said = _Runs.of(clips, np.array([len(item.text) for item in items]), M)
-    if max(said.used) > M:
-        raise UserError(f"the clips of a pack need packing.text_length of {max(said.used)}; it is {M}")
-    clip = _Runs.of(clips, np.ones(len(items), np.int64), S)
-    slots = clip.starts - clip.row * S
-    empty = isinstance(items[0], EmptyItem)
-    batch = ({} if empty else {"tokens_BLP": _tokens(items, grids, at, (B, L), config.patch)}) | {
-        "segments_BL": at.spread(slots + 1, L),
-        "coords_BL3": at.place(np.concatenate(coords), L),
-        "index_BL": at.place(at.within, L),
-        "rows_BL": at.spread(slots * config.rows_per_clip, L)
-        + at.place(np.concatenate([layout.rows for layout in layouts]), L),
-        "row_slots_BR": np.tile(np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip), (B, 1)),
-        "clip_ids_BS": clip.place(np.array([item.clip_id for item in items], np.uint32), S),
-        "labels_BS": clip.place(np.array([item.label + 1 for item in items], np.int32), S),
-        "grids_BS3": clip.place(np.array(grids, np.int32), S),
-        "text_BM": said.place(np.concatenate([item.text for item in items]).astype(np.int32, copy=False), M),
-        "text_segments_BM": said.spread(slots + 1, M),
-        "text_positions_BM": said.place(said.within, M),
-    }
-    if config.guides:
-        kinds = [np.zeros(len(x.coords), np.int32) if x.kinds is None else x.kinds for x in layouts]
-        batch["guides_BL"] = at.place(np.concatenate(kinds), L)
-    if items[0].embedding is not None:
-        embeddings = np.concatenate([item.embedding for item in items])
-        batch["embeddings_BME"] = said.place(embeddings.astype(np.float16, copy=False), M)
-    return batch
-
-
-def _tokens(items: Sequence[PackItem], grids: Sequence, at: _Runs, shape: tuple[int, int], patch) -> np.ndarray:
-    """The patches of all latents (B, L, P), each written once; only what is left over of a row is set to zero."""
-    tokens = flat = None
-    for item, grid, start, length in zip(items, grids, at.starts.tolist(), at.lengths.tolist()):
-        latent = item.values  # read now, and still in the processor's cache when it is copied
-        if tokens is None:
-            tokens = np.empty((*shape, math.prod(patch) * latent.shape[-1]), latent.dtype)
-            flat = tokens.reshape(-1, tokens.shape[-1])
-        own = math.prod(grid)
-        _write_patches(flat[start : start + own], latent, grid, patch)
-        if length > own:  # guides, each a frame
-            _write_patches(flat[start + own : start + length], item.guides, (len(item.guides), *grid[1:]), patch)
-    for row, used in zip(tokens, at.used):
-        row[used:] = 0
-    return tokens
+        """Return (t, h, w)."""
+        t, h, w, _ = self.values.shape
+        return t, h, w
 
 
 @dataclass(frozen=True)
@@ -240,16 +162,97 @@ class EmptyItem:
     embedding: np.ndarray | None = None
     label: int = -1
     layout: Layout | None = None
-    values: None = None
+
+
+Item = Any  # a PackItem, an EmptyItem, or another object with the fields of one
+
+
+def pack(items: Sequence[Item], config: PackingConfig) -> dict[str, np.ndarray]:
+    """Pack clips; slot s holds `items[s]`, its tokens have segment s + 1, padding is 0 everywhere.
+
+    Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
+    rows_L (row of the conditioning table), row_slots_R, clip_ids_S uint32, labels_S (class + 1), grids_S3, text_M,
+    text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them, guides_L (kind of guide)
+    where the config has guides; int32 unless noted. UserError if the clips do not fit.
+    """
+    return unstack(pack_batch([items], config))[0]
+
+
+def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[str, np.ndarray]:
+    """Pack several lists of clips and stack the packs: the arrays of `pack` with a B in front (tokens_BLP, ...).
+
+    This is what feeds the accelerator: one copy of the values of each clip, and a few array operations for all clips
+    together. Rows of `EmptyItem`s give no tokens_BLP.
+    """
+    items = [item for row in rows for item in row]
+    clips = np.array([len(row) for row in rows])
+    if not 0 < clips.min() or clips.max() > config.slots:
+        wrong = clips[(clips == 0) | (clips > config.slots)][0]
+        raise UserError(f"packing.slots is {config.slots}; a pack of {wrong} clips must have 1 to {config.slots}")
+    assert config.patch is not None  # the model sets it
+    B, L, S, M = len(rows), config.length, config.slots, config.text_length
+    grids = [grid_of(item.size, config.patch) for item in items]
+    layouts = [item.layout or layout_of(grid, config.rows_per_clip) for item, grid in zip(items, grids)]
+    tokens = _Runs.of(clips, np.array([len(layout.coords) for layout in layouts]), L)
+    if max(tokens.used) > L:
+        for grid in grids:
+            check_fits(grid, L)
+        raise UserError(f"packing.length is {L}; the clips of a pack need at least {max(tokens.used)}")
+    texts = _Runs.of(clips, np.array([len(item.text) for item in items]), M)
+    check(max(texts.used) <= M, f"packing.text_length is {M}; the clips of a pack need at least {max(texts.used)}")
+    slots = _Runs.of(clips, np.ones(len(items), np.int64), S)
+    slot = slots.starts - slots.row * S
+    batch = {
+        "segments_BL": tokens.repeat(slot + 1),
+        "coords_BL3": tokens.place(np.concatenate([layout.coords for layout in layouts])),
+        "index_BL": tokens.place(tokens.within),
+        "rows_BL": tokens.repeat(slot * config.rows_per_clip)
+        + tokens.place(np.concatenate([layout.rows for layout in layouts])),
+        "row_slots_BR": np.tile(np.repeat(np.arange(S, dtype=np.int32), config.rows_per_clip), (B, 1)),
+        "clip_ids_BS": slots.place(np.array([item.clip_id for item in items], np.uint32)),
+        "labels_BS": slots.place(np.array([item.label + 1 for item in items], np.int32)),
+        "grids_BS3": slots.place(np.array(grids, np.int32)),
+        "text_BM": texts.place(np.concatenate([item.text for item in items]).astype(np.int32, copy=False)),
+        "text_segments_BM": texts.repeat(slot + 1),
+        "text_positions_BM": texts.place(texts.within),
+    }
+    if not isinstance(items[0], EmptyItem):
+        batch = {"tokens_BLP": _tokens(items, grids, tokens, config.patch)} | batch
+    if config.guides:
+        kinds = [np.zeros(len(x.coords), np.int32) if x.kinds is None else x.kinds for x in layouts]
+        batch["guides_BL"] = tokens.place(np.concatenate(kinds))
+    if items[0].embedding is not None:
+        embeddings = np.concatenate([item.embedding for item in items])
+        batch["embeddings_BME"] = texts.place(embeddings.astype(np.float16, copy=False))
+    return batch
+
+
+def _tokens(items: Sequence[Item], grids: Sequence[Sequence[int]], runs: _Runs, patch: Sequence[int]) -> np.ndarray:
+    """Cut all latents into patches (B, L, P), each written once; only the padding of a row is set to zero."""
+    tokens: np.ndarray | None = None
+    for item, grid, start, length in zip(items, grids, runs.starts.tolist(), runs.lengths.tolist()):
+        latent = item.values  # read now, and still in the processor's cache when it is copied
+        if tokens is None:
+            tokens = np.empty((len(runs.used) * runs.width, math.prod(patch) * latent.shape[-1]), latent.dtype)
+        own = math.prod(grid)
+        _write_patches(tokens[start : start + own], latent, grid, patch)
+        if length > own:  # guides, each a frame
+            _write_patches(tokens[start + own : start + length], item.guides, (len(item.guides), *grid[1:]), patch)
+    assert tokens is not None
+    tokens_BLP = tokens.reshape(-1, runs.width, tokens.shape[-1])
+    for row, used in zip(tokens_BLP, runs.used):
+        row[used:] = 0
+    return tokens_BLP
 
 
 @dataclass(frozen=True)
 class _Runs:
     """Runs of values, one for each clip, that follow each other from the start of rows of a fixed width.
 
-    row, starts (flat), lengths: of each run. within: place in its run of each value. used: values in each row.
+    row, starts (flat), lengths: of each run. within: index in its run of each value. used: values in each row.
     """
 
+    width: int
     row: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
@@ -258,39 +261,32 @@ class _Runs:
 
     @staticmethod
     def of(counts: np.ndarray, lengths: np.ndarray, width: int) -> _Runs:
-        """From the number of runs in each row, and the length of each run."""
+        """Lay out runs from the number of runs in each row, and the length of each run."""
         row = np.repeat(np.arange(len(counts)), counts)
         ends = np.cumsum(lengths)
         before = ends - lengths  # values before each run, of all rows
         row_starts = before[np.cumsum(counts) - counts]
         within = np.arange(ends[-1], dtype=np.int32) - np.repeat(before.astype(np.int32), lengths)
         used = np.diff(row_starts, append=ends[-1]).tolist()
-        return _Runs(row, row * width + before - row_starts[row], lengths, within, used)
+        return _Runs(width, row, row * width + before - row_starts[row], lengths, within, used)
 
-    def place(self, values: np.ndarray, width: int) -> np.ndarray:
-        """(rows, width, ...) with all values in their rows, 0 after them."""
-        out = np.zeros((len(self.used), width, *values.shape[1:]), values.dtype)
-        at = 0
+    def place(self, values: np.ndarray) -> np.ndarray:
+        """Return (rows, width, ...) with all values in their rows, 0 after them."""
+        out = np.zeros((len(self.used), self.width, *values.shape[1:]), values.dtype)
+        start = 0
         for row, used in zip(out, self.used):
-            row[:used] = values[at : at + used]
-            at += used
+            row[:used] = values[start : start + used]
+            start += used
         return out
 
-    def spread(self, values: np.ndarray, width: int) -> np.ndarray:
-        """(rows, width) int32 with each run's value on all its places, 0 after them."""
-        return self.place(np.repeat(values.astype(np.int32), self.lengths), width)
-
-
-def _check_length(at: _Runs, items: Sequence[PackItem | EmptyItem], config: PackingConfig) -> None:
-    if max(at.used) > config.length:
-        for item in items:
-            check_fits(grid_of(item.size, config.patch), config.length)
-        raise UserError(f"the clips of a pack need packing.length of {max(at.used)}; it is {config.length}")
+    def repeat(self, values: np.ndarray) -> np.ndarray:
+        """Return (rows, width) int32 with the value of each run at all its places, 0 after them."""
+        return self.place(np.repeat(values.astype(np.int32), self.lengths))
 
 
 @lru_cache(maxsize=4096)
 def layout_of(grid: tuple[int, int, int], rows_per_clip: int = 1, first: int = 0) -> Layout:
-    """Place the tokens of a grid, whose first frame has the time coordinate `first`.
+    """Return the layout of a grid whose first frame has the time coordinate `first`.
 
     With more than two rows per clip each token frame has its own; frames beyond them share the last but one.
     """
@@ -328,7 +324,7 @@ def token_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarray]:
-    """The latents (t, h, w, C) of one pack, in slot order; reads tokens_LP, segments_L, index_L and grids_S3.
+    """Take the latents (t, h, w, C) out of one pack, in slot order; reads tokens_LP, segments_L, index_L and grids_S3.
 
     The exact inverse of `pack` for float32 latents; put generated tokens in the place of `tokens_LP` to take
     generated clips out.
@@ -338,27 +334,17 @@ def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarr
         if grid.all():
             places = np.flatnonzero(row["segments_L"] == slot + 1)
             places = places[np.argsort(row["index_L"][places])][: math.prod(grid)]  # without guides
-            tokens = row["tokens_LP"][places]
-            latents.append(unpatchify(tokens, grid, patch))
+            latents.append(unpatchify(row["tokens_LP"][places], grid, patch))
     return latents
 
 
 def stack(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Packs to a batch: a B in front of every shape, and in every name (`tokens_LP` to `tokens_BLP`)."""
-    return {_with_batch(name): np.stack([row[name] for row in packs]) for name in packs[0]}
+    """Stack packs to a batch: a B in front of every shape, and in every name (`tokens_LP` to `tokens_BLP`)."""
+    return {"_B".join(name.rsplit("_", 1)): np.stack([row[name] for row in packs]) for name in packs[0]}
 
 
 def unstack(batch: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The packs of a batch, the inverse of `stack`."""
+    """Split a batch into its packs, the inverse of `stack`."""
+    names = {name: "_".join(name.rsplit("_B", 1)) for name in batch}
     count = len(next(iter(batch.values())))
-    return [{_without_batch(name): values[b] for name, values in batch.items()} for b in range(count)]
-
-
-def _with_batch(name: str) -> str:
-    stem, _, suffix = name.rpartition("_")
-    return f"{stem}_B{suffix}"
-
-
-def _without_batch(name: str) -> str:
-    stem, _, suffix = name.rpartition("_")
-    return f"{stem}_{suffix.removeprefix('B')}"
+    return [{names[name]: values[b] for name, values in batch.items()} for b in range(count)]

@@ -1,69 +1,67 @@
-"""Packs from the histogram of lengths: which lengths make up a pack, and how many packs are made so.
+"""Plan from the histogram of lengths, for lengths that windows do not fill.
 
-Largest first, as first-fit-decreasing (Johnson 1973), with one look ahead: a pack takes the largest length that is
-left, then, where one length or two of those left fill it exactly, these, else the largest that fits. The same pattern
-is used until one of its lengths runs out, so a million clips take a few thousand patterns at most.
+Largest first, as in first-fit decreasing (Johnson 1973), with a look ahead: a pack takes the largest length that is
+left, then the one length or the two lengths that fill it exactly, if there are such, else the largest that fits. The
+same pattern is used until one of its lengths runs out, so a million clips take a few thousand patterns at most.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
-Pattern = tuple[np.ndarray, np.ndarray, int]  # lengths, how many of each, packs
-
-
-def patterns(lengths: np.ndarray, L: int, S: int) -> list[Pattern]:
-    """Patterns of at most L tokens and S clips that use up all lengths."""
-    counts = np.bincount(lengths, minlength=L + 1)
-    made = []
-    while len(alive := np.flatnonzero(counts)):
-        kinds, each = np.unique(_one_pack(counts, alive, L, S), return_counts=True)
-        packs = int((counts[kinds] // each).min())
-        counts[kinds] -= each * packs
-        made.append((kinds, each, packs))
-    return made
-
-
-def _one_pack(counts: np.ndarray, alive: np.ndarray, room: int, slots: int) -> list[int]:
-    left, chosen, length = counts.copy(), [], int(alive[-1])
-    while True:
-        chosen.append(length)
-        left[length] -= 1
-        room -= length
-        if room < alive[0] or len(chosen) == slots:
-            return chosen
-        if (length := _next(left, room, slots - len(chosen))) == 0:
-            return chosen
-
-
-def _next(left: np.ndarray, room: int, slots: int) -> int:
-    """The length to take next, 0 for none."""
-    if left[room]:
-        return room
-    there = left[: room + 1] > 0
-    if slots > 1:
-        pairs = there & there[::-1]
-        if room % 2 == 0 and left[room // 2] < 2:
-            pairs[room // 2] = False
-        if len(found := np.flatnonzero(pairs)):
-            return int(found[-1])
-    return int(np.flatnonzero(there)[-1]) if there.any() else 0
+from sora_jax.data.packing.packs import PackingConfig
 
 
 def by_patterns(
-    lengths: np.ndarray, texts: np.ndarray, L: int, S: int, M: int, draws: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clips in pack order, the number in each pack, and the clips of packs whose text was over M tokens."""
+    lengths: np.ndarray,
+    texts: np.ndarray,
+    config: PackingConfig,
+    draws: np.random.Generator,
+    by_windows: Callable[..., tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return clips in pack order and the number in each pack, less mixed in size than those of windows.
+
+    by_windows: plans the clips of packs whose text is over the limit.
+    """
     shuffled = draws.permutation(len(lengths))
     queue = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    at = np.concatenate([[0], np.cumsum(np.bincount(lengths, minlength=L + 1))])  # where each length begins
+    counts = np.bincount(lengths, minlength=config.length + 1)
+    starts = np.cumsum(counts) - counts  # of each length in the queue
     orders, sizes, left = [], [], []
-    for kinds, each, packs in patterns(lengths, L, S):
-        parts = []
-        for kind, count in zip(kinds.tolist(), each.tolist()):
-            parts.append(queue[at[kind] : at[kind] + count * packs].reshape(packs, count))
-            at[kind] += count * packs
+    while counts.any():
+        kinds, each = np.unique(_pattern(counts.copy(), config.length, config.slots), return_counts=True)
+        packs = int((counts[kinds] // each).min())
+        parts = [queue[starts[k] : starts[k] + n * packs].reshape(packs, n) for k, n in zip(kinds, each, strict=True)]
+        counts[kinds] -= each * packs
+        starts[kinds] += each * packs
         clips = np.concatenate(parts, axis=1)
-        fits = texts[clips].sum(axis=1) <= M
+        fits = texts[clips].sum(axis=1) <= config.text_length
         orders.append(clips[fits].ravel())
         sizes.append(np.full(fits.sum(), clips.shape[1]))
         left.append(clips[~fits].ravel())
-    return np.concatenate(orders), np.concatenate(sizes), np.concatenate(left)
+    rest, rest_sizes = by_windows(left=draws.permutation(np.concatenate(left)))
+    return np.concatenate([*orders, rest]), np.concatenate([*sizes, rest_sizes])
+
+
+def _pattern(left: np.ndarray, room: int, slots: int) -> list[int]:
+    """Return the lengths of one pack, taken out of the counts that are left."""
+    chosen: list[int] = []
+    length = int(np.flatnonzero(left)[-1])
+    while length:
+        chosen.append(length)
+        left[length] -= 1
+        room -= length
+        length = _next(left, room, slots - len(chosen))
+    return chosen
+
+
+def _next(left: np.ndarray, room: int, slots: int) -> int:
+    """Return the length to take next, 0 for none."""
+    if slots and left[room]:
+        return room
+    fitting = left[: room + 1] > 0
+    pairs = fitting & fitting[::-1]
+    if room % 2 == 0:
+        pairs[room // 2] = left[room // 2] > 1
+    candidates = pairs if slots > 1 and pairs.any() else fitting
+    return int(np.flatnonzero(candidates).max(initial=0)) if slots else 0

@@ -1,15 +1,15 @@
 """The plan: which clips share a pack in an epoch, decided from their token counts alone.
 
-The shuffled order of an epoch is dealt into windows, and all windows are packed in lock step, a clip each at
+The shuffled order of an epoch is dealt into windows, and all windows are packed in lock step, one clip each at
 a time, so that a step is a handful of NumPy calls whatever the number of clips. A window looks at its next
 `LOOKAHEAD` clips and takes, of those after which the pack can still be filled best, the one that has waited
-longest. How well a pack can still be filled is a table (slots left, tokens left) -> tokens lost, made once
+longest. How well a pack can still be filled is a table (slots left, tokens left) -> tokens lost, computed once
 from the distinct lengths. Taking the longest waiting keeps packs mixed in size: no window ends with a heap of
-what nobody wanted. What a window holds when its order is used up is handed to a later round, so only the very
-last packs of an epoch are short.
+clips that fit nowhere. The clips that a window holds when its order is used up go to a later round, so only the
+very last packs of an epoch are short.
 
-Windows that see less than all lengths, or lengths that few combinations fill, leave gaps; such plans are also made
-from the histogram of lengths (`patterns.py`), and the one with fewer packs is taken.
+Windows that see fewer clips than there are lengths, or lengths of which few combinations fill a pack, leave gaps.
+Such clips are also packed by `patterns`, and the plan with fewer packs is used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from functools import lru_cache, partial, reduce
 import numpy as np
 
 from sora_jax.data.draws import generator
+from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.patterns import by_patterns
 from sora_jax.errors import UserError
 
 LOOKAHEAD = 128, 256  # least and most; as many as there are distinct lengths packs well, at a cost
-FULL = 0.995  # a plan that is less full than this is made in the other way too
-MAX_WINDOW = 1 << 20  # the age of a clip in its window takes the low 20 bits of a score
+FULL = 0.995  # if a plan is less full, the other method is tried, too
 _LOST = 1023  # losses from here on count as equal, so that a score fits 31 bits
 _NEVER = np.int32(1 << 30)  # above every score of a clip that fits
 
@@ -45,57 +45,46 @@ class Plan:
 
 
 def plan(
-    seed: int,
-    epoch: int,
-    lengths: np.ndarray,
-    text_lengths: np.ndarray,
-    L: int,
-    S: int,
-    M: int,
-    window: int = 1024,
-    section: int = 0,
+    seed: int, epoch: int, lengths: np.ndarray, text_lengths: np.ndarray, config: PackingConfig, section: int = 0
 ) -> Plan:
-    """Packs for one epoch, or for one section of an epoch; a pure function of its arguments.
+    """Plan the packs of an epoch, or of one section of it; a pure function of its arguments.
 
     `lengths` (clips,) are token counts and `text_lengths` (clips,) text token counts. Every clip is in one
-    pack; a pack holds at most L tokens, S clips and M text tokens. Packs come in random order.
-    UserError if a clip alone is over L or M.
+    pack, and every pack is within the limits of `config`. Packs come in random order.
+    UserError if a clip alone is over `config.length` or `config.text_length`.
     """
     lengths, text_lengths = np.asarray(lengths), np.asarray(text_lengths)
-    _check_each("length", lengths, L, "token(s)", least=1)
-    _check_each("text_length", text_lengths, M, "text token(s)", least=0)
-    if not 1 <= window <= MAX_WINDOW:
-        raise UserError(f"packing.window is {window}; it must be 1 to {MAX_WINDOW}")
+    _check_each("length", lengths, config.length, "token(s)", least=1)
+    _check_each("text_length", text_lengths, config.text_length, "text token(s)", least=0)
     draws = generator(seed, "plan", epoch, section)
     if not len(lengths):
         return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
-    by_windows = partial(_by_windows, lengths, text_lengths, L, S, M, window, draws)
-    ways = [by_windows, partial(_by_patterns, lengths, text_lengths, L, S, M, by_windows, draws)]
+    by_windows = partial(_by_windows, lengths, text_lengths, config, draws)
+    methods = [by_windows, partial(by_patterns, lengths, text_lengths, config, draws, by_windows)]
     if len(np.unique(lengths)) > LOOKAHEAD[1]:
-        ways.reverse()  # a window cannot see all lengths at once
-    order, sizes = ways[0]()
-    if len(sizes) * L * FULL > lengths.sum():
-        order, sizes = min((order, sizes), ways[1](), key=lambda made: len(made[1]))
+        methods.reverse()  # a window cannot see all lengths at once
+    order, sizes = methods[0]()
+    if len(sizes) * config.length * FULL > lengths.sum():
+        order, sizes = min((order, sizes), methods[1](), key=lambda made: len(made[1]))
     return _shuffled(order, sizes, draws)
 
 
-def _by_windows(lengths, texts, L, S, M, window, draws, left=None) -> tuple[np.ndarray, np.ndarray]:
-    """Clips (those of `left`, default all) in pack order and the number in each pack; packs are mixed in size."""
-    clips = _Clips.of(lengths, texts, L, S, M)
+def _by_windows(
+    lengths: np.ndarray,
+    texts: np.ndarray,
+    config: PackingConfig,
+    draws: np.random.Generator,
+    left: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return clips (those of `left`, default all) in pack order and the number in each pack, mixed in size."""
+    clips = _Clips.of(lengths, texts, config)
     left = draws.permutation(len(lengths)) if left is None else left
     orders, sizes = [left[:0]], [left[:0]]
     while len(left):
-        order, size, left = _Windows(clips, left, window).run()
+        order, size, left = _Windows(clips, left, config.window).run()
         orders.append(order)
         sizes.append(size)
     return np.concatenate(orders), np.concatenate(sizes)
-
-
-def _by_patterns(lengths, texts, L, S, M, by_windows, draws) -> tuple[np.ndarray, np.ndarray]:
-    """The same with fewer packs where lengths are many or awkward; packs are less mixed in size."""
-    order, sizes, left = by_patterns(lengths, texts, L, S, M, draws)
-    rest, rest_sizes = by_windows(left=draws.permutation(left))
-    return np.concatenate([order, rest]), np.concatenate([sizes, rest_sizes])
 
 
 def _check_each(option: str, counts: np.ndarray, most: int, unit: str, least: int) -> None:
@@ -115,26 +104,22 @@ def _shuffled(order: np.ndarray, sizes: np.ndarray, draws: np.random.Generator) 
     return Plan(order[np.arange(len(order)) + shift], offsets)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The inner loop
-# ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Clips:
-    """Lengths with one more clip at the end, the blank, that fits nowhere; and the caps."""
+    """Lengths with one more clip at the end, the blank, that fits nowhere; and the limits of a pack."""
 
     lengths: np.ndarray  # (clips + 1,) int32
     texts: np.ndarray  # (clips + 1,) int32
     losses: np.ndarray  # flat (S + 1, 2 L + 2) int32, see `_losses`
-    mean_text: float  # 0 where no choice of clips can break the text cap
+    mean_text: float  # 0 where no choice of clips can exceed the text limit
     lookahead: int
     L: int
     S: int
     M: int
 
     @staticmethod
-    def of(lengths: np.ndarray, texts: np.ndarray, L: int, S: int, M: int) -> _Clips:
+    def of(lengths: np.ndarray, texts: np.ndarray, config: PackingConfig) -> _Clips:
+        L, S, M = config.length, config.slots, config.text_length
         longest = np.sort(texts)[-S:].sum()
         kinds = np.unique(lengths)
         lookahead = int(np.clip(len(kinds), *LOOKAHEAD))
@@ -156,9 +141,9 @@ class _Clips:
 
 @lru_cache(maxsize=8)  # the same in every epoch
 def _losses(kinds: tuple[int, ...], L: int, S: int) -> np.ndarray:
-    """Score of a choice: entry [s, left + L + 1] for s free slots before it and `left` free tokens after it.
+    """Score a choice: entry [s, left + L + 1] for s free slots before it and `left` free tokens after it.
 
-    It is the least number of tokens that must stay empty if every distinct length were in endless supply;
+    The score is the least number of tokens that stay empty if every distinct length were in endless supply;
     `_NEVER` where left < 0 or s = 0.
     """
     scores = np.full((S + 1, 2 * L + 2), _NEVER, np.int32)
@@ -170,7 +155,7 @@ def _losses(kinds: tuple[int, ...], L: int, S: int) -> np.ndarray:
         reached = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: L + 1])
         loss = left - reached[np.searchsorted(reached, left, side="right") - 1]
         scores[s, L + 1 :] = np.minimum(loss, _LOST) << 20
-        sums = reduce(lambda more, kind, sums=sums: more | sums << kind, kinds, sums) & everything
+        sums = reduce(int.__or__, [sums << kind for kind in kinds], sums) & everything
     return scores.ravel()
 
 
@@ -205,10 +190,10 @@ class _Windows:
         return *self._packs(np.stack(chosen, 1), np.stack(closed, 1)), np.concatenate(left)
 
     def _choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each window the place of the best clip, and whether it fits at all."""
+        """Return for each window the place of the best clip, and whether it fits at all."""
         clips, slots = self.clips, self.slots
         if clips.mean_text:
-            # Scarce text runs out before the slots do: look ahead with the slots it will last for.
+            # Scarce text runs out before the slots do: look ahead with the slots that the text will last for.
             lasting = np.maximum((self.text / clips.mean_text).astype(slots.dtype), 1)
             slots = np.minimum(slots, lasting)
         base = slots * (2 * clips.L + 2) + self.room + clips.L + 1
@@ -230,7 +215,7 @@ class _Windows:
         self.next[rows] = ahead + 1
 
     def _close(self, rows: np.ndarray) -> np.ndarray:
-        """Open new packs in these windows; those that are through stop and give up the clips they hold."""
+        """Open new packs in these windows; windows that are used up stop and hand on the clips that they hold."""
         self.room[rows], self.slots[rows], self.text[rows] = self.clips.L, self.clips.S, self.clips.M
         rows = rows[self.live[rows]]
         if self.last_round:

@@ -26,8 +26,8 @@ class SourceConfig:
     weight: float = 1.0  # mean number of times that a clip comes in an epoch
     split: str = ""  # splits of TFDS, such as "train" or "train[:10%]+test"; "": all
     media_field: str = ""  # feature of TFDS with the media; ending of the file to take from tar samples with several
-    caption_field: str = ""  # feature, column of tables or key of JSON with the caption; "": the usual names
-    label_field: str = ""  # feature, column of tables or key of JSON with the class; "": label
+    caption_field: str = ""  # feature, column or key with the caption; "": the usual names (of TFDS, none)
+    label_field: str = ""  # feature, column or key with the class; "": label (of TFDS, the only ClassLabel)
     label: str = "both"  # make of a class label a "caption" of kind label, a "class" number, or "both"
     label_caption: str = "{label}"  # caption of a class; {label} becomes its name
     strip_frames: int | None = None  # split each picture into so many frames, from left to right

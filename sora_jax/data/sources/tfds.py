@@ -24,6 +24,7 @@ from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FileMedia, FramesMedia, Held
+from sora_jax.data.sources.tables import clean
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text
 
@@ -87,11 +88,13 @@ class TfdsReader:
         captions, label = {}, None
         try:
             texts, labels = opened.values(index, opened.caption, opened.label)
-            lines = [" ".join(text.decode().split()) for text in texts]
-            captions = {str(n) if n > 1 else "original": line for n, line in enumerate(lines, 1) if line}
+            lines = enumerate((clean(text.decode()) for text in texts), 1)
+            captions = {str(n) if n > 1 else "original": line for n, line in lines if line}
             label = next((value for value in labels if value >= 0), None)
-        except (MediaError, ValueError):  # `decode` reports a damaged record; a text that is not UTF-8 is left out
-            pass
+        except MediaError:
+            captions = {"original": ""}  # so that the damage, which `decode` reports, is the reason of the refusal
+        except UnicodeDecodeError:
+            captions = {}
         file = f"{dataset_name(self._config.name)}/{split}/{number}"
         class_name = None if label is None else opened.classes.get(label, str(label))
         return Entry(file, captions, label, class_name, split.partition("[")[0])
@@ -140,7 +143,6 @@ class TfdsMedia:
 @lru_cache(maxsize=8)
 def _opened(config: SourceConfig, process: int) -> Prepared:
     """Open a dataset. Each process opens its own: a forked child must not share the files of its parent."""
-    import tensorflow_datasets as tfds
     from array_record.python.array_record_data_source import ArrayRecordDataSource
     from tensorflow_datasets.core.dataset_info import read_proto_from_builder_dir
 
@@ -150,32 +152,42 @@ def _opened(config: SourceConfig, process: int) -> Prepared:
         features = dict(_features(json.loads(read_text(folder / "features.json"))))
     except Exception as error:  # TFDS and its file systems raise many types
         raise UserError(f"{folder} cannot be read: {reason(error)}; {_command(config)}") from error
-    formats = (info.file_format, *info.alternative_file_formats)
-    check("array_record" in formats, f"{folder} is not prepared as ArrayRecord; {_command(config)}")
-    template = tfds.core.ShardedFileTemplate(dataset_name=info.name, data_dir=folder, filetype_suffix="array_record")
-    known = tfds.core.SplitDict.from_proto(repeated_split_infos=info.splits, filename_template=template)
-    names = list(known) if config.split in ("", "all") else config.split.split("+")
-    try:
-        chosen = [(name, known[name].file_instructions) for name in names]
-    except Exception as error:  # TFDS raises ValueError and AssertionError
-        allowed = f"it must be one of {', '.join(known)}, a part such as train[:10%], or several joined by +"
-        raise UserError(f"--split is {config.split!r}; {allowed}") from error
-    splits = [(name, sum(file.take for file in files)) for name, files in chosen]
-    local = [
-        replace(file, filename=os.fspath(local_copy(as_path(file.filename)))) for _, each in chosen for file in each
-    ]
-    check(local, f"{folder} holds no examples; {_command(config)}")
-    media, caption, label = _named(features, config)
+    sizes, splits, files = _choose_splits(info, folder, config)
+    media, caption, label = _choose_features(features, config)
     rate = next((name for name in ("fps", "frame_rate") if features.get(name, "").startswith("Scalar")), "")
     table = folder / f"{label.replace('/', '-')}.labels.txt"
     classes = dict(enumerate(read_text(table).split("\n"))) if label and table.is_file() else {}
     # The digest has the form of earlier versions, so that a dataset that they built is recognised.
     read = f"Plan(media={media!r}, kind={_kind(features[media])!r}, fps={config.strip_fps!r}, rate={rate!r}, "
     read += f"said={tuple(filter(None, (caption, label)))!r}, label={label!r})"
-    listing = "/".join(filter(None, (info.name, info.config_name, info.version)))
-    listing = f"({listing!r}, {tuple(known[name].num_bytes for name in sorted(known))!r}, {splits!r}, {read})"
-    digest = hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()
-    return Prepared(digest, splits, ArrayRecordDataSource(local), media, features[media], rate, caption, label, classes)
+    name = "/".join(filter(None, (info.name, info.config_name, info.version)))
+    digest = hashlib.blake2b(f"({name!r}, {sizes!r}, {splits!r}, {read})".encode(), digest_size=16).hexdigest()
+    return Prepared(digest, splits, ArrayRecordDataSource(files), media, features[media], rate, caption, label, classes)
+
+
+def _choose_splits(
+    info: Any, folder: Path, config: SourceConfig
+) -> tuple[tuple[int, ...], list[tuple[str, int]], list]:
+    """Return the bytes of all splits, names and counts of those that are read, and what to read of which local file."""
+    import tensorflow_datasets as tfds
+
+    known_formats = (info.file_format, *info.alternative_file_formats)
+    check("array_record" in known_formats, f"{folder} is not prepared as ArrayRecord; {_command(config)}")
+    template = tfds.core.ShardedFileTemplate(dataset_name=info.name, data_dir=folder, filetype_suffix="array_record")
+    known = tfds.core.SplitDict.from_proto(repeated_split_infos=info.splits, filename_template=template)
+    try:
+        names = list(known) if config.split in ("", "all") else config.split.split("+")
+        chosen = {name: known[name].file_instructions for name in names}
+    except Exception as error:  # TFDS raises ValueError and AssertionError
+        allowed = f"it must be one of {', '.join(known)}, a part such as train[:10%], or several joined by +"
+        raise UserError(f"--split is {config.split!r}; {allowed}") from error
+    paths = {file.filename: as_path(file.filename) for files in chosen.values() for file in files}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    check(paths and not missing, f"{folder} lacks {', '.join(missing[:1]) or 'examples'}; {_command(config)}")
+    local = {name: os.fspath(local_copy(path)) for name, path in paths.items()}
+    files = [replace(file, filename=local[file.filename]) for files in chosen.values() for file in files]
+    splits = [(name, sum(file.take for file in files)) for name, files in chosen.items()]
+    return tuple(known[name].num_bytes for name in sorted(known)), splits, files
 
 
 def _features(node: dict, path: str = "", above: str = "") -> Iterator[tuple[str, str]]:
@@ -200,17 +212,15 @@ def _kind(words: str) -> str:
     return MEDIA.get(words, tensor)
 
 
-def _named(features: dict[str, str], config: SourceConfig) -> tuple[str, str, str]:
+def _choose_features(features: dict[str, str], config: SourceConfig) -> tuple[str, str, str]:
     """Return the features that hold the medium, the caption and the class, "" for none. Raises UserError."""
     listing = ", ".join(f"{name} ({kind})" for name, kind in features.items())
 
     def choose(option: str, what: str, allowed: list[str], default: list[str]) -> str:
         given = getattr(config, f"{option}_field")
         found = [name for name in allowed if name == given] if given else default
-        said = f"is {given!r}" if given else "is not given"
-        check(
-            len(found) == 1, f"--{option}-field {said}; it must name the {what} of {config.name}, which has {listing}"
-        )
+        said = f"--{option}-field {f'is {given!r}' if given else 'is not given'}"
+        check(len(found) == 1, f"{said}; it must name the {what} of {config.name}, which has {listing}")
         return found[0]
 
     held = [name for name, kind in features.items() if _kind(kind)]
@@ -240,7 +250,4 @@ def _command(config: SourceConfig) -> str:
 
 def dataset_name(source: str) -> str:
     """Convert "tfds:NAME[:CONFIG][:VERSION]" to the name of TFDS, name/config:version."""
-    name, *rest = source.removeprefix("tfds:").split(":")
-    config = [part for part in rest if not re.fullmatch(r"\d+\.\d+\.\d+", part)]
-    version = [part for part in rest if part not in config]
-    return "/".join([name, *config]) + "".join(f":{part}" for part in version)
+    return re.sub(r":(?!\d+\.\d+\.\d+$)", "/", source.removeprefix("tfds:"))

@@ -25,6 +25,7 @@ import numpy as np
 from sora_jax.data.storing.clips import Clip, clip_id_of
 from sora_jax.data.storing.parts import Kind, PartWriter, start
 from sora_jax.data.storing.shards import PIXELS, ShardReader
+from sora_jax.data.storing.splits import indices_of_split
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text
 
@@ -140,11 +141,7 @@ class Dataset:
 
     def indices(self, split: str) -> np.ndarray:
         """Return the indices (n,) of the clips of a split; UserError, naming the splits there are, if it has none."""
-        splits = np.array(self.column("split").to_pylist())
-        found = np.flatnonzero(splits == split)
-        if not len(found):
-            raise UserError(f"split is {split!r}; the dataset {str(self.path)!r} has {', '.join(sorted(set(splits)))}")
-        return found
+        return indices_of_split(split, self.column("split"), f"the dataset {self.path}")
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """Return the names of some clips."""

@@ -1,4 +1,4 @@
-"""Clips as one picture: a strip of frames for each, its caption below."""
+"""Show clips as one picture: a strip of frames for each, with its caption below."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ GAP = 2
 
 
 def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
-    """`shown` frames of a clip (T, H, W, 3), evenly spread from first to last, side by side; uint8."""
+    """Put `shown` frames of a clip (T, H, W, 3), evenly spread from first to last, side by side; uint8."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, shown).round().astype(int))
     tiles = frames[chosen].repeat(scale, axis=1).repeat(scale, axis=2)
     gap = np.full((tiles.shape[1], GAP, 3), 255, np.uint8)
@@ -26,10 +26,9 @@ def contact_sheet(
     shown: int = 4,
     font_size: int = 13,
 ) -> np.ndarray:
-    """A white sheet (H, W, 3) uint8 with a cell for each clip: a strip of frames over its wrapped caption.
+    """Draw a white sheet (H, W, 3) uint8 with a cell for each clip: a strip of frames over its wrapped caption.
 
-    Clips uint8 (T, H, W, 3) may differ in every size; `scale` enlarges their pixels, `shown` frames of each
-    are seen.
+    Clips uint8 (T, H, W, 3) may differ in every size; `scale` enlarges their pixels; `shown` frames of each are drawn.
     """
     strips = [strip(clip, shown, scale) for clip in clips]
     width = max([160] + [s.shape[1] for s in strips])
@@ -39,7 +38,7 @@ def contact_sheet(
 
 
 def grid(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
-    """Clips of one size (T, H, W, 3) side by side as one clip, uint8; as many columns as rows unless said."""
+    """Put clips of one size (T, H, W, 3) side by side as one clip, uint8; by default as many columns as rows."""
     columns = columns or math.isqrt(len(clips) - 1) + 1
     padded = [np.pad(clip, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for clip in clips]
     padded += [np.full_like(padded[0], 255)] * (-len(clips) % columns)
@@ -57,6 +56,7 @@ def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:
 
 def _cell(strip: np.ndarray, caption: str, width: int, font_size: int) -> np.ndarray:
     font = ImageFont.load_default(font_size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's own, where it was built with FreeType
     lines = wrap(caption, font, width)
     line_height = sum(font.getmetrics())
     height = strip.shape[0] + GAP + line_height * len(lines)
@@ -69,7 +69,7 @@ def _cell(strip: np.ndarray, caption: str, width: int, font_size: int) -> np.nda
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines at most `width` pixels wide, broken at spaces and, inside longer words, anywhere."""
+    """Return lines at most `width` pixels wide, broken at spaces and, inside longer words, anywhere."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -85,7 +85,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def gallery(clips: Sequence[np.ndarray], columns: int = 4, scale: int = 3) -> np.ndarray:
-    """Clips side by side as one clip (T, H, W, 3) on white; a shorter clip holds its last frame."""
+    """Put clips side by side as one clip (T, H, W, 3) on white; a shorter clip repeats its last frame."""
     length = max(len(clip) for clip in clips)
     tiles = [clip[np.minimum(np.arange(length), len(clip) - 1)] for clip in clips]
     tiles = [tile.repeat(scale, axis=1).repeat(scale, axis=2) for tile in tiles]

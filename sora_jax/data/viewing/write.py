@@ -9,20 +9,20 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, replacing
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1, comment: str = "") -> Path:
-    """Write uint8 frames (T, H, W, 3) as .mp4 (H.264), .gif, .webp or, where T = 1, .png; returns the path.
+    """Write uint8 frames (T, H, W, 3) as .mp4 (H.264), .gif, .webp or, where T = 1, .png; return the path.
 
     upscale: each pixel becomes a square of that side, for clips too small to watch. An odd side of an mp4
     grows by a copy of its last row or column. The file appears under its name only when it is whole; a full
-    disk or an unknown ending is a UserError. comment: kept in the file, for `read_comment`.
+    disk or an unknown ending is a UserError. comment: stored in the file, for `read_comment`.
     """
-    path = as_path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
-        raise UserError(f"frames of {frames.dtype} {frames.shape} cannot be written: uint8 (T, H, W, 3) can.")
+        raise UserError(f"the frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3)")
     check_ending(path, len(frames))
     return write_chunks(path, iter([frames]), fps, upscale, comment)
 
@@ -30,7 +30,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int =
 def write_chunks(
     path: str | Path, chunks: Iterator[np.ndarray], fps: float, upscale: int = 1, comment: str = ""
 ) -> Path:
-    """Write a clip that comes in parts (T, H, W, 3), see `write_video`; of an mp4 one part at a time is held."""
+    """Write a clip that comes in parts (T, H, W, 3), see `write_video`; of an mp4 one part at a time is in memory."""
     path = as_path(path)
     large = (chunk.repeat(upscale, axis=1).repeat(upscale, axis=2) for chunk in chunks)
     with replacing(path) as temporary:
@@ -39,12 +39,12 @@ def write_chunks(
 
 
 def check_ending(path: str | Path, frames: int) -> None:
-    """UserError unless a clip of so many frames can be written under this name; to call before making the clip."""
-    ending = as_path(path).suffix.lower()
-    if ending not in WRITERS:
-        raise UserError(f"out={path} has an unknown ending: {', '.join(WRITERS)} are allowed.")
-    if ending == ".png" and frames != 1:
-        raise UserError(f"out={path} holds one frame, the clip has {frames}: use .mp4, .gif or .webp.")
+    """Raise UserError unless a clip of so many frames can be written under this name; call it before generating."""
+    endings = [ending for ending in WRITERS if frames == 1 or ending != ".png"]
+    check(
+        as_path(path).suffix.lower() in endings,
+        f"--out is {path}; it must end in {', '.join(endings[:-1])} or {endings[-1]} for {frames} frame(s)",
+    )
 
 
 def save_png(path: str | Path, image: np.ndarray) -> Path:
@@ -95,14 +95,11 @@ def _write_webp(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: s
 def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
     text = PngInfo()
     text.add_text("recipe", comment)
-    frames = np.concatenate(list(chunks))
-    if len(frames) != 1:
-        raise UserError(f"a .png holds one frame, the clip has {len(frames)}: use .mp4, .gif or .webp.")
-    Image.fromarray(frames[0]).save(path, pnginfo=text)
+    Image.fromarray(np.concatenate(list(chunks))[0]).save(path, pnginfo=text)
 
 
 def read_comment(path: Path) -> str:
-    """Return the comment with which a file was written by `write_video`, or ""."""
+    """Return the comment that `write_video` stored in a file, or ""."""
     if path.suffix.lower() == ".mp4":
         import av
 
