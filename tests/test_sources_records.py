@@ -7,12 +7,13 @@ from operator import methodcaller
 
 import numpy as np
 import pytest
+from fixtures_datasets import write_dataset
 
 from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.data.sources.opened import FileMedia
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import add_clip, write_dataset
+from sora_jax.data.storing.manifest import add_clip
 from sora_jax.data.viewing.write import save_png
 from sora_jax.errors import UserError
 

@@ -2,7 +2,7 @@
 
 python experiments/bench/corrupt.py FOLDER... [--variants=2000] [--seconds=10]
 
-Each variant of a small clip (bytes flipped, a block zeroed, the end cut off; seeded) is decoded in a guarded process
+Each variant of a small clip (bytes flipped, a block zeroed, the end cut off; seeded) is decoded in a worker process
 and compared with what the intact clip gives. Exit code 1 where a clip was wrong and nobody was told, or one hung.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import timing
 
-from sora_jax.data.building.guard import Failure, guarded_map
+from sora_jax.data.building.pool import Refusal, map_with_timeout
 from sora_jax.data.fit import SizeRule
 from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
@@ -61,11 +61,11 @@ def read(variant: Variant) -> DecodedClip | str:
         return str(error)
 
 
-def outcome(result: DecodedClip | str | Failure, intact: DecodedClip | None) -> str:
+def outcome(result: DecodedClip | str | Refusal, intact: DecodedClip | None) -> str:
     """What became of a file, in a word or two."""
-    if isinstance(result, Failure | str):
+    if isinstance(result, Refusal | str):
         reason = result if isinstance(result, str) else result.reason
-        return ("" if isinstance(result, Failure) else "refused: ") + reason.split(":")[0]
+        return ("" if isinstance(result, Refusal) else "refused: ") + reason.split(":")[0]
     same = intact is None or likeness(result, intact) >= NEAR
     if result.flags:
         return "used in part, with a flag" + ("" if same else ", other pictures")
@@ -94,7 +94,7 @@ def make_variants(paths: list[str], count: int) -> list[Variant]:
 
 
 def judge(variants: list[Variant], intact: dict[str, DecodedClip], workers: int, seconds: float) -> list[str]:
-    results = guarded_map(read, variants, workers, seconds)
+    results = map_with_timeout(read, variants, workers, seconds)
     return [outcome(result, intact.get(v.path)) for v, result in zip(variants, results, strict=True)]
 
 
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = timing.machine()
     found = [str(p) for f in options.folders for p in sorted(Path(f).rglob("*")) if p.is_file() and p.suffix != ".csv"]
     files = [Variant(path) for path in found]
-    as_they_are = list(guarded_map(read, files, options.workers, 6 * options.seconds))
+    as_they_are = list(map_with_timeout(read, files, options.workers, 6 * options.seconds))
     told = [outcome(result, None) for result in as_they_are]
     small = [v.path for v, text in zip(files, told) if text == "whole" and Path(v.path).stat().st_size < SMALL]
     intact = {v.path: result for v, result in zip(files, as_they_are) if v.path in set(small)}

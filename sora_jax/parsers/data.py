@@ -1,8 +1,10 @@
 """Parse and run the verbs of `sora-jax data`."""
 
 import argparse
+import contextlib
 import functools
 
+from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.parsers.base import EXAMPLES, Help, add_tiles, make_parser
 
@@ -21,11 +23,12 @@ def add_data(commands) -> None:
     verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect|caption")
     _build(verbs)
     _encode(verbs)
-    example = "example:\n  sora-jax data inspect data/clips"
+    example = "example:\n  sora-jax data inspect data/clips\n  sora-jax data inspect data/clips --out=look"
     p = make_parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
-    p.add_argument("folder", type=as_path, help="dataset folder")
+    p.add_argument("folder", type=as_path, help="dataset folder; it is only read")
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.add_argument("--slots", type=int, default=16, help="clips per pack at most, as config.packing.slots")
+    p.add_argument("--out", type=as_path, help="folder for contact_sheet.png and histogram.png (default: no pictures)")
     p.set_defaults(function=inspect)
     example = (
         "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
@@ -70,7 +73,8 @@ WORLD = "simple"
 
 def _build(verbs) -> None:
     example = (
-        "example:\n  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
+        "example:\n  sora-jax data build --path=phone --out=data/phone --missing-caption=empty\n"
+        "  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
         "  sora-jax data build --source=webdataset --path='shards/*.tar' --out=data/clips --workers=8\n"
         "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
         "  sora-jax data build --config=configs/data.py:mixed --out=data/mixed      several sources"
@@ -125,7 +129,7 @@ def build_defaults() -> dict:
 
 def build(options) -> None:
     """Build a dataset folder and print its summary."""
-    from sora_jax.data.building.build import build
+    from sora_jax.data.building.build import build, tally
     from sora_jax.data.building.inspect import inspect
 
     config = build_config(options)
@@ -138,9 +142,11 @@ def build(options) -> None:
     if dataset is None:
         print(f"this share is done; {options.out} appears when the others are, too")
         return
-    print(inspect(options.out).text)
+    found = inspect(options.out)
+    print(f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images")
     if dataset.refused:
-        print(f"{len(dataset.refused)} files are not used: {as_path(options.out) / 'refused.jsonl'} says why")
+        kinds = tally(entry["reason"] for entry in dataset.refused)
+        print(f"{len(dataset.refused)} files refused ({kinds}); reasons: {dataset.path / 'refused.jsonl'}")
 
 
 def build_config(options):
@@ -154,11 +160,24 @@ def build_config(options):
     if options.config is None:
         first = next(iter(options.changes), "")
         check(not first, f"--config is not given; it must be the file that --config.{first} changes")
-        return BuildConfig(sources=(source_config(options),), **given)
+        with _named_as_typed():
+            return BuildConfig(sources=(source_config(options),), **given)
     for flag in (*SOURCE_FLAGS, "world"):
         name, value = flag.replace("_", "-"), getattr(options, flag, None)
         check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
-    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes), "--config"), **given)
+    config = from_dict(BuildConfig, load(options.config, options.changes), "--config")
+    with _named_as_typed():
+        return dataclasses.replace(config, **given)
+
+
+@contextlib.contextmanager
+def _named_as_typed():
+    """Name the option in place of the field that a UserError begins with: "max_frames is 0" -> "--max-frames is 0"."""
+    try:
+        yield
+    except UserError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}" if name in build_defaults() else str(error)) from error
 
 
 def source_config(options):
@@ -217,5 +236,5 @@ def inspect(options) -> None:
     """Print the summary of a dataset folder."""
     from sora_jax.data.building.inspect import inspect
 
-    found = inspect(options.folder, options.pack_length, slots=options.slots)
-    print(f"{found.text}\ncontact sheet    {found.sheet}\nhistogram        {found.histogram}")
+    found = inspect(options.folder, options.pack_length, options.slots, options.out)
+    print("\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)]))
