@@ -197,7 +197,7 @@ def test_nothing_to_build_from_is_a_user_error(tmp_path):
     (empty / "a.mp4").write_bytes(b"junk")
     with pytest.raises(UserError, match="nothing usable: 1 x unreadable"):
         make(tmp_path, empty, missing_caption="empty")
-    with pytest.raises(UserError, match="not a folder"):
+    with pytest.raises(UserError, match="must be a folder"):
         make(tmp_path, tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
