@@ -38,10 +38,14 @@ class FitError(Exception):
     """Report that no size is allowed for a clip, and why."""
 
 
+def check_option(condition: object, name: str, value: object, allowed: str) -> None:
+    """Raise UserError, which names the option as it is typed, unless the condition holds."""
+    check(condition, f"--{name.replace('_', '-')} is {value!r}; it must be {allowed}")
+
+
 def check_word(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise UserError unless the value of an option is one of the words that are allowed."""
-    near = did_you_mean(str(value), allowed)
-    check(value in allowed, f"{name} is {value!r}; it must be {' or '.join(allowed)}{near}")
+    check_option(value in allowed, name, value, " or ".join(allowed) + did_you_mean(str(value), allowed))
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,12 @@ class SizeRule:
     framing: str = "native"  # keep the aspect ratio, or crop to a "square" (to measure what that costs)
 
     def __post_init__(self):
-        check(self.multiple >= 1, f"multiple is {self.multiple}; it must be at least 1")
-        square = self.multiple**2
+        check_option(self.multiple >= 1, "multiple", self.multiple, "at least 1")
+        square, most = self.multiple**2, self.max_tokens
         for name in ("max_pixels", "min_pixels"):
             value = getattr(self, name)
-            check(value is None or value >= square, f"{name} is {value}; it must be at least multiple^2 = {square}")
-        most = self.max_tokens
-        check(most is None or most >= 1, f"max_tokens is {most}; it must be at least 1")
+            check_option(value is None or value >= square, name, value, f"at least multiple^2 = {square}")
+        check_option(most is None or most >= 1, "max_tokens", most, "at least 1")
         check_word("resolution", self.resolution, RESOLUTIONS)
         check_word("framing", self.framing, FRAMINGS)
 

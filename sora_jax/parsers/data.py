@@ -1,10 +1,8 @@
 """Parse and run the verbs of `sora-jax data`."""
 
 import argparse
-import contextlib
 import functools
 
-from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.parsers.base import EXAMPLES, Help, add_tiles, make_parser
 
@@ -160,24 +158,11 @@ def build_config(options):
     if options.config is None:
         first = next(iter(options.changes), "")
         check(not first, f"--config is not given; it must be the file that --config.{first} changes")
-        with _named_as_typed():
-            return BuildConfig(sources=(source_config(options),), **given)
+        return BuildConfig(sources=(source_config(options),), **given)
     for flag in (*SOURCE_FLAGS, "world"):
         name, value = flag.replace("_", "-"), getattr(options, flag, None)
         check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
-    config = from_dict(BuildConfig, load(options.config, options.changes), "--config")
-    with _named_as_typed():
-        return dataclasses.replace(config, **given)
-
-
-@contextlib.contextmanager
-def _named_as_typed():
-    """Name the option in place of the field that a UserError begins with: "max_frames is 0" -> "--max-frames is 0"."""
-    try:
-        yield
-    except UserError as error:
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {rest}" if name in build_defaults() else str(error)) from error
+    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes), "--config"), **given)
 
 
 def source_config(options):

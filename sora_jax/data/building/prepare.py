@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sora_jax.config import check
 from sora_jax.data.building.pool import Refusal
 from sora_jax.data.draws import uniform
-from sora_jax.data.fit import LENGTH_RULES, SizeRule, check_word, fit_length, longest_length, pad_frames
+from sora_jax.data.fit import LENGTH_RULES, SizeRule, check_option, check_word, fit_length, longest_length, pad_frames
 from sora_jax.data.reading.media import FitClip, SpanRule
 from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources import Entry, Source, SourceConfig, make_source
@@ -61,17 +61,15 @@ class BuildConfig:
         for name, allowed in _WORDS.items():
             check_word(name, getattr(self, name), allowed)
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            check(value >= least, f"{name} is {value}; it must be at least {least}")
+            check_option(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         for name in ("fps", "max_fps", "seconds"):
             value = getattr(self, name)
-            check(value is None or value > 0, f"{name} is {value}; it must be above 0")
-        check(0 <= self.holdout < 1, f"holdout is {self.holdout}; it must be at least 0 and less than 1")
+            check_option(value is None or value > 0, name, value, "above 0")
+        check_option(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and less than 1")
         check(self.sources, "sources is empty; it must have at least one source")
-        check(
-            self.variants == 1 or self.resolution != "largest" or self.place == "random",
-            f"variants is {self.variants}; it must be 1 unless place is random or resolution is uniform or navit",
-        )
+        vary = self.resolution != "largest" or self.place == "random"
+        what = "1 unless place is random or resolution is uniform or navit"
+        check_option(self.variants == 1 or vary, "variants", self.variants, what)
 
     @property
     def size_rule(self) -> SizeRule:
@@ -121,7 +119,7 @@ def open_sources(config: BuildConfig) -> Mix:
     for source in config.sources:
         for size in (source.world or WorldConfig()).sizes if source.name == "world" else ():
             fits = not any(side % config.multiple for side in size)
-            check(fits, f"multiple is {config.multiple}; it must divide the world's size {size}, as 4 or 8 may")
+            check_option(fits, "multiple", config.multiple, f"a divisor of the world's size {size}, as 4 or 8 may be")
     return Mix([make_source(source) for source in config.sources])
 
 
