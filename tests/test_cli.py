@@ -279,10 +279,10 @@ def test_wrong_sources(chain, tmp_path, capsys):  # noqa: F811
     shutil.copytree(chain.clips, tmp_path / "silent")
     (tmp_path / "silent" / "captions.csv").unlink()
     out = tmp_path / "dataset"
-    assert "is empty" in refused(capsys, *build_options(tmp_path / "empty", out))
+    assert "there are none" in refused(capsys, *build_options(tmp_path / "empty", out))
     assert "must be a folder of videos or pictures" in refused(capsys, *build_options(tmp_path / "none", out))
     assert "6 x no caption" in refused(capsys, *build_options(tmp_path / "silent", out), "--workers=1")
-    assert "max_frames" in refused(capsys, *build_options(chain.clips, chain.dataset), "--max-frames=5")
+    assert "--max-frames=9, not 5" in refused(capsys, *build_options(chain.clips, chain.dataset), "--max-frames=5")
     assert "simple" in refused(capsys, "data", "build", "--source=world", "--world=flat", "--limit=2", f"--out={out}")
     assert not out.exists()
 

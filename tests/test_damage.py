@@ -9,7 +9,7 @@ import pytest
 from fixtures_media import encode, flat, names
 from PIL import Image
 
-from sora_jax.data.building.guard import guarded_map
+from sora_jax.data.building.pool import map_with_timeout
 from sora_jax.data.reading.damage import check_units
 from sora_jax.data.reading.media import SpanRule, decode
 from sora_jax.data.reading.tracks import Damage, MediaError
@@ -104,7 +104,9 @@ def test_names_are_kept_by_a_sound_file(tmp_path):
 def test_a_process_reads_damaged_files_without_dying(tmp_path):
     path = str(encode(tmp_path / "a.mp4", noise(4)))
     variants = [corrupt.Variant(path, "zeros", seed) for seed in range(6)]
-    assert all(isinstance(result, str | corrupt.DecodedClip) for result in guarded_map(corrupt.read, variants, 1, 10))
+    assert all(
+        isinstance(result, str | corrupt.DecodedClip) for result in map_with_timeout(corrupt.read, variants, 1, 10)
+    )
 
 
 def test_no_frames_is_a_media_error(tmp_path):

@@ -71,7 +71,7 @@ def test_the_crop_is_centred_inside_and_not_squashed(height, width, new_height, 
 
 
 def test_size_rule_refuses_the_impossible():
-    with pytest.raises(UserError, match="max_pixels=100"):
+    with pytest.raises(UserError, match="--max-pixels is 100; it must be at least"):
         SizeRule(multiple=16, max_pixels=100)
     with pytest.raises(FitError, match="1x1"):
         SizeRule(16)(1, 1)

@@ -4,11 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
+from fixtures_datasets import write_dataset
 
 from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import add_clip, write_dataset
+from sora_jax.data.storing.manifest import add_clip
 from sora_jax.errors import UserError
 
 NOISE = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import timing
 
-from sora_jax.data.building.guard import Failure, guarded_map
+from sora_jax.data.building.pool import Refusal, map_with_timeout
 from sora_jax.data.fit import SizeRule
 from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
@@ -65,9 +65,9 @@ def read(variant: Variant) -> DecodedClip | str:
         return str(error)
 
 
-def outcome(result: DecodedClip | str | Failure, intact: DecodedClip | None) -> str:
+def outcome(result: DecodedClip | str | Refusal, intact: DecodedClip | None) -> str:
     """Return what became of a file in a few words."""
-    if isinstance(result, Failure):
+    if isinstance(result, Refusal):
         return result.reason.split(":")[0]
     if isinstance(result, str):
         return f"refused: {result.split(':')[0]}"
@@ -100,7 +100,7 @@ def make_variants(paths: list[str], count: int) -> list[Variant]:
 
 def judge(variants: list[Variant], intact: dict[str, DecodedClip], workers: int, seconds: float) -> list[str]:
     """Return the outcome of each variant."""
-    results = guarded_map(read, variants, workers, seconds)
+    results = map_with_timeout(read, variants, workers, seconds)
     return [outcome(result, intact.get(v.path)) for v, result in zip(variants, results, strict=True)]
 
 
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     machine = timing.machine()
     sound, broken = find(options.folders), find(options.broken)
-    clips = list(guarded_map(read, sound + broken, options.workers, options.seconds))
+    clips = list(map_with_timeout(read, sound + broken, options.workers, options.seconds))
     outcomes = [outcome(clip, None) for clip in clips]
     header, *rows = table(sound + broken, outcomes, lambda variant: "sound" if variant in sound else "broken")
     lost = [f"{Path(v.path).name}: {text}" for v, text in zip(sound, outcomes) if text not in WHOLE]
