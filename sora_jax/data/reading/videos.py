@@ -76,7 +76,7 @@ class VideoReader:
         self.decoder.thread_count = 1
         self.decoder.options = DECODER
         aspect = float(self.stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
-        self.renderer = FrameRenderer(aspect if 1 / 8 <= aspect <= 8 else 1.0)  # no camera has other pixels
+        self.renderer = FrameRenderer(aspect if 1 / 8 <= aspect <= 8 else 1.0, self.codec)  # no camera has others
 
     def complaint(self) -> str:
         """Return the first error in the log since the last call."""
@@ -161,7 +161,7 @@ def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
     options = {"protocol_whitelist": "file", "err_detect": "crccheck"}
     with av.open(file, options=options, metadata_errors="replace") as container:
         if FOREIGN_CONTAINERS & set(container.format.name.split(",")):
-            raise MediaError(f"not a video: FFmpeg reads it as {container.format.name}")
+            raise MediaError(f"not a picture or a video: FFmpeg reads it as {container.format.name}")
         yield VideoReader(container, log)
 
 
