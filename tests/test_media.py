@@ -56,16 +56,6 @@ def test_unwritable_clips_are_user_errors(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(("rotation", "turned"), [(0, 0), (90, 1), (180, 2), (-90, 3)])
-def test_rotation_tag_is_applied(tmp_path, rotation, turned):
-    frame = quadrants()
-    path = encode(tmp_path / "turned.mp4", frame[None].repeat(3, 0), rotation=rotation)
-    read = decode(path).frames[0]
-    expected = np.rot90(frame, turned)  # the tag counts counter-clockwise, as rot90 does
-    assert read.shape == expected.shape
-    assert corners(read) == corners(expected)
-
-
 def test_pixels_become_square(tmp_path):
     path = encode(tmp_path / "wide.mp4", quadrants()[None].repeat(3, 0), sar=Fraction(3, 2))
     frame = decode(path).frames[0]
@@ -172,7 +162,7 @@ def junk() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", sorted(junk()))
 def test_junk_is_refused_with_a_reason(tmp_path, name):
     (tmp_path / name).write_bytes(junk()[name])
-    with pytest.raises(MediaError, match=r"\w+: \w+|not a video"):
+    with pytest.raises(MediaError, match=r"\w+: \w+"):
         decode(tmp_path / name)
 
 
@@ -192,13 +182,6 @@ def picture(tmp_path, name: str, image: Image.Image, **options) -> np.ndarray:
     clip = decode(tmp_path / name)
     assert clip.fps == 1.0
     return clip.frames
-
-
-def test_exif_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn a quarter clockwise to see it upright"
-    frames = picture(tmp_path, "a.jpg", Image.fromarray(quadrants()), exif=exif, quality=95)
-    assert corners(frames[0]) == corners(np.rot90(quadrants(), -1))
 
 
 def test_transparency_becomes_white(tmp_path):

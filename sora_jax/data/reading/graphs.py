@@ -5,6 +5,8 @@ A graph does all but the tone mapping of HDR, which is in `hdr`: PyAV's FFmpeg i
 intent=perceptual, darkens every picture for a peak of 10,000 cd/m2.
 """
 
+from typing import Any
+
 import numpy as np
 from av import VideoFrame
 from av.filter import Graph
@@ -18,6 +20,9 @@ MATRICES = {1: "bt709", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 
 # Frames that the decoder marks as interlaced become progressive, the others pass; the number of frames stays.
 TIME_BASE = "1/1000"  # of all graphs; ticks pass as they are
 DEINTERLACE = ["bwdif=mode=send_frame:deint=interlaced", f"settb={TIME_BASE}"]  # bwdif halves the time base
+# Codecs whose chroma samples stand on the even columns of luma, if they say no more. PyAV does not show what a frame
+# says of it, and `scale` takes the middle between two columns unless it is told.
+LEFT_CHROMA = {"h264", "hevc", "mpeg2video", "mpeg4", "vc1", "wmv3"}
 # White minus premultiplied inverse: colour * alpha + white * (1 - alpha). Scaled before, a picture would show the
 # colours of its transparent parts.
 OVER_WHITE = ["format=gbrap", "negate", "premultiply=inplace=1", "format=gbrp", "negate"]
@@ -45,11 +50,13 @@ class FrameRenderer:
 
     Args:
         pixel_aspect: width over height of a pixel.
+        codec: canonical name of the stream's codec.
         matrix: the display matrix of frames that carry none, (9,).
     """
 
-    def __init__(self, pixel_aspect: float, matrix: np.ndarray | None = None):
+    def __init__(self, pixel_aspect: float, codec: str, matrix: np.ndarray | None = None):
         self.pixel_aspect, self.matrix = pixel_aspect, matrix
+        self.chroma = "left" if codec in LEFT_CHROMA else "center"
         self.graphs: dict[tuple, Graph] = {}
 
     def render(self, frame: VideoFrame, fit: Fit | None) -> np.ndarray:
@@ -71,7 +78,7 @@ class FrameRenderer:
         scale = max(target[0] / height, target[1] / width)
         # The size that covers the target, larger by an even number of pixels on each axis.
         rows, columns = (want + 2 * round((have * scale - want) / 2) for have, want in zip((height, width), target))
-        filters = colour_filters(frame, f"scale={columns}:{rows}:flags=bicubic")
+        filters = colour_filters(frame, f"{columns}:{rows}", self.chroma)
         if (rows, columns) != target:
             filters.append(f"crop={target[1]}:{target[0]}:{(columns - target[1]) // 2}:{(rows - target[0]) // 2}")
         return filters + turn
@@ -80,7 +87,7 @@ class FrameRenderer:
 def display_matrix(frame: VideoFrame) -> np.ndarray | None:
     """Return the display matrix of a frame, (9,)."""
     try:
-        found = frame.side_data.get("DISPLAYMATRIX")
+        found: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV lists no side data if one is of a type that it does not know
         angle = np.radians(frame.rotation)
         return np.array([np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1]) * 2**16
@@ -97,19 +104,16 @@ def turn_filters(matrix: np.ndarray | None) -> list[str]:
     return FLIPS[-1 if a < 0 else 1, -1 if d < 0 else 1]
 
 
-def colour_filters(frame: VideoFrame, scale: str) -> list[str]:
+def colour_filters(frame: VideoFrame, size: str, chroma: str) -> list[str]:
     """Return the filters that scale a frame and bring it to RGB: of 8 bits, over white; of 16 bits if it is HDR."""
     palette = frame.format.has_palette
     alpha = palette or any(component.is_alpha for component in frame.format.components)
     rgb = palette or frame.format.is_rgb
-    filters = [] if rgb else [f"setparams=colorspace={_matrix(frame)}:range={_range(frame)}"]
-    filters += ["scale=flags=bicubic", *OVER_WHITE] if alpha else []
+    parameters = [] if rgb else [f"setparams=colorspace={_matrix(frame)}:range={_range(frame)}"]
     # swscale scales the planes before it mixes them; without these flags every second column takes the colour of two.
-    return [
-        *filters,
-        f"{scale}+full_chroma_int+full_chroma_inp+accurate_rnd",
-        "format=gbrp16le" if is_hdr(frame) else "format=gbrp",
-    ]
+    flags = f"in_chroma_loc={chroma}:flags=bicubic+full_chroma_int+full_chroma_inp+accurate_rnd"
+    white = [f"scale={flags}", *OVER_WHITE] if alpha else []
+    return [*parameters, *white, f"scale={size}:{flags}", "format=gbrp16le" if is_hdr(frame) else "format=gbrp"]
 
 
 def is_hdr(frame: VideoFrame) -> bool:

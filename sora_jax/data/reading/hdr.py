@@ -35,7 +35,7 @@ def _compressed(light: np.ndarray) -> np.ndarray:
 
 @cache
 def _table(transfer: int) -> np.ndarray:
-    """Return light for each code of 12 bits: PQ, on the screen, 1 = WHITE (SMPTE ST 2084); HLG, in the scene (BT.2100)."""
+    """Return light for each code of 12 bits: on the screen for PQ (SMPTE ST 2084, 1 = WHITE), in the scene for HLG."""
     code = np.arange(STEPS) / (STEPS - 1)
     if transfer == PQ:
         power = code ** (4096 / 2523 / 128)

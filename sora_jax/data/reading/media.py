@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from sora_jax.data.fit import FitError
 from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
 from sora_jax.data.reading.pictures import open_picture, scaled
-from sora_jax.data.reading.tracks import File, Fit, FrameSource, MediaError, reason, usual_period
+from sora_jax.data.reading.tracks import Draw, File, Fit, FrameSource, MediaError, reason, usual_period
 from sora_jax.data.reading.videos import open_video
 from sora_jax.errors import UserError
 
@@ -31,20 +31,17 @@ FitClip = Callable[[int, int, int], tuple[int, int]]
 class SpanRule:
     """Selects which part of a file becomes its clip `number` (of at most `count`), and at what rate.
 
-    The file is cut into as many equal stretches as spans of `max_frames` fit into it, at most `count`, at least
-    one (max_frames=None: the whole file is the one span); span `number` lies in its stretch from the start
-    (place=0) to the end (place=1). `fps` resamples to that rate by holding or leaving out frames, `max_fps` only
-    slows faster files down; without them a file keeps its most usual rate. cuts: keep only the longest run of
-    frames without a scene cut.
+    The file is cut into as many equal stretches as spans of `max_frames` fit into it, at most `count`, at least one;
+    span `number` lies in its stretch.
     """
 
-    max_frames: int | None = None
-    fps: float | None = None
-    max_fps: float | None = None
-    place: float = 0.0
+    max_frames: int | None = None  # None: the whole file is the one span
+    fps: float | None = None  # resample to this rate by holding or leaving out frames; None: the file's usual rate
+    max_fps: float | None = None  # slow faster files down to this rate
+    place: float = 0.0  # of the span in its stretch, from the start (0) to the end (1)
     number: int = 0
     count: int = 1
-    cuts: bool = False
+    cuts: bool = False  # keep only the longest run of frames without a scene cut
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def open_frames(file: File) -> Iterator[FrameSource]:
 
 
 def sample(source: FrameSource, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
-    """`decode` for an open source."""
+    """Sample an open file, as `decode` does."""
     period = usual_period(source.times, source.end)
     if len(source.times) == 1:
         rule = replace(rule, fps=None)  # a picture stays a picture
@@ -157,10 +154,8 @@ def _without_cuts(source: FrameSource, grid: np.ndarray, slack: float) -> tuple[
 def _small_frames(source: FrameSource, grid: np.ndarray, slack: float) -> Iterator[tuple[float, np.ndarray]]:
     """Yield every frame of the file within the grid, small, up to the first damage."""
     try:
-        for time, draw in source.frames(grid[0]):
-            if time > grid[-1] + slack:
-                return
-            if _next_time(source, time + slack) > grid[0] - slack:
+        for time, until, draw in _shown(source, grid, slack):
+            if until > grid[0] - slack:
                 yield time, draw(small_size)
     except Exception:
         return
@@ -168,12 +163,14 @@ def _small_frames(source: FrameSource, grid: np.ndarray, slack: float) -> Iterat
 
 def _drawn(source: FrameSource, grid: np.ndarray, slack: float, fit: Fit | None) -> tuple[list[np.ndarray], str]:
     """Return the frames at the grid's moments up to the first damage, at least one, and what that was."""
-    frames, damage = [], ""
+    frames, damage = list[np.ndarray](), ""
     try:
-        for frame in _hold(source, grid, slack, lambda draw: draw(fit)):
-            if frame.nbytes * len(grid) > MAX_CLIP_BYTES:
-                raise MediaError(f"too large: {len(grid)} frames of {frame.shape[:2]} at once")
-            frames.append(frame)
+        for _, until, draw in _shown(source, grid, slack):
+            if count := int(np.searchsorted(grid, until - slack)) - len(frames):
+                frame = draw(fit)
+                if frame.nbytes * len(grid) > MAX_CLIP_BYTES:
+                    raise MediaError(f"too large: {len(grid)} frames of {frame.shape[:2]} at once")
+                frames += [frame] * count
     except (MediaError, FitError):
         raise
     except Exception as error:
@@ -183,28 +180,23 @@ def _drawn(source: FrameSource, grid: np.ndarray, slack: float, fit: Fit | None)
     return frames, damage
 
 
-def _hold(source: FrameSource, grid: np.ndarray, slack: float, render: Callable) -> Iterator[np.ndarray]:
-    """Yield for each moment the frame shown then, drawn once; the last one is held as long as the file says."""
-    k, shown, until, failure = 0, None, -np.inf, None
-    frames = source.frames(grid[0])
-    while k < len(grid):
-        try:
-            time, draw = next(frames, (None, None))
-        except Exception as error:
-            time, failure = None, error
-        ended = until if time is None else time
-        frame = None
-        while shown is not None and k < len(grid) and grid[k] < ended - slack:
-            frame = render(shown) if frame is None else frame
-            yield frame
-            k += 1
-        if time is None:
-            break
-        shown, until = draw, _next_time(source, time + slack)
+def _shown(source: FrameSource, grid: np.ndarray, slack: float) -> Iterator[tuple[float, float, Draw]]:
+    """Yield the frames up to the last moment of the grid: from and until when each is shown, in seconds, and its draw.
+
+    Damage is raised after the frame before it, which is shown until the next one was to come.
+    """
+    last, failure = None, None
+    try:
+        for time, draw in source.frames(grid[0]):
+            if last:
+                yield last[0], time, last[1]
+            if time > grid[-1] + slack:
+                return
+            last = time, draw
+    except Exception as error:
+        failure = error
+    if last:
+        later = np.searchsorted(source.times, last[0] + slack, side="right")
+        yield last[0], source.times[later] if later < len(source.times) else max(source.end, last[0] + slack), last[1]
     if failure:
         raise failure
-
-
-def _next_time(source: FrameSource, time: float) -> float:
-    later = np.searchsorted(source.times, time, side="right")
-    return source.times[later] if later < len(source.times) else max(source.end, time)

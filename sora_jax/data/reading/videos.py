@@ -5,6 +5,7 @@ decoder that conceals damage reports it in libav's log: the log is read after ev
 ends the file. Errors of a decoder that catches up after a cut do not count.
 """
 
+import gc
 import os
 from array import array
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class VideoReader:
         self.decoder.thread_count = 1
         self.decoder.options = DECODER
         aspect = float(self.stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
-        self.renderer = FrameRenderer(aspect if 1 / 8 <= aspect <= 8 else 1.0)  # no camera has other pixels
+        self.renderer = FrameRenderer(aspect if 1 / 8 <= aspect <= 8 else 1.0, self.codec)  # no camera has others
 
     def complaint(self) -> str:
         """Return the first error in the log since the last call."""
@@ -153,6 +154,8 @@ def _identity(file: File) -> object:
 
 @contextmanager
 def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
+    # PyAV's containers and streams refer to each other: until then the decoder of the file before holds its frames.
+    gc.collect(1)
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
@@ -161,7 +164,7 @@ def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
     options = {"protocol_whitelist": "file", "err_detect": "crccheck"}
     with av.open(file, options=options, metadata_errors="replace") as container:
         if FOREIGN_CONTAINERS & set(container.format.name.split(",")):
-            raise MediaError(f"not a video: FFmpeg reads it as {container.format.name}")
+            raise MediaError(f"not a picture or a video: FFmpeg reads it as {container.format.name}")
         yield VideoReader(container, log)
 
 
@@ -201,6 +204,8 @@ def _read_index(reader: VideoReader) -> Index:
             size += packet.size
             if size <= KEPT_BYTES or len(packets) < PROBED:
                 packets.append(packet)
+            else:
+                del packets[PROBED:]
             if len(rows) == 4 * MAX_PACKETS:
                 break
     except Exception as error:
