@@ -5,6 +5,7 @@ decoder that conceals damage reports it in libav's log: the log is read after ev
 ends the file. Errors of a decoder that catches up after a cut do not count.
 """
 
+import gc
 import os
 from array import array
 from collections.abc import Iterator
@@ -153,6 +154,8 @@ def _identity(file: File) -> object:
 
 @contextmanager
 def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
+    # PyAV's containers and streams refer to each other: until then the decoder of the file before holds its frames.
+    gc.collect(1)
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
@@ -201,6 +204,8 @@ def _read_index(reader: VideoReader) -> Index:
             size += packet.size
             if size <= KEPT_BYTES or len(packets) < PROBED:
                 packets.append(packet)
+            else:
+                del packets[PROBED:]
             if len(rows) == 4 * MAX_PACKETS:
                 break
     except Exception as error:
