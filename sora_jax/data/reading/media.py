@@ -5,7 +5,7 @@ decoder reports damage. A frame is held in full size only until it has been scal
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,9 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from sora_jax.data.fit import FitError
 from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
 from sora_jax.data.reading.pictures import open_picture, scaled
-from sora_jax.data.reading.tracks import Draw, File, Fit, FrameSource, MediaError, reason, usual_period
+from sora_jax.data.reading.tracks import Draw, File, Fit, FrameSource, MediaError, as_media_error, reason, usual_period
 from sora_jax.data.reading.videos import open_video
-from sora_jax.errors import UserError
 
 MAX_CLIP_BYTES = 2**32
 MAX_CLIP_FRAMES = 2**22
@@ -54,6 +53,7 @@ class DecodedClip:
     flags: tuple[str, ...] = ()  # what a user should know: "partial: ..." of a file used up to its damage
 
 
+@as_media_error()
 def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
     """Decode a part of a video or a picture (one frame; animated GIF, WebP, PNG: several).
 
@@ -72,17 +72,15 @@ def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) 
     Raises:
         MediaError: the file gives no frame.
     """
-    try:
-        with open_frames(file) as source:
-            return sample(source, rule, fit)
-    except (MediaError, UserError):
-        raise
-    except FitError as error:
-        raise MediaError(str(error)) from error
-    except Exception as error:  # decoders raise whatever they like: UnicodeDecodeError, EOFError, ...
-        raise MediaError(f"unreadable: {reason(error)}") from error
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(open_picture(file))
+        except UnidentifiedImageError:
+            source = stack.enter_context(open_video(file))
+        return sample(source, rule, fit)
 
 
+@as_media_error()
 def sample_frames(
     frames: np.ndarray, fps: float, rule: SpanRule = SpanRule(), fit: FitClip | None = None
 ) -> DecodedClip | None:
@@ -94,17 +92,6 @@ def sample_frames(
     times = np.arange(len(frames)) / fps
     draws = [(time, partial(draw, k)) for k, time in enumerate(times)]
     return sample(FrameSource(times, len(frames) / fps, lambda start: iter(draws)), rule, fit)
-
-
-@contextmanager
-def open_frames(file: File) -> Iterator[FrameSource]:
-    """Open a file by Pillow if it knows the content, by PyAV if not."""
-    with ExitStack() as stack:
-        try:
-            source = stack.enter_context(open_picture(file))
-        except UnidentifiedImageError:
-            source = stack.enter_context(open_video(file))
-        yield source
 
 
 def sample(source: FrameSource, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:

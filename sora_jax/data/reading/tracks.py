@@ -1,11 +1,15 @@
 """The frames of a file before they are drawn, and how a file can fail: shared by `pictures`, `videos` and `media`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from sora_jax.data.fit import FitError
+from sora_jax.errors import UserError
 
 MAX_FRAME_PIXELS = 2**26
 
@@ -52,6 +56,19 @@ def reason(error: Exception) -> str:
     """Return an error of a decoder as one line."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".")
     return text if isinstance(error, Damage) else f"{type(error).__name__}, {text}".rstrip(", ")
+
+
+@contextmanager
+def as_media_error() -> Iterator[None]:
+    """Convert the errors of decoders and archives, which may be of any type, to a MediaError."""
+    try:
+        yield
+    except (MediaError, UserError):
+        raise
+    except FitError as error:
+        raise MediaError(str(error)) from error
+    except Exception as error:
+        raise MediaError(f"unreadable: {reason(error)}") from error
 
 
 def check_pixels(width: int, height: int) -> None:

@@ -10,7 +10,7 @@
 """
 
 from sora_jax.data.sources.config import SourceConfig
-from sora_jax.data.sources.entries import Entry, Media, Source
-from sora_jax.data.sources.selection import make_source
+from sora_jax.data.sources.entries import Entry, Media
+from sora_jax.data.sources.selection import Source, make_source
 
 __all__ = ["Entry", "Media", "Source", "SourceConfig", "make_source"]

@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 
 from sora_jax.config import check, choose
-from sora_jax.errors import UserError
 from sora_jax.worlds import WorldConfig
 
 KINDS = {  # -> what --path must be
@@ -14,7 +13,6 @@ KINDS = {  # -> what --path must be
     "array_record": "a dataset folder",
     "world": "",
 }
-LABELS = ("caption", "class", "both")
 
 
 @dataclass(frozen=True)
@@ -37,33 +35,25 @@ class SourceConfig:
     world_held_out: int = 0  # how many clips, the last of `limit`, come from the held-out scenes of the world
 
     def __post_init__(self):
-        if not re.fullmatch(r"tfds:\w[\w/.:-]*", self.name):
-            check(self.name in KINDS, f"--source is {self.name!r}; it must be {', '.join(KINDS)} or tfds:NAME[:CONFIG]")
-            needed = KINDS[self.name]
-            check(self.path or not needed, f"--path is not given; with --source={self.name} it must be {needed}")
-            check(not self.split, f"--split is {self.split!r}; it must be left out with --source={self.name}")
-        for option in ("weight", "strip_fps"):
-            value = getattr(self, option)
-            check(0 < value < math.inf, f"{_typed(option)} is {value}; it must be finite and above 0")
-        for option in ("strip_frames", "limit"):
-            value = getattr(self, option)
-            check(value is None or value >= 1, f"{_typed(option)} is {value}; it must be at least 1")
-        choose("--label", self.label, dict.fromkeys(LABELS))
-        words = "it must hold {label}, where the name of the class goes"
-        check("{label}" in self.label_caption, f"--label-caption is {self.label_caption!r}; {words}")
-        self._check_world()
-
-    def _check_world(self) -> None:
-        most = 0
-        if self.name == "world":
-            if self.limit is None:
-                raise UserError("--limit is not given; with --source=world it must be the number of clips")
-            most, strip = self.limit, self.strip_frames
-            check(not strip, f"--strip-frames is {strip}; it must be left out with --source=world")
-        held_out = self.world_held_out
-        at = f"with --source={self.name} it must be from 0 to {most}"
-        check(0 <= held_out <= most, f"--world-held-out is {held_out}; {at}")
-
-
-def _typed(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
+        world, held_out = self.name == "world", self.world_held_out
+        tfds, needed = re.fullmatch(r"tfds:\w[\w/.:-]*", self.name), KINDS.get(self.name)
+        here, most = f"with --source={self.name} it must be", (self.limit or 0) if world else 0
+        without = f"it must be left out with --source={self.name}"
+        above, some = "it must be finite and above 0", "it must be at least 1"
+        holds = "it must hold {label}, where the name of the class goes"
+        for option, value, fits, allowed in (
+            ("source", self.name, tfds or needed is not None, f"it must be {', '.join(KINDS)} or tfds:NAME[:CONFIG]"),
+            ("path", self.path, self.path or not needed, f"{here} {needed}"),
+            ("split", self.split, tfds or not self.split, without),
+            ("weight", self.weight, 0 < self.weight < math.inf, above),
+            ("strip-fps", self.strip_fps, 0 < self.strip_fps < math.inf, above),
+            ("strip-frames", self.strip_frames, self.strip_frames is None or self.strip_frames >= 1, some),
+            ("strip-frames", self.strip_frames, not (world and self.strip_frames), without),
+            ("limit", self.limit, self.limit is None or self.limit >= 1, some),
+            ("limit", self.limit, self.limit or not world, f"{here} the number of clips"),
+            ("label-caption", self.label_caption, "{label}" in self.label_caption, holds),
+            ("world-held-out", held_out, 0 <= held_out <= most, f"{here} from 0 to {most}"),
+        ):
+            given = "is not given" if value in ("", None) else f"is {value!r}"
+            check(fits, f"--{option} {given}; {allowed}")
+        choose("--label", self.label, dict.fromkeys(("caption", "class", "both")))

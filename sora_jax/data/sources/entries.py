@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PureWindowsPath
 from typing import Protocol
 
 from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
@@ -43,15 +42,3 @@ class Reader(Protocol):
 
     def digest(self) -> str:
         """Return a fingerprint of names, sizes and captions, which changes with the source; reads no media."""
-
-
-class Source(Reader, Protocol):
-    """A Reader under a SourceConfig: labels, weight and limit applied. `name` goes into the manifest."""
-
-    name: str
-
-
-def escapes(name: str) -> bool:
-    """Return True if a file name leads out of the folder or archive in which it stands."""
-    path = PureWindowsPath(name)  # knows both kinds of slashes
-    return bool(path.root or path.drive) or ".." in path.parts

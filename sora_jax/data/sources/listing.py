@@ -3,17 +3,14 @@
 import io
 import os
 import posixpath
-import stat
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from sora_jax.config import check
 from sora_jax.data.reading.tracks import reason
-from sora_jax.data.sources.entries import escapes
 from sora_jax.data.sources.opened import Part, ZipMember, archive_copy, open_zip
 from sora_jax.files import as_path, is_remote, matching, remote_files, size_and_time
 
@@ -46,7 +43,8 @@ class Listing:
     def add(self, archive: str, name: str, why: str, listed: Listed) -> None:
         """List a member of an archive, or refuse it for the reason `why`."""
         inside = posixpath.normpath(name.replace("\\", "/"))  # some tar files begin all names with "./"
-        if why or escapes(name):
+        path = PureWindowsPath(name)  # knows both kinds of slashes
+        if why or path.root or path.drive or ".." in path.parts:
             self.refused.append((f"{archive}/{name}", why or "unsafe: the name leads out of the archive"))
         elif f"{archive}/{inside}" in self.files:
             self.refused.append((f"{archive}/{name}", "repeated: an earlier file of the archive has the same name"))
@@ -66,14 +64,14 @@ def list_files(path: str, shards: bool) -> Listing:
     if root.is_dir():
         found = dict(sorted(remote_files(root).items(), key=_walked) if is_remote(root) else _walk(listing))
         found = {name: size for name, size in found.items() if visible(name)}
-    elif root.is_file():
-        listing.root = root.parent
-        texts = [text for ending in BESIDE if (text := root.with_suffix(ending)).is_file()]
-        found = {file.name: size_and_time(file)[0] for file in dict.fromkeys((root, *texts))}
     else:
-        listing.root = _fixed_part(root)
-        files = [file for file in matching(path) if file.is_file()] if shards else []
-        found = {file.relative_to(listing.root).as_posix(): size_and_time(file)[0] for file in sorted(files)}
+        if root.is_file():
+            listing.root = root.parent
+            files = [file for file in (root, *map(root.with_suffix, BESIDE)) if file.is_file()]
+        else:
+            listing.root = next(above for above in root.parents if not set("*?[") & set(str(above)))
+            files = sorted(file for file in matching(path) if file.is_file()) if shards else []
+        found = {file.relative_to(listing.root).as_posix(): size_and_time(file)[0] for file in files}
     for name, size in _without_datasets(path, found).items():
         lower = name.lower()
         if lower.endswith(COMPRESSED):
@@ -98,26 +96,26 @@ def visible(name: str) -> bool:
 def _walk(listing: Listing) -> Iterator[tuple[str, int]]:
     """Yield name and size of the files below the root, sorted, those of a folder before the folders in it."""
 
+    def refuse(path: str | Path, why: str) -> None:
+        listing.refused.append((os.path.relpath(path, listing.root), why))
+
     def skip(error: OSError) -> None:
-        listing.refused.append((os.path.relpath(error.filename, listing.root), f"unreadable: {reason(error)}"))
+        refuse(error.filename, f"unreadable: {reason(error)}")
 
     for folder, folders, files in os.walk(listing.root, onerror=skip):
         folders[:] = sorted(filter(visible, folders))
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for file in sorted(filter(visible, files + links)):
-            path = Path(folder, file)
-            name = path.relative_to(listing.root).as_posix()
+        for path in sorted(Path(folder, name) for name in files + links if visible(name)):
             try:
-                status = path.stat()
+                size, plain = path.stat().st_size, path.is_file()
             except OSError as error:
-                why = "missing: a link to nothing" if path.is_symlink() else f"unreadable: {reason(error)}"
-                listing.refused.append((name, why))
+                refuse(path, "missing: a link to nothing" if path.is_symlink() else f"unreadable: {reason(error)}")
                 continue
-            if stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-                yield name, status.st_size
-            else:
-                what = "a link to a folder" if file in links else "a pipe, a socket or a device"
-                listing.refused.append((name, f"not a file: {what}, which is not followed"))
+            if plain:
+                yield path.relative_to(listing.root).as_posix(), size
+            else:  # a pipe would be waited for without end
+                what = "a link to a folder" if path.is_dir() else "a pipe, a socket or a device"
+                refuse(path, f"not a file: {what}, which is not followed")
 
 
 def _walked(found: tuple[str, int]) -> list[tuple[bool, str]]:
@@ -136,18 +134,11 @@ def _without_datasets(path: str, found: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in found.items() if not name.startswith(inside)} if made else found
 
 
-def _fixed_part(pattern: Path) -> Path:
-    """Return the folder above the first part with a wildcard."""
-    parts = pattern.parts
-    fixed = next((n for n, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
-    return pattern.parents[len(parts) - 1 - fixed]
-
-
 def _list_zip(listing: Listing, name: str) -> None:
     path = listing.root / name
     try:
         members = sorted(open_zip(path).infolist(), key=lambda member: member.filename)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises one of many types
         listing.refused.append((name, f"unreadable: {reason(error)}"))
         return
     for member in members:

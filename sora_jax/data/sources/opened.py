@@ -5,8 +5,6 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -15,11 +13,9 @@ from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 
-from sora_jax.data.fit import FitError
 from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule, decode, sample_frames
-from sora_jax.data.reading.tracks import MediaError, reason
+from sora_jax.data.reading.tracks import MediaError, as_media_error
 from sora_jax.data.sources.entries import Media
-from sora_jax.errors import UserError
 from sora_jax.files import local_copy, size_and_time
 
 WHOLE_BYTES = 2**24
@@ -56,25 +52,17 @@ class FileMedia:
 
     file: File
 
+    @as_media_error()
     def content_id(self) -> str:
-        with self._reading() as stream:
+        with open_file(self.file) as stream:
             return fingerprint(stream)
 
+    @as_media_error()
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         if isinstance(self.file, Path):  # of the disk: libav opens it itself
             return decode(self.file, rule, fit)
-        with self._reading() as stream:
+        with open_file(self.file) as stream:
             return decode(stream, rule, fit)
-
-    @contextmanager
-    def _reading(self) -> Iterator[BinaryIO]:
-        try:
-            with open_file(self.file) as stream:
-                yield stream
-        except (MediaError, UserError):
-            raise
-        except Exception as error:  # a damaged or encrypted member of an archive raises one of many types
-            raise MediaError(f"unreadable: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -90,10 +78,7 @@ class FramesMedia:
         return digest.hexdigest()
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        try:
-            return sample_frames(self.frames, self.fps, rule, fit)
-        except FitError as error:
-            raise MediaError(str(error)) from error
+        return sample_frames(self.frames, self.fps, rule, fit)
 
 
 @dataclass(frozen=True)
@@ -108,17 +93,13 @@ class StripMedia:
         return f"{self.picture.content_id()}-{self.frames}"
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        strip = self.picture.decode(SpanRule(max_frames=1), None)
-        assert strip is not None  # every picture has a first frame
-        return FramesMedia(_unroll(strip.frames[0], self.frames), self.fps).decode(rule, fit)
-
-
-def _unroll(strip: np.ndarray, frames: int) -> np.ndarray:
-    """Split (H, N W, 3) into (N, H, W, 3)."""
-    height, width, _ = strip.shape
-    if width % frames:
-        raise MediaError(f"not a strip: {width} pixels do not divide into {frames} frames")
-    return np.ascontiguousarray(strip.reshape(height, frames, width // frames, 3).swapaxes(0, 1))
+        clip = self.picture.decode(SpanRule(max_frames=1), None)
+        assert clip is not None  # every picture has a first frame
+        height, width, _ = clip.frames[0].shape
+        if width % self.frames:
+            raise MediaError(f"not a strip: {width} pixels do not divide into {self.frames} frames")
+        frames = clip.frames[0].reshape(height, self.frames, width // self.frames, 3).swapaxes(0, 1)
+        return sample_frames(np.ascontiguousarray(frames), self.fps, rule, fit)
 
 
 @dataclass(frozen=True)

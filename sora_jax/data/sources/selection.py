@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from importlib import import_module
 
+from sora_jax.config import check
 from sora_jax.data.sources.config import SourceConfig
-from sora_jax.data.sources.entries import Entry, Media, Reader, Source
+from sora_jax.data.sources.entries import Entry, Media, Reader
 from sora_jax.data.sources.opened import StripMedia
-from sora_jax.errors import UserError
 
 READERS = {
     "folder": "folder.FolderReader",
@@ -18,13 +18,13 @@ READERS = {
 }
 
 
-def make_source(config: SourceConfig) -> Source:
+def make_source(config: SourceConfig) -> "Source":
     """List the source that the config names; UserError if it does not exist or one of its tables cannot be used."""
-    return ConfiguredSource(config)
+    return Source(config)
 
 
-class ConfiguredSource:
-    """A reader with the config's labels, weight and limit.
+class Source:
+    """A reader with the config's labels, weight and limit; `name` goes into the manifest.
 
     It pickles as its config and is listed again, once in each process that unpickles it; UserError if it has changed.
     """
@@ -32,20 +32,22 @@ class ConfiguredSource:
     def __init__(self, config: SourceConfig):
         self.config = config
         self.name = f"{config.name}:{config.path}" if config.path else config.name
-        self._reader = _reader(config)
+        # Imported here, so that a world does not wait for zip files and tables.
+        module, reader = READERS.get(config.name, "tfds.TfdsReader").split(".")
+        self._reader: Reader = getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
         self.refused = self._reader.refused
-        self._chosen = spread(len(self._reader), config.limit)
+        count = len(self._reader)
+        wanted = min(count, config.limit or count)
+        self._chosen = [i * count // wanted for i in range(wanted)] if wanted < count else range(count)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def entry(self, index: int) -> Entry:
-        entry = self._reader.entry(self._chosen[_within(index, len(self))])
-        return _labelled(replace(entry, weight=self.config.weight), self.config)
+        return _labelled(replace(self._reader.entry(self._chosen[index]), weight=self.config.weight), self.config)
 
     def open(self, index: int) -> Media:
-        media = self._reader.open(self._chosen[_within(index, len(self))])
-        strip = self.config.strip_frames
+        media, strip = self._reader.open(self._chosen[index]), self.config.strip_frames
         return StripMedia(media, strip, self.config.strip_fps) if strip else media
 
     def digest(self) -> str:
@@ -63,31 +65,11 @@ class ConfiguredSource:
 
 
 @lru_cache(maxsize=64)
-def _listed_again(config: SourceConfig, digest: str) -> ConfiguredSource:
-    source = ConfiguredSource(config)
-    if source.digest() != digest:
-        raise UserError(
-            f"--path is {config.path}; it has changed while it was read: leave its files alone, then restart"
-        )
+def _listed_again(config: SourceConfig, digest: str) -> Source:
+    source = Source(config)
+    changed = "it has changed while it was read: leave its files alone, then restart"
+    check(source.digest() == digest, f"--path is {config.path}; {changed}")
     return source
-
-
-def spread(count: int, limit: int | None) -> range | list[int]:
-    """Return at most `limit` of `count` indices, evenly spread."""
-    wanted = min(count, limit or count)
-    return range(count) if wanted == count else [i * count // wanted for i in range(wanted)]
-
-
-def _within(index: int, count: int) -> int:
-    if not 0 <= index < count:
-        raise IndexError(index)
-    return index
-
-
-def _reader(config: SourceConfig) -> Reader:
-    # Imported here, so that a world does not wait for zip files and tables.
-    module, reader = READERS.get(config.name, "tfds.TfdsReader").split(".")
-    return getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
 
 
 def _labelled(entry: Entry, config: SourceConfig) -> Entry:

@@ -4,10 +4,9 @@ import hashlib
 from dataclasses import dataclass
 
 from sora_jax import worlds as world
-from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
+from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule, sample_frames
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
-from sora_jax.data.sources.opened import FramesMedia
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class WorldMedia:
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         frames, _ = world.clip(self.config, self.number)
-        return FramesMedia(frames, self.config.fps).decode(rule, fit)
+        return sample_frames(frames, self.config.fps, rule, fit)
 
 
 class WorldReader:
@@ -43,8 +42,7 @@ class WorldReader:
     def entry(self, index: int) -> Entry:
         number = self._number(index)
         captions = world.captions_of(self._world, world.scene(self._world, number))
-        name = f"world/{self._world.seed}/{number}"
-        return Entry(name, captions, split=world.split(number))
+        return Entry(f"world/{self._world.seed}/{number}", captions, split=world.split(number))
 
     def open(self, index: int) -> WorldMedia:
         return WorldMedia(self._world, self._number(index))
