@@ -1,6 +1,7 @@
 """What all sources have in common: options, labels, limits; the world; and the rules of size and length."""
 
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -210,8 +211,7 @@ def test_rows_say_captions_of_all_kinds():
     + [{"label": label} for label in (1.5, 2**31, True, float("inf"), ["cat", "dog"], {}, b"cat")],
 )
 def test_rows_that_cannot_be_understood(row):
-    with pytest.raises(ValueError, match=r"; it must|surrogates"):
-        annotations(row)
+    assert re.search(r"; it must|surrogates", annotations(row).problem)
 
 
 def test_a_part_of_a_file_is_a_file(tmp_path):

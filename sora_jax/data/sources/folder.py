@@ -4,6 +4,7 @@ import hashlib
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePath
 
 from sora_jax.data.reading.tracks import reason
@@ -17,7 +18,6 @@ from sora_jax.data.sources.tables import (
     Annotations,
     Fields,
     Row,
-    annotations,
     clean,
     json_row,
     merge,
@@ -54,13 +54,14 @@ class FolderReader:
         self._listing = listing = list_files(config.path, shards)
         clips = _samples(listing, config.media_field) if shards else _clips(listing)
         captions = Captions(listing, clips, Fields(config.caption_field, config.label_field), strict=shards)
-        found = [(name, given) for name in clips if (given := self._annotations(captions, name)) is not None]
-        labels = number_labels(given.label for _, given in found)
+        found = {name: captions.find(name) for name in clips}
+        listing.refused += [(name, given.problem) for name, given in found.items() if given.problem]
+        missing = "missing: named in {} but not there"
+        listing.refused += [(name, missing.format(table)) for name, table in captions.unused.items()]
+        used = {name: given for name, given in found.items() if not given.problem}
+        labels = number_labels(given.label for given in used.values())
         self._entries = [
-            Entry(name, given.captions, *label, given.split) for (name, given), label in zip(found, labels)
-        ]
-        listing.refused += [
-            (name, f"missing: named in {table} but not there") for name, table in captions.unused.items()
+            Entry(name, given.captions, *label, given.split) for (name, given), label in zip(used.items(), labels)
         ]
         self.refused = [(_printable(name), _printable(why)) for name, why in listing.refused]
 
@@ -78,19 +79,6 @@ class FolderReader:
         listing = repr((self._entries, sizes, self.refused))
         return hashlib.blake2b(listing.encode(errors="replace"), digest_size=16).hexdigest()
 
-    def _annotations(self, captions: "Captions", name: str) -> Annotations | None:
-        try:
-            name.encode()
-            found = captions.find(name)
-        except UserError:
-            raise
-        except Exception as error:  # a damaged archive raises one of many types
-            found = f"bad name or caption: {reason(error)}"
-        if isinstance(found, str):
-            self._listing.refused.append((name, found))
-            return None
-        return found
-
 
 class Captions:
     """Captions, labels and splits of the clips of a listing.
@@ -105,7 +93,7 @@ class Captions:
         root, keys = listing.root, set(clips.values())
         roots = [root] if is_remote(root) else [root.absolute(), root.resolve()]
         self._roots = [f"{normal(str(path))}/" for path in roots]
-        self._rows: dict[str, Annotations | str] = {}
+        self._rows: dict[str, Annotations] = {}
         self.unused: dict[str, str] = {}
         tables = [name for name in listing.files if _may_be_table(name, keys)]
         for name in sorted(tables, key=lambda name: (name.count("/"), name)):  # one nearer to a clip comes later
@@ -116,16 +104,22 @@ class Captions:
         # One after the other, a million texts of a bucket would take a night.
         self._read_before = read_together(root, small) if is_remote(root) else {}
 
-    def find(self, name: str) -> Annotations | str:
-        """Return the annotations of a clip, or the reason why some cannot be used; or raise it."""
-        parts: list[Annotations | str] = []
+    def find(self, name: str) -> Annotations:
+        """Return the annotations of a clip."""
+        parts = []
         for key in reversed(self._row_keys(name)):
             self.unused.pop(key, None)
             parts += [self._rows[key]] if key in self._rows else []
         keys = dict.fromkeys((self._clips[name], normal(name)))
         beside = [pair for key in keys for pair in self._beside.get(key, ())]
         beside.sort(key=lambda pair: (_ending(pair[1]) == ".txt", not pair[0]))
-        return merge(parts + [self._read_beside(file, kind or ORIGINAL) for kind, file in beside])
+        try:
+            name.encode()
+            return merge(parts + [self._read_beside(file, kind or ORIGINAL) for kind, file in beside])
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive raises one of many types
+            return Annotations(problem=f"bad name or caption: {reason(error)}")
 
     def _row_keys(self, name: str) -> list[str]:
         """Return the names that a clip may have in tables; in an archive, also that as if unpacked beside it."""
@@ -134,17 +128,15 @@ class Captions:
             names.append(normal(posixpath.join(posixpath.dirname(archive), name.removeprefix(f"{archive}/"))))
         return [key for full in names for key in (full, _stem(full))]
 
-    def _read_beside(self, name: str, kind: str) -> Annotations | str:
+    def _read_beside(self, name: str, kind: str) -> Annotations:
         text, ending = self._text(name), _ending(name)
         if ending == ".txt":
             return Annotations({kind: clean(text)})
-        if ending == ".cls":
-            return annotations({"label": text})
-        row = json_row(1, text)
+        row = Row(1, {self._fields.label or "label": text}) if ending == ".cls" else json_row(1, text)
         if row.problem and not self._strict:
             return Annotations()  # beside files of a folder JSON is used for much else
         found = row.annotations(self._fields)
-        return f"bad row: {name}: {found}" if isinstance(found, str) else found
+        return replace(found, problem=found.problem and f"bad row: {name}: {found.problem}")
 
     def _text(self, name: str) -> str:
         data = self._read_before.get(name)
@@ -177,13 +169,14 @@ class Captions:
 
     def _take(self, table: str, row: Row) -> None:
         where, file, found = f"bad row: {table}, row {row.number}", row.file(), row.annotations(self._fields)
+        problem = found.problem
         if not file:
-            self._listing.refused.append((table, f"{where}: {found if isinstance(found, str) else 'it names no file'}"))
+            self._listing.refused.append((table, f"{where}: {problem or 'it names no file'}"))
             return
         key = self._key(table, file)
         if self.unused.get(key) == table:
-            found = f"it names {file} again; a file has one row, with columns caption_KIND"
-        found = f"{where}: {found}" if isinstance(found, str) else found
+            problem = f"it names {file} again; a file has one row, with columns caption_KIND"
+        found = replace(found, problem=problem and f"{where}: {problem}")
         self.unused[key], self._rows[key] = table, merge((self._rows.get(key, Annotations()), found))
 
     def _key(self, table: str, file: str) -> str:

@@ -43,18 +43,19 @@ class Annotations:
     captions: dict[str, str] = field(default_factory=dict)
     label: Label = None
     split: str | None = None
+    problem: str = ""  # why some cannot be used
 
 
-def merge(parts: Iterable[Annotations | str]) -> Annotations | str:
-    """Combine annotations, of which later ones go first; or return the first reason why some cannot be used."""
+def merge(parts: Iterable[Annotations]) -> Annotations:
+    """Combine annotations, of which later ones go first. Captions of kind original stand first."""
     captions: dict[str, str] = {}
-    label, split = None, None
+    label, split, problem = None, None, ""
     for part in parts:
-        if isinstance(part, str):
-            return part
         captions |= part.captions
         label, split = label if part.label is None else part.label, part.split or split
-    return Annotations(original_first({kind: text for kind, text in captions.items() if text}), label, split)
+        problem = problem or part.problem
+    kinds = sorted((kind for kind, text in captions.items() if text), key=lambda kind: kind != ORIGINAL)
+    return Annotations({kind: captions[kind] for kind in kinds}, label, split, problem)
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,16 @@ class Fields:
 
 
 def annotations(row: Mapping, fields: Fields = Fields()) -> Annotations:
-    """Return the annotations in a row; ValueError, with the reason as text, if a value cannot be used."""
+    """Return the annotations in a row."""
     captions: dict[str, str] = {}
-    for kind, value in _texts(row, fields):
-        if text := _text(f"caption of kind {kind}", value):
-            captions.setdefault(str(kind), text)
-    label = _label(row.get(fields.label or "label"))
-    return Annotations(original_first(captions), label, _text("split", row.get("split")) or None)
+    try:
+        for kind, value in _texts(row, fields):
+            if text := _text(f"caption of kind {kind}", value):
+                captions.setdefault(str(kind), text)
+        label, split = _label(row.get(fields.label or "label")), _text("split", row.get("split"))
+        return Annotations(captions, label, split or None)
+    except ValueError as error:
+        return Annotations(problem=str(error))
 
 
 def _texts(row: Mapping, fields: Fields) -> Iterator[tuple[str, object]]:
@@ -110,11 +114,6 @@ def clean(text: str) -> str:
     """Return a text as one line; ValueError if it cannot be written as UTF-8."""
     text.encode()
     return " ".join(text.replace("\0", " ").split())
-
-
-def original_first(captions: dict[str, str]) -> dict[str, str]:
-    """Return the same captions, that of kind original first."""
-    return {kind: captions[kind] for kind in sorted(captions, key=lambda kind: kind != ORIGINAL)}
 
 
 def _label(value) -> Label:
@@ -156,12 +155,8 @@ class Row(NamedTuple):
         named = (self.cells.get(column) for column in FILE_COLUMNS)
         return next((name.strip() for name in named if isinstance(name, str) and name.strip()), "")
 
-    def annotations(self, fields: Fields) -> Annotations | str:
-        """Return the annotations, or the reason why the row cannot be used."""
-        try:
-            return self.problem or annotations(self.cells, fields)
-        except ValueError as error:
-            return str(error)
+    def annotations(self, fields: Fields) -> Annotations:
+        return Annotations(problem=self.problem) if self.problem else annotations(self.cells, fields)
 
 
 class Table(NamedTuple):
