@@ -20,7 +20,7 @@ class Entry:
 
 
 class Media(Protocol):
-    """A file or frames to decode; small to pickle, opened when used. Both methods raise MediaError."""
+    """A file or frames to decode. Both methods raise MediaError."""
 
     def content_id(self) -> str:
         """Return an id of the content: equal files have equal ids wherever they lie."""
@@ -38,7 +38,8 @@ class Reader(Protocol):
 
     def entry(self, index: int) -> Entry: ...
 
-    def open(self, index: int) -> Media: ...
+    def open(self, index: int) -> Media:
+        """Return the media of an entry; MediaError if what holds it is damaged."""
 
     def digest(self) -> str:
         """Return a fingerprint of names, sizes and captions, which changes with the source; reads no media."""

@@ -52,8 +52,10 @@ class FolderReader:
     def __init__(self, config: SourceConfig):
         shards = config.name == "webdataset"
         self._listing = listing = list_files(config.path, shards)
-        clips = _samples(listing, config.media_field) if shards else _clips(listing)
-        captions = Captions(listing, clips, Fields(config.caption_field, config.label_field), strict=shards)
+        files = {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
+        clips = _samples(listing, config.media_field) if shards else files
+        fields = Fields(usual(config.caption_field), usual(config.label_field))
+        captions = Captions(listing, clips, fields, strict=shards)
         found = {name: captions.find(name) for name in clips}
         listing.refused += [(name, given.problem) for name, given in found.items() if given.problem]
         missing = "missing: named in {} but not there"
@@ -88,8 +90,7 @@ class Captions:
     """
 
     def __init__(self, listing: Listing, clips: Mapping[str, str], fields: Fields, strict: bool):
-        self._listing, self._clips, self._strict = listing, clips, strict
-        self._fields = Fields(usual(fields.caption), usual(fields.label))
+        self._listing, self._clips, self._fields, self._strict = listing, clips, fields, strict
         root, keys = listing.root, set(clips.values())
         roots = [root] if is_remote(root) else [root.absolute(), root.resolve()]
         self._roots = [f"{normal(str(path))}/" for path in roots]
@@ -225,10 +226,6 @@ def _beside(names: Iterable[str], keys: set[str]) -> dict[str, list[tuple[str, s
         if key in keys and (ending == ".txt" or not kind):
             found.setdefault(key, []).append((kind, name))
     return found
-
-
-def _clips(listing: Listing) -> dict[str, str]:
-    return {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
 
 
 def _samples(listing: Listing, ending: str) -> dict[str, str]:

@@ -142,11 +142,8 @@ class Part:
         return cast(BinaryIO, tarfile.ExFileObject(SimpleNamespace(fileobj=file), member))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=4096)
-def archive_copy(path: Path) -> Path:
-    """Return a local copy of an archive as it was when this was first called."""
-    # Cached: a shard has thousands of parts, and each look-up of a remote one is a request.
-    return local_copy(path)
+# A local copy of an archive as it was at the first call: each of a shard's thousands of parts would cost a request.
+archive_copy = lru_cache(maxsize=4096)(local_copy)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import asdict, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib import import_module
 
 from sora_jax.config import check
@@ -36,6 +36,9 @@ class Source:
         module, reader = READERS.get(config.name, "tfds.TfdsReader").split(".")
         self._reader: Reader = getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
         self.refused = self._reader.refused
+        options = {k: v for k, v in asdict(config).items() if k not in ("path", "weight")}  # they change no clip
+        text = repr((options, self._reader.digest(), self.refused))
+        self._digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
         count = len(self._reader)
         wanted = min(count, config.limit or count)
         self._chosen = [i * count // wanted for i in range(wanted)] if wanted < count else range(count)
@@ -53,12 +56,6 @@ class Source:
     def digest(self) -> str:
         """Return the fingerprint of what was listed when the source was made."""
         return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        options = {k: v for k, v in asdict(self.config).items() if k not in ("path", "weight")}  # they change no clip
-        text = repr((options, self._reader.digest(), self.refused))
-        return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
 
     def __reduce__(self):
         return _listed_again, (self.config, self.digest())

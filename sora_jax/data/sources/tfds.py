@@ -10,8 +10,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
-from sora_jax.data.reading.tracks import MediaError, reason
+from sora_jax.data.reading.media import SpanRule
+from sora_jax.data.reading.tracks import MediaError, as_media_error, reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FileMedia, FramesMedia, Held
@@ -31,37 +30,6 @@ from sora_jax.files import as_path, local_copy, read_text
 FILES, TEXTS = ("Text", "Tensor of string"), ("Sequence of Text", "Sequence of Tensor of string")
 MEDIA = {"Image": "image", "Video": "pictures", "Sequence of Image": "pictures", **dict.fromkeys(FILES, "file")}
 FRAMES = re.compile(r"Tensor of uint8 (-?\d+x){2,3}[13]")  # (T, H, W, C) or (H, W, C) of 1 or 3 channels
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An open dataset: the name and size of each split, the records of all, and the features to read ("" for none)."""
-
-    digest: str
-    splits: list[tuple[str, int]]
-    records: Any
-    media: str
-    type: str  # of the medium, in words
-    rate: str
-    caption: str
-    label: str
-    classes: dict[int, str]
-
-    def place(self, index: int) -> tuple[str, int]:
-        """Return the split of an example and its number there."""
-        ends = list(accumulate(count for _, count in self.splits))
-        name, count = self.splits[split := bisect_right(ends, index)]
-        return name, index - ends[split] + count
-
-    def values(self, index: int, *names: str) -> list[Sequence]:
-        """Return the stored values of each named feature of an example. Raises MediaError."""
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        try:
-            stored = tf_example_pb2.Example.FromString(self.records[index]).features.feature
-            return [getattr(stored[name], stored[name].WhichOneof("kind") or "bytes_list").value for name in names]
-        except Exception as error:  # a damaged file
-            raise MediaError(f"unreadable: {reason(error)}") from error
 
 
 class TfdsReader:
@@ -75,94 +43,80 @@ class TfdsReader:
     """
 
     def __init__(self, config: SourceConfig):
-        self._config = config
-        self._count = sum(count for _, count in _opened(config, os.getpid()).splits)
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from tensorflow_datasets.core.dataset_info import read_proto_from_builder_dir
+
+        folder = _prepared_folder(config)
+        try:
+            info = read_proto_from_builder_dir(os.fspath(folder))
+            features = dict(_features(json.loads(read_text(folder / "features.json"))))
+        except Exception as error:  # TFDS and its file systems raise many types
+            raise UserError(f"{folder} cannot be read: {reason(error)}; {_command(config)}") from error
+        sizes, self._splits, files = _choose_splits(info, folder, config)
+        self._media, self._caption, self._label = _choose_features(features, config)
+        self._type, self._strip_fps, self._name = features[self._media], config.strip_fps, dataset_name(config.name)
+        rates = (name for name in ("fps", "frame_rate") if features.get(name, "").startswith("Scalar"))
+        self._rate = next(rates, "")
+        table = folder / f"{self._label.replace('/', '-')}.labels.txt"
+        self._classes = dict(enumerate(read_text(table).split("\n"))) if self._label and table.is_file() else {}
+        self._records = ArrayRecordDataSource(files)
         self.refused: list[tuple[str, str]] = []
+        # The digest has the form of earlier versions, so that a dataset that they built is recognised.
+        name = "/".join(filter(None, (info.name, info.config_name, info.version)))
+        digest = f"({name!r}, {sizes!r}, {self._splits!r}, Plan(media={self._media!r}, kind={_kind(self._type)!r}, "
+        digest += f"fps={config.strip_fps!r}, rate={self._rate!r}, "
+        digest += f"said={tuple(filter(None, (self._caption, self._label)))!r}, label={self._label!r}))"
+        self._digest = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
-        return self._count
+        return sum(count for _, count in self._splits)
 
     def entry(self, index: int) -> Entry:
-        opened = _opened(self._config, os.getpid())
-        split, number = opened.place(index)
+        ends = list(accumulate(count for _, count in self._splits))
+        split, count = self._splits[place := bisect_right(ends, index)]
         captions, label = {}, None
         try:
-            texts, labels = opened.values(index, opened.caption, opened.label)
+            texts, labels = self._values(index, self._caption, self._label)
             lines = enumerate((clean(text.decode()) for text in texts), 1)
             captions = {str(n) if n > 1 else "original": line for n, line in lines if line}
             label = next((value for value in labels if value >= 0), None)
         except MediaError:
-            captions = {"original": ""}  # so that the damage, which `decode` reports, is the reason of the refusal
+            captions = {"original": ""}  # so that the damage, which `open` reports, is the reason of the refusal
         except UnicodeDecodeError:
             captions = {}
-        file = f"{dataset_name(self._config.name)}/{split}/{number}"
-        class_name = None if label is None else opened.classes.get(label, str(label))
+        class_name = None if label is None else self._classes.get(label, str(label))
+        file = f"{self._name}/{split}/{index - ends[place] + count}"
         return Entry(file, captions, label, class_name, split.partition("[")[0])
 
-    def open(self, index: int) -> "TfdsMedia":
-        return TfdsMedia(self._config, index)
-
-    def digest(self) -> str:
-        return _opened(self._config, os.getpid()).digest
-
-
-@dataclass(frozen=True)
-class TfdsMedia:
-    """The media of one example."""
-
-    config: SourceConfig
-    index: int
-
-    def content_id(self) -> str:
-        return self._media().content_id()
-
-    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        return self._media().decode(rule, fit)
-
-    def _media(self) -> FileMedia | FramesMedia:
-        opened = _opened(self.config, os.getpid())
-        files, rate = opened.values(self.index, opened.media, opened.rate)
+    def open(self, index: int) -> FileMedia | FramesMedia:
+        files, rate = self._values(index, self._media, self._rate)
+        kind = _kind(self._type)
         if not files:
-            raise MediaError(f"no frames: the feature {opened.media} is empty")
-        if _kind(opened.type) in ("image", "file"):
+            raise MediaError(f"no frames: the feature {self._media} is empty")
+        if kind in ("image", "file"):
             return FileMedia(Held(files[0]))
         try:
-            if _kind(opened.type) == "pictures":
+            if kind == "pictures":
                 clips = [FileMedia(Held(file)).decode(SpanRule(max_frames=1), None) for file in files]
                 frames = np.concatenate([clip.frames for clip in clips if clip])
             else:
-                shape = [int(n) for n in opened.type.split()[-1].split("x")]
+                shape = [int(n) for n in self._type.split()[-1].split("x")]
                 frames = np.array(files, np.uint8).reshape(-1, *shape[-3:])
                 frames = np.repeat(frames, 3 // shape[-1], axis=-1)
         except ValueError as error:
-            raise MediaError(f"unreadable: {reason(error)}, in the feature {opened.media}") from error
-        still = _kind(opened.type) == "frame"
-        return FramesMedia(frames, 1.0 if still else float([*rate, 0][0] or self.config.strip_fps))
+            raise MediaError(f"unreadable: {reason(error)}, in the feature {self._media}") from error
+        return FramesMedia(frames, 1.0 if kind == "frame" else float([*rate, 0][0] or self._strip_fps))
 
+    def digest(self) -> str:
+        return self._digest
 
-@lru_cache(maxsize=8)
-def _opened(config: SourceConfig, process: int) -> Prepared:
-    """Open a dataset. Each process opens its own: a forked child must not share the files of its parent."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-    from tensorflow_datasets.core.dataset_info import read_proto_from_builder_dir
+    @as_media_error()
+    def _values(self, index: int, *names: str) -> list[Sequence]:
+        """Return the stored values of each named feature of an example, none of "". Raises MediaError."""
+        from tensorflow_datasets.proto import tf_example_pb2
 
-    folder = _prepared_folder(config)
-    try:
-        info = read_proto_from_builder_dir(os.fspath(folder))
-        features = dict(_features(json.loads(read_text(folder / "features.json"))))
-    except Exception as error:  # TFDS and its file systems raise many types
-        raise UserError(f"{folder} cannot be read: {reason(error)}; {_command(config)}") from error
-    sizes, splits, files = _choose_splits(info, folder, config)
-    media, caption, label = _choose_features(features, config)
-    rate = next((name for name in ("fps", "frame_rate") if features.get(name, "").startswith("Scalar")), "")
-    table = folder / f"{label.replace('/', '-')}.labels.txt"
-    classes = dict(enumerate(read_text(table).split("\n"))) if label and table.is_file() else {}
-    # The digest has the form of earlier versions, so that a dataset that they built is recognised.
-    read = f"Plan(media={media!r}, kind={_kind(features[media])!r}, fps={config.strip_fps!r}, rate={rate!r}, "
-    read += f"said={tuple(filter(None, (caption, label)))!r}, label={label!r})"
-    name = "/".join(filter(None, (info.name, info.config_name, info.version)))
-    digest = hashlib.blake2b(f"({name!r}, {sizes!r}, {splits!r}, {read})".encode(), digest_size=16).hexdigest()
-    return Prepared(digest, splits, ArrayRecordDataSource(files), media, features[media], rate, caption, label, classes)
+        stored = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        return [getattr(stored[name], stored[name].WhichOneof("kind") or "bytes_list").value for name in names]
 
 
 def _choose_splits(
