@@ -15,11 +15,15 @@ def cut_moments(frames: Iterable[tuple[float, np.ndarray]]) -> list[float]:
 
     frames: pairs (seconds, uint8 (H, W, 3)), all of one size. Raises UserError where PySceneDetect is not installed.
     """
-    detector_class, Timecode = _library()
-    detector, moments = detector_class(threshold=THRESHOLD, min_scene_len=1), []
+    try:
+        from scenedetect import FrameTimecode
+        from scenedetect.detectors import ContentDetector
+    except ImportError as error:
+        raise UserError("--cuts needs PySceneDetect, which is not installed: pip install 'sora_jax[scenes]'") from error
+    detector, moments = ContentDetector(threshold=THRESHOLD, min_scene_len=1), []
     for number, (time, frame) in enumerate(frames):
         # Only the order of the frames counts; the rate is one that the library takes.
-        if detector.process_frame(Timecode(number, 25.0), np.ascontiguousarray(frame[:, :, ::-1])):
+        if detector.process_frame(FrameTimecode(number, 25.0), np.ascontiguousarray(frame[:, :, ::-1])):
             moments.append(time)
     return moments
 
@@ -36,14 +40,3 @@ def small_size(height: int, width: int) -> tuple[int, int]:
     """Return the size in which frames are compared."""
     scale = min(1.0, SIDE / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _library() -> tuple:
-    try:
-        from scenedetect import FrameTimecode
-        from scenedetect.detectors import ContentDetector
-    except ImportError as error:
-        raise UserError(
-            "cuts=True needs PySceneDetect, which is not installed: pip install 'sora_jax[scenes]' brings it."
-        ) from error
-    return ContentDetector, FrameTimecode

@@ -30,11 +30,6 @@ def listening() -> Iterator[list]:
                 av.logging.set_level(None)
 
 
-def heard(log: list, after: int = 0) -> str:
-    """Return the text of the first entry after the first so many, as one line; empty if there is none."""
-    return " ".join(log[after][2].split()) if len(log) > after else ""
-
-
 # What H.264 and HEVC decoders report of a picture whose references were cut away, not of its own data.
 MISSING_REFERENCE = (
     "mmco: unref short failure",

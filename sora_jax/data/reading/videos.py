@@ -8,9 +8,9 @@ ends the file. Errors of a decoder that catches up after a cut do not count.
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import av
 import numpy as np
 from av.stream import Discard, Disposition
 
-from sora_jax.data.reading.damage import MISSING_REFERENCE, check_units, heard, length_bytes, listening
+from sora_jax.data.reading.damage import MISSING_REFERENCE, check_units, length_bytes, listening
 from sora_jax.data.reading.graphs import DEINTERLACE, FrameRenderer, build_graph, display_matrix
 from sora_jax.data.reading.tracks import (
     MAX_FRAME_PIXELS,
@@ -36,8 +36,6 @@ FOREIGN_CONTAINERS = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "l
 # Errors must not end the decoder: it has to get over references that are missing where it begins in mid-file.
 DECODER = {"err_detect": "crccheck+bitstream+buffer", "max_pixels": str(MAX_FRAME_PIXELS)}
 MAX_PACKETS = 4_000_000  # 37 hours at 30 frames a second
-KEPT_BYTES = 2**25  # of packets, so that a short file is read once
-REMEMBERED = 8  # files whose time stamps are kept, so that the spans of a long one read them once
 CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
 PROBED = 100  # packets that are decoded if their time stamps look wrong
 MIN_DELAY = 0.01  # seconds; browsers show frames of a GIF with at most this delay for 0.1 s, and makers count on it
@@ -66,7 +64,6 @@ class VideoReader:
         self.container, self.log, self.log_read, self.flags = container, log, len(log), list[str]()
         self.stream = _best_stream(container)
         self.unit = float(self.stream.time_base or 1)
-        self.packets: list = []  # all of the stream, if they are few
         self.moved = False
         context = self.stream.codec_context
         self.codec = context.codec.canonical_name
@@ -80,8 +77,8 @@ class VideoReader:
 
     def complaint(self) -> str:
         """Return the first error in the log since the last call."""
-        after, self.log_read = self.log_read, len(self.log)
-        return heard(self.log, after)
+        new, self.log_read = self.log[self.log_read :], len(self.log)
+        return " ".join(new[0][2].split()) if new else ""
 
     def demux(self) -> Iterator:
         """Yield the packets from where the container stands to the end; raise Damage at the first sign of it."""
@@ -98,9 +95,6 @@ class VideoReader:
 
     def packets_from(self, key: int | None, index: Index) -> Iterator:
         """Return the packets from a key frame on, or from the first."""
-        if self.packets:
-            found = (i for i, packet in enumerate(self.packets) if packet.is_keyframe and packet.pts == key)
-            return iter(self.packets[next(found, 0) :])
         if key is not None or self.moved:
             self.container.seek(int(index.times[0] / self.unit) if key is None else key, stream=self.stream)
         return self.demux()
@@ -125,41 +119,36 @@ class VideoReader:
 @contextmanager
 def open_video(file: File) -> Iterator[FrameSource]:
     """Open the best video stream of a file; raise MediaError if there is none."""
-    with listening() as log, ExitStack() as stack:
-        reader = stack.enter_context(_open_reader(file, log))
-        identity = _identity(file)
-        if identity not in _remembered:
-            _remembered[identity] = _read_index(reader)
-            if len(_remembered) > REMEMBERED:
-                _remembered.pop(next(iter(_remembered)))
-            if not reader.packets:  # the container stands at its end, and not every format can go back
-                reader = stack.enter_context(_open_reader(file, log))
-        index = _remembered[identity]
+    if isinstance(file, str | Path):
+        status = os.stat(file)
+        index = _remembered_index(os.path.abspath(file), status.st_size, status.st_mtime_ns)
+    else:
+        index = _index_of(file)
+    with _open_reader(file) as reader:  # again: the container stands at its end, and not every format can go back
         reader.flags += index.flags
         reader.renderer.matrix = index.matrix
         yield FrameSource(index.times, index.end, partial(_frames, reader, index), reader.flags)
 
 
-_remembered: dict[object, Index] = {}
+@lru_cache(8)  # for the spans of a long file
+def _remembered_index(path: str, size: int, changed: int) -> Index:
+    return _index_of(path)
 
 
-def _identity(file: File) -> object:
-    """Return what tells a file from others and from what it was before."""
-    if not isinstance(file, str | Path):
-        return object()
-    status = os.stat(file)
-    return os.path.abspath(file), status.st_size, status.st_mtime_ns
+def _index_of(file: File) -> Index:
+    with _open_reader(file) as reader:
+        return _read_index(reader)
 
 
 @contextmanager
-def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
+def _open_reader(file: File) -> Iterator[VideoReader]:
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
     else:
         file.seek(0)
     options = {"protocol_whitelist": "file", "err_detect": "crccheck"}
-    with av.open(file, options=options, metadata_errors="replace") as container:
+    with listening() as log, av.open(file, options=options, metadata_errors="replace") as container:
         if FOREIGN_CONTAINERS & set(container.format.name.split(",")):
             raise MediaError(f"not a picture or a video: FFmpeg reads it as {container.format.name}")
         yield VideoReader(container, log)
@@ -190,19 +179,16 @@ def _decoder(stream):
 
 
 def _read_index(reader: VideoReader) -> Index:
-    """Read every packet once, up to the first damage; the reader keeps them if they are few."""
-    rows, packets, size, damage = array("q"), list[av.Packet](), 0, ""
+    """Read every packet once, up to the first damage."""
+    rows, packets, damage = array("q"), list[av.Packet](), ""
     try:
         for packet in reader.demux():
             ticks = packet.dts if packet.pts is None else packet.pts
             rows.extend(
                 (UNKNOWN if ticks is None else ticks, packet.is_keyframe, packet.is_discard, packet.duration or 0)
             )
-            size += packet.size
-            if size <= KEPT_BYTES or len(packets) < PROBED:
+            if len(packets) < PROBED:
                 packets.append(packet)
-            else:
-                del packets[PROBED:]
             if len(rows) == 4 * MAX_PACKETS:
                 break
     except Exception as error:
@@ -210,9 +196,8 @@ def _read_index(reader: VideoReader) -> Index:
     ticks, marked, discard, durations = np.array(rows, np.int64).reshape(-1, 4).T
     if not (discard == 0).any():
         raise MediaError(f"damaged: {damage}" if damage else "no frames: the file opens but holds none")
-    reader.packets = packets if size <= KEPT_BYTES else []
     rate = float(reader.stream.average_rate or reader.stream.base_rate or 25)
-    times, in_order, flags = _frame_times(reader, ticks[discard == 0], packets[:PROBED], rate)
+    times, in_order, flags = _frame_times(reader, ticks[discard == 0], packets, rate)
     period = usual_period(times, times[-1] + 1 / rate)
     end = float(times[-1] + period)
     promised = 0.0 if reader.codec == "gif" else _header_duration(reader.stream)  # a GIF's is with the last delay
@@ -247,7 +232,6 @@ def _frame_times(
     if distinct and not (ascend and reader.stream.codec_context.has_b_frames):
         return times, False, flags
     shown = [frame.pts for packet in (*first, None) for frame in reader.decode(packet)[0]]
-    reader.restart()
     if shown and None not in shown and shown == sorted(set(shown)):
         if equal := len(known) - len(times):
             flags.append(f"times: {equal} frames have the time stamp of another")
@@ -262,10 +246,9 @@ def _header_duration(stream) -> float:
     """Return the seconds that the header gives the stream; 0 if it does not say."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
-    minutes, _, seconds = rest.partition(":")
+    parts = reversed(stream.metadata.get("DURATION", "0").split(":"))
     try:
-        return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
+        return sum(60**place * float(part) for place, part in enumerate(parts))
     except ValueError:
         return 0.0
 
