@@ -110,8 +110,11 @@ def colour_filters(frame: VideoFrame, size: str, chroma: str) -> list[str]:
     """Return the filters that scale a frame and bring it to RGB: of 8 bits, over white; of 16 bits if it is HDR."""
     palette = frame.format.has_palette
     alpha = palette or any(component.is_alpha for component in frame.format.components)
+    # Untagged, what players guess (mpv: BT.709 for high definition, BT.601 below).
+    matrix = MATRICES.get(frame.colorspace, "bt709" if frame.width >= 1280 or frame.height > 576 else "smpte170m")
+    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     rgb = palette or frame.format.is_rgb
-    parameters = [] if rgb else [f"setparams=colorspace={_matrix(frame)}:range={_range(frame)}"]
+    parameters = [] if rgb else [f"setparams=colorspace={matrix}:range={'pc' if full else 'tv'}"]
     # swscale scales the planes before it mixes them; without these flags every second column takes the colour of two.
     flags = f"in_chroma_loc={chroma}:flags=bicubic+full_chroma_int+full_chroma_inp+accurate_rnd"
     white = [f"scale={flags}", *OVER_WHITE] if alpha else []
@@ -121,12 +124,3 @@ def colour_filters(frame: VideoFrame, size: str, chroma: str) -> list[str]:
 def is_hdr(frame: VideoFrame) -> bool:
     """Return True for frames coded by PQ or HLG."""
     return frame.color_trc in (PQ, HLG)
-
-
-def _matrix(frame: VideoFrame) -> str:
-    # Untagged, what players guess (mpv: BT.709 for high definition, BT.601 below).
-    return MATRICES.get(frame.colorspace, "bt709" if frame.width >= 1280 or frame.height > 576 else "smpte170m")
-
-
-def _range(frame: VideoFrame) -> str:
-    return "pc" if frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj") else "tv"

@@ -1,7 +1,7 @@
 """Read pictures and animations: Pillow composes their frames, pillow-heif reads HEIC; colours become sRGB."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -29,15 +29,13 @@ SAME = 3  # levels: a profile that moves no colour by more is sRGB under another
 @contextmanager
 def open_picture(file: File) -> Iterator[FrameSource]:
     """Open the one frame of a picture or the frames of an animation; PIL.UnidentifiedImageError for other files."""
-    if isinstance(file, str | Path):
-        with open(file, "rb") as opened, open_picture(opened) as source:
-            yield source
-        return
-    image = _open(file)
-    animated = getattr(image, "is_animated", False)
-    if animated and image.format == "GIF":
-        raise UnidentifiedImageError("animated GIFs are read as videos, which is faster")
-    yield _animation(image, file) if animated and image.format in ANIMATED_FORMATS else _still(image, file, animated)
+    with open(file, "rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
+        image = _open(opened)
+        animated = getattr(image, "is_animated", False)
+        if animated and image.format == "GIF":
+            raise UnidentifiedImageError("animated GIFs are read as videos, which is faster")
+        moving = animated and image.format in ANIMATED_FORMATS
+        yield _animation(image, opened) if moving else _still(image, opened, animated)
 
 
 def _open(file: BinaryIO) -> Any:  # PIL's ImageFile does not declare what its subclasses have

@@ -80,8 +80,10 @@ class VideoReader:
         new, self.log_read = self.log[self.log_read :], len(self.log)
         return " ".join(new[0][2].split()) if new else ""
 
-    def demux(self) -> Iterator:
-        """Yield the packets from where the container stands to the end; raise Damage at the first sign of it."""
+    def demux(self, start: int | None = None) -> Iterator:
+        """Yield the packets from a key frame on, or from where the container stands; raise Damage at its first sign."""
+        if start is not None:
+            self.container.seek(start, stream=self.stream)
         self.moved = True
         for packet in self.container.demux(self.stream):
             # Transport streams mark packets after a jump of their counter; whether data are missing, the decoder sees.
@@ -93,12 +95,6 @@ class VideoReader:
         if complaint := self.complaint():
             raise Damage(complaint)
 
-    def packets_from(self, key: int | None, index: Index) -> Iterator:
-        """Return the packets from a key frame on, or from the first."""
-        if key is not None or self.moved:
-            self.container.seek(int(index.times[0] / self.unit) if key is None else key, stream=self.stream)
-        return self.demux()
-
     def decode(self, packet) -> tuple[list, str]:
         """Return the frames that the decoder gives for a packet (None: what it still holds), and its complaint."""
         frames, failure = [], ""
@@ -109,11 +105,6 @@ class VideoReader:
         except Exception as error:
             failure = reason(error)
         return frames, self.complaint() or failure
-
-    def restart(self) -> None:
-        """Forget what was decoded."""
-        self.decoder.flush_buffers()
-        self.log_read = len(self.log)
 
 
 @contextmanager
@@ -317,11 +308,12 @@ def _decoded(reader: VideoReader, index: Index, key: int | None) -> Iterator:
     Pictures that follow a key frame in coding order and are shown before it (open GOP) may lack their references after
     a cut, and so may all before the first key frame: those for which the decoder reports it are left out.
     """
-    reader.restart()
-    packets = reader.packets_from(key, index)
+    reader.decoder.flush_buffers()
+    reader.log_read = len(reader.log)
+    begin = int(index.times[0] / reader.unit) if key is None and reader.moved else key
     first = int(index.keys[0]) if key is None and len(index.keys) else key
     since, latest, lost, reached, size = CATCH_UP, first, (0, 0), not index.keyed, None
-    for packet in packets:
+    for packet in reader.demux(begin):
         since, latest = (0, packet.pts) if packet.is_keyframe else (since + 1, latest)
         frames, complaint = reader.decode(packet)
         late = first is None or (packet.pts is not None and packet.pts >= first)
