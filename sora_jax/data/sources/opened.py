@@ -1,11 +1,11 @@
-"""Media that sources open: files wherever they lie, frames in memory, strips of frames."""
+"""Media that sources open: files wherever they lie, and frames in memory."""
 
 import hashlib
 import io
 import os
 import tarfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
 from types import SimpleNamespace
@@ -67,39 +67,35 @@ class FileMedia:
 
 @dataclass(frozen=True)
 class FramesMedia:
-    """Frames in memory, uint8 (T, H, W, 3), at `fps` frames a second."""
+    """Frames in memory, uint8 (T, H, W, 3), at `fps` frames a second; with the start and flags of a DecodedClip."""
 
     frames: np.ndarray
     fps: float
+    id: str = ""  # "": a hash of the frames
+    start: float = 0.0
+    flags: tuple[str, ...] = ()
 
     def content_id(self) -> str:
+        if self.id:
+            return self.id
         digest = hashlib.blake2b(str(self.frames.shape).encode(), digest_size=12)
         digest.update(np.ascontiguousarray(self.frames).data)
         return digest.hexdigest()
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        return sample_frames(self.frames, self.fps, rule, fit)
+        part = sample_frames(self.frames, self.fps, rule, fit)
+        return part and replace(part, start=self.start + part.start, flags=(*self.flags, *part.flags))
 
 
-@dataclass(frozen=True)
-class StripMedia:
-    """A picture that holds `frames` frames from left to right."""
-
-    picture: Media
-    frames: int
-    fps: float
-
-    def content_id(self) -> str:
-        return f"{self.picture.content_id()}-{self.frames}"
-
-    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        clip = self.picture.decode(SpanRule(max_frames=1), None)
-        assert clip is not None  # every picture has a first frame
-        height, width, _ = clip.frames[0].shape
-        if width % self.frames:
-            raise MediaError(f"not a strip: {width} pixels do not divide into {self.frames} frames")
-        frames = clip.frames[0].reshape(height, self.frames, width // self.frames, 3).swapaxes(0, 1)
-        return sample_frames(np.ascontiguousarray(frames), self.fps, rule, fit)
+def unroll(strip: Media, count: int, fps: float) -> FramesMedia:
+    """Split a picture that holds `count` frames from left to right. Raises MediaError."""
+    clip = strip.decode(SpanRule(max_frames=1), None)
+    assert clip is not None  # every picture has a first frame
+    height, width, _ = clip.frames[0].shape
+    if width % count:
+        raise MediaError(f"not a strip: {width} pixels do not divide into {count} frames")
+    frames = clip.frames[0].reshape(height, count, width // count, 3).swapaxes(0, 1)
+    return FramesMedia(np.ascontiguousarray(frames), fps, f"{strip.content_id()}-{count}")
 
 
 @dataclass(frozen=True)

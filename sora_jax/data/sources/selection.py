@@ -8,7 +8,7 @@ from importlib import import_module
 from sora_jax.config import check
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry, Media, Reader
-from sora_jax.data.sources.opened import StripMedia
+from sora_jax.data.sources.opened import unroll
 
 READERS = {
     "folder": "folder.FolderReader",
@@ -51,7 +51,7 @@ class Source:
 
     def open(self, index: int) -> Media:
         media, strip = self._reader.open(self._chosen[index]), self.config.strip_frames
-        return StripMedia(media, strip, self.config.strip_fps) if strip else media
+        return unroll(media, strip, self.config.strip_fps) if strip else media
 
     def digest(self) -> str:
         """Return the fingerprint of what was listed when the source was made."""

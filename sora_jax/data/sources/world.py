@@ -1,28 +1,11 @@
 """The embedded world as a source."""
 
 import hashlib
-from dataclasses import dataclass
 
 from sora_jax import worlds as world
-from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule, sample_frames
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
-
-
-@dataclass(frozen=True)
-class WorldMedia:
-    """Clip `number` of the world; drawn when decoded."""
-
-    config: world.WorldConfig
-    number: int
-
-    def content_id(self) -> str:
-        variant = hashlib.blake2b(repr(self.config).encode(), digest_size=4).hexdigest()
-        return f"world/{variant}/{self.number}"
-
-    def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        frames, _ = world.clip(self.config, self.number)
-        return sample_frames(frames, self.config.fps, rule, fit)
+from sora_jax.data.sources.opened import FramesMedia
 
 
 class WorldReader:
@@ -44,8 +27,10 @@ class WorldReader:
         captions = world.captions_of(self._world, world.scene(self._world, number))
         return Entry(f"world/{self._world.seed}/{number}", captions, split=world.split(number))
 
-    def open(self, index: int) -> WorldMedia:
-        return WorldMedia(self._world, self._number(index))
+    def open(self, index: int) -> FramesMedia:
+        frames, _ = world.clip(self._world, self._number(index))
+        variant = hashlib.blake2b(repr(self._world).encode(), digest_size=4).hexdigest()
+        return FramesMedia(frames, self._world.fps, f"world/{variant}/{self._number(index)}")
 
     def digest(self) -> str:
         made_of = (self._world, self._count, self._train)
