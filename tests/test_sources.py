@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fixtures_sources import decoded, entries, frame
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_jax.data.fit import FitError, SizeRule, crop_box, fit_length, fit_size, pad_frames
-from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.data.sources.opened import FileMedia, Held, Part, fingerprint
 from sora_jax.data.sources.tables import Fields, annotations, number_labels
@@ -21,14 +21,6 @@ from sora_jax.worlds import HELD_OUT, WorldConfig, clip, scene, split
 lengths = st.integers(1, 300)
 factors = st.integers(1, 16)
 sides = st.integers(1, 500)
-
-
-def frame(shade: int, height: int = 8, width: int = 8) -> np.ndarray:
-    return np.full((height, width, 3), shade, np.uint8)
-
-
-def entries(source):
-    return [source.entry(i) for i in range(len(source))]
 
 
 @given(lengths, factors, lengths)
@@ -122,9 +114,8 @@ def test_the_world_is_a_source():
     other = make_source(SourceConfig("world", limit=1, world=replace(world, fps=world.fps + 1)))
     assert other.open(0).content_id().rpartition("/")[0] != ids[0].rpartition("/")[0]  # another world, other clips
     frames, _ = clip(world, 2)
-    decoded = source.open(2).decode(SpanRule(), None)
-    np.testing.assert_array_equal(decoded.frames, frames)
-    assert decoded.fps == world.fps
+    np.testing.assert_array_equal(decoded(source, 2).frames, frames)
+    assert decoded(source, 2).fps == world.fps
     assert entries(pickle.loads(pickle.dumps(source))) == entries(source)
     with pytest.raises(IndexError):
         source.entry(6)
@@ -136,7 +127,7 @@ def test_limit_spreads_evenly_and_weight_is_every_entry_s(tmp_path):
     source = make_source(SourceConfig(path=str(tmp_path), limit=4, weight=2.5))
     assert [entry.file for entry in entries(source)] == ["0.png", "2.png", "5.png", "7.png"]
     assert {entry.weight for entry in entries(source)} == {2.5}
-    np.testing.assert_array_equal(source.open(2).decode(SpanRule(), None).frames[0], frame(5))
+    np.testing.assert_array_equal(decoded(source, 2).frames[0], frame(5))
     assert len(make_source(SourceConfig(path=str(tmp_path), limit=40))) == 10
 
 

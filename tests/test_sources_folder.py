@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from fixtures_sources import decoded, entries, frame, kinds, shade
 
 from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.reading.tracks import MediaError
@@ -19,20 +20,8 @@ from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 
 
-def frame(shade: int, height: int = 8, width: int = 8) -> np.ndarray:
-    return np.full((height, width, 3), shade, np.uint8)
-
-
 def folder(path, **options):
     return make_source(SourceConfig("folder", str(path), **options))
-
-
-def entries(source):
-    return [source.entry(i) for i in range(len(source))]
-
-
-def frames(source, index, rule=SpanRule()):
-    return source.open(index).decode(rule, None).frames
 
 
 def make(path, *names, **texts):
@@ -46,10 +35,6 @@ def make(path, *names, **texts):
 
 def captions(source):
     return {entry.file: entry.captions.get("original") for entry in entries(source)}
-
-
-def reasons(source) -> dict[str, str]:
-    return {name: reason.split(":")[0] for name, reason in source.refused}
 
 
 def write_parquet(path, rows):
@@ -79,8 +64,8 @@ def test_folder_is_read_in_order_with_captions_from_text_and_csv(tmp_path):
         ("c.mp4", {}, None),
         ("a/z.png", {"original": "one, two"}, None),
     ]
-    assert [frames(source, i).mean() for i in range(3)] == pytest.approx([20, 30, 10], abs=2)
-    assert frames(source, 1).shape == (4, 8, 8, 3)
+    assert [shade(source, i) for i in range(3)] == pytest.approx([20, 30, 10], abs=2)
+    assert decoded(source, 1).frames.shape == (4, 8, 8, 3)
     assert source.refused == [("gone.mp4", "missing: named in captions.csv but not there")]
 
 
@@ -157,7 +142,7 @@ def test_an_archive_is_the_folder_that_it_holds(tmp_path, ending, alone):
     assert {e.file: (e.captions, e.split) for e in entries(source)} == {
         f"set{ending}/{name}": given for name, given in expected.items()
     }
-    shades = {entry.file: frames(source, index)[0, 0, 0, 0] for index, entry in enumerate(entries(source))}
+    shades = {entry.file: shade(source, index) for index, entry in enumerate(entries(source))}
     assert shades == {f"set{ending}/a.png": 0, f"set{ending}/b.png": 10, f"set{ending}/sub/c.png": 20}
     assert source.refused == []
 
@@ -173,10 +158,10 @@ def test_hostile_and_damaged_archives(tmp_path):
     (tmp_path / "in/bad.tar").write_bytes(b"not a tar" * 99)
     (tmp_path / "in/x.tgz").write_bytes(b"not looked at")
     source = folder(tmp_path / "in")
-    assert captions(source) == {"set/pack.zip/train/x.png": "as if unpacked"} and (frames(source, 0) == 50).all()
+    assert captions(source) == {"set/pack.zip/train/x.png": "as if unpacked"} and shade(source, 0) == 50
     unsafe = dict.fromkeys(("../out.png", "/abs.png", "c:/x.png", "c:x.png"), "unsafe") | {"train/x.png": "repeated"}
     bad = {"bad.zip": "unreadable", "bad.tar": "damaged", "x.tgz": "compressed"}
-    assert reasons(source) == {f"set/pack.zip/{name}": reason for name, reason in unsafe.items()} | bad
+    assert kinds(source) == {f"set/pack.zip/{name}": reason for name, reason in unsafe.items()} | bad
 
 
 def test_a_damaged_member_is_a_media_error(tmp_path):
@@ -206,12 +191,7 @@ def test_links_pipes_and_locked_folders_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", partial(_locked, os.scandir, str(tmp_path / "f")))
     source = folder(tmp_path)
     assert [entry.file for entry in entries(source)] == ["a.png", "c.png"]
-    assert {name: reason.split(":")[0] for name, reason in source.refused} == {
-        "b.png": "missing",
-        "d.mp4": "not a file",
-        "e": "not a file",
-        "f": "unreadable",
-    }
+    assert kinds(source) == {"b.png": "missing", "d.mp4": "not a file", "e": "not a file", "f": "unreadable"}
 
 
 def test_a_file_that_goes_away_is_a_media_error(tmp_path):
@@ -221,20 +201,19 @@ def test_a_file_that_goes_away_is_a_media_error(tmp_path):
     with pytest.raises(MediaError):
         source.open(0).content_id()
     with pytest.raises(MediaError):
-        source.open(0).decode(SpanRule(), None)
+        decoded(source, 0)
 
 
 def test_strips_become_frames(tmp_path):
     save_png(tmp_path / "strip.png", np.concatenate([frame(10 * k, 6, 4) for k in range(5)], axis=1))
     save_png(tmp_path / "uneven.png", frame(0, 6, 21))
     source = folder(tmp_path, strip_frames=5, strip_fps=12.0)
-    decoded = source.open(0).decode(SpanRule(), None)
-    assert decoded.fps == 12.0
-    np.testing.assert_array_equal(decoded.frames, np.stack([frame(10 * k, 6, 4) for k in range(5)]))
-    last = frames(source, 0, SpanRule(max_frames=3, place=1.0))
+    assert decoded(source, 0).fps == 12.0
+    np.testing.assert_array_equal(decoded(source, 0).frames, np.stack([frame(10 * k, 6, 4) for k in range(5)]))
+    last = decoded(source, 0, SpanRule(max_frames=3, place=1.0)).frames
     np.testing.assert_array_equal(last[:, 0, 0, 0], [20, 30, 40])
     with pytest.raises(MediaError, match="21 pixels"):
-        frames(source, 1)
+        decoded(source, 1)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +240,7 @@ def test_strips_become_frames(tmp_path):
 def test_unusable_tables_are_user_errors(tmp_path, name, text, match):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     if not match:
-        assert reasons(folder(tmp_path)) == {name: "bad row", "b.png": "missing"}
+        assert kinds(folder(tmp_path)) == {name: "bad row", "b.png": "missing"}
         return
     with pytest.raises(UserError, match=match) as raised:
         folder(tmp_path)
@@ -349,7 +328,7 @@ sub/../d;five
         "sub/c.png": "four",
     }
     assert source.entry(0).captions["long"] == "a long text"
-    assert reasons(source) == {"gone.png": "missing", "/elsewhere/e.png": "missing"}
+    assert kinds(source) == {"gone.png": "missing", "/elsewhere/e.png": "missing"}
     data = pack(root, tmp_path / "mac.zip").read_bytes()
     for signature, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # macOS does not mark its names as UTF-8
         parts = data.split(signature)
@@ -400,7 +379,7 @@ def test_the_files_of_a_phone(tmp_path):
     (tmp_path / "DCIM/IMG_2.JPG.txt").write_text("on the beach")
     source = folder(tmp_path)
     assert captions(source) == dict.fromkeys(names) | {"DCIM/IMG_2.JPG": "on the beach"}
-    assert reasons(source) == {"DCIM/metadata.json": "no table"}
+    assert kinds(source) == {"DCIM/metadata.json": "no table"}
     assert captions(folder(tmp_path / "DCIM/IMG_1.MOV")) == {"IMG_1.MOV": None}
 
 

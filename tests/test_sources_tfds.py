@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from fixtures_sources import decoded, entries
 from PIL import Image
 
 from sora_jax.data.reading.media import SpanRule
@@ -97,14 +98,6 @@ def data_dir(tmp_path_factory):
 
 def source(name, data_dir, **options):
     return make_source(SourceConfig(f"tfds:{name}", data_dir, **options))
-
-
-def entries(made):
-    return [made.entry(i) for i in range(len(made))]
-
-
-def decoded(made, index):
-    return made.open(index).decode(SpanRule(), None)
 
 
 def test_pictures_with_class_labels(data_dir):
