@@ -14,6 +14,11 @@ def flat(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.broadcast_to(colours[:, None, None], (count, height, width, 3)).copy()
 
 
+def noise(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Frames that differ in every pixel."""
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
 def quadrants(height: int = 48, width: int = 64) -> np.ndarray:
     """One frame with red, green, blue, yellow corners, clockwise from the top left."""
     frame = np.empty((height, width, 3), np.uint8)

@@ -6,21 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_media import encode, flat, names
+from fixtures_media import encode, noise
 from PIL import Image
 
-from sora_jax.data.building.pool import map_with_timeout
 from sora_jax.data.reading.damage import check_units
 from sora_jax.data.reading.media import SpanRule, decode
-from sora_jax.data.reading.tracks import Damage, MediaError
+from sora_jax.data.reading.tracks import Damage
 from sora_jax.data.viewing.write import write_video
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "bench"))
 import corrupt
-
-
-def noise(count: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def test_forbidden_bytes_in_picture_data():
@@ -59,7 +54,9 @@ def test_damage_before_and_after_a_span_is_not_its_concern(tmp_path):
     assert before.flags == after.flags == ()
     np.testing.assert_array_equal(before.frames, whole[:10])
     np.testing.assert_array_equal(after.frames, whole[-10:])
-    assert "damaged" in decode(io.BytesIO(bytes(data))).flags[0]
+    part = decode(io.BytesIO(bytes(data)))
+    assert 20 <= len(part.frames) < 40 and part.flags[0].startswith("partial: damaged")
+    np.testing.assert_array_equal(part.frames, whole[: len(part.frames)])
 
 
 def test_the_same_damage_is_told_each_time_and_never_of_another_file(tmp_path):
@@ -75,7 +72,7 @@ def test_damaged_variants_seldom_pass_for_whole(tmp_path):
     """Of formats whose damage can be seen, by check sums or by lengths that must fit."""
     first, *rest = [Image.fromarray(frame) for frame in noise(6)]
     first.save(tmp_path / "b.png", save_all=True, append_images=rest, duration=100)
-    paths = [str(encode(tmp_path / f"a.{ending}", noise(), pix_fmt="yuv420p")) for ending in ("mkv", "mp4")]
+    paths = [str(encode(tmp_path / f"a.{ending}", noise(12), pix_fmt="yuv420p")) for ending in ("mkv", "mp4")]
     paths.append(str(tmp_path / "b.png"))
     intact = {path: corrupt.read(corrupt.Variant(path)) for path in paths}
     outcomes = corrupt.judge(corrupt.make_variants(paths, 90), intact, 1, 10.0)
@@ -91,24 +88,3 @@ def test_the_judge_tells_other_pictures():
     assert corrupt.outcome(clip, clip) == "whole, as the intact one"
     assert corrupt.outcome(other, clip).startswith("SILENT")
     assert corrupt.outcome(corrupt.DecodedClip(noise(3)[:2], 10.0), clip) == "shorter, pictures as intact"
-
-
-def test_names_are_kept_by_a_sound_file(tmp_path):
-    """A sound file with B-frames and several reference frames raises no alarm in any of the ways of reading it."""
-    path = encode(tmp_path / "a.mkv", flat(24), refs="4", bf="4")
-    clip = decode(path)
-    assert names(clip.frames) == names(flat(24)) and clip.flags == ()
-
-
-def test_a_process_reads_damaged_files_without_dying(tmp_path):
-    path = str(encode(tmp_path / "a.mp4", noise(4)))
-    variants = [corrupt.Variant(path, "zeros", seed) for seed in range(6)]
-    assert all(
-        isinstance(result, str | corrupt.DecodedClip) for result in map_with_timeout(corrupt.read, variants, 1, 10)
-    )
-
-
-def test_no_frames_is_a_media_error(tmp_path):
-    (tmp_path / "a.gif").write_bytes(b"GIF89a\1\0\1\0\0\0\0;")
-    with pytest.raises(MediaError, match="no frames"):
-        decode(tmp_path / "a.gif")

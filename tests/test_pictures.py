@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from fixtures_media import COLOURS, corners, flat, names, quadrants
+from fixtures_media import COLOURS, corners, flat, names, noise, quadrants
 from PIL import Image, ImageCms
 
-from sora_jax.data.reading.media import DecodedClip, decode
+from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
 
 DATA = Path(__file__).parent / "data" / "pictures"
@@ -121,12 +121,15 @@ def test_pictures_that_are_left_out_are_flagged():
         assert clip.flags == ("several: picture 1 of 2, the others are left out",)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "GIF"])
 def test_delays_are_those_of_browsers(kind):
-    first, *rest = [Image.fromarray(frame) for frame in flat(4)]
-    for delay, rate in ((10, 10), (20, 50), (125, 8)):
-        clip = read(coded(first, kind, save_all=True, append_images=rest, duration=delay))
-        assert (clip.fps, names(clip.frames)) == (rate, [0, 1, 2, 3])
+    first, *rest = [Image.fromarray(frame) for frame in flat(9)]
+    options = dict(save_all=True, append_images=rest) | (dict(lossless=True) if kind == "WEBP" else {})
+    for delay, rate in ((10, 10), (20, 50), (120, 8.333)):
+        data = coded(first, kind, duration=delay, **options)
+        assert (read(data).fps, names(read(data).frames)) == (rate, names(flat(9)))
+        if delay == 10:
+            assert names(decode(io.BytesIO(data), SpanRule(fps=8)).frames) == [0, 1, 2, 4, 5, 0, 1]
 
 
 @pytest.mark.parametrize(("kind", "start", "share"), [("PNG", b"IDAT", 0), ("JPEG", b"\xff\xda", 0.4)])
@@ -145,19 +148,19 @@ def test_bytes_that_are_changed(kind, start, share):
 
 
 def test_damage():
-    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
-    heic, grid = coded(noise[0], "HEIF"), (DATA / "grid.heic").read_bytes()
+    pictures = noise(6, 64, 64)
+    heic, grid = coded(pictures[0], "HEIF"), (DATA / "grid.heic").read_bytes()
     middle, avif = len(heic) // 2, coded(quadrants(), "AVIF")
     meta = avif.index(b"meta") + 4
     for data in (
         heic[:middle] + bytes(100) + heic[middle + 100 :],
         avif[:meta] + b"x" + avif[meta + 1 :],  # not for libav, which would find the first tile of a grid
-        *(data[: len(data) * part // 8] for data in (coded(noise[0]), heic, grid) for part in range(2, 8)),
+        *(data[: len(data) * part // 8] for data in (coded(pictures[0]), heic, grid) for part in range(2, 8)),
     ):
         with pytest.raises(MediaError, match="^(damaged|unreadable): "):
             read(data)
-    first, *rest = [Image.fromarray(frame) for frame in noise]
+    first, *rest = [Image.fromarray(frame) for frame in pictures]
     animation = coded(first, save_all=True, append_images=rest, duration=100)
     clip = read(animation[: len(animation) * 5 // 8])
-    np.testing.assert_array_equal(clip.frames, noise[: len(clip.frames)])
+    np.testing.assert_array_equal(clip.frames, pictures[: len(clip.frames)])
     assert 2 <= len(clip.frames) <= 4 and clip.flags[0].startswith("partial: damaged: ")

@@ -140,11 +140,8 @@ def test_labels_become_captions_numbers_or_both(tmp_path):
     assert [entry.captions for entry in found["class"]] == [{"original": "mine"}, {}, {"original": "none"}]
     assert [entry.label for entry in found["class"]] == [entry.label for entry in found["both"]] == [1, 0, None]
     assert [entry.label for entry in found["caption"]] == [None] * 3
-    texts = [
-        {"original": "mine", "label": "a photo of a sea lion"},
-        {"label": "a photo of a ape"},
-        {"original": "none"},
-    ]
+    lion, ape = "a photo of a sea lion", "a photo of a ape"
+    texts = [{"original": "mine", "label": lion}, {"label": ape}, {"original": "none"}]
     assert [entry.captions for entry in found["caption"]] == [entry.captions for entry in found["both"]] == texts
     assert [entry.label_name for entry in found["caption"]] == ["sea_lion", "ape", None]
 
@@ -187,9 +184,8 @@ def test_rows_say_captions_of_all_kinds():
     assert annotations({"captions": ["a", "", "c"]}).captions == {"original": "a", "3": "c"}
     assert annotations({"captions": [("x", "a"), ("y", None)]}).captions == {"x": "a"}
     assert annotations({"text": "t"}).captions == {"original": "t"}
-    assert annotations({"words": "w", "caption": "c", "no": "7"}, Fields("words", "no")) == annotations(
-        {"caption": "w", "label": 7}
-    )
+    named = annotations({"words": "w", "caption": "c", "no": "7"}, Fields("words", "no"))
+    assert named == annotations({"caption": "w", "label": 7})
     labels = {"-1": None, -1: None, "": None, None: None, "nan": None, " 12 ": 12, "2.0": 2, "10.": 10, "2.5": "2.5"}
     for written, label in labels.items():
         assert annotations({"label": written}).label == label

@@ -120,11 +120,8 @@ def test_splits_are_chosen_and_keep_their_names(data_dir):
     everything = entries(source("grey_digits", data_dir))
     some = source("grey_digits", data_dir, split="test+train[:2]")
     assert [entry.split for entry in entries(some)] == ["test", "train", "train"]
-    assert [entry.file.removeprefix("grey_digits/") for entry in entries(some)] == [
-        "test/0",
-        "train[:2]/0",
-        "train[:2]/1",
-    ]
+    files = [entry.file.removeprefix("grey_digits/") for entry in entries(some)]
+    assert files == ["test/0", "train[:2]/0", "train[:2]/1"]
     train = [entry for entry in everything if entry.split == "train"]
     assert [entry.label_name for entry in entries(some)[1:]] == [entry.label_name for entry in train[:2]]
     np.testing.assert_array_equal(decoded(some, 0).frames, np.full((1, 16, 16, 3), 200))

@@ -22,7 +22,7 @@ def moving(count: int = 120, height: int = 48, width: int = 64) -> np.ndarray:
 
 
 KINDS = {
-    "mp4": dict(bf="3"),
+    "mp4": dict(bf="3", refs="4"),
     "open.mkv": {"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12"},
     "open.ts": {"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12"},
     "webm": dict(codec="libvpx-vp9", deadline="realtime", **{"cpu-used": "8"}),
