@@ -3,9 +3,6 @@
 import json
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,6 @@ import tensorflow_datasets as tfds
 from fixtures_sources import decoded, entries
 from PIL import Image
 
-from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.data.sources import SourceConfig, make_source
 from sora_jax.data.sources.opened import FileMedia, Held
@@ -237,14 +233,6 @@ def test_what_cannot_be_read_costs_one_clip(tmp_path):
     assert made.entry(0).captions  # or it would be refused for want of a caption
     with pytest.raises(MediaError, match="unreadable"):
         decoded(made, 0)
-
-
-def test_a_dataset_is_read_in_another_process(data_dir):
-    made = source("grey_digits", data_dir)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        assert pool.submit(methodcaller("entry", 2), made).result() == made.entry(2)
-        there = pool.submit(methodcaller("decode", SpanRule(), None), made.open(2)).result()
-    np.testing.assert_array_equal(there.frames, decoded(made, 2).frames)
 
 
 def test_pictures_are_decoded_as_tfds_does(data_dir):
