@@ -153,10 +153,10 @@ def test_a_source_pickles_small_and_sees_changes(tmp_path):
     dumped = pickle.dumps(source)
     again = pickle.loads(dumped)
     assert len(dumped) < 1000 and entries(again) == entries(source) and pickle.loads(dumped) is again
-    assert again.digest() == make_source(SourceConfig(path=str(tmp_path), weight=3)).digest()
+    assert again.digest == make_source(SourceConfig(path=str(tmp_path), weight=3)).digest
     (tmp_path / "00.txt").write_text("words")
     changed = make_source(SourceConfig(path=str(tmp_path)))
-    assert changed.digest() != source.digest()
+    assert changed.digest != source.digest
     dumped = pickle.dumps(changed)
     save_png(tmp_path / "50.png", frame(50))
     with pytest.raises(UserError, match="has changed"):

@@ -121,7 +121,7 @@ def test_splits_are_chosen_and_keep_their_names(data_dir):
     train = [entry for entry in everything if entry.split == "train"]
     assert [entry.label_name for entry in entries(some)[1:]] == [entry.label_name for entry in train[:2]]
     np.testing.assert_array_equal(decoded(some, 0).frames, np.full((1, 16, 16, 3), 200))
-    assert some.digest() != source("grey_digits", data_dir).digest()
+    assert some.digest != source("grey_digits", data_dir).digest
 
 
 def test_films_as_files_with_captions(data_dir):

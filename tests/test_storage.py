@@ -223,7 +223,7 @@ def _same(here, there):
     there = pickle.loads(pickle.dumps(there))
     assert len(there) == len(here) > 0
     assert [there.entry(i) for i in range(len(there))] == [here.entry(i) for i in range(len(here))]
-    assert there.refused == here.refused and there.digest() == here.digest()
+    assert there.refused == here.refused and there.digest == here.digest
     for i in range(len(here)):
         mine, theirs = here.open(i), pickle.loads(pickle.dumps(there.open(i)))
         assert theirs.content_id() == mine.content_id()

@@ -111,7 +111,7 @@ class Mix:
     @property
     def digests(self) -> list[str]:
         """Fingerprint of each source."""
-        return [source.digest() for source in self.sources]
+        return [source.digest for source in self.sources]
 
 
 def open_sources(config: BuildConfig) -> Mix:

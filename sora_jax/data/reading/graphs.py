@@ -49,14 +49,12 @@ def build_graph(filters: list[str], frame: VideoFrame) -> Graph:
 class FrameRenderer:
     """Renders frames by graphs that it keeps, one for each kind of frame and size.
 
-    Args:
-        pixel_aspect: width over height of a pixel.
-        codec: canonical name of the stream's codec.
-        matrix: the display matrix of frames that carry none, (9,).
+    pixel_aspect: width over height of a pixel. codec: canonical name of the stream's codec.
     """
 
-    def __init__(self, pixel_aspect: float, codec: str, matrix: np.ndarray | None = None):
-        self.pixel_aspect, self.matrix = pixel_aspect, matrix
+    def __init__(self, pixel_aspect: float, codec: str):
+        self.pixel_aspect = pixel_aspect
+        self.matrix: np.ndarray | None = None  # the display matrix of frames that carry none, (9,)
         self.chroma = "left" if codec in LEFT_CHROMA else "center"
         self.graphs: dict[tuple, Graph] = {}
 

@@ -24,13 +24,10 @@ def to_srgb(pixels: np.ndarray, transfer: int) -> np.ndarray:
         light *= (1000 / WHITE * luma**0.2)[:, :, None]
     light = np.maximum(light @ PRIMARIES.T, 0)
     peak = np.maximum(np.maximum(light[:, :, 0], light[:, :, 1]), light[:, :, 2])
-    light *= (_compressed(peak) / np.maximum(peak, 1e-6))[:, :, None]
+    over = np.maximum(peak - KNEE, 0) / (1 - KNEE)
+    mapped = np.where(peak < KNEE, peak, KNEE + (1 - KNEE) * (1 - np.exp(-over)))
+    light *= (mapped / np.maximum(peak, 1e-6))[:, :, None]
     return _srgb_table()[(np.sqrt(light) * (STEPS - 1) + 0.5).astype(np.uint16)]
-
-
-def _compressed(light: np.ndarray) -> np.ndarray:
-    over = np.maximum(light - KNEE, 0) / (1 - KNEE)
-    return np.where(light < KNEE, light, KNEE + (1 - KNEE) * (1 - np.exp(-over)))
 
 
 @cache

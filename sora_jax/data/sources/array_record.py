@@ -19,7 +19,7 @@ class DatasetReader:
         path, made_by = as_path(config.path), "a dataset folder, as `sora-jax data build` makes it"
         check((path / "dataset.json").is_file(), f"--path is {config.path!r}; it must be {made_by}")
         self._dataset = Dataset(path)
-        self.refused: list[tuple[str, str]] = []
+        self.digest, self.refused = self._dataset.digest, list[tuple[str, str]]()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -33,6 +33,3 @@ class DatasetReader:
         clip, variant = self._dataset[index], self._dataset.row(index)["variant"]
         name = f"{clip.id}.v{variant}" if variant else clip.id  # variants of a clip share an id
         return FramesMedia(clip.frames, clip.fps, name, clip.start, clip.flags)
-
-    def digest(self) -> str:
-        return self._dataset.digest

@@ -30,9 +30,10 @@ class Media(Protocol):
 
 
 class Reader(Protocol):
-    """All entries of one kind of source, listed when it is made; `refused` holds pairs (file, reason)."""
+    """All entries of one kind of source, listed when it is made."""
 
-    refused: list[tuple[str, str]]
+    refused: list[tuple[str, str]]  # file, reason
+    digest: str  # a fingerprint of names, sizes and captions, which changes with the source; no media is read for it
 
     def __len__(self) -> int: ...
 
@@ -40,6 +41,3 @@ class Reader(Protocol):
 
     def open(self, index: int) -> Media:
         """Return the media of an entry; MediaError if what holds it is damaged."""
-
-    def digest(self) -> str:
-        """Return a fingerprint of names, sizes and captions, which changes with the source; reads no media."""

@@ -66,6 +66,9 @@ class FolderReader:
             Entry(name, given.captions, *label, given.split) for (name, given), label in zip(used.items(), labels)
         ]
         self.refused = [(_printable(name), _printable(why)) for name, why in listing.refused]
+        sizes = [listing.files[entry.file].size for entry in self._entries]
+        text = repr((self._entries, sizes, self.refused))
+        self.digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,11 +78,6 @@ class FolderReader:
 
     def open(self, index: int) -> FileMedia:
         return FileMedia(self._listing.media(self._entries[index].file))
-
-    def digest(self) -> str:
-        sizes = [self._listing.files[entry.file].size for entry in self._entries]
-        listing = repr((self._entries, sizes, self.refused))
-        return hashlib.blake2b(listing.encode(errors="replace"), digest_size=16).hexdigest()
 
 
 class Captions:

@@ -37,8 +37,8 @@ class Source:
         self._reader: Reader = getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
         self.refused = self._reader.refused
         options = {k: v for k, v in asdict(config).items() if k not in ("path", "weight")}  # they change no clip
-        text = repr((options, self._reader.digest(), self.refused))
-        self._digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
+        text = repr((options, self._reader.digest, self.refused))
+        self.digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
         count = len(self._reader)
         wanted = min(count, config.limit or count)
         self._chosen = [i * count // wanted for i in range(wanted)] if wanted < count else range(count)
@@ -53,19 +53,15 @@ class Source:
         media, strip = self._reader.open(self._chosen[index]), self.config.strip_frames
         return unroll(media, strip, self.config.strip_fps) if strip else media
 
-    def digest(self) -> str:
-        """Return the fingerprint of what was listed when the source was made."""
-        return self._digest
-
     def __reduce__(self):
-        return _listed_again, (self.config, self.digest())
+        return _listed_again, (self.config, self.digest)
 
 
 @lru_cache(maxsize=64)
 def _listed_again(config: SourceConfig, digest: str) -> Source:
     source = Source(config)
     changed = "it has changed while it was read: leave its files alone, then restart"
-    check(source.digest() == digest, f"--path is {config.path}; {changed}")
+    check(source.digest == digest, f"--path is {config.path}; {changed}")
     return source
 
 

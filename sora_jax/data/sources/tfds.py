@@ -66,7 +66,7 @@ class TfdsReader:
         digest = f"({name!r}, {sizes!r}, {self._splits!r}, Plan(media={self._media!r}, kind={_kind(self._type)!r}, "
         digest += f"fps={config.strip_fps!r}, rate={self._rate!r}, "
         digest += f"said={tuple(filter(None, (self._caption, self._label)))!r}, label={self._label!r}))"
-        self._digest = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
+        self.digest = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return sum(count for _, count in self._splits)
@@ -106,9 +106,6 @@ class TfdsReader:
         except ValueError as error:
             raise MediaError(f"unreadable: {reason(error)}, in the feature {self._media}") from error
         return FramesMedia(frames, 1.0 if kind == "frame" else float([*rate, 0][0] or self._strip_fps))
-
-    def digest(self) -> str:
-        return self._digest
 
     @as_media_error()
     def _values(self, index: int, *names: str) -> list[Sequence]:

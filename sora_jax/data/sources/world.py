@@ -14,7 +14,9 @@ class WorldReader:
     def __init__(self, config: SourceConfig):
         self._world, self._count = config.world or world.WorldConfig(), config.limit or 0
         self._train = self._count - config.world_held_out
-        self.refused: list[tuple[str, str]] = []
+        made_of = (self._world, self._count, self._train)
+        extra = self._world.extra_captions
+        self.digest, self.refused = repr((*made_of, extra) if extra else made_of), list[tuple[str, str]]()
 
     def __len__(self) -> int:
         return self._count
@@ -31,8 +33,3 @@ class WorldReader:
         frames, _ = world.clip(self._world, self._number(index))
         variant = hashlib.blake2b(repr(self._world).encode(), digest_size=4).hexdigest()
         return FramesMedia(frames, self._world.fps, f"world/{variant}/{self._number(index)}")
-
-    def digest(self) -> str:
-        made_of = (self._world, self._count, self._train)
-        extra = self._world.extra_captions
-        return repr((*made_of, extra) if extra else made_of)
