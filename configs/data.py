@@ -9,7 +9,8 @@
 video: one folder; every clip keeps its aspect ratio, has at most 320 tokens (of 4 frames and 16 x 16 pixels) and 12
 frames a second; a long file gives up to eight clips. mixed: videos in a folder, videos in WebDataset shards, and
 photographs, of which an epoch sees half. navit: each picture in four sizes, sampled as in NaViT; epochs take them in
-turn. labels: a TFDS data set with class labels, each kept as a number and as a caption.
+turn. labels: a TFDS data set with class labels, each kept as a number and as a caption. It has one feature of pictures
+and one of classes, so they need no names (`media_field`, `label_field`).
 
 `--config.NAME=VALUE`, or the option of that name, overrides any field of
 `sora_jax/data/building/prepare.py:BuildConfig`.

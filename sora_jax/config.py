@@ -19,7 +19,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import read_text
 
 # What a message begins with: the path of a field, as the dataclass that holds it calls it.
-FIELD = re.compile(r"(?P<path>[a-z]\w*(?:\.\w+|\[\d+\])*)(?P<rest>(?: is | are | names |=|: ).*)", re.DOTALL)
+FIELD = re.compile(r"(?:--)?(?P<path>[a-z][\w-]*(?:\.\w+|\[\d+\])*)(?P<rest>(?: is | are | names |=|: ).*)", re.DOTALL)
 RENAMED = {"mutable": "to_config_dict", "frozen": "from_dict", "plain": "to_dict"}
 
 
@@ -115,7 +115,7 @@ def _with_whole_path(message: str, where: str, fields: Iterable[str]) -> str:
     found = FIELD.match(message)
     if not found:
         return message
-    names, above = found["path"].split("."), re.sub(r"\[\d+\]", "", where).split(".")
+    names, above = found["path"].replace("-", "_").split("."), re.sub(r"\[\d+\]", "", where).split(".")
     shared = max((n for n in range(1, len(names)) if above[-n:] == names[:n]), default=0)
     known = shared or re.sub(r"\[\d+\]", "", names[0]) in fields
     return f"{where}.{'.'.join(names[shared:])}{found['rest']}" if known else message

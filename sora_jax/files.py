@@ -30,10 +30,9 @@ from sora_jax.errors import UserError
 
 REMOTE = "gs://"
 RUN_LOCK = ".lock"  # in a run folder, while a process trains there
-DISK_ERRORS = {  # full disks and wrong paths: mistakes that the user can mend, not bugs
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
-}
+# Full disks and wrong paths: mistakes that the user can mend, not bugs.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
+DISK_ERRORS |= {errno.ENOTDIR, errno.ENAMETOOLONG}
 STORAGE_LIBRARIES = ("gcsfs.", "google.auth.", "google.api_core.", "google.cloud.")  # packages that serve gs://
 NETWORK_LIBRARIES = ("aiohttp.", "requests.")  # packages below them, whose exceptions they pass on
 # Lock files that stay open until the process ends: the operating system then releases their locks, also after a kill.
@@ -41,11 +40,7 @@ HELD_LOCKS: list[io.TextIOBase] = []
 
 
 def as_path(name: str | os.PathLike) -> Path:
-    """Return the Path of a local file or of `gs://BUCKET/...`.
-
-    Raises:
-        UserError: the path has another scheme, or gs:// needs a package that is not installed.
-    """
+    """Return the Path of a local file or of `gs://BUCKET/...`; UserError for other schemes, or if gcsfs is missing."""
     text = os.fspath(name)
     if text.startswith("gs:/"):  # pathlib collapses the two slashes into one
         try:
@@ -102,30 +97,25 @@ def _storage(path: Path) -> tuple[Any, str]:
 
 
 @contextmanager
-def as_user_error(what: str) -> Iterator[None]:
-    """Convert storage errors inside the context to the UserError "WHAT cannot be written: ...".
+def as_user_error(what: str, action: str = "written") -> Iterator[None]:
+    """Convert storage errors inside the context to the UserError "WHAT cannot be written: ...", or another action.
 
     Covers every OSError (a full disk, no permission) and every exception of the libraries behind gs://.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not is_storage_error(error):
+        # A disk that is full while a remote file is read is about the copy, whose context is outside.
+        of_copy = action == "read" and getattr(error, "errno", None) in DISK_ERRORS
+        if of_copy or not isinstance(error, OSError) and not is_storage_error(error):
             raise
-        raise UserError(f"{what} cannot be written: {_reason(error)}.") from error
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} cannot be {action}: {why}.") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary local path to write to; move it to `path` on success, delete it on failure.
-
-    Raises:
-        UserError: the file cannot be written (see `as_user_error`).
-    """
+    """Yield a temporary local path; move it to `path` on success, delete it on failure. Raises UserError."""
     with as_user_error(str(path)):
         temporary = temporary_path(path)
         try:
@@ -198,16 +188,10 @@ def write_json(path: str | Path, content: object) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """Read a text file."""
-    # Not `path.read_text`: that of epath ignores `encoding`.
-    with open_text(path, encoding) as file:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file."""
+    with io.TextIOWrapper(path.open("rb"), encoding="utf-8") as file:  # `path.read_text` of epath ignores `encoding`
         return file.read()
-
-
-def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> io.TextIOBase:
-    """Open a text file for reading line by line."""
-    return io.TextIOWrapper(path.open("rb"), encoding=encoding, newline=newline)
 
 
 def size_and_time(path: Path) -> tuple[int, str]:
@@ -218,13 +202,6 @@ def size_and_time(path: Path) -> tuple[int, str]:
         return found["size"], str(found.get("mtime"))
     status = path.stat()
     return status.st_size, str(status.st_mtime_ns)
-
-
-def names_below(folder: Path) -> list[str]:
-    """List all files below a folder recursively, as sorted names relative to it."""
-    if is_remote(folder):
-        return sorted(remote_files(folder))
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def matching(pattern: str) -> list[Path]:
@@ -238,12 +215,8 @@ def matching(pattern: str) -> list[Path]:
 def remote_files(folder: Path) -> dict[str, int]:
     """Return the size in bytes of every object below a folder, by name relative to it, in one request."""
     storage, root = _storage(folder)
-    found = storage.find(root, detail=True)
-    return {
-        name.removeprefix(root).lstrip("/"): entry["size"]
-        for name, entry in found.items()
-        if entry["type"] == "file" and not name.endswith("/")
-    }
+    found = {name: entry for name, entry in storage.find(root, detail=True).items() if not name.endswith("/")}
+    return {name.removeprefix(root).lstrip("/"): e["size"] for name, e in found.items() if e["type"] == "file"}
 
 
 def is_empty(folder: Path) -> bool:
@@ -277,11 +250,9 @@ def make_folder(folder: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder and everything in it."""
-    if is_remote(folder):
-        remote: Any = folder  # a method that epath has and pathlib has not
-        remote.rmtree(missing_ok=True)
-    else:
-        shutil.rmtree(folder)
+    from etils import epath
+
+    epath.Path(folder).rmtree(missing_ok=is_remote(folder))
 
 
 def unfinished(out: Path) -> Path:
@@ -301,13 +272,10 @@ def finish_folder(out: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the local cache folder: SORA_JAX_CACHE if that is a local path, else ~/.cache/sora_jax.
+    """Return the local cache folder: SORA_JAX_CACHE if that is a local path, else ~/.cache/sora_jax. Raises UserError.
 
     It may be deleted while nothing runs. Below it, `files` holds copies of remote files, `captions` tokenized captions,
     `compiled` programs and `unfinished` files that wait for their upload.
-
-    Raises:
-        UserError: this user has no home folder, and SORA_JAX_CACHE names none.
     """
     named = os.environ.get("SORA_JAX_CACHE", "")
     if named and not is_remote(named):
@@ -321,9 +289,9 @@ def cache_folder() -> Path:
 def local_copy(path: Path) -> Path:
     """Return a local file itself, or download a remote one, once per content, and return the copy.
 
-    Raises:
-        OSError: there is no such file.
-        UserError: the file cannot be read, or the copy cannot be written.
+    fsspec's caches do not serve: `simplecache` ignores new versions and hands out files that are half downloaded,
+    `filecache` overwrites a copy under its readers and downloads once per process. Raises OSError if there is no such
+    file, UserError if it cannot be read or the copy cannot be written.
     """
     if not is_remote(path):
         return path
@@ -334,28 +302,16 @@ def local_copy(path: Path) -> Path:
             make_folder(copy.parent)
             with locked(copy.with_name(f".{copy.name}.lock")):
                 if not copy.exists():  # checked again: another process may have made it before the lock was free
-                    _fetch(path, copy)
+                    storage, name = _storage(path)
+                    with replacing(copy) as temporary, as_user_error(str(path), "read"):
+                        storage.get_file(name, str(temporary))
     return copy
-
-
-def _fetch(path: Path, copy: Path) -> None:
-    """Download a remote file; a failure to read it is told apart from a failure to write the copy."""
-    storage, name = _storage(path)
-    with replacing(copy) as temporary:
-        try:
-            storage.get_file(name, str(temporary))
-        except Exception as error:
-            of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-            if of_disk or not (isinstance(error, OSError) or is_storage_error(error)):
-                raise
-            raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
 
 
 def locked(path: Path, wait: bool = True) -> io.TextIOBase:
     """Open a file under an exclusive lock between processes, which lasts until the file is closed.
 
-    Raises:
-        BlockingIOError: another process has the lock, and `wait` is False.
+    Raises BlockingIOError if another process has the lock and `wait` is False.
     """
     import fcntl  # not at the top: there is none on Windows
 

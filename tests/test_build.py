@@ -11,8 +11,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+from fixtures_datasets import write_dataset
 
-from sora_jax.data import sources
+from sora_jax import cli
 from sora_jax.data.building import build as building
 from sora_jax.data.building import prepare as preparing
 from sora_jax.data.building.build import build
@@ -23,7 +24,7 @@ from sora_jax.data.reading.media import decode
 from sora_jax.data.sources import SourceConfig
 from sora_jax.data.sources.opened import FileMedia
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import Dataset, add_clip, write_dataset
+from sora_jax.data.storing.manifest import Dataset, add_clip
 from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.errors import UserError
 from sora_jax.worlds import WorldConfig
@@ -114,38 +115,17 @@ def test_workers_do_not_change_the_result(tmp_path, folder):
         assert all(np.array_equal(a.frames, b.frames) for a, b in zip(one, two, strict=True))
 
 
-class Deadly(FileMedia):
-    """Media whose decoding kills the process, as a decoder's crash does."""
-
-    def decode(self, rule, fit):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class WithDeadly:
-    """A source whose clip "short.gif" is deadly."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getattr__(self, name):
-        if name.startswith("__") or name == "source":
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
-    def __len__(self):
-        return len(self.source)
-
-    def open(self, index):
-        media = self.source.open(index)
-        return Deadly(media.file) if self.source.entry(index).file == "short.gif" else media
+def deadly(mix, config, unit):
+    """Prepare a unit; the third file kills the process, as a decoder's crash does."""
+    return preparing.prepare(mix, config, unit) if unit.entry != 2 else os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_crash_of_the_decoder_costs_one_clip(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(preparing, "make_source", lambda config: WithDeadly(sources.make_source(config)))
+    monkeypatch.setattr(building, "prepare", deadly)
     dataset = make(tmp_path, folder, workers=2)
     assert files(dataset) == ["long.gif", "still.png"]
-    reasons = {entry["file"]: entry["reason"] for entry in dataset.refused}
-    assert reasons["short.gif"].startswith("crash:")
+    crash = {"file": "short.gif", "reason": "crash: its process ended with SIGKILL"}
+    assert crash in dataset.refused
 
 
 def test_the_same_build_again_is_reused_another_is_refused(tmp_path, folder):
@@ -153,22 +133,71 @@ def test_the_same_build_again_is_reused_another_is_refused(tmp_path, folder):
     stamp = (tmp_path / "out/manifest.parquet").stat().st_mtime_ns
     make(tmp_path, folder, workers=2)
     assert (tmp_path / "out/manifest.parquet").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="max_frames=17, not 9"):
+    with pytest.raises(UserError, match="--out is .*built with --max-frames=17, not 9"):
         make(tmp_path, folder, max_frames=9)
     save_png(folder / "new.png", noise(0, 32, 32))
     with pytest.raises(UserError, match="other files"):
         make(tmp_path, folder)
 
 
+def test_a_dataset_of_a_version_with_fewer_options_is_reused(tmp_path):
+    """An option that it did not have yet was by default."""
+    config = world_options(tmp_path / "w", 3)
+    build(config, progress=False)
+    info = json.loads((tmp_path / "w/dataset.json").read_text())
+    del info["options"]["mirror"], info["options"]["sources"][0]["strip_fps"]
+    del info["options"]["sources"][0]["world"]["extra_captions"]
+    (tmp_path / "w/dataset.json").write_text(json.dumps(info))
+    assert len(build(config, progress=False)) == 3
+    with pytest.raises(UserError, match="it was built with --mirror=False, not True"):
+        build(replace(config, mirror=True))
+
+
+def test_names_may_hold_what_unicode_takes_for_the_end_of_a_line(tmp_path):
+    folder = tmp_path / "in"
+    save_png(folder / "a.png", noise(0, 32, 32))
+    save_png(folder / "twin\u0085\u2029.png", noise(0, 32, 32))
+    (folder / "b\u2028c.mp4").write_bytes(b"no video")
+    dataset = make(tmp_path, folder, missing_caption="empty")
+    assert files(dataset) == ["a.png"]
+    assert [entry["file"] for entry in dataset.refused] == ["b\u2028c.mp4", "twin\u0085\u2029.png"]
+
+
+def test_one_line_builds_a_dataset_and_says_what_became_of_the_files(tmp_path, folder, capfd):
+    out = tmp_path / "out"
+    assert cli.main(["data", "build", f"--path={folder}", f"--out={out}", "--missing-caption=empty"]) == 0
+    told = capfd.readouterr().out
+    assert f"{out}: 4 clips, 3 of them images" in told
+    assert f"1 files refused (1 x unreadable); reasons: {out / 'refused.jsonl'}" in told
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--max-frames=0", "--max-frames is 0; it must be at least 1"),
+        (
+            "--missing-caption=refused",
+            "--missing-caption is 'refused'; it must be refuse or empty; did you mean refuse?",
+        ),
+        ("--multiple=512", "--max-pixels is 65536; it must be at least multiple^2 = 262144"),
+        ("--shard=2/2", "--shard is '2/2'; it must be i/n with i from 0 to n - 1, such as 0/4"),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_is_typed(tmp_path, folder, capfd, option, message):
+    assert cli.main(["data", "build", f"--path={folder}", f"--out={tmp_path / 'out'}", option]) == 2
+    assert f"sora-jax: {message}\n" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_nothing_to_build_from_is_a_user_error(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match="it must hold videos or pictures, there are none"):
         make(tmp_path, empty)
     (empty / "a.mp4").write_bytes(b"junk")
     with pytest.raises(UserError, match="nothing usable: 1 x unreadable"):
         make(tmp_path, empty, missing_caption="empty")
-    with pytest.raises(UserError, match="not a folder"):
+    with pytest.raises(UserError, match="must be a folder"):
         make(tmp_path, tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
@@ -177,29 +206,22 @@ def test_nothing_to_build_from_is_a_user_error(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(length_rule="stretch"),
-        dict(max_frames=0),
-        dict(holdout=1.0),
-        dict(max_pixels=10),
-        dict(min_pixels=10),
-        dict(max_tokens=0),
-        dict(resolution="small"),
-        dict(framing="wide"),
-        dict(place="end"),
-        dict(max_fps=0.0),
-        dict(fps=-1.0),
-        dict(seconds=0.0),
-        dict(clips_per_file=0),
-        dict(variants=2),
-        dict(sources=()),
-    ],
-)
-def test_bad_options_are_user_errors(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
-        BuildConfig(**({"out": "x", "sources": (SourceConfig(path="y"),)} | bad))
+BAD = [("length_rule", "stretch"), ("max_frames", 0), ("holdout", 1.0), ("max_pixels", 10), ("min_pixels", 10)]
+BAD += [
+    ("max_tokens", 0),
+    ("resolution", "small"),
+    ("framing", "wide"),
+    ("place", "end"),
+    ("max_fps", 0.0),
+    ("fps", -1.0),
+]
+BAD += [("seconds", 0.0), ("clips_per_file", 0), ("variants", 2), ("sources", ())]
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_bad_options_are_user_errors(name, value):
+    with pytest.raises(UserError, match=f"{name} is ".replace("_", "-")):
+        BuildConfig(**({"out": "x", "sources": (SourceConfig(path="y"),)} | {name: value}))
 
 
 def test_world_dataset(tmp_path):
@@ -222,7 +244,7 @@ def test_clips_of_the_world_are_cropped_to_squares_where_that_is_asked(tmp_path)
 
 def test_the_world_is_part_of_the_options(tmp_path):
     build(world_options(tmp_path / "w", 3), progress=False)
-    with pytest.raises(UserError, match="sources="):
+    with pytest.raises(UserError, match="--sources="):
         build(world_options(tmp_path / "w", 3, world=WorldConfig(seed=1)))
 
 
@@ -363,6 +385,7 @@ def test_a_rate_for_all_keeps_pictures_and_flags_frames_that_are_repeated(tmp_pa
     assert lengths["long.gif"] == 33 and lengths["short.gif"] > 3 and lengths["still.png"] == 1
     flags = {row["file"]: [flag.split(":")[0] for flag in row["flags"]] for row in dataset.rows()}
     assert flags == {"long.gif": ["repeated"], "short.gif": ["repeated"], "still.png": []}
+    assert inspect(dataset.path).summary["flagged"] == {"repeated": 2}
     np.testing.assert_array_equal(dataset[0].frames[0], dataset[0].frames[2])
 
 
@@ -387,7 +410,7 @@ def test_a_world_clip_over_the_token_budget_is_refused_with_what_would_fit(tmp_p
     world = WorldConfig(sizes=((24, 40),), frames=(5, 17), image_share=0.0)
     dataset = build(world_options(tmp_path / "w", 12, world=world, max_tokens=40), progress=False)
     assert set(row["tokens"] for row in dataset.rows()) == {30}  # 2 x 3 x 5
-    why = "too long: 17 frames of 40x24 have 75 tokens, max_tokens is 40"
+    why = "too long: 17 frames of 40x24 have 75 tokens, --max-tokens is 40"
     fits = "5 frames of that size or 17 frames of 16x16 would fit"
     assert {entry["reason"] for entry in dataset.refused} == {f"{why}; {fits}"}
 
@@ -401,7 +424,7 @@ def test_the_token_budget_makes_longer_clips_smaller(tmp_path):
     few = make(tmp_path, tmp_path / "in", out=str(tmp_path / "few"), **common | dict(max_tokens=4))
     reasons = {entry["file"]: entry["reason"] for entry in few.refused}
     assert reasons["17.webp"].startswith(
-        "too long: 17 frames have at least 5 tokens, max_tokens is 4; at most 13 frames"
+        "too long: 17 frames have at least 5 tokens, --max-tokens is 4; at most 13 frames"
     )
 
 
@@ -426,7 +449,11 @@ def test_what_is_no_dataset_is_a_user_error(tmp_path):
 
 def test_inspect_counts_and_draws(tmp_path, folder):
     make(tmp_path, folder)
-    report = inspect(tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]}
+    assert inspect(tmp_path / "out").pictures == ()
+    report = inspect(tmp_path / "out", out=tmp_path / "look")
+    after = {path.name: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]}
+    assert before == after  # a dataset may lie on a medium that is only read
     assert report.summary["clips"] == 3 and report.summary["images"] == 2
     assert report.summary["sizes"] == {"48x40": 3}
     assert report.summary["refused"] == {"unreadable": 1, "no caption": 1}
@@ -435,7 +462,8 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     assert report.summary["tokens"] == "30 to 90, mean 50"
     fill = {"pack_length": 180, "slots": 16, "packs": 1, "fill": round(150 / 180, 4), "advice": ""}
     assert report.summary["fill"] == fill
-    for picture in (report.sheet, report.histogram):
+    assert report.pictures == (tmp_path / "look/contact_sheet.png", tmp_path / "look/histogram.png")
+    for picture in report.pictures:
         pixels = decode(picture).frames[0]
         assert pixels.shape[0] > 40 and (pixels != 255).any()
     with pytest.raises(UserError, match="--pack-length is 80; .* 90 tokens"):
@@ -464,5 +492,5 @@ def test_the_world_comes_as_it_is_drawn_or_not_at_all(tmp_path):
     options = world_options(tmp_path / "out", 8, world=world, max_pixels=256)
     dataset = build(options, progress=False)
     assert {clip.frames.shape[1:3] for clip in dataset} == {(24, 40), (40, 24)}
-    with pytest.raises(UserError, match="multiple=16 does not divide"):
+    with pytest.raises(UserError, match="--multiple is 16; it must be a divisor"):
         build(replace(options, out=str(tmp_path / "other"), multiple=16), progress=False)

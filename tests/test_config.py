@@ -209,7 +209,7 @@ def test_a_config_file_may_set_none_and_groups_of_its_own(tmp_path):
         ("cuts=maybe", "--config.cuts is 'maybe'; it must be true or false"),
         ("fps", "--config.fps is given without a value; write --config.fps=VALUE"),
         ("a b=3", "--config.a b is not an option; write --config.NAME=VALUE"),
-        ("multiple=0", "--config.multiple=0 is not allowed"),
+        ("multiple=0", "--config.multiple is 0; it must be at least 1"),
     ],
 )
 def test_the_option_at_fault_is_named_as_typed_and_no_other(change, message):

@@ -5,11 +5,12 @@ from itertools import islice
 import chex
 import numpy as np
 import pytest
+from fixtures_datasets import write_dataset
 
 from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import Dataset, add_clip, write_dataset
+from sora_jax.data.storing.manifest import Dataset, add_clip
 from sora_jax.errors import UserError
 from sora_jax.train.crops import CropBatches, CropConfig
 

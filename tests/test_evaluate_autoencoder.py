@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fixtures_datasets import write_dataset
 from PIL import Image
 
 from sora_jax.data.reading.media import decode
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import Dataset, add_clip, write_dataset
+from sora_jax.data.storing.manifest import Dataset, add_clip
 from sora_jax.errors import UserError
 from sora_jax.evaluate.autoencoder import EvaluateOptions, Report, evaluate_autoencoder
 from sora_jax.generate.preview import held_out_psnr

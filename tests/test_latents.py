@@ -200,7 +200,7 @@ except UserError as error:
 def test_a_disk_that_fills_up_is_told_and_leaves_no_cache(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "cache"), str(Path(__file__).parent)]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert "told: out=" in run.stdout and "cannot be written" in run.stdout, run.stderr
+    assert "told: --out is " in run.stdout and "cannot be written" in run.stdout, run.stderr
     assert not (tmp_path / "cache").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 from fixtures_media import corners, encode, flat, names, quadrants
 from PIL import Image
 
-from sora_jax.data.reading import tracks, videos
+from sora_jax.data.reading import graphs, tracks
 from sora_jax.data.reading.media import SpanRule, decode, sample
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.data.viewing.sheets import contact_sheet, strip
@@ -95,9 +95,9 @@ def test_rate_comes_from_stamps_not_from_the_header(tmp_path):
 
 def test_frames_that_are_promised_and_do_not_come_are_not_made_up():
     images = [(k / 10, lambda fit, k=k: flat(6)[k]) for k in range(6)]
-    promised = tracks.Track(np.arange(6) / 10, 0.6, lambda start: iter(images[:3]))
+    promised = tracks.FrameSource(np.arange(6) / 10, 0.6, lambda start: iter(images[:3]))
     assert names(sample(promised).frames) == [0, 1, 2]
-    held = tracks.Track(np.arange(6) / 10, 1.0, lambda start: iter(images))
+    held = tracks.FrameSource(np.arange(6) / 10, 1.0, lambda start: iter(images))
     assert names(sample(held).frames) == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
 
 
@@ -118,8 +118,8 @@ def test_a_part_of_a_longer_file(tmp_path, place, first):
 
 def test_only_the_part_wanted_is_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "long.mp4", flat(200), rate=10, g="10")
-    drawn, draw = [], videos._draw
-    monkeypatch.setattr(videos, "_draw", lambda *frame: drawn.append(frame) or draw(*frame))
+    drawn, render = [], graphs.FrameRenderer.render
+    monkeypatch.setattr(graphs.FrameRenderer, "render", lambda *frame: drawn.append(frame) or render(*frame))
     assert len(decode(path, SpanRule(3, place=0.5)).frames) == len(drawn) == 3
 
 

@@ -71,7 +71,7 @@ def test_the_crop_is_centred_inside_and_not_squashed(height, width, new_height, 
 
 
 def test_size_rule_refuses_the_impossible():
-    with pytest.raises(UserError, match="max_pixels=100"):
+    with pytest.raises(UserError, match="--max-pixels is 100; it must be at least"):
         SizeRule(multiple=16, max_pixels=100)
     with pytest.raises(FitError, match="1x1"):
         SizeRule(16)(1, 1)
@@ -86,20 +86,20 @@ def test_padding_repeats_the_last_frame():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(name="foldr"), "source='foldr'"),
+        (dict(name="foldr"), "--source is 'foldr'; it must be folder, "),
         (dict(name="tfds:"), "tfds:NAME"),
-        (dict(name="webdataset"), "path is not given.*tar"),
-        (dict(name="world"), "limit is not given"),
-        (dict(name="world", limit=3, strip_frames=2), "strip_frames=2"),
-        (dict(path="a", weight=0), "weight=0"),
-        (dict(path="a", weight=float("nan")), "weight=nan"),
-        (dict(path="a", strip_fps=0), "strip_fps=0"),
-        (dict(path="a", strip_frames=0), "strip_frames=0"),
-        (dict(path="a", limit=0), "limit=0"),
-        (dict(path="a", label="name"), "label='name'"),
-        (dict(path="a", label_caption="a digit"), "label_caption='a digit'"),
-        (dict(path="a", split="train"), "split='train'"),
-        (dict(path="a", world_held_out=1), "world_held_out=1"),
+        (dict(name="webdataset"), "--path is not given; with --source=webdataset it must be a tar"),
+        (dict(name="world"), "--limit is not given"),
+        (dict(name="world", limit=3, strip_frames=2), "--strip-frames is 2; it must be left out"),
+        (dict(path="a", weight=0), "--weight is 0; it must be finite and above 0"),
+        (dict(path="a", weight=float("nan")), "--weight is nan"),
+        (dict(path="a", strip_fps=0), "--strip-fps is 0"),
+        (dict(path="a", strip_frames=0), "--strip-frames is 0; it must be at least 1"),
+        (dict(path="a", limit=0), "--limit is 0; it must be at least 1"),
+        (dict(path="a", label="name"), "--label is 'name'; allowed: 'caption', 'class', 'both'"),
+        (dict(path="a", label_caption="a digit"), "--label-caption is 'a digit'; it must hold {label}"),
+        (dict(path="a", split="train"), "--split is 'train'; it must be left out"),
+        (dict(path="a", world_held_out=1), "--world-held-out is 1; with --source=folder it must be from 0 to 0"),
         (dict(name="world", limit=3, world_held_out=4), "from 0 to 3"),
     ],
 )
@@ -199,16 +199,19 @@ def test_rows_say_captions_of_all_kinds():
     assert annotations({"words": "w", "caption": "c", "no": "7"}, Fields("words", "no")) == annotations(
         {"caption": "w", "label": 7}
     )
-    assert [annotations({"label": label}).label for label in ("-1", -1, "", None, float("nan"), " 12 ")] == [
-        None
-    ] * 5 + [12]
+    labels = {"-1": None, -1: None, "": None, None: None, "nan": None, " 12 ": 12, "2.0": 2, "10.": 10, "2.5": "2.5"}
+    for written, label in labels.items():
+        assert annotations({"label": written}).label == label
+    assert annotations({"label": float("nan")}).label is None
 
 
 @pytest.mark.parametrize(
-    "row", [{"caption": 5}, {"caption": "\ud800"}, {"label": 1.5}, {"label": 2**31}, {"label": True}, {"split": []}]
+    "row",
+    [{"caption": 5}, {"caption": "\ud800"}, {"split": []}]
+    + [{"label": label} for label in (1.5, 2**31, True, float("inf"), ["cat", "dog"], {}, b"cat")],
 )
 def test_rows_that_cannot_be_understood(row):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"; it must|surrogates"):
         annotations(row)
 
 

@@ -1,8 +1,11 @@
-"""The folder source: listing, captions beside clips and in tables, zip files, strips."""
+"""The folder source: listing, captions beside clips and in tables, archives, strips."""
 
 import json
 import os
 import pickle
+import re
+import tarfile
+import unicodedata
 import zipfile
 from functools import partial
 
@@ -30,6 +33,23 @@ def entries(source):
 
 def frames(source, index, rule=SpanRule()):
     return source.open(index).decode(rule, None).frames
+
+
+def make(path, *names, **texts):
+    """A folder with a picture a name, of shades 0, 10, ...; and texts."""
+    for number, name in enumerate(names):
+        save_png(path / name, frame(10 * number))
+    for name, text in texts.items():
+        (path / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return path
+
+
+def captions(source):
+    return {entry.file: entry.captions.get("original") for entry in entries(source)}
+
+
+def reasons(source) -> dict[str, str]:
+    return {name: reason.split(":")[0] for name, reason in source.refused}
 
 
 def write_parquet(path, rows):
@@ -65,8 +85,7 @@ def test_folder_is_read_in_order_with_captions_from_text_and_csv(tmp_path):
 
 
 def test_text_files_name_their_kind_and_go_before_tables(tmp_path):
-    for name in ("fox.png", "fox.2.png", "owl.png", "yak.png"):
-        save_png(tmp_path / name, frame(1))
+    make(tmp_path, "fox.png", "fox.2.png", "owl.png", "yak.png")
     texts = {"fox.txt": "a fox", "fox.synthetic.txt": "long", "fox.2.txt": "second", "owl.original.txt": "an owl"}
     for name, text in (texts | {"elk.txt": "no elk", "fox.original.txt": "not this", "fox.table.txt": ""}).items():
         (tmp_path / name).write_text(text)
@@ -84,32 +103,8 @@ def test_text_files_name_their_kind_and_go_before_tables(tmp_path):
     assert all(next(iter(captions)) == "original" for captions in found.values())
 
 
-def test_the_same_captions_from_every_table(tmp_path):
-    rows = [
-        {"file": "a.png", "caption": "one", "caption_long": "one in words", "split": "test", "label": "ox"},
-        {"file": "sub/b.png", "caption": "two", "caption_long": "two in words", "split": "train", "label": "ape"},
-    ]
-    found = []
-    for kind in ("csv", "jsonl", "parquet"):
-        root = tmp_path / kind
-        save_png(root / "a.png", frame(1))
-        save_png(root / "sub/b.png", frame(2))
-        if kind == "csv":
-            lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
-            (root / "captions.csv").write_text("\n".join(lines))
-        elif kind == "jsonl":
-            (root / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
-        else:
-            write_parquet(root / "any.parquet", rows)
-        found.append(entries(folder(root, label="class")))
-    assert found[0] == found[1] == found[2]
-    assert [(e.label, e.label_name, e.split) for e in found[0]] == [(1, "ox", "test"), (0, "ape", "train")]
-    assert found[0][1].captions == {"original": "two", "long": "two in words"}
-
-
 def test_tables_with_mappings_lists_and_other_columns(tmp_path):
-    for name in "abc":
-        save_png(tmp_path / f"{name}.png", frame(1))
+    make(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "captions.jsonl").write_text(
         '{"file_name": "a.png", "captions": {"synthetic": "s", "original": "o"}}\n'
         '{"file": "./b.png", "captions": ["x", "y"]}\n'
@@ -128,35 +123,60 @@ def test_tables_with_mappings_lists_and_other_columns(tmp_path):
 
 
 def test_a_deeper_table_goes_before_one_above(tmp_path):
-    save_png(tmp_path / "sub/a.png", frame(1))
-    (tmp_path / "captions.csv").write_text("file,caption,split,label\nsub/a.png,above,test,4\n")
-    (tmp_path / "sub/captions.csv").write_text("file,caption\na.png,near\n")
+    make(tmp_path, "sub/a.png", captions__csv="file,caption,split,label\nsub/a.png,above,test,4\n")
+    make(tmp_path / "sub", captions__csv="file,caption\na.png,near\n")
     (entry,) = entries(folder(tmp_path, label="class"))
     assert (entry.captions, entry.split, entry.label) == ({"original": "near"}, "test", 4)
 
 
-def test_zip_members_are_read_in_place(tmp_path):
-    save_png(tmp_path / "one.png", frame(50))
-    data = (tmp_path / "one.png").read_bytes()
-    (tmp_path / "one.png").unlink()
-    (tmp_path / "set").mkdir()
-    with zipfile.ZipFile(tmp_path / "set/pack.zip", "w") as archive:
-        for name in ("train/x.png", "../out.png", "/abs.png", "train/notes.txt", "c:/x.png", "c:x.png"):
-            archive.writestr(name, data)
-    (tmp_path / "set/captions.csv").write_text("file,caption\ntrain/x.png,a grey square\n")
-    (tmp_path / "bad.zip").write_bytes(b"PK not a zip")
-    source = pickle.loads(pickle.dumps(folder(tmp_path)))
-    assert [(e.file, e.captions) for e in entries(source)] == [
-        ("set/pack.zip/train/x.png", {"original": "a grey square"})
-    ]
-    assert (frames(source, 0) == 50).all()
-    assert {name: reason.split(":")[0] for name, reason in source.refused} == {
-        "set/pack.zip/../out.png": "unsafe",
-        "set/pack.zip//abs.png": "unsafe",
-        "set/pack.zip/c:/x.png": "unsafe",
-        "set/pack.zip/c:x.png": "unsafe",
-        "bad.zip": "unreadable",
+def pack(folder, path):
+    """Put the files of a folder into a zip or tar file."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    if path.suffix.lower() == ".zip":
+        opened, add = zipfile.ZipFile(path, "w"), zipfile.ZipFile.write
+    else:
+        opened, add = tarfile.open(path, "w"), tarfile.TarFile.add
+    with opened as archive:
+        for name in names:
+            add(archive, folder / name, f"./{name}")
+    return path
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar", ".ZIP"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_archive_is_the_folder_that_it_holds(tmp_path, ending, alone):
+    table = {"captions__csv": "file,caption,split\nb.png,from the table,test\nsub/c.png,deep,\n"}
+    inside = make(
+        tmp_path / "in", "a.png", "b.png", "sub/c.png", "._a.png", a__txt="a fox", a__long__txt="long", **table
+    )
+    (tmp_path / "out").mkdir()
+    path = pack(inside, tmp_path / f"out/set{ending}")
+    as_folder, source = folder(inside), pickle.loads(pickle.dumps(folder(path if alone else tmp_path / "out")))
+    expected = {entry.file: (entry.captions, entry.split) for entry in entries(as_folder)}
+    assert expected["a.png"][0] == {"original": "a fox", "long": "long"} and expected["b.png"][1] == "test"
+    assert {e.file: (e.captions, e.split) for e in entries(source)} == {
+        f"set{ending}/{name}": given for name, given in expected.items()
     }
+    shades = {entry.file: frames(source, index)[0, 0, 0, 0] for index, entry in enumerate(entries(source))}
+    assert shades == {f"set{ending}/a.png": 0, f"set{ending}/b.png": 10, f"set{ending}/sub/c.png": 20}
+    assert source.refused == []
+
+
+def test_hostile_and_damaged_archives(tmp_path):
+    data = save_png(tmp_path / "made/one.png", frame(50)).read_bytes()
+    (tmp_path / "in/set").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "in/set/pack.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for name in ("train/x.png", "../out.png", "/abs.png", "train/notes.txt", "c:/x.png", "c:x.png", "train/x.png"):
+            archive.writestr(name, data)
+    make(tmp_path / "in/set", captions__csv="file,caption\ntrain/x.png,as if unpacked\n")
+    (tmp_path / "in/bad.zip").write_bytes(b"PK not a zip")
+    (tmp_path / "in/bad.tar").write_bytes(b"not a tar" * 99)
+    (tmp_path / "in/x.tgz").write_bytes(b"not looked at")
+    source = folder(tmp_path / "in")
+    assert captions(source) == {"set/pack.zip/train/x.png": "as if unpacked"} and (frames(source, 0) == 50).all()
+    unsafe = dict.fromkeys(("../out.png", "/abs.png", "c:/x.png", "c:x.png"), "unsafe") | {"train/x.png": "repeated"}
+    bad = {"bad.zip": "unreadable", "bad.tar": "damaged", "x.tgz": "compressed"}
+    assert reasons(source) == {f"set/pack.zip/{name}": reason for name, reason in unsafe.items()} | bad
 
 
 def test_a_damaged_member_is_a_media_error(tmp_path):
@@ -220,45 +240,175 @@ def test_strips_become_frames(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("captions.csv", "name,caption\na.png,x\n", "row 2, has no file"),
-        ("captions.csv", "file,split\na.png,x\n", "no caption"),
-        ("captions.csv", "file,caption\n../a.png,x\n", "row 2.*outside"),
-        ("captions.csv", "file,caption\na.png,x\nb.png,y, z\n", "row 3.*2 cells"),
-        ("captions.csv", "file,caption\na.png\n", "row 2.*2 cells"),
-        ("captions.csv", "file,caption\na.png,x\n./a.png,y\n", "row 3.*again"),
-        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "UTF-8"),
-        ("captions.jsonl", '{"file": "a.png"}\n{"file": "b.png"', "row 2, is not JSON"),
-        ("captions.jsonl", '{"file": "a.png"}\n\n[1]\n', "row 3, is not a JSON object"),
-        ("captions.jsonl", '{"caption": "x"}\n', "row 1, has no file"),
-        ("captions.jsonl", '{"file": "/a.png", "caption": "x"}', "row 1.*outside"),
-        ("clips.jsonl", '{"file": "a.png", "caption": 7}', "row 1.*caption.*7"),
-        ("clips.jsonl", '{"file": "a.png", "caption": "\\ud800"}', "row 1.*surrogate"),
-        ("captions.jsonl", "[" * 100_000, "row 1"),
-        ("captions.parquet", b"PAR1 not really", "Parquet"),
+        (
+            "captions.csv",
+            "name,caption\na.png,x\n",
+            "its columns are name, caption; it must have one of file, file_name",
+        ),
+        ("captions.csv", "file,split\na.png,x\n", "file, split; .* and one of caption, text"),
+        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "cannot be used: 'utf-8' codec"),
+        (
+            "captions.csv",
+            'file,caption\na.png,x\nb.png,"a 12 inch record\nc.png,a dog\nd.png,y\n',
+            "row 3 opens a quote",
+        ),
+        ("clips.tsv", 'file\tcaption\na.png\t"a 12" record\nb.png\ta dog"\n', ""),
+        ("Captions.JSONL", '{"caption": "x"}\n', "its columns are caption; .*one of file"),
+        ("captions.jsonl", "[" * 100_000, "row 1: it is not JSON"),
+        ("captions.parquet", b"PAR1 not really", "Parquet|parquet"),
     ],
 )
 def test_unusable_tables_are_user_errors(tmp_path, name, text, match):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    if not match:
+        assert reasons(folder(tmp_path)) == {name: "bad row", "b.png": "missing"}
+        return
     with pytest.raises(UserError, match=match) as raised:
         folder(tmp_path)
     assert name in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_field_that_no_table_has_is_named(tmp_path):
-    (tmp_path / "captions.csv").write_text("file,caption\n")
-    with pytest.raises(UserError, match="caption_field='sentence'.*file, caption"):
-        folder(tmp_path, caption_field="sentence")
+@pytest.mark.parametrize(
+    ("name", "rows", "reason"),
+    [
+        ("captions.jsonl", '{"file": "b.png", "caption": "x", "label": ["cat", "dog"]}', r"label is \['cat', 'dog'\]"),
+        ("captions.jsonl", '{"file": "b.png", "caption": "x", "label": Infinity}', "label is inf; it must be a class"),
+        ("captions.jsonl", '{"file": "b.png", "caption": 7}', "caption of kind original is 7; it must be a text"),
+        ("captions.jsonl", '{"file": "b.png", "caption": "\\ud800"}', "surrogates"),
+        ("captions.jsonl", '{"file": "b.png", "caption": "x"', "it is not JSON"),
+        ("captions.jsonl", "[1]", r"it is \[1\]; it must be a JSON object"),
+        ("captions.jsonl", '{"caption": "x"}', "it names no file"),
+        ("captions.csv", "b.png,y, z", "it has 3 cells, the header 2"),
+        ("captions.csv", "b.png", "it has 1 cells, the header 2"),
+        ("captions.csv", 'b.png,"a" z', "its quotes do not match"),
+        ("captions.csv", "b.png,x\n./b.png,y", "it names ./b.png again"),
+        ("captions.csv", ",x", "it names no file"),
+    ],
+)
+def test_a_bad_row_costs_its_clip(tmp_path, name, rows, reason):
+    first, last = "file,caption\na.png,one\n", "c.png,three\n"
+    if name == "captions.jsonl":
+        first, last = (
+            f'{{"file": "{name}.png", "caption": "{text}"}}\n' for name, text in (("a", "one"), ("c", "three"))
+        )
+    (make(tmp_path, "a.png", "b.png", "c.png") / name).write_text(first + rows + "\n" + last)
+    source = folder(tmp_path)
+    known = "b.png" in rows and not reason.startswith(("it is not JSON", "its quotes"))
+    assert captions(source) == {"a.png": "one", "c.png": "three"} | ({} if known else {"b.png": None})
+    ((file, why),) = source.refused
+    row = 2 if name == "captions.jsonl" else 4 if "again" in reason else 3
+    assert file == ("b.png" if known else name) and why.startswith(f"bad row: {name}, row {row}: ")
+    assert re.search(reason, why)
 
 
 def test_captions_that_are_not_utf8_cost_one_clip(tmp_path):
-    save_png(tmp_path / "a.png", frame(1))
-    save_png(tmp_path / "b.png", frame(2))
+    make(tmp_path, "a.png", "b.png")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     source = folder(tmp_path)
     assert [entry.file for entry in entries(source)] == ["b.png"]
     assert [name for name, _ in source.refused] == ["a.png"]
 
 
-def test_missing_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a folder"):
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="--path is .*nowhere; it must be a folder of videos or pictures"):
         folder(tmp_path / "nowhere")
+    make(tmp_path, captions__csv="file,caption\n")
+    with pytest.raises(UserError, match="file, caption; it must have one of file,.* sentence"):
+        folder(tmp_path, caption_field="sentence")
+
+
+def test_classes_are_read_as_pandas_writes_them(tmp_path):
+    table = "file,caption,label\na.png,a,0.0\nb.png,b,\nc.png,c,2.0\nd.png,d,10.0\ne.png,e,nan\n"
+    found = entries(folder(make(tmp_path, *(f"{name}.png" for name in "abcde"), captions__csv=table)))
+    assert [(entry.label, entry.label_name) for entry in found] == [(n, None) for n in (0, None, 2, 10, None)]
+
+
+def test_names_are_found_as_users_mean_them(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    root = make(tmp_path / "in", f"{decomposed}.png", f"{composed} 2.png", "sub/a b.png", "sub/c.png", "d.png", "e.png")
+    (root / f"{composed}.long.txt").write_text("a long text")
+    table = f"""file;caption
+{composed}.png;"one; with {decomposed}"
+{decomposed} 2.png;12" record
+.\\sub\\a b.png;three
+{root}/sub/c.png;four
+{root.resolve()}/gone.png;
+sub/../d;five
+/elsewhere/e.png;six
+;
+;
+"""
+    make(root, Captions__CSV="\ufeff" + table)
+    source = folder(root)
+    assert captions(source) == {
+        f"{composed} 2.png": '12" record',
+        f"{decomposed}.png": f"one; with {decomposed}",
+        "d.png": "five",
+        "e.png": None,
+        "sub/a b.png": "three",
+        "sub/c.png": "four",
+    }
+    assert source.entry(0).captions["long"] == "a long text"
+    assert reasons(source) == {"gone.png": "missing", "/elsewhere/e.png": "missing"}
+    data = pack(root, tmp_path / "mac.zip").read_bytes()
+    for signature, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # macOS does not mark its names as UTF-8
+        parts = data.split(signature)
+        data = signature.join(
+            [parts[0]]
+            + [part[: at - 4] + bytes([part[at - 4], part[at - 3] & ~8]) + part[at - 2 :] for part in parts[1:]]
+        )
+    (tmp_path / "mac.zip").write_bytes(data)
+    assert captions(folder(tmp_path / "mac.zip")) == {
+        f"mac.zip/{name}": text for name, text in (captions(source) | {"sub/c.png": None}).items()
+    }
+
+
+TABLES = {
+    "metadata.csv": "file_name,text,width\na.png,one,8\nb.png,two,8\n",  # Hugging Face
+    "metadata.jsonl": '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n',
+    "METADATA.CSV": '"video","prompt"\n"a.png","one"\n"b.png","two"\n',  # DiffSynth
+    "captions.tsv": "Image\tCaption\na.png\tone\nb.png\ttwo\n",
+    "clips.csv": "path, text\r\na.png, one\r\nb.png, two\r\n",  # Open-Sora
+    "train.jsonl": '{"image_path": "a.png", "caption": "one"}\n{"video_path": "b.png", "caption": "two"}\n',  # musubi
+    "meta_cap.json": '{"a.png": {"caption": "one", "tags": "x"}, "b": {"caption": "two"}}',  # kohya
+    "captions.json": '{"a.png": "one", "b.png": ["two", "three"]}',
+    "metadata.json": '[{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two"}]',
+    "metadata.parquet": [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two"}],
+    "captions.csv": "file,caption\na.png,one\nb.png,two\n".encode("utf-16"),  # Excel
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_other_programs(tmp_path, name):
+    make(tmp_path, "a.png", "b.png")
+    if name.endswith(".parquet"):
+        write_parquet(tmp_path / name, TABLES[name])
+    else:
+        (tmp_path / name).write_bytes(TABLES[name] if isinstance(TABLES[name], bytes) else TABLES[name].encode())
+    source = folder(tmp_path)
+    assert captions(source) == {"a.png": "one", "b.png": "two"} and source.refused == []
+
+
+def test_the_files_of_a_phone(tmp_path):
+    names = ("DCIM/IMG_1.HEIC", "DCIM/IMG_1.MOV", "DCIM/IMG_2.JPG", "Movies/VID.mp4")
+    for name in (*names, "DCIM/IMG_1.AAE", "DCIM/Thumbs.db", "DCIM/.DS_Store", "desktop.ini"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"not opened")
+    takeout = {"title": "IMG_1.HEIC", "description": "", "photoTakenTime": {"timestamp": "1"}}
+    for name in ("IMG_1.HEIC.json", "IMG_2.JPG.supplemental-metadata.json", "metadata.json"):
+        (tmp_path / "DCIM" / name).write_text(json.dumps(takeout))
+    (tmp_path / "DCIM/IMG_2.JPG.txt").write_text("on the beach")
+    source = folder(tmp_path)
+    assert captions(source) == dict.fromkeys(names) | {"DCIM/IMG_2.JPG": "on the beach"}
+    assert reasons(source) == {"DCIM/metadata.json": "no table"}
+    assert captions(folder(tmp_path / "DCIM/IMG_1.MOV")) == {"IMG_1.MOV": None}
+
+
+def test_a_dataset_in_the_folder_is_no_part_of_it(tmp_path):
+    make(tmp_path, "a.png", "sub/b.png")
+    before = folder(tmp_path).digest()
+    make(tmp_path / "sub/data", "contact_sheet.png", dataset__json="{}", x__array_record="")
+    make(tmp_path / ".data.sora_jax-unfinished", "c.png")
+    assert folder(tmp_path).digest() == before
+    with pytest.raises(UserError, match="it is a dataset, which needs --source=array_record"):
+        folder(tmp_path / "sub/data")

@@ -103,7 +103,11 @@ def test_files_folders_and_patterns(tmp_path, png):
     assert [entry.file for entry in entries(shards(tmp_path / "data"))] == everything
     assert [entry.file for entry in entries(shards(tmp_path / "data/*/[01].tar"))] == everything[:2]
     assert [entry.file for entry in entries(shards(tmp_path / "data/sub1/1.tar"))] == ["1.tar/x.png"]
-    for path, match in (("none", "names no tar"), ("data/*/*.zip", "names no tar"), ("data/{0..2}.tar", "braces")):
+    for path, match in (
+        ("none", "must be a tar"),
+        ("data/*/*.zip", "must be a tar"),
+        ("data/{0..2}.tar", "a pattern with "),
+    ):
         with pytest.raises(UserError, match=match):
             shards(tmp_path / path)
 
@@ -111,8 +115,7 @@ def test_files_folders_and_patterns(tmp_path, png):
 def test_packed_tars_are_refused_in_a_sentence(tmp_path, png):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
         pass
-    with pytest.raises(UserError, match="compressed.*random access"):
-        shards(tmp_path / "a.tar.gz")
+    assert shards(tmp_path / "a.tar.gz").refused[0][1].startswith("compressed: such a tar has no random access")
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar.gz").read_bytes())
     write_tar(tmp_path / "c.tar", [("x.png", png(1))])
     source = shards(tmp_path)
@@ -164,12 +167,33 @@ def test_unusable_samples_have_reasons(tmp_path, png):
     path = write_tar(tmp_path / "x.tar", members)
     source = shards(path)
     assert len(source) == 0
-    words = dict.fromkeys(
-        (f"x.tar/{name}" for name in ("latin", "broken", "list", "nested", "book")), "name or caption"
-    )
-    assert kinds(source) == {"x.tar/none": "no media", "x.tar/two": "several media"} | words
+    texts = {f"x.tar/{name}.png": "bad name or caption" for name in ("latin", "book")}
+    rows = {f"x.tar/{name}.png": "bad row" for name in ("broken", "list", "nested")}
+    assert kinds(source) == {"x.tar/none": "no media", "x.tar/two": "several media"} | texts | rows
     chosen = shards(path, media_field="jpg")
     assert [entry.file for entry in entries(chosen)] == ["x.tar/two.jpg"] and shade(chosen, 0) == 2
+
+
+def test_names_that_come_again_are_refused(tmp_path, png):
+    members = [("1.png", png(1)), ("1.txt", b"one"), ("1.png", png(7)), ("1.txt", b"seven"), ("./2.png", png(2))]
+    source = shards(write_tar(tmp_path / "x.tar", members))
+    assert [(entry.file, entry.captions) for entry in entries(source)] == [
+        ("x.tar/1.png", {"original": "one"}),
+        ("x.tar/2.png", {}),
+    ]
+    assert [shade(source, i) for i in range(2)] == [1, 2]
+    assert [name for name, _ in source.refused] == ["x.tar/1.png", "x.tar/1.txt"]
+    assert all(why.startswith("repeated: ") for _, why in source.refused)
+
+
+def test_media_of_every_ending_and_labels_that_are_no_class(tmp_path):
+    endings = ["heic", "HEIF", "M4V", "mpg", "ts", "bmp", "TIF", "tiff", "MOV", "jpeg", "3gp"]
+    members = [(f"{ending}.{ending}", b"not opened") for ending in endings]
+    labels = {"list": '["cat", "dog"]', "inf": "Infinity", "nan": "NaN"}
+    members += [(f"{name}.json", f'{{"label": {label}}}'.encode()) for name, label in labels.items()]
+    source = shards(write_tar(tmp_path / "x.tar", members + [(f"{name}.png", b"not opened") for name in labels]))
+    assert [entry.file for entry in entries(source)] == [*(f"x.tar/{e}.{e}" for e in endings), "x.tar/nan.png"]
+    assert kinds(source) == {"x.tar/list.png": "bad row", "x.tar/inf.png": "bad row"}
 
 
 def sample_tar(tmp_path, png) -> bytes:
@@ -190,22 +214,16 @@ def test_a_shard_cut_anywhere_gives_the_samples_before(tmp_path, png):
         assert all(shade(source, i) == i for i in range(len(source)))
 
 
-def test_a_damaged_header_ends_the_shard_and_is_listed(tmp_path, png):
-    data = bytearray(sample_tar(tmp_path, png))
-    data[4096 + 150] ^= 0xFF  # the checksum of the third picture's header
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/x.tar").write_bytes(data)
-    source = shards(tmp_path / "d/x.tar")
-    assert [entry.file for entry in entries(source)] == ["x.tar/0.png", "x.tar/1.png"]
-    assert source.refused == [("x.tar", "damaged: no header at byte 4096, what follows is not read")]
-
-
-def test_what_follows_the_end_is_listed(tmp_path, png):
+def test_a_damaged_header_and_what_follows_the_end_are_listed(tmp_path, png):
     data = sample_tar(tmp_path, png)
+    header = bytearray(data)
+    header[4096 + 150] ^= 0xFF  # the checksum of the third picture's header
     (tmp_path / "d").mkdir()
-    (tmp_path / "d/x.tar").write_bytes(data + data)
-    source = shards(tmp_path / "d/x.tar")
-    assert len(source) == 3 and kinds(source) == {"x.tar": "damaged"}
+    for content, count, at in ((header, 2, 4096), (data + data, 3, 6144)):
+        (tmp_path / "d/x.tar").write_bytes(content)
+        source = shards(tmp_path / "d/x.tar")
+        assert [entry.file for entry in entries(source)] == [f"x.tar/{n}.png" for n in range(count)]
+        assert source.refused == [("x.tar", f"damaged: no end mark at byte {at}; what follows is not read")]
 
 
 @pytest.mark.parametrize("size", [-512, -(2**40), 2**62, 2**33])

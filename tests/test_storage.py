@@ -22,7 +22,6 @@ import pytest
 from fixtures_bucket import BucketFileSystem, Handler, bucket  # noqa: F401
 from fixtures_runs import TINY, chain, run  # noqa: F401
 from fixtures_toy import train as train_toy
-from test_sources_records import write_records  # noqa: F401
 from test_sources_tar import png, write_tar  # noqa: F401
 from test_sources_tfds import GreyDigits
 
@@ -49,8 +48,8 @@ from sora_jax.files import (
     create,
     is_remote,
     local_copy,
-    names_below,
     read_text,
+    remote_files,
     replacing,
     temporary_path,
     write_text,
@@ -98,7 +97,7 @@ def test_a_dataset_there_is_the_dataset_here(remote, chain):  # noqa: F811
         np.testing.assert_array_equal(again[i].frames, here[i].frames)
         assert again[i].captions == here[i].captions
     names = {"dataset.json", "manifest.parquet", "refused.jsonl", "clips-00000-of-00001.array_record"}
-    assert set(names_below(as_path(f"{ROOT}/dataset"))) - {"contact_sheet.png", "histogram.png"} == names
+    assert set(remote_files(as_path(f"{ROOT}/dataset"))) == names
     assert not (remote / ".dataset.sora_jax-unfinished").exists()
 
 
@@ -166,9 +165,9 @@ def test_samples_there_are_the_samples_here(remote, chain, tmp_path, which):  # 
 
 
 def test_other_commands_there(remote, chain, tmp_path, capsys):  # noqa: F811
-    assert run("data", "inspect", f"{ROOT}/dataset") == 0
-    assert f"contact sheet    {ROOT}/dataset/contact_sheet.png" in capsys.readouterr().out
-    assert decode(remote / "dataset/histogram.png").frames.shape[0] == 1
+    assert run("data", "inspect", f"{ROOT}/dataset", f"--out={ROOT}/look") == 0
+    assert f"picture          {ROOT}/look/contact_sheet.png" in capsys.readouterr().out
+    assert decode(remote / "look/histogram.png").frames.shape[0] == 1
     draw_losses({"transformer": as_path(f"{ROOT}/transformer")}, f"{ROOT}/made/losses.png")
     assert decode(remote / "made/losses.png").frames.shape[0] == 1
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -182,7 +181,7 @@ def test_other_commands_there(remote, chain, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.fixture
-def sources(tmp_path, png, write_records):  # noqa: F811
+def sources(tmp_path, png):  # noqa: F811
     """kind -> a folder of one source of every kind, and the pattern of names in it."""
     folder = tmp_path / "folder"
     for name, shade in (("b", 20), ("sub/a", 40), ("sub/deep/c", 50), ("t", 70), (".hidden/x", 60)):
@@ -200,8 +199,6 @@ def sources(tmp_path, png, write_records):  # noqa: F811
     for k in range(2):
         members = [(f"{n}.png", png(10 * k + n)) for n in range(3)] + [(f"{n}.txt", b"said") for n in range(3)]
         write_tar(tmp_path / "tars/part" / f"{k}.tar", members)
-    write_records("records/deep/x.array_record", [10, 20, 30])
-    (tmp_path / "records/deep/x.jsonl").write_text("\n".join(json.dumps({"caption": str(n)}) for n in range(3)))
     return tmp_path
 
 
@@ -210,8 +207,6 @@ KINDS = {
     "tars of a folder": ("webdataset", "tars"),
     "tars by a pattern": ("webdataset", "tars/*/[01].tar"),
     "one tar": ("webdataset", "tars/part/1.tar"),
-    "records": ("array_record", "records"),
-    "one file of records": ("array_record", "records/deep/x.array_record"),
 }
 
 
@@ -278,7 +273,7 @@ def test_a_failed_write_leaves_the_old_object_and_nothing_else(bucket):  # noqa:
     with pytest.raises(ValueError), replacing(path) as temporary:
         temporary.write_text("half")
         raise ValueError
-    assert read_text(path) == "old" and names_below(path.parent) == ["notes.txt"] and not temporary.exists()
+    assert read_text(path) == "old" and sorted(remote_files(path.parent)) == ["notes.txt"] and not temporary.exists()
 
 
 def test_what_a_killed_process_has_not_finished_goes(bucket):  # noqa: F811
@@ -344,7 +339,7 @@ def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  #
     with parts.write(0) as writer:
         writer.add({"id": "early"})
     assert parts.finish({})
-    assert names_below(as_path(out)) == ["info.json", "manifest.parquet", "refused.jsonl"]
+    assert sorted(remote_files(as_path(out))) == ["info.json", "manifest.parquet", "refused.jsonl"]
     with pytest.raises(UserError, match="already exists"):
         start(out, kind, {"a": 1}, 2)
 
@@ -380,7 +375,7 @@ def test_a_failed_upload_of_reports_ends_no_run(bucket, monkeypatch, capfd):  # 
         assert capfd.readouterr().err.count(told) == 1
         monkeypatch.setattr(files, "put", put)
         writer.flush_rows()
-        assert names_below(as_path(workdir)) == ["metrics.jsonl"]
+        assert sorted(remote_files(as_path(workdir))) == ["metrics.jsonl"]
         monkeypatch.setattr(files, "put", fail)
         writer.write(2, {"loss": 2.0})
         writer.flush_rows()

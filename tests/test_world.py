@@ -204,7 +204,7 @@ def test_captions_parse_back_to_the_scene_at_every_level():
         planned = scene(FULL_WORLD, index)
         facts = wanted(planned)
         for level in LEVELS:
-            assert captions.parse(captions.write(facts, level)) == captions.said(facts, level)
+            assert captions.parse(captions.write(facts, level)) == captions.facts_at(facts, level)
         assert planned.caption == captions.write(facts, planned.level)
         seen |= {s.motion for s in facts.shapes} | {facts.camera}
     assert seen == set(MOTIONS) | set(captions.CAMERAS) | {"behind", None}

@@ -1,22 +1,24 @@
-"""What damaged files do to `decode`: every file of some folders, and small clips of them damaged in many ways.
+"""Decode every file of some folders, and variants of the small ones that are damaged in many ways.
 
-python experiments/bench/corrupt.py FOLDER... [--variants=2000] [--seconds=10]
+python experiments/bench/corrupt.py FOLDER... [--broken=FOLDER] [--variants=2000] [--seconds=10] [--most-silent=0.06]
 
-Each variant of a small clip (bytes flipped, a block zeroed, the end cut off; seeded) is decoded in a guarded process
-and compared with what the intact clip gives. Exit code 1 where a clip was wrong and nobody was told, or one hung.
+FOLDERs hold sound files, none of which may be refused or used in part; --broken holds files that may be. A variant has
+flipped bytes, a zeroed block or no end (seeded) and is compared with the intact clip. Exit code 1 for a crash, a hang,
+a sound file that is refused, or a larger share of variants that give other pictures without a flag.
 """
 
 import argparse
 import io
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import timing
 
-from sora_jax.data.building.guard import Failure, guarded_map
+from sora_jax.data.building.pool import Refusal, map_with_timeout
 from sora_jax.data.fit import SizeRule
 from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
@@ -26,11 +28,13 @@ FIT = SizeRule(2, 128 * 128)
 RULE = SpanRule(max_frames=256)
 NEAR = 30.0  # dB
 DAMAGES = ("flips", "zeros", "end cut off")
+NO_MEDIA = (".csv", ".jsonl", ".md", ".tar", ".txt", ".zip")
+WHOLE = ("whole", "refused: no allowed size", "refused: too large")  # what may become of a sound file
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A file and what is done to it."""
+    """A file and the damage that is done to it."""
 
     path: str
     damage: str = ""
@@ -38,7 +42,7 @@ class Variant:
 
 
 def damaged(data: bytes, damage: str, seed: int) -> bytes:
-    """The bytes of a file after one to eight flipped bytes, a zeroed block, or without the end."""
+    """Return the bytes of a file after one to eight flipped bytes, a zeroed block, or without the end."""
     random = np.random.default_rng(seed)
     raw = np.frombuffer(data, np.uint8).copy()
     if damage == "flips":
@@ -53,7 +57,7 @@ def damaged(data: bytes, damage: str, seed: int) -> bytes:
 
 
 def read(variant: Variant) -> DecodedClip | str:
-    """The clip, or why there is none."""
+    """Return the clip, or the reason of its refusal."""
     data = Path(variant.path).read_bytes()
     try:
         return decode(io.BytesIO(damaged(data, variant.damage, variant.seed) if variant.damage else data), RULE, FIT)
@@ -61,13 +65,14 @@ def read(variant: Variant) -> DecodedClip | str:
         return str(error)
 
 
-def outcome(result: DecodedClip | str | Failure, intact: DecodedClip | None) -> str:
-    """What became of a file, in a word or two."""
-    if isinstance(result, Failure | str):
-        reason = result if isinstance(result, str) else result.reason
-        return ("" if isinstance(result, Failure) else "refused: ") + reason.split(":")[0]
+def outcome(result: DecodedClip | str | Refusal, intact: DecodedClip | None) -> str:
+    """Return what became of a file in a few words."""
+    if isinstance(result, Refusal):
+        return result.reason.split(":")[0]
+    if isinstance(result, str):
+        return f"refused: {result.split(':')[0]}"
     same = intact is None or likeness(result, intact) >= NEAR
-    if result.flags:
+    if set(result.flags) - set(intact.flags if intact else [f for f in result.flags if not f.startswith("partial")]):
         return "used in part, with a flag" + ("" if same else ", other pictures")
     if not same:
         return "SILENT: other pictures"
@@ -77,7 +82,7 @@ def outcome(result: DecodedClip | str | Failure, intact: DecodedClip | None) -> 
 
 
 def likeness(clip: DecodedClip, intact: DecodedClip) -> float:
-    """The lowest PSNR of a frame in dB; minus infinity where size or rate differ or there are more frames."""
+    """Return the lowest PSNR of a frame in dB; minus infinity where size or rate differ or there are more frames."""
     count = len(clip.frames)
     if clip.frames.shape[1:] != intact.frames.shape[1:] or count > len(intact.frames):
         return -np.inf
@@ -88,60 +93,61 @@ def likeness(clip: DecodedClip, intact: DecodedClip) -> float:
 
 
 def make_variants(paths: list[str], count: int) -> list[Variant]:
-    """So many variants, spread evenly over files and damages."""
+    """Return so many variants, spread evenly over files and damages."""
     kinds = len(DAMAGES)
     return [Variant(paths[n // kinds % len(paths)], DAMAGES[n % kinds], n) for n in range(count)]
 
 
 def judge(variants: list[Variant], intact: dict[str, DecodedClip], workers: int, seconds: float) -> list[str]:
-    results = guarded_map(read, variants, workers, seconds)
+    """Return the outcome of each variant."""
+    results = map_with_timeout(read, variants, workers, seconds)
     return [outcome(result, intact.get(v.path)) for v, result in zip(variants, results, strict=True)]
 
 
-def rows(variants: list[Variant], outcomes: list[str], column) -> list[list[str]]:
-    """Counts by outcome and by `column(variant)`, as a table's rows."""
+def table(variants: list[Variant], outcomes: list[str], column: Callable[[Variant], str]) -> list[list[str]]:
+    """Return the counts by outcome and by `column(variant)`; the first row is the header."""
     counts = Counter((text, column(variant)) for variant, text in zip(variants, outcomes, strict=True))
     names = sorted({column(variant) for variant in variants})
-    table = [["outcome", *names, "all"]]
+    rows = [["outcome", *names, "all"]]
     for text in sorted({text for text, _ in counts}):
         numbers = [counts[text, name] for name in names]
-        table.append([text, *(str(number) for number in numbers), str(sum(numbers))])
-    return table
+        rows.append([text, *(str(number) for number in numbers), str(sum(numbers))])
+    return rows
+
+
+def find(folders: list[str]) -> list[Variant]:
+    """Return the files below some folders as they are, without those that hold no pictures."""
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*"))]
+    return [Variant(str(path)) for path in paths if path.is_file() and path.suffix not in NO_MEDIA]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+")
+    parser.add_argument("--broken", nargs="*", default=[])
     parser.add_argument("--variants", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--most-silent", type=float, default=0.06)
     options = parser.parse_args(arguments)
     machine = timing.machine()
-    found = [str(p) for f in options.folders for p in sorted(Path(f).rglob("*")) if p.is_file() and p.suffix != ".csv"]
-    files = [Variant(path) for path in found]
-    as_they_are = list(guarded_map(read, files, options.workers, 6 * options.seconds))
-    told = [outcome(result, None) for result in as_they_are]
-    small = [v.path for v, text in zip(files, told) if text == "whole" and Path(v.path).stat().st_size < SMALL]
-    intact = {v.path: result for v, result in zip(files, as_they_are) if v.path in set(small)}
-    variants = make_variants(small, options.variants)
-    outcomes = judge(variants, intact, options.workers, options.seconds)
-    silent = [v for v, text in zip(variants, outcomes) if text.startswith("SILENT")]
-    print(timing.report(*_split(rows(files, told, lambda v: Path(v.path).parent.name)), "Files as they are.", machine))
-    print()
-    ended = Counter(text for text in outcomes + told if text in ("crash", "hang"))
-    notes = f"{_notes(silent, small)} Crashes: {ended['crash']}; hangs: {ended['hang']}."
-    print(timing.report(*_split(rows(variants, outcomes, lambda v: v.damage)), notes, machine))
-    return int(bool(silent) or ended["hang"] > 0)
-
-
-def _split(table: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    return table[0], table[1:]
-
-
-def _notes(silent: list[Variant], small: list[str]) -> str:
-    files = Counter(f"{Path(v.path).name}, {v.damage}" for v in silent)
-    told = "; ".join(f"{name}: {number}" for name, number in files.most_common()) or "none"
-    return f"Variants of {len(small)} clips below {SMALL} bytes. Silent ones: {told}."
+    sound, broken = find(options.folders), find(options.broken)
+    clips = list(map_with_timeout(read, sound + broken, options.workers, options.seconds))
+    outcomes = [outcome(clip, None) for clip in clips]
+    header, *rows = table(sound + broken, outcomes, lambda variant: "sound" if variant in sound else "broken")
+    lost = [f"{Path(v.path).name}: {text}" for v, text in zip(sound, outcomes) if text not in WHOLE]
+    print(timing.report(header, rows, f"Sound files that are not whole: {'; '.join(lost) or 'none'}.", machine))
+    pairs = [(v.path, clip) for v, clip, text in zip(sound, clips, outcomes) if text == "whole"]
+    intact = {path: clip for path, clip in pairs if Path(path).stat().st_size < SMALL}
+    variants = make_variants(list(intact), options.variants)
+    found = judge(variants, intact, options.workers, options.seconds)
+    header, *rows = table(variants, found, lambda variant: variant.damage)
+    silent = [v for v, text in zip(variants, found) if text.startswith("SILENT")]
+    names = "; ".join(f"{name}: {count}" for name, count in Counter(Path(v.path).name for v in silent).most_common())
+    notes = f"Variants of {len(intact)} clips below {SMALL} bytes. Silent ones: {names or 'none'}."
+    print("\n" + timing.report(header, rows, notes, machine))
+    stopped = [text for text in outcomes + found if text in ("crash", "hang")]
+    return int(bool(lost or stopped) or len(silent) > options.most_silent * len(variants))
 
 
 if __name__ == "__main__":

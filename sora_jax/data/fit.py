@@ -1,4 +1,4 @@
-"""Which size and length a clip gets: pure functions of the native size, no pixels but in `fit_frames`.
+"""Compute the size and the length of a clip from its native ones; only `fit_frames` and `pad_frames` see pixels.
 
 Length. The autoencoder maps T = 1 + f_t k frames to 1 + k latent frames, so a clip of n frames is given one
 of those lengths:
@@ -18,6 +18,7 @@ of one axis. The area is bounded by max_pixels, by the tokens that one clip may 
 random for each variant of a clip, by that draw.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -25,7 +26,7 @@ from math import sqrt
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from sora_jax.errors import UserError
+from sora_jax.config import check, did_you_mean
 
 LENGTH_RULES = ("cut", "pad")
 RESOLUTIONS = ("largest", "uniform", "navit")
@@ -34,53 +35,54 @@ MAX_PIXELS = 2**40
 
 
 class FitError(Exception):
-    """The clip cannot be given an allowed size; the text says why."""
+    """Report that no size is allowed for a clip, and why."""
+
+
+def check_option(condition: object, name: str, value: object, allowed: str) -> None:
+    """Raise UserError, which names the option as it is typed, unless the condition holds."""
+    check(condition, f"--{name.replace('_', '-')} is {value!r}; it must be {allowed}")
+
+
+def check_word(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UserError unless the value of an option is one of the words that are allowed."""
+    check_option(value in allowed, name, value, " or ".join(allowed) + did_you_mean(str(value), allowed))
 
 
 @dataclass(frozen=True)
 class SizeRule:
-    """Which size a clip gets.
+    """Return the (height, width) of a clip when called with its native size and length.
 
-    multiple: both sides are multiples of it. max_pixels: bounds height x width. max_tokens: bounds the tokens of a
-    clip, one for time_factor frames and multiple x multiple pixels: a picture may be larger than a film.
-    resolution: "largest" takes the largest size that is allowed; "uniform" and "navit" draw the side of the square of
-    equal area between the square roots of min_pixels (default: four multiples a side) and of the largest area, from the
-    uniform distribution or from the truncated normal N(-1/2, 1) on [-1, 1], which prefers small sizes (NaViT,
-    2307.06304, section 3.4).
-    framing: "native" keeps the aspect ratio, "square" crops to a square (to measure what that costs).
+    `resolution` "largest" takes the largest size that is allowed. "uniform" and "navit" draw the side of the square of
+    equal area between the square roots of min_pixels and of the largest area: from the uniform distribution, or from
+    the truncated normal N(-1/2, 1) on [-1, 1], which prefers small sizes (NaViT, 2307.06304, section 3.4).
     """
 
-    multiple: int = 16
-    max_pixels: int | None = None
-    max_tokens: int | None = None
-    time_factor: int = 4
-    resolution: str = "largest"
-    min_pixels: int | None = None
-    framing: str = "native"
+    multiple: int = 16  # both sides are multiples of it
+    max_pixels: int | None = None  # largest height x width
+    max_tokens: int | None = None  # most tokens of a clip: a picture may be larger than a video
+    time_factor: int = 4  # a token has this many frames of multiple x multiple pixels
+    resolution: str = "largest"  # largest, uniform or navit
+    min_pixels: int | None = None  # smallest height x width that is drawn (default: four multiples a side)
+    framing: str = "native"  # keep the aspect ratio, or crop to a "square" (to measure what that costs)
 
     def __post_init__(self):
-        if self.multiple < 1:
-            raise UserError(f"multiple={self.multiple} is not allowed: a whole number of at least 1 is.")
+        check_option(self.multiple >= 1, "multiple", self.multiple, "at least 1")
+        square, most = self.multiple**2, self.max_tokens
         for name in ("max_pixels", "min_pixels"):
             value = getattr(self, name)
-            if value is not None and value < self.multiple**2:
-                raise UserError(
-                    f"{name}={value} is not allowed: with multiple={self.multiple} it is at least {self.multiple**2}."
-                )
-        for name, allowed in (("resolution", RESOLUTIONS), ("framing", FRAMINGS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} is not allowed: {', '.join(allowed)} are.")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens} is not allowed: at least 1 is.")
+            check_option(value is None or value >= square, name, value, f"at least multiple^2 = {square}")
+        check_option(most is None or most >= 1, "max_tokens", most, "at least 1")
+        check_word("resolution", self.resolution, RESOLUTIONS)
+        check_word("framing", self.framing, FRAMINGS)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Tokens of a clip of 1 + f_t k frames."""
+        """Count the tokens of a clip of 1 + f_t k frames."""
         return (1 + (frames - 1) // self.time_factor) * (height // self.multiple) * (width // self.multiple)
 
     def __call__(self, height: int, width: int, frames: int = 1, draw: float = 1.0) -> tuple[int, int]:
-        """The (height, width) of a clip of that native size and length; draw in [0, 1) where sizes are random.
+        """Return the (height, width) of a clip of this native size and length; `draw` in [0, 1) is for random sizes.
 
-        Raises FitError where there is none.
+        Raises FitError if no size is allowed.
         """
         area = min(self._most(frames), height * width)
         if self.resolution != "largest":
@@ -90,14 +92,14 @@ class SizeRule:
         return fit_size(height, width, self.multiple, area if area < height * width else None)
 
     def _most(self, frames: int) -> int:
-        """Pixels that a frame of a clip of so many frames may have."""
+        """Return the largest number of pixels for each frame of a clip of this length."""
         most = self.max_pixels or MAX_PIXELS
         if self.max_tokens is None:
             return most
         time = 1 + (frames - 1) // self.time_factor
         if time > self.max_tokens:
             raise FitError(
-                f"too long: {frames} frames have at least {time} tokens, max_tokens is {self.max_tokens}; at most "
+                f"too long: {frames} frames have at least {time} tokens, --max-tokens is {self.max_tokens}; at most "
                 f"{1 + self.time_factor * (self.max_tokens - 1)} frames of {self.multiple}x{self.multiple} would fit"
             )
         return min(most, self.max_tokens // time * self.multiple**2)
@@ -111,24 +113,23 @@ class SizeRule:
 
 
 def longest_length(time_factor: int, max_frames: int) -> int:
-    """The longest 1 + f_t k that is at most max_frames (at least 1)."""
+    """Return the longest 1 + f_t k that is at most max_frames (at least 1)."""
     return 1 + time_factor * ((max_frames - 1) // time_factor)
 
 
 def fit_length(frames: int, time_factor: int, max_frames: int | None = None, rule: str = "cut") -> int:
-    """The number of frames a clip of `frames` frames gets, by the rule of the table above."""
-    if rule not in LENGTH_RULES:
-        raise UserError(f"length_rule={rule!r} is not allowed: {' or '.join(LENGTH_RULES)} is.")
+    """Return the number of frames that a clip of `frames` frames gets, by the rule of the table above."""
+    check_word("length_rule", rule, LENGTH_RULES)
     longest = longest_length(time_factor, frames if rule == "cut" else frames + time_factor - 1)
     return longest if max_frames is None else min(longest, longest_length(time_factor, max_frames))
 
 
 def fit_size(height: int, width: int, multiple: int = 16, max_pixels: int | None = None) -> tuple[int, int]:
-    """The (height, width) a clip of the given native size gets.
+    """Return the (height, width) of a clip of this native size.
 
     Both are multiples of `multiple`, not above the native sides, with an area of at most `max_pixels` (None:
     the native area). Of the sizes next to the exact one, that which crops least is taken, then the largest.
-    Raises FitError where there is none.
+    Raises FitError if no size is allowed.
     """
     area = height * width
     shrink = min(1.0, sqrt((max_pixels or area) / area))
@@ -146,13 +147,13 @@ def _neighbours(side: int, shrink: float, multiple: int) -> list[int]:
 
 
 def _kept(height: int, width: int, new_height: int, new_width: int) -> float:
-    """Share of the native picture that stays in view when the new size is cut from its middle."""
+    """Return the share of the native picture that stays in view when the new size is cut from its middle."""
     ratio = (new_height * width) / (new_width * height)
     return min(ratio, 1 / ratio)
 
 
 def crop_box(height: int, width: int, new_height: int, new_width: int) -> tuple[float, float, float, float]:
-    """The centred (left, top, right, bottom) of the largest part of a picture with the new aspect ratio."""
+    """Return the centred (left, top, right, bottom) of the largest part of a picture with the new aspect ratio."""
     scale = max(new_height / height, new_width / width)
     left, top = (width - new_width / scale) / 2, (height - new_height / scale) / 2
     return max(left, 0.0), max(top, 0.0), min(width - left, width), min(height - top, height)
@@ -164,7 +165,7 @@ def fit_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     if frames.shape[1:3] == tuple(size):
         return frames
-    box = crop_box(*frames.shape[1:3], *size)
+    box = crop_box(frames.shape[1], frames.shape[2], *size)
     lanczos = Image.Resampling.LANCZOS
     return np.stack([np.asarray(Image.fromarray(f).resize(size[::-1], lanczos, box)) for f in frames])
 

@@ -12,7 +12,7 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.evaluate.world import triple
 from sora_jax.worlds import HELD_OUT, WorldConfig, clip, scene, wanted
-from sora_jax.worlds.captions import LEVELS, Wanted, parse, said
+from sora_jax.worlds.captions import LEVELS, Wanted, facts_at, parse
 from sora_jax.worlds.oracle import agree, read
 from sora_jax.worlds.oracle.kinds import unit_area
 
@@ -94,7 +94,7 @@ def world_clips(world: WorldConfig, caption: str, size: tuple[int, int, int], co
     narrow = _narrowed(world, facts, size)
     for index in range(FIRST, FIRST + TRIES * count):
         shown = wanted(scene(narrow, index))
-        if facts.shapes and any(said(shown, level) == facts for level in LEVELS):
+        if facts.shapes and any(facts_at(shown, level) == facts for level in LEVELS):
             found.append(clip(narrow, index)[0])
             if len(found) == count:
                 break

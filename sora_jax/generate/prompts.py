@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[Row]:
     if path.suffix.lower() == ".csv":
         rows = list(csv.DictReader(io.StringIO(text.lstrip("\ufeff"), newline="")))
     elif path.suffix.lower() == ".jsonl":
-        rows = [_parsed(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_parsed(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         return [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     return [_checked(path, number, row) for number, row in enumerate(rows, 1)]

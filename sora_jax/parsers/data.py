@@ -21,11 +21,12 @@ def add_data(commands) -> None:
     verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect|caption")
     _build(verbs)
     _encode(verbs)
-    example = "example:\n  sora-jax data inspect data/clips"
+    example = "example:\n  sora-jax data inspect data/clips\n  sora-jax data inspect data/clips --out=look"
     p = make_parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
-    p.add_argument("folder", type=as_path, help="dataset folder")
+    p.add_argument("folder", type=as_path, help="dataset folder; it is only read")
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.add_argument("--slots", type=int, default=16, help="clips per pack at most, as config.packing.slots")
+    p.add_argument("--out", type=as_path, help="folder for contact_sheet.png and histogram.png (default: no pictures)")
     p.set_defaults(function=inspect)
     example = (
         "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
@@ -64,13 +65,18 @@ def _encode(verbs) -> None:
 
 
 # Option of `data build` -> field of SourceConfig
-SOURCE_FLAGS = dict(source="name", path="path", strip_frames="strip_frames", strip_fps="strip_fps", limit="limit")
+SOURCE_FLAGS = {"source": "name"} | {
+    name: name
+    for name in ("path", "limit", "split", "media_field", "caption_field", "label_field", "label", "label_caption")
+    + ("strip_frames", "strip_fps")
+}
 WORLD = "simple"
 
 
 def _build(verbs) -> None:
     example = (
-        "example:\n  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
+        "example:\n  sora-jax data build --path=phone --out=data/phone --missing-caption=empty\n"
+        "  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
         "  sora-jax data build --source=webdataset --path='shards/*.tar' --out=data/clips --workers=8\n"
         "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
         "  sora-jax data build --config=configs/data.py:mixed --out=data/mixed      several sources"
@@ -82,8 +88,14 @@ def _build(verbs) -> None:
     # An option that is not given leaves the field of --config, or the default of the dataclass, as it is.
     add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
     add("--source", help="folder, webdataset, tfds:NAME[:CONFIG], array_record or world")
-    add("--path", help="folder, tar shards or ArrayRecord files to read")
+    add("--path", help="folder, tar shards or dataset folder to read; data_dir of TFDS")
     add("--limit", type=int, help="maximum number of entries of the source, evenly spaced")
+    add("--split", help="splits of TFDS, such as train or train[:10%%]+test (default: all)")
+    add("--media-field", help="feature of TFDS with the video or picture; ending of the member of tar samples")
+    add("--caption-field", help="feature of TFDS, column or key with the caption (default: caption, text or prompt)")
+    add("--label-field", help="feature of TFDS, column or key with the class (default: label)")
+    add("--label", help="use of a class label: caption, class or both")
+    add("--label-caption", help="caption of a class, with {label} for its name")
     add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
     add("--strip-fps", type=float, help="frames per second of such strips")
     add("--world", help="variant of the embedded world: simple or full")
@@ -125,7 +137,7 @@ def build_defaults() -> dict:
 
 def build(options) -> None:
     """Build a dataset folder and print its summary."""
-    from sora_jax.data.building.build import build
+    from sora_jax.data.building.build import build, tally
     from sora_jax.data.building.inspect import inspect
 
     config = build_config(options)
@@ -138,9 +150,11 @@ def build(options) -> None:
     if dataset is None:
         print(f"this share is done; {options.out} appears when the others are, too")
         return
-    print(inspect(options.out).text)
+    found = inspect(options.out)
+    print(f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images")
     if dataset.refused:
-        print(f"{len(dataset.refused)} files are not used: {as_path(options.out) / 'refused.jsonl'} says why")
+        kinds = tally(entry["reason"] for entry in dataset.refused)
+        print(f"{len(dataset.refused)} files refused ({kinds}); reasons: {dataset.path / 'refused.jsonl'}")
 
 
 def build_config(options):
@@ -217,5 +231,5 @@ def inspect(options) -> None:
     """Print the summary of a dataset folder."""
     from sora_jax.data.building.inspect import inspect
 
-    found = inspect(options.folder, options.pack_length, slots=options.slots)
-    print(f"{found.text}\ncontact sheet    {found.sheet}\nhistogram        {found.histogram}")
+    found = inspect(options.folder, options.pack_length, options.slots, options.out)
+    print("\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)]))

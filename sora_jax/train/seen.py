@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Seen:
         """Return what both have seen: a run and the one whose weights it began with."""
         measures = (*ClipSize._fields, "aspect")
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in measures}
-        ranges = {name: (min(a[0], b[0]), max(a[1], b[1])) for name, (a, b) in pairs.items()}
+        ranges: dict[str, Any] = {name: (min(a[0], b[0]), max(a[1], b[1])) for name, (a, b) in pairs.items()}
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("clips", "of", "left_out")}
         words = tuple(sorted({*self.words, *other.words}))
         return Seen(**ranges, **sums, words=words, dropped=self.dropped or other.dropped)
@@ -109,8 +109,10 @@ def look(store: ClipStore, split: str, patch: tuple[int, int, int]) -> Seen:
     some = rows[:: -(-len(rows) // MOST_CLIPS)]
     counts = Counter(word for caption in captions_in_order(store, some) for word in words_of(caption))
     words = sorted(word for word, _ in counts.most_common(MOST_WORDS))
-    measures = [(value.min().item(), value.max().item()) for value in (tokens, frames, height, width, width / height)]
-    return Seen(*measures, len(some), len(rows), tuple(words), len(counts) - len(words), dropped=False)
+    measures = zip((*ClipSize._fields, "aspect"), (tokens, frames, height, width, width / height), strict=True)
+    ranges: dict[str, Any] = {name: (values.min().item(), values.max().item()) for name, values in measures}
+    left_out = len(counts) - len(words)
+    return Seen(**ranges, clips=len(some), of=len(rows), words=tuple(words), left_out=left_out, dropped=False)
 
 
 def save_seen(seen: Seen, folder: Path) -> None:
@@ -123,7 +125,8 @@ def read_seen(folder: str | Path) -> Seen | None:
     file = as_path(folder) / FILE
     if not file.exists():
         return None
-    return Seen(**{name: tuple(value) if isinstance(value, list) else value for name, value in read_json(file).items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(file).items()}
+    return Seen(**values)
 
 
 def _range(values: tuple[int, int]) -> str:

@@ -1,8 +1,8 @@
-"""What a clip of the embedded world can say, in words: the vocabulary, writing a caption, parsing one back.
+"""Write the captions of the embedded world, and parse prompts in the same vocabulary.
 
-Writing and parsing are inverses: `parse(write(wanted, level)) == said(wanted, level)`.
-Directions are those seen on the screen: "moves left" means that the shape's place in the picture goes left, whatever
-the camera does. A camera move is told by the backdrop: when "the camera pans left", the backdrop slides right.
+Writing and parsing are inverses: `parse(write(wanted, level)) == facts_at(wanted, level)`.
+Directions are those on the screen: "moves left" means that the shape moves left in the picture, whatever the camera
+does. A camera move shows in the backdrop: when "the camera pans left", the backdrop slides right.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TONES = {
 }
 KINDS = ("circle", "square", "triangle", "cross", "ring", "star")
 STYLES = ("plain", "gradient", "textured")
-DESCRIPTIONS = ("tags", "sentence", "full")  # caption levels that tell the background and a camera that moves
-SHORT = ("short", "short_tags", "shape")  # levels that tell of shapes alone, as people type a first prompt
+DESCRIPTIONS = ("tags", "sentence", "full")  # caption levels with the background, and the camera if it moves
+SHORT = ("short", "short_tags", "shape")  # levels with the shapes alone, as in a first prompt of a user
 LEVELS = DESCRIPTIONS + SHORT
 # Diameter at the first frame as a share of the short side; the gaps keep the words apart.
 SIZES = {"small": (0.20, 0.30), "medium": (0.34, 0.42), "large": (0.46, 0.70)}
@@ -77,7 +77,7 @@ _NUMBERS = ("no", "one", "two", "three")
 
 @dataclass(frozen=True)
 class WantedShape:
-    """What is said of one shape; None where nothing is said."""
+    """Facts of one shape; None for those that a caption leaves out."""
 
     colour: str | None
     kind: str
@@ -88,7 +88,7 @@ class WantedShape:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is said of a clip: shapes (with "pass", in front before behind), backdrop style and tone, camera."""
+    """Facts of a clip: shapes (of a "pass" the one in front first), backdrop style and tone, camera."""
 
     shapes: tuple[WantedShape, ...]
     style: str | None = None
@@ -97,16 +97,16 @@ class Wanted:
 
 
 def size_word(diameter: float) -> str:
-    """Size word of a diameter in short sides; the thresholds lie in the gaps between the words' ranges."""
+    """Return the size word of a diameter in short sides; the thresholds lie in the gaps between the ranges."""
     edges = [(SIZES[a][1] + SIZES[b][0]) / 2 for a, b in (("small", "medium"), ("medium", "large"))]
     return tuple(SIZES)[bisect(edges, diameter)]
 
 
-def said(wanted: Wanted, level: str) -> Wanted:
-    """Select the facts that a caption of this level tells.
+def facts_at(wanted: Wanted, level: str) -> Wanted:
+    """Select the facts that a caption of this level states.
 
-    Sizes and a camera at rest are told only in the full description, background and camera not in a short caption,
-    and "shape" tells nothing but colour and kind.
+    Only the full description states sizes and a camera at rest. A short caption leaves out background and camera, and
+    "shape" everything but colour and kind.
     """
     if level == "full":
         return wanted
@@ -121,7 +121,7 @@ def said(wanted: Wanted, level: str) -> Wanted:
 
 def write(wanted: Wanted, level: str) -> str:
     """Write the caption of a clip at one of the LEVELS; equal facts always give equal words."""
-    facts = said(wanted, level)
+    facts = facts_at(wanted, level)
     if level in SHORT:
         tags = level == "short_tags"
         return (", " if tags else " and ").join(_clauses(facts.shapes, articles=not tags, comma=tags))
@@ -139,12 +139,13 @@ def write(wanted: Wanted, level: str) -> str:
 
 
 def _clauses(shapes: tuple[WantedShape, ...], articles: bool, comma: bool) -> list[str]:
-    clauses, joined = [], False
+    clauses: list[str] = []
+    joined = False
     for shape in shapes:
         words = " ".join(w for w in (shape.size, shape.colour, shape.kind) if w)
         if articles:
             words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-        phrase = PHRASES.get((shape.motion, shape.direction), "")
+        phrase = PHRASES.get((shape.motion or "", shape.direction), "")
         clause = f"{words}{', ' if comma and phrase else ' ' if phrase else ''}{phrase}"
         if joined:
             clauses[-1] += " " + clause
@@ -161,7 +162,7 @@ _LONGEST_FIRST = sorted(PHRASES, key=lambda way: -len(PHRASES[way]))
 
 
 def parse(prompt: str) -> Wanted:
-    """Facts that a prompt states, at any caption level; what it does not state, or states in other words, is None."""
+    """Return the facts that a prompt of any caption level states; those left out, or in other words, are None."""
     text = prompt.lower()
     scene = text.split("camera")[0]
     nouns = list(_NOUN.finditer(scene))

@@ -1,4 +1,4 @@
-"""The six plane figures of the embedded world: signed distances, extents and symmetry, at unit diameter.
+"""Define the six plane figures of the embedded world: signed distances, extents and symmetry, at unit diameter.
 
 The origin is the centroid, x goes right and y down. Figures stand upright at angle 0.
 """
@@ -85,5 +85,5 @@ FIGURES = {
 
 
 def coverage(kind: str, x: np.ndarray, y: np.ndarray, pixel: np.ndarray | float) -> np.ndarray:
-    """Share of each pixel that the figure covers, in [0, 1]; x, y and `pixel` (its side) in diameters."""
+    """Return the share of each pixel that the figure covers, in [0, 1]; x, y and the side `pixel` are in diameters."""
     return np.clip(0.5 - FIGURES[kind].distance(x, y) / pixel, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Places shapes in a scene: for each motion of the embedded world, a path that stays inside the frame."""
+"""Place shapes in a scene: for each motion of the embedded world, a path that stays inside the frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from sora_jax.worlds.captions import AXES, COLOURS, DIRECTIONS, SIZES, TURNS
 from sora_jax.worlds.figures import FIGURES
-from sora_jax.worlds.render import ZOOM, Scene, Shape, room, track
+from sora_jax.worlds.render import ZOOM, Scene, Shape, centre_bounds, track
 
 GROWTH = 1.8
 _LARGEST_GROWING = 0.4
@@ -18,7 +18,7 @@ _GAP_PIXELS = 3.0
 
 @dataclass(frozen=True)
 class _Stage:
-    """Where a centre may be (low and high corners, short sides), how long, and which directions are in use."""
+    """Bounds of a centre (low and high corners, in short sides), number of frames, and the directions in use."""
 
     low: np.ndarray
     high: np.ndarray
@@ -44,12 +44,12 @@ def draw_diameter(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def largest_zoom(scene: Scene) -> float:
-    """Greatest magnification that the camera reaches during a clip."""
+    """Return the greatest magnification that the camera reaches during a clip."""
     return ZOOM if scene.camera == "zoom in" else 1.0
 
 
 def frame_size(scene: Scene) -> tuple[float, float]:
-    """Width and height of the frame in short sides."""
+    """Return width and height of the frame in short sides."""
     return scene.width / scene.short, scene.height / scene.short
 
 
@@ -67,18 +67,18 @@ def place(
         motion = "still"  # a zoom changes every size on the screen, and would hide which shape grows
     if motion == "rotate":
         kinds, motion = (turning(kinds), motion) if turning(kinds) else (kinds, "still")
-    kind = kinds[rng.integers(len(kinds))]
+    kind = kinds[int(rng.integers(len(kinds)))]
     largest = diameter * largest_zoom(scene)
     if motion in ("grow", "shrink"):
         diameter = min(diameter, _LARGEST_GROWING)
         largest = diameter * GROWTH
-    low, high = room(kind, largest, frame_size(scene), spins=motion == "rotate")
+    low, high = centre_bounds(kind, largest, frame_size(scene), spins=motion == "rotate")
     stage = _Stage(low, np.maximum(low, high), scene.frames, tuple(DIRECTIONS)[:directions])
     return _MOVERS[motion](rng, Shape(kind, colour, diameter, motion), stage)
 
 
 def apart(one: Shape, other: Shape, scene: Scene) -> bool:
-    """Whether two shapes keep clear of each other in every frame."""
+    """Return True if two shapes keep clear of each other in every frame."""
     a, b = track(one, scene), track(other, scene)
     reach = a.diameters_T * FIGURES[one.kind].reach + b.diameters_T * FIGURES[other.kind].reach
     gap = np.hypot(*(a.centres_T2 - b.centres_T2).T) - reach
@@ -93,9 +93,9 @@ def passing(
     low: float,
     high: float,
 ) -> list[Shape]:
-    """Two shapes, the first moving across the frame in front of the second; empty where the frame has no room.
+    """Draw two shapes, of which the first moves across the frame in front of the second; empty without room for them.
 
-    Their colours are no neighbours in hue, so that where they touch they can still be told apart.
+    Their colours are no neighbours in hue, so that they can be distinguished where they touch.
     """
     frame = frame_size(scene)
     # Both ends of the path show most of the shape behind.
@@ -107,13 +107,16 @@ def passing(
     direction = ways[rng.integers(len(ways))]
     front, behind = pairs[rng.integers(len(pairs))]
     diameter = draw_diameter(rng, low, spans[direction])
-    first, second = (Shape(kinds[rng.integers(len(kinds))], colour, diameter, "still") for colour in (front, behind))
+    first, second = (
+        Shape(kinds[int(rng.integers(len(kinds)))], colour, diameter, "still") for colour in (front, behind)
+    )
     largest = diameter * largest_zoom(scene)
-    stage = _Stage(*room(first.kind, largest, frame), scene.frames, (direction,))
+    first_low, first_high = centre_bounds(first.kind, largest, frame)
+    stage = _Stage(first_low, first_high, scene.frames, (direction,))
     first = replace(_move(rng, first, stage, (0.95, 1.0)), motion="pass")
     offset = rng.uniform(-0.1, 0.1, 2) * diameter
     middle = np.add(first.start, np.divide(first.travel, 2)) + offset
-    middle = np.clip(middle, *room(second.kind, largest, frame))
+    middle = np.clip(middle, *centre_bounds(second.kind, largest, frame))
     return [first, replace(second, motion="behind", start=_point(middle))]
 
 

@@ -1,4 +1,4 @@
-"""Draws a scene of the embedded world: closed-form tracks, analytic anti-aliasing, all frames at once.
+"""Draw a scene of the embedded world: closed-form tracks, analytic anti-aliasing, all frames at once.
 
 Lengths are in short sides of the frame, x to the right and y down from the upper left corner; clip time u runs from
 0 at the first frame to 1 at the last.
@@ -54,7 +54,7 @@ class Backdrop:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a clip shows, known without drawing it. Shapes later in the tuple lie behind earlier ones."""
+    """Contents of a clip, known without drawing it. Later shapes of the tuple lie behind earlier ones."""
 
     height: int
     width: int
@@ -90,8 +90,8 @@ def zoom_factor(camera: str, times_T: np.ndarray) -> np.ndarray:
     return ZOOM ** ({"zoom in": 1.0, "zoom out": -1.0}.get(camera, 0.0) * times_T)
 
 
-def room(kind: str, diameter: float, frame: tuple[float, float], spins: bool = False) -> np.ndarray:
-    """Lowest and highest centre that keep a figure inside the frame (width, height): [[x0, y0], [x1, y1]]."""
+def centre_bounds(kind: str, diameter: float, frame: tuple[float, float], spins: bool = False) -> np.ndarray:
+    """Return the bounds of centres of figures inside the frame (width, height): [[x0, y0], [x1, y1]]."""
     figure = FIGURES[kind]
     near, far = (figure.left, figure.up), (figure.right, figure.down)
     if spins:
@@ -100,19 +100,19 @@ def room(kind: str, diameter: float, frame: tuple[float, float], spins: bool = F
 
 
 def reflect(position: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Position of a body that flies freely between two walls, given its unfolded position."""
+    """Return the position of a body that is reflected by two walls, from its position without them."""
     span = np.maximum(high - low, 1e-9)
     return low + span - np.abs((position - low) % (2 * span) - span)
 
 
 def track(shape: Shape, scene: Scene) -> Track:
-    """Centres, diameters and angles of a shape over a clip, from the closed form of its motion."""
+    """Return centres, diameters and angles of a shape over a clip, from the closed form of its motion."""
     times = clip_time(scene.frames)
     centres = np.add(shape.start, times[:, None] * np.asarray(shape.travel))
     if shape.motion == "bounce":
         frame = (scene.width / scene.short, scene.height / scene.short)
         largest = shape.diameter * zoom_factor(scene.camera, times).max()
-        centres = reflect(centres, *room(shape.kind, largest, frame))
+        centres = reflect(centres, *centre_bounds(shape.kind, largest, frame))
     if shape.motion == "orbit":
         angles = shape.phase + shape.turn * times
         centres = centres + shape.radius * np.stack([np.cos(angles), np.sin(angles)], -1)
@@ -128,7 +128,7 @@ def _grid(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paint_backdrop(scene: Scene) -> np.ndarray:
-    """Background alone: float32 (T, H, W, 3) in [0, 255]; T is 1 where it does not change."""
+    """Draw the background alone: float32 (T, H, W, 3) in [0, 255]; T is 1 if it does not change."""
     backdrop, (x, y) = scene.backdrop, _grid(scene)
     tone = np.array(TONES[backdrop.tone], np.float32)
     x, y = x - x.mean(), y - y.mean()
@@ -155,7 +155,7 @@ def _texture(scene: Scene, x: np.ndarray, y: np.ndarray, cos: np.float32, sin: n
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Frames of a scene, uint8 (T, H, W, 3)."""
+    """Draw the frames of a scene, uint8 (T, H, W, 3)."""
     x, y = _grid(scene)
     canvas = np.broadcast_to(paint_backdrop(scene), (scene.frames, scene.height, scene.width, 3)).copy()
     for shape in reversed(scene.shapes):

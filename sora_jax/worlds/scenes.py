@@ -1,16 +1,18 @@
-"""The embedded world: captioned clips of moving shapes, a pure function of (config, index), nothing to download.
+"""Compose the scenes of the embedded world: captioned clips of moving shapes, a pure function of (config, index).
 
-`scene(config, index)` draws up what a clip shows (size, frames and caption are known without drawing it), `clip`
-renders it. Training clips have the indices 0, 1, 2, ...; held-out clips HELD_OUT, HELD_OUT + 1, ... (see `split`).
+`scene(config, index)` plans a clip (its size, frames and caption are known without drawing it), `clip` renders it.
+Training clips have the indices 0, 1, 2, ...; held-out clips HELD_OUT, HELD_OUT + 1, ... (see `split`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
-from sora_jax.errors import UserError
+from sora_jax.config import check
 from sora_jax.worlds import captions
 from sora_jax.worlds.captions import (
     CAMERAS,
@@ -46,40 +48,53 @@ _CROWD = (SIZES["large"][1], 0.36, 0.28)
 _TRIES = 40
 _STREAM = 0x776F726C
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What clips the world holds; the defaults are its simplest form: one shape that moves or stays still.
+    """Distribution of the clips of the world; the defaults are its simplest form: one shape that moves or stays still.
 
-    sizes: (height, width) in pixels, short side at least 24. frames: lengths, 1 (an image) or at least 5.
-    image_share: probability that a clip is an image whatever `frames` says. max_shapes: 1 to 3; a small frame holds
-    fewer. directions: 4 or 8. scale: range of diameters in short sides (growing shapes end larger).
-    caption_levels: the first caption of a clip is of a level drawn from them. extra_captions: levels of further
-    captions that every clip has; their kinds, of which training mixes captions, are called as the levels are.
-    Words are drawn with equal probability from each tuple; one that stands there twice is twice as frequent.
+    Values are drawn with equal probability from each tuple; one that is in it twice is twice as frequent.
     """
 
     seed: int = 0
+    """Seed of all clips, below 2^32."""
     sizes: tuple[tuple[int, int], ...] = ((24, 24), (24, 40), (40, 24), (32, 32))
+    """Sizes of the frame: (height, width) in pixels, both at least 24."""
     frames: tuple[int, ...] = (5, 9)
+    """Lengths in frames, each 1 (an image) or at least 5."""
     image_share: float = 0.2
+    """Probability that a clip is an image, whatever `frames` is."""
     max_shapes: int = 1
+    """Largest number of shapes in a clip, 1 to 3; a small frame holds fewer."""
     shapes: tuple[str, ...] = KINDS
+    """Kinds of figures."""
     colours: tuple[str, ...] = tuple(COLOURS)
+    """Colours of shapes."""
     motions: tuple[str, ...] = ("move", "still")
+    """Motions of shapes."""
     directions: int = 4
+    """Number of directions of a move: 4, or 8 with diagonals."""
     cameras: tuple[str, ...] = ("still",)
+    """Camera moves."""
     backgrounds: tuple[str, ...] = ("plain", "gradient")
+    """Styles of the background."""
     tones: tuple[str, ...] = tuple(TONES)
+    """Tones of the background."""
     scale: tuple[float, float] = (0.35, 0.5)
+    """Range of diameters, in short sides of the frame; growing shapes end larger."""
     caption_levels: tuple[str, ...] = ("sentence",)
+    """Levels of the first caption of a clip, which is of kind original."""
     fps: float = 8.0
-    # Not in `repr`, of which the ids of clips are made: captions do not change what a clip is.
+    """Frames per second."""
+    # Not in `repr`, of which the ids of clips are made: captions do not change the pixels of a clip.
     extra_captions: tuple[str, ...] = field(default=(), repr=False)
+    """Levels of further captions of every clip, each of a kind with the name of its level."""
 
     def __post_init__(self):
-        for name, allowed in _VOCABULARIES.items():
-            _check_words(name, getattr(self, name), allowed)
+        for name, known in _VOCABULARIES.items():
+            _check_words(name, getattr(self, name), known)
         low, high = self.scale[0], self.scale[-1]
         rules = {
             "seed": (0 <= self.seed < 2**32, "an integer from 0 to 4294967295"),
@@ -101,25 +116,28 @@ class WorldConfig:
                 f"some of {', '.join(LEVELS)}, each once",
             ),
         }
-        for name, (good, allowed) in rules.items():
-            if not good:
-                raise UserError(f"world.{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+        for rule, (good, allowed) in rules.items():
+            check(good, f"world.{rule} is {getattr(self, rule)!r}; it must be {allowed}")
         self._check_together(low)
 
     def _check_together(self, low: float) -> None:
         short = min(min(size) for size in self.sizes)
-        if not size_bands(max(low, MIN_PIXELS / short), self.scale[1]):
-            raise UserError(f"world.scale is {self.scale!r}; shapes would be under {MIN_PIXELS} pixels at {short}.")
-        if set(self.cameras) != {"still"} and "textured" not in self.backgrounds:
-            raise UserError(
-                f"world.backgrounds is {self.backgrounds!r}; moving cameras need 'textured', or they cannot be seen."
-            )
-        if self.motions == ("pass",) or ("pass" in self.motions and self.max_shapes < 2):
-            raise UserError(
-                f"world.motions is {self.motions!r}; 'pass' needs max_shapes of 2 or 3 and another motion beside it."
-            )
-        if set(self.motions) <= {"rotate"} and not turning(self.shapes):
-            raise UserError(f"world.shapes is {self.shapes!r}; 'rotate' alone needs a shape that is not round.")
+        visible = size_bands(max(low, MIN_PIXELS / short), self.scale[1])
+        check(
+            visible,
+            f"world.scale is {self.scale!r}; with frames of {short} pixels shapes must have {MIN_PIXELS} or more",
+        )
+        textured = set(self.cameras) == {"still"} or "textured" in self.backgrounds
+        check(
+            textured, f"world.backgrounds is {self.backgrounds!r}; it must have 'textured', or no camera move is seen"
+        )
+        partner = "pass" not in self.motions or (self.max_shapes > 1 and self.motions != ("pass",))
+        needs = "'pass' needs a max_shapes of 2 or 3 and another motion beside it"
+        check(partner, f"world.motions is {self.motions!r}; {needs}")
+        turns = not set(self.motions) <= {"rotate"} or turning(self.shapes)
+        check(
+            turns, f"world.shapes is {self.shapes!r}; for the motion 'rotate' alone it must have one that is not round"
+        )
 
 
 _VOCABULARIES = {
@@ -134,9 +152,8 @@ _VOCABULARIES = {
 
 
 def _check_words(name: str, words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-    unknown = [word for word in words if word not in allowed]
-    if unknown or not words or isinstance(words, str):
-        raise UserError(f"world.{name} is {words!r}; allowed: one or more of {', '.join(allowed)}.")
+    good = bool(words) and not isinstance(words, str) and set(words) <= set(allowed)
+    check(good, f"world.{name} is {words!r}; it must be one or more of {', '.join(allowed)}")
 
 
 def _sizes_allowed(sizes: tuple) -> bool:
@@ -158,18 +175,18 @@ FULL_WORLD = WorldConfig(
 
 
 def split(index: int) -> str:
-    """ "train" or "held-out", the split that a clip belongs to; the two ranges of indices never meet."""
+    """Return the split of a clip, "train" or "held-out"; their ranges of indices do not overlap."""
     return "held-out" if index >= HELD_OUT else "train"
 
 
 def clip(config: WorldConfig, index: int) -> tuple[np.ndarray, str]:
-    """Frames (T, H, W, 3) uint8 and caption of clip `index`, the same on every call and every machine."""
+    """Return frames (T, H, W, 3) uint8 and caption of clip `index`, the same on every call and every machine."""
     planned = scene(config, index)
     return render(planned), planned.caption
 
 
 def scene(config: WorldConfig, index: int) -> Scene:
-    """Return what clip `index` shows, without drawing it; any index from 0 to 2**63 - 1, in any order."""
+    """Return the contents of clip `index` without drawing it; any index from 0 to 2**63 - 1, in any order."""
     key = np.array([(_STREAM << 32) | config.seed, index], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
     height, width = _pick(rng, config.sizes)
@@ -193,7 +210,7 @@ def captions_of(config: WorldConfig, planned: Scene) -> dict[str, str]:
 
 
 def wanted(planned: Scene) -> Wanted:
-    """Everything that can be said of a scene in the words of captions."""
+    """Return all facts of a scene that captions can state."""
     return _facts(planned.shapes, planned)
 
 
@@ -206,18 +223,18 @@ def _facts(shapes: tuple[Shape, ...], planned: Scene) -> Wanted:
     return Wanted(words, planned.backdrop.style, planned.backdrop.tone, planned.camera if moving else None)
 
 
-def _pick(rng: np.random.Generator, options: tuple):
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
 def _cast(config: WorldConfig, rng: np.random.Generator, empty: Scene) -> tuple[Shape, ...]:
-    """Shapes of a scene, at least one: each keeps clear of the earlier ones; one that finds no free path stays out."""
+    """Draw the shapes of a scene, at least one; a shape without a path clear of the earlier ones is left out."""
     spans = [_range(config, empty, crowd) for crowd in range(1, config.max_shapes + 1)]
     fitting = [crowd for crowd, span in enumerate(spans, 1) if size_bands(*span)]
     number = min(_pick(rng, fitting or [1]), len(config.colours))
     low, high = spans[number - 1]
     motions = [_pick(rng, config.motions) if empty.frames > 1 else "still" for _ in range(number)]
-    shapes = []
+    shapes: list[Shape] = []
     if "pass" in motions and number > 1:
         shapes += passing(rng, empty, config.shapes, config.colours, low, high)
     others = [motion for motion in config.motions if motion != "pass"]
@@ -234,6 +251,6 @@ def _cast(config: WorldConfig, rng: np.random.Generator, empty: Scene) -> tuple[
 
 
 def _range(config: WorldConfig, empty: Scene, crowd: int) -> tuple[float, float]:
-    """Diameters that suit a number of shapes, in short sides: no frame shows one too small or too large."""
+    """Return the range of diameters for a number of shapes, in short sides: none is ever too small or too large."""
     smallest = MIN_PIXELS / empty.short * (ZOOM if empty.camera == "zoom out" else 1.0)
     return max(config.scale[0], smallest), min(config.scale[1] / largest_zoom(empty), _CROWD[crowd - 1])

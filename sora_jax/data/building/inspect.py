@@ -1,6 +1,7 @@
-"""`data inspect`: what a dataset folder holds, in numbers and in pictures."""
+"""Show what a dataset folder holds, in numbers and in pictures (`data inspect`)."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,63 +11,52 @@ from sora_jax.data.building.build import kind
 from sora_jax.data.packing.advice import advise
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
-from sora_jax.data.storing.manifest import Dataset, caption_of
+from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
 from sora_jax.data.viewing.sheets import contact_sheet
 from sora_jax.data.viewing.write import save_png
 from sora_jax.errors import UserError
-from sora_jax.files import replacing
+from sora_jax.files import as_path, replacing
 
 ASPECTS = {"9:21": 9 / 21, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0}
 DURATIONS = (1, 2, 4, 8, 16, 32, 60)
+CLIPS = 12  # on the contact sheet
 
 
 class Inspection(NamedTuple):
-    """What `inspect` found: counts as a dict, the same as text, and the files of the pictures."""
+    """What `inspect` found: counts as a dict, the same as text, and the pictures that it drew."""
 
     summary: dict
     text: str
-    sheet: Path
-    histogram: Path
+    pictures: tuple[Path, ...]
 
 
 def inspect(
-    path: str | Path,
-    pack_length: int | None = None,
-    sheet: str | Path | None = None,
-    clips: int = 12,
-    slots: int = PackingConfig.slots,
+    path: str | Path, pack_length: int | None = None, slots: int = PackingConfig.slots, out: str | Path | None = None
 ) -> Inspection:
-    """Count what a dataset folder holds, draw `clips` of its clips on a sheet (default: inside it), and histograms.
+    """Count what a dataset folder holds; the folder is only read.
 
-    pack_length: L of the packs whose fill is counted; default twice the tokens of the longest clip. slots: clips in
-    such a pack at most. Captions, which training packs beside clips, take no room here.
+    Args:
+        path: dataset folder.
+        pack_length: tokens of the packs whose fill is counted; None: twice those of the longest clip. Captions, which
+            training packs beside clips, take no room here.
+        slots: most clips in such a pack.
+        out: folder for contact_sheet.png, with some of the clips, and histogram.png; None: no pictures.
     """
     dataset = Dataset(path)
-    summary = summarise(dataset, pack_length, slots)
-    shown = [i * len(dataset) // min(clips, len(dataset)) for i in range(min(clips, len(dataset)))]
-    drawn = [dataset[i] for i in shown]
-    scale = max(1, 96 // max(clip.frames.shape[1] for clip in drawn))
-    picture = contact_sheet([c.frames for c in drawn], [c.caption for c in drawn], columns=2, scale=scale)
-    sheet_file = save_png(sheet or dataset.path / "contact_sheet.png", picture)
-    return Inspection(summary, _text(summary), sheet_file, draw_histograms(dataset, dataset.path / "histogram.png"))
-
-
-def summarise(dataset: Dataset, pack_length: int | None = None, slots: int = PackingConfig.slots) -> dict:
-    """Counts by source, size, aspect ratio, duration, rate, split and reason of refusal; the fill of a plan."""
     rows = dataset.rows()
-    films = [row for row in rows if row["frames"] > 1]
-    return {
+    videos = [row for row in rows if row["frames"] > 1]
+    summary = {
         "clips": len(rows),
-        "images": len(rows) - len(films),
-        "seconds": round(sum(row["frames"] / row["fps"] for row in films), 1),
+        "images": len(rows) - len(videos),
+        "seconds": round(sum(row["frames"] / row["fps"] for row in videos), 1),
         "megabytes": round(sum(3 * row["frames"] * row["height"] * row["width"] for row in rows) / 1e6, 1),
         "sources": _counts(row["source"] for row in rows),
         "sizes": _counts(f"{row['width']}x{row['height']}" for row in rows),
         "aspects": _counts(aspect(row["height"], row["width"]) for row in rows),
         "durations": _counts(duration(row["frames"], row["fps"]) for row in rows),
         "frames": _counts(row["frames"] for row in rows),
-        "fps": _counts(round(row["fps"]) for row in films),
-        "tokens": _range(row["tokens"] for row in rows),
+        "fps": _counts(round(row["fps"]) for row in videos),
+        "tokens": _range([row["tokens"] for row in rows]),
         "splits": _counts(row["split"] for row in rows),
         "captions": _counts(kind for row in rows for kind in row["kinds"]),
         "without_caption": sum(not caption_of(row) for row in rows),
@@ -75,10 +65,12 @@ def summarise(dataset: Dataset, pack_length: int | None = None, slots: int = Pac
         "flagged": _counts(kind(flag) for row in rows for flag in row["flags"]),
         "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
     }
+    pictures = (_draw_sheet(dataset, as_path(out)), _draw_histograms(dataset, as_path(out))) if out else ()
+    return Inspection(summary, _text(summary), pictures)
 
 
 def _classes(rows: list[dict]) -> dict[str, int]:
-    """Clips of each class, in order of the class numbers: "3", or with its name "3 fox"."""
+    """Count the clips of each class, in order of the class numbers: "3", or with its name "3 fox"."""
     labelled = [row for row in rows if row["label"] >= 0]
     names = {row["label"]: dict(zip(row["kinds"], row["captions"])).get("label", "") for row in labelled}
     counts = Counter(row["label"] for row in labelled)
@@ -86,14 +78,14 @@ def _classes(rows: list[dict]) -> dict[str, int]:
 
 
 def aspect(height: int, width: int) -> str:
-    """The named ratio, width to height, that is nearest to that of a picture."""
+    """Return the named ratio, width to height, that is nearest to that of a picture."""
     ratio = min(height, width) / max(height, width)
     name = min(ASPECTS, key=lambda name: abs(np.log(ratio / ASPECTS[name])))
     return name if width <= height else ":".join(reversed(name.split(":")))
 
 
 def duration(frames: int, fps: float) -> str:
-    """The span of seconds that a clip falls into, or "image"."""
+    """Return the span of seconds that a clip falls into, or "image"."""
     if frames == 1:
         return "image"
     longer = [bound for bound in DURATIONS if frames / fps < bound]
@@ -101,7 +93,7 @@ def duration(frames: int, fps: float) -> str:
 
 
 def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingConfig.slots) -> dict:
-    """What share of packs of that length is filled when all clips are planned once."""
+    """Return the share of packs of that length that is filled when all clips are planned once."""
     length = pack_length or 2 * int(tokens.max())
     if tokens.max() > length:
         raise UserError(
@@ -116,36 +108,37 @@ def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingC
     return found | {"fill": fill, "advice": advise(tokens, texts, packing)}
 
 
-def draw_histograms(dataset: Dataset, path: Path) -> Path:
-    """Durations, aspect ratios, areas and tokens of all clips as one PNG."""
+def _draw_sheet(dataset: Dataset, out: Path) -> Path:
+    drawn = [dataset[index] for index in evenly_spread(range(len(dataset)), CLIPS)]
+    scale = max(1, 96 // max(clip.frames.shape[1] for clip in drawn))
+    picture = contact_sheet([c.frames for c in drawn], [c.caption for c in drawn], columns=2, scale=scale)
+    return save_png(out / "contact_sheet.png", picture)
+
+
+def _draw_histograms(dataset: Dataset, out: Path) -> Path:
+    """Draw the durations, aspect ratios, areas and tokens of all clips."""
     from matplotlib.figure import Figure
 
-    frames, height, width, fps, tokens = (
-        dataset.table[name].to_numpy() for name in ("frames", "height", "width", "fps", "tokens")
-    )
-    panels = [
-        ("seconds of the videos", (frames / fps)[frames > 1]),
-        ("width / height", width / height),
-        ("megapixels of a frame", height * width / 1e6),
-        ("tokens of a clip", tokens),
-    ]
+    columns = ("frames", "height", "width", "fps", "tokens")
+    frames, height, width, fps, tokens = (dataset.table[name].to_numpy() for name in columns)
+    panels = {"seconds of the videos": (frames / fps)[frames > 1], "width / height": width / height}
+    panels |= {"megapixels of a frame": height * width / 1e6, "tokens of a clip": tokens}
     figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         axes.hist(values, bins=30, color="#4477aa")
         axes.set(xlabel=title, ylabel="clips")
         axes.locator_params(axis="x", nbins=5)  # long numbers would run into each other
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
+    with replacing(out / "histogram.png") as temporary:
         figure.savefig(temporary, dpi=100)
-    return path
+    return out / "histogram.png"
 
 
-def _counts(values) -> dict[str, int]:
+def _counts(values: Iterable) -> dict[str, int]:
     return {str(value): n for value, n in Counter(values).most_common()}
 
 
-def _range(values) -> str:
-    values = list(values)
+def _range(values: list[int]) -> str:
     return f"{min(values)} to {max(values)}, mean {np.mean(values):.0f}"
 
 

@@ -1,18 +1,21 @@
-"""From one entry of a source to one clip of a dataset: span, size and length, or the reason why there is none.
+"""Make one clip of a dataset from one entry of a source: its span, size and length, or the reason why it is refused.
 
 All choices are functions of (seed, variant, clip id), so they do not depend on order, workers or machines.
 """
 
-from dataclasses import dataclass, field, replace
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
 from math import isqrt
 from typing import NamedTuple
 
-import numpy as np
-
+from sora_jax.config import check
+from sora_jax.data.building.pool import Refusal
 from sora_jax.data.draws import uniform
-from sora_jax.data.fit import LENGTH_RULES, SizeRule, fit_length, longest_length, pad_frames
-from sora_jax.data.reading.media import SpanRule
+from sora_jax.data.fit import LENGTH_RULES, SizeRule, check_option, check_word, fit_length, longest_length, pad_frames
+from sora_jax.data.reading.media import FitClip, SpanRule
 from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources import Entry, Source, SourceConfig, make_source
 from sora_jax.data.storing.clips import Clip
@@ -24,81 +27,54 @@ PLACES = {"start": 0.0, "middle": 0.5, "random": None}
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Options of a build; all but `out`, `workers`, `seconds` and `shard` decide what is in the dataset.
+    """Options of a build; all but `out`, `workers`, `seconds` and `shard` decide what is in the dataset."""
 
-    sources: where clips come from, see `data/sources`. max_frames, time_factor, length_rule: lengths, see
-    `data/fit.py`; a clip that ends shorter than min_frames is refused. fps: every clip is brought to that rate by its
-    time stamps; max_fps only slows faster ones down. place: which part of a longer file is taken; "random" is a
-    function of seed, variant and clip. clips_per_file: so many clips from a file that is long enough. cuts: shorten a
-    clip to its longest part without a scene cut (PySceneDetect). multiple, max_pixels, max_tokens, resolution,
-    min_pixels, framing: sizes, see `data/fit.py`. variants: so many sizes or places of each clip, which epochs take in
-    turn. mirror: of each of these also the mirror image, left for right, whatever the caption says of it; epochs take
-    it in turn, too. missing_caption: "refuse" the clip, or let the caption be "empty". holdout: share of the clips
-    without a given split that get the split "held-out", by a hash of seed and id. workers: processes that decode; 0
-    decodes in this one, without protection from crashes. seconds: a file that takes longer is refused. shard: "i/n",
-    the share of this process where n share the work; they must see the same files. clips_per_shard: entries to a part
-    of the work.
-    """
-
-    out: str = ""
-    sources: tuple[SourceConfig, ...] = ()
-    max_frames: int = 17
-    time_factor: int = 4
-    length_rule: str = "cut"
-    min_frames: int = 1
-    fps: float | None = None
-    max_fps: float | None = None
-    place: str = "middle"
-    clips_per_file: int = 1
-    cuts: bool = False
-    multiple: int = 16
-    max_pixels: int | None = 256 * 256
-    max_tokens: int | None = None
-    resolution: str = "largest"
-    min_pixels: int | None = None
-    framing: str = "native"
-    variants: int = 1
-    mirror: bool = False
-    missing_caption: str = "refuse"
-    holdout: float = 0.05
-    seed: int = 0
-    workers: int = 1
-    seconds: float = 60.0
-    shard: str = "0/1"
-    clips_per_shard: int = 128
+    out: str = ""  # dataset folder to write
+    sources: tuple[SourceConfig, ...] = ()  # where clips come from, see `data/sources/config.py`
+    max_frames: int = 17  # longest clip; lengths and sizes: see `data/fit.py`
+    time_factor: int = 4  # frames for each token in time: clips have 1 + time_factor * k frames
+    length_rule: str = "cut"  # to the next shorter allowed length; or "pad" to the next longer
+    min_frames: int = 1  # clips that end shorter are refused
+    fps: float | None = None  # frame rate of all clips, by time stamps
+    max_fps: float | None = None  # frame rate above which frames are dropped
+    place: str = "middle"  # part taken of a longer file: start, middle or random (by seed, variant and clip)
+    clips_per_file: int = 1  # clips taken of a file that is long enough
+    cuts: bool = False  # shorten clips to their longest part without a scene cut (PySceneDetect)
+    multiple: int = 16  # height and width are multiples of it
+    max_pixels: int | None = 256 * 256  # largest height x width
+    max_tokens: int | None = None  # most tokens of a clip: one for time_factor frames of multiple x multiple pixels
+    resolution: str = "largest"  # size that is allowed; or drawn at random: "uniform" or "navit"
+    min_pixels: int | None = None  # smallest height x width that is drawn (default: (4 * multiple)^2)
+    framing: str = "native"  # aspect ratio; or "square" crops
+    variants: int = 1  # sizes or places of each clip, which epochs take in turn
+    mirror: bool = False  # also the mirror image of each variant, whatever its caption says of left and right
+    missing_caption: str = "refuse"  # a clip without a caption; or give it an "empty" one
+    holdout: float = 0.05  # share of the clips without a given split that get "held-out", by a hash of seed and id
+    seed: int = 0  # seed of the held-out split, of places and of sizes
+    workers: int = 1  # processes that decode; 0 decodes in this one, unprotected from crashes
+    seconds: float = 60.0  # a file that takes longer to decode is refused
+    shard: str = "0/1"  # i/n builds every n-th part; all n processes must see the same files
+    clips_per_shard: int = 128  # entries in a part
 
     def __post_init__(self):
         self.size_rule  # noqa: B018 - raises where the sizes contradict each other
         for name, allowed in _WORDS.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} is not allowed: {' or '.join(allowed)} is.")
+            check_word(name, getattr(self, name), allowed)
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} is not allowed: at least {least} is.")
-        if not 0 <= self.holdout < 1:
-            raise UserError(f"holdout={self.holdout} is not allowed: a share from 0 to below 1 is.")
+            check_option(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         for name in ("fps", "max_fps", "seconds"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise UserError(f"{name}={value} is not allowed: a number above 0 is.")
-        if not self.sources:
-            raise UserError("sources is empty: at least one source is needed.")
-        if self.variants > 1 and self.resolution == "largest" and self.place != "random":
-            raise UserError(
-                f"variants={self.variants} would all be equal: with resolution=uniform or navit, or place=random, "
-                "they differ."
-            )
-
-    @property
-    def versions(self) -> int:
-        """How many clips are made of one: its variants, and their mirror images."""
-        return self.variants * (2 if self.mirror else 1)
+            value = getattr(self, name)
+            check_option(value is None or value > 0, name, value, "above 0")
+        check_option(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and less than 1")
+        check(self.sources, "sources is empty; it must have at least one source")
+        vary = self.resolution != "largest" or self.place == "random"
+        what = "1 unless place is random or resolution is uniform or navit"
+        check_option(self.variants == 1 or vary, "variants", self.variants, what)
 
     @property
     def size_rule(self) -> SizeRule:
-        return SizeRule(
-            self.multiple, self.max_pixels, self.max_tokens, self.time_factor, self.resolution, self.min_pixels,
-            self.framing,
-        )  # fmt: skip
+        """Rule of the sizes of clips."""
+        return SizeRule(**{field.name: getattr(self, field.name) for field in fields(SizeRule)})
 
 
 _WORDS = {"length_rule": LENGTH_RULES, "place": tuple(PLACES), "missing_caption": ("refuse", "empty")}
@@ -107,76 +83,65 @@ _LEAST = dict(
 )
 
 
-class Refusal(NamedTuple):
-    """Why a clip is not used."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class Mix:
-    """Several sources, one after the other, as one; `entry(i)` and `open(i)` are those of source `which(i)`."""
+    """Join several sources, one after the other, into one."""
 
-    sources: tuple[Source, ...]
-    ends: list[int] = field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "ends", np.cumsum([len(source) for source in self.sources]).tolist())
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+        self.starts = [0, *accumulate(map(len, sources))]
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.starts[-1]
 
     def find(self, index: int) -> tuple[Source, int]:
-        """The source of an index, and the index there."""
-        which = int(np.searchsorted(self.ends, index, side="right"))
-        return self.sources[which], index - (self.ends[which] - len(self.sources[which]))
+        """Return the source of an index, and the index there."""
+        which = bisect_right(self.starts, index) - 1
+        return self.sources[which], index - self.starts[which]
 
     def entry(self, index: int) -> Entry:
+        """Return an entry."""
         source, place = self.find(index)
         return source.entry(place)
 
     @property
     def refused(self) -> list[tuple[str, str]]:
+        """Pairs (file, reason) of the files that were refused when the sources were listed."""
         return [pair for source in self.sources for pair in source.refused]
 
     @property
     def digests(self) -> list[str]:
+        """Fingerprint of each source."""
         return [source.digest() for source in self.sources]
 
 
 def open_sources(config: BuildConfig) -> Mix:
-    """The sources that the options name. UserError where one is missing, or its sizes do not fit."""
+    """Open the sources of the options; UserError if one is missing or its sizes do not fit."""
     for source in config.sources:
         for size in (source.world or WorldConfig()).sizes if source.name == "world" else ():
-            if any(side % config.multiple for side in size):
-                raise UserError(f"multiple={config.multiple} does not divide the world's size {size}: 4 or 8 does.")
-    return Mix(tuple(make_source(source) for source in config.sources))
+            fits = not any(side % config.multiple for side in size)
+            check_option(fits, "multiple", config.multiple, f"a divisor of the world's size {size}, as 4 or 8 may be")
+    return Mix([make_source(source) for source in config.sources])
 
 
 class Unit(NamedTuple):
-    """What is prepared at once: clip `number` of an entry, in its size and place number `variant`, mirrored or not."""
+    """Hold what is prepared at once: clip `number` of an entry, mirrored or not, in one of its variants."""
 
     entry: int
     number: int
+    mirrored: bool
     variant: int
-    mirrored: bool = False
-
-
-def unit_at(config: BuildConfig, index: int) -> Unit:
-    """Unit `index` of a build; variants of a clip, and clips of a file, follow each other."""
-    rest, version = divmod(index, config.versions)
-    mirrored, variant = divmod(version, config.variants)
-    return Unit(*divmod(rest, config.clips_per_file), variant, bool(mirrored))
 
 
 def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
-    """The clip of a unit at its final size and length, or why there is none; None where the file has no such span."""
+    """Return the clip of a unit at its final size and length, or why it is refused; None if the file has no such span.
+
+    UserErrors are raised: they are of the options, not of one file.
+    """
     source, place = mix.find(unit.entry)
     entry = source.entry(place)
     if not entry.captions and config.missing_caption == "refuse":
-        return Refusal(
-            "no caption: neither a text file of the same name nor a row of a table; missing_caption=empty takes it"
-        )
+        have = "it has neither a text file of the same name nor a row in a table"
+        return Refusal(f"no caption: {have}; --missing-caption=empty takes it")
     try:
         media = source.open(place)
         clip_id = media.content_id() + (f".{unit.number}" if config.clips_per_file > 1 else "")
@@ -196,19 +161,13 @@ def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
 
 
 def _span(config: BuildConfig, unit: Unit, clip_id: str) -> SpanRule:
-    place = PLACES[config.place]
-    return SpanRule(
-        max_frames=longest_length(config.time_factor, config.max_frames),
-        fps=config.fps,
-        max_fps=config.max_fps,
-        place=uniform(config.seed, f"place/{unit.variant}", clip_id) if place is None else place,
-        number=unit.number,
-        count=config.clips_per_file,
-        cuts=config.cuts,
-    )
+    longest, place = longest_length(config.time_factor, config.max_frames), PLACES[config.place]
+    if place is None:
+        place = uniform(config.seed, f"place/{unit.variant}", clip_id)
+    return SpanRule(longest, config.fps, config.max_fps, place, unit.number, config.clips_per_file, config.cuts)
 
 
-def _fit(config: BuildConfig, unit: Unit, source: Source, clip_id: str):
+def _fit(config: BuildConfig, unit: Unit, source: Source, clip_id: str) -> FitClip | None:
     if source.name.startswith("world") and config.framing == "native":
         return None  # it comes as it is drawn
     return partial(_size, config, uniform(config.seed, f"size/{unit.variant}", clip_id))
@@ -223,15 +182,15 @@ def _to_length(clip: Clip, config: BuildConfig, place: float) -> Clip | Refusal:
     have = len(clip.frames)
     length = fit_length(have, config.time_factor, config.max_frames, config.length_rule)
     if length < config.min_frames:
-        damage = f" ({'; '.join(clip.flags)})" if clip.flags else ""
-        return Refusal(f"too short: {have} frames give {length}, min_frames is {config.min_frames}{damage}")
+        flags = f" ({'; '.join(clip.flags)})" if clip.flags else ""
+        return Refusal(f"too short: {have} frames give {length}, --min-frames is {config.min_frames}{flags}")
     first = round(place * max(0, have - length))
     frames = pad_frames(clip.frames[first : first + length], length)
     return _within_budget(replace(clip, frames=frames, start=clip.start + first / clip.fps), config)
 
 
 def _within_budget(clip: Clip, config: BuildConfig) -> Clip | Refusal:
-    """The clip, unless it comes as it is (the world does) and has more tokens than are allowed."""
+    """Refuse a clip that comes as it is, as those of the world do, and has more tokens than are allowed."""
     frames, height, width, _ = clip.frames.shape
     tokens, most = config.size_rule.tokens(frames, height, width), config.max_tokens
     if most is None or tokens <= most:
@@ -242,10 +201,10 @@ def _within_budget(clip: Clip, config: BuildConfig) -> Clip | Refusal:
     smaller = f"{frames} frames of {side}x{side}" if side else ""
     fits = " or ".join(filter(None, (shorter, smaller)))
     return Refusal(
-        f"too long: {frames} frames of {width}x{height} have {tokens} tokens, max_tokens is {most}; {fits} would fit"
+        f"too long: {frames} frames of {width}x{height} have {tokens} tokens, --max-tokens is {most}; {fits} would fit"
     )
 
 
 def hashed_split(config: BuildConfig, clip_id: str) -> str:
-    """The split of a clip that was given none: a function of seed and id, the same for all clips of a file."""
+    """Return the split of a clip without a given one: a function of seed and id, the same for all clips of a file."""
     return "held-out" if uniform(config.seed, "split", clip_id.split(".")[0]) < config.holdout else "train"

@@ -1,7 +1,7 @@
 """Caption the clips of a folder anew, as DALL-E 3 and Sora do before training, and write the captions as a table.
 
-A hook looks at a clip and says what is seen: `world`, the oracle of the embedded world, or `transformers:MODEL`, an
-image-to-text model of `transformers` (extra `[text]`), which sees the frame in the middle.
+A captioner is `world`, the oracle of the embedded world, or `transformers:MODEL`, an image-to-text model of
+`transformers` (extra `[text]`), which sees the frame in the middle.
 """
 
 import csv
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from sora_jax.config import check
 from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.data.sources import SourceConfig, make_source
@@ -19,23 +20,21 @@ from sora_jax.files import as_path, replacing
 from sora_jax.worlds.captions import Wanted, WantedShape, write
 from sora_jax.worlds.oracle import read
 
-MAX_FRAMES = 33  # that a hook sees, from the middle of a clip
-Describe = Callable[[np.ndarray], str]
+MAX_FRAMES = 33  # frames that a captioner sees, from the middle of a clip
 
 
 def caption_folder(path: str | Path, how: str, out: str | Path, kind: str = "synthetic") -> tuple[int, int]:
-    """Write a table of the clips of a folder with a caption of each; return the numbers captioned and not readable.
+    """Write a table of captions of the clips of a folder; return the numbers of clips captioned and not readable.
 
     The table has the columns `file`, `caption_KIND` and, where the folder's clips have them, their other captions and
     their split: as `captions.csv` in that folder it serves `data build`.
 
     Raises:
-        UserError: there is no such hook, or the table exists.
+        UserError: there is no such captioner, or the table exists.
     """
     out = as_path(out)
-    if out.exists():
-        raise UserError(f"--out is {str(out)!r}; it exists, give another name")
-    describe, source = _hook(how), make_source(SourceConfig("folder", path=str(path)))
+    check(not out.exists(), f"--out is {str(out)!r}; it exists, give another name")
+    describe, source = _captioner(how), make_source(SourceConfig("folder", path=str(path)))
     rows: list[dict[str, str]] = []
     refused = 0
     for place in tqdm(range(len(source)), "caption", unit="clip"):
@@ -47,9 +46,9 @@ def caption_folder(path: str | Path, how: str, out: str | Path, kind: str = "syn
         if decoded is None:
             refused += 1
             continue
-        told = {f"caption_{name}": text for name, text in entry.captions.items()}
         split = {"split": entry.split} if entry.split else {}
-        rows.append({"file": entry.file, **split, **told, f"caption_{kind}": describe(decoded.frames)})
+        given = {f"caption_{name}": text for name, text in entry.captions.items()}
+        rows.append({"file": entry.file, **split, **given, f"caption_{kind}": describe(decoded.frames)})
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names or ["file"])
@@ -65,11 +64,10 @@ def describe_world(frames: np.ndarray) -> str:
     return write(Wanted(shapes, found.style, found.tone, found.camera), "sentence") if shapes else ""
 
 
-def _hook(how: str) -> Describe:
+def _captioner(how: str) -> Callable[[np.ndarray], str]:
     if how == "world":
         return describe_world
-    if not how.startswith("transformers:"):
-        raise UserError(f"--how is {how!r}; it must be world or transformers:MODEL")
+    check(how.startswith("transformers:"), f"--how is {how!r}; it must be world or transformers:MODEL")
     try:
         from transformers import pipeline
     except ImportError as error:

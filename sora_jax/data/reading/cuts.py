@@ -11,7 +11,7 @@ THRESHOLD = 27.0  # PySceneDetect's default for its content detector
 
 
 def cut_moments(frames: Iterable[tuple[float, np.ndarray]]) -> list[float]:
-    """The times of the frames that are the first of a new scene.
+    """Return the times of the frames that are the first of a new scene.
 
     frames: pairs (seconds, uint8 (H, W, 3)), all of one size. Raises UserError where PySceneDetect is not installed.
     """
@@ -25,7 +25,7 @@ def cut_moments(frames: Iterable[tuple[float, np.ndarray]]) -> list[float]:
 
 
 def longest_run(grid: np.ndarray, moments: list[float], slack: float) -> slice:
-    """The longest part of the ascending `grid` between two cuts; of equals the first. slack: seconds of rounding."""
+    """Return the first longest part of the ascending `grid` between two cuts. slack: seconds of rounding."""
     inner = np.searchsorted(grid, np.asarray(moments) - slack)
     edges = np.unique([0, *inner, len(grid)])
     longest = int(np.diff(edges).argmax())
@@ -33,7 +33,7 @@ def longest_run(grid: np.ndarray, moments: list[float], slack: float) -> slice:
 
 
 def small_size(height: int, width: int) -> tuple[int, int]:
-    """The size in which frames are compared: a `Fit`."""
+    """Return the size in which frames are compared."""
     scale = min(1.0, SIDE / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 

@@ -35,7 +35,7 @@ def _compressed(light: np.ndarray) -> np.ndarray:
 
 @cache
 def _table(transfer: int) -> np.ndarray:
-    """Light for each code of 12 bits: PQ, on the screen, 1 = WHITE (SMPTE ST 2084); HLG, in the scene (BT.2100)."""
+    """Return light for each code of 12 bits: PQ, on the screen, 1 = WHITE (SMPTE ST 2084); HLG, in the scene (BT.2100)."""
     code = np.arange(STEPS) / (STEPS - 1)
     if transfer == PQ:
         power = code ** (4096 / 2523 / 128)
@@ -49,7 +49,7 @@ def _table(transfer: int) -> np.ndarray:
 
 @cache
 def _srgb_table() -> np.ndarray:
-    """The sRGB code for each step of the square root of light."""
+    """Return the sRGB code for each step of the square root of light."""
     light = (np.arange(STEPS) / (STEPS - 1)) ** 2
     coded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return (255 * coded + 0.5).astype(np.uint8)

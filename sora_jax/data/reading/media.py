@@ -1,7 +1,7 @@
-"""Decode any video or picture into uint8 frames; write clips for people.
+"""Decode any video or picture into uint8 frames.
 
-A clip is looked at on an even grid of moments, so variable and absurd frame rates come out regular; it ends
-where the decoder reports damage. A frame is held in full size only until it has been scaled.
+A clip is sampled on an even grid of moments, so variable and absurd frame rates come out regular; it ends where the
+decoder reports damage. A frame is held in full size only until it has been scaled.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from sora_jax.data.fit import FitError
 from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
-from sora_jax.data.reading.pictures import fitted, open_picture
-from sora_jax.data.reading.tracks import File, Fit, MediaError, Track, reason, usual_period
+from sora_jax.data.reading.pictures import open_picture, scaled
+from sora_jax.data.reading.tracks import File, Fit, FrameSource, MediaError, reason, usual_period
 from sora_jax.data.reading.videos import open_video
 from sora_jax.errors import UserError
 
@@ -29,7 +29,7 @@ FitClip = Callable[[int, int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class SpanRule:
-    """Which part of a file becomes its clip `number` (of at most `count`), and at what rate.
+    """Selects which part of a file becomes its clip `number` (of at most `count`), and at what rate.
 
     The file is cut into as many equal stretches as spans of `max_frames` fit into it, at most `count`, at least
     one (max_frames=None: the whole file is the one span); span `number` lies in its stretch from the start
@@ -49,29 +49,35 @@ class SpanRule:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """Frames uint8 (T, H, W, 3), frames a second (1.0 for a picture), the first one's seconds in the file.
+    """A decoded clip."""
 
-    flags: what a reader should know, "partial: ..." of a file used up to its damage.
-    """
-
-    frames: np.ndarray
-    fps: float
-    start: float = 0.0
-    flags: tuple[str, ...] = ()
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    fps: float  # 1.0 for a picture
+    start: float = 0.0  # seconds in the file at which the first frame is shown
+    flags: tuple[str, ...] = ()  # what a user should know: "partial: ..." of a file used up to its damage
 
 
 def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
-    """Decode a part of a video or a picture (one frame; animated GIF, WebP, PNG: several); None: no such span.
+    """Decode a part of a video or a picture (one frame; animated GIF, WebP, PNG: several).
 
-    Frames are upright (rotation tags, EXIF), with square pixels, 8 bits, transparency over white. `fit` maps the
-    upright (height, width) and the number of frames to the size wanted: a frame is scaled to cover it and the rest
-    cropped evenly.
+    Frames are upright (display matrix, EXIF), progressive, with square pixels, in sRGB of 8 bits, transparency over
+    white.
 
-    Raises MediaError for anything that gives no frame.
+    Args:
+        file: a path or an open binary file.
+        rule: which part.
+        fit: maps the upright (height, width) and the number of frames to the size wanted: a frame is scaled to cover
+            it and the rest cropped evenly.
+
+    Returns:
+        The clip; None if the file has no span of this number.
+
+    Raises:
+        MediaError: the file gives no frame.
     """
     try:
-        with open_track(file) as track:
-            return sample(track, rule, fit)
+        with open_frames(file) as source:
+            return sample(source, rule, fit)
     except (MediaError, UserError):
         raise
     except FitError as error:
@@ -83,49 +89,50 @@ def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) 
 def sample_frames(
     frames: np.ndarray, fps: float, rule: SpanRule = SpanRule(), fit: FitClip | None = None
 ) -> DecodedClip | None:
-    """`decode` for frames in memory, uint8 (T, H, W, 3) at `fps` frames a second."""
+    """Sample frames in memory, uint8 (T, H, W, 3) at `fps` frames a second, as `decode` samples a file."""
 
     def draw(k: int, fit: Fit | None) -> np.ndarray:
-        return fitted(Image.fromarray(frames[k]), frames.shape[1:3], fit)
+        return np.asarray(scaled(Image.fromarray(frames[k]), frames.shape[1:3], fit))
 
     times = np.arange(len(frames)) / fps
     draws = [(time, partial(draw, k)) for k, time in enumerate(times)]
-    return sample(Track(times, len(frames) / fps, lambda start: iter(draws)), rule, fit)
+    return sample(FrameSource(times, len(frames) / fps, lambda start: iter(draws)), rule, fit)
 
 
 @contextmanager
-def open_track(file: File) -> Iterator[Track]:
-    """Pillow for what it knows by content, PyAV for the rest."""
+def open_frames(file: File) -> Iterator[FrameSource]:
+    """Open a file by Pillow if it knows the content, by PyAV if not."""
     with ExitStack() as stack:
         try:
-            track = stack.enter_context(open_picture(file))
+            source = stack.enter_context(open_picture(file))
         except UnidentifiedImageError:
-            track = stack.enter_context(open_video(file))
-        yield track
+            source = stack.enter_context(open_video(file))
+        yield source
 
 
-def sample(track: Track, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
-    """`decode` for an open track."""
-    period = usual_period(track.times, track.end)
-    if len(track.times) == 1:
+def sample(source: FrameSource, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
+    """`decode` for an open source."""
+    period = usual_period(source.times, source.end)
+    if len(source.times) == 1:
         rule = replace(rule, fps=None)  # a picture stays a picture
     rate = float(rule.fps or min(1 / period, rule.max_fps or np.inf))
-    grid = _grid(track, rate, rule)
+    grid = _grid(source, rate, rule)
     if grid is None:
         return None
     slack = 0.49 * period
-    grid, flags = _without_cuts(track, grid, slack) if rule.cuts and len(grid) > 1 else (grid, ())
-    frames, damage = _drawn(track, grid, slack, fit and (lambda height, width: fit(height, width, len(grid))))
+    grid, flags = _without_cuts(source, grid, slack) if rule.cuts and len(grid) > 1 else (grid, ())
+    frames, damage = _drawn(source, grid, slack, fit and (lambda height, width: fit(height, width, len(grid))))
+    flags += tuple(source.flags)
     if rule.fps and len(grid) > 1 and rule.fps * period > REPEATS:
         flags += (f"repeated: {1 / period:.3g} frames a second are shown at {rule.fps:g}",)
     if damage:
         flags += (f"partial: damaged: {damage}, after {len(frames)} of {len(grid)} frames",)
-    return DecodedClip(np.stack(frames), round(rate, 3), round(float(grid[0] - track.times[0]), 6), flags)
+    return DecodedClip(np.stack(frames), round(rate, 3), round(float(grid[0] - source.times[0]), 6), flags)
 
 
-def _grid(track: Track, rate: float, rule: SpanRule) -> np.ndarray | None:
-    """The moments at which span `rule.number` is looked at, in seconds; None: the file has no such span."""
-    total = max(1, int((track.end - track.times[0]) * rate + 0.5))
+def _grid(source: FrameSource, rate: float, rule: SpanRule) -> np.ndarray | None:
+    """Return the moments at which span `rule.number` is sampled, in seconds; None if the file has no such span."""
+    total = max(1, int((source.end - source.times[0]) * rate + 0.5))
     spans = max(1, min(rule.count, total // (rule.max_frames or total)))
     if rule.number >= spans:
         return None
@@ -133,37 +140,37 @@ def _grid(track: Track, rate: float, rule: SpanRule) -> np.ndarray | None:
     length = min(high - low, rule.max_frames or total)
     if length > MAX_CLIP_FRAMES:
         raise MediaError(f"too large: {length} frames at once")
-    return track.times[0] + (low + round(rule.place * (high - low - length)) + np.arange(length)) / rate
+    return source.times[0] + (low + round(rule.place * (high - low - length)) + np.arange(length)) / rate
 
 
-def _without_cuts(track: Track, grid: np.ndarray, slack: float) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The longest part of the grid without a scene cut, and the flag that says so."""
-    moments = cut_moments(_small_frames(track, grid, slack))
+def _without_cuts(source: FrameSource, grid: np.ndarray, slack: float) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the longest part of the grid without a scene cut, and the flag that says so."""
+    moments = cut_moments(_small_frames(source, grid, slack))
     inner = [moment for moment in moments if grid[0] + slack < moment <= grid[-1] + slack]
     if not inner:
         return grid, ()
     part = longest_run(grid, inner, slack)
-    seconds = ", ".join(f"{moment - track.times[0]:.2f}" for moment in inner[:5]) + ", ..." * (len(inner) > 5)
+    seconds = ", ".join(f"{moment - source.times[0]:.2f}" for moment in inner[:5]) + ", ..." * (len(inner) > 5)
     return grid[part], (f"cut: at {seconds} s, {part.stop - part.start} of {len(grid)} frames are kept",)
 
 
-def _small_frames(track: Track, grid: np.ndarray, slack: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Every frame of the file within the grid, small, up to the first damage."""
+def _small_frames(source: FrameSource, grid: np.ndarray, slack: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield every frame of the file within the grid, small, up to the first damage."""
     try:
-        for time, draw in track.frames(grid[0]):
+        for time, draw in source.frames(grid[0]):
             if time > grid[-1] + slack:
                 return
-            if _next_time(track, time + slack) > grid[0] - slack:
+            if _next_time(source, time + slack) > grid[0] - slack:
                 yield time, draw(small_size)
     except Exception:
         return
 
 
-def _drawn(track: Track, grid: np.ndarray, slack: float, fit: Fit | None) -> tuple[list[np.ndarray], str]:
-    """The frames at the grid's moments up to the first damage, and what that was; at least one."""
+def _drawn(source: FrameSource, grid: np.ndarray, slack: float, fit: Fit | None) -> tuple[list[np.ndarray], str]:
+    """Return the frames at the grid's moments up to the first damage, at least one, and what that was."""
     frames, damage = [], ""
     try:
-        for frame in _hold(track, grid, slack, lambda draw: draw(fit)):
+        for frame in _hold(source, grid, slack, lambda draw: draw(fit)):
             if frame.nbytes * len(grid) > MAX_CLIP_BYTES:
                 raise MediaError(f"too large: {len(grid)} frames of {frame.shape[:2]} at once")
             frames.append(frame)
@@ -176,10 +183,10 @@ def _drawn(track: Track, grid: np.ndarray, slack: float, fit: Fit | None) -> tup
     return frames, damage
 
 
-def _hold(track: Track, grid: np.ndarray, slack: float, render: Callable) -> Iterator[np.ndarray]:
-    """For each moment the frame shown then, drawn once; the last one is held as long as the file says."""
+def _hold(source: FrameSource, grid: np.ndarray, slack: float, render: Callable) -> Iterator[np.ndarray]:
+    """Yield for each moment the frame shown then, drawn once; the last one is held as long as the file says."""
     k, shown, until, failure = 0, None, -np.inf, None
-    frames = track.frames(grid[0])
+    frames = source.frames(grid[0])
     while k < len(grid):
         try:
             time, draw = next(frames, (None, None))
@@ -193,11 +200,11 @@ def _hold(track: Track, grid: np.ndarray, slack: float, render: Callable) -> Ite
             k += 1
         if time is None:
             break
-        shown, until = draw, _next_time(track, time + slack)
+        shown, until = draw, _next_time(source, time + slack)
     if failure:
         raise failure
 
 
-def _next_time(track: Track, time: float) -> float:
-    later = np.searchsorted(track.times, time, side="right")
-    return track.times[later] if later < len(track.times) else max(track.end, time)
+def _next_time(source: FrameSource, time: float) -> float:
+    later = np.searchsorted(source.times, time, side="right")
+    return source.times[later] if later < len(source.times) else max(source.end, time)

@@ -1,7 +1,7 @@
-"""The frames of a file before they are drawn, and how a file can fail: what `pictures` and `videos` give `media`."""
+"""The frames of a file before they are drawn, and how a file can fail: shared by `pictures`, `videos` and `media`."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,40 +16,45 @@ Draw = Callable[[Fit | None], np.ndarray]
 
 
 class MediaError(Exception):
-    """A file that gives no clip; the text is the reason, its kind before the first colon."""
+    """Refusal of a file that gives no clip; the text is the reason, its kind before the first colon."""
 
 
 class Damage(Exception):
-    """The first sign that what follows in the file is not what was written; the text says which."""
+    """First sign that what follows in the file is not what was written."""
 
 
 @dataclass(frozen=True)
-class Track:
-    """The frames of a file in the order they are shown, before any is decoded.
+class FrameSource:
+    """The frames of a file in the order of presentation, before any is decoded.
 
-    times: seconds, ascending; end: when the last one goes; frames(start): pairs (time, draw) from `start` or
-    earlier, which raise Damage or the decoder's own error where the file is damaged.
+    Attributes:
+        times: seconds, ascending.
+        end: seconds at which the last frame goes.
+        frames: maps a time to pairs (seconds, draw) of the frames from then, or from earlier, on. The iterator raises
+            Damage or the decoder's own error where the file is damaged.
+        flags: what a user should know of the file; grows while frames are read.
     """
 
     times: np.ndarray
     end: float
     frames: Callable[[float], Iterator[tuple[float, Draw]]]
+    flags: list[str] = field(default_factory=list)
 
 
 def usual_period(times: np.ndarray, end: float) -> float:
-    """Seconds between frames: the mean of the gaps near the median, unmoved by jitter and pauses."""
+    """Return the seconds between frames: the mean of the gaps near the median, unmoved by jitter and pauses."""
     gaps = np.diff(times) if len(times) > 1 else np.array([end - times[0]])
     median = np.median(gaps)
     return float(np.mean(gaps[np.abs(gaps - median) <= 0.5 * median]))
 
 
 def reason(error: Exception) -> str:
-    """An error of a decoder in one line."""
+    """Return an error of a decoder as one line."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".")
     return text if isinstance(error, Damage) else f"{type(error).__name__}, {text}".rstrip(", ")
 
 
 def check_pixels(width: int, height: int) -> None:
-    """MediaError for frames that no clip needs and that would fill the memory."""
+    """Raise MediaError for frames that no clip needs and that would fill the memory."""
     if width * height > MAX_FRAME_PIXELS:
         raise MediaError(f"too large: {width}x{height} pixels a frame, at most {MAX_FRAME_PIXELS} are read")

@@ -1,13 +1,12 @@
 """Videos by PyAV: when each frame is shown, and the frames from any moment on.
 
-Nothing a file says of itself is believed: rate, number of frames and duration come from the time stamps of its
-packets. A decoder that conceals damage says so in its log; the log is read after every packet, and the first
-error in it ends the file.
+The rate, the number of frames and the duration come from the time stamps of the packets, not from the header. A
+decoder that conceals damage reports it in libav's log: the log is read after every packet, and the first error in it
+ends the file. Errors of a decoder that catches up after a cut do not count.
 """
 
 import os
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,18 +14,18 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import av
 import numpy as np
-from PIL import Image
+from av.stream import Discard, Disposition
 
-from sora_jax.data.reading.damage import check_gif, check_units, heard, length_bytes, listening, signs_of_damage
-from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
+from sora_jax.data.reading.damage import MISSING_REFERENCE, check_units, heard, length_bytes, listening
+from sora_jax.data.reading.graphs import DEINTERLACE, FrameRenderer, build_graph, display_matrix
 from sora_jax.data.reading.tracks import (
     MAX_FRAME_PIXELS,
     Damage,
     File,
-    Fit,
+    FrameSource,
     MediaError,
-    Track,
     check_pixels,
     reason,
     usual_period,
@@ -34,125 +33,126 @@ from sora_jax.data.reading.tracks import (
 
 # FFmpeg draws text files as video and follows lists of other files; neither is a clip.
 FOREIGN_CONTAINERS = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "lrc", "srt", "webvtt", "ass"}
-# Errors are not to end the decoder: it has to get over references that are missing where it begins in mid-file.
+# Errors must not end the decoder: it has to get over references that are missing where it begins in mid-file.
 DECODER = {"err_detect": "crccheck+bitstream+buffer", "max_pixels": str(MAX_FRAME_PIXELS)}
 MAX_PACKETS = 4_000_000  # 37 hours at 30 frames a second
 KEPT_BYTES = 2**25  # of packets, so that a short file is read once
 REMEMBERED = 8  # files whose time stamps are kept, so that the spans of a long one read them once
+CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
+PROBED = 100  # packets that are decoded if their time stamps look wrong
+MIN_DELAY = 0.01  # seconds; browsers show frames of a GIF with at most this delay for 0.1 s, and makers count on it
+HELD = "held: the decoder gives no picture for some frames, the one before is shown instead"
+UNKNOWN = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
 class Index:
-    """What the packets of a stream say: `times` in seconds, ascending, and the `end` of the last.
+    """What the packets of a stream tell."""
 
-    keys: ticks of the frames that decode without others, ascending; empty where there are no time stamps to seek by.
-    damage: why the file ends where it does.
-    """
+    times: np.ndarray  # seconds, ascending, from the first frame that can be shown
+    end: float  # seconds at which the last frame goes
+    keys: np.ndarray  # ticks of the key frames, ascending; empty if no time stamps lead there
+    keyed: bool  # key frames are marked, with or without time stamps
+    in_order: bool  # the n-th frame of the decoder has the n-th time, its own time stamp is not to be believed
+    damage: str  # why the file ends where it does
+    flags: list[str]
+    matrix: np.ndarray | None  # the display matrix, if the decoder does not put it on its frames
 
-    times: np.ndarray
-    end: float
-    keys: np.ndarray
-    damage: str = ""
 
-
-class Reel:
-    """An open stream; `packets` are all of it where they are few, `log` grows by what libav complains of."""
+class VideoReader:
+    """An open stream. `log` grows by libav's errors, `flags` by what a user should know of the frames read."""
 
     def __init__(self, container, log: list):
-        from av.video.reformatter import VideoReformatter
-
-        self.container, self.log, self.heard = container, log, len(log)
-        self.stream, self.packets, self.moved, self.size = _best_stream(container), None, False, None
+        self.container, self.log, self.log_read, self.flags = container, log, len(log), list[str]()
+        self.stream = _best_stream(container)
+        self.unit = float(self.stream.time_base or 1)
+        self.packets: list = []  # all of the stream, if they are few
+        self.moved = False
+        context = self.stream.codec_context
+        self.codec = context.codec.canonical_name
+        self.prefix = length_bytes(self.codec, context.extradata)
         self.decoder = _decoder(self.stream)
         # Processes decode side by side; and libav's log can be read only in the thread that waits for it.
         self.decoder.thread_count = 1
         self.decoder.options = DECODER
-        self.scaler, self.mixer = VideoReformatter(), VideoReformatter()  # they keep their tables
-        self.shape = _pixel_shape(self.stream)
-        context = self.stream.codec_context
-        self.codec = context.codec.canonical_name
-        self.prefix = length_bytes(self.codec, context.extradata)
+        aspect = float(self.stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
+        self.renderer = FrameRenderer(aspect if 1 / 8 <= aspect <= 8 else 1.0)  # no camera has other pixels
 
     def complaint(self) -> str:
-        """The first error that was not heard before."""
-        return heard(self.log, self.heard)
+        """Return the first error in the log since the last call."""
+        after, self.log_read = self.log_read, len(self.log)
+        return heard(self.log, after)
 
     def demux(self) -> Iterator:
-        """The packets from where the container stands to the end; Damage at the first sign of it."""
+        """Yield the packets from where the container stands to the end; raise Damage at the first sign of it."""
         self.moved = True
         for packet in self.container.demux(self.stream):
-            if self.complaint() or packet.is_corrupt:
-                raise Damage(self.complaint() or "a packet is cut short")
+            # Transport streams mark packets after a jump of their counter; whether data are missing, the decoder sees.
+            cut = packet.is_corrupt and self.container.format.name != "mpegts"
+            if complaint := self.complaint() or "a packet is cut short" * cut:
+                raise Damage(complaint)
             if packet.size:
                 yield packet
-        if self.complaint():
-            raise Damage(self.complaint())
+        if complaint := self.complaint():
+            raise Damage(complaint)
 
-    def packets_from(self, index: Index, ticks: int | None) -> Iterator:
-        """The packets from the key frame at `ticks` on, or from the first."""
-        if self.packets is None:
-            if ticks is not None or self.moved:
-                ticks = int(index.times[0] / self.stream.time_base) if ticks is None else ticks
-                self.container.seek(ticks, stream=self.stream)
-            return self.demux()
-        found = (i for i, packet in enumerate(self.packets) if packet.is_keyframe and packet.pts == ticks)
-        return iter(self.packets[next(found, 0) :])
+    def packets_from(self, key: int | None, index: Index) -> Iterator:
+        """Return the packets from a key frame on, or from the first."""
+        if self.packets:
+            found = (i for i, packet in enumerate(self.packets) if packet.is_keyframe and packet.pts == key)
+            return iter(self.packets[next(found, 0) :])
+        if key is not None or self.moved:
+            self.container.seek(int(index.times[0] / self.unit) if key is None else key, stream=self.stream)
+        return self.demux()
 
-    def decode(self, packet) -> list:
-        """The frames that the decoder gives for a packet (None: what it still holds); Damage at any sign of it."""
-        if packet is not None and self.prefix:
-            check_units(self.codec, bytes(packet), self.prefix)
-        if packet is not None and self.codec == "gif":
-            check_gif(bytes(packet))
-        frames = self.decoder.decode(packet)
-        if self.complaint():
-            raise Damage(self.complaint())
-        for frame in frames:
-            self.size = self.size or (frame.width, frame.height)
-            if frame.is_corrupt:
-                raise Damage("a frame marked so by the decoder")
-            if self.size != (frame.width, frame.height):
-                raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
-        return frames
+    def decode(self, packet) -> tuple[list, str]:
+        """Return the frames that the decoder gives for a packet (None: what it still holds), and its complaint."""
+        frames, failure = [], ""
+        try:
+            if packet is not None and self.prefix:
+                check_units(self.codec, bytes(packet), self.prefix)
+            frames = self.decoder.decode(packet)
+        except Exception as error:
+            failure = reason(error)
+        return frames, self.complaint() or failure
+
+    def restart(self) -> None:
+        """Forget what was decoded."""
+        self.decoder.flush_buffers()
+        self.log_read = len(self.log)
 
 
 @contextmanager
-def open_video(file: File) -> Iterator[Track]:
-    """The best video stream of a file; MediaError where there is none."""
+def open_video(file: File) -> Iterator[FrameSource]:
+    """Open the best video stream of a file; raise MediaError if there is none."""
     with listening() as log, ExitStack() as stack:
-        reel = stack.enter_context(_open_reel(file, log))
-        name = _name(file)
-        index = _remembered.get(name)
-        if index is None:
-            index = _read_index(reel, *signs_of_damage(file, reel.container.format.name))
-            _remember(name, index)
-            if reel.packets is None:  # the container stands at its end, and not every format can go back
-                reel = stack.enter_context(_open_reel(file, log))
-        yield Track(index.times, index.end, partial(_frames, reel, index))
+        reader = stack.enter_context(_open_reader(file, log))
+        identity = _identity(file)
+        if identity not in _remembered:
+            _remembered[identity] = _read_index(reader)
+            if len(_remembered) > REMEMBERED:
+                _remembered.pop(next(iter(_remembered)))
+            if not reader.packets:  # the container stands at its end, and not every format can go back
+                reader = stack.enter_context(_open_reader(file, log))
+        index = _remembered[identity]
+        reader.flags += index.flags
+        reader.renderer.matrix = index.matrix
+        yield FrameSource(index.times, index.end, partial(_frames, reader, index), reader.flags)
 
 
-_remembered: OrderedDict[tuple, Index] = OrderedDict()
+_remembered: dict[object, Index] = {}
 
 
-def _name(file: File) -> tuple | None:
-    """What tells a file from others and from what it was before."""
+def _identity(file: File) -> object:
+    """Return what tells a file from others and from what it was before."""
     if not isinstance(file, str | Path):
-        return None
+        return object()
     status = os.stat(file)
     return os.path.abspath(file), status.st_size, status.st_mtime_ns
 
 
-def _remember(name: tuple | None, index: Index) -> None:
-    if name is not None:
-        _remembered[name] = index
-        while len(_remembered) > REMEMBERED:
-            _remembered.popitem(last=False)
-
-
 @contextmanager
-def _open_reel(file: File, log: list) -> Iterator[Reel]:
-    import av
-
+def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
@@ -162,209 +162,202 @@ def _open_reel(file: File, log: list) -> Iterator[Reel]:
     with av.open(file, options=options, metadata_errors="replace") as container:
         if FOREIGN_CONTAINERS & set(container.format.name.split(",")):
             raise MediaError(f"not a video: FFmpeg reads it as {container.format.name}")
-        yield Reel(container, log)
+        yield VideoReader(container, log)
 
 
 def _best_stream(container):
-    from av.stream import Disposition
-
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise MediaError("no video: the file has no video stream")
+    if stream.codec_context is None:
+        raise MediaError("no decoder: FFmpeg has none for the codec of the video stream")
     check_pixels(stream.codec_context.width, stream.codec_context.height)
+    for other in container.streams:
+        if other is not stream:
+            other.discard = Discard.all  # damage beside the pictures is not looked for
     return stream
 
 
 def _decoder(stream):
-    """The stream's own; libvpx for VP8 and VP9, as it gives transparency too and sees more of damage."""
-    import av
+    """Return libvpx for VP8 and VP9 of 8 bits, and for other streams their own decoder.
 
-    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
-    return av.CodecContext.create(name, "r") if name in av.codecs_available else stream.codec_context
-
-
-def _pixel_shape(stream) -> float:
-    """Width over height of a pixel; shapes that no camera has are taken for square."""
-    shape = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
-    return shape if 1 / 8 <= shape <= 8 else 1.0
-
-
-class _Seen:
-    """What is kept of the packets while they are read: time stamps, key frames, and all of a file that is small."""
-
-    def __init__(self, stream):
-        self.rate, self.unit = float(stream.average_rate or 1), float(stream.time_base or 1)
-        self.stamps, self.keys, self.kept, self.size = array("d"), array("q"), [], 0
-        self.stamped, self.last = True, 0.0
-
-    def add(self, packet) -> None:
-        self.size += packet.size
-        if self.size <= KEPT_BYTES:
-            self.kept.append(packet)
-        else:
-            self.kept.clear()
-        if packet.is_discard:
-            return
-        ticks = packet.dts if packet.pts is None else packet.pts
-        self.stamps.append(len(self.stamps) / self.rate if ticks is None else ticks * self.unit)
-        self.stamped = self.stamped and packet.pts is not None
-        self.last = float((packet.duration or 0) * self.unit)
-        if packet.is_keyframe and packet.pts is not None:
-            self.keys.append(packet.pts)
-
-
-def _read_index(reel: Reel, limit: float, damage: str) -> Index:
-    """Read every packet once, up to the first damage; the reel keeps them where they are few.
-
-    limit: the place in the file, in bytes, from which on `damage` is known.
+    libvpx decodes transparency, and reports damage that FFmpeg's own decoder passes over.
     """
-    seen, damage = _Seen(reel.stream), damage or heard(reel.log)  # when the file was opened
+    context = stream.codec_context
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(context.codec.canonical_name)
+    deep = context.format is None or context.format.components[0].bits > 8
+    return context if deep or name not in av.codecs_available else av.CodecContext.create(name, "r")
+
+
+def _read_index(reader: VideoReader) -> Index:
+    """Read every packet once, up to the first damage; the reader keeps them if they are few."""
+    rows, packets, size, damage = array("q"), list[av.Packet](), 0, ""
     try:
-        for packet in reel.demux():
-            if (packet.pos or 0) >= limit or len(seen.stamps) == MAX_PACKETS:
+        for packet in reader.demux():
+            ticks = packet.dts if packet.pts is None else packet.pts
+            rows.extend(
+                (UNKNOWN if ticks is None else ticks, packet.is_keyframe, packet.is_discard, packet.duration or 0)
+            )
+            size += packet.size
+            if size <= KEPT_BYTES or len(packets) < PROBED:
+                packets.append(packet)
+            if len(rows) == 4 * MAX_PACKETS:
                 break
-            seen.add(packet)
     except Exception as error:
         damage = reason(error)
-    if not seen.stamps:
+    ticks, marked, discard, durations = np.array(rows, np.int64).reshape(-1, 4).T
+    if not (discard == 0).any():
         raise MediaError(f"damaged: {damage}" if damage else "no frames: the file opens but holds none")
-    reel.packets, times = seen.kept or None, np.unique(seen.stamps)
-    period = usual_period(times, times[-1] + 1 / seen.rate)
-    # A GIF's last frame may be meant to stand still; elsewhere what is said of the last frame is not to be trusted.
-    end = float(times[-1] + (seen.last if reel.codec == "gif" else period))
-    if not damage and _promised(reel.stream) > end - times[0] + max(2 * period, 0.1):
-        damage = f"it ends after {end - times[0]:.2f} of {_promised(reel.stream):.2f} seconds"
-    return Index(times, end, np.sort(seen.keys) if seen.stamped else np.empty(0, np.int64), damage)
+    reader.packets = packets if size <= KEPT_BYTES else []
+    rate = float(reader.stream.average_rate or reader.stream.base_rate or 25)
+    times, in_order, flags = _frame_times(reader, ticks[discard == 0], packets[:PROBED], rate)
+    period = usual_period(times, times[-1] + 1 / rate)
+    end = float(times[-1] + period)
+    promised = _header_duration(reader.stream)
+    if not damage and promised > end - times[0] + max(2 * period, 0.1):
+        damage = f"it ends after {end - times[0]:.2f} of {promised:.2f} seconds"
+    keys = np.sort(ticks[(marked == 1) & (ticks != UNKNOWN) & (not in_order)])
+    if reader.codec == "gif":
+        # The last frame may be meant to stand still; elsewhere the duration of the last packet is not to be trusted.
+        delays = np.diff(times, append=times[-1] + durations[-1] * reader.unit)
+        ends = np.cumsum(np.where(delays < MIN_DELAY + 1e-6, 0.1, delays))
+        times, end, in_order = ends - np.diff(ends, prepend=0), float(ends[-1]), True
+    elif len(keys) and (early := int(np.searchsorted(times, keys[0] * reader.unit - 1e-6))):
+        times = times[early:]
+        flags.append(f"start: {early} frames before the first key frame cannot be decoded")
+    own, matrix = reader.stream.codec_context, None
+    if reader.decoder is not own:
+        matrix = next((display_matrix(frame) for packet in packets[:1] for frame in own.decode(packet)), None)
+    return Index(times, end, keys, bool(marked.any()), in_order, damage, flags, matrix)
 
 
-def _promised(stream) -> float:
-    """The seconds that a video stream's header gives it; 0 where it does not say."""
+def _frame_times(
+    reader: VideoReader, ticks: np.ndarray, first: list, rate: float
+) -> tuple[np.ndarray, bool, list[str]]:
+    """Return the times of the frames, ascending, whether they are given in the decoder's order, and flags.
+
+    Time stamps may be absent, equal, or in coding order where the container has no field for that of presentation
+    (H.264 with B-frames in AVI). The first frames of the decoder show whether they are to be believed.
+    """
+    known = ticks[ticks != UNKNOWN]
+    times, flags = np.unique(known) * reader.unit, list[str]()
+    distinct, ascend = len(times) == len(ticks), bool((np.diff(known) > 0).all())
+    if distinct and not (ascend and reader.stream.codec_context.has_b_frames):
+        return times, False, flags
+    shown = [frame.pts for packet in (*first, None) for frame in reader.decode(packet)[0]]
+    reader.restart()
+    if shown and None not in shown and shown == sorted(set(shown)):
+        if equal := len(known) - len(times):
+            flags.append(f"times: {equal} frames have the time stamp of another")
+        return times, False, flags
+    if not distinct:
+        times = (times[0] if len(times) else 0) + np.arange(len(ticks)) / rate
+        flags.append(f"times: the file has no time stamp for each frame, {rate:.4g} frames a second are assumed")
+    return times, True, flags
+
+
+def _header_duration(stream) -> float:
+    """Return the seconds that the header gives the stream; 0 if it does not say."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    parts = stream.metadata.get("DURATION", "").split(":")
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
     try:
-        hours, minutes, seconds = (float(part) for part in parts)
+        return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
     except ValueError:
         return 0.0
-    return 3600 * hours + 60 * minutes + seconds
 
 
-def _frames(reel: Reel, index: Index, start: float) -> Iterator[tuple]:
-    """Pairs (time, draw) from the last frame before `start` on."""
-    early = np.searchsorted(index.keys * float(reel.stream.time_base), start + 1e-6, side="right")
+def _frames(reader: VideoReader, index: Index, start: float) -> Iterator[tuple]:
+    """Yield pairs (time, draw) from the last frame before `start` on."""
+    keys = index.keys[index.keys * reader.unit <= start + 1e-6]
     # In the first second, decoding from the beginning is cheaper than a seek, and safe in files without an index.
-    if start <= index.times[0] + 1 or early == 0:
-        yield from _timed(reel, index)
-        return
-    failure, key = None, int(index.keys[early - 1])
-    # Frames after a key frame may be made from frames before it: then decoding begins one or two key frames earlier.
-    for ticks in index.keys[max(0, early - 3) : early][::-1].tolist():
+    if start > index.times[0] + 1 and len(keys):
         try:
-            frames = _timed(reel, index, ticks, key)
-            if head := _run_up(frames, start):
-                yield from chain(head, frames)
-                return
-        except Exception as error:
-            failure = error
-    if failure:
-        raise failure
-    yield from _timed(reel, index)  # the format's own index leads too far on
+            frames = _timed(reader, index, int(keys[-1]))
+            head = _run_up(frames, start, reader)
+        except Exception:
+            head = []
+        if head:
+            yield from chain(head, frames)
+            return
+    yield from _timed(reader, index)
 
 
-def _run_up(frames: Iterator[tuple], start: float) -> list[tuple]:
-    """The frame shown at `start` and the next one; none where the first frame comes later."""
-    shown = []
-    for time, draw in frames:
+def _run_up(frames: Iterator[tuple], start: float, reader: VideoReader) -> list[tuple]:
+    """Return the frame shown at `start` and the next one; none if decoding has to begin earlier."""
+    shown: list[tuple] = []
+    for count, (time, draw) in enumerate(frames):
         if time > start + 1e-6:
-            return [*shown, (time, draw)] if shown else []
+            # The first frame has no neighbour before it, from which its missing lines are made.
+            return [] if not count or (count == 1 and "deinterlaced" in reader.flags) else [*shown, (time, draw)]
         shown = [(time, draw)]
     return shown
 
 
-def _timed(reel: Reel, index: Index, ticks: int | None = None, key: int | None = None) -> Iterator[tuple]:
-    unit, last = float(reel.stream.time_base or 1), len(index.times) - 1
-    for number, frame in enumerate(_decoded(reel, index, ticks, key)):
-        yield index.times[min(number, last)] if frame.pts is None else frame.pts * unit, partial(_draw, reel, frame)
+def _timed(reader: VideoReader, index: Index, key: int | None = None) -> Iterator[tuple]:
+    """Yield pairs (time, draw) from a key frame on, or from the first."""
+    last, before = len(index.times) - 1, len(index.times)
+    for number, frame in enumerate(_deinterlaced(reader, _decoded(reader, index, key))):
+        time = index.times[min(number, last)] if index.in_order or frame.pts is None else frame.pts * reader.unit
+        place = int(np.searchsorted(index.times, time - 1e-6))
+        # One that is left out may be a field or a frame that is never shown.
+        if place - before > 2 and HELD not in reader.flags:
+            reader.flags.append(HELD)
+        before = place
+        yield time, partial(reader.renderer.render, frame)
 
 
-def _decoded(reel: Reel, index: Index, ticks: int | None, key: int | None) -> Iterator:
-    """The frames from the key frame at `ticks` on; what is shown before the one at `key` may lack its references."""
-    reel.decoder.flush_buffers()
-    reel.heard = len(reel.log)
-    for packet in reel.packets_from(index, ticks):
+def _deinterlaced(reader: VideoReader, frames: Iterator) -> Iterator:
+    """Yield the frames, from the first one marked as interlaced on through a graph, which needs all of them."""
+    graph = None
+    for frame in chain(frames, [None]):
+        if graph is None and frame is not None and frame.interlaced_frame:
+            graph = build_graph(DEINTERLACE, frame)
+            reader.flags += ["deinterlaced"] * ("deinterlaced" not in reader.flags)
+        if graph is None:
+            yield from [frame] * (frame is not None)
+            continue
+        graph.push(frame)
         try:
-            yield from reel.decode(packet)
-        except Exception:
-            if key is None or packet.pts >= key:
-                raise
-            reel.heard = len(reel.log)
+            while True:
+                yield graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            pass
+
+
+def _decoded(reader: VideoReader, index: Index, key: int | None) -> Iterator:
+    """Yield the frames from a key frame on, or from the first one; raise Damage at the first sign of it.
+
+    Pictures that follow a key frame in coding order and are shown before it (open GOP) may lack their references after
+    a cut, and so may all before the first key frame: those for which the decoder reports it are left out.
+    """
+    reader.restart()
+    packets = reader.packets_from(key, index)
+    first = int(index.keys[0]) if key is None and len(index.keys) else key
+    since, latest, lost, reached, size = CATCH_UP, first, (0, 0), not index.keyed, None
+    for packet in packets:
+        since, latest = (0, packet.pts) if packet.is_keyframe else (since + 1, latest)
+        frames, complaint = reader.decode(packet)
+        late = first is None or (packet.pts is not None and packet.pts >= first)
+        reached = reached or (late and packet.is_keyframe)
+        if complaint and reached and late:
+            if since >= CATCH_UP or not complaint.startswith(MISSING_REFERENCE):
+                raise Damage(complaint)
+            if latest is not None and packet.pts is not None and packet.pts < latest:
+                lost = packet.pts, latest
+        for frame in frames:
+            if frame.pts is not None and (first is not None and frame.pts < first or lost[0] <= frame.pts < lost[1]):
+                continue
+            size = size or (frame.width, frame.height)
+            if frame.is_corrupt:
+                raise Damage("a frame marked so by the decoder")
+            if size != (frame.width, frame.height):
+                raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
+            yield frame
     if index.damage:
         raise Damage(index.damage)
-    yield from reel.decode(None)
-
-
-def _draw(reel: Reel, frame, fit: Fit | None) -> np.ndarray:
-    """The frame turned as its rotation tag says (degrees counter-clockwise), scaled and cropped."""
-    quarters = 0 if frame.rotation % 90 else frame.rotation // 90 % 4
-    size = frame.height, max(1, round(frame.width * reel.shape))
-    turn = slice(None, None, -1 if quarters % 2 else 1)
-    target = fit(*size[turn])[turn] if fit else size
-    cover = _cover(size, target)
-    top, left = (cover[0] - target[0]) // 2, (cover[1] - target[1]) // 2
-    return np.rot90(_rgb(reel, frame, cover)[top : top + target[0], left : left + target[1]], quarters)
-
-
-def _over_white(frame):
-    """An RGB frame from one with transparency. (Scaled before, it would show the colours of transparent parts.)"""
-    packed = frame.format.name in ("rgba", "bgra")
-    if packed and frame.to_ndarray()[:, :, 3].min() == 255:
-        return frame
-    image = Image.fromarray(frame.to_ndarray(format="rgba", threads=1))
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return frame.from_image(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The size in which a picture covers the target, which lies in its exact middle: what is over is even."""
-    scale = max(target[0] / size[0], target[1] / size[1])
-    return tuple(want + 2 * round((have * scale - want) / 2) for have, want in zip(size, target))
-
-
-def _rgb(reel: Reel, frame, size: tuple[int, int]) -> np.ndarray:
-    """The frame in sRGB, scaled to (height, width)."""
-    from av.video.reformatter import ColorRange, Interpolation
-
-    if any(component.is_alpha for component in frame.format.components):
-        frame = _over_white(frame)
-    # Planes are scaled before they are mixed: faster than to mix them at full size, and more exact.
-    options = dict(interpolation=Interpolation.BICUBIC, threads=1)
-    if frame.format.is_rgb:
-        scaled = (frame.height, frame.width) != size
-        options["interpolation"] |= Interpolation.FULL_CHR_H_INP  # else every second column gives the colour of two
-        return reel.scaler.reformat(frame, size[1], size[0], "gbrp" if scaled else "rgb24", **options).to_ndarray()
-    high = frame.color_trc in (PQ, HLG)
-    colours = dict(src_colorspace=_matrix(frame), src_color_range=_range(frame))
-    same = dict(dst_colorspace=_matrix(frame), dst_color_range=_range(frame))
-    planes = "yuv444p16le" if high else "yuv444p"
-    frame = reel.scaler.reformat(frame, size[1], size[0], planes, **colours, **same, **options)
-    mixed = "rgb48le" if high else "rgb24"
-    pixels = reel.mixer.reformat(
-        frame, format=mixed, dst_color_range=ColorRange.JPEG, **colours, **options
-    ).to_ndarray()
-    return to_srgb(pixels, frame.color_trc) if high else pixels
-
-
-def _matrix(frame):
-    """The matrix of the frame's tag; untagged, what players guess (mpv: BT.709 for high definition, BT.601 below)."""
-    from av.video.reformatter import Colorspace
-
-    guess = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
-    tags = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}  # AVCOL_SPC_
-    return Colorspace[tags[frame.colorspace]] if frame.colorspace in tags else guess
-
-
-def _range(frame):
-    from av.video.reformatter import ColorRange
-
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    return ColorRange.JPEG if full else ColorRange.MPEG
+    frames, complaint = reader.decode(None)
+    if complaint:
+        raise Damage(complaint)
+    yield from frames

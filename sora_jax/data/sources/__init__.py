@@ -1,9 +1,9 @@
-"""Where clips come from: a source knows its entries without reading media, and opens each on demand.
+"""Sources of clips: a source lists its entries without reading media, and opens each on demand.
 
 ================  =========================================================================================
-`folder`          videos and pictures below a folder, in zip files too; captions beside them or in tables
+`folder`          videos and pictures in a folder, in zip and tar files too; captions beside them or in tables
 `webdataset`      tar shards of samples: a media file with its texts
-`array_record`    a dataset made by `sora-jax data build`, or records of media files with a table beside
+`array_record`    a dataset made by `sora-jax data build`
 `tfds:NAME`       a dataset prepared by TensorFlow Datasets as ArrayRecord; TensorFlow is not needed
 `world`           the embedded world
 ================  =========================================================================================

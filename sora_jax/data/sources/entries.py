@@ -1,4 +1,4 @@
-"""What a source gives: entries, known before any media is read, and media to decode."""
+"""The interfaces of a source: entries, known before any media is read, and media to decode."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,33 +10,28 @@ from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a clip before it is read.
+    """A clip before its media is read; fields that the source does not give are None."""
 
-    file: name for people, relative to the source ("set.zip/fox.png", "shard.tar/fox.mp4"). captions: kind -> text,
-    {} where nobody gave one. label: class number, label_name: what the class is called, split: each None where not
-    given. weight: how often a clip of the source comes in an epoch, on average.
-    """
-
-    file: str
-    captions: Mapping[str, str] = field(default_factory=dict)
-    label: int | None = None
-    label_name: str | None = None
+    file: str  # name for people, relative to the source: "set.zip/fox.png"
+    captions: Mapping[str, str] = field(default_factory=dict)  # kind -> text
+    label: int | None = None  # class number
+    label_name: str | None = None  # class name
     split: str | None = None
-    weight: float = 1.0
+    weight: float = 1.0  # mean number of times in an epoch
 
 
 class Media(Protocol):
-    """One thing that can be decoded; small to pickle, opened when used. Both methods raise MediaError."""
+    """A file or frames to decode; small to pickle, opened when used. Both methods raise MediaError."""
 
     def content_id(self) -> str:
-        """Stable, of the content: equal files have equal ids wherever they lie."""
+        """Return an id of the content: equal files have equal ids wherever they lie."""
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        """The span of `rule`; None where the media has none of that number."""
+        """Decode the span of `rule`; return None if the media has no span of that number."""
 
 
 class Reader(Protocol):
-    """All entries of one kind of source; the number of `refused` is known from listing."""
+    """All entries of one kind of source, listed when it is made; `refused` holds pairs (file, reason)."""
 
     refused: list[tuple[str, str]]
 
@@ -47,7 +42,7 @@ class Reader(Protocol):
     def open(self, index: int) -> Media: ...
 
     def digest(self) -> str:
-        """A fingerprint of names, sizes and captions, to tell whether the source has changed; reads no media."""
+        """Return a fingerprint of names, sizes and captions, which changes with the source; reads no media."""
 
 
 class Source(Reader, Protocol):
@@ -57,6 +52,6 @@ class Source(Reader, Protocol):
 
 
 def escapes(name: str) -> bool:
-    """Whether a file name leads out of the folder or archive that it stands in."""
+    """Return True if a file name leads out of the folder or archive in which it stands."""
     path = PureWindowsPath(name)  # knows both kinds of slashes
     return bool(path.root or path.drive) or ".." in path.parts

@@ -1,74 +1,68 @@
-"""A folder of videos and pictures as a source."""
+"""Folders of videos and pictures, and WebDataset shards, as a source: media files with their captions."""
 
 import hashlib
-import math
-import os
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+import posixpath
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 
 from sora_jax.data.reading.tracks import reason
 from sora_jax.data.sources.config import SourceConfig
-from sora_jax.data.sources.entries import Entry, escapes
-from sora_jax.data.sources.opened import FileMedia, ZipMember, archive
+from sora_jax.data.sources.entries import Entry
+from sora_jax.data.sources.listing import Listing, list_files
+from sora_jax.data.sources.opened import FileMedia, open_file
 from sora_jax.data.sources.tables import (
     ORIGINAL,
+    READERS,
     Annotations,
     Fields,
+    Row,
+    annotations,
     clean,
-    file_rows,
-    is_file_table,
+    json_row,
+    merge,
     number_labels,
-    original_first,
+    usual,
 )
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, is_remote, read_together, remote_files, size_and_time
+from sora_jax.files import is_remote, local_copy, read_together
 
-# What people keep beside clips; everything else is tried, and listed with a reason where it cannot be read.
-BESIDE_CLIPS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".parquet", ".html", ".pdf", ".py"}
-MAX_MEMBER_BYTES = 2**28
+# What people and programs keep beside clips; everything else is tried, and listed with a reason if it is no media.
+NOT_MEDIA = {
+    *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".cls"),
+    *(".md", ".html", ".pdf", ".py", ".xmp", ".aae", ".db", ".ini"),
+}
+SAMPLE_MEDIA = (  # of WebDataset samples, which hold anything else, too
+    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".wmv", ".flv", ".gif"),
+    *(".webp", ".png", ".jpg", ".jpeg", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff"),
+)
 MAX_TEXT_BYTES = 2**20
 
 
-class Place(NamedTuple):
-    """A file of the folder, or a member of a zip file in it; size in bytes."""
-
-    file: str
-    member: str
-    size: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.file}/{self.member}" if self.member else self.file
-
-
 class FolderReader:
-    """Every video and picture below a folder, in sorted order; pictures inside zip files too.
+    """Every video and picture below a folder, in sorted order, and in the zip and tar files there.
 
-    Captions come from text files of the same name (`run.mp4`: `run.txt` of kind original, `run.KIND.txt`) and from
-    tables in the clip's folder or above (`captions.csv`, any .jsonl and .parquet with a file column, see
-    `captions.py`) whose files are relative to the table, members of a zip as if unpacked beside it. A deeper table
-    goes before one above it, a text file before both, each for its own kinds.
+    Captions come from files beside a clip: `fox.txt` (kind original), `fox.KIND.txt`, `fox.json` (a record, see
+    `tables.py`) and `fox.cls` (the class) for `fox.mp4`; and from tables in its folder or above, whose files are
+    relative to the table. A deeper table goes before one above it, a file beside before both, each for its own kinds.
 
-    `refused` lists what was not taken, with reasons. Raises UserError for a missing folder or an unusable table.
+    In WebDataset shards the files that share their name up to the first dot are a sample, with one media file.
     """
 
     def __init__(self, config: SourceConfig):
-        self._root = as_path(config.path)
-        if not self._root.is_dir():
-            raise UserError(f"path={config.path} is not a folder: a folder of videos or pictures is allowed.")
-        self.refused: list[tuple[str, str]] = []
-        remote = is_remote(self._root)
-        self._sizes = remote_files(self._root) if remote else {}
-        listed = sorted(filter(_visible, self._sizes), key=_as_walked)
-        names = listed if remote else list(_files(self._root, self.refused))
-        clips = [name for name in names if not _beside_clips(name)]
-        captions = FolderCaptions(self._root, names, clips, _fields(config), self._sizes)
-        found = [place for name in clips for place in self._places(name)]
-        self._list([(place, said) for place in found if (said := self._said(place, captions))])
-        self.refused += [(name, f"missing: named in {table} but not there") for name, table in captions.unused()]
+        shards = config.name == "webdataset"
+        self._listing = listing = list_files(config.path, shards)
+        clips = _samples(listing, config.media_field) if shards else _clips(listing)
+        captions = Captions(listing, clips, Fields(config.caption_field, config.label_field), strict=shards)
+        found = [(name, given) for name in clips if (given := self._annotations(captions, name)) is not None]
+        labels = number_labels(given.label for _, given in found)
+        self._entries = [
+            Entry(name, given.captions, *label, given.split) for (name, given), label in zip(found, labels)
+        ]
+        listing.refused += [
+            (name, f"missing: named in {table} but not there") for name, table in captions.unused.items()
+        ]
+        self.refused = [(_printable(name), _printable(why)) for name, why in listing.refused]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -77,171 +71,196 @@ class FolderReader:
         return self._entries[index]
 
     def open(self, index: int) -> FileMedia:
-        file, member, _ = self._found[index]
-        return FileMedia(ZipMember(self._root / file, member) if member else self._root / file)
+        return FileMedia(self._listing.media(self._entries[index].file))
 
     def digest(self) -> str:
-        listing = repr((self._entries, [place.size for place in self._found], self.refused))
+        sizes = [self._listing.files[entry.file].size for entry in self._entries]
+        listing = repr((self._entries, sizes, self.refused))
         return hashlib.blake2b(listing.encode(errors="replace"), digest_size=16).hexdigest()
 
-    def _list(self, found: list[tuple[Place, Annotations]]) -> None:
-        self._found = [place for place, _ in found]
-        labels = number_labels(said.label for _, said in found)
-        self._entries = [
-            Entry(place.name, said.captions, *label, said.split) for (place, said), label in zip(found, labels)
-        ]
-
-    def _places(self, name: str) -> Iterator[Place]:
-        path = self._root / name
-        if name not in self._sizes and not path.is_file():  # a pipe would be waited for without end
-            self.refused.append((name, _no_file(path)))
-        elif path.suffix.lower() != ".zip":
-            yield Place(name, "", self._size(name))
-        else:
-            yield from self._members(name)
-
-    def _size(self, name: str) -> int:
-        return self._sizes[name] if name in self._sizes else size_and_time(self._root / name)[0]
-
-    def _members(self, name: str) -> Iterator[Place]:
+    def _annotations(self, captions: "Captions", name: str) -> Annotations | None:
         try:
-            members = sorted(archive(self._root / name).infolist(), key=lambda member: member.filename)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            self.refused.append((name, f"unreadable: {error}"))
-            return
-        for member in members:
-            if why := _refuse_member(member):
-                self.refused.append((f"{name}/{member.filename}", why))
-            elif not member.is_dir() and not _beside_clips(member.filename):
-                yield Place(name, member.filename, member.file_size)
-
-    def _said(self, place: Place, captions: "FolderCaptions") -> Annotations | None:
-        try:
-            place.name.encode()
-            return captions.find(place)
-        except (ValueError, OSError) as error:
-            shown = place.name.encode(errors="replace").decode()
-            self.refused.append((shown, f"name or caption: {reason(error)}"))
+            name.encode()
+            found = captions.find(name)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive raises one of many types
+            found = f"bad name or caption: {reason(error)}"
+        if isinstance(found, str):
+            self._listing.refused.append((name, found))
             return None
+        return found
 
 
-def _no_file(path: Path) -> str:
-    if path.is_dir():
-        return "not a file: a link to a folder, which is not followed"
-    return "missing: a link to nothing" if path.is_symlink() else "not a file: a pipe, a socket or a device"
+class Captions:
+    """Captions, labels and splits of the clips of a listing.
 
+    clips: file name -> key, which the files beside a clip share. strict: JSON beside a clip must be a record.
+    `unused`: file -> table of the rows that no clip has asked for yet.
+    """
 
-def _fields(config: SourceConfig) -> Fields:
-    return Fields(config.caption_field, config.label_field)
+    def __init__(self, listing: Listing, clips: Mapping[str, str], fields: Fields, strict: bool):
+        self._listing, self._clips, self._strict = listing, clips, strict
+        self._fields = Fields(usual(fields.caption), usual(fields.label))
+        root, keys = listing.root, set(clips.values())
+        roots = [root] if is_remote(root) else [root.absolute(), root.resolve()]
+        self._roots = [f"{normal(str(path))}/" for path in roots]
+        self._rows: dict[str, Annotations | str] = {}
+        self.unused: dict[str, str] = {}
+        tables = [name for name in listing.files if _may_be_table(name, keys)]
+        for name in sorted(tables, key=lambda name: (name.count("/"), name)):  # one nearer to a clip comes later
+            self._read_table(name)
+        self._beside = _beside(listing.files, keys.union(map(normal, clips)))
+        texts = {name: listing.files[name] for beside in self._beside.values() for _, name in beside}
+        small = [name for name, file in texts.items() if file.size <= MAX_TEXT_BYTES and not file.archive]
+        # One after the other, a million texts of a bucket would take a night.
+        self._read_before = read_together(root, small) if is_remote(root) else {}
 
+    def find(self, name: str) -> Annotations | str:
+        """Return the annotations of a clip, or the reason why some cannot be used; or raise it."""
+        parts: list[Annotations | str] = []
+        for key in reversed(self._row_keys(name)):
+            self.unused.pop(key, None)
+            parts += [self._rows[key]] if key in self._rows else []
+        keys = dict.fromkeys((self._clips[name], normal(name)))
+        beside = [pair for key in keys for pair in self._beside.get(key, ())]
+        beside.sort(key=lambda pair: (_ending(pair[1]) == ".txt", not pair[0]))
+        return merge(parts + [self._read_beside(file, kind or ORIGINAL) for kind, file in beside])
 
-def _files(root: Path, refused: list[tuple[str, str]]) -> Iterator[str]:
-    """Names of all files below root, and links to folders, but the hidden ones, relative and sorted."""
+    def _row_keys(self, name: str) -> list[str]:
+        """Return the names that a clip may have in tables; in an archive, also that as if unpacked beside it."""
+        names, archive = [normal(name)], self._listing.files[name].archive
+        if archive:
+            names.append(normal(posixpath.join(posixpath.dirname(archive), name.removeprefix(f"{archive}/"))))
+        return [key for full in names for key in (full, _stem(full))]
 
-    def skip(error: OSError) -> None:
-        refused.append((os.path.relpath(error.filename, root), f"unreadable: {reason(error)}"))
+    def _read_beside(self, name: str, kind: str) -> Annotations | str:
+        text, ending = self._text(name), _ending(name)
+        if ending == ".txt":
+            return Annotations({kind: clean(text)})
+        if ending == ".cls":
+            return annotations({"label": text})
+        row = json_row(1, text)
+        if row.problem and not self._strict:
+            return Annotations()  # beside files of a folder JSON is used for much else
+        found = row.annotations(self._fields)
+        return f"bad row: {name}: {found}" if isinstance(found, str) else found
 
-    for folder, folders, files in os.walk(root, onerror=skip):
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in sorted(files + links):
-            if not _hidden(name):
-                yield str(PurePosixPath(Path(folder).relative_to(root).as_posix()) / name)
-
-
-def _visible(name: str) -> bool:
-    return not any(map(_hidden, PurePosixPath(name).parts))
-
-
-def _as_walked(name: str) -> list[tuple[bool, str]]:
-    """Sorts names as `_files` gives them: the files of a folder before the folders in it."""
-    *folders, file = name.split("/")
-    return [*((True, folder) for folder in folders), (False, file)]
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _beside_clips(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in BESIDE_CLIPS or any(map(_hidden, path.parts))
-
-
-def _refuse_member(member: zipfile.ZipInfo) -> str | None:
-    if escapes(member.filename):
-        return "unsafe: the name leads out of the zip"
-    if member.file_size > MAX_MEMBER_BYTES:
-        return f"too large: {member.file_size} bytes, at most {MAX_MEMBER_BYTES} are read from a zip"
-    return None
-
-
-class FolderCaptions:
-    """Captions, labels and splits of a folder's clips, by file name relative to it; sizes: bytes of remote files."""
-
-    def __init__(self, root: Path, names: list[str], clips: list[str], fields: Fields, sizes: Mapping[str, int]):
-        self._root, self._rows, self._tables = root, {}, {}
-        for table in _tables(root, names):
-            for name, said in file_rows(root / table, fields).items():
-                name = str(PurePosixPath(table).parent / name)
-                self._rows[name] = _over(self._rows.get(name, Annotations()), said)
-                self._tables[name] = table
-        self._texts = _texts(names, clips)
-        texts = [name for named in self._texts.values() for _, name in named]
-        # One after the other, a million texts would take a night.
-        self._read_before = read_together(root, [name for name in texts if sizes.get(name, math.inf) <= MAX_TEXT_BYTES])
-
-    def find(self, place: Place) -> Annotations:
-        """What is said of a clip. Raises ValueError or OSError where its text file cannot be read."""
-        listed = str(PurePosixPath(place.file).parent / place.member) if place.member else place.file
-        self._tables.pop(listed, None)
-        said = self._rows.get(listed, Annotations())
-        if place.member:
-            return said
-        texts = {kind: self._read(name) for kind, name in self._texts.get(_stem(place.file), [])}
-        captions = {kind: text for kind, text in {**said.captions, **texts}.items() if text}
-        return replace(said, captions=original_first(captions))
-
-    def _read(self, name: str) -> str:
-        path = self._root / name
+    def _text(self, name: str) -> str:
         data = self._read_before.get(name)
         if data is None:
-            with path.open("rb") as file:
-                data = file.read(MAX_TEXT_BYTES + 1)
+            with open_file(self._listing.media(name)) as stream:
+                data = stream.read(MAX_TEXT_BYTES + 1)
         if len(data) > MAX_TEXT_BYTES:
             raise ValueError(f"{name} has more than {MAX_TEXT_BYTES} bytes")
-        return clean(data.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
 
-    def unused(self) -> Iterable[tuple[str, str]]:
-        """Pairs (file, table) of what was never asked for."""
-        return self._tables.items()
+    def _read_table(self, name: str) -> None:
+        """Take the rows of a table of clips, refuse another file; UserError if a table, or captions.*, is unusable."""
+        certain = posixpath.basename(_stem(name)).lower() == "captions" and _ending(name) != ".json"
+        media = self._listing.media(name)
+        try:
+            with open_file(local_copy(media) if isinstance(media, PurePath) else media) as stream:
+                table = READERS[_ending(name)](stream, self._fields)
+                wrong = table.problem(self._fields)
+                certain = certain or not wrong
+                for row in () if wrong else table.rows:
+                    self._take(name, row)
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow, csv, json and archives raise one of many types
+            wrong = " ".join(str(error).split()) or type(error).__name__
+        if wrong and certain:
+            raise UserError(f"{self._listing.root / name} cannot be used: {wrong}")
+        if wrong:
+            self._listing.refused.append((name, f"no table: {wrong}"))
+
+    def _take(self, table: str, row: Row) -> None:
+        where, file, found = f"bad row: {table}, row {row.number}", row.file(), row.annotations(self._fields)
+        if not file:
+            self._listing.refused.append((table, f"{where}: {found if isinstance(found, str) else 'it names no file'}"))
+            return
+        key = self._key(table, file)
+        if self.unused.get(key) == table:
+            found = f"it names {file} again; a file has one row, with columns caption_KIND"
+        found = f"{where}: {found}" if isinstance(found, str) else found
+        self.unused[key], self._rows[key] = table, merge((self._rows.get(key, Annotations()), found))
+
+    def _key(self, table: str, file: str) -> str:
+        """Return the name, relative to the root, of a file in a table."""
+        file = normal(file)
+        for root in self._roots:
+            if file.startswith(root):
+                return posixpath.normpath(file.removeprefix(root))
+        return posixpath.normpath(posixpath.join(posixpath.dirname(normal(table)), file))
 
 
-def _tables(root: Path, names: list[str]) -> list[str]:
-    """Tables by depth, so that what stands nearer to a clip comes later."""
-    tables = [name for name in names if is_file_table(root / name)]
-    return sorted(tables, key=lambda name: (name.count("/"), name))
+def normal(name: str) -> str:
+    """Return a name with slashes and composed letters: macOS decomposes them on the disk, tables compose them."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
-def _over(below: Annotations, above: Annotations) -> Annotations:
-    label = below.label if above.label is None else above.label
-    return Annotations(original_first({**below.captions, **above.captions}), label, above.split or below.split)
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()  # names that are not UTF-8
 
 
-def _texts(names: list[str], clips: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """(kind, text file) by the name without its ending of the clip beside it; the longest name fits."""
-    stems, texts = set(map(_stem, clips)), {}
-    for name in names:
-        if not name.lower().endswith(".txt"):
-            continue
-        stem = _stem(name)
-        if stem in stems:
-            texts.setdefault(stem, []).append((ORIGINAL, name))
-        elif (shorter := _stem(stem)) in stems and shorter != stem:
-            kind = PurePosixPath(stem).suffix[1:]
-            texts.setdefault(shorter, []).insert(0, (kind, name))  # `run.txt` goes before `run.original.txt`
-    return texts
+def _ending(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
 
 
 def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    return posixpath.splitext(normal(name))[0]
+
+
+def _may_be_table(name: str, keys: set[str]) -> bool:
+    """Return True for files with the ending of a table; JSON, which is read whole, must have a usual name, too."""
+    ending, stem = _ending(name), _stem(name)
+    usual_name = posixpath.basename(stem).lower().startswith(("captions", "meta"))
+    return ending in READERS and (ending != ".json" or usual_name and stem not in keys)
+
+
+def _beside(names: Iterable[str], keys: set[str]) -> dict[str, list[tuple[str, str]]]:
+    """Return pairs (kind, file) of the texts and records beside clips by key, the longest that fits; "" is no kind."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name in reversed(list(names)):
+        key, ending, kind = _stem(name), _ending(name), ""
+        if ending not in (".txt", ".json", ".cls"):
+            continue
+        while key not in keys and "." in posixpath.basename(key):
+            key, _, more = key.rpartition(".")
+            kind = f"{more}.{kind}" if kind else more
+        if key in keys and (ending == ".txt" or not kind):
+            found.setdefault(key, []).append((kind, name))
+    return found
+
+
+def _clips(listing: Listing) -> dict[str, str]:
+    return {name: _stem(name) for name in listing.files if _ending(name) not in NOT_MEDIA}
+
+
+def _samples(listing: Listing, ending: str) -> dict[str, str]:
+    """Group the files of shards by their name up to the first dot; return the group of each media file.
+
+    A group must have one, that of the ending if one is given; any other is refused.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in listing.files:
+        groups.setdefault(_sample(name), []).append(name)
+    clips, known = {}, {_sample(name) for name, _ in listing.refused}
+    endings = (f".{ending.lstrip('.')}",) if ending else SAMPLE_MEDIA
+    for key, names in groups.items():
+        media = [name for name in names if name.lower().endswith(endings)]
+        exact = [name for name in media if normal(name) == key + endings[0]] if ending else []
+        if len(exact or media) == 1:
+            clips[(exact or media)[0]] = key
+        elif media:
+            why = f"several media: {', '.join(media)}; --media-field is the ending of the one to take"
+            listing.refused.append((key, why))
+        elif key not in known and not all(_may_be_table(name, set()) for name in names):  # those are listed elsewhere
+            listing.refused.append((key, f"no media: only {', '.join(names)}"))
+    return clips
+
+
+def _sample(name: str) -> str:
+    folder, base = posixpath.split(normal(name))
+    return posixpath.join(folder, base.partition(".")[0])

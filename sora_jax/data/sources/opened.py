@@ -1,13 +1,17 @@
-"""Media that sources open: files wherever they lie, frames in memory, strips."""
+"""Media that sources open: files wherever they lie, frames in memory, strips of frames."""
 
 import hashlib
 import io
 import os
+import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import BinaryIO, Protocol
+from types import SimpleNamespace
+from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 
@@ -20,13 +24,14 @@ from sora_jax.files import local_copy, size_and_time
 
 WHOLE_BYTES = 2**24
 BLOCK_BYTES, BLOCKS = 2**20, 16
+File: TypeAlias = "Path | ZipMember | Part | Held"
 
 
 def fingerprint(stream: BinaryIO) -> str:
-    """24 hex digits of a file's content: BLAKE2b of all bytes up to 16 MiB.
+    """Return 24 hex digits that identify a file's content: the BLAKE2b hash of its bytes.
 
-    Of a larger file, of its size and of 16 evenly spread blocks of 1 MiB, the first and the last included: a few
-    megabytes are read even of an hour of video, and two films that differ only between the blocks share an id.
+    Of a file above 16 MiB, its size and 16 evenly spread blocks of 1 MiB are hashed, the first and the last included:
+    an hour of video costs a few megabytes, and two films that differ only between the blocks share an id.
     """
     digest, size = hashlib.blake2b(digest_size=12), stream.seek(0, os.SEEK_END)
     if size <= WHOLE_BYTES:
@@ -40,36 +45,32 @@ def fingerprint(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class Stream(Protocol):
-    """Bytes that can be opened, again and in another process."""
-
-    def open(self) -> BinaryIO: ...
+def open_file(file: File) -> BinaryIO:
+    """Open a file wherever it lies."""
+    return file.open("rb") if isinstance(file, PurePath) else file.open()
 
 
 @dataclass(frozen=True)
 class FileMedia:
     """A video or a picture: a path, or bytes inside another file."""
 
-    file: Path | Stream
+    file: File
 
     def content_id(self) -> str:
-        try:
-            with self._open() as stream:
-                return fingerprint(stream)
-        except OSError as error:
-            raise MediaError(f"unreadable: {reason(error)}") from error
+        with self._reading() as stream:
+            return fingerprint(stream)
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         if isinstance(self.file, Path):  # of the disk: libav opens it itself
             return decode(self.file, rule, fit)
-        with self._open() as stream:
+        with self._reading() as stream:
             return decode(stream, rule, fit)
 
-    def _open(self) -> BinaryIO:
-        if isinstance(self.file, PurePath):
-            return self.file.open("rb")
+    @contextmanager
+    def _reading(self) -> Iterator[BinaryIO]:
         try:
-            return self.file.open()
+            with open_file(self.file) as stream:
+                yield stream
         except (MediaError, UserError):
             raise
         except Exception as error:  # a damaged or encrypted member of an archive raises one of many types
@@ -85,7 +86,7 @@ class FramesMedia:
 
     def content_id(self) -> str:
         digest = hashlib.blake2b(str(self.frames.shape).encode(), digest_size=12)
-        digest.update(np.ascontiguousarray(self.frames))
+        digest.update(np.ascontiguousarray(self.frames).data)
         return digest.hexdigest()
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
@@ -97,7 +98,7 @@ class FramesMedia:
 
 @dataclass(frozen=True)
 class StripMedia:
-    """A picture that is read as `frames` frames from left to right."""
+    """A picture that holds `frames` frames from left to right."""
 
     picture: Media
     frames: int
@@ -107,12 +108,13 @@ class StripMedia:
         return f"{self.picture.content_id()}-{self.frames}"
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
-        strip = self.picture.decode(SpanRule(max_frames=1), None).frames[0]
-        return FramesMedia(_unroll(strip, self.frames), self.fps).decode(rule, fit)
+        strip = self.picture.decode(SpanRule(max_frames=1), None)
+        assert strip is not None  # every picture has a first frame
+        return FramesMedia(_unroll(strip.frames[0], self.frames), self.fps).decode(rule, fit)
 
 
 def _unroll(strip: np.ndarray, frames: int) -> np.ndarray:
-    """(H, N W, 3) to (N, H, W, 3)."""
+    """Split (H, N W, 3) into (N, H, W, 3)."""
     height, width, _ = strip.shape
     if width % frames:
         raise MediaError(f"not a strip: {width} pixels do not divide into {frames} frames")
@@ -127,72 +129,43 @@ class ZipMember:
     name: str
 
     def open(self) -> BinaryIO:
-        return io.BytesIO(archive(self.archive).read(self.name))
+        return io.BytesIO(open_zip(self.archive).read(self.name))
 
 
-def archive(path: Path) -> zipfile.ZipFile:
-    """An open zip file, kept for its next member."""
-    return _archive(path, size_and_time(path), os.getpid())
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Return an open zip file, which is kept for its next member."""
+    return _zip(path, size_and_time(path), os.getpid())
 
 
 @lru_cache(maxsize=8)
-def _archive(path: Path, version: tuple, process: int) -> zipfile.ZipFile:
+def _zip(path: Path, version: tuple, process: int) -> zipfile.ZipFile:
     # One a process: a forked child would share its parent's file offset.
-    return zipfile.ZipFile(local_copy(path))
+    try:
+        return zipfile.ZipFile(local_copy(path), metadata_encoding="utf-8")  # macOS does not mark its names as UTF-8
+    except UnicodeDecodeError:
+        return zipfile.ZipFile(local_copy(path))
 
 
 @dataclass(frozen=True)
 class Part:
-    """`size` bytes of a file from `offset`."""
+    """`size` bytes of a file from `offset`: a member of a tar file, read where it lies."""
 
     path: Path
     offset: int
     size: int
 
     def open(self) -> BinaryIO:
-        return io.BufferedReader(_Window(self.path, self.offset, self.size), 2**16)
+        file = archive_copy(self.path).open("rb", buffering=0)  # random access: do not read ahead
+        member = tarfile.TarInfo(self.path.name)
+        member.offset_data, member.size = self.offset, self.size
+        return cast(BinaryIO, tarfile.ExFileObject(SimpleNamespace(fileobj=file), member))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)
 def archive_copy(path: Path) -> Path:
-    """A local copy, of the content that was there when this was first called."""
-    # Looked up once: a shard has thousands of parts, and each look-up of a remote one is a request.
+    """Return a local copy of an archive as it was when this was first called."""
+    # Cached: a shard has thousands of parts, and each look-up of a remote one is a request.
     return local_copy(path)
-
-
-class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, path: Path, offset: int, size: int):
-        self._file = archive_copy(path).open("rb", buffering=0)  # of what is read here and there nothing is read ahead
-        self._offset, self._size, self._at = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"seek to {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(memoryview(buffer)[:wanted])
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 @dataclass(frozen=True)

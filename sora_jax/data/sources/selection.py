@@ -1,23 +1,33 @@
-"""From a SourceConfig to a source."""
+"""Make the source that a SourceConfig names."""
 
 import hashlib
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
+from importlib import import_module
 
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry, Media, Reader, Source
 from sora_jax.data.sources.opened import StripMedia
 from sora_jax.errors import UserError
 
+READERS = {
+    "folder": "folder.FolderReader",
+    "webdataset": "folder.FolderReader",
+    "array_record": "array_record.DatasetReader",
+    "world": "world.WorldReader",
+}
+
 
 def make_source(config: SourceConfig) -> Source:
-    """The source that the config names, listed. Raises UserError where there is none or its tables are wrong."""
+    """List the source that the config names; UserError if it does not exist or one of its tables cannot be used."""
     return ConfiguredSource(config)
 
 
 class ConfiguredSource:
-    """A reader with the config's labels, weight and limit. It pickles as its config and is listed again where it
-    is used, once a process; UserError if it has changed since."""
+    """A reader with the config's labels, weight and limit.
+
+    It pickles as its config and is listed again, once in each process that unpickles it; UserError if it has changed.
+    """
 
     def __init__(self, config: SourceConfig):
         self.config = config
@@ -39,7 +49,7 @@ class ConfiguredSource:
         return StripMedia(media, strip, self.config.strip_fps) if strip else media
 
     def digest(self) -> str:
-        """Of what was listed when the source was made."""
+        """Return the fingerprint of what was listed when the source was made."""
         return self._digest
 
     @cached_property
@@ -56,12 +66,14 @@ class ConfiguredSource:
 def _listed_again(config: SourceConfig, digest: str) -> ConfiguredSource:
     source = ConfiguredSource(config)
     if source.digest() != digest:
-        raise UserError(f"source={source.name} has changed while it was read: leave its files alone and start again.")
+        raise UserError(
+            f"--path is {config.path}; it has changed while it was read: leave its files alone, then restart"
+        )
     return source
 
 
 def spread(count: int, limit: int | None) -> range | list[int]:
-    """At most `limit` of `count` indices, evenly spread."""
+    """Return at most `limit` of `count` indices, evenly spread."""
     wanted = min(count, limit or count)
     return range(count) if wanted == count else [i * count // wanted for i in range(wanted)]
 
@@ -74,17 +86,8 @@ def _within(index: int, count: int) -> int:
 
 def _reader(config: SourceConfig) -> Reader:
     # Imported here, so that a world does not wait for zip files and tables.
-    if config.name == "folder":
-        from sora_jax.data.sources.folder import FolderReader as reader
-    elif config.name == "webdataset":
-        from sora_jax.data.sources.webdataset import TarReader as reader
-    elif config.name == "array_record":
-        from sora_jax.data.sources.array_record import array_record_reader as reader
-    elif config.name == "world":
-        from sora_jax.data.sources.world import WorldReader as reader
-    else:
-        from sora_jax.data.sources.tfds import TfdsReader as reader
-    return reader(config)
+    module, reader = READERS.get(config.name, "tfds.TfdsReader").split(".")
+    return getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
 
 
 def _labelled(entry: Entry, config: SourceConfig) -> Entry:

@@ -1,32 +1,36 @@
-"""What tables, text files and records say of clips: captions by kind, label, split.
+"""Captions, labels and splits from tables and records.
 
-Columns of a table, keys of a JSON record:
+Columns of a table, keys of a JSON record; capitals do not count:
 
-====================  =====================================================================================
-file, file_name       the clip, relative to the table
-caption, text         its caption, of kind original
-caption_KIND          a caption of that kind
-captions              a mapping kind -> text, or a list: kinds original, 2, 3, ... (not in CSV)
-label                 class number, or class name; below 0 is unknown
-split                 such as train or test
-====================  =====================================================================================
+=====================================  ====================================================================
+file, file_name, path, video, ...      the clip, relative to the table; see `FILE_COLUMNS`
+caption, text, prompt                  its caption, of kind original
+caption_KIND                           a caption of that kind
+captions                               a mapping kind -> text, or a list: kinds original, 2, 3, ...
+label                                  class number, or class name; below 0 is unknown
+split                                  such as train or test
+=====================================  ====================================================================
+
+A table is CSV with any separator, JSON lines, Parquet, or JSON: a list of records, or files mapped to records or texts.
 """
 
 import csv
+import io
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-
-from sora_jax.data.sources.entries import escapes
-from sora_jax.errors import UserError
-from sora_jax.files import local_copy, open_text
+from itertools import chain, islice
+from typing import BinaryIO, NamedTuple
 
 ORIGINAL = "original"
-FILE_COLUMNS = ("file", "file_name")
-CAPTION_COLUMNS = ("caption", "text", "captions")
+FILE_COLUMNS = (
+    *("file", "file_name", "filename", "path", "file_path", "media_path"),
+    *("video", "video_path", "image", "image_path"),
+)
+CAPTION_COLUMNS = ("caption", "text", "prompt", "captions")
+KNOWN = (*FILE_COLUMNS, *CAPTION_COLUMNS, "label", "split")
 MAX_LABEL = 2**31 - 1
 
 Label = int | str | None
@@ -34,33 +38,45 @@ Label = int | str | None
 
 @dataclass(frozen=True)
 class Annotations:
-    """What is said of a clip; a label is a class number or, as text, a name."""
+    """Captions by kind, class label (a number or a name) and split of a clip."""
 
     captions: dict[str, str] = field(default_factory=dict)
     label: Label = None
     split: str | None = None
 
 
+def merge(parts: Iterable[Annotations | str]) -> Annotations | str:
+    """Combine annotations, of which later ones go first; or return the first reason why some cannot be used."""
+    captions: dict[str, str] = {}
+    label, split = None, None
+    for part in parts:
+        if isinstance(part, str):
+            return part
+        captions |= part.captions
+        label, split = label if part.label is None else part.label, part.split or split
+    return Annotations(original_first({kind: text for kind, text in captions.items() if text}), label, split)
+
+
 @dataclass(frozen=True)
 class Fields:
-    """Names of the columns to use, "" for the usual ones."""
+    """Names of the columns to use; "" takes the usual ones."""
 
     caption: str = ""
     label: str = ""
 
 
 def annotations(row: Mapping, fields: Fields = Fields()) -> Annotations:
-    """What a row says. Raises ValueError, with the reason as text, where it cannot be understood."""
+    """Return the annotations in a row; ValueError, with the reason as text, if a value cannot be used."""
     captions: dict[str, str] = {}
     for kind, value in _texts(row, fields):
         if text := _text(f"caption of kind {kind}", value):
-            captions.setdefault(kind, text)
+            captions.setdefault(str(kind), text)
     label = _label(row.get(fields.label or "label"))
     return Annotations(original_first(captions), label, _text("split", row.get("split")) or None)
 
 
 def _texts(row: Mapping, fields: Fields) -> Iterator[tuple[str, object]]:
-    for name in (fields.caption,) if fields.caption else ("caption", "text"):
+    for name in (fields.caption,) if fields.caption else CAPTION_COLUMNS[:-1]:
         yield from _by_kind(row.get(name))
     for name, value in row.items():
         if isinstance(name, str) and name.startswith("caption_"):
@@ -82,162 +98,189 @@ def _text(what: str, value) -> str:
     if value is None or value != value:  # an empty cell of Parquet may be NaN
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"its {what} is {value!r}, not a text")
+        raise ValueError(f"its {what} is {_short(value)}; it must be a text")
     return clean(value)
 
 
+def _short(value) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:60]}..."
+
+
 def clean(text: str) -> str:
-    """One line; ValueError where the text cannot be written as UTF-8."""
+    """Return a text as one line; ValueError if it cannot be written as UTF-8."""
     text.encode()
     return " ".join(text.replace("\0", " ").split())
 
 
 def original_first(captions: dict[str, str]) -> dict[str, str]:
-    """The same captions, that of kind original first."""
+    """Return the same captions, that of kind original first."""
     return {kind: captions[kind] for kind in sorted(captions, key=lambda kind: kind != ORIGINAL)}
 
 
 def _label(value) -> Label:
     if isinstance(value, str):
         text = clean(value)
-        value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text or None
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float) and math.isnan(value):
+        if not re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", text):
+            return None if text.lower() in ("", "nan") else text  # pandas writes an empty cell as nan
+        value = int(text.partition(".")[0])  # and whole numbers beside empty cells as 2.0
+    if value is None or value != value:
         return None
-    if isinstance(value, bool) or value != int(value) or value > MAX_LABEL:
-        raise ValueError(f"its label is {value!r}, not a class name or a whole number below 2^31")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value != int(value) or value > MAX_LABEL:
+        raise ValueError(f"its label is {_short(value)}; it must be a class name or a whole number below 2^31")
     return int(value) if value >= 0 else None
 
 
 def number_labels(labels: Iterable[Label]) -> list[tuple[int | None, str | None]]:
-    """(number, name) for each label of a source.
+    """Return (number, name) for each label of a source.
 
-    Numbers stay, without names. Where one label is a name all are, and are numbered in sorted order.
+    Numbers stay, without names. If any label is a name, all become names, and are numbered in sorted order.
     """
     labels = list(labels)
     if not any(isinstance(label, str) for label in labels):
-        return [(label, None) for label in labels]
+        return [(label if isinstance(label, int) else None, None) for label in labels]
     names = [None if label is None else str(label) for label in labels]
-    numbers = {name: number for number, name in enumerate(sorted(set(names) - {None}))}
-    return [(numbers.get(name), name) for name in names]
+    numbers = {name: number for number, name in enumerate(sorted({name for name in names if name is not None}))}
+    return [(None, None) if name is None else (numbers[name], name) for name in names]
 
 
-def table_rows(path: Path, fields: Fields = Fields()) -> list[Annotations]:
-    """The rows of a table that names no files, in order. Raises UserError with file and row."""
-    return [_understood(path, number, row, fields) for number, row in _rows(path, fields)]
+class Row(NamedTuple):
+    """A row of a table; `problem` says why it cannot be used. The header of CSV is row 1."""
+
+    number: int
+    cells: Mapping
+    problem: str = ""
+
+    def file(self) -> str:
+        """Return the name of the clip, or ""."""
+        named = (self.cells.get(column) for column in FILE_COLUMNS)
+        return next((name.strip() for name in named if isinstance(name, str) and name.strip()), "")
+
+    def annotations(self, fields: Fields) -> Annotations | str:
+        """Return the annotations, or the reason why the row cannot be used."""
+        try:
+            return self.problem or annotations(self.cells, fields)
+        except ValueError as error:
+            return str(error)
 
 
-def file_rows(path: Path, fields: Fields = Fields()) -> dict[str, Annotations]:
-    """What a table says, by file name relative to it. Raises UserError with file and row."""
-    said = {}
-    for number, row in _rows(path, fields):
-        name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
-        if not isinstance(name, str):
-            raise UserError(f"{path}, row {number}, has no file: a column file or file_name is required.")
-        if escapes(name):
-            raise UserError(f"{path}, row {number}, names {name}, which is outside the folder.")
-        name = str(PurePosixPath(name))
-        if name in said:
-            raise UserError(f"{path}, row {number}, names {name} again: one row a file is allowed, with caption_KIND.")
-        said[name] = _understood(path, number, row, fields)
-    return said
+class Table(NamedTuple):
+    """The columns of a table (of JSON, the keys of its first records), and its rows, read on demand."""
+
+    columns: Sequence[str]
+    rows: Iterable[Row]
+
+    def problem(self, fields: Fields) -> str:
+        """Return "" for a table of clips, or the columns that it has and those that it must have."""
+        named = [column for column in (fields.caption, fields.label) if column]
+        usual = ", ".join((*CAPTION_COLUMNS, "caption_KIND, label"))
+        used = any(is_used(column, fields) and column not in (*FILE_COLUMNS, "split") for column in self.columns)
+        if used and any(column in FILE_COLUMNS for column in self.columns) and not set(named) - set(self.columns):
+            return ""
+        needed = f"one of {', '.join(FILE_COLUMNS)}, and {', '.join(named) or f'one of {usual}'}"
+        return f"its columns are {', '.join(self.columns) or '(none)'}; it must have {needed}"
 
 
-def _understood(path: Path, number: int, row: dict, fields: Fields) -> Annotations:
+def is_used(column: str, fields: Fields) -> bool:
+    """Return True if annotations may be read from a column."""
+    return column in KNOWN or column.startswith("caption_") or column in (fields.caption, fields.label)
+
+
+def usual(column) -> str:
+    """Return the name of a known column in its usual spelling, any other as it is."""
+    text = str(column).strip()
+    return text.lower() if text.lower() in KNOWN else text
+
+
+def _lines(stream: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
+    mark = stream.read(2)
+    stream.seek(0)
+    utf16 = mark in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of Excel
+    return io.TextIOWrapper(stream, "utf-16" if utf16 else "utf-8-sig", newline=newline)
+
+
+def _read_csv(stream: BinaryIO, fields: Fields) -> Table:
+    lines = _lines(stream, newline="")
+    header = lines.readline()
+    lines.seek(0)
+    separator = max(",;\t|", key=header.count)
+    cells = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
+    columns = [usual(column) for column in next(cells, [])]
+    return Table(columns, _csv_rows(cells, columns))
+
+
+def _csv_rows(cells, columns: list[str]) -> Iterator[Row]:
+    number, count = 1, len(columns)
+    while True:
+        number, line = number + 1, cells.line_num
+        try:
+            row = next(cells)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if cells.line_num > line + 1:  # the rows in between are lost
+                raise ValueError(f"row {number} opens a quote and does not close it ({error})") from error
+            yield Row(number, {}, f"its quotes do not match ({error})")
+            continue
+        if any(map(str.strip, row)):  # sheets end in rows of separators
+            wrong = len(row) < count or any(map(str.strip, row[count:]))
+            problem = f"it has {len(row)} cells, the header {count}; a text with separators needs quotes"
+            yield Row(number, dict(zip(columns, row)), problem if wrong else "")
+
+
+def _read_jsonl(stream: BinaryIO, fields: Fields) -> Table:
+    return _records((number, line) for number, line in enumerate(_lines(stream), 1) if line.strip())
+
+
+def _records(values: Iterable[tuple[int, object]]) -> Table:
+    """Make a table of JSON records, each an object or its text, and their numbers."""
+    rows = iter(json_row(number, value) for number, value in values)
+    head = list(islice(rows, 20))
+    if head and all(row.problem for row in head):
+        raise ValueError(f"row {head[0].number}: {head[0].problem}")
+    return Table(list(dict.fromkeys(key for row in head for key in row.cells)), chain(head, rows))
+
+
+def json_row(number: int, value: object) -> Row:
+    """Make a row of a JSON object or its text."""
     try:
-        return annotations(row, fields)
-    except ValueError as error:
-        raise UserError(f"{path}, row {number}, cannot be used: {error}.") from error
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        return Row(number, {}, f"it is not JSON ({error})")
+    if not isinstance(value, Mapping):
+        return Row(number, {}, f"it is {_short(value)}; it must be a JSON object")
+    return Row(number, {usual(key): cell for key, cell in value.items()})
 
 
-def is_file_table(path: Path) -> bool:
-    """Whether a file beside clips describes them: by its name captions.*, or by its columns."""
-    if path.suffix not in READERS:
-        return False
-    if path.stem == "captions":
-        return True
-    if path.suffix == ".csv":
-        return False
-    try:
-        columns = _columns(path)
-    except Exception:  # a JSONL or Parquet file of something else, or of nothing
-        return False
-    return bool(columns & set(FILE_COLUMNS)) and any(_speaks(column) for column in columns)
+def _read_json(stream: BinaryIO, fields: Fields) -> Table:
+    content = json.load(_lines(stream))
+    if isinstance(content, Mapping):
+        rows = {name: row if isinstance(row, Mapping) else {"captions": row} for name, row in content.items()}
+        if any(rows[name] is not content[name] and "." not in name for name in rows):  # a record of something else
+            return Table(list(content), [])
+        content = [{"file": name, **row} for name, row in rows.items()]
+    return _records(enumerate(content if isinstance(content, list) else [content], 1))
 
 
-def _columns(path: Path) -> set[str]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return set(pq.read_schema(local_copy(path)).names)
-    return set(next(_read_jsonl(path, Fields()))[1])
-
-
-def _speaks(column: str, fields: Fields = Fields()) -> bool:
-    usual = column in (*CAPTION_COLUMNS, "label", "split") or column.startswith("caption_")
-    return usual or column in (fields.caption, fields.label)
-
-
-def _check_columns(path: Path, columns: Sequence[str], fields: Fields) -> None:
-    for option in ("caption", "label"):
-        wanted = getattr(fields, option)
-        if wanted and wanted not in columns:
-            raise UserError(f"{option}_field={wanted!r} is not a column of {path}: {', '.join(columns)} are.")
-    if columns and not any(_speaks(column, fields) and column != "split" for column in columns):
-        raise UserError(
-            f"{path}, row 1, has no caption: a column caption, caption_KIND, captions or label is required."
-        )
-
-
-def _rows(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
-    try:
-        yield from READERS[path.suffix](path, fields)
-    except (UnicodeError, csv.Error, json.JSONDecodeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]} in UTF-8: {error}.") from error
-
-
-def _read_csv(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
-    with open_text(path, "utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
-        columns = rows.fieldnames or []
-        _check_columns(path, columns, fields)
-        for number, row in enumerate(rows, 2):
-            if None in row or None in row.values():
-                raise UserError(f"{path}, row {number}, has not the {len(columns)} cells of the first row.")
-            yield number, row
-
-
-def _read_jsonl(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
-    with open_text(path, "utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, row {number}, is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, row {number}, is not a JSON object: one with file and caption is allowed.")
-            yield number, row
-
-
-def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, dict]]:
+def _read_parquet(stream: BinaryIO, fields: Fields) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(local_copy(path)) as file:
-            columns = [name for name in file.schema_arrow.names if name in FILE_COLUMNS or _speaks(name, fields)]
-            _check_columns(path, columns, fields)
-            batches = file.iter_batches(columns=columns)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}.") from error
+    file = pq.ParquetFile(stream)
+    text = (pa.types.is_string, pa.types.is_large_string)
+    names = {column.name: usual(column.name) for column in file.schema_arrow}
+    for column in file.schema_arrow:
+        if names[column.name] in FILE_COLUMNS and not any(is_text(column.type) for is_text in text):
+            names[column.name] = f"{column.name} ({column.type})"[:60]  # embedded media, not a name
+    wanted = [name for name, column in names.items() if is_used(column, fields)]
+    rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+    return Table(list(names.values()), (json_row(number, row) for number, row in enumerate(rows, 1)))
 
 
-READERS: dict[str, Callable[[Path, Fields], Iterator[tuple[int, dict]]]] = {
+READERS: dict[str, Callable[[BinaryIO, Fields], Table]] = {
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".parquet": _read_parquet,
 }

@@ -1,108 +1,117 @@
-"""Datasets prepared by TensorFlow Datasets as ArrayRecord, read without TensorFlow.
+"""Read datasets that TensorFlow Datasets (TFDS) has prepared as ArrayRecord, without TensorFlow.
 
-Records are parsed for the fields that are needed, and pictures stay the files that they were stored as.
+Options name the features to read. Their types come from `features.json`, their values from the raw tf.Example, so a
+picture stays the file that was stored, and a Video, which TFDS opens with TensorFlow only, is a sequence of pictures.
 """
 
 import hashlib
-import io
+import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from sora_jax.config import check
 from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule
 from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FileMedia, FramesMedia, Held
-from sora_jax.data.sources.tables import Annotations, Fields, annotations
-from sora_jax.data.sources.tfds_video import linked, needs_links, prepared_folder
+from sora_jax.data.sources.tables import clean
 from sora_jax.errors import UserError
+from sora_jax.files import as_path, local_copy, read_text
 
-VIDEO_NAMES = ("video", "clip", "mp4")
-RATE_NAMES = ("fps", "frame_rate")
+FILES, TEXTS = ("Text", "Tensor of string"), ("Sequence of Text", "Sequence of Tensor of string")
+MEDIA = {"Image": "image", "Video": "pictures", "Sequence of Image": "pictures", **dict.fromkeys(FILES, "file")}
+FRAMES = re.compile(r"Tensor of uint8 (-?\d+x){2,3}[13]")  # (T, H, W, C) or (H, W, C) of 1 or 3 channels
 
 
-class Key(NamedTuple):
-    """What is opened, once a process."""
+@dataclass(frozen=True)
+class Prepared:
+    """An open dataset: the name and size of each split, the records of all, and the features to read ("" for none)."""
 
-    name: str
-    data_dir: str
-    split: str
+    digest: str
+    splits: list[tuple[str, int]]
+    records: Any
+    media: str
+    type: str  # of the medium, in words
+    rate: str
+    caption: str
+    label: str
+    classes: dict[int, str]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return the split of an example and its number there."""
+        ends = list(accumulate(count for _, count in self.splits))
+        name, count = self.splits[split := bisect_right(ends, index)]
+        return name, index - ends[split] + count
+
+    def values(self, index: int, *names: str) -> list[Sequence]:
+        """Return the stored values of each named feature of an example. Raises MediaError."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            stored = tf_example_pb2.Example.FromString(self.records[index]).features.feature
+            return [getattr(stored[name], stored[name].WhichOneof("kind") or "bytes_list").value for name in names]
+        except Exception as error:  # a damaged file
+            raise MediaError(f"unreadable: {reason(error)}") from error
 
 
 class TfdsReader:
-    """All examples of the splits, which they keep by name, in the order of the prepared files.
+    """List the examples of the chosen splits in the order of the prepared files.
 
-    Media is the field named by media_field, or by kind the first of: video, clip or mp4 (bytes of a file, a sequence
-    of pictures or a uint8 tensor (T, H, W, C)), another such tensor or sequence, `image`, another picture. Frames come
-    at the rate of a field `fps`, or at strip_fps. The caption is caption_field, or caption, text, captions.
+    The medium is `media_field`, or the only feature beside texts that can hold one. The caption is `caption_field`. The
+    class is `label_field`, or the only ClassLabel. An entry reads the record of its example and decodes no media.
 
-    An entry reads its example's record, the media in it undecoded. Raises UserError for a dataset that is not
-    prepared, for an unknown split, and where there is no such field.
+    Raises:
+        UserError: the dataset is not prepared; a split or feature is not there; a feature has to be named.
     """
 
     def __init__(self, config: SourceConfig):
-        self._key = Key(dataset_name(config.name), config.path, config.split)
-        opened = _opened(self._key, os.getpid())
+        self._config = config
+        self._count = sum(count for _, count in _opened(config, os.getpid()).splits)
         self.refused: list[tuple[str, str]] = []
-        self._plan = _plan(opened.features, config)
-        self._fields = Fields(config.caption_field, self._plan.label)
-        self._ends = np.cumsum([len(source) for _, source in opened.splits])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._count
 
     def entry(self, index: int) -> Entry:
-        split, place = self._find(index)
-        opened = _opened(self._key, os.getpid())
-        name = opened.splits[split][0]
-        shown = f"{self._key.name}/{name}/{place}"
+        opened = _opened(self._config, os.getpid())
+        split, number = opened.place(index)
+        captions, label = {}, None
         try:
-            row = _parse(opened, self._plan.said, split, place)
-            said = annotations(_as_text(row), self._fields)
-        except (MediaError, ValueError):  # a damaged record says so when it is opened; a text not in UTF-8 is none
-            said = Annotations()
-        return Entry(shown, said.captions, *_class(opened.features, self._plan.label, said.label), name.split("[")[0])
+            texts, labels = opened.values(index, opened.caption, opened.label)
+            lines = enumerate((clean(text.decode()) for text in texts), 1)
+            captions = {str(n) if n > 1 else "original": line for n, line in lines if line}
+            label = next((value for value in labels if value >= 0), None)
+        except MediaError:
+            captions = {"original": ""}  # so that the damage, which `decode` reports, is the reason of the refusal
+        except UnicodeDecodeError:
+            captions = {}
+        file = f"{dataset_name(self._config.name)}/{split}/{number}"
+        class_name = None if label is None else opened.classes.get(label, str(label))
+        return Entry(file, captions, label, class_name, split.partition("[")[0])
 
     def open(self, index: int) -> "TfdsMedia":
-        return TfdsMedia(self._key, self._plan, *self._find(index))
+        return TfdsMedia(self._config, index)
 
     def digest(self) -> str:
-        opened = _opened(self._key, os.getpid())
-        splits = [(name, len(source)) for name, source in opened.splits]
-        listing = repr((opened.full_name, opened.sizes, splits, self._plan))
-        return hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()
-
-    def _find(self, index: int) -> tuple[int, int]:
-        split = int(np.searchsorted(self._ends, index, side="right"))
-        return split, index - (int(self._ends[split - 1]) if split else 0)
-
-
-class Plan(NamedTuple):
-    """Which fields are read: of media one, its kind, and the frame rate of frames; what is said of it."""
-
-    media: str
-    kind: str
-    fps: float
-    rate: str
-    said: tuple[str, ...]
-    label: str
+        return _opened(self._config, os.getpid()).digest
 
 
 @dataclass(frozen=True)
 class TfdsMedia:
     """The media of one example."""
 
-    key: Key
-    plan: Plan
-    split: int
-    place: int
+    config: SourceConfig
+    index: int
 
     def content_id(self) -> str:
         return self._media().content_id()
@@ -111,205 +120,134 @@ class TfdsMedia:
         return self._media().decode(rule, fit)
 
     def _media(self) -> FileMedia | FramesMedia:
-        plan = self.plan
-        wanted = (plan.media, plan.rate) if plan.rate else (plan.media,)
-        row = _parse(_opened(self.key, os.getpid()), wanted, self.split, self.place, plan.media)
-        value, fps = row[plan.media], float(row.get(plan.rate) or plan.fps)
-        if plan.kind in ("file", "image"):
-            return FileMedia(Held(value))
-        if plan.kind == "frame":
-            return FramesMedia(_colour(np.asarray(value)[None]), 1.0)
-        return FramesMedia(_colour(np.asarray(value)) if plan.kind == "frames" else _pictures(value), fps)
-
-
-def _colour(frames: np.ndarray) -> np.ndarray:
-    if not frames.size:
-        raise MediaError("no frames: the tensor is empty")
-    return frames if frames.shape[-1] == 3 else np.repeat(frames, 3, axis=-1)
-
-
-def _pictures(files: list[bytes]) -> np.ndarray:
-    if not len(files):
-        raise MediaError("no frames: the sequence is empty")
-    try:
-        return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
-    except Exception as error:  # Pillow raises many types for damage
-        raise MediaError(f"damaged: {reason(error)}, in a sequence of pictures") from error
-
-
-def dataset_name(source: str) -> str:
-    """TFDS's own name, name/config:version, of "tfds:NAME[:CONFIG][:VERSION]"."""
-    name, *rest = source.removeprefix("tfds:").split(":")
-    config = [part for part in rest if not re.fullmatch(r"\d+\.\d+\.\d+", part)]
-    version = [part for part in rest if part not in config]
-    return "/".join([name, *config]) + "".join(f":{part}" for part in version)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A prepared dataset: features, and (name, records) of each split."""
-
-    full_name: str
-    features: Mapping
-    sizes: tuple[int, ...]
-    splits: list[tuple[str, Any]]
-    folder: Any = None  # kept as long as it is read from
+        opened = _opened(self.config, os.getpid())
+        files, rate = opened.values(self.index, opened.media, opened.rate)
+        if not files:
+            raise MediaError(f"no frames: the feature {opened.media} is empty")
+        if _kind(opened.type) in ("image", "file"):
+            return FileMedia(Held(files[0]))
+        try:
+            if _kind(opened.type) == "pictures":
+                clips = [FileMedia(Held(file)).decode(SpanRule(max_frames=1), None) for file in files]
+                frames = np.concatenate([clip.frames for clip in clips if clip])
+            else:
+                shape = [int(n) for n in opened.type.split()[-1].split("x")]
+                frames = np.array(files, np.uint8).reshape(-1, *shape[-3:])
+                frames = np.repeat(frames, 3 // shape[-1], axis=-1)
+        except ValueError as error:
+            raise MediaError(f"unreadable: {reason(error)}, in the feature {opened.media}") from error
+        still = _kind(opened.type) == "frame"
+        return FramesMedia(frames, 1.0 if still else float([*rate, 0][0] or self.config.strip_fps))
 
 
 @lru_cache(maxsize=8)
-def _opened(key: Key, process: int) -> Opened:
-    """Opened anew in every process, like all files."""
-    names = key.split.split("+") if key.split not in ("", "all") else None
+def _opened(config: SourceConfig, process: int) -> Prepared:
+    """Open a dataset. Each process opens its own: a forked child must not share the files of its parent."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from tensorflow_datasets.core.dataset_info import read_proto_from_builder_dir
+
+    folder = _prepared_folder(config)
     try:
-        sources, folder = _data_sources(key, names)
-    except Exception as error:  # whatever TFDS and its file systems raise for what they do not find
-        raise _mistake(key, error) from error
-    splits = list(zip(names, sources)) if names else list(sources.items())
-    if not splits:
-        raise UserError(f"source=tfds:{key.name} has no splits: prepare it again.")
-    info = splits[0][1].dataset_info
-    sizes = tuple(split.num_bytes for _, split in sorted(info.splits.items()))
-    return Opened(info.full_name, info.features, sizes, splits, folder)
+        info = read_proto_from_builder_dir(os.fspath(folder))
+        features = dict(_features(json.loads(read_text(folder / "features.json"))))
+    except Exception as error:  # TFDS and its file systems raise many types
+        raise UserError(f"{folder} cannot be read: {reason(error)}; {_command(config)}") from error
+    sizes, splits, files = _choose_splits(info, folder, config)
+    media, caption, label = _choose_features(features, config)
+    rate = next((name for name in ("fps", "frame_rate") if features.get(name, "").startswith("Scalar")), "")
+    table = folder / f"{label.replace('/', '-')}.labels.txt"
+    classes = dict(enumerate(read_text(table).split("\n"))) if label and table.is_file() else {}
+    # The digest has the form of earlier versions, so that a dataset that they built is recognised.
+    read = f"Plan(media={media!r}, kind={_kind(features[media])!r}, fps={config.strip_fps!r}, rate={rate!r}, "
+    read += f"said={tuple(filter(None, (caption, label)))!r}, label={label!r})"
+    name = "/".join(filter(None, (info.name, info.config_name, info.version)))
+    digest = hashlib.blake2b(f"({name!r}, {sizes!r}, {splits!r}, {read})".encode(), digest_size=16).hexdigest()
+    return Prepared(digest, splits, ArrayRecordDataSource(files), media, features[media], rate, caption, label, classes)
 
 
-def _data_sources(key: Key, names: list[str] | None):
-    """(records by split, or a list in the order of names; the folder they need, if any)."""
+def _choose_splits(
+    info: Any, folder: Path, config: SourceConfig
+) -> tuple[tuple[int, ...], list[tuple[str, int]], list]:
+    """Return the bytes of all splits, names and counts of those that are read, and what to read of which local file."""
     import tensorflow_datasets as tfds
 
-    raw = {"split": names, "deserialize_method": tfds.decode.DeserializeMethod.RAW_BYTES}
-    prepared = prepared_folder(key.name, key.data_dir)
-    if prepared and needs_links(prepared):
-        folder = linked(prepared)
-        return tfds.builder_from_directory(folder.name).as_data_source(**raw), folder
-    return tfds.data_source(key.name, data_dir=key.data_dir or None, download=False, **raw), None
-
-
-def _mistake(key: Key, error: Exception) -> UserError:
-    where = f"data_dir={key.data_dir!r}, " if key.data_dir else ""
-    run = f'tfds.builder("{key.name}", {where}file_format="array_record").download_and_prepare()'
-    text = str(error)
-    if isinstance(error, ImportError) and prepared_folder(key.name, key.data_dir):
-        return UserError(
-            f"source=tfds:{key.name} is read by code that needs TensorFlow ({reason(error)}): give path= the folder in"
-            " which it stands prepared, and its version as tfds:NAME:VERSION."
-        )
-    if "split" in text.lower() and "Unknown" in text or "parsing split" in text:
-        said = " ".join(text.splitlines()[0].split()).rstrip(".")
-        return UserError(f"split={key.split!r} is not one of tfds:{key.name}: {said}.")
-    if isinstance(error, NotImplementedError):
-        return UserError(f"source=tfds:{key.name} is not prepared as ArrayRecord: run {run}.")
-    place = f"path={key.data_dir!r}" if key.data_dir else "TFDS's own data_dir"
-    return UserError(f"source=tfds:{key.name} is not prepared in {place} ({reason(error)[:80]}): run {run}.")
-
-
-def _parse(opened: Opened, fields: tuple[str, ...], split: int, place: int, media: str = "") -> dict:
-    """The fields of one example; pictures and films as the bytes that they are stored as."""
-    import tensorflow_datasets as tfds
-
-    parts = {name: _as_stored(opened.features[name]) if name == media else opened.features[name] for name in fields}
+    known_formats = (info.file_format, *info.alternative_file_formats)
+    check("array_record" in known_formats, f"{folder} is not prepared as ArrayRecord; {_command(config)}")
+    template = tfds.core.ShardedFileTemplate(dataset_name=info.name, data_dir=folder, filetype_suffix="array_record")
+    known = tfds.core.SplitDict.from_proto(repeated_split_infos=info.splits, filename_template=template)
     try:
-        return tfds.features.FeaturesDict(parts).deserialize_example_np(opened.splits[split][1][place])
-    except Exception as error:  # a record of other features, or a damaged file
-        raise MediaError(f"unreadable: {reason(error)}") from error
+        names = list(known) if config.split in ("", "all") else config.split.split("+")
+        chosen = {name: known[name].file_instructions for name in names}
+    except Exception as error:  # TFDS raises ValueError and AssertionError
+        allowed = f"it must be one of {', '.join(known)}, a part such as train[:10%], or several joined by +"
+        raise UserError(f"--split is {config.split!r}; {allowed}") from error
+    paths = {file.filename: as_path(file.filename) for files in chosen.values() for file in files}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    check(paths and not missing, f"{folder} lacks {', '.join(missing[:1]) or 'examples'}; {_command(config)}")
+    local = {name: os.fspath(local_copy(path)) for name, path in paths.items()}
+    files = [replace(file, filename=local[file.filename]) for files in chosen.values() for file in files]
+    splits = [(name, sum(file.take for file in files)) for name, files in chosen.items()]
+    return tuple(known[name].num_bytes for name in sorted(known)), splits, files
 
 
-def _as_stored(feature):
-    """A feature that leaves pictures as the files that they are."""
-    import tensorflow_datasets as tfds
-
-    if isinstance(feature, tfds.features.Image):
-        return tfds.features.Text()
-    if isinstance(feature, tfds.features.Sequence):
-        return tfds.features.Sequence(tfds.features.Text())
-    return feature
-
-
-def _plan(features: Mapping, config: SourceConfig) -> Plan:
-    media = _media_field(features, config)
-    rate = next((name for name in RATE_NAMES if name in features and features[name].shape == ()), "")
-    label = _label_field(features, config)
-    named = (config.caption_field,) if config.caption_field else ("caption", "text", "captions")
-    said = [name for name in features if name in named or name.startswith("caption_")]
-    said = [name for name in said if name != media and _is_text(features[name])]
-    if config.caption_field and config.caption_field not in said:
-        texts = ", ".join(name for name in features if _is_text(features[name])) or "none"
-        raise UserError(f"caption_field={config.caption_field!r} is not a text of {config.name}: {texts} is.")
-    return Plan(media, _kind(features[media]), config.strip_fps, rate, (*said, *filter(None, [label])), label)
+def _features(node: dict, path: str = "", above: str = "") -> Iterator[tuple[str, str]]:
+    """Yield path in records (captions/text) and type, in words, of the features that `features.json` describes."""
+    if "featuresDict" in node:
+        for name, inner in node["featuresDict"]["features"].items():
+            yield from _features(inner, f"{path}/{name}" if path else name, above)
+    elif "sequence" in node:
+        yield from _features(node["sequence"]["feature"], path, f"{above}Sequence of ")
+    else:
+        words, tensor = f"{above}{node['pythonClassName'].rpartition('.')[2]}", node.get("tensor")
+        content = tensor or node.get("image") or node.get("video") or {"dtype": "uint8"}
+        if tensor or content.get("dtype", "uint8") not in ("uint8", "uint16"):
+            words += f" of {content['dtype']}"
+        shape = "x".join(tensor["shape"].get("dimensions", ())) if tensor else ""
+        yield path, f"{words} {shape}".rstrip()
 
 
-def _media_field(features: Mapping, config: SourceConfig) -> str:
-    kinds = {name: _kind(feature) for name, feature in features.items()}
-    moving = [name for name, kind in kinds.items() if kind in ("frames", "pictures")]
-    still = [name for name, kind in kinds.items() if kind in ("image", "frame")]
-    found = [name for name in VIDEO_NAMES if kinds.get(name)] + moving + sorted(still, key=lambda name: name != "image")
-    if config.media_field:
-        found = [name for name in features if name == config.media_field and kinds[name]]
-    if not found:
-        wanted = f"media_field={config.media_field!r}" if config.media_field else "a video or image"
-        raise UserError(f"{config.name} has no field for {wanted}: its fields are {', '.join(features)}.")
-    return found[0]
+def _kind(words: str) -> str:
+    """Return how a feature of this type holds media, "" if not at all."""
+    tensor = {3: "frames", 2: "frame"}[words.count("x")] if FRAMES.fullmatch(words) else ""
+    return MEDIA.get(words, tensor)
 
 
-def _kind(feature) -> str:
-    """How a feature holds media: a "file", "frames" or a "frame" as numbers, "pictures", an "image", "" for not."""
-    import tensorflow_datasets as tfds
+def _choose_features(features: dict[str, str], config: SourceConfig) -> tuple[str, str, str]:
+    """Return the features that hold the medium, the caption and the class, "" for none. Raises UserError."""
+    listing = ", ".join(f"{name} ({kind})" for name, kind in features.items())
 
-    shape = getattr(feature, "shape", None)
-    if isinstance(feature, tfds.features.Image):
-        return "image" if feature.np_dtype in (np.uint8, np.uint16) else ""
-    if isinstance(feature, tfds.features.Sequence):
-        return "pictures" if isinstance(feature.feature, tfds.features.Image) else ""
-    if isinstance(feature, tfds.features.Tensor) and shape == ():
-        return "file" if feature.np_dtype == np.object_ else ""
-    tensor = isinstance(feature, tfds.features.Tensor) and shape[-1] in (1, 3) and feature.np_dtype == np.uint8
-    return {4: "frames", 3: "frame"}.get(len(shape), "") if tensor else ""
+    def choose(option: str, what: str, allowed: list[str], default: list[str]) -> str:
+        given = getattr(config, f"{option}_field")
+        found = [name for name in allowed if name == given] if given else default
+        said = f"--{option}-field {f'is {given!r}' if given else 'is not given'}"
+        check(len(found) == 1, f"{said}; it must name the {what} of {config.name}, which has {listing}")
+        return found[0]
 
-
-def _is_text(feature) -> bool:
-    """A text, a sequence of them, or of records that have one (`captions` of COCO)."""
-    import tensorflow_datasets as tfds
-
-    if isinstance(feature, tfds.features.Sequence):
-        inner = feature.feature
-        return any(_is_text(inner[name]) for name in _INNER if name in inner) if _nested(inner) else _is_text(inner)
-    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
+    held = [name for name, kind in features.items() if _kind(kind)]
+    texts = [name for name, kind in features.items() if kind in FILES + TEXTS]
+    classes = [name for name, kind in features.items() if kind == "ClassLabel"]
+    media = choose("media", "video or picture", held, [name for name in held if features[name] != "Text"])
+    caption = choose("caption", "text", texts, [""])
+    return media, caption, choose("label", "class", classes, [""] if caption and len(classes) > 1 else classes or [""])
 
 
-_INNER = ("text", "caption")
+def _prepared_folder(config: SourceConfig) -> Path:
+    """Return the folder of the newest prepared version that the name allows."""
+    name, _, version = dataset_name(config.name).partition(":")
+    root = as_path(config.path or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / name
+    found = [file.parent for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/features.json")]
+    found = [folder for folder in found if re.fullmatch(re.escape(version) or r"\d+\.\d+\.\d+", folder.name)]
+    check(found, f"{config.name} is not prepared in {root}; {_command(config)}")
+    known = ", ".join(sorted({f"tfds:{name}:{folder.parent.name}" for folder in found}))
+    check("," not in known, f"--source is {config.name!r}; it must name one of its configs: {known}")
+    return max(found, key=lambda folder: [int(part) for part in folder.name.split(".")])
 
 
-def _nested(feature) -> bool:
-    import tensorflow_datasets as tfds
-
-    return isinstance(feature, tfds.features.FeaturesDict)
-
-
-def _as_text(row: dict) -> dict:
-    """Bytes as str, sequences of them as lists. Raises UnicodeDecodeError."""
-    return {name: _text_of(value) for name, value in row.items()}
+def _command(config: SourceConfig) -> str:
+    where = f"data_dir={config.path!r}, " if config.path else ""
+    return f'run tfds.builder("{dataset_name(config.name)}", {where}file_format="array_record").download_and_prepare()'
 
 
-def _text_of(value):
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, dict):
-        return next(_text_of(value[name]) for name in _INNER if name in value)
-    return [_text_of(item) for item in value] if isinstance(value, list | np.ndarray) else value
-
-
-def _label_field(features: Mapping, config: SourceConfig) -> str:
-    import tensorflow_datasets as tfds
-
-    classes = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    wanted = config.label_field
-    if wanted and wanted not in classes:
-        raise UserError(
-            f"label_field={wanted!r} is not a class label of {config.name}: {', '.join(classes) or 'none'} is."
-        )
-    return wanted or ("label" if "label" in classes else next(iter(classes), ""))
-
-
-def _class(features: Mapping, field: str, number: int | None) -> tuple[int | None, str | None]:
-    """(number, name) of a class; a dataset may come without the names."""
-    named = number is not None and features[field].names
-    return number, features[field].int2str(number) if named else None
+def dataset_name(source: str) -> str:
+    """Convert "tfds:NAME[:CONFIG][:VERSION]" to the name of TFDS, name/config:version."""
+    return re.sub(r":(?!\d+\.\d+\.\d+$)", "/", source.removeprefix("tfds:"))

@@ -18,8 +18,8 @@ class WorldMedia:
     number: int
 
     def content_id(self) -> str:
-        drawn = hashlib.blake2b(repr(self.config).encode(), digest_size=4).hexdigest()
-        return f"world/{drawn}/{self.number}"
+        variant = hashlib.blake2b(repr(self.config).encode(), digest_size=4).hexdigest()
+        return f"world/{variant}/{self.number}"
 
     def decode(self, rule: SpanRule, fit: FitClip | None) -> DecodedClip | None:
         frames, _ = world.clip(self.config, self.number)
@@ -30,9 +30,9 @@ class WorldReader:
     """`limit` clips: the first from the world's training indices, `world_held_out` from its held-out ones."""
 
     def __init__(self, config: SourceConfig):
-        self._world, self._count = config.world or world.WorldConfig(), config.limit
-        self._train = config.limit - config.world_held_out
-        self.refused = []
+        self._world, self._count = config.world or world.WorldConfig(), config.limit or 0
+        self._train = self._count - config.world_held_out
+        self.refused: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
         return self._count

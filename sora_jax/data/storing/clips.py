@@ -1,4 +1,4 @@
-"""The record that every source ends in."""
+"""Hold a clip in memory: what every source ends in."""
 
 import zlib
 from collections.abc import Mapping
@@ -14,21 +14,16 @@ def clip_id_of(id: str) -> int:
 
 @dataclass(frozen=True)
 class Clip:
-    """A captioned clip.
+    """A captioned clip."""
 
-    id: stable, of the content. frames: uint8 (T, H, W, 3). fps: frames a second. captions: kind -> text, such as
-    {"original": ..., "synthetic": ...}. source: where it came from. label: class number. start: seconds in its file.
-    flags: what a reader should know, such as "partial: ..." of a file used in part.
-    """
-
-    id: str
-    frames: np.ndarray
-    fps: float
-    captions: Mapping[str, str] = field(default_factory=dict)
-    source: str = ""
-    label: int | None = None
-    start: float = 0.0
-    flags: tuple[str, ...] = ()
+    id: str  # stable, of the content
+    frames: np.ndarray  # uint8 (T, H, W, 3)
+    fps: float  # frames a second
+    captions: Mapping[str, str] = field(default_factory=dict)  # kind -> text, {"original": ..., "synthetic": ...}
+    source: str = ""  # name of the source
+    label: int | None = None  # class number
+    start: float = 0.0  # seconds in its file
+    flags: tuple[str, ...] = ()  # what a reader should know, such as "partial: ..." of a file used in part
 
     def __post_init__(self):
         frames = self.frames
@@ -37,5 +32,5 @@ class Clip:
 
     @property
     def caption(self) -> str:
-        """The first caption, or the empty one."""
+        """First caption, or the empty one."""
         return next(iter(self.captions.values()), "")

@@ -1,29 +1,30 @@
-"""The dataset folder: clips with their captions, and the list of what was refused.
+"""Read the dataset folder: clips with their captions, and the list of what was refused.
 
 ======================================  ==================================================================
 `manifest.parquet`                      one row a clip, the columns of `COLUMNS`, with shard and record
 `refused.jsonl`                         {"file", "reason"} for every file that was not used
 `dataset.json`                          format version, options of the build, counts, digest of the rows
-`clips-00000-of-000NN.array_record`     raw uint8 frames (T, H, W, 3), the row tells the shape
+`clips-00000-of-000NN.array_record`     raw uint8 frames (T, H, W, 3); the row has the shape
 ======================================  ==================================================================
 
-`id` names the content, `variant` tells apart the sizes or parts of one clip that epochs take in turn, `start` is in
-seconds of the file, `tokens` counts one for `time_factor` frames and `multiple` x `multiple` pixels (the options of the
-build). `kinds` names each of the `captions`; `label` is -1 where there is none; `weight` says how often the clip comes
-in an epoch, on average; `flags` are notes such as "partial: ...".
+`id` is of the content. `variant` numbers the sizes or parts of one clip that epochs take in turn. `start` is in seconds
+of the file. `tokens` counts one for `time_factor` frames of `multiple` x `multiple` pixels (options of the build).
+`kinds` names each of the `captions`. `label` is -1 if there is none. `weight` is how often the clip comes in an epoch,
+on average. `flags` are notes such as "partial: ...".
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sora_jax.config import check
 from sora_jax.data.storing.clips import Clip, clip_id_of
-from sora_jax.data.storing.parts import Kind, PartWriter, start
+from sora_jax.data.storing.parts import Kind, PartWriter, read_lines
 from sora_jax.data.storing.shards import PIXELS, ShardReader
 from sora_jax.data.storing.splits import indices_of_split
 from sora_jax.errors import UserError
@@ -65,43 +66,29 @@ def add_clip(
     writer.add(row, np.ascontiguousarray(clip.frames).tobytes())
 
 
-@contextmanager
-def write_dataset(out: str | Path, options: dict) -> Iterator[PartWriter]:
-    """A writer (`add_clip`, `refuse`) for a dataset of one part; the folder appears when the block ends well."""
-    parts = start(out, KIND, {"options": options}, 1)
-    with parts.write(0) as writer:
-        yield writer
-    parts.finish({"format": FORMAT, "options": options}, KEY)
-
-
 class Dataset:
     """A dataset folder: `len`, `[i]` -> Clip, `.table` (pyarrow, no frames read), `.info`, `.refused`.
 
-    Raises UserError where the folder is missing or is not one. May be pickled and forked.
+    Raises UserError if the path is not a dataset folder. May be pickled and forked.
     """
 
     def __init__(self, path: str | Path):
         self.path = as_path(path)
         self.info = read_info(self.path)
-        self._table = None
         self._shards = ShardReader(self.path, PREFIX, self.info["parts"])
 
     def __len__(self) -> int:
         return self.info["clips"]
 
-    def __getstate__(self):
-        return self.path
+    def __reduce__(self):
+        return Dataset, (self.path,)
 
-    def __setstate__(self, path):
-        self.__init__(path)
+    @cached_property
+    def table(self) -> Any:
+        """The manifest, a pyarrow table."""
+        import pyarrow.parquet as pq
 
-    @property
-    def table(self):
-        if self._table is None:
-            import pyarrow.parquet as pq
-
-            self._table = pq.read_table(local_copy(self.path / "manifest.parquet"))
-        return self._table
+        return pq.read_table(local_copy(self.path / "manifest.parquet"))
 
     @property
     def digest(self) -> str:
@@ -109,7 +96,7 @@ class Dataset:
         options = {k: v for k, v in self.info["options"].items() if k not in ("sources", "digests")}
         return hashlib.sha256(json.dumps([options, self.info["digest"]], sort_keys=True).encode()).hexdigest()
 
-    def column(self, name: str):
+    def column(self, name: str) -> Any:
         """Return a column of the manifest, an Arrow array."""
         column = self.table[name].combine_chunks()
         return column.chunk(0) if hasattr(column, "num_chunks") else column
@@ -153,22 +140,22 @@ class Dataset:
 
     @cached_property
     def refused(self) -> list[dict]:
-        lines = read_text(self.path / "refused.jsonl").splitlines()
-        return [json.loads(line) for line in lines]
+        """{"file", "reason"} of every file that was not used."""
+        return read_lines(self.path / "refused.jsonl")
 
     def rows(self, split: str | None = None) -> list[dict]:
-        """The manifest's rows of a split (of all clips when None), in order; each knows its `index`."""
+        """Return the rows of a split (None: of all clips), in order, each with its `index`."""
         return [row for row in self.table.to_pylist() if split in (None, row["split"])]
 
     def held_out(self, trained: str = "train") -> list[dict]:
-        """The manifest's rows of every split but the one trained on, whatever they are called, in order.
+        """Return the rows of every split but the one trained on, in order.
 
         A build names its own held-out clips "held-out"; a `captions.csv` may say "test" or "val".
         """
         return [row for row in self.rows() if row["split"] != trained]
 
     def row(self, index: int) -> dict:
-        """The manifest's row of a clip, as a dict of the columns."""
+        """Return the row of a clip."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.table.slice(index, 1).to_pylist()[0]
@@ -176,38 +163,30 @@ class Dataset:
     def __getitem__(self, index: int) -> Clip:
         row = self.row(index)
         pixels = np.frombuffer(self._shards.read(row["shard"], row["record"]), np.uint8)
-        return Clip(
-            id=row["id"],
-            frames=pixels.reshape(row["frames"], row["height"], row["width"], 3),
-            fps=row["fps"],
-            captions=captions_of(row),
-            source=row["source"],
-            label=None if row["label"] < 0 else row["label"],
-            start=row["start"],
-            flags=tuple(row["flags"]),
-        )
+        frames = pixels.reshape(row["frames"], row["height"], row["width"], 3)
+        label = None if row["label"] < 0 else row["label"]
+        flags = tuple(row["flags"])
+        return Clip(row["id"], frames, row["fps"], captions_of(row), row["source"], label, row["start"], flags)
 
 
 def captions_of(row: dict) -> dict[str, str]:
-    """kind -> text of a manifest's row."""
+    """Return kind -> text of a row."""
     return dict(zip(row["kinds"], row["captions"], strict=True))
 
 
 def caption_of(row: dict) -> str:
-    """The first caption of a manifest's row, or the empty one."""
+    """Return the first caption of a row, or the empty one."""
     return row["captions"][0] if row["captions"] else ""
 
 
 def read_info(path: Path) -> dict:
-    """The contents of `dataset.json`; UserError where there is none of this format."""
+    """Read `dataset.json`; UserError if the folder has none of this format."""
     try:
         info = json.loads(read_text(path / "dataset.json"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is not a dataset folder: one made by `sora-jax data build` is.") from error
-    if info.get("format") != FORMAT:
-        raise UserError(
-            f"{str(path)!r} has format {info.get('format')}, which this version does not read: build it again."
-        )
+        raise UserError(f"{str(path)!r} is not a dataset folder; it must be made by `sora-jax data build`") from error
+    found = info.get("format")
+    check(found == FORMAT, f"{str(path)!r} has format {found}; it must be {FORMAT}: build it again")
     return info
 
 

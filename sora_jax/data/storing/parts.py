@@ -1,18 +1,18 @@
-"""Folders that are made part by part: by one process or by many, at once or after an interruption.
+"""Write folders part by part: by one process or by many, at once or after an interruption.
 
 A folder of n parts is filled under a hidden name beside its own (`files.unfinished`):
 
 =========================================  ===============================================================
-`started.json`                             what is being made; another content does not go on with it
+`started.json`                             what is being made; something else cannot resume it
 `PREFIX-0000k-of-0000n.array_record`       the records of part k
 `part-0000k.jsonl`                         what was refused in part k: {"file", "reason"}
 `part-0000k.parquet`                       a row for each record; written last: its presence says that part k
                                            is whole
 =========================================  ===============================================================
 
-What is in part k depends on k alone, so it does not matter who makes it, and when. Once all parts are there the
-rows are joined to `manifest.parquet`, the info file is written, and the folder gets its name. A half-written part is
-made again. In an object store the folder has its name from the beginning, and the info file says that it is whole.
+What is in part k depends on k alone, so it does not matter which process makes it, and when. Once all parts are made
+the rows are joined to `manifest.parquet`, the info file is written, and the folder gets its name. A half-written part
+is made again. In an object store the folder has its name from the beginning, and the info file marks it as complete.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sora_jax.config import first_difference
 from sora_jax.data.shard_spec import ShardSpec
@@ -40,6 +41,7 @@ from sora_jax.files import (
     replacing,
     temporary_path,
     unfinished,
+    write_text,
 )
 
 PLACES = {"shard": "int32", "record": "int32"}
@@ -50,19 +52,16 @@ WIDE = {"string": "large_string"}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder holds. files: prefix of a record file -> ArrayRecord options. columns: of a row, name -> type.
+    """What a folder holds."""
 
-    info: name of the file that makes the folder valid.
-    """
-
-    files: Mapping[str, str]
-    columns: Mapping[str, str]
-    info: str
+    files: Mapping[str, str]  # prefix of a record file -> ArrayRecord options
+    columns: dict[str, str]  # name of a column -> type
+    info: str  # name of the file that makes the folder valid
 
 
 @dataclass(frozen=True)
 class ShardedWriter:
-    """A folder in the making; `start` opens it."""
+    """A folder that is being made; `start` opens it."""
 
     out: Path
     kind: Kind
@@ -70,20 +69,21 @@ class ShardedWriter:
 
     @property
     def folder(self) -> Path:
+        """Folder that the parts are written to."""
         return unfinished(self.out)
 
     def missing(self, share: ShardSpec = ShardSpec()) -> list[int]:
-        """The parts of this process that are not there yet."""
+        """Return the parts of this process that are not made yet."""
         return [k for k in range(share.index, self.count, share.count) if not self.is_made(k)]
 
     def is_made(self, part: int) -> bool:
-        """Whether a part is there, whole."""
-        return self._rows(part).exists()
+        """Return True if a part is whole."""
+        return self.file(part, "parquet").exists()
 
     @contextmanager
     def write(self, part: int) -> Iterator["PartWriter"]:
-        """A writer for one part, which counts as made when the block ends well."""
-        with as_user_error(f"out={self.out}"):
+        """Yield a writer for one part, which counts as made when the block ends without an exception."""
+        with as_user_error(f"--out is {str(self.out)!r}; it"):
             writer = PartWriter(self, part)
             try:
                 yield writer
@@ -92,25 +92,27 @@ class ShardedWriter:
                 writer.close()
 
     def finish(self, info: dict, unique: Sequence[str] = ("id",), empty: Callable[[list[dict]], str] = str) -> bool:
-        """Join the parts if all are there, give the folder its name; False if others still work on theirs.
+        """Join the parts if all are made, and give the folder its name; return False if some are missing.
 
-        info: what the info file holds beside "clips", "refused", "parts" (their numbers) and "digest" (of the rows).
-        unique: columns that tell rows apart; a row that repeats an earlier one is refused as a duplicate.
-        empty(refused): the message of the UserError that is raised where there is no row at all.
+        Args:
+            info: content of the info file beside "clips", "refused", "parts" (numbers) and "digest" (of the rows).
+            unique: columns that identify a row; a row that repeats an earlier one is refused as a duplicate.
+            empty: makes the message of the UserError for a folder without rows, from what was refused.
         """
         if (self.out / self.kind.info).exists():
             return True
         if self.missing():
             return False
         try:
-            with as_user_error(f"out={self.out}"):
+            with as_user_error(f"--out is {str(self.out)!r}; it"):
                 counts = _join(self, unique)
                 if not counts["clips"]:
-                    message = empty(_read_lines(self.folder / "refused.jsonl"))
+                    message = empty(read_lines(self.folder / "refused.jsonl"))
                     remove_folder(self.folder)
                     raise UserError(message)
                 with _inside(self.folder / self.kind.info) as temporary:
-                    temporary.write_text(json.dumps(info | counts, ensure_ascii=False, indent=1) + "\n")
+                    text = json.dumps(info | counts, ensure_ascii=False, indent=1) + "\n"
+                    temporary.write_text(text, encoding="utf-8")
                 finish_folder(self.out)
         except (UserError, FileNotFoundError):
             if not (self.out / self.kind.info).exists():  # else another process was faster
@@ -120,46 +122,44 @@ class ShardedWriter:
             leftover.unlink(missing_ok=True)
         return True
 
-    def _rows(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.parquet"
-
-    def _refused(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.jsonl"
+    def file(self, part: int, ending: str) -> Path:
+        """Return the path of a table of a part: "parquet", its rows, or "jsonl", what was refused."""
+        return self.folder / f"part-{part:05d}.{ending}"
 
 
 def start(out: str | Path, kind: Kind, header: dict, count: int) -> ShardedWriter:
-    """The unfinished folder of `out`, new or as an earlier call with the same `header` left it.
+    """Open the unfinished folder of `out`, new or as an earlier call with the same `header` left it.
 
-    header: JSON of all that decides what is in the parts. Raises UserError where `out` is in use, or something else
-    was started there: other options, or the same from other files.
+    header: JSON of all that decides what is in the parts. Raises UserError if `out` is in use, or was started with
+    another header.
     """
     parts = ShardedWriter(as_path(out), kind, count)
     in_place = parts.folder == parts.out and (parts.out / STARTED).exists()
     if not in_place and parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
-        raise UserError(f"out={out} already exists: give another folder or remove this one.")
+        raise UserError(f"--out is {str(out)!r}; it already exists: give another folder or remove it")
     header = json.loads(json.dumps(header | {"parts": count}))
-    with as_user_error(f"out={out}"):
+    with as_user_error(f"--out is {str(out)!r}; it"):
         make_folder(parts.folder)
         started = _claim(parts.folder / STARTED, header)
     if started != header:
         what = first_difference(started or {}, header) or "options"
-        raise UserError(f"out={out} was started with another {what}: remove {parts.folder} to start anew.")
+        raise UserError(f"--out is '{out}'; it was started with another {what}: remove {parts.folder} to start anew")
     return parts
 
 
 def _claim(path: Path, header: dict) -> dict | None:
-    """What is started here: `header`, unless another process was first."""
+    """Return the header that is started here: this one, unless another process was first."""
     if create(path, json.dumps(header)):
         return header
     for _ in range(CLAIM_TRIES):  # until the other process has written it
-        if (found := _read_json(path)) is not None:
-            return found
+        with suppress(OSError, ValueError):
+            return json.loads(read_text(path))
         time.sleep(0.1)
     return None
 
 
 class PartWriter:
-    """Takes the rows of one part with their records, and what is refused; made by `ShardedWriter.write`."""
+    """Take the rows of one part with their records, and what is refused; made by `ShardedWriter.write`."""
 
     def __init__(self, parts: ShardedWriter, part: int):
         self._parts, self._part = parts, part
@@ -167,47 +167,50 @@ class PartWriter:
             prefix: RecordWriter(parts.folder / shard_name(prefix, part, parts.count), options)
             for prefix, options in parts.kind.files.items()
         }
-        self._table: list[dict] = []
+        self._rows: list[dict] = []
         self._refusals: list[dict] = []
 
     def add(self, row: dict, *records: bytes) -> None:
         """Append a row, with one record for each kind of file in their order."""
         for writer, record in zip(self._writers.values(), records, strict=True):
             writer.write(record)
-        self._table.append(row | {"shard": self._part, "record": len(self._table)})
+        self._rows.append(row | {"shard": self._part, "record": len(self._rows)})
 
     def refuse(self, file: str, reason: str) -> None:
         """List a file that is not used."""
         self._refusals.append({"file": file, "reason": reason})
 
     def finish(self) -> None:
-        """Check what is on the disk, then say that the part is whole."""
+        """Check what is on the disk, then mark the part as whole."""
+        import pyarrow.parquet as pq
+
         for writer in self._writers.values():
             writer.finish()
-        _write_lines(self._parts._refused(self._part), self._refusals)
-        with replacing(self._parts._rows(self._part)) as temporary:
-            _write_table(temporary, self._table, self._parts.kind.columns | PLACES)
+        write_text(self._parts.file(self._part, "jsonl"), _lines(self._refusals))
+        with replacing(self._parts.file(self._part, "parquet")) as temporary:
+            pq.write_table(_to_table(self._rows, self._parts.kind.columns | PLACES), temporary)
 
     def close(self) -> None:
+        """Close the files."""
         for writer in self._writers.values():
             with suppress(OSError):
                 writer.close()
 
 
 def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
-    """All rows in one table, all refusals in one file; a part at a time, so memory holds only the keys."""
-    import pyarrow as pa
+    """Write all rows to one table and all refusals to one file; a part at a time, so memory holds only the keys."""
     import pyarrow.parquet as pq
 
-    digest, seen, index = hashlib.sha256(), {}, 0
+    digest, index = hashlib.sha256(), 0
+    seen: dict[tuple, str] = {}
     refused = []
-    columns = {"index": "int64"} | dict(parts.kind.columns) | PLACES
+    columns = {"index": "int64"} | parts.kind.columns | PLACES
     with _inside(parts.folder / "manifest.parquet") as temporary:
         with pq.ParquetWriter(temporary, _schema(columns)) as writer:
             for part in range(parts.count):
-                refused += _read_lines(parts._refused(part))
+                refused += read_lines(parts.file(part, "jsonl"))
                 rows = []
-                for row in pq.read_table(local_copy(parts._rows(part))).to_pylist():
+                for row in pq.read_table(local_copy(parts.file(part, "parquet"))).to_pylist():
                     key = tuple(row[name] for name in unique)
                     file = row.get("file", "")
                     if key in seen:
@@ -218,7 +221,7 @@ def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
                     digest.update(_canonical(row))
                     index += 1
                 if rows:
-                    writer.write_table(pa.Table.from_pylist(rows, _schema(columns)))
+                    writer.write_table(_to_table(rows, columns))
     refused = list({json.dumps(entry): entry for entry in refused}.values())  # one for all spans of a file
     with _inside(parts.folder / "refused.jsonl") as temporary:
         temporary.write_text(_lines(refused), encoding="utf-8")
@@ -226,53 +229,42 @@ def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
 
 
 def _canonical(row: dict) -> bytes:
-    """What a clip is, wherever it came from."""
+    """Serialise what a clip is, wherever it came from."""
     return json.dumps({k: v for k, v in row.items() if k not in ("source", "file")}, sort_keys=True).encode()
 
 
-def _schema(columns: Mapping[str, str]):
+def _schema(columns: Mapping[str, str]) -> Any:
     import pyarrow as pa
 
-    def kind(name: str):
+    def kind(name: str) -> Any:
         # Of 64 bits: a column of a data set may hold more than 2 GiB.
         return pa.large_list(kind(name[:-2])) if name.endswith("[]") else pa.type_for_alias(WIDE.get(name, name))
 
     return pa.schema([(name, kind(type_)) for name, type_ in columns.items()])
 
 
-def _write_table(path: Path, rows: list[dict], columns: Mapping[str, str]) -> None:
+def _to_table(rows: list[dict], columns: Mapping[str, str]) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist(rows, _schema(columns)), path)
-
-
-def _write_lines(path: Path, entries: Sequence[dict]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(_lines(entries), encoding="utf-8")
+    return pa.Table.from_pylist(rows, _schema(columns))
 
 
 def _lines(entries: Sequence[dict]) -> str:
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines."""
+    # Not `splitlines`: it also splits at U+2028, U+0085 and others, which JSON leaves as they are in file names.
+    return [json.loads(line) for line in read_text(path).split("\n") if line]
+
+
 @contextmanager
 def _inside(path: Path) -> Iterator[Path]:
-    """As `replacing`, in a folder that another process may have renamed: it is not made again."""
+    """Yield a temporary path as `replacing` does, but do not create the folder: another process may have renamed it."""
     temporary = temporary_path(path)
     try:
         yield temporary
         put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in read_text(path).splitlines()]
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError):
-        return None

@@ -1,11 +1,16 @@
-"""Records on disk: ArrayRecord files with random access."""
+"""Write and read ArrayRecord files.
+
+`ArrayRecordDataSource` of the same package does not serve to read: it opens all files to count their records, keeps
+every file open that was read once, and shares readers with forked children.
+"""
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from sora_jax.files import as_path, local_copy, put, temporary_path
 
@@ -18,15 +23,17 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class RecordWriter:
-    """Writes one ArrayRecord file; without records there is no file. Raises OSError."""
+    """Write one ArrayRecord file, or none if there are no records. Raises OSError."""
 
     def __init__(self, path: Path, options: str):
         self._path, self._options = path, options
         # Not of the same ending: a folder of such files may be read while this one grows.
         self._temporary = temporary_path(path.with_name(f"{path.name}.part"))
-        self._writer, self._count = None, 0
+        self._writer: Any = None
+        self._count = 0
 
     def write(self, record: bytes) -> None:
+        """Append a record."""
         with _as_os_error():
             if self._writer is None:
                 from array_record.python.array_record_module import ArrayRecordWriter
@@ -38,9 +45,17 @@ class RecordWriter:
     def finish(self) -> None:
         """Check that all records can be read back, as a full disk can go unnoticed until then, and name the file."""
         self._end()
-        if self._count:
-            _check(self._temporary, self._count)
-            put(self._temporary, self._path)
+        if not self._count:
+            return
+        try:
+            reader = open_reader(self._temporary)
+            found = reader.num_records()
+            reader.close()
+        except Exception as error:
+            raise OSError(f"a shard of it cannot be read back ({error})") from error
+        if found != self._count:
+            raise OSError(f"a shard of it holds {found} records of {self._count}")
+        put(self._temporary, self._path)
 
     def close(self) -> None:
         """Close the file; what was not finished goes."""
@@ -56,7 +71,7 @@ class RecordWriter:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """ArrayRecord reports a full disk as RuntimeError, with the cause before the first semicolon."""
+    """Convert the RuntimeError that ArrayRecord raises for a full disk; its cause stands before the first semicolon."""
     try:
         yield
     except RuntimeError as error:
@@ -64,22 +79,12 @@ def _as_os_error() -> Iterator[None]:
 
 
 def shard_name(prefix: str, shard: int, count: int) -> str:
+    """Return the name of a record file."""
     return f"{prefix}-{shard:05d}-of-{count:05d}.array_record"
 
 
-def _check(path: Path, count: int) -> None:
-    try:
-        reader = open_reader(path)
-        found = reader.num_records()
-        reader.close()
-    except Exception as error:
-        raise OSError(f"a shard of it cannot be read back ({error})") from error
-    if found != count:
-        raise OSError(f"a shard of it holds {found} records of {count}")
-
-
 def open_reader(path: Path):
-    """An ArrayRecord reader for random access; a remote file is copied, as shuffled look-ups are many and small."""
+    """Open a file for random access; a remote one is copied, as shuffled look-ups are many and small."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(local_copy(path)), READER_OPTIONS)
@@ -89,36 +94,23 @@ class ShardReader:
     """Random access to the record files of a folder. Files open when first read, anew in every process."""
 
     def __init__(self, folder: str | Path, prefix: str, count: int):
-        self._folder, self._prefix, self._count = as_path(folder), prefix, count
+        self._state = as_path(folder), prefix, count
         self._begin()
 
     def _begin(self) -> None:
-        self._readers, self._process, self._lock = OrderedDict(), os.getpid(), threading.Lock()
-        self._opening = [threading.Lock() for _ in range(self._count)]
+        folder, prefix, count = self._state
+        self._process = os.getpid()
+        # One lock for each file: a remote one may take minutes to come. A process may keep only so many files open.
+        self._locks = [threading.Lock() for _ in range(count)]
+        self._open = lru_cache(MAX_OPEN)(lambda shard: open_reader(folder / shard_name(prefix, shard, count)))
 
     def read(self, shard: int, record: int) -> bytes:
-        """One record, as it was written."""
+        """Return a record as it was written."""
         if self._process != os.getpid():  # a forked child must not share its parent's files and threads
             self._begin()
-        return self._reader(shard).read([record])[0]
+        with self._locks[shard]:
+            reader = self._open(shard)
+        return reader.read([record])[0]
 
-    def _reader(self, shard: int):
-        """An open file; the one that was not used for longest is let go, as processes may open only so many."""
-        with self._opening[shard]:  # one lock for each: a remote file may take minutes to come
-            with self._lock:
-                reader = self._readers.pop(shard, None)
-            reader = reader or open_reader(self._folder / shard_name(self._prefix, shard, self._count))
-            return self._hold(shard, reader)
-
-    def _hold(self, shard: int, reader):
-        with self._lock:
-            self._readers[shard] = reader
-            if len(self._readers) > MAX_OPEN:
-                self._readers.popitem(last=False)
-            return reader
-
-    def __getstate__(self):
-        return self._folder, self._prefix, self._count
-
-    def __setstate__(self, state):
-        self.__init__(*state)
+    def __reduce__(self):
+        return ShardReader, self._state

@@ -1,4 +1,4 @@
-"""The oracle: reads a clip of the embedded world back from its pixels alone, and compares it with a prompt."""
+"""The oracle: read a clip of the embedded world from its pixels alone, and compare it with a prompt."""
 
 from sora_jax.worlds.oracle.agreement import Agreement, agree, agreement
 from sora_jax.worlds.oracle.frames import FrameReading, read_frames

@@ -1,4 +1,4 @@
-"""Whether a clip shows what a prompt asks for, fact by fact, as the oracle reads it."""
+"""Compare a clip, as the oracle reads it, with the facts of a prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from sora_jax.worlds.oracle.reading import Reading, ShapeReading, read
 
 @dataclass(frozen=True)
 class Agreement:
-    """Which facts of a prompt a clip shows; None where the prompt does not say, or a single frame cannot show it.
+    """Facts of a prompt that a clip shows (True) or not (False); None if the prompt or a single frame leaves them open.
 
-    colour, kind, motion (with its direction), size: whether it holds of every shape that the prompt names.
-    constancy in [0, 1] and physics_error (short sides of the frame) are the Reading's; they do not depend on the
-    prompt.
+    colour, kind, motion (with its direction) and size are True if they hold for every shape of the prompt. constancy in
+    [0, 1] and physics_error (short sides of the frame) are those of the Reading; they do not depend on the prompt.
     """
 
     colour: bool | None
@@ -32,17 +31,17 @@ class Agreement:
 
     @property
     def all(self) -> bool:
-        """Whether colour, kind, motion and count all hold, as far as the prompt states them."""
+        """Return True if colour, kind, motion and count hold, as far as the prompt states them."""
         return all(fact is not False for fact in (self.colour, self.kind, self.motion, self.count))
 
 
 def agreement(prompt: str, frames: np.ndarray) -> Agreement:
-    """Agreement of a clip, frames (T, H, W, 3) uint8 or floats in [-1, 1], with a prompt in the words of captions."""
+    """Compare a clip, frames (T, H, W, 3) uint8 or floats in [-1, 1], with a prompt in the words of captions."""
     return agree(parse(prompt), read(frames), moving=len(frames) > 1)
 
 
 def agree(wanted: Wanted, reading: Reading, moving: bool) -> Agreement:
-    """Agreement of a reading with the facts of a prompt; `moving` says whether the clip has more than one frame."""
+    """Compare a reading with the facts of a prompt; `moving`: the clip has more than one frame."""
     facts = _best_match(wanted.shapes, reading.shapes)
     named = [(w, r) for w, r in ((wanted.style, reading.style), (wanted.tone, reading.tone)) if w is not None]
     return Agreement(
@@ -65,7 +64,7 @@ def _camera(wanted: Wanted, reading: Reading) -> bool | None:
 
 
 def _best_match(wanted: tuple[WantedShape, ...], shapes: tuple[ShapeReading, ...]) -> dict[str, bool | None]:
-    """Facts under the pairing of wanted with read shapes that makes most of them true."""
+    """Return the facts under the pairing of wanted with read shapes that makes most of them true."""
     seats = list(shapes[:6]) + [None] * len(wanted)
     pairings = {order[: len(wanted)] for order in permutations(range(len(seats)), len(wanted))}
     tried = [[_facts(w, seats[seat]) for w, seat in zip(wanted, order, strict=True)] for order in sorted(pairings)]

@@ -1,4 +1,4 @@
-"""Reads the background of a clip: its colour as a plane over the frame, its style and tone, how the camera moves."""
+"""Read the background of a clip: its colour as a plane over the frame, its style and tone, how the camera moves."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Plane:
 
 
 def mean_light(colours: np.ndarray) -> np.ndarray:
-    """Mean of the three channels, on the last axis."""
+    """Return the mean of the three channels, on the last axis."""
     return (colours[..., 0] + colours[..., 1] + colours[..., 2]) * np.float32(1 / 3)
 
 
 def dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Inner product of colours, on the last axis."""
+    """Return the inner product of colours, on the last axis."""
     # Sums over an axis of three are many times slower than three products.
     return one[..., 0] * other[..., 0] + one[..., 1] * other[..., 1] + one[..., 2] * other[..., 2]
 
@@ -42,7 +42,7 @@ def around(marks_THW: np.ndarray) -> np.ndarray:
 
 
 def fit_plane(frames: np.ndarray) -> Plane:
-    """Least-squares plane through what has the commonest hue, away from shapes; frames (T, H, W, 3) in [0, 255]."""
+    """Fit a plane to the pixels of the commonest hue, away from shapes; frames (T, H, W, 3) in [0, 255]."""
     height, width = frames.shape[1:3]
     # Shapes never fill half of a frame, so the median is a background colour.
     tone = np.median(frames[:, ::2, ::2].reshape(-1, 3), axis=0)
@@ -61,9 +61,9 @@ def fit_plane(frames: np.ndarray) -> Plane:
 
 
 def read_backdrop(frames: np.ndarray, plane: Plane, free_THW: np.ndarray) -> tuple[str, str, str | None]:
-    """Style, tone and camera; the camera is None for an image or a backdrop without texture.
+    """Return style, tone and camera; the camera is None for an image or a backdrop without texture.
 
-    free_THW marks the pixels where no shape is.
+    free_THW marks the pixels without a shape.
     """
     tone = min(TONES, key=lambda name: float(np.abs(np.subtract(TONES[name], plane.tone)).sum()))
     light = mean_light(frames) - mean_light(plane.colours_HW3)
@@ -76,7 +76,7 @@ def read_backdrop(frames: np.ndarray, plane: Plane, free_THW: np.ndarray) -> tup
 
 
 def _camera(light: np.ndarray, free: np.ndarray) -> str:
-    """Camera from the flow of the texture: per frame pair, shift and scale by Lucas and Kanade's least squares."""
+    """Read the camera from the flow of the texture: shift and scale per frame pair by least squares (Lucas-Kanade)."""
     short = min(light.shape[1:])
     smooth = ndimage.gaussian_filter(light, (0, 1.0, 1.0))
     middle = (smooth[1:] + smooth[:-1]) / 2

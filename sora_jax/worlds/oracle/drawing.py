@@ -1,4 +1,4 @@
-"""Fits a clean drawing to each frame of a clip, to measure how far its pixels are from what they seem to show.
+"""Fit a clean drawing to each frame of a clip, to measure how far its pixels are from it.
 
 A drawing has figures with straight, anti-aliased edges, each in one colour, over a background whose colour is a plane.
 All of it is fitted: place, size and turn of each figure, its colour and that of the background. The fit is robust, so
@@ -86,7 +86,7 @@ def _better(one: Drawing, other: Drawing) -> Drawing:
 
 @lru_cache(maxsize=16)
 def _grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixel centres x and y, (P,), and the plane functions 1, x and y scaled to [-1, 1], (3, P)."""
+    """Return pixel centres x and y, (P,), and the plane functions 1, x and y scaled to [-1, 1], (3, P)."""
     y, x = np.mgrid[: size[0], : size[1]].reshape(2, -1).astype(np.float32) + np.float32(0.5)
     across, down = 2 * x / size[1] - 1, 2 * y / size[0] - 1
     return x, y, np.stack([np.ones_like(x), across, down])

@@ -1,4 +1,4 @@
-"""Reads every frame of a clip by itself: which shapes it shows, and how clean they are."""
+"""Read every frame of a clip by itself: its shapes, and how clean they are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_frames(frames: np.ndarray) -> list[FrameReading]:
     frames = grey_levels(frames)
     found = [find_colours(frame[None], fit_plane(frame[None]))[0] for frame in frames]
     kinds, places = _figures([sighting for frame in found for sighting in frame])
-    readings: list[FrameReading | None] = [None] * len(frames)
+    readings: dict[int, FrameReading] = {}
     ends = np.cumsum([0, *map(len, found)])
     per_frame = [tuple(kinds[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
     for group in set(per_frame):
@@ -47,7 +47,7 @@ def read_frames(frames: np.ndarray) -> list[FrameReading]:
         for i, t in enumerate(chosen):
             shapes = sorted((s.colour, kind, int(s.parts_T[0])) for s, kind in zip(found[t], group, strict=True))
             readings[t] = FrameReading(tuple(shapes), _mean(off[i][edge[i]]), _mean(off[i][~edge[i]]))
-    return readings
+    return [readings[t] for t in range(len(frames))]
 
 
 def _mean(values: np.ndarray) -> float:
@@ -55,7 +55,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _figures(sightings: list[Sighting]) -> tuple[list[str], np.ndarray]:
-    """Kinds, and places (n, 4) as `fit_drawing` takes them, of sightings in single frames."""
+    """Return kinds, and places (n, 4) as `fit_drawing` takes them, of sightings in single frames."""
     if not sightings:
         return [], np.zeros((0, 4))
     masks = np.concatenate([s.masks_THW for s in sightings])

@@ -1,4 +1,4 @@
-"""Tells figures apart by templates: every kind, turn and softness in one bank.
+"""Classify figures by templates: every kind, turn and softness in one bank.
 
 A soft mask is brought to a canonical grid by its own centroid and root-mean-square radius, so that place and scale
 drop out; what is left is compared with the bank by correlation.
@@ -25,7 +25,7 @@ _SOFTNESS = (0.07, 0.16, 0.26, 0.36)
 
 @dataclass(frozen=True)
 class Likeness:
-    """How much each frame's mask looks like each kind at each turn.
+    """Similarity of the mask of each frame to each kind at each turn.
 
     scores_TKA: correlation in [-1, 1], for the kinds in the order of KINDS and turns of A equal parts of the kind's
     symmetry angle (all equal for round kinds).
@@ -39,7 +39,7 @@ class Likeness:
 
 
 def unit_area(kind: str) -> float:
-    """Area of a figure of unit diameter."""
+    """Return the area of a figure of unit diameter."""
     return _unit_areas()[kind]
 
 
@@ -56,13 +56,13 @@ def _fine_grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def period(kind: str) -> float:
-    """Symmetry angle of a figure in radians; 0 for a round one."""
+    """Return the symmetry angle of a figure in radians; 0 for a round one."""
     return 2 * np.pi / FIGURES[kind].symmetry if FIGURES[kind].symmetry else 0.0
 
 
 @lru_cache(maxsize=1)
 def _bank() -> np.ndarray:
-    """Templates (softness, kind, turn, grid cells), each of zero mean and unit length."""
+    """Return templates (softness, kind, turn, grid cells), each of zero mean and unit length."""
     x, y = _fine_grid()
     entries = []
     for softness in _SOFTNESS:
@@ -88,7 +88,7 @@ def _template(image: np.ndarray, softness: float) -> np.ndarray:
 
 
 def moments(masks_THW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mass (T,), centroid (T, 2) as (x, y) and root-mean-square radius (T,) of soft masks, in pixels."""
+    """Return mass (T,), centroid (T, 2) as (x, y) and root-mean-square radius (T,) of soft masks, in pixels."""
     y, x = (np.arange(n) + 0.5 for n in masks_THW.shape[1:])
     rows, columns = masks_THW.sum(2), masks_THW.sum(1)
     mass = rows.sum(1)
@@ -99,7 +99,7 @@ def moments(masks_THW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def canonical(masks_THW: np.ndarray, centres_T2: np.ndarray, radii_T: np.ndarray) -> np.ndarray:
-    """Masks on the canonical grid, (T, cells): zero mean and unit length, free of place and scale."""
+    """Resample masks to the canonical grid, (T, cells): zero mean and unit length, free of place and scale."""
     line = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _SPAN
     x = centres_T2[:, 0, None] + radii_T[:, None] * line - 0.5
     y = centres_T2[:, 1, None] + radii_T[:, None] * line - 0.5
@@ -118,7 +118,7 @@ def canonical(masks_THW: np.ndarray, centres_T2: np.ndarray, radii_T: np.ndarray
 
 
 def compare(masks_THW: np.ndarray, centres_T2: np.ndarray, radii_T: np.ndarray) -> Likeness:
-    """Likeness of each frame's soft mask (values in [0, 1]) to every kind at every turn."""
+    """Compare the soft mask of each frame (values in [0, 1]) with every kind at every turn."""
     cells = canonical(masks_THW, centres_T2, radii_T).astype(np.float32)
     # One small product per kind and softness: BLAS would put threads on the whole, which takes longer than the work.
     scores = cells @ _bank().swapaxes(-1, -2)
@@ -126,7 +126,7 @@ def compare(masks_THW: np.ndarray, centres_T2: np.ndarray, radii_T: np.ndarray) 
 
 
 def read_turn(scores_TA: np.ndarray, kind: str, times_T: np.ndarray) -> tuple[float, float]:
-    """Radians turned over the clip at a steady rate, clockwise positive, and how much it betters standing still.
+    """Return the radians turned over the clip at a steady rate, clockwise positive, and the gain over standing still.
 
     Rates that would alias (half the symmetry angle a frame) are left out. Source: maximum likelihood over a grid.
     """

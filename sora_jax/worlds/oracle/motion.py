@@ -1,4 +1,4 @@
-"""Reads a motion from where a shape was seen: fits each law of motion and says how well the best one is obeyed.
+"""Read the motion of a shape from its path: fit each law of motion, and measure the error of the best one.
 
 Lengths are in short sides of the frame; clip time u runs from 0 to 1.
 """
@@ -22,8 +22,8 @@ _STRAIGHT = 0.09
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was seen of one shape, in the n frames where it was in full view.
+class Observation:
+    """Measurements of one shape in the n frames that show it in full.
 
     times_n: clip times. path_n2: centres. diameters_n. turn: radians turned over the clip, turn_gain: the evidence
     for it. kind: its figure. frame: (width, height).
@@ -47,8 +47,8 @@ class Motion:
     error: float
 
 
-def read_motion(seen: Seen) -> Motion:
-    """Return the motion that explains what was seen; it has no name when fewer than three frames show the shape."""
+def read_motion(seen: Observation) -> Motion:
+    """Return the motion that explains an observation; fewer than three frames give it no name, or "move" or "still"."""
     if len(seen.times_n) < 3:
         return _too_short(seen)
     start, end, size_error = _line(seen.times_n, seen.diameters_n[:, None])
@@ -65,14 +65,14 @@ def read_motion(seen: Seen) -> Motion:
     return Motion(name, direction, float(np.hypot(error, size_error / 2)))
 
 
-def _too_short(seen: Seen) -> Motion:
+def _too_short(seen: Observation) -> Motion:
     if len(seen.times_n) < 2:
         return Motion(None, None, 0.0)
     step = seen.path_n2[-1] - seen.path_n2[0]
     return Motion("move", _direction(step), 0.0) if np.abs(step).max() > _STILL else Motion("still", None, 0.0)
 
 
-def _moving(seen: Seen, extent: float) -> tuple[str, str | None, float]:
+def _moving(seen: Observation, extent: float) -> tuple[str, str | None, float]:
     start, end, straight = _line(seen.times_n, seen.path_n2)
     if straight < _STRAIGHT * extent:
         return "move", _direction(end - start), straight
@@ -100,14 +100,14 @@ def _direction(vector: np.ndarray) -> str:
 
 
 def _line(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Values at u = 0 and u = 1 of the line of least squares, and the root-mean-square residual."""
+    """Return the values at u = 0 and u = 1 of the line of least squares, and the root-mean-square residual."""
     basis = np.stack([1 - times, times], -1)
     ends = np.linalg.lstsq(basis, values, rcond=None)[0]
     return ends[0], ends[1], _rms(values - basis @ ends)
 
 
 def _circle(times: np.ndarray, path: np.ndarray) -> tuple[float, float]:
-    """Turn and residual of the best steady orbit z(u) = hub + A exp(i turn u), linear in hub and A for each turn."""
+    """Fit z(u) = hub + A exp(i turn u), linear in hub and A for each turn; return the best turn and its residual."""
     z = path[:, 0] + 1j * path[:, 1]
     turns = np.concatenate([-np.linspace(1.1, 2.1, 21), np.linspace(1.1, 2.1, 21)]) * np.pi
     waves = np.exp(1j * turns[:, None] * times)
@@ -117,8 +117,8 @@ def _circle(times: np.ndarray, path: np.ndarray) -> tuple[float, float]:
     return float(turns[errors.argmin()]), float(errors.min())
 
 
-def _bounce(seen: Seen) -> tuple[str, float]:
-    """Axis and residual of the best flight between the walls of the frame that the figure's own edges touch."""
+def _bounce(seen: Observation) -> tuple[str, float]:
+    """Fit a flight between the walls of the frame, which the edges of the figure touch; return axis and residual."""
     figure, axis = FIGURES[seen.kind], int(np.ptp(seen.path_n2[:, 1]) > np.ptp(seen.path_n2[:, 0]))
     near, far = ((figure.left, figure.right), (figure.up, figure.down))[axis]
     diameter = float(np.median(seen.diameters_n))

@@ -1,8 +1,8 @@
-"""The oracle: reads a clip of the embedded world back from its pixels alone.
+"""Read a clip of the embedded world from its pixels alone.
 
-It knows the vocabulary (palette and figures) and nothing of how a clip was made. Lengths in a Reading are in short
-sides of the frame, x to the right and y down. It is built to bear noise, compression, softness and small shifts of
-colour, as generated clips have them.
+The oracle knows the vocabulary (palette and figures), not the renderer. Lengths in a Reading are in short sides of the
+frame, x to the right and y down. The oracle is made for generated clips: noise, compression, softness and small shifts
+of colour do not disturb it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy import ndimage
 from sora_jax.worlds.captions import COLOURS, KINDS
 from sora_jax.worlds.oracle.backdrop import Plane, around, dot, fit_plane, mean_light, read_backdrop
 from sora_jax.worlds.oracle.kinds import Likeness, compare, moments, read_turn, unit_area
-from sora_jax.worlds.oracle.motion import Motion, Seen, read_motion
+from sora_jax.worlds.oracle.motion import Motion, Observation, read_motion
 
 # Share of shape in a pixel from which it counts as the shape's.
 _INSIDE = 0.4
@@ -142,7 +142,7 @@ def _constancy(shapes: list[ShapeReading], parts_T: np.ndarray) -> float:
 
 
 def _classify(frames: np.ndarray, plane: Plane) -> _Pixels:
-    """Each pixel as a mixture of the background and the one colour of the palette that explains it best."""
+    """Explain each pixel as a mixture of the background and the one colour of the palette that fits best."""
     palette = np.array(list(COLOURS.values()), np.float32)
     toward = palette[:, None, None] - plane.colours_HW3
     departure = frames - plane.colours_HW3
@@ -181,7 +181,7 @@ def _settle(classes_THW: np.ndarray) -> np.ndarray:
 
 
 def _sight(pixels: _Pixels, colour: int) -> Sighting | None:
-    """One colour's shape over the clip; None where it is too little, too seldom seen, or only in specks."""
+    """Find the shape of one colour over the clip; None if it is too small, in too few frames, or only specks."""
     mine_THW = pixels.classes_THW == colour
     frames, height, width = mine_THW.shape
     least = max(5.0, _SMALLEST * min(height, width) ** 2)
@@ -231,7 +231,7 @@ def _read_shape(sighting: Sighting, size: tuple[int, int]) -> ShapeReading:
     if frames > 1:
         turn, gain = read_turn(likeness.scores_TKA[:, KINDS.index(kind)], kind, times[full])
         frame = (size[1] / short, size[0] / short)
-        seen = Seen(times[full], centres / short, diameters, turn, gain, kind, frame)
+        seen = Observation(times[full], centres / short, diameters, turn, gain, kind, frame)
         motion = read_motion(seen)
     path_T2, diameters_T = np.full((frames, 2), np.nan), np.full(frames, np.nan)
     path_T2[full], diameters_T[full] = centres / short, diameters
@@ -256,7 +256,7 @@ def _first_diameter(times: np.ndarray, diameters: np.ndarray) -> float:
 
 
 def _matched(sighting: Sighting, full: np.ndarray, likeness: Likeness, kind: str) -> np.ndarray:
-    """Frames that show the clip's shape; one partly hidden behind another shape has the benefit of the doubt."""
+    """Mark the frames that show the shape of the clip; one that another shape partly hides counts."""
     matched_T = sighting.crossed_T.copy()
     kinds_TK = likeness.kinds_TK
     matched_T[full] = kinds_TK[:, KINDS.index(kind)] >= kinds_TK.max(1) - _LIKENESS_SLACK
@@ -264,7 +264,7 @@ def _matched(sighting: Sighting, full: np.ndarray, likeness: Likeness, kind: str
 
 
 def _crossings(shapes: list[ShapeReading], sightings: list[Sighting]) -> list[ShapeReading]:
-    """Names the pair of a pass: one shape moves along a line, the other lies still and is the more hidden one."""
+    """Name the pair of a pass: one shape moves along a line, the other lies still and is the more hidden one."""
     for i, j in permutations(range(len(shapes)), 2):
         front, behind = shapes[i], shapes[j]
         straight = front.motion == "move" and " " not in (front.direction or " ")
