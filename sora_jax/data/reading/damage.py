@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
+import av.logging
+
 from sora_jax.data.reading.tracks import Damage
 
 _listeners = 0
@@ -13,8 +15,6 @@ _lock = Lock()
 @contextmanager
 def listening() -> Iterator[list]:
     """Yield libav's errors of this thread, as a list of (level, source, text) that grows."""
-    import av.logging
-
     global _listeners
     with _lock:
         _listeners += 1

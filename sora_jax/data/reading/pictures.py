@@ -7,7 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import av
 import numpy as np
+from av.error import FFmpegError, PatchWelcomeError
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from sora_jax.data.fit import crop_box
@@ -83,9 +85,6 @@ def _still(image: Any, file: BinaryIO, several: bool) -> FrameSource:
 
 def check_heic(file: BinaryIO) -> None:
     """Raise Damage where a HEIC file is cut off or holds a zeroed block: libheif leaves the tiles in it grey."""
-    import av
-    from av.error import FFmpegError
-
     file.seek(0)
     with suppress(FFmpegError), av.open(file, "r", metadata_errors="replace") as container:
         for packet in container.demux(container.streams.video):
@@ -98,9 +97,6 @@ def check_heic(file: BinaryIO) -> None:
 
 def check_jpeg(file: BinaryIO) -> None:
     """Raise Damage for an error that libav's decoder finds in the coded data of a JPEG: libjpeg only warns of it."""
-    import av
-    from av.error import FFmpegError, PatchWelcomeError
-
     file.seek(0)
     decoder = av.CodecContext.create("mjpeg", "r")
     decoder.thread_count, decoder.options = 1, {"err_detect": "crccheck+bitstream+buffer+explode"}
