@@ -12,18 +12,7 @@ from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.listing import Listing, list_files
 from sora_jax.data.sources.opened import FileMedia, open_file
-from sora_jax.data.sources.tables import (
-    ORIGINAL,
-    READERS,
-    Annotations,
-    Fields,
-    Row,
-    clean,
-    json_row,
-    merge,
-    number_labels,
-    usual,
-)
+from sora_jax.data.sources.tables import READERS, Annotations, Fields, Row, clean, json_row, merge, number_labels, usual
 from sora_jax.errors import UserError
 from sora_jax.files import is_remote, local_copy, read_together
 
@@ -114,7 +103,7 @@ class Captions:
         beside.sort(key=lambda pair: (_ending(pair[1]) == ".txt", not pair[0]))
         try:
             name.encode()
-            return merge(parts + [self._read_beside(file, kind or ORIGINAL) for kind, file in beside])
+            return merge(parts + [self._read_beside(file, kind or "original") for kind, file in beside])
         except UserError:
             raise
         except Exception as error:  # a damaged archive raises one of many types
