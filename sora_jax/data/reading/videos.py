@@ -35,7 +35,6 @@ from sora_jax.data.reading.tracks import (
 FOREIGN_CONTAINERS = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "lrc", "srt", "webvtt", "ass"}
 # Errors must not end the decoder: it has to get over references that are missing where it begins in mid-file.
 DECODER = {"err_detect": "crccheck+bitstream+buffer", "max_pixels": str(MAX_FRAME_PIXELS)}
-MAX_PACKETS = 4_000_000  # 37 hours at 30 frames a second
 CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
 PROBED = 100  # packets that are decoded if their time stamps look wrong
 MIN_DELAY = 0.01  # seconds; browsers show frames of a GIF with at most this delay for 0.1 s, and makers count on it
@@ -180,8 +179,6 @@ def _read_index(reader: VideoReader) -> Index:
             )
             if len(packets) < PROBED:
                 packets.append(packet)
-            if len(rows) == 4 * MAX_PACKETS:
-                break
     except Exception as error:
         damage = reason(error)
     ticks, marked, discard, durations = np.array(rows, np.int64).reshape(-1, 4).T
