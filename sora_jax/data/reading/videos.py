@@ -158,14 +158,10 @@ def _best_stream(container):
 
 
 def _decoder(stream):
-    """Return libvpx for VP8 and VP9 of 8 bits, and for other streams their own decoder.
-
-    libvpx decodes transparency, and reports damage that FFmpeg's own decoder passes over.
-    """
-    context = stream.codec_context
-    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(context.codec.canonical_name)
-    deep = context.format is None or context.format.components[0].bits > 8
-    return context if deep or name not in av.codecs_available else av.CodecContext.create(name, "r")
+    """Return the stream's own decoder; libvpx if the stream has transparency, which FFmpeg's own decoders leave out."""
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name, "")
+    transparent = stream.metadata.get("alpha_mode") == "1" and name in av.codecs_available
+    return av.CodecContext.create(name, "r") if transparent else stream.codec_context
 
 
 def _read_index(reader: VideoReader) -> Index:
