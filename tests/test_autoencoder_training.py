@@ -401,7 +401,7 @@ def test_a_cache_of_codes_gives_back_the_codes(data, tmp_path):
         index = np.asarray(codes.indices(FSQ.codes, raw))
         np.testing.assert_array_equal(index, cache.info.to_indices(cache[i]))
         assert index.max() < 20 and set(np.unique(np.round(raw[..., 0] * 2)).tolist()) <= {-2.0, -1.0, 0.0, 1.0, 2.0}
-    assert len(cache._latents.read(*cache._place(0))) == 4 * np.prod(cache.grids[0])  # one uint32 a position
+    assert len(cache._read(cache._latents, 0)) == 4 * np.prod(cache.grids[0])  # one uint32 a position
     report = evaluate_autoencoder(tmp_path / "run", data, EvaluateOptions(clips=2))
     assert report.codes["size"] == 20 and 0 < report.codes["use"] <= 1 and "codes        20" in report.text
 

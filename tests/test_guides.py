@@ -183,7 +183,7 @@ def test_guides_are_drawn_by_seed_epoch_and_clip(many):
 def test_a_clip_that_does_not_fit_with_its_guides_is_told_before_training(many):
     small = dataclasses.replace(PACKING, length=20)
     PackedBatches(many, BYTES, small, 4, 0)
-    with pytest.raises(UserError, match="packing.length is 20; it must be at least 36, the tokens of clip"):
+    with pytest.raises(UserError, match="packing.length is 20; it must be at least 36, for clip .* and its guides"):
         PackedBatches(many, BYTES, small, 4, 0, shares=HALF)
 
 

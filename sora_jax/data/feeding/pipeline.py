@@ -13,12 +13,7 @@ from sora_jax.config import check
 from sora_jax.data.draws import uniforms
 from sora_jax.data.feeding.epochs import SECTION, ClipIndex, Epochs, Planned, Position, section_count
 from sora_jax.data.feeding.feed import Batch, FeedConfig, read_ahead
-from sora_jax.data.feeding.texts import (
-    CaptionChoice,
-    CaptionStore,
-    EmbeddedCaptions,
-    TokenizedCaptions,
-)
+from sora_jax.data.feeding.texts import CaptionChoice, CaptionStore, EmbeddedCaptions, TokenizedCaptions
 from sora_jax.data.feeding.tokenizer import NoText, Tokenizer
 from sora_jax.data.guides import counts_of
 from sora_jax.data.packing.advice import POOR, advise
