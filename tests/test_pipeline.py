@@ -137,7 +137,7 @@ def test_report_counts_the_padding_of_an_epoch(cache):
         (lambda cache: batches(cache, split="none"), "'none'"),
         (lambda cache: batches(cache, batch=0), "batch is 0"),
         (lambda cache: batches(cache, batch=5, share=ShardSpec(0, 2)), "batch is 5 rows"),
-        (lambda cache: ShardSpec(2, 2), "--shard is 2/2"),
+        (lambda cache: ShardSpec(2, 2), "--shard is '2/2'"),
         (lambda cache: batches(cache, config=PackingConfig(40, patch=(1, 2, 2))), "packing.length is 40"),
         (lambda cache: batches(cache, config=PackingConfig(patch=(1, 4, 4))), "multiple"),
         (lambda cache: batches(cache, config=PackingConfig(text_length=3, patch=(1, 2, 2))), "text_length is 3"),

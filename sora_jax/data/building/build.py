@@ -13,7 +13,7 @@ from sora_jax.data.building.pool import Refusal, map_with_timeout
 from sora_jax.data.building.prepare import BuildConfig, Mix, Unit, hashed_split, open_sources, prepare
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import FORMAT, KEY, KIND, Dataset, add_clip, read_info
+from sora_jax.data.storing.manifest import FORMAT, KEY, KIND, Dataset, add_clip
 from sora_jax.data.storing.parts import PartWriter, ShardedWriter, start
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
@@ -104,7 +104,7 @@ def built_before(config: BuildConfig, mix: Mix) -> Dataset | None:
     out = as_path(config.out)
     if not (out / "dataset.json").exists():
         return None
-    options, before = build_options(config, mix), read_info(out)["options"]
+    options, before = build_options(config, mix), Dataset.read_header(out)["options"]
     digests = {"digests": before.pop("digests")}
     before = to_dict(from_dict(BuildConfig, before)) | digests  # fields that it did not have yet are by default
     changed = sorted(name for name in options if options[name] != before[name])

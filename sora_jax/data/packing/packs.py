@@ -193,14 +193,14 @@ def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[st
     B, L, S, M = len(rows), config.length, config.slots, config.text_length
     grids = [grid_of(item.size, config.patch) for item in items]
     layouts = [item.layout or layout_of(grid, config.rows_per_clip) for item, grid in zip(items, grids)]
-    tokens = _Runs.of(clips, np.array([len(layout.coords) for layout in layouts]), L)
+    tokens = _Runs(clips, np.array([len(layout.coords) for layout in layouts]), L)
     if max(tokens.used) > L:
         for grid in grids:
             check_fits(grid, L)
         raise UserError(f"packing.length is {L}; the clips of a pack need at least {max(tokens.used)}")
-    texts = _Runs.of(clips, np.array([len(item.text) for item in items]), M)
+    texts = _Runs(clips, np.array([len(item.text) for item in items]), M)
     check(max(texts.used) <= M, f"packing.text_length is {M}; the clips of a pack need at least {max(texts.used)}")
-    slots = _Runs.of(clips, np.ones(len(items), np.int64), S)
+    slots = _Runs(clips, np.ones(len(items), np.int64), S)
     slot = slots.starts - slots.row * S
     batch = {
         "segments_BL": tokens.repeat(slot + 1),
@@ -245,30 +245,22 @@ def _tokens(items: Sequence[Item], grids: Sequence[Sequence[int]], runs: _Runs, 
     return tokens_BLP
 
 
-@dataclass(frozen=True)
 class _Runs:
     """Runs of values, one for each clip, that follow each other from the start of rows of a fixed width.
 
-    row, starts (flat), lengths: of each run. within: index in its run of each value. used: values in each row.
+    counts: runs in each row. lengths: of each run. row, starts (flat): where each run begins. within: index in its run
+    of each value. used: values in each row.
     """
 
-    width: int
-    row: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    within: np.ndarray
-    used: list[int]
-
-    @staticmethod
-    def of(counts: np.ndarray, lengths: np.ndarray, width: int) -> _Runs:
-        """Lay out runs from the number of runs in each row, and the length of each run."""
-        row = np.repeat(np.arange(len(counts)), counts)
+    def __init__(self, counts: np.ndarray, lengths: np.ndarray, width: int):
+        self.width, self.lengths = width, lengths
+        self.row = np.repeat(np.arange(len(counts)), counts)
         ends = np.cumsum(lengths)
         before = ends - lengths  # values before each run, of all rows
         row_starts = before[np.cumsum(counts) - counts]
-        within = np.arange(ends[-1], dtype=np.int32) - np.repeat(before.astype(np.int32), lengths)
-        used = np.diff(row_starts, append=ends[-1]).tolist()
-        return _Runs(width, row, row * width + before - row_starts[row], lengths, within, used)
+        self.starts = self.row * width + before - row_starts[self.row]
+        self.within = np.arange(ends[-1], dtype=np.int32) - np.repeat(before.astype(np.int32), lengths)
+        self.used: list[int] = np.diff(row_starts, append=ends[-1]).tolist()
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """Return (rows, width, ...) with all values in their rows, 0 after them."""
