@@ -108,11 +108,6 @@ class Mix:
         """Pairs (file, reason) of the files that were refused when the sources were listed."""
         return [pair for source in self.sources for pair in source.refused]
 
-    @property
-    def digests(self) -> list[str]:
-        """Fingerprint of each source."""
-        return [source.digest() for source in self.sources]
-
 
 def open_sources(config: BuildConfig) -> Mix:
     """Open the sources of the options; UserError if one is missing or its sizes do not fit."""

@@ -37,21 +37,11 @@ class PackingConfig:
 
     def __post_init__(self) -> None:
         for name in ("length", "slots", "text_length", "rows_per_clip", "window"):
-            _check_positive(f"packing.{name}", getattr(self, name))
-        for size in self.patch or ():
-            _check_positive("packing.patch", size)
-        check(
-            self.patch is None or len(self.patch) == 3,
-            f"packing.patch is {self.patch}; it must be three numbers: frames, rows, columns",
-        )
+            value = getattr(self, name)
+            check(value >= 1, f"packing.{name} is {value}; it must be at least 1")
+        three = self.patch is None or len(self.patch) == 3 and min(self.patch) >= 1
+        check(three, f"packing.patch is {self.patch}; it must be three numbers from 1: frames, rows, columns")
         check(self.window <= MAX_WINDOW, f"packing.window is {self.window}; it must be at most {MAX_WINDOW}")
-
-
-def _check_positive(name: str, value: int) -> None:
-    check(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name} is {value!r}; it must be a whole number of at least 1",
-    )
 
 
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:

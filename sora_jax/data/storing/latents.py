@@ -16,9 +16,8 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +52,6 @@ COLUMNS = {
     "weight": "float32",
     "split": "string",
 }
-KEY = ("id", "variant")
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ class CacheInfo:
 
     def header(self) -> dict:
         """Return what `cache.json` says of it, as JSON values."""
-        values = {**vars(self), "factors": list(self.factors), "text": self.text and vars(self.text), "format": FORMAT}
-        values["guides"] = dict(vars(self.guides)) if self.guides else None
+        values = asdict(self) | {"factors": list(self.factors), "format": FORMAT}
+        values["guides"] = values["guides"] if self.guides else None
         return {name: value for name, value in values.items() if name not in ("tiles", "codes", "guides") or value}
 
     @staticmethod
@@ -103,21 +101,19 @@ class CacheInfo:
 
     def to_indices(self, latent_thwC: np.ndarray) -> np.ndarray:
         """Return the indices (t, h, w) of the codes nearest to a discrete latent."""
-        pairs = zip(np.moveaxis(latent_thwC, -1, 0), self._digits, strict=True)
-        digits = [np.abs(z[..., None] - values).argmin(-1) * weight for z, (values, weight) in pairs]
-        return np.sum(digits, axis=0).astype(np.uint32)
+        pairs = zip(np.moveaxis(latent_thwC, -1, 0), self._values, strict=True)
+        digits = tuple(np.abs(z[..., None] - values).argmin(-1) for z, values in pairs)
+        return np.ravel_multi_index(digits, tuple(map(len, self._values)), order="F").astype(np.uint32)
 
     def from_indices(self, indices_thw: np.ndarray) -> np.ndarray:
         """Return the latent (t, h, w, C), float32, of indices of codes."""
-        channels = [values[indices_thw // weight % len(values)] for values, weight in self._digits]
-        return np.stack(channels, -1).astype(np.float32)
+        digits = np.unravel_index(indices_thw, tuple(map(len, self._values)), order="F")
+        pairs = zip(self._values, digits, strict=True)
+        return np.stack([values[digit] for values, digit in pairs], -1).astype(np.float32)
 
     @property
-    def _digits(self) -> list[tuple[np.ndarray, int]]:
-        """The values of the digits of an index, and the weight of each digit."""
-        codes = self.codes or []
-        weights = [math.prod(len(values) for values in codes[:channel]) for channel in range(len(codes))]
-        return [(np.asarray(values), weight) for values, weight in zip(codes, weights, strict=True)]
+    def _values(self) -> list[np.ndarray]:
+        return [np.asarray(values) for values in self.codes or ()]
 
 
 def start_cache(out: str | Path, info: CacheInfo, count: int, layout: dict | None = None) -> ShardedWriter:
@@ -171,7 +167,7 @@ def add_latent(
 
 def finish_cache(parts: ShardedWriter, info: CacheInfo) -> bool:
     """Complete the cache if all its parts are there."""
-    return parts.finish(info.header(), KEY, lambda refused: f"no clip was encoded for the latent cache {parts.out}")
+    return parts.finish(info.header(), lambda refused: f"no clip was encoded for the latent cache {parts.out}")
 
 
 class LatentCache(ClipStore):

@@ -49,7 +49,6 @@ COLUMNS = {
     "flags": "string[]",
 }
 KIND = Kind({PREFIX: PIXELS}, COLUMNS, "dataset.json")
-KEY = ("id", "variant")
 
 
 def add_clip(

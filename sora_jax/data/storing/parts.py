@@ -44,6 +44,7 @@ from sora_jax.files import (
     write_text,
 )
 
+KEY = ("id", "variant")  # columns that identify a row
 PLACES = {"shard": "int32", "record": "int32"}
 STARTED = "started.json"
 CLAIM_TRIES = 50
@@ -95,12 +96,13 @@ class ShardedWriter:
             with replacing(self.file(part, "parquet")) as temporary:
                 pq.write_table(_to_table(writer.rows, self.kind.columns | PLACES), temporary)
 
-    def finish(self, info: dict, unique: Sequence[str] = ("id",), empty: Callable[[list[dict]], str] = str) -> bool:
+    def finish(self, info: dict, empty: Callable[[list[dict]], str] = str) -> bool:
         """Join the parts if all are made, and give the folder its name; return False if some are missing.
+
+        A row with the `KEY` of an earlier one is refused as a duplicate.
 
         Args:
             info: content of the info file beside "clips", "refused", "parts" (numbers) and "digest" (of the rows).
-            unique: columns that identify a row; a row that repeats an earlier one is refused as a duplicate.
             empty: makes the message of the UserError for a folder without rows, from what was refused.
         """
         if (self.out / self.kind.info).exists():
@@ -109,7 +111,7 @@ class ShardedWriter:
             return False
         try:
             with self._as_user_error():
-                counts = _join(self, unique)
+                counts = _join(self)
                 if not counts["clips"]:
                     message = empty(read_lines(self.folder / "refused.jsonl"))
                     remove_folder(self.folder)
@@ -185,7 +187,7 @@ class PartWriter:
         self.refusals.append({"file": file, "reason": reason})
 
 
-def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
+def _join(parts: ShardedWriter) -> dict:
     """Write all rows to one table and all refusals to one file; a part at a time, so memory holds only the keys."""
     import pyarrow.parquet as pq
 
@@ -199,7 +201,7 @@ def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
                 refused += read_lines(parts.file(part, "jsonl"))
                 rows = []
                 for row in pq.read_table(local_copy(parts.file(part, "parquet"))).to_pylist():
-                    key = tuple(row[name] for name in unique)
+                    key = tuple(row[name] for name in KEY)
                     file = row.get("file", "")
                     if key in seen:
                         refused.append({"file": file, "reason": f"duplicate: the same content as {seen[key]}"})
