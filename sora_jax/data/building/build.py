@@ -1,10 +1,10 @@
 """Build a dataset folder from sources of clips (`data build`)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
-from itertools import islice, product
+from itertools import chain, product
 
 from tqdm import tqdm
 
@@ -19,7 +19,6 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path
 
 MACHINERY = dict(out="", workers=0, seconds=60.0, shard="0/1")  # does not decide what is in the dataset
-Result = Clip | Refusal | None
 
 
 def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] | None = None) -> Dataset | None:
@@ -55,13 +54,17 @@ def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] 
 
 
 def make_parts(config: BuildConfig, mix: Mix, parts: ShardedWriter, numbers: list[int], progress: bool = False) -> None:
-    """Decode and write these parts of the dataset, one after the other."""
-    units = [unit for part in numbers for unit in units_of(config, mix, part)]
-    with closing(map_with_timeout(partial(prepare, mix, config), units, config.workers, config.seconds)) as results:
-        shown = iter(tqdm(results, "clips", len(units), disable=not progress))
+    """Decode and write these parts of the dataset, one after the other; files that listing refused go to part 0."""
+    units = {part: units_of(config, mix, part) for part in numbers}
+    flat = list(chain.from_iterable(units.values()))
+    with closing(map_with_timeout(partial(prepare, mix, config), flat, config.workers, config.seconds)) as results:
+        shown = iter(tqdm(results, "clips", len(flat), disable=not progress))
         for part in numbers:
             with parts.write(part) as writer:
-                write_part(writer, config, mix, part, shown)
+                for file, reason in mix.refused if part == 0 else ():
+                    writer.refuse(file, reason)
+                for unit, result in zip(units[part], shown):
+                    write_result(writer, config, mix, unit, result)
         next(shown, None)  # to the end, where the bar is full
 
 
@@ -73,21 +76,18 @@ def units_of(config: BuildConfig, mix: Mix, part: int) -> list[Unit]:
     return [Unit(*version) for version in versions]
 
 
-def write_part(writer: PartWriter, config: BuildConfig, mix: Mix, part: int, results: Iterator[Result]) -> None:
-    """Write the next results, those of the units of a part; files that listing refused go to part 0."""
-    for file, reason in mix.refused if part == 0 else ():
-        writer.refuse(file, reason)
-    rule, units = config.size_rule, units_of(config, mix, part)
-    for unit, result in zip(units, islice(results, len(units)), strict=True):
-        entry = mix.entry(unit.entry)
-        if isinstance(result, Clip):
-            frames, height, width, _ = result.frames.shape
-            tokens = rule.tokens(frames, height, width)
-            split = entry.split or hashed_split(config, result.id)
-            version = unit.variant + config.variants * unit.mirrored
-            add_clip(writer, result, entry.file, split, tokens, version, entry.weight)
-        elif result is not None:
-            writer.refuse(entry.file, result.reason)
+def write_result(writer: PartWriter, config: BuildConfig, mix: Mix, unit: Unit, result: Clip | Refusal | None) -> None:
+    """Append the clip of a unit to its part, or list its file as refused."""
+    source, place = mix.find(unit.entry)
+    entry = source.entry(place)
+    if isinstance(result, Clip):
+        frames, height, width, _ = result.frames.shape
+        tokens = config.size_rule.tokens(frames, height, width)
+        split = entry.split or hashed_split(config, result.id)
+        version = unit.variant + config.variants * unit.mirrored
+        add_clip(writer, result, entry.file, split, tokens, version, entry.weight)
+    elif result is not None:
+        writer.refuse(entry.file, result.reason)
 
 
 def build_options(config: BuildConfig, mix: Mix) -> dict:

@@ -17,7 +17,7 @@ from sora_jax.data.draws import uniform
 from sora_jax.data.fit import LENGTH_RULES, SizeRule, check_option, check_word, fit_length, longest_length, pad_frames
 from sora_jax.data.reading.media import FitClip, SpanRule
 from sora_jax.data.reading.tracks import MediaError, reason
-from sora_jax.data.sources import Entry, Source, SourceConfig, make_source
+from sora_jax.data.sources import Source, SourceConfig, make_source
 from sora_jax.data.storing.clips import Clip
 from sora_jax.errors import UserError
 from sora_jax.worlds import WorldConfig
@@ -97,11 +97,6 @@ class Mix:
         """Return the source of an index, and the index there."""
         which = bisect_right(self.starts, index) - 1
         return self.sources[which], index - self.starts[which]
-
-    def entry(self, index: int) -> Entry:
-        """Return an entry."""
-        source, place = self.find(index)
-        return source.entry(place)
 
     @property
     def refused(self) -> list[tuple[str, str]]:

@@ -83,7 +83,7 @@ class ClipIndex:
     def section(self, seed: int, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of the clips of a section, and the number of each copy (0, but for weights above 1)."""
         places = np.arange(*section_bounds(len(self), size, number))
-        clips = Permutation.of(len(self), seed, "order", epoch)(places)
+        clips = Permutation(len(self), seed, "order", epoch)(places)
         weights = self.weights[clips].astype(np.float64)
         more = uniforms(seed, "weight", epoch, self.clip_ids[clips]) < weights % 1
         copies = weights.astype(np.int64) + more

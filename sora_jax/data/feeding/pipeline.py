@@ -143,10 +143,18 @@ class PackedBatches:
         self._epochs = Epochs(section_count(len(self.clip_index), section), self._plan)
 
     def _read_columns(self) -> None:
-        """Read from the manifest what is not pickled."""
+        """Read from the manifest what is not pickled; UserError if a clip of the split cannot be packed."""
         self.clip_index = ClipIndex.of(self.store, self.split)
-        self._tokens = _token_counts(self.store.grids, self.patch, self.config.length, self.clip_index.rows)
-        self._frames = self.store.grids[:, 0] // np.int32(self.patch[0])
+        rows, patch = self.clip_index.rows, np.array(self.patch, np.int32)
+        grids, rest = np.divmod(self.store.grids[rows], patch)
+        wrong = np.flatnonzero(((grids < 1) | (rest > 0)).any(1))
+        if len(wrong):
+            grid_of(self.store.grids[rows[wrong[0]]], self.patch)
+        tokens = grids.prod(1)
+        check_fits(grids[tokens.argmax()], self.config.length)
+        self._tokens = np.zeros(len(self.store), np.int32)
+        self._tokens[rows] = tokens
+        self._frames = self.store.grids[:, 0] // patch[0]
 
     def _check(self) -> None:
         """Raise UserError, before the first step, for what would end the run in some later epoch."""
@@ -314,17 +322,3 @@ def _numbered(ids: np.ndarray) -> np.ndarray:
     if len(different) < len(ids):
         numbers[np.argsort(which, kind="stable")] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
     return numbers
-
-
-def _token_counts(sizes_N3: np.ndarray, patch: tuple[int, int, int], length: int, rows: np.ndarray) -> np.ndarray:
-    """Return the tokens (N,) int32 of latents of these sizes (t, h, w); UserError if one of `rows` cannot be packed."""
-    sizes, patch_3 = sizes_N3[rows], np.array(patch, sizes_N3.dtype)
-    grids = sizes // patch_3
-    wrong = np.flatnonzero(((grids < 1) | (grids * patch_3 != sizes)).any(1))
-    if len(wrong):
-        grid_of(sizes[wrong[0]], patch)
-    counts = grids.prod(1)
-    check_fits(grids[counts.argmax()], length)
-    tokens = np.zeros(len(sizes_N3), np.int32)
-    tokens[rows] = counts
-    return tokens

@@ -125,14 +125,10 @@ class Dataset(ClipStore):
         row = self.row(index)
         pixels = np.frombuffer(self._shards.read(row["shard"], row["record"]), np.uint8)
         frames = pixels.reshape(row["frames"], row["height"], row["width"], 3)
+        captions = dict(zip(row["kinds"], row["captions"], strict=True))
         label = None if row["label"] < 0 else row["label"]
         flags = tuple(row["flags"])
-        return Clip(row["id"], frames, row["fps"], captions_of(row), row["source"], label, row["start"], flags)
-
-
-def captions_of(row: dict) -> dict[str, str]:
-    """Return kind -> text of a row."""
-    return dict(zip(row["kinds"], row["captions"], strict=True))
+        return Clip(row["id"], frames, row["fps"], captions, row["source"], label, row["start"], flags)
 
 
 def caption_of(row: dict) -> str:

@@ -10,6 +10,7 @@ from sora_jax.data.fit import pad_frames
 
 MARGIN = 6
 GAP = 2
+FONT_SIZE = 13
 
 
 def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
@@ -21,12 +22,7 @@ def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
 
 
 def contact_sheet(
-    clips: Sequence[np.ndarray],
-    captions: Sequence[str],
-    columns: int = 2,
-    scale: int = 1,
-    shown: int = 4,
-    font_size: int = 13,
+    clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 2, scale: int = 1, shown: int = 4
 ) -> np.ndarray:
     """Draw a white sheet (H, W, 3) uint8 with a cell for each clip: a strip of frames over its wrapped caption.
 
@@ -34,7 +30,7 @@ def contact_sheet(
     """
     strips = [strip(clip, shown, scale) for clip in clips]
     width = max([160] + [s.shape[1] for s in strips])
-    cells = [_cell(s, caption, width, font_size) for s, caption in zip(strips, captions, strict=True)]
+    cells = [_cell(s, caption, width) for s, caption in zip(strips, captions, strict=True)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return np.concatenate([_row(row, columns) for row in rows])
 
@@ -68,8 +64,8 @@ def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:
     return row
 
 
-def _cell(strip: np.ndarray, caption: str, width: int, font_size: int) -> np.ndarray:
-    font = ImageFont.load_default(font_size)
+def _cell(strip: np.ndarray, caption: str, width: int) -> np.ndarray:
+    font = ImageFont.load_default(FONT_SIZE)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's own, where it was built with FreeType
     lines = wrap(caption, font, width)
     line_height = sum(font.getmetrics())
