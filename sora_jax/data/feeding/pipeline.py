@@ -165,15 +165,15 @@ class PackedBatches:
             f"packing.rows_per_clip is {config.rows_per_clip}; it must be at least {frames + 1}: a row for each of the "
             f"{frames} token frames of a clip, and one for what is given",
         )
-        text = f"a caption of clip %r, or tokenizer.max_tokens at most {config.text_length}"
+        text = f"the tokens of a caption of clip %r, or tokenizer.max_tokens at most {config.text_length}"
         for option, counts, what in (
-            ("length", self._lengths(rows, 0, self._most_guides(rows)), "clip %r and its guides"),
+            ("length", self._lengths(rows, 0, self._most_guides(rows)), "for clip %r and its guides"),
             ("text_length", self.captions.most(rows), text),
         ):
             most, given = int(counts.max()), getattr(config, option)
             if most > given:
-                what %= self.store.ids([rows[counts.argmax()]])[0]
-                raise UserError(f"packing.{option} is {given}; it must be at least {most}, the tokens of {what}")
+                name = self.store.ids([rows[counts.argmax()]])[0]
+                raise UserError(f"packing.{option} is {given}; it must be at least {most}, {what % name}")
         expected = self.clip_index.weights.sum(dtype=np.float64)
         check(expected >= 1, f"the weights of the sources give an epoch of {expected:.2g} clips; make them larger")
 
