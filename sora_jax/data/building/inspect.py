@@ -143,11 +143,8 @@ def _text(summary: dict) -> str:
             advice = f": {value['advice']}" if value["advice"] else ""
             value = f"{value['fill']:.1%} of {value['packs']} packs of {sizes}{advice}"
         elif isinstance(value, dict):
-            value = _shortened([f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8)
+            parts, most = [f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8
+            more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+            value = ", ".join(parts[:most] + more) or "none"
         lines.append(f"{name.replace('_', ' '):<16} {value}")
     return "\n".join(lines)
-
-
-def _shortened(parts: list[str], most: int) -> str:
-    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
-    return ", ".join(parts[:most] + more) or "none"
