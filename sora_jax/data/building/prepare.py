@@ -6,7 +6,6 @@ All choices are functions of (seed, variant, clip id), so they do not depend on 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from itertools import accumulate
 from math import isqrt
 from typing import NamedTuple
@@ -75,6 +74,10 @@ class BuildConfig:
     def size_rule(self) -> SizeRule:
         """Rule of the sizes of clips."""
         return SizeRule(**{field.name: getattr(self, field.name) for field in fields(SizeRule)})
+
+    def length_of(self, frames: int) -> int:
+        """Return the number of frames that a clip of so many gets."""
+        return fit_length(frames, self.time_factor, self.max_frames, self.length_rule)
 
 
 _WORDS = {"length_rule": LENGTH_RULES, "place": tuple(PLACES), "missing_caption": ("refuse", "empty")}
@@ -160,17 +163,17 @@ def _span(config: BuildConfig, unit: Unit, clip_id: str) -> SpanRule:
 def _fit(config: BuildConfig, unit: Unit, source: Source, clip_id: str) -> FitClip | None:
     if source.name.startswith("world") and config.framing == "native":
         return None  # it comes as it is drawn
-    return partial(_size, config, uniform(config.seed, f"size/{unit.variant}", clip_id))
+    draw = uniform(config.seed, f"size/{unit.variant}", clip_id)
 
+    def size(height: int, width: int, frames: int) -> tuple[int, int]:
+        return config.size_rule(height, width, config.length_of(frames), draw)
 
-def _size(config: BuildConfig, draw: float, height: int, width: int, frames: int) -> tuple[int, int]:
-    length = fit_length(frames, config.time_factor, config.max_frames, config.length_rule)
-    return config.size_rule(height, width, length, draw)
+    return size
 
 
 def _to_length(clip: Clip, config: BuildConfig, place: float) -> Clip | Refusal:
     have = len(clip.frames)
-    length = fit_length(have, config.time_factor, config.max_frames, config.length_rule)
+    length = config.length_of(have)
     if length < config.min_frames:
         flags = f" ({'; '.join(clip.flags)})" if clip.flags else ""
         return Refusal(f"too short: {have} frames give {length}, --min-frames is {config.min_frames}{flags}")
