@@ -297,9 +297,9 @@ def no_loading(monkeypatch):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--prompt=a", "--out=clip.avi"], "it must end in .mp4, .gif or .webp"),
-        (["--prompt=a", "--out=clip"], "it must end in .mp4, .gif or .webp"),
-        (["--prompt=a", "--out=clip.png", "--frames=5"], "clip.png; it must end in .mp4, .gif or .webp for 5"),
+        (["--prompt=a", "--out=clip.avi"], "must end in"),
+        (["--prompt=a", "--out=clip"], "must end in"),
+        (["--prompt=a", "--out=clip.png", "--frames=5"], "must end in"),
         (["--out=clip.gif"], "no prompt"),
         (["--out=clip.gif", "--prompts-file=none.txt"], "none.txt"),
         (["--out=clip.gif", f"--prompts-file={os.devnull}"], "devnull|no such file|no prompt"),
