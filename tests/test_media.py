@@ -219,13 +219,6 @@ def test_gif_pauses_and_cut_gif(tmp_path):
     assert 1 <= len(decode(tmp_path / "cut.gif").frames) < 6
 
 
-def test_animated_png(tmp_path):
-    first, *rest = [Image.fromarray(frame) for frame in flat(4)]
-    first.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=125)
-    clip = decode(tmp_path / "a.png")
-    assert (clip.fps, names(clip.frames)) == (8.0, [0, 1, 2, 3])
-
-
 def test_fit_scales_to_cover_and_crops_evenly(tmp_path):
     frame = np.zeros((40, 80, 3), np.uint8)
     frame[:, 20:60] = 255  # the middle square

@@ -25,7 +25,7 @@ from sora_jax.data.reading.tracks import MediaError
 
 SMALL = 450_000  # bytes
 FIT = SizeRule(2, 128 * 128)
-RULE = SpanRule(max_frames=256)
+RULE = SpanRule(max_frames=512)
 NEAR = 30.0  # dB
 DAMAGES = ("flips", "zeros", "end cut off")
 NO_MEDIA = (".csv", ".jsonl", ".md", ".tar", ".txt", ".zip")

@@ -25,7 +25,7 @@ HEADER = ["file", "spans", "first span, s", "later spans, median s", "later span
 
 
 def make_file(path: Path, minutes: float, height: int = 1080, width: int = 1920) -> Path:
-    """A film of drifting blocks; its packets are those of twenty seconds, over and over with later time stamps."""
+    """Write a film of drifting blocks: the packets of twenty seconds over and over, with later time stamps."""
     import av
 
     coarse = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8 + SEGMENT, 3), dtype=np.uint8)
@@ -50,7 +50,7 @@ def make_file(path: Path, minutes: float, height: int = 1080, width: int = 1920)
 
 
 def read_spans(path: str, spans: int) -> dict:
-    """Seconds of each span and the process's peak memory in MiB."""
+    """Return the seconds of each span and the process's peak memory in MiB."""
     seconds, starts = [], []
     for number in range(spans):
         begun = time.perf_counter()

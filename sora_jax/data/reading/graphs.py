@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from av import VideoFrame
 from av.filter import Graph
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import ColorRange
 
 from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
@@ -87,7 +88,8 @@ class FrameRenderer:
 def display_matrix(frame: VideoFrame) -> np.ndarray | None:
     """Return the display matrix of a frame, (9,)."""
     try:
-        found: Any = frame.side_data.get("DISPLAYMATRIX")
+        # `frame.side_data` would be kept in a cycle with the frame, until Python collects its garbage.
+        found: Any = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     except ValueError:  # PyAV lists no side data if one is of a type that it does not know
         angle = np.radians(frame.rotation)
         return np.array([np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1]) * 2**16

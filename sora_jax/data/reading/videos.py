@@ -5,7 +5,6 @@ decoder that conceals damage reports it in libav's log: the log is read after ev
 ends the file. Errors of a decoder that catches up after a cut do not count.
 """
 
-import gc
 import os
 from array import array
 from collections.abc import Iterator
@@ -154,8 +153,6 @@ def _identity(file: File) -> object:
 
 @contextmanager
 def _open_reader(file: File, log: list) -> Iterator[VideoReader]:
-    # PyAV's containers and streams refer to each other: until then the decoder of the file before holds its frames.
-    gc.collect(1)
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
@@ -218,7 +215,7 @@ def _read_index(reader: VideoReader) -> Index:
     times, in_order, flags = _frame_times(reader, ticks[discard == 0], packets[:PROBED], rate)
     period = usual_period(times, times[-1] + 1 / rate)
     end = float(times[-1] + period)
-    promised = _header_duration(reader.stream)
+    promised = 0.0 if reader.codec == "gif" else _header_duration(reader.stream)  # a GIF's is with the last delay
     if not damage and promised > end - times[0] + max(2 * period, 0.1):
         damage = f"it ends after {end - times[0]:.2f} of {promised:.2f} seconds"
     keys = np.sort(ticks[(marked == 1) & (ticks != UNKNOWN) & (not in_order)])
