@@ -82,7 +82,8 @@ def test_data_build_shows_the_defaults_of_its_config(tmp_path):
     assert config == BuildConfig(out=str(tmp_path), sources=(SourceConfig(path=str(tmp_path)),))
     values = vars(config) | {flag: vars(config.sources[0])[field] for flag, field in data_parser.SOURCE_FLAGS.items()}
     values |= {"world": "simple", "path": None}
-    special = {"min_pixels": "(4 * multiple)^2"}
+    special = {"min_pixels": "(4 * multiple)^2", "split": "all", "label_field": "label"}
+    special |= {"media_field": None, "caption_field": "caption, text or prompt"}
     shown = {a.dest: shown_default(name, a.option_strings[0]) for a in PARSERS[name]._actions if a.dest in values}
     assert {"workers", "max_frames", "holdout", "source", "strip_fps"} <= set(shown)
     for option, text in shown.items():
@@ -278,10 +279,10 @@ def test_wrong_sources(chain, tmp_path, capsys):  # noqa: F811
     shutil.copytree(chain.clips, tmp_path / "silent")
     (tmp_path / "silent" / "captions.csv").unlink()
     out = tmp_path / "dataset"
-    assert "is empty" in refused(capsys, *build_options(tmp_path / "empty", out))
-    assert "not a folder" in refused(capsys, *build_options(tmp_path / "none", out))
+    assert "there are none" in refused(capsys, *build_options(tmp_path / "empty", out))
+    assert "must be a folder of videos or pictures" in refused(capsys, *build_options(tmp_path / "none", out))
     assert "6 x no caption" in refused(capsys, *build_options(tmp_path / "silent", out), "--workers=1")
-    assert "max_frames" in refused(capsys, *build_options(chain.clips, chain.dataset), "--max-frames=5")
+    assert "--max-frames=9, not 5" in refused(capsys, *build_options(chain.clips, chain.dataset), "--max-frames=5")
     assert "simple" in refused(capsys, "data", "build", "--source=world", "--world=flat", "--limit=2", f"--out={out}")
     assert not out.exists()
 
