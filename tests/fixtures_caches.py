@@ -3,6 +3,7 @@
 import numpy as np
 
 from sora_jax.data.guides import guide_frames
+from sora_jax.data.packing.packs import unstack
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import clip_id_of
 from sora_jax.data.storing.latents import (
@@ -48,6 +49,12 @@ def guides_of(row: dict, info: CacheInfo) -> GuideLatents:
     frames = guide_frames(info.guides, clip_id_of(row["id"]), row["frames"])
     draws = np.random.default_rng(list(row["id"].encode()))
     return GuideLatents(frames, [draws.normal(size=(1, *row["grid"][1:], 2)).astype(np.float16) for _ in frames])
+
+
+def packs_of(stream, count: int) -> list[dict]:
+    """The first packs of the stream of `PackedBatches`."""
+    steps = -(-count // stream.batch)
+    return [pack for step in range(steps) for pack in unstack(stream[step])][:count]
 
 
 def hash_of(caption: str) -> float:

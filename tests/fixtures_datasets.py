@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from sora_jax.data.storing.manifest import FORMAT, KEY, KIND
+from sora_jax.data.storing.manifest import FORMAT, KIND
 from sora_jax.data.storing.parts import start
 
 
@@ -12,4 +12,12 @@ def write_dataset(out, options: dict):
     parts = start(out, KIND, {"options": options}, 1)
     with parts.write(0) as writer:
         yield writer
-    parts.finish({"format": FORMAT, "options": options}, KEY)
+    parts.finish({"format": FORMAT, "options": options})
+
+
+def same_folder(one, other) -> None:
+    """Compare two folders to the byte."""
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -1,6 +1,7 @@
 """A build by Apache Beam is the build of one process, to the byte."""
 
 import pytest
+from fixtures_datasets import same_folder
 from fixtures_runs import write_clips
 
 from sora_jax.data.building.build import build
@@ -29,10 +30,7 @@ def test_the_same_folder(tmp_path, clips):
     alone = build(config(tmp_path, "alone"), progress=False)
     by_beam = build_with_beam(config(tmp_path, "beam"), "--runner=DirectRunner --direct_num_workers=2")
     assert len(alone) == len(by_beam) == 6 and len(by_beam.refused) == 1
-    names = sorted(path.name for path in alone.path.iterdir())
-    assert names == sorted(path.name for path in by_beam.path.iterdir())
-    for name in names:
-        assert (alone.path / name).read_bytes() == (by_beam.path / name).read_bytes(), name
+    same_folder(alone.path, by_beam.path)
     assert build_with_beam(config(tmp_path, "beam")).digest == alone.digest  # built before: kept
 
 

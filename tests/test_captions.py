@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, write_cache
+from fixtures_caches import INFO, TEXT, clip_row, embeddings_of, packs_of, write_cache
 
 from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.texts import CaptionChoice, EmbeddedCaptions, TokenizedCaptions, captions_in_order, parse_mix
@@ -98,7 +98,8 @@ def test_embeddings_travel_to_the_pack_and_the_null_caption_is_marked(tmp_path):
     texts = EmbeddedCaptions(cache)
     np.testing.assert_array_equal(texts.lengths(np.array([0, 0, 1, 2, 3]), np.array([0, 1, 0, 0, 0])), [3, 2, 1, 1, 4])
     config = PackingConfig(length=8, slots=4, text_length=16, patch=(1, 2, 2))
-    row = PackedBatches(cache, None, config, 1, 0, captions="synthetic=1").row(0)
+    stream = PackedBatches(cache, None, config, 1, 0, captions="synthetic=1")
+    (row,) = packs_of(stream, 1)
     assert row["embeddings_ME"].shape == (16, 3)
     for slot, clip_id in enumerate(row["clip_ids_S"]):
         clip = int(np.flatnonzero(cache.clip_ids == clip_id)[0])

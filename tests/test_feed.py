@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
 
-from sora_jax.data.feeding.feed import FeedConfig, read_ahead
+from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import TokenizerConfig, train
-from sora_jax.data.packing.packs import PackingConfig
+from sora_jax.data.packing.packs import PackingConfig, unstack
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import UserError
 
@@ -48,11 +48,11 @@ def cache(tmp_path_factory):
 def expected(cache):
     """Digests (STEPS, BATCH) of all packs, made one by one in this process."""
     stream = stream_of(cache)
-    return [[digest(stream.row(step * BATCH + row)) for row in range(BATCH)] for step in range(STEPS)]
+    return [[digest(pack) for pack in unstack(stream[step])] for step in range(STEPS)]
 
 
 HOST = """
-import json, sys, time
+import json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from itertools import islice
 from test_feed import digest, stream_of
@@ -62,22 +62,21 @@ from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.packing.packs import unstack
 
 if __name__ == "__main__":
-    path, host, hosts, start, position, workers, pause = json.loads(sys.argv[1])
+    path, host, hosts, start, position, workers = json.loads(sys.argv[1])
     stream = stream_of(LatentCache(path), host, hosts)
     feed = FeedConfig(workers=workers, threads=1, ahead=2)
     for step, (batch, position) in enumerate(stream.stream(start, feed, Position(*position)), start):
         print(json.dumps([step, [digest(pack) for pack in unstack(batch)], position]), flush=True)
-        time.sleep(pause)
 """
 
 
-def host(tmp_path, cache, index, hosts, start=0, position=(0, 0), workers=0, pause=0.0) -> subprocess.Popen:
+def host(tmp_path, cache, index, hosts, start=0, position=(0, 0), workers=0) -> subprocess.Popen:
     """A process that prints (step, digests of its rows, position) line by line, without end."""
     script = tmp_path / "host.py"
     tests = Path(__file__).parent
     if not script.exists():  # another host may be reading it
         script.write_text(HOST.format(tests=str(tests), root=str(tests.parent)))
-    arguments = json.dumps([str(cache.path), index, hosts, start, list(position), workers, pause])
+    arguments = json.dumps([str(cache.path), index, hosts, start, list(position), workers])
     command = [sys.executable, str(script), arguments]
     # A group of its own, so that its workers can be ended with it.
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -127,33 +126,16 @@ def test_worker_processes_change_nothing(tmp_path, cache, expected, workers):
     assert joined([lines]) == expected[3:23]
 
 
-def test_a_process_killed_in_the_middle_of_a_batch_loses_nothing(tmp_path, cache, expected):
-    killed = host(tmp_path, cache, 0, 1, pause=0.01)
-    first = read(killed, 2)
-    time.sleep(0.05)
-    kill(killed)
-    again = host(tmp_path, cache, 0, 1, start=2, position=first[-1][2])
-    rest = read(again, 10)
-    kill(again)
-    assert joined([first + rest]) == expected[:12]
-
-
 def test_a_section_that_ends_finds_the_next_one_planned(cache):
     stream = stream_of(cache)
     asked = []
     real = stream._epochs._plan_of
     stream._epochs._plan_of = lambda epoch, section: asked.append((epoch, section)) or real(epoch, section)
-    stream.row(0)
+    stream[0]
     deadline = time.monotonic() + 30
     while len(asked) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert asked == [(0, 0), (0, 1)]  # the second one before a row of it was asked for
-
-
-@pytest.mark.parametrize("threads, ahead", [(0, 4), (3, 1), (1, 9)])
-def test_steps_come_in_order(threads, ahead):
-    feed = FeedConfig(threads=threads, ahead=ahead)
-    assert list(islice(read_ahead(lambda step: step * step, 7, feed), 30)) == [n * n for n in range(7, 37)]
 
 
 @pytest.mark.parametrize("options", [{"workers": -1}, {"threads": -1}, {"ahead": 0}])

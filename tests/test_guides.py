@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from fixtures_caches import INFO, clip_row, write_cache
+from fixtures_caches import INFO, clip_row, packs_of, write_cache
 from fixtures_runs import chain, run, train_options, trained, with_random_weights  # noqa: F401
 
 from sora_jax.data.feeding.pipeline import PackedBatches, PackingShares
@@ -140,8 +140,7 @@ def many(tmp_path_factory):
 def test_guides_are_packed_behind_their_clip(many):
     stream = PackedBatches(many, BYTES, PACKING, 4, 0, shares=HALF)
     counts = {"key frames": 0, "sketches": 0, "clips": 0, "one sketch": 0}
-    for row in range(stream.report().packs):
-        pack = stream.row(row)
+    for pack in packs_of(stream, stream.report().packs):
         for slot, latent in enumerate(unpack(pack, PACKING.patch)):
             clip = int(np.flatnonzero(many.clip_ids == pack["clip_ids_S"][slot])[0])
             own, held = many[clip], many.column("guide_frames")[clip].as_py()

@@ -234,10 +234,7 @@ def test_mistakes_are_told_in_one_sentence(make, words):
         make()
     for word in words:
         assert word in str(error.value)
-
-
-def test_the_sizes_that_an_error_recommends_do_fit():
-    for grid in ((3, 8, 8), (5, 6, 6)):
+    for grid in ((3, 8, 8), (5, 6, 6)):  # which an error recommends
         check_fits(grid, 192)
 
 

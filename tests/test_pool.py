@@ -30,6 +30,7 @@ def raising(number: int) -> int:
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_results_are_in_order_for_any_number_of_workers(workers):
     assert list(map_with_timeout(square, range(20), workers, 30)) == [n**2 for n in range(20)]
+    assert list(map_with_timeout(square, [], workers, 30)) == []
 
 
 def test_a_crash_and_a_hang_cost_only_their_own_item():
@@ -99,7 +100,3 @@ def test_what_the_task_raises_is_raised_here():
     with pytest.raises(ZeroDivisionError) as raised:
         list(map_with_timeout(raising, [2, 1, 0], 1, 30))
     assert "in raising" in "".join(raised.value.__notes__)
-
-
-def test_no_items():
-    assert list(map_with_timeout(square, [], 2, 30)) == []

@@ -12,18 +12,18 @@ from sora_jax.data.feeding.shuffle import Permutation
 
 @given(st.integers(1, 3000), st.integers(0, 2**31), st.integers(0, 1000))
 def test_an_order_is_a_permutation(n, seed, epoch):
-    order = Permutation.of(n, seed, "order", epoch)(np.arange(n))
+    order = Permutation(n, seed, "order", epoch)(np.arange(n))
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
 
 
 def test_orders_differ_by_seed_purpose_and_epoch():
     keys = ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))
-    assert len({tuple(Permutation.of(500, *key)(np.arange(500))) for key in keys}) == 4
+    assert len({tuple(Permutation(500, *key)(np.arange(500))) for key in keys}) == 4
 
 
 def test_every_thing_comes_to_every_place():
     """The thing at each of 12 places over 6,000 orders is uniform (chi-squared, at the one in 10,000 level)."""
-    things = np.stack([Permutation.of(12, 0, "order", epoch)(np.arange(12)) for epoch in range(6000)])
+    things = np.stack([Permutation(12, 0, "order", epoch)(np.arange(12)) for epoch in range(6000)])
     for place in range(12):
         assert stats.chisquare(np.bincount(things[:, place], minlength=12)).pvalue > 1e-4
     pairs = np.bincount(things[:, 0] * 12 + things[:, 1], minlength=144)

@@ -327,7 +327,7 @@ def test_of_several_processes_one_keeps_the_tokens_there(bucket, chain, monkeypa
 
 
 def test_a_folder_in_the_making_goes_on_and_is_not_taken_for_another(bucket):  # noqa: F811
-    kind = Kind({}, {"id": "string"}, "info.json")
+    kind = Kind({}, {"id": "string", "variant": "int32"}, "info.json")
     out = f"{ROOT}/parts"
     parts = start(out, kind, {"a": 1}, 2)
     with parts.write(1) as writer:

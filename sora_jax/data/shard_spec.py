@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from sora_jax.config import check
 
+RULE = "it must be i/n with i from 0 to n - 1, such as 0/4"
+
 
 @dataclass(frozen=True)
 class ShardSpec:
@@ -13,16 +15,13 @@ class ShardSpec:
     count: int = 1
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.index < self.count, f"--shard is {self.index}/{self.count}; it must be i/n with i from 0 to n - 1"
-        )
+        check(0 <= self.index < self.count, f"--shard is '{self.index}/{self.count}'; {RULE}")
 
     @staticmethod
     def parse(text: str) -> "ShardSpec":
         """Read "i/n", as `--shard` is given on the command line."""
         index, _, count = text.partition("/")
-        numbers = index.isdigit() and count.isdigit()
-        check(numbers, f"--shard is {text}; it must be i/n with i from 0 to n - 1, such as 0/4")
+        check(index.isdigit() and count.isdigit(), f"--shard is {text!r}; {RULE}")
         return ShardSpec(int(index), int(count))
 
     def rows(self, total: int) -> range:

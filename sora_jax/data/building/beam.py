@@ -8,14 +8,14 @@ import os
 import shlex
 from functools import lru_cache
 
-from sora_jax.data.building.build import built_before, finish, make_parts, start_parts
+from sora_jax.data.building.build import build, make_parts
 from sora_jax.data.building.prepare import BuildConfig, Mix, open_sources
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.data.storing.parts import ShardedWriter
 from sora_jax.errors import UserError
 
 
-def build_with_beam(config: BuildConfig, options: str = "") -> Dataset:
+def build_with_beam(config: BuildConfig, options: str = "") -> Dataset | None:
     """Build a dataset as `build.build` does, its parts made by a Beam runner.
 
     The paths of the sources and `config.out` must be of `gs://`, or on a file system that all workers mount.
@@ -32,25 +32,22 @@ def build_with_beam(config: BuildConfig, options: str = "") -> Dataset:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError("--beam needs Apache Beam: pip install 'sora_jax[beam]'") from error
-    mix = open_sources(config)
-    if (made := built_before(config, mix)) is not None:
-        return made
-    parts = start_parts(config, mix)
-    try:
-        with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
-            numbers = pipeline | "parts" >> beam.Create(parts.missing()) | beam.Reshuffle()
-            _ = numbers | "make" >> beam.Map(_make, config, parts)
-    except Exception as error:  # a runner wraps what its workers raise in one of many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--beam is {options!r}; it ended early, the same command resumes: {reason}") from error
-    dataset = finish(parts, config, mix)
-    assert dataset is not None  # the pipeline made all parts
-    return dataset
+
+    def make(config: BuildConfig, mix: Mix, parts: ShardedWriter, numbers: list[int], progress: bool) -> None:
+        try:
+            with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+                elements = pipeline | "parts" >> beam.Create(numbers) | beam.Reshuffle()
+                _ = elements | "make" >> beam.Map(_make, config, parts)
+        except Exception as error:  # a runner wraps what its workers raise in one of many types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--beam is {options!r}; it ended early, the same command resumes: {reason}") from error
+
+    return build(config, progress=False, make=make)
 
 
 def _make(part: int, config: BuildConfig, parts: ShardedWriter) -> None:
     if not parts.is_made(part):  # by a worker that was thought lost
-        make_parts(config, _sources(config, os.getpid()), parts, [part], progress=False)
+        make_parts(config, _sources(config, os.getpid()), parts, [part])
 
 
 @lru_cache(maxsize=1)

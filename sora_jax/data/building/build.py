@@ -1,10 +1,10 @@
 """Build a dataset folder from sources of clips (`data build`)."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
-from itertools import islice, product
+from itertools import chain, product
 
 from tqdm import tqdm
 
@@ -13,53 +13,58 @@ from sora_jax.data.building.pool import Refusal, map_with_timeout
 from sora_jax.data.building.prepare import BuildConfig, Mix, Unit, hashed_split, open_sources, prepare
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip
-from sora_jax.data.storing.manifest import FORMAT, KEY, KIND, Dataset, add_clip, read_info
+from sora_jax.data.storing.manifest import FORMAT, KIND, Dataset, add_clip
 from sora_jax.data.storing.parts import PartWriter, ShardedWriter, start
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 
 MACHINERY = dict(out="", workers=0, seconds=60.0, shard="0/1")  # does not decide what is in the dataset
-Result = Clip | Refusal | None
 
 
-def build(config: BuildConfig, progress: bool = True) -> Dataset | None:
+def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] | None = None) -> Dataset | None:
     """Read every clip of the sources, give it an allowed size and length, and write the folder `config.out`.
 
     Clips that cannot be used are listed in `refused.jsonl` and never stop the build. The dataset does not depend on
     the number of workers and of processes. A build that was stopped resumes after its last whole part; a folder that
     was built before with the same options from the same files is returned as it is.
 
-    Returns None while other processes (`config.shard`) still work on their parts.
+    make: makes some parts instead of `make_parts`, with its arguments. Returns None while other processes
+    (`config.shard`) still work on their parts.
 
     Raises:
         UserError: a source is missing or empty or has nothing that can be used, or `out` is in use.
     """
     share, mix = ShardSpec.parse(config.shard), open_sources(config)
-    if (made := built_before(config, mix)) is not None:
+    if (made := _built_before(config, mix)) is not None:
         return made
-    parts = start_parts(config, mix)
+    check(len(mix) or mix.refused, f"{_sources(config)}; it must hold videos or pictures, there are none")
+    options = build_options(config, mix)
+    parts = start(config.out, KIND, {"options": options}, max(1, -(-len(mix) // config.clips_per_shard)))
     missing = parts.missing(share)
     if progress and (done := parts.count - len(parts.missing())):
         print(f"{done} of {parts.count} parts are made, {len(missing)} are left for this process", flush=True)
-    make_parts(config, mix, parts, missing, progress)
-    return finish(parts, config, mix)
+    (make or make_parts)(config, mix, parts, missing, progress)
+
+    def nothing_usable(refused: list[dict]) -> str:
+        counts, last = tally(entry["reason"] for entry in refused), refused[-1]
+        return f"{_sources(config)}; it holds nothing usable: {counts}; {last['file']}: {last['reason']}"
+
+    finished = parts.finish({"format": FORMAT, "options": options}, nothing_usable)
+    return Dataset(config.out) if finished else None
 
 
-def start_parts(config: BuildConfig, mix: Mix) -> ShardedWriter:
-    """Open the unfinished dataset, new or as an earlier call left it; UserError if the sources have no entry."""
-    check(len(mix) or mix.refused, f"{_sources(config)}; it must hold videos or pictures, there are none")
-    count = max(1, -(-len(mix) // config.clips_per_shard))
-    return start(config.out, KIND, {"options": build_options(config, mix)}, count)
-
-
-def make_parts(config: BuildConfig, mix: Mix, parts: ShardedWriter, numbers: list[int], progress: bool) -> None:
-    """Decode and write these parts of the dataset, one after the other."""
-    units = [unit for part in numbers for unit in units_of(config, mix, part)]
-    with closing(map_with_timeout(partial(prepare, mix, config), units, config.workers, config.seconds)) as results:
-        shown = iter(tqdm(results, "clips", len(units), disable=not progress))
+def make_parts(config: BuildConfig, mix: Mix, parts: ShardedWriter, numbers: list[int], progress: bool = False) -> None:
+    """Decode and write these parts of the dataset, one after the other; files that listing refused go to part 0."""
+    units = {part: units_of(config, mix, part) for part in numbers}
+    flat = list(chain.from_iterable(units.values()))
+    with closing(map_with_timeout(partial(prepare, mix, config), flat, config.workers, config.seconds)) as results:
+        shown = iter(tqdm(results, "clips", len(flat), disable=not progress))
         for part in numbers:
             with parts.write(part) as writer:
-                write_part(writer, config, mix, part, shown)
+                for file, reason in mix.refused if part == 0 else ():
+                    writer.refuse(file, reason)
+                for unit, result in zip(units[part], shown):
+                    write_result(writer, config, mix, unit, result)
         next(shown, None)  # to the end, where the bar is full
 
 
@@ -71,51 +76,39 @@ def units_of(config: BuildConfig, mix: Mix, part: int) -> list[Unit]:
     return [Unit(*version) for version in versions]
 
 
-def write_part(writer: PartWriter, config: BuildConfig, mix: Mix, part: int, results: Iterator[Result]) -> None:
-    """Write the next results, those of the units of a part; files that listing refused go to part 0."""
-    for file, reason in mix.refused if part == 0 else ():
-        writer.refuse(file, reason)
-    rule, units = config.size_rule, units_of(config, mix, part)
-    for unit, result in zip(units, islice(results, len(units)), strict=True):
-        entry = mix.entry(unit.entry)
-        if isinstance(result, Clip):
-            frames, height, width, _ = result.frames.shape
-            tokens = rule.tokens(frames, height, width)
-            split = entry.split or hashed_split(config, result.id)
-            version = unit.variant + config.variants * unit.mirrored
-            add_clip(writer, result, entry.file, split, tokens, version, entry.weight)
-        elif result is not None:
-            writer.refuse(entry.file, result.reason)
-
-
-def finish(parts: ShardedWriter, config: BuildConfig, mix: Mix) -> Dataset | None:
-    """Return the dataset if all its parts are made."""
-    info = {"format": FORMAT, "options": build_options(config, mix)}
-    return Dataset(config.out) if parts.finish(info, KEY, partial(_nothing_usable, config)) else None
+def write_result(writer: PartWriter, config: BuildConfig, mix: Mix, unit: Unit, result: Clip | Refusal | None) -> None:
+    """Append the clip of a unit to its part, or list its file as refused."""
+    source, place = mix.find(unit.entry)
+    entry = source.entry(place)
+    if isinstance(result, Clip):
+        frames, height, width, _ = result.frames.shape
+        tokens = config.size_rule.tokens(frames, height, width)
+        split = entry.split or hashed_split(config, result.id)
+        version = unit.variant + config.variants * unit.mirrored
+        add_clip(writer, result, entry.file, split, tokens, version, entry.weight)
+    elif result is not None:
+        writer.refuse(entry.file, result.reason)
 
 
 def build_options(config: BuildConfig, mix: Mix) -> dict:
     """Return all that decides what is in the dataset, as JSON: the options and a digest of each source."""
-    return to_dict(config) | MACHINERY | {"digests": mix.digests}
+    return to_dict(config) | MACHINERY | {"digests": [source.digest for source in mix.sources]}
 
 
-def built_before(config: BuildConfig, mix: Mix) -> Dataset | None:
+def _built_before(config: BuildConfig, mix: Mix) -> Dataset | None:
     """Return the dataset that `out` holds; UserError if it was built with other options or from other files."""
     out = as_path(config.out)
     if not (out / "dataset.json").exists():
         return None
-    options, before = build_options(config, mix), read_info(out)["options"]
+    options, before = build_options(config, mix), Dataset.read_header(out)["options"]
     digests = {"digests": before.pop("digests")}
     before = to_dict(from_dict(BuildConfig, before)) | digests  # fields that it did not have yet are by default
-    changed = sorted(name for name in options if options[name] != before[name])
-    if changed == ["digests"]:
-        raise UserError(f"--out is {config.out!r}; it was built from other files: give another folder or remove it")
+    changed = [name for name in options if options[name] != before[name]]  # the digests last
     if changed:
-        name = next(name for name in changed if name != "digests")
-        option, old, new = name.replace("_", "-"), before[name], options[name]
-        raise UserError(
-            f"--out is {config.out!r}; it was built with --{option}={old}, not {new}: give another folder or remove it"
-        )
+        name = changed[0]
+        option = f"with --{name.replace('_', '-')}={before[name]}, not {options[name]}"
+        how = "from other files" if name == "digests" else option
+        raise UserError(f"--out is {config.out!r}; it was built {how}: give another folder or remove it")
     return Dataset(config.out)
 
 
@@ -127,11 +120,6 @@ def kind(reason: str) -> str:
 def tally(reasons: Iterable[str]) -> str:
     """Count reasons by kind, most frequent first: "2 x unreadable, 1 x no caption"."""
     return ", ".join(f"{n} x {name}" for name, n in Counter(map(kind, reasons)).most_common())
-
-
-def _nothing_usable(config: BuildConfig, refused: list[dict]) -> str:
-    counts, last = tally(entry["reason"] for entry in refused), refused[-1]
-    return f"{_sources(config)}; it holds nothing usable: {counts}; {last['file']}: {last['reason']}"
 
 
 def _sources(config: BuildConfig) -> str:

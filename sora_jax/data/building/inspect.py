@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sora_jax.config import check
 from sora_jax.data.building.build import kind
 from sora_jax.data.packing.advice import advise
 from sora_jax.data.packing.packs import PackingConfig
@@ -14,7 +15,6 @@ from sora_jax.data.packing.planning import plan
 from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
 from sora_jax.data.viewing.sheets import contact_sheet
 from sora_jax.data.viewing.write import save_png
-from sora_jax.errors import UserError
 from sora_jax.files import as_path, replacing
 
 ASPECTS = {"9:21": 9 / 21, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0}
@@ -45,6 +45,7 @@ def inspect(
     dataset = Dataset(path)
     rows = dataset.rows()
     videos = [row for row in rows if row["frames"] > 1]
+    tokens = np.array([row["tokens"] for row in rows])
     summary = {
         "clips": len(rows),
         "images": len(rows) - len(videos),
@@ -56,12 +57,12 @@ def inspect(
         "durations": _counts(duration(row["frames"], row["fps"]) for row in rows),
         "frames": _counts(row["frames"] for row in rows),
         "fps": _counts(round(row["fps"]) for row in videos),
-        "tokens": _range([row["tokens"] for row in rows]),
+        "tokens": f"{tokens.min()} to {tokens.max()}, mean {tokens.mean():.0f}",
         "splits": _counts(row["split"] for row in rows),
         "captions": _counts(kind for row in rows for kind in row["kinds"]),
         "without_caption": sum(not caption_of(row) for row in rows),
         "classes": _classes(rows),
-        "fill": plan_fill(np.array([row["tokens"] for row in rows]), pack_length, slots),
+        "fill": plan_fill(tokens, pack_length, slots),
         "flagged": _counts(kind(flag) for row in rows for flag in row["flags"]),
         "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
     }
@@ -88,19 +89,15 @@ def duration(frames: int, fps: float) -> str:
     """Return the span of seconds that a clip falls into, or "image"."""
     if frames == 1:
         return "image"
-    longer = [bound for bound in DURATIONS if frames / fps < bound]
-    return f"< {longer[0]} s" if longer else f">= {DURATIONS[-1]} s"
+    return next((f"< {bound} s" for bound in DURATIONS if frames / fps < bound), f">= {DURATIONS[-1]} s")
 
 
 def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingConfig.slots) -> dict:
     """Return the share of packs of that length that is filled when all clips are planned once."""
-    length = pack_length or 2 * int(tokens.max())
-    if tokens.max() > length:
-        raise UserError(
-            f"--pack-length is {length}; the longest clip has {tokens.max()} tokens, so it must be at least that"
-        )
-    if slots < 1:
-        raise UserError(f"--slots is {slots}; it must be at least 1")
+    longest = int(tokens.max())
+    length = pack_length or 2 * longest
+    check(length >= longest, f"--pack-length is {length}; it must be at least {longest} tokens, those of a clip")
+    check(slots >= 1, f"--slots is {slots}; it must be at least 1")
     packing, texts = PackingConfig(length, slots), np.zeros_like(tokens)
     planned = plan(0, 0, tokens, texts, packing)
     found = {"pack_length": length, "slots": slots, "packs": len(planned)}
@@ -138,10 +135,6 @@ def _counts(values: Iterable) -> dict[str, int]:
     return {str(value): n for value, n in Counter(values).most_common()}
 
 
-def _range(values: list[int]) -> str:
-    return f"{min(values)} to {max(values)}, mean {np.mean(values):.0f}"
-
-
 def _text(summary: dict) -> str:
     lines = []
     for name, value in summary.items():
@@ -150,11 +143,8 @@ def _text(summary: dict) -> str:
             advice = f": {value['advice']}" if value["advice"] else ""
             value = f"{value['fill']:.1%} of {value['packs']} packs of {sizes}{advice}"
         elif isinstance(value, dict):
-            value = _shortened([f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8)
+            parts, most = [f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8
+            more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+            value = ", ".join(parts[:most] + more) or "none"
         lines.append(f"{name.replace('_', ' '):<16} {value}")
     return "\n".join(lines)
-
-
-def _shortened(parts: list[str], most: int) -> str:
-    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
-    return ", ".join(parts[:most] + more) or "none"

@@ -6,7 +6,6 @@ All choices are functions of (seed, variant, clip id), so they do not depend on 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from itertools import accumulate
 from math import isqrt
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from sora_jax.data.draws import uniform
 from sora_jax.data.fit import LENGTH_RULES, SizeRule, check_option, check_word, fit_length, longest_length, pad_frames
 from sora_jax.data.reading.media import FitClip, SpanRule
 from sora_jax.data.reading.tracks import MediaError, reason
-from sora_jax.data.sources import Entry, Source, SourceConfig, make_source
+from sora_jax.data.sources import Source, SourceConfig, make_source
 from sora_jax.data.storing.clips import Clip
 from sora_jax.errors import UserError
 from sora_jax.worlds import WorldConfig
@@ -76,6 +75,10 @@ class BuildConfig:
         """Rule of the sizes of clips."""
         return SizeRule(**{field.name: getattr(self, field.name) for field in fields(SizeRule)})
 
+    def length_of(self, frames: int) -> int:
+        """Return the number of frames that a clip of so many gets."""
+        return fit_length(frames, self.time_factor, self.max_frames, self.length_rule)
+
 
 _WORDS = {"length_rule": LENGTH_RULES, "place": tuple(PLACES), "missing_caption": ("refuse", "empty")}
 _LEAST = dict(
@@ -98,20 +101,10 @@ class Mix:
         which = bisect_right(self.starts, index) - 1
         return self.sources[which], index - self.starts[which]
 
-    def entry(self, index: int) -> Entry:
-        """Return an entry."""
-        source, place = self.find(index)
-        return source.entry(place)
-
     @property
     def refused(self) -> list[tuple[str, str]]:
         """Pairs (file, reason) of the files that were refused when the sources were listed."""
         return [pair for source in self.sources for pair in source.refused]
-
-    @property
-    def digests(self) -> list[str]:
-        """Fingerprint of each source."""
-        return [source.digest for source in self.sources]
 
 
 def open_sources(config: BuildConfig) -> Mix:
@@ -170,17 +163,17 @@ def _span(config: BuildConfig, unit: Unit, clip_id: str) -> SpanRule:
 def _fit(config: BuildConfig, unit: Unit, source: Source, clip_id: str) -> FitClip | None:
     if source.name.startswith("world") and config.framing == "native":
         return None  # it comes as it is drawn
-    return partial(_size, config, uniform(config.seed, f"size/{unit.variant}", clip_id))
+    draw = uniform(config.seed, f"size/{unit.variant}", clip_id)
 
+    def size(height: int, width: int, frames: int) -> tuple[int, int]:
+        return config.size_rule(height, width, config.length_of(frames), draw)
 
-def _size(config: BuildConfig, draw: float, height: int, width: int, frames: int) -> tuple[int, int]:
-    length = fit_length(frames, config.time_factor, config.max_frames, config.length_rule)
-    return config.size_rule(height, width, length, draw)
+    return size
 
 
 def _to_length(clip: Clip, config: BuildConfig, place: float) -> Clip | Refusal:
     have = len(clip.frames)
-    length = fit_length(have, config.time_factor, config.max_frames, config.length_rule)
+    length = config.length_of(have)
     if length < config.min_frames:
         flags = f" ({'; '.join(clip.flags)})" if clip.flags else ""
         return Refusal(f"too short: {have} frames give {length}, --min-frames is {config.min_frames}{flags}")

@@ -6,6 +6,7 @@ A captioner is `world`, the oracle of the embedded world, or `transformers:MODEL
 
 import csv
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,25 +37,20 @@ def caption_folder(path: str | Path, how: str, out: str | Path, kind: str = "syn
     check(not out.exists(), f"--out is {str(out)!r}; it exists, give another name")
     describe, source = _captioner(how), make_source(SourceConfig("folder", path=str(path)))
     rows: list[dict[str, str]] = []
-    refused = 0
     for place in tqdm(range(len(source)), "caption", unit="clip"):
         entry = source.entry(place)
-        try:
+        with suppress(MediaError):
             decoded = source.open(place).decode(SpanRule(max_frames=MAX_FRAMES, place=0.5), None)
-        except MediaError:
-            decoded = None
-        if decoded is None:
-            refused += 1
-            continue
-        split = {"split": entry.split} if entry.split else {}
-        given = {f"caption_{name}": text for name, text in entry.captions.items()}
-        rows.append({"file": entry.file, **split, **given, f"caption_{kind}": describe(decoded.frames)})
+            assert decoded is not None  # every file has a span of any length
+            split = {"split": entry.split} if entry.split else {}
+            given = {f"caption_{name}": text for name, text in entry.captions.items()}
+            rows.append({"file": entry.file, **split, **given, f"caption_{kind}": describe(decoded.frames)})
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names or ["file"])
         writer.writeheader()
         writer.writerows(rows)
-    return len(rows), refused
+    return len(rows), len(source) - len(rows)
 
 
 def describe_world(frames: np.ndarray) -> str:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -82,21 +83,17 @@ class ClipIndex:
     def section(self, seed: int, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of the clips of a section, and the number of each copy (0, but for weights above 1)."""
         places = np.arange(*section_bounds(len(self), size, number))
-        clips = Permutation.of(len(self), seed, "order", epoch)(places)
+        clips = Permutation(len(self), seed, "order", epoch)(places)
         weights = self.weights[clips].astype(np.float64)
         more = uniforms(seed, "weight", epoch, self.clip_ids[clips]) < weights % 1
         copies = weights.astype(np.int64) + more
         clips = np.repeat(clips, copies)
         copy = np.arange(len(clips)) - np.repeat(np.cumsum(copies) - copies, copies)
-        if self.starts is not None:
-            clips = self.starts[clips] + self._variants(self.starts, seed, epoch, clips, copy)
+        if self.starts is not None:  # the next variant in each epoch, from a first one that is drawn for the clip
+            count = self.starts[clips + 1] - self.starts[clips]
+            first = (uniforms(seed, "variant", 0, self.clip_ids[clips]) * count).astype(np.int64)
+            clips = self.starts[clips] + (first + epoch + copy) % count
         return self.rows[clips], copy
-
-    def _variants(self, starts: np.ndarray, seed: int, epoch: int, clips: np.ndarray, copy: np.ndarray) -> np.ndarray:
-        """Choose the next variant of a clip in each epoch, from a first one that is drawn for the clip."""
-        count = starts[clips + 1] - starts[clips]
-        first = (uniforms(seed, "variant", 0, self.clip_ids[clips]) * count).astype(np.int64)
-        return (first + epoch + copy) % count
 
 
 def section_count(clips: int, size: int = SECTION) -> int:
@@ -116,8 +113,8 @@ class Epochs:
     def __init__(self, sections: int, plan_of: Callable[[int, int], Planned], position: Position = Position()) -> None:
         self.sections, self._plan_of = sections, plan_of
         self._lock = threading.RLock()
-        self._plans: dict[int, Future] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(1, "plan")
+        self._plan = lru_cache(CACHED)(self._submit)
         self.seek(position)
 
     def __reduce__(self) -> tuple:
@@ -138,9 +135,7 @@ class Epochs:
     def position(self, row: int) -> Position:
         """Return the section that a row is in."""
         with self._lock:
-            if row == self._starts[0]:
-                return Position(self._base, row)
-            section = self._section(row)
+            section = self._base if row == self._starts[0] else self._section(row)
             return Position(section, self._starts[section - self._base])
 
     def epoch(self, row: int) -> int:
@@ -160,14 +155,7 @@ class Epochs:
         with self._lock:
             found = self._plan(section)
             self._plan(section + 1)  # so that a section that ends finds the next one ready
-            while len(self._plans) > CACHED:
-                self._plans.pop(next(iter(self._plans)))
         return found.result()
 
-    def _plan(self, section: int) -> Future:
-        found = self._plans.pop(section, None)
-        if found is None:
-            self._pool = self._pool or ThreadPoolExecutor(1, "plan")
-            found = self._pool.submit(self._plan_of, *divmod(section, self.sections))
-        self._plans[section] = found  # at the end: the one that was asked for last
-        return found
+    def _submit(self, section: int) -> Future:
+        return self._pool.submit(self._plan_of, *divmod(section, self.sections))

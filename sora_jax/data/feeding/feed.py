@@ -47,9 +47,7 @@ def read_ahead(batch_at: Callable[[int], T], start: int, feed: FeedConfig) -> It
     if feed.workers:
         from absl import flags
 
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # workers of Grain read flags of absl, which a program without absl never parsed
+        if not flags.FLAGS.is_parsed():  # workers of Grain read flags of absl, which this program never parses
             flags.FLAGS.mark_as_parsed()
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(feed.workers, per_worker_buffer_size=feed.ahead))
     return _closing(iter(steps))

@@ -24,7 +24,6 @@ from sora_jax.data.packing.packs import (
     check_fits,
     grid_of,
     layout_of,
-    pack,
     pack_batch,
 )
 from sora_jax.data.packing.planning import plan
@@ -55,11 +54,9 @@ class PackReport:
         return 1.0 - self.tokens / max(1, self.packs * self.length)
 
     def __str__(self) -> str:
-        line = (
-            f"{self.clips} clips in {self.packs} packs of {self.length} tokens, "
-            f"{self.clips / max(1, self.packs):.1f} clips a pack, padding {self.padding:.2%}"
-        )
-        return "\n".join([line, *self.notes])
+        mean = self.clips / max(1, self.packs)
+        packs = f"{self.packs} packs of {self.length} tokens, {mean:.1f} clips a pack, padding {self.padding:.2%}"
+        return "\n".join([f"{self.clips} clips in {packs}", *self.notes])
 
 
 @dataclass(frozen=True)
@@ -146,10 +143,18 @@ class PackedBatches:
         self._epochs = Epochs(section_count(len(self.clip_index), section), self._plan)
 
     def _read_columns(self) -> None:
-        """Read from the manifest what is not pickled."""
+        """Read from the manifest what is not pickled; UserError if a clip of the split cannot be packed."""
         self.clip_index = ClipIndex.of(self.store, self.split)
-        self._tokens = _token_counts(self.store.grids, self.patch, self.config.length, self.clip_index.rows)
-        self._frames = self.store.grids[:, 0] // np.int32(self.patch[0])
+        rows, patch = self.clip_index.rows, np.array(self.patch, np.int32)
+        grids, rest = np.divmod(self.store.grids[rows], patch)
+        wrong = np.flatnonzero(((grids < 1) | (rest > 0)).any(1))
+        if len(wrong):
+            grid_of(self.store.grids[rows[wrong[0]]], self.patch)
+        tokens = grids.prod(1)
+        check_fits(grids[tokens.argmax()], self.config.length)
+        self._tokens = np.zeros(len(self.store), np.int32)
+        self._tokens[rows] = tokens
+        self._frames = self.store.grids[:, 0] // patch[0]
 
     def _check(self) -> None:
         """Raise UserError, before the first step, for what would end the run in some later epoch."""
@@ -160,19 +165,15 @@ class PackedBatches:
             f"packing.rows_per_clip is {config.rows_per_clip}; it must be at least {frames + 1}: a row for each of the "
             f"{frames} token frames of a clip, and one for what is given",
         )
-        lengths = self._lengths(rows, 0, self._most_guides(rows))
-        if (most := int(lengths.max())) > config.length:
-            name = self.store.ids([rows[lengths.argmax()]])[0]
-            raise UserError(
-                f"packing.length is {config.length}; it must be at least {most}, for clip {name!r} and its guides"
-            )
-        texts = self.captions.most(rows)
-        if (most := int(texts.max())) > config.text_length:
-            name = self.store.ids([rows[texts.argmax()]])[0]
-            raise UserError(
-                f"packing.text_length is {config.text_length}; it must be at least {most}, the tokens of a caption of "
-                f"clip {name!r}, or tokenizer.max_tokens at most {config.text_length}"
-            )
+        text = f"the tokens of a caption of clip %r, or tokenizer.max_tokens at most {config.text_length}"
+        for option, counts, what in (
+            ("length", self._lengths(rows, 0, self._most_guides(rows)), "for clip %r and its guides"),
+            ("text_length", self.captions.most(rows), text),
+        ):
+            most, given = int(counts.max()), getattr(config, option)
+            if most > given:
+                name = self.store.ids([rows[counts.argmax()]])[0]
+                raise UserError(f"packing.{option} is {given}; it must be at least {most}, {what % name}")
         expected = self.clip_index.weights.sum(dtype=np.float64)
         check(expected >= 1, f"the weights of the sources give an epoch of {expected:.2g} clips; make them larger")
 
@@ -188,13 +189,6 @@ class PackedBatches:
         batch = pack_batch([self._items(step * self.batch + row) for row in self._rows], self.config)
         batch["clip_ids_BS"] += self._copies(step)[self._rows] * COPY
         return batch
-
-    def row(self, row: int) -> Batch:
-        """Return one pack: row `row` of the endless stream that all hosts share."""
-        step, place = divmod(row, self.batch)
-        made = pack(self._items(row), self.config)
-        made["clip_ids_S"] += self._copies(step)[place] * COPY
-        return made
 
     def clips(self, row: int) -> list[int]:
         """Return the clips of a row, by their indices in the store."""
@@ -274,9 +268,7 @@ class PackedBatches:
 
         So a model learns clips that begin later than the first frame, as continuations and loops do.
         """
-        if not self.shares.headless:
-            return np.zeros(len(clips), np.int64)
-        drawn = uniforms(self.seed, "headless", epoch, self.store.clip_ids[clips], copies) < self.shares.headless
+        drawn = self._draws("headless", epoch, clips, copies) < self.shares.headless
         return (drawn & (self._frames[clips] > 1)).astype(np.int64)
 
     def _guides(self, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
@@ -286,12 +278,15 @@ class PackedBatches:
         """
         if not self.shares.guides:
             return np.zeros(len(clips), np.int64)
-        u, v = (uniforms(self.seed, p, epoch, self.store.clip_ids[clips], copies) for p in ("guides", "guide number"))
+        u, v = (self._draws(purpose, epoch, clips, copies) for purpose in ("guides", "guide number"))
         key_frames, sketches = self._stored_guides(clips)
         some_sketches = np.where(v < 0.5, 1, 1 + np.floor((2 * v - 1) * sketches).astype(np.int64))
         of_sketches = np.where(sketches > 0, -some_sketches, 0)
         of_key_frames = np.where(key_frames > 0, 1 + np.floor(v * key_frames).astype(np.int64), 0)
         return np.where(u < self.shares.key_frames, of_key_frames, np.where(u < self.shares.guides, of_sketches, 0))
+
+    def _draws(self, purpose: str, epoch: int, clips: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        return uniforms(self.seed, purpose, epoch, self.store.clip_ids[clips], copies)
 
     def _stored_guides(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of key frames and of sketches that the cache has of clips."""
@@ -327,17 +322,3 @@ def _numbered(ids: np.ndarray) -> np.ndarray:
     if len(different) < len(ids):
         numbers[np.argsort(which, kind="stable")] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
     return numbers
-
-
-def _token_counts(sizes_N3: np.ndarray, patch: tuple[int, int, int], length: int, rows: np.ndarray) -> np.ndarray:
-    """Return the tokens (N,) int32 of latents of these sizes (t, h, w); UserError if one of `rows` cannot be packed."""
-    sizes, patch_3 = sizes_N3[rows], np.array(patch, sizes_N3.dtype)
-    grids = sizes // patch_3
-    wrong = np.flatnonzero(((grids < 1) | (grids * patch_3 != sizes)).any(1))
-    if len(wrong):
-        grid_of(sizes[wrong[0]], patch)
-    counts = grids.prod(1)
-    check_fits(grids[counts.argmax()], length)
-    tokens = np.zeros(len(sizes_N3), np.int32)
-    tokens[rows] = counts
-    return tokens

@@ -6,8 +6,6 @@ are not below n are sent through it again until they are ("cycle walking", Black
 than four times.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from sora_jax.data.draws import generator, mix64
@@ -15,23 +13,12 @@ from sora_jax.data.draws import generator, mix64
 ROUNDS = 6
 
 
-@dataclass(frozen=True)
 class Permutation:
     """A random order of the numbers below n: `permutation(places)` are the numbers at these places, int64."""
 
-    n: int
-    keys: tuple[int, ...]
-
-    @staticmethod
-    def of(n: int, seed: int, purpose: str, *index: int) -> "Permutation":
-        """Draw a permutation by seed, purpose and index."""
-        keys = generator(seed, purpose, *index).integers(0, 2**64, ROUNDS, dtype=np.uint64)
-        return Permutation(n, tuple(int(key) for key in keys))
-
-    @property
-    def bits(self) -> int:
-        """Half the bits of the numbers that the network permutes, b."""
-        return max(1, -(-(self.n - 1).bit_length() // 2))
+    def __init__(self, n: int, seed: int, purpose: str, *index: int):
+        self.n, self.keys = n, generator(seed, purpose, *index).integers(0, 2**64, ROUNDS, dtype=np.uint64)
+        self.bits = max(1, -(-(n - 1).bit_length() // 2))  # half of those of the numbers that the network permutes
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
         values = self._network(np.asarray(places, np.uint64))
@@ -45,5 +32,5 @@ class Permutation:
         bits = np.uint64(self.bits)
         low, high = values & ((np.uint64(1) << bits) - np.uint64(1)), values >> bits
         for key in self.keys:
-            low, high = high, low ^ (mix64(high + np.uint64(key)) >> np.uint64(64 - self.bits))
+            low, high = high, low ^ (mix64(high + key) >> np.uint64(64 - self.bits))
         return (high << bits) | low

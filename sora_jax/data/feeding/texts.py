@@ -23,7 +23,9 @@ from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.store import ClipStore
 from sora_jax.files import as_path, cache_folder, is_remote, local_copy, read_text, replacing, write_text
 
-PRESETS = {
+MIXES: dict[str, Mapping[str, float] | None] = {
+    "first": None,
+    "any": {},
     "dalle3": {"synthetic": 0.95, "original": 0.05},
     "sd3": {"synthetic": 0.5, "original": 0.5},
 }
@@ -31,16 +33,12 @@ CHUNK = 1 << 16  # captions that are tokenized at a time
 
 
 def parse_mix(text: str) -> Mapping[str, float] | None:
-    """Parse a mix into kind -> share: "first" (None), "any" ({}), a preset, or "KIND=SHARE,KIND=SHARE".
+    """Parse a mix into kind -> share: one of `MIXES`, or "KIND=SHARE,KIND=SHARE". UserError names what is allowed.
 
-    "first" takes the first caption of a clip, "any" each alike. UserError names what is allowed.
+    None ("first") takes the first caption of a clip, {} ("any") each alike.
     """
-    if text == "first":
-        return None
-    if text == "any":
-        return {}
-    if text in PRESETS:
-        return PRESETS[text]
+    if text in MIXES:
+        return MIXES[text]
     shares = {}
     for part in text.split(","):
         kind, _, share = part.partition("=")
@@ -50,7 +48,7 @@ def parse_mix(text: str) -> Mapping[str, float] | None:
             shares[kind.strip()] = -1.0
     check(
         min(shares.values()) >= 0 and sum(shares.values()) > 0,
-        f"captions is {text!r}; it must be first, any, {', '.join(PRESETS)}, or shares such as original=1,synthetic=3",
+        f"captions is {text!r}; it must be {', '.join(MIXES)}, or shares such as original=1,synthetic=3",
     )
     return shares
 

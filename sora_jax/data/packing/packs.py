@@ -37,21 +37,11 @@ class PackingConfig:
 
     def __post_init__(self) -> None:
         for name in ("length", "slots", "text_length", "rows_per_clip", "window"):
-            _check_positive(f"packing.{name}", getattr(self, name))
-        for size in self.patch or ():
-            _check_positive("packing.patch", size)
-        check(
-            self.patch is None or len(self.patch) == 3,
-            f"packing.patch is {self.patch}; it must be three numbers: frames, rows, columns",
-        )
+            value = getattr(self, name)
+            check(value >= 1, f"packing.{name} is {value}; it must be at least 1")
+        three = self.patch is None or len(self.patch) == 3 and min(self.patch) >= 1
+        check(three, f"packing.patch is {self.patch}; it must be three numbers from 1: frames, rows, columns")
         check(self.window <= MAX_WINDOW, f"packing.window is {self.window}; it must be at most {MAX_WINDOW}")
-
-
-def _check_positive(name: str, value: int) -> None:
-    check(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name} is {value!r}; it must be a whole number of at least 1",
-    )
 
 
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
@@ -193,14 +183,14 @@ def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[st
     B, L, S, M = len(rows), config.length, config.slots, config.text_length
     grids = [grid_of(item.size, config.patch) for item in items]
     layouts = [item.layout or layout_of(grid, config.rows_per_clip) for item, grid in zip(items, grids)]
-    tokens = _Runs.of(clips, np.array([len(layout.coords) for layout in layouts]), L)
+    tokens = _Runs(clips, np.array([len(layout.coords) for layout in layouts]), L)
     if max(tokens.used) > L:
         for grid in grids:
             check_fits(grid, L)
         raise UserError(f"packing.length is {L}; the clips of a pack need at least {max(tokens.used)}")
-    texts = _Runs.of(clips, np.array([len(item.text) for item in items]), M)
+    texts = _Runs(clips, np.array([len(item.text) for item in items]), M)
     check(max(texts.used) <= M, f"packing.text_length is {M}; the clips of a pack need at least {max(texts.used)}")
-    slots = _Runs.of(clips, np.ones(len(items), np.int64), S)
+    slots = _Runs(clips, np.ones(len(items), np.int64), S)
     slot = slots.starts - slots.row * S
     batch = {
         "segments_BL": tokens.repeat(slot + 1),
@@ -245,30 +235,22 @@ def _tokens(items: Sequence[Item], grids: Sequence[Sequence[int]], runs: _Runs, 
     return tokens_BLP
 
 
-@dataclass(frozen=True)
 class _Runs:
     """Runs of values, one for each clip, that follow each other from the start of rows of a fixed width.
 
-    row, starts (flat), lengths: of each run. within: index in its run of each value. used: values in each row.
+    counts: runs in each row. lengths: of each run. row, starts (flat): where each run begins. within: index in its run
+    of each value. used: values in each row.
     """
 
-    width: int
-    row: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    within: np.ndarray
-    used: list[int]
-
-    @staticmethod
-    def of(counts: np.ndarray, lengths: np.ndarray, width: int) -> _Runs:
-        """Lay out runs from the number of runs in each row, and the length of each run."""
-        row = np.repeat(np.arange(len(counts)), counts)
+    def __init__(self, counts: np.ndarray, lengths: np.ndarray, width: int):
+        self.width, self.lengths = width, lengths
+        self.row = np.repeat(np.arange(len(counts)), counts)
         ends = np.cumsum(lengths)
         before = ends - lengths  # values before each run, of all rows
         row_starts = before[np.cumsum(counts) - counts]
-        within = np.arange(ends[-1], dtype=np.int32) - np.repeat(before.astype(np.int32), lengths)
-        used = np.diff(row_starts, append=ends[-1]).tolist()
-        return _Runs(width, row, row * width + before - row_starts[row], lengths, within, used)
+        self.starts = self.row * width + before - row_starts[self.row]
+        self.within = np.arange(ends[-1], dtype=np.int32) - np.repeat(before.astype(np.int32), lengths)
+        self.used: list[int] = np.diff(row_starts, append=ends[-1]).tolist()
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """Return (rows, width, ...) with all values in their rows, 0 after them."""

@@ -17,7 +17,7 @@ def by_patterns(
     texts: np.ndarray,
     config: PackingConfig,
     draws: np.random.Generator,
-    by_windows: Callable[..., tuple[np.ndarray, np.ndarray]],
+    by_windows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return clips in pack order and the number in each pack, less mixed in size than those of windows.
 
@@ -39,7 +39,7 @@ def by_patterns(
         orders.append(clips[fits].ravel())
         sizes.append(np.full(fits.sum(), clips.shape[1]))
         left.append(clips[~fits].ravel())
-    rest, rest_sizes = by_windows(left=draws.permutation(np.concatenate(left)))
+    rest, rest_sizes = by_windows(draws.permutation(np.concatenate(left)))
     return np.concatenate([*orders, rest]), np.concatenate([*sizes, rest_sizes])
 
 

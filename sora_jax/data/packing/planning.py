@@ -14,6 +14,7 @@ Such clips are also packed by `patterns`, and the plan with fewer packs is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 
@@ -59,8 +60,11 @@ def plan(
     draws = generator(seed, "plan", epoch, section)
     if not len(lengths):
         return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
-    by_windows = partial(_by_windows, lengths, text_lengths, config, draws)
-    methods = [by_windows, partial(by_patterns, lengths, text_lengths, config, draws, by_windows)]
+    by_windows = partial(_by_windows, _Clips(lengths, text_lengths, config), config.window)
+    methods: list[Callable[[], tuple[np.ndarray, np.ndarray]]] = [
+        lambda: by_windows(draws.permutation(len(lengths))),
+        partial(by_patterns, lengths, text_lengths, config, draws, by_windows),
+    ]
     if len(np.unique(lengths)) > LOOKAHEAD[1]:
         methods.reverse()  # a window cannot see all lengths at once
     order, sizes = methods[0]()
@@ -69,19 +73,11 @@ def plan(
     return _shuffled(order, sizes, draws)
 
 
-def _by_windows(
-    lengths: np.ndarray,
-    texts: np.ndarray,
-    config: PackingConfig,
-    draws: np.random.Generator,
-    left: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return clips (those of `left`, default all) in pack order and the number in each pack, mixed in size."""
-    clips = _Clips.of(lengths, texts, config)
-    left = draws.permutation(len(lengths)) if left is None else left
+def _by_windows(clips: _Clips, window: int, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clips `left` in pack order and the number in each pack, mixed in size."""
     orders, sizes = [left[:0]], [left[:0]]
     while len(left):
-        order, size, left = _Windows(clips, left, config.window).run()
+        order, size, left = _Windows(clips, left, window).run()
         orders.append(order)
         sizes.append(size)
     return np.concatenate(orders), np.concatenate(sizes)
@@ -104,39 +100,19 @@ def _shuffled(order: np.ndarray, sizes: np.ndarray, draws: np.random.Generator) 
     return Plan(order[np.arange(len(order)) + shift], offsets)
 
 
-@dataclass(frozen=True)
 class _Clips:
-    """Lengths with one more clip at the end, the blank, that fits nowhere; and the limits of a pack."""
+    """All clips, with one more at the end, the blank, that fits nowhere; and the limits of a pack."""
 
-    lengths: np.ndarray  # (clips + 1,) int32
-    texts: np.ndarray  # (clips + 1,) int32
-    losses: np.ndarray  # flat (S + 1, 2 L + 2) int32, see `_losses`
-    mean_text: float  # 0 where no choice of clips can exceed the text limit
-    lookahead: int
-    L: int
-    S: int
-    M: int
-
-    @staticmethod
-    def of(lengths: np.ndarray, texts: np.ndarray, config: PackingConfig) -> _Clips:
-        L, S, M = config.length, config.slots, config.text_length
-        longest = np.sort(texts)[-S:].sum()
+    def __init__(self, lengths: np.ndarray, texts: np.ndarray, config: PackingConfig):
+        self.L, self.S, self.M = config.length, config.slots, config.text_length
+        self.blank = len(lengths)
+        self.lengths = np.append(lengths, self.L + 1).astype(np.int32)
+        self.texts = np.append(texts, 0).astype(np.int32)
         kinds = np.unique(lengths)
-        lookahead = int(np.clip(len(kinds), *LOOKAHEAD))
-        return _Clips(
-            lengths=np.append(lengths, L + 1).astype(np.int32),
-            texts=np.append(texts, 0).astype(np.int32),
-            losses=_losses(tuple(kinds.tolist()), L, S),
-            mean_text=max(1.0, texts.mean()) if longest > M else 0.0,
-            lookahead=lookahead,
-            L=L,
-            S=S,
-            M=M,
-        )
-
-    @property
-    def blank(self) -> int:
-        return len(self.lengths) - 1
+        self.lookahead = int(np.clip(len(kinds), *LOOKAHEAD))
+        self.losses = _losses(tuple(kinds.tolist()), self.L, self.S)  # flat (S + 1, 2 L + 2) int32
+        limits = np.sort(texts)[-self.S :].sum() > self.M
+        self.mean_text = max(1.0, texts.mean()) if limits else 0.0  # 0 where no clips can exceed the text limit
 
 
 @lru_cache(maxsize=8)  # the same in every epoch

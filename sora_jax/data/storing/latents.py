@@ -16,23 +16,20 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sora_jax.config import check
 from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, counts_of
 from sora_jax.data.storing.clips import clip_id_of
 from sora_jax.data.storing.parts import Kind, PartWriter, ShardedWriter, start
 from sora_jax.data.storing.shards import FLOATS, ShardReader
-from sora_jax.data.storing.splits import indices_of_split
+from sora_jax.data.storing.store import ClipStore
 from sora_jax.errors import NotFinite, UserError
-from sora_jax.files import as_path, local_copy, read_text
 
 FORMAT = 3
 LATENTS, TEXT, GUIDES = "latents", "text", "guides"
@@ -55,7 +52,6 @@ COLUMNS = {
     "weight": "float32",
     "split": "string",
 }
-KEY = ("id", "variant")
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,8 @@ class CacheInfo:
 
     def header(self) -> dict:
         """Return what `cache.json` says of it, as JSON values."""
-        values = {**vars(self), "factors": list(self.factors), "text": self.text and vars(self.text), "format": FORMAT}
-        values["guides"] = dict(vars(self.guides)) if self.guides else None
+        values = asdict(self) | {"factors": list(self.factors), "format": FORMAT}
+        values["guides"] = values["guides"] if self.guides else None
         return {name: value for name, value in values.items() if name not in ("tiles", "codes", "guides") or value}
 
     @staticmethod
@@ -105,21 +101,19 @@ class CacheInfo:
 
     def to_indices(self, latent_thwC: np.ndarray) -> np.ndarray:
         """Return the indices (t, h, w) of the codes nearest to a discrete latent."""
-        pairs = zip(np.moveaxis(latent_thwC, -1, 0), self._digits, strict=True)
-        digits = [np.abs(z[..., None] - values).argmin(-1) * weight for z, (values, weight) in pairs]
-        return np.sum(digits, axis=0).astype(np.uint32)
+        pairs = zip(np.moveaxis(latent_thwC, -1, 0), self._values, strict=True)
+        digits = tuple(np.abs(z[..., None] - values).argmin(-1) for z, values in pairs)
+        return np.ravel_multi_index(digits, tuple(map(len, self._values)), order="F").astype(np.uint32)
 
     def from_indices(self, indices_thw: np.ndarray) -> np.ndarray:
         """Return the latent (t, h, w, C), float32, of indices of codes."""
-        channels = [values[indices_thw // weight % len(values)] for values, weight in self._digits]
-        return np.stack(channels, -1).astype(np.float32)
+        digits = np.unravel_index(indices_thw, tuple(map(len, self._values)), order="F")
+        pairs = zip(self._values, digits, strict=True)
+        return np.stack([values[digit] for values, digit in pairs], -1).astype(np.float32)
 
     @property
-    def _digits(self) -> list[tuple[np.ndarray, int]]:
-        """The values of the digits of an index, and the weight of each digit."""
-        codes = self.codes or []
-        weights = [math.prod(len(values) for values in codes[:channel]) for channel in range(len(codes))]
-        return [(np.asarray(values), weight) for values, weight in zip(codes, weights, strict=True)]
+    def _values(self) -> list[np.ndarray]:
+        return [np.asarray(values) for values in self.codes or ()]
 
 
 def start_cache(out: str | Path, info: CacheInfo, count: int, layout: dict | None = None) -> ShardedWriter:
@@ -173,30 +167,30 @@ def add_latent(
 
 def finish_cache(parts: ShardedWriter, info: CacheInfo) -> bool:
     """Complete the cache if all its parts are there."""
-    return parts.finish(info.header(), KEY, lambda refused: f"no clip was encoded for the latent cache {parts.out}")
+    return parts.finish(info.header(), lambda refused: f"no clip was encoded for the latent cache {parts.out}")
 
 
-class LatentCache:
+class LatentCache(ClipStore):
     """A complete cache: `len`, `[i]` -> latent (t, h, w, C), and columns of the manifest. May be pickled and forked.
 
     UserError where the folder is missing or of another format.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = as_path(path)
-        header = _read_header(self.path)
-        self.info = CacheInfo.of(header)
-        self._latents, self._texts, self._guides = (
-            ShardReader(self.path, prefix, header["parts"]) for prefix in (LATENTS, TEXT, GUIDES)
-        )
-        self._count = header["clips"]
-        identity = json.dumps([self.info.header(), header["digest"]], sort_keys=True)
-        # Of what is in it, and in which order: an epoch of another cache of the same clips is another one.
-        self.digest = hashlib.sha256(identity.encode()).hexdigest()
-        self._columns: dict[str, Any] = {}
+    info_file, format, sides = "cache.json", FORMAT, "thw"
+    missing = "there is no complete latent cache at {path}; make it with `sora-jax data encode --out={path}`"
 
-    def __len__(self) -> int:
-        return self._count
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.info = CacheInfo.of(self.header)
+        self._latents, self._texts, self._guides = (
+            ShardReader(self.path, prefix, self.header["parts"]) for prefix in (LATENTS, TEXT, GUIDES)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of the clips and their order: an epoch of another cache of the same clips is another one."""
+        identity = json.dumps([self.info.header(), self.header["digest"]], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     def item(self, index: int) -> np.ndarray:
         """Return the latent (t, h, w, C) of a clip."""
@@ -212,11 +206,11 @@ class LatentCache:
         return np.frombuffer(data, np.float16).reshape(-1, *sides, self.info.latent_channels)
 
     def _read(self, shards: ShardReader, index: int) -> bytes:
-        return shards.read(int(self._kept("shard")[index]), int(self._kept("record")[index]))
+        return shards.read(int(self.kept("shard")[index]), int(self.kept("record")[index]))
 
     def guides(self, index: int, count: int) -> Guides:
         """Return the first key frames of a clip, or, where `count` is negative, its first sketches."""
-        frames = np.array(self._kept("guide_frames")[index].as_py())
+        frames = np.array(self.kept("guide_frames")[index].as_py())
         key_frames = int(counts_of(self.info.guides, self.frames[index])[0])
         first, kind = (0, KEY_FRAME) if count > 0 else (key_frames, SKETCH)
         chosen = slice(first, first + abs(count))
@@ -225,7 +219,7 @@ class LatentCache:
     def text(self, index: int, caption: int) -> np.ndarray:
         """Return the embedding (m, E) float16 of a caption of a clip, by its number."""
         assert self.info.text is not None
-        ends = np.cumsum(self._kept("text_tokens")[index].as_py())
+        ends = np.cumsum(self.kept("text_tokens")[index].as_py())
         whole = np.frombuffer(self._read(self._texts, index), np.float16).reshape(-1, self.info.text.width)
         return whole[ends[caption - 1] if caption else 0 : ends[caption]]
 
@@ -239,73 +233,7 @@ class LatentCache:
                 "that made it"
             )
 
-    def indices(self, split: str) -> np.ndarray:
-        """Return the indices (n,) of the clips of a split; UserError, naming the splits there are, if it has none."""
-        return indices_of_split(split, self.column("split"), f"the latent cache {self.path}")
-
-    def column(self, name: str) -> Any:
-        """Read a column of the manifest, an Arrow array; it is not kept, as captions of many clips are large."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(local_copy(self.path / "manifest.parquet"), columns=[name])
-        column = table[name].combine_chunks()
-        return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-
-    def ids(self, indices: Sequence[int]) -> list[str]:
-        """Return the ids of some clips."""
-        return self.column("id").take(np.asarray(indices, np.int64)).to_pylist()
-
-    def _kept(self, name: str) -> Any:
-        """Return a column that stays in memory: numbers as a NumPy array, lists of them as an Arrow array."""
-        if name not in self._columns:
-            column = self.column(name)
-            self._columns[name] = column if hasattr(column, "offsets") else column.to_numpy()
-        return self._columns[name]
-
-    @cached_property
-    def grids(self) -> np.ndarray:
-        """Latent sizes (n, 3) int32: t, h, w."""
-        return np.stack([self.column(side).to_numpy() for side in "thw"], axis=1)
-
     @property
     def frames(self) -> np.ndarray:
         """Frames of each clip before it was encoded, (n,) int32."""
-        return self._kept("frames")
-
-    @property
-    def clip_ids(self) -> np.ndarray:
-        """Ids of the clips (n,) uint32, the same for all variants of a clip."""
-        return self._kept("uid")
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each clip (n,) int32, -1 = none."""
-        return self._kept("label")
-
-    @property
-    def weights(self) -> np.ndarray:
-        """Mean number of times that each clip comes in an epoch, (n,) float32."""
-        return self._kept("weight")
-
-    @cached_property
-    def has_variants(self) -> bool:
-        """Return True if some clip is there in several sizes or places."""
-        return bool(self.column("variant").to_numpy().any())
-
-    def __getstate__(self) -> Path:
-        return self.path
-
-    def __setstate__(self, path: Path) -> None:
-        self.__init__(path)  # type: ignore[misc]
-
-
-def _read_header(path: Path) -> dict:
-    made_by = f"make it with `sora-jax data encode --out={path}`"
-    try:
-        header = json.loads(read_text(path / "cache.json"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"there is no complete latent cache at {path}; {made_by}") from error
-    found = header.get("format")
-    check(found == FORMAT, f"the format of the latent cache {path} is {found}; it must be {FORMAT}: {made_by}")
-    return header
+        return self.kept("frames")

@@ -22,13 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.config import check
 from sora_jax.data.storing.clips import Clip, clip_id_of
 from sora_jax.data.storing.parts import Kind, PartWriter, read_lines
 from sora_jax.data.storing.shards import PIXELS, ShardReader
-from sora_jax.data.storing.splits import indices_of_split
-from sora_jax.errors import UserError
-from sora_jax.files import as_path, local_copy, read_text
+from sora_jax.data.storing.store import ClipStore
+from sora_jax.files import local_copy
 
 FORMAT = 2
 PREFIX = "clips"
@@ -51,7 +49,6 @@ COLUMNS = {
     "flags": "string[]",
 }
 KIND = Kind({PREFIX: PIXELS}, COLUMNS, "dataset.json")
-KEY = ("id", "variant")
 
 
 def add_clip(
@@ -66,22 +63,19 @@ def add_clip(
     writer.add(row, np.ascontiguousarray(clip.frames).tobytes())
 
 
-class Dataset:
+class Dataset(ClipStore):
     """A dataset folder: `len`, `[i]` -> Clip, `.table` (pyarrow, no frames read), `.info`, `.refused`.
 
     Raises UserError if the path is not a dataset folder. May be pickled and forked.
     """
 
+    info_file, format, sides = KIND.info, FORMAT, ("frames", "height", "width")
+    missing = "'{path}' is not a dataset folder; it must be made by `sora-jax data build`"
+
     def __init__(self, path: str | Path):
-        self.path = as_path(path)
-        self.info = read_info(self.path)
+        super().__init__(path)
+        self.info = self.header
         self._shards = ShardReader(self.path, PREFIX, self.info["parts"])
-
-    def __len__(self) -> int:
-        return self.info["clips"]
-
-    def __reduce__(self):
-        return Dataset, (self.path,)
 
     @cached_property
     def table(self) -> Any:
@@ -96,43 +90,10 @@ class Dataset:
         options = {k: v for k, v in self.info["options"].items() if k not in ("sources", "digests")}
         return hashlib.sha256(json.dumps([options, self.info["digest"]], sort_keys=True).encode()).hexdigest()
 
-    def column(self, name: str) -> Any:
-        """Return a column of the manifest, an Arrow array."""
-        column = self.table[name].combine_chunks()
-        return column.chunk(0) if hasattr(column, "num_chunks") else column
-
     @cached_property
     def clip_ids(self) -> np.ndarray:
         """Id of each clip (n,) uint32, the same for all variants of a clip."""
         return np.array([clip_id_of(id) for id in self.column("id").to_pylist()], np.uint32)
-
-    @cached_property
-    def grids(self) -> np.ndarray:
-        """Size of each clip (n, 3) int64: frames, height, width."""
-        return np.stack([self.column(side).to_numpy() for side in ("frames", "height", "width")], 1).astype(np.int64)
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """Class of each clip (n,) int32, -1 for none."""
-        return self.column("label").to_numpy()
-
-    @cached_property
-    def weights(self) -> np.ndarray:
-        """Give how often each clip comes in an epoch, on average, (n,) float64."""
-        return self.column("weight").to_numpy().astype(np.float64)
-
-    @property
-    def has_variants(self) -> bool:
-        """True if some clip is there in several sizes or places."""
-        return bool(self.column("variant").to_numpy().any())
-
-    def indices(self, split: str) -> np.ndarray:
-        """Return the indices (n,) of the clips of a split; UserError, naming the splits there are, if it has none."""
-        return indices_of_split(split, self.column("split"), f"the dataset {self.path}")
-
-    def ids(self, indices: Sequence[int]) -> list[str]:
-        """Return the names of some clips."""
-        return self.column("id").take(np.asarray(indices, np.int64)).to_pylist()
 
     def item(self, index: int) -> np.ndarray:
         """Return the uint8 pixels (T, H, W, 3) of a clip."""
@@ -164,30 +125,15 @@ class Dataset:
         row = self.row(index)
         pixels = np.frombuffer(self._shards.read(row["shard"], row["record"]), np.uint8)
         frames = pixels.reshape(row["frames"], row["height"], row["width"], 3)
+        captions = dict(zip(row["kinds"], row["captions"], strict=True))
         label = None if row["label"] < 0 else row["label"]
         flags = tuple(row["flags"])
-        return Clip(row["id"], frames, row["fps"], captions_of(row), row["source"], label, row["start"], flags)
-
-
-def captions_of(row: dict) -> dict[str, str]:
-    """Return kind -> text of a row."""
-    return dict(zip(row["kinds"], row["captions"], strict=True))
+        return Clip(row["id"], frames, row["fps"], captions, row["source"], label, row["start"], flags)
 
 
 def caption_of(row: dict) -> str:
     """Return the first caption of a row, or the empty one."""
     return row["captions"][0] if row["captions"] else ""
-
-
-def read_info(path: Path) -> dict:
-    """Read `dataset.json`; UserError if the folder has none of this format."""
-    try:
-        info = json.loads(read_text(path / "dataset.json"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is not a dataset folder; it must be made by `sora-jax data build`") from error
-    found = info.get("format")
-    check(found == FORMAT, f"{str(path)!r} has format {found}; it must be {FORMAT}: build it again")
-    return info
 
 
 def evenly_spread(items: Sequence, most: int) -> list:

@@ -19,8 +19,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from sora_jax.files import (
     write_text,
 )
 
+KEY = ("id", "variant")  # columns that identify a row
 PLACES = {"shard": "int32", "record": "int32"}
 STARTED = "started.json"
 CLAIM_TRIES = 50
@@ -83,20 +84,25 @@ class ShardedWriter:
     @contextmanager
     def write(self, part: int) -> Iterator["PartWriter"]:
         """Yield a writer for one part, which counts as made when the block ends without an exception."""
-        with as_user_error(f"--out is {str(self.out)!r}; it"):
-            writer = PartWriter(self, part)
-            try:
-                yield writer
-                writer.finish()
-            finally:
-                writer.close()
+        import pyarrow.parquet as pq
 
-    def finish(self, info: dict, unique: Sequence[str] = ("id",), empty: Callable[[list[dict]], str] = str) -> bool:
+        with self._as_user_error(), ExitStack() as files:
+            paths = {self.folder / shard_name(name, part, self.count): how for name, how in self.kind.files.items()}
+            writer = PartWriter(part, [files.enter_context(RecordWriter(path, how)) for path, how in paths.items()])
+            yield writer
+            for file in writer.files:
+                file.finish()
+            write_text(self.file(part, "jsonl"), _lines(writer.refusals))
+            with replacing(self.file(part, "parquet")) as temporary:
+                pq.write_table(_to_table(writer.rows, self.kind.columns | PLACES), temporary)
+
+    def finish(self, info: dict, empty: Callable[[list[dict]], str] = str) -> bool:
         """Join the parts if all are made, and give the folder its name; return False if some are missing.
+
+        A row with the `KEY` of an earlier one is refused as a duplicate.
 
         Args:
             info: content of the info file beside "clips", "refused", "parts" (numbers) and "digest" (of the rows).
-            unique: columns that identify a row; a row that repeats an earlier one is refused as a duplicate.
             empty: makes the message of the UserError for a folder without rows, from what was refused.
         """
         if (self.out / self.kind.info).exists():
@@ -104,8 +110,8 @@ class ShardedWriter:
         if self.missing():
             return False
         try:
-            with as_user_error(f"--out is {str(self.out)!r}; it"):
-                counts = _join(self, unique)
+            with self._as_user_error():
+                counts = _join(self)
                 if not counts["clips"]:
                     message = empty(read_lines(self.folder / "refused.jsonl"))
                     remove_folder(self.folder)
@@ -121,6 +127,9 @@ class ShardedWriter:
         for leftover in (*self.out.glob("part-*"), *self.out.glob(".*"), self.out / STARTED):
             leftover.unlink(missing_ok=True)
         return True
+
+    def _as_user_error(self) -> AbstractContextManager[None]:
+        return as_user_error(f"--out is {str(self.out)!r}; it")
 
     def file(self, part: int, ending: str) -> Path:
         """Return the path of a table of a part: "parquet", its rows, or "jsonl", what was refused."""
@@ -138,7 +147,7 @@ def start(out: str | Path, kind: Kind, header: dict, count: int) -> ShardedWrite
     if not in_place and parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
         raise UserError(f"--out is {str(out)!r}; it already exists: give another folder or remove it")
     header = json.loads(json.dumps(header | {"parts": count}))
-    with as_user_error(f"--out is {str(out)!r}; it"):
+    with parts._as_user_error():
         make_folder(parts.folder)
         started = _claim(parts.folder / STARTED, header)
     if started != header:
@@ -158,46 +167,27 @@ def _claim(path: Path, header: dict) -> dict | None:
     return None
 
 
+@dataclass
 class PartWriter:
     """Take the rows of one part with their records, and what is refused; made by `ShardedWriter.write`."""
 
-    def __init__(self, parts: ShardedWriter, part: int):
-        self._parts, self._part = parts, part
-        self._writers = {
-            prefix: RecordWriter(parts.folder / shard_name(prefix, part, parts.count), options)
-            for prefix, options in parts.kind.files.items()
-        }
-        self._rows: list[dict] = []
-        self._refusals: list[dict] = []
+    part: int
+    files: Sequence[RecordWriter]
+    rows: list[dict] = field(default_factory=list)
+    refusals: list[dict] = field(default_factory=list)
 
     def add(self, row: dict, *records: bytes) -> None:
         """Append a row, with one record for each kind of file in their order."""
-        for writer, record in zip(self._writers.values(), records, strict=True):
-            writer.write(record)
-        self._rows.append(row | {"shard": self._part, "record": len(self._rows)})
+        for file, record in zip(self.files, records, strict=True):
+            file.write(record)
+        self.rows.append(row | {"shard": self.part, "record": len(self.rows)})
 
     def refuse(self, file: str, reason: str) -> None:
         """List a file that is not used."""
-        self._refusals.append({"file": file, "reason": reason})
-
-    def finish(self) -> None:
-        """Check what is on the disk, then mark the part as whole."""
-        import pyarrow.parquet as pq
-
-        for writer in self._writers.values():
-            writer.finish()
-        write_text(self._parts.file(self._part, "jsonl"), _lines(self._refusals))
-        with replacing(self._parts.file(self._part, "parquet")) as temporary:
-            pq.write_table(_to_table(self._rows, self._parts.kind.columns | PLACES), temporary)
-
-    def close(self) -> None:
-        """Close the files."""
-        for writer in self._writers.values():
-            with suppress(OSError):
-                writer.close()
+        self.refusals.append({"file": file, "reason": reason})
 
 
-def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
+def _join(parts: ShardedWriter) -> dict:
     """Write all rows to one table and all refusals to one file; a part at a time, so memory holds only the keys."""
     import pyarrow.parquet as pq
 
@@ -211,7 +201,7 @@ def _join(parts: ShardedWriter, unique: Sequence[str]) -> dict:
                 refused += read_lines(parts.file(part, "jsonl"))
                 rows = []
                 for row in pq.read_table(local_copy(parts.file(part, "parquet"))).to_pylist():
-                    key = tuple(row[name] for name in unique)
+                    key = tuple(row[name] for name in KEY)
                     file = row.get("file", "")
                     if key in seen:
                         refused.append({"file": file, "reason": f"duplicate: the same content as {seen[key]}"})

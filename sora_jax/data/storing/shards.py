@@ -7,7 +7,7 @@ every file open that was read once, and shares readers with forked children.
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class RecordWriter:
-    """Write one ArrayRecord file, or none if there are no records. Raises OSError."""
+    """Write one ArrayRecord file, or none if there are no records; what is not finished goes. Raises OSError."""
 
     def __init__(self, path: Path, options: str):
         self._path, self._options = path, options
@@ -31,6 +31,9 @@ class RecordWriter:
         self._temporary = temporary_path(path.with_name(f"{path.name}.part"))
         self._writer: Any = None
         self._count = 0
+
+    def __enter__(self) -> "RecordWriter":
+        return self
 
     def write(self, record: bytes) -> None:
         """Append a record."""
@@ -44,9 +47,10 @@ class RecordWriter:
 
     def finish(self) -> None:
         """Check that all records can be read back, as a full disk can go unnoticed until then, and name the file."""
-        self._end()
-        if not self._count:
+        if self._writer is None:
             return
+        with _as_os_error():
+            self._writer.close()
         try:
             reader = open_reader(self._temporary)
             found = reader.num_records()
@@ -57,16 +61,11 @@ class RecordWriter:
             raise OSError(f"a shard of it holds {found} records of {self._count}")
         put(self._temporary, self._path)
 
-    def close(self) -> None:
-        """Close the file; what was not finished goes."""
-        self._end()
+    def __exit__(self, *exception: object) -> None:
+        if self._writer is not None and self._writer.is_open():
+            with suppress(RuntimeError):
+                self._writer.close()
         self._temporary.unlink(missing_ok=True)
-
-    def _end(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            with _as_os_error():
-                writer.close()
 
 
 @contextmanager

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sora_jax.data.fit import pad_frames
+
 MARGIN = 6
 GAP = 2
+FONT_SIZE = 13
 
 
 def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
@@ -19,12 +22,7 @@ def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
 
 
 def contact_sheet(
-    clips: Sequence[np.ndarray],
-    captions: Sequence[str],
-    columns: int = 2,
-    scale: int = 1,
-    shown: int = 4,
-    font_size: int = 13,
+    clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 2, scale: int = 1, shown: int = 4
 ) -> np.ndarray:
     """Draw a white sheet (H, W, 3) uint8 with a cell for each clip: a strip of frames over its wrapped caption.
 
@@ -32,18 +30,30 @@ def contact_sheet(
     """
     strips = [strip(clip, shown, scale) for clip in clips]
     width = max([160] + [s.shape[1] for s in strips])
-    cells = [_cell(s, caption, width, font_size) for s, caption in zip(strips, captions, strict=True)]
+    cells = [_cell(s, caption, width) for s, caption in zip(strips, captions, strict=True)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return np.concatenate([_row(row, columns) for row in rows])
 
 
-def grid(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+def grid(clips: Sequence[np.ndarray], columns: int | None = None, gap: int = GAP) -> np.ndarray:
     """Put clips of one size (T, H, W, 3) side by side as one clip, uint8; by default as many columns as rows."""
     columns = columns or math.isqrt(len(clips) - 1) + 1
-    padded = [np.pad(clip, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for clip in clips]
+    padded = [np.pad(clip, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for clip in clips]
     padded += [np.full_like(padded[0], 255)] * (-len(clips) % columns)
     rows = [np.concatenate(padded[i : i + columns], axis=2) for i in range(0, len(padded), columns)]
-    return np.concatenate(rows, axis=1)[:, :-GAP, :-GAP]
+    return np.concatenate(rows, axis=1)[:, :-gap, :-gap]
+
+
+def gallery(clips: Sequence[np.ndarray], columns: int = 4, scale: int = 3) -> np.ndarray:
+    """Put clips of any size side by side as one clip (T, H, W, 3) on white; a shorter clip repeats its last frame."""
+    length, height, width = np.max([clip.shape[:3] for clip in clips], axis=0)
+    large = []
+    for clip in clips:
+        down, right = height - clip.shape[1], width - clip.shape[2]
+        sides = ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))
+        centred = np.pad(pad_frames(clip, length), sides, constant_values=255)
+        large.append(centred.repeat(scale, axis=1).repeat(scale, axis=2))
+    return grid(large, columns, MARGIN)
 
 
 def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:
@@ -54,8 +64,8 @@ def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:
     return row
 
 
-def _cell(strip: np.ndarray, caption: str, width: int, font_size: int) -> np.ndarray:
-    font = ImageFont.load_default(font_size)
+def _cell(strip: np.ndarray, caption: str, width: int) -> np.ndarray:
+    font = ImageFont.load_default(FONT_SIZE)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's own, where it was built with FreeType
     lines = wrap(caption, font, width)
     line_height = sum(font.getmetrics())
@@ -82,21 +92,3 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return [line for line in lines if line]
-
-
-def gallery(clips: Sequence[np.ndarray], columns: int = 4, scale: int = 3) -> np.ndarray:
-    """Put clips side by side as one clip (T, H, W, 3) on white; a shorter clip repeats its last frame."""
-    length = max(len(clip) for clip in clips)
-    tiles = [clip[np.minimum(np.arange(length), len(clip) - 1)] for clip in clips]
-    tiles = [tile.repeat(scale, axis=1).repeat(scale, axis=2) for tile in tiles]
-    side = [max(tile.shape[axis] for tile in tiles) + MARGIN for axis in (1, 2)]
-    tiles = [_centred(tile, *side) for tile in tiles]
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i : i + columns], axis=2) for i in range(0, len(tiles), columns)]
-    return np.concatenate(rows, axis=1)
-
-
-def _centred(tile: np.ndarray, height: int, width: int) -> np.ndarray:
-    top, left = (height - tile.shape[1]) // 2, (width - tile.shape[2]) // 2
-    pad = ((0, 0), (top, height - tile.shape[1] - top), (left, width - tile.shape[2] - left), (0, 0))
-    return np.pad(tile, pad, constant_values=255)

@@ -74,22 +74,15 @@ def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: st
         container.mux(stream.encode())
 
 
-def _write_animation(path: Path, chunks: Iterator[np.ndarray], fps: float, **options) -> None:
+def _write_animation(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
     frames = np.concatenate(list(chunks))
     first, *rest = [Image.fromarray(frame) for frame in frames]
     # Rounded as sums, so that a rate that does not divide 100 (GIF) or 1000 keeps the right duration.
     ticks = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)).astype(int) * 10
-    first.save(path, save_all=True, append_images=rest, duration=ticks.tolist(), loop=0, **options)
-
-
-def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
-    _write_animation(path, chunks, fps, comment=comment.encode())
-
-
-def _write_webp(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = comment
-    _write_animation(path, chunks, fps, quality=95, exif=exif)
+    options = {"comment": comment.encode()} if path.suffix.lower() == ".gif" else {"quality": 95, "exif": exif}
+    first.save(path, save_all=True, append_images=rest, duration=ticks.tolist(), loop=0, **options)
 
 
 def _write_png(path: Path, chunks: Iterator[np.ndarray], fps: float, comment: str) -> None:
@@ -106,15 +99,9 @@ def read_comment(path: Path) -> str:
         with av.open(str(path)) as container:
             return container.metadata.get("comment", "")
     with Image.open(path) as image:
-        comment = image.info.get("comment", image.info.get("recipe", "")) or image.getexif().get(
-            ExifTags.Base.ImageDescription, ""
-        )
+        comment = image.info.get("comment") or image.info.get("recipe")
+        comment = comment or image.getexif().get(ExifTags.Base.ImageDescription, "")
     return comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
 
 
-WRITERS = {
-    ".mp4": _write_mp4,
-    ".gif": _write_gif,
-    ".webp": _write_webp,
-    ".png": _write_png,
-}
+WRITERS = {".mp4": _write_mp4, ".gif": _write_animation, ".webp": _write_animation, ".png": _write_png}
