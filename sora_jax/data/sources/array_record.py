@@ -4,7 +4,7 @@ from sora_jax.config import check
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
 from sora_jax.data.sources.opened import FramesMedia
-from sora_jax.data.storing.manifest import Dataset, captions_of
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.files import as_path
 
 
@@ -27,7 +27,9 @@ class DatasetReader:
     def entry(self, index: int) -> Entry:
         row = self._dataset.row(index)
         label = None if row["label"] < 0 else row["label"]
-        return Entry(row["file"], captions_of(row), label, None, row["split"] or None)
+        return Entry(
+            row["file"], dict(zip(row["kinds"], row["captions"], strict=True)), label, None, row["split"] or None
+        )
 
     def open(self, index: int) -> FramesMedia:
         clip, variant = self._dataset[index], self._dataset.row(index)["variant"]
