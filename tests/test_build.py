@@ -205,6 +205,9 @@ def test_nothing_to_build_from_is_a_user_error(tmp_path):
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
         build(world_options(tmp_path / "out", 2), progress=False)
+    for out in ("", "."):
+        with pytest.raises(UserError, match="it must be a new folder"):
+            build(world_options(out, 2), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 

@@ -179,7 +179,7 @@ def _choose_features(features: dict[str, str], config: SourceConfig) -> tuple[st
     classes = [name for name, kind in features.items() if kind == "ClassLabel"]
     media = choose("media", "video or picture", held, [name for name in held if features[name] != "Text"])
     caption = choose("caption", "text", texts, [""])
-    return media, caption, choose("label", "class", classes, [""] if caption and len(classes) > 1 else classes or [""])
+    return media, caption, choose("label", "class", classes, classes or [""])
 
 
 def _prepared_folder(config: SourceConfig) -> Path:

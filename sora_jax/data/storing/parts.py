@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sora_jax.config import first_difference
+from sora_jax.config import check, first_difference
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.shards import RecordWriter, shard_name
 from sora_jax.errors import UserError
@@ -142,6 +142,7 @@ def start(out: str | Path, kind: Kind, header: dict, count: int) -> ShardedWrite
     header: JSON of all that decides what is in the parts. Raises UserError if `out` is in use, or was started with
     another header.
     """
+    check(as_path(out).name, f"--out is {str(out)!r}; it must be a new folder")
     parts = ShardedWriter(as_path(out), kind, count)
     in_place = parts.folder == parts.out and (parts.out / STARTED).exists()
     if not in_place and parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
