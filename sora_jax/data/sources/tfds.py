@@ -59,6 +59,7 @@ class TfdsReader:
         self._rate = next(rates, "")
         table = folder / f"{self._label.replace('/', '-')}.labels.txt"
         self._classes = dict(enumerate(read_text(table).split("\n"))) if self._label and table.is_file() else {}
+        self.classes = {(name, number) for number, name in self._classes.items() if name}
         self._records = ArrayRecordDataSource(files)
         self.refused: list[tuple[str, str]] = []
         # The digest has the form of earlier versions, so that a dataset that they built is recognised.
