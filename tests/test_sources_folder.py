@@ -277,8 +277,14 @@ def test_captions_that_are_not_utf8_cost_one_clip(tmp_path):
     assert captions(folder(tmp_path)) == {"b.png": None} and kinds(folder(tmp_path)) == {"a.png": "bad name or caption"}
 
 
+def test_texts_of_trainers_and_broken_json_beside_a_clip(tmp_path):
+    (make(tmp_path, "a.png") / "a.caption").write_text("a sks dog")
+    (tmp_path / "a.json").write_text("{broken")
+    assert captions(folder(tmp_path)) == {"a.png": "a sks dog"} and kinds(folder(tmp_path)) == {"a.json": "no record"}
+
+
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="--path is .*nowhere; it must be a folder of videos or pictures"):
+    with pytest.raises(UserError, match="--path is .*nowhere; it must be .* pictures .it does not exist"):
         folder(tmp_path / "nowhere")
     make(tmp_path, captions__csv="file,caption\n")
     with pytest.raises(UserError, match="--path is .*captions.csv; it must be the folder of the clips"):

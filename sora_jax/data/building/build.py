@@ -46,8 +46,9 @@ def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] 
     (make or make_parts)(config, mix, parts, missing, progress)
 
     def nothing_usable(refused: list[dict]) -> str:
-        counts, last = tally(entry["reason"] for entry in refused), refused[-1]
-        return f"{_sources(config)}; it holds nothing usable: {counts}; {last['file']}: {last['reason']}"
+        counts = tally(entry["reason"] for entry in refused)
+        examples = {reason_kind(entry["reason"]): f"{entry['file']}: {entry['reason']}" for entry in refused}
+        return f"{_sources(config)}; it holds nothing usable: {counts}; {'; '.join(examples.values())}"
 
     finished = parts.finish({"format": FORMAT, "options": options}, nothing_usable)
     return Dataset(config.out) if finished else None

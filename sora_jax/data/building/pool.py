@@ -86,7 +86,12 @@ class _Worker:
         context = get_context("spawn")  # not forked: the caller may hold threads of an accelerator runtime
         self.pipe, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self.task), daemon=True)
-        process.start()
+        # Blocked in the new process, too: Ctrl-C is for the parent, also while a process begins.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         self.process, self.begun = process, False
 
@@ -121,7 +126,6 @@ class _Worker:
 
 def _serve(pipe: connection.Connection, pickled: bytes) -> None:
     """Answer items in a worker process, until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
     task, error = _answer(pickle.loads, pickled)
     pipe.send(True)
     while True:

@@ -69,6 +69,12 @@ class BuildConfig:
         check_option(0 < self.seconds <= MAX_SECONDS, "seconds", self.seconds, f"above 0 and at most {MAX_SECONDS}")
         check_option(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and less than 1")
         check(self.sources, "sources is empty; it must have at least one source")
+        check_option(
+            self.min_frames <= self.max_frames,
+            "min_frames",
+            self.min_frames,
+            f"at most --max-frames, {self.max_frames}",
+        )
         vary = self.resolution != "largest" or self.place == "random"
         what = "1 unless place is random or resolution is uniform or navit"
         check_option(self.variants == 1 or vary, "variants", self.variants, what)

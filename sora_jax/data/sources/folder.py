@@ -19,13 +19,14 @@ from sora_jax.files import is_remote, local_copy, read_together
 
 # What people and programs keep beside clips; everything else is tried, and listed with a reason if it is no media.
 NOT_MEDIA = {
-    *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".cls"),
+    *(".txt", ".caption", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".cls"),
     *(".md", ".html", ".pdf", ".py", ".xmp", ".aae", ".db", ".ini"),
 }
 SAMPLE_MEDIA = (  # of WebDataset samples, which hold anything else, too
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".wmv", ".flv", ".gif"),
     *(".webp", ".png", ".jpg", ".jpeg", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff"),
 )
+TEXTS = (".txt", ".caption")  # the latter as kohya's trainers have it
 MAX_TEXT_BYTES = 2**20
 
 
@@ -125,11 +126,12 @@ class Captions:
 
     def _read_beside(self, name: str, kind: str) -> Annotations:
         text, ending = self._text(name), _ending(name)
-        if ending == ".txt":
+        if ending in TEXTS:
             return Annotations({kind: clean(text)})
         row = Row(1, {self._fields.label or "label": text}) if ending == ".cls" else json_row(1, text)
-        if row.problem and not self._strict:
-            return Annotations()  # beside files of a folder JSON is used for much else
+        if row.problem and not self._strict:  # JSON beside a file is used for much else: it costs no clip
+            self._listing.refused.append((name, f"no record: {row.problem}"))
+            return Annotations()
         found = row.annotations(self._fields)
         return replace(found, problem=found.problem and f"bad row: {name}: {found.problem}")
 
@@ -213,12 +215,12 @@ def _beside(names: Iterable[str], keys: set[str]) -> dict[str, list[tuple[str, s
     found: dict[str, list[tuple[str, str]]] = {}
     for name in reversed(list(names)):
         key, ending, kind = _stem(name), _ending(name), ""
-        if ending not in (".txt", ".json", ".cls"):
+        if ending not in (*TEXTS, ".json", ".cls"):
             continue
         while key not in keys and "." in posixpath.basename(key):
             key, _, more = key.rpartition(".")
             kind = f"{more}.{kind}" if kind else more
-        if key in keys and (ending == ".txt" or not kind):
+        if key in keys and (ending in TEXTS or not kind):
             found.setdefault(key, []).append((kind, name))
     return found
 

@@ -89,7 +89,8 @@ def list_files(path: str, shards: bool) -> Listing:
             listing.files[name] = Listed(size)
     what = "a tar file, a folder of tar files or a pattern with * and ?" if shards else "a folder of videos or pictures"
     exists = listing.files or listing.refused or (root.is_dir() and not shards)
-    check(exists, f"--path is {path}; it must be {what}")
+    there = "" if exists or root.exists() or shards else " (it does not exist)"
+    check(exists, f"--path is {path}; it must be {what}{there}")
     return listing
 
 
