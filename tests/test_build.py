@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from math import inf
 
 import numpy as np
 import pytest
@@ -205,14 +206,18 @@ def test_nothing_to_build_from_is_a_user_error(tmp_path):
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
         build(world_options(tmp_path / "out", 2), progress=False)
+    for out in ("", "."):
+        with pytest.raises(UserError, match="it must be a new folder"):
+            build(world_options(out, 2), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
 BAD = dict(length_rule="stretch", max_frames=0, holdout=1.0, max_pixels=10, min_pixels=10, max_tokens=0, variants=2)
 BAD |= dict(resolution="small", framing="wide", place="end", max_fps=0.0, fps=-1.0, seconds=0.0, clips_per_file=0)
+MORE_BAD = [("sources", ()), ("seconds", inf), ("seconds", 86401.0), ("fps", inf), ("max_fps", inf)]
 
 
-@pytest.mark.parametrize("name, value", [*BAD.items(), ("sources", ())])
+@pytest.mark.parametrize("name, value", [*BAD.items(), *MORE_BAD])
 def test_bad_options_are_user_errors(name, value):
     with pytest.raises(UserError, match=f"{name} is ".replace("_", "-")):
         BuildConfig(**({"out": "x", "sources": (SourceConfig(path="y"),)} | {name: value}))
@@ -347,6 +352,54 @@ def test_sources_are_mixed_with_their_weights(tmp_path, folder):
     assert [row["source"].partition(":")[0] for row in dataset.rows()] == ["folder"] * 3 + ["world"] * 4
 
 
+def labelled(path, **labels):
+    for name, label in labels.items():
+        save_png(path / f"{name}.png", noise(len(name) + ord(name[0]), 32, 32))
+        (path / f"{name}.cls").write_text(label)
+    return SourceConfig(path=str(path))
+
+
+def classes(out, *sources, workers=0) -> dict:
+    dataset = build(BuildConfig(str(out), sources, multiple=8, workers=workers), progress=False)
+    return {row["file"][:-4]: (row["label"], *row["captions"]) for row in dataset.rows()}
+
+
+def test_classes_keep_their_names_and_have_one_number_in_all_sources(tmp_path):
+    one, two = labelled(tmp_path / "1", a="fox", b="cat"), labelled(tmp_path / "2", c="ape", d="fox")
+    found = classes(tmp_path / "one", one)
+    assert found == {"a": (1, "fox"), "b": (0, "cat")}
+    again = SourceConfig("array_record", str(tmp_path / "one"))
+    assert classes(tmp_path / "again", again) == found
+    expected = {"a": (2, "fox"), "b": (1, "cat"), "c": (0, "ape"), "d": (2, "fox")}
+    for workers, source in enumerate((one, again)):
+        assert classes(tmp_path / f"both {workers}", source, two, workers=workers) == expected
+    numbers = labelled(tmp_path / "3", e="7", f="0"), labelled(tmp_path / "4", g="7")
+    assert classes(tmp_path / "numbers", *numbers) == {"e": (7, "7"), "f": (0, "0"), "g": (7, "7")}
+    only = replace(two, label="caption")
+    assert classes(tmp_path / "caption", one, only) == expected | {"c": (-1, "ape"), "d": (-1, "fox")}
+
+
+def test_a_source_that_changes_during_a_build_is_a_user_error(tmp_path, folder, monkeypatch):
+    config = options(tmp_path, folder, workers=1)
+    mix = preparing.open_sources(config)
+    save_png(folder / "new.png", noise(0, 32, 32))
+    monkeypatch.setattr(building, "open_sources", lambda config: mix)
+    with pytest.raises(UserError, match="--path is .*; it has changed while it was read"):
+        build(config, progress=False)
+
+
+def test_any_error_of_one_clip_costs_that_clip(tmp_path, folder, monkeypatch):
+    def clip(id, frames, *more):
+        if len(frames) == 12:
+            raise ValueError("no such rate")
+        return Clip(id, frames, *more)
+
+    monkeypatch.setattr(preparing, "Clip", clip)
+    dataset = make(tmp_path, folder, max_frames=13)
+    assert files(dataset) == ["short.gif", "still.png"]
+    assert {"file": "long.gif", "reason": "unreadable: ValueError, no such rate"} in dataset.refused
+
+
 def test_a_clip_is_never_made_square_unless_it_is_asked_for(tmp_path):
     write_video(tmp_path / "in" / "wide.gif", noise(0, 5, 24, 96), 8)
     common = dict(missing_caption="empty", max_pixels=1024)
@@ -415,8 +468,9 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     for picture in report.pictures:
         pixels = decode(picture).frames[0]
         assert pixels.shape[0] > 40 and (pixels != 255).any()
-    with pytest.raises(UserError, match="--pack-length is 80; .* 90 tokens"):
-        inspect(tmp_path / "out", pack_length=80)
+    for length in (80, 0):
+        with pytest.raises(UserError, match=f"--pack-length is {length}; .* 90 tokens"):
+            inspect(tmp_path / "out", pack_length=length)
 
 
 def test_names_of_shapes_and_durations():

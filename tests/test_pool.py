@@ -96,6 +96,22 @@ def test_a_slow_reader_is_no_hang():
         time.sleep(0.6 if n < 2 else 0)
 
 
+def refuse():
+    raise FileNotFoundError("the source has changed")
+
+
+class Changed:
+    """A task that can be pickled, and not unpickled."""
+
+    def __reduce__(self):
+        return refuse, ()
+
+
+def test_what_unpickling_the_task_raises_is_raised_here():
+    with pytest.raises(FileNotFoundError, match="the source has changed"):
+        list(map_with_timeout(Changed(), [1], 1, 30))
+
+
 def test_what_the_task_raises_is_raised_here():
     with pytest.raises(ZeroDivisionError) as raised:
         list(map_with_timeout(raising, [2, 1, 0], 1, 30))

@@ -7,6 +7,7 @@ import re
 import tarfile
 import unicodedata
 import zipfile
+from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -150,15 +151,20 @@ def test_hostile_and_damaged_archives(tmp_path):
     data = save_png(tmp_path / "made/one.png", frame(50)).read_bytes()
     (tmp_path / "in/set").mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / "in/set/pack.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        for name in ("train/x.png", "../out.png", "/abs.png", "train/notes.txt", "c:/x.png", "c:x.png", "train/x.png"):
+        for name in ("train/x.png", "../out.png", "/abs.png", "train/notes.txt", "c:/x.png", "c:x.png"):
             archive.writestr(name, data)
+        archive.writestr("train/x.long.txt", "the first")
+        archive.writestr("train/x.long.txt", "the second")
+        archive.writestr("train/x.png", save_png(tmp_path / "made/two.png", frame(90)).read_bytes())
     make(tmp_path / "in/set", captions__csv="file,caption\ntrain/x.png,as if unpacked\n")
     (tmp_path / "in/bad.zip").write_bytes(b"PK not a zip")
     (tmp_path / "in/bad.tar").write_bytes(b"not a tar" * 99)
     (tmp_path / "in/x.tgz").write_bytes(b"not looked at")
     source = folder(tmp_path / "in")
     assert captions(source) == {"set/pack.zip/train/x.png": "as if unpacked"} and shade(source, 0) == 50
-    unsafe = dict.fromkeys(("../out.png", "/abs.png", "c:/x.png", "c:x.png"), "unsafe") | {"train/x.png": "repeated"}
+    assert source.entry(0).captions["long"] == "the first"
+    unsafe = dict.fromkeys(("../out.png", "/abs.png", "c:/x.png", "c:x.png"), "unsafe")
+    unsafe |= dict.fromkeys(("train/x.png", "train/x.long.txt"), "repeated")
     bad = {"bad.zip": "unreadable", "bad.tar": "damaged", "x.tgz": "compressed"}
     assert kinds(source) == {f"set/pack.zip/{name}": reason for name, reason in unsafe.items()} | bad
 
@@ -213,7 +219,6 @@ def test_strips_become_frames(tmp_path):
     [
         ("captions.csv", "name,caption\na.png,x\n", "its columns are name, caption; it must have one of file, file_n"),
         ("captions.csv", "file,split\na.png,x\n", "file, split; .* and one of caption, text"),
-        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "cannot be used: 'utf-8' codec"),
         ("captions.csv", 'file,caption\na.png,x\nb.png,"12 inch\nc.png,a dog\nd.png,y\n', "row 3 opens a quote"),
         ("clips.tsv", 'file\tcaption\na.png\t"a 12" record\nb.png\ta dog"\n', ""),
         ("Captions.JSONL", '{"caption": "x"}\n', "its columns are caption; .*one of file"),
@@ -237,10 +242,12 @@ def test_unusable_tables_are_user_errors(tmp_path, name, text, match):
         ("captions.jsonl", '{"file": "b.png", "caption": "x", "label": ["cat", "dog"]}', r"label is \['cat', 'dog'\]"),
         ("captions.jsonl", '{"file": "b.png", "caption": "x", "label": Infinity}', "label is inf; it must be a class"),
         ("captions.jsonl", '{"file": "b.png", "caption": 7}', "caption of kind original is 7; it must be a text"),
-        ("captions.jsonl", '{"file": "b.png", "caption": "\\ud800"}', "surrogates"),
+        ("captions.jsonl", '{"file": "b.png", "caption": "\\ud800"}', "is not UTF-8; it must be saved as UTF-8"),
         ("captions.jsonl", '{"file": "b.png", "caption": "x"', "it is not JSON"),
         ("captions.jsonl", "[1]", r"it is \[1\]; it must be a JSON object"),
         ("captions.jsonl", '{"caption": "x"}', "it names no file"),
+        ("captions.csv", b"b.png,caf\xe9", r"'caf\\udce9' is not UTF-8; it must be saved as UTF-8"),
+        ("captions.csv", b"caf\xe9.png,x", r"'caf\\udce9.png' is not UTF-8"),
         ("captions.csv", "b.png,y, z", "it has 3 cells, the header 2"),
         ("captions.csv", "b.png", "it has 1 cells, the header 2"),
         ("captions.csv", 'b.png,"a" z', "its quotes do not match"),
@@ -252,13 +259,16 @@ def test_a_bad_row_costs_its_clip(tmp_path, name, rows, reason):
     first, last = "file,caption\na.png,one\n", "c.png,three\n"
     if name == "captions.jsonl":
         first, last = '{"file": "a.png", "caption": "one"}\n', '{"file": "c.png", "caption": "three"}\n'
-    (make(tmp_path, "a.png", "b.png", "c.png") / name).write_text(first + rows + "\n" + last)
+    data = rows if isinstance(rows, bytes) else rows.encode()
+    (make(tmp_path, "a.png", "b.png", "c.png") / name).write_bytes(first.encode() + data + b"\n" + last.encode())
     source = folder(tmp_path)
-    known = "b.png" in rows and not reason.startswith(("it is not JSON", "its quotes"))
+    known = b"b.png" in data and not reason.startswith(("it is not JSON", "its quotes"))
     assert captions(source) == {"a.png": "one", "c.png": "three"} | ({} if known else {"b.png": None})
     ((file, why),) = source.refused
     row = 2 if name == "captions.jsonl" else 4 if "again" in reason else 3
-    assert file == ("b.png" if known else name) and why.startswith(f"bad row: {name}, row {row}: ")
+    assert file == ("b.png" if known else "caf?.png" if b"caf" in data else name) and why.startswith(
+        f"bad row: {name}, row {row}: "
+    )
     assert re.search(reason, why)
 
 
@@ -271,6 +281,8 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="--path is .*nowhere; it must be a folder of videos or pictures"):
         folder(tmp_path / "nowhere")
     make(tmp_path, captions__csv="file,caption\n")
+    with pytest.raises(UserError, match="--path is .*captions.csv; it must be the folder of the clips"):
+        folder(tmp_path / "captions.csv")
     with pytest.raises(UserError, match="file, caption; it must have one of file,.* sentence"):
         folder(tmp_path, caption_field="sentence")
 
@@ -287,6 +299,7 @@ def test_names_are_found_as_users_mean_them(tmp_path):
 {root.resolve()}/gone.png;
 sub/../d;five
 /elsewhere/e.png;six
+../f.png;seven
 ;
 ;
 """
@@ -301,7 +314,7 @@ sub/../d;five
         "sub/c.png": "four",
     }
     assert source.entry(0).captions["long"] == "a long text"
-    assert kinds(source) == {"gone.png": "missing", "/elsewhere/e.png": "missing"}
+    assert kinds(source) == {"gone.png": "missing", "/elsewhere/e.png": "outside", "../f.png": "outside"}
     data = pack(root, tmp_path / "mac.zip").read_bytes()
     for signature, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # macOS does not mark its names as UTF-8
         parts = data.split(signature)
@@ -324,6 +337,7 @@ TABLES = {
     "captions.json": '{"a.png": "one", "b.png": ["two", "three"]}',
     "metadata.json": '[{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two"}]',
     "metadata.parquet": [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two"}],
+    "sheet.csv": "sep=;\r\nfile;caption\r\na.png;one\r\nb.png;two\r\n",  # read and written by Excel
     "captions.csv": "file,caption\na.png,one\nb.png,two\n".encode("utf-16"),  # Excel
 }
 
@@ -337,6 +351,58 @@ def test_tables_of_other_programs(tmp_path, name):
         (tmp_path / name).write_bytes(TABLES[name] if isinstance(TABLES[name], bytes) else TABLES[name].encode())
     source = folder(tmp_path)
     assert captions(source) == {"a.png": "one", "b.png": "two"} and source.refused == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "field"),
+    [
+        ("captions.csv", "File,Caption,Caption_Long,caption_EN\na.png,one,x,y\n", ""),
+        ("captions.csv", "FILE,Title,CAPTION_LONG,caption_EN\na.png,one,x,y\n", "title"),
+        ("a.json", '{"Title": "one", "Caption_Long": "x", "caption_EN": "y"}', "TITLE"),
+    ],
+)
+def test_capitals_of_a_column_do_not_count(tmp_path, name, text, field):
+    (make(tmp_path, "a.png") / name).write_text(text)
+    (entry,) = entries(folder(tmp_path, caption_field=field))
+    assert entry.captions == {"original": "one", "long": "x", "EN": "y"}
+
+
+def test_of_names_that_differ_in_their_form_each_has_its_row(tmp_path):
+    names = [unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD")]
+    table = f"file,caption\n{names[0]},composed\n{tmp_path}/{names[1]},decomposed\n"
+    source = folder(make(tmp_path, *names, captions__csv=table))
+    assert captions(source) == dict(zip(names, ("composed", "decomposed"))) and source.refused == []
+
+
+def test_a_file_has_the_captions_that_it_has_in_its_folder(tmp_path):
+    table = {"captions__csv": "file,caption,split\na.png,one,test\na.2.png,two,\ngone.png,x,\n"}
+    make(tmp_path, "a.png", "a.2.png", "b.png", a__short__txt="short", a__2__long__txt="long", a__cls="3", **table)
+    (tmp_path / "a.tar").write_bytes(b"not a tar")
+    whole, source = folder(tmp_path), folder(tmp_path / "a.png")
+    assert entries(source) == [entry for entry in entries(whole) if entry.file == "a.png"] and source.refused == []
+    (entry,) = entries(source)
+    assert entry.captions == {"original": "one", "short": "short", "label": "3"} and (entry.label, entry.split) == (
+        3,
+        "test",
+    )
+
+
+def test_a_long_caption_and_columns_of_pandas(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    make(tmp_path, "a.png", "b.png", captions__csv=f'file,caption\na.png,"{"x" * 200_000}"\n')
+    assert len(captions(folder(tmp_path))["a.png"]) == 200_000
+    (tmp_path / "captions.csv").unlink()
+    for kind in (pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()):
+        columns = {
+            "image": pa.array(["a.png", "b.png"]).cast(kind),
+            "text": ["one", "two"],
+            "label": [Decimal(1), Decimal(2)],
+        }
+        pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+        found = entries(folder(tmp_path))
+        assert [(entry.captions["original"], entry.label) for entry in found] == [("one", 1), ("two", 2)]
 
 
 def test_the_files_of_a_phone(tmp_path):

@@ -112,14 +112,14 @@ def _built_before(config: BuildConfig, mix: Mix) -> Dataset | None:
     return Dataset(config.out)
 
 
-def kind(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """Return the kind of a reason or flag, which stands before its first colon."""
     return reason.split(":")[0]
 
 
 def tally(reasons: Iterable[str]) -> str:
     """Count reasons by kind, most frequent first: "2 x unreadable, 1 x no caption"."""
-    return ", ".join(f"{n} x {name}" for name, n in Counter(map(kind, reasons)).most_common())
+    return ", ".join(f"{n} x {name}" for name, n in Counter(map(reason_kind, reasons)).most_common())
 
 
 def _sources(config: BuildConfig) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.building.build import kind
+from sora_jax.data.building.build import reason_kind
 from sora_jax.data.packing.advice import advise
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
@@ -23,7 +23,7 @@ CLIPS = 12  # on the contact sheet
 
 
 class Inspection(NamedTuple):
-    """What `inspect` found: counts as a dict, the same as text, and the pictures that it drew."""
+    """Hold what `inspect` found: counts as a dict, the same as text, and the pictures that it drew."""
 
     summary: dict
     text: str
@@ -63,8 +63,8 @@ def inspect(
         "without_caption": sum(not caption_of(row) for row in rows),
         "classes": _classes(rows),
         "fill": plan_fill(tokens, pack_length, slots),
-        "flagged": _counts(kind(flag) for row in rows for flag in row["flags"]),
-        "refused": _counts(kind(entry["reason"]) for entry in dataset.refused),
+        "flagged": _counts(reason_kind(flag) for row in rows for flag in row["flags"]),
+        "refused": _counts(reason_kind(entry["reason"]) for entry in dataset.refused),
     }
     pictures = (_draw_sheet(dataset, as_path(out)), _draw_histograms(dataset, as_path(out))) if out else ()
     return Inspection(summary, _text(summary), pictures)
@@ -95,7 +95,7 @@ def duration(frames: int, fps: float) -> str:
 def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingConfig.slots) -> dict:
     """Return the share of packs of that length that is filled when all clips are planned once."""
     longest = int(tokens.max())
-    length = pack_length or 2 * longest
+    length = 2 * longest if pack_length is None else pack_length
     check(length >= longest, f"--pack-length is {length}; it must be at least {longest} tokens, those of a clip")
     check(slots >= 1, f"--slots is {slots}; it must be at least 1")
     packing, texts = PackingConfig(length, slots), np.zeros_like(tokens)

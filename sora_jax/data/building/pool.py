@@ -5,6 +5,7 @@ all stop for good when one is killed while it sends a result; `concurrent.future
 """
 
 import os
+import pickle
 import signal
 import traceback
 from collections import deque
@@ -44,6 +45,7 @@ def map_with_timeout(
         yield from map(task, items)
         return
     crew: list[_Worker] = []
+    pickled = pickle.dumps(task)  # here, so that a process can answer with what raises while it unpickles
     idle = SimpleQueue[_Worker]()
 
     def run(item: Item) -> Result | Refusal:
@@ -56,7 +58,7 @@ def map_with_timeout(
     left, futures, threads = iter(items), deque[Future](), ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
-            crew.append(_Worker(task))
+            crew.append(_Worker(pickled))
             idle.put(crew[-1])
         while True:
             futures.extend(threads.submit(run, item) for item in islice(left, AHEAD * workers - len(futures)))
@@ -75,7 +77,7 @@ def map_with_timeout(
 class _Worker:
     """Hold a process and the pipe to it."""
 
-    def __init__(self, task: Callable):
+    def __init__(self, task: bytes):
         self.task = task
         self.start()
 
@@ -117,19 +119,22 @@ class _Worker:
         return Refusal(reason.format(signal.Signals(-code).name if code < 0 else f"exit code {code}"))
 
 
-def _serve(pipe: connection.Connection, task: Callable) -> None:
+def _serve(pipe: connection.Connection, pickled: bytes) -> None:
     """Answer items in a worker process, until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
+    task, error = _answer(pickle.loads, pickled)
     pipe.send(True)
     while True:
         try:
             item = pipe.recv()
         except EOFError:
             os._exit(0)
-        answer: tuple[Any, Exception | None]
-        try:
-            answer = task(item), None
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            answer = None, error
-        pipe.send(answer)
+        pipe.send((None, error) if error else _answer(task, item))
+
+
+def _answer(task: Callable, item: Any) -> tuple[Any, Exception | None]:
+    try:
+        return task(item), None
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return None, error

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from math import isqrt
+from math import inf, isqrt
 from typing import NamedTuple
 
 from sora_jax.config import check
@@ -22,6 +22,8 @@ from sora_jax.errors import UserError
 from sora_jax.worlds import WorldConfig
 
 PLACES = {"start": 0.0, "middle": 0.5, "random": None}
+MAX_SECONDS = 86400
+NO_CAPTION = {"tfds": "--caption-field is not given or its feature is empty", "array_record": "the dataset has none"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class BuildConfig:
             check_word(name, getattr(self, name), allowed)
         for name, least in _LEAST.items():
             check_option(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        for name in ("fps", "max_fps", "seconds"):
+        for name in ("fps", "max_fps"):
             value = getattr(self, name)
-            check_option(value is None or value > 0, name, value, "above 0")
+            check_option(value is None or 0 < value < inf, name, value, "finite and above 0")
+        check_option(0 < self.seconds <= MAX_SECONDS, "seconds", self.seconds, f"above 0 and at most {MAX_SECONDS}")
         check_option(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and less than 1")
         check(self.sources, "sources is empty; it must have at least one source")
         vary = self.resolution != "largest" or self.place == "random"
@@ -72,7 +75,7 @@ class BuildConfig:
 
     @property
     def size_rule(self) -> SizeRule:
-        """Rule of the sizes of clips."""
+        """Return the rule of the sizes of clips."""
         return SizeRule(**{field.name: getattr(self, field.name) for field in fields(SizeRule)})
 
     def length_of(self, frames: int) -> int:
@@ -92,6 +95,10 @@ class Mix:
     def __init__(self, sources: Sequence[Source]):
         self.sources = sources
         self.starts = [0, *accumulate(map(len, sources))]
+        classes = {pair for source in sources for pair in source.reader.classes} if len(sources) > 1 else set()
+        names = sorted({name for name, _ in classes})  # those of one source may be numbered otherwise in another
+        agree = len(names) == len(classes) == len({number for _, number in classes})
+        self.numbers = {} if agree else {name: number for number, name in enumerate(names)}
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -103,7 +110,7 @@ class Mix:
 
     @property
     def refused(self) -> list[tuple[str, str]]:
-        """Pairs (file, reason) of the files that were refused when the sources were listed."""
+        """Return pairs (file, reason) of the files that were refused when the sources were listed."""
         return [pair for source in self.sources for pair in source.refused]
 
 
@@ -133,24 +140,25 @@ def prepare(mix: Mix, config: BuildConfig, unit: Unit) -> Clip | Refusal | None:
     source, place = mix.find(unit.entry)
     entry = source.entry(place)
     if not entry.captions and config.missing_caption == "refuse":
-        have = "it has neither a text file of the same name nor a row in a table"
+        have = NO_CAPTION.get(source.config.name.partition(":")[0], "no text file of the same name and no row has one")
         return Refusal(f"no caption: {have}; --missing-caption=empty takes it")
     try:
         media = source.open(place)
         clip_id = media.content_id() + (f".{unit.number}" if config.clips_per_file > 1 else "")
         span = _span(config, unit, clip_id)
         decoded = media.decode(span, _fit(config, unit, source, clip_id))
+        if decoded is None:
+            return None
+        frames = decoded.frames[:, :, ::-1] if unit.mirrored else decoded.frames
+        label = None if entry.label is None else mix.numbers.get(entry.label_name or str(entry.label), entry.label)
+        clip = Clip(clip_id, frames, decoded.fps, entry.captions, source.name, label, decoded.start, decoded.flags)
+        return _to_length(clip, config, span.place)
     except UserError:
         raise
     except MediaError as error:
         return Refusal(str(error))
     except Exception as error:  # a damaged archive or dataset raises one of many types
         return Refusal(f"unreadable: {reason(error)}")
-    if decoded is None:
-        return None
-    frames = decoded.frames[:, :, ::-1] if unit.mirrored else decoded.frames
-    clip = Clip(clip_id, frames, decoded.fps, entry.captions, source.name, entry.label, decoded.start, decoded.flags)
-    return _to_length(clip, config, span.place)
 
 
 def _span(config: BuildConfig, unit: Unit, clip_id: str) -> SpanRule:

@@ -1,5 +1,7 @@
 """Read a dataset folder of `sora-jax data build` as a source, to build another dataset from its clips."""
 
+from functools import cached_property
+
 from sora_jax.config import check
 from sora_jax.data.sources.config import SourceConfig
 from sora_jax.data.sources.entries import Entry
@@ -24,12 +26,16 @@ class DatasetReader:
     def __len__(self) -> int:
         return len(self._dataset)
 
+    @cached_property
+    def classes(self) -> set[tuple[str, int]]:
+        entries = map(self.entry, range(len(self)))
+        return {(entry.label_name or str(entry.label), entry.label) for entry in entries if entry.label is not None}
+
     def entry(self, index: int) -> Entry:
         row = self._dataset.row(index)
+        captions = dict(zip(row["kinds"], row["captions"], strict=True))
         label = None if row["label"] < 0 else row["label"]
-        return Entry(
-            row["file"], dict(zip(row["kinds"], row["captions"], strict=True)), label, None, row["split"] or None
-        )
+        return Entry(row["file"], captions, label, captions.get("label"), row["split"] or None)
 
     def open(self, index: int) -> FramesMedia:
         clip, variant = self._dataset[index], self._dataset.row(index)["variant"]

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from sora_jax.config import check, choose
+from sora_jax.config import check
 from sora_jax.worlds import WorldConfig
 
 KINDS = {  # -> what --path must be
@@ -51,9 +51,9 @@ class SourceConfig:
             ("strip-frames", self.strip_frames, not (world and self.strip_frames), without),
             ("limit", self.limit, self.limit is None or self.limit >= 1, some),
             ("limit", self.limit, self.limit or not world, f"{here} the number of clips"),
+            ("label", self.label, self.label in ("caption", "class", "both"), "it must be caption, class or both"),
             ("label-caption", self.label_caption, "{label}" in self.label_caption, holds),
             ("world-held-out", held_out, 0 <= held_out <= most, f"{here} from 0 to {most}"),
         ):
             given = "is not given" if value in ("", None) else f"is {value!r}"
             check(fits, f"--{option} {given}; {allowed}")
-        choose("--label", self.label, dict.fromkeys(("caption", "class", "both")))

@@ -33,6 +33,7 @@ class Reader(Protocol):
     """All entries of one kind of source, listed when it is made."""
 
     refused: list[tuple[str, str]]  # file, reason
+    classes: set[tuple[str, int]]  # name (of a class without one, its number), number
     digest: str  # a fingerprint of names, sizes and captions, which changes with the source; no media is read for it
 
     def __len__(self) -> int: ...

@@ -3,6 +3,7 @@
 import hashlib
 import posixpath
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import PurePath
@@ -45,12 +46,16 @@ class FolderReader:
         clips = _samples(listing, config.media_field) if shards else files
         fields = Fields(usual(config.caption_field), usual(config.label_field))
         captions = Captions(listing, clips, fields, strict=shards)
-        found = {name: captions.find(name) for name in clips}
+        found = {name: captions.find(name) for name in clips if f"{name}/".startswith(listing.only)}
         listing.refused += [(name, given.problem) for name, given in found.items() if given.problem]
-        missing = "missing: named in {} but not there"
-        listing.refused += [(name, missing.format(table)) for name, table in captions.unused.items()]
+        for name, table in captions.unused.items():
+            outside = name.startswith(("/", "../")) or ":/" in name
+            why = "outside: named in {}, but not below --path" if outside else "missing: named in {} but not there"
+            if f"{name}/".startswith(listing.only):
+                listing.refused.append((name, captions.rows[name].problem or why.format(table)))
         used = {name: given for name, given in found.items() if not given.problem}
         labels = number_labels(given.label for given in used.values())
+        self.classes = {(name or str(number), number) for number, name in labels if number is not None}
         self._entries = [
             Entry(name, given.captions, *label, given.split) for (name, given), label in zip(used.items(), labels)
         ]
@@ -73,15 +78,17 @@ class Captions:
     """Captions, labels and splits of the clips of a listing.
 
     clips: file name -> key, which the files beside a clip share. strict: JSON beside a clip must be a record.
-    `unused`: file -> table of the rows that no clip has asked for yet.
+    `rows`: file -> annotations; `unused`: file -> table of the rows that no clip has asked for yet.
     """
 
     def __init__(self, listing: Listing, clips: Mapping[str, str], fields: Fields, strict: bool):
         self._listing, self._clips, self._fields, self._strict = listing, clips, fields, strict
         root, keys = listing.root, set(clips.values())
         roots = [root] if is_remote(root) else [root.absolute(), root.resolve()]
-        self._roots = [f"{normal(str(path))}/" for path in roots]
-        self._rows: dict[str, Annotations] = {}
+        self._roots = [f"{form(str(path))}/" for path in roots for form in (str, normal)]
+        forms = Counter(map(normal, listing.files))
+        self._twins = {name for name in listing.files if forms[normal(name)] > 1}  # which need their exact names
+        self.rows: dict[str, Annotations] = {}
         self.unused: dict[str, str] = {}
         tables = [name for name in listing.files if _may_be_table(name, keys)]
         for name in sorted(tables, key=lambda name: (name.count("/"), name)):  # one nearer to a clip comes later
@@ -97,7 +104,7 @@ class Captions:
         parts = []
         for key in reversed(self._row_keys(name)):
             self.unused.pop(key, None)
-            parts += [self._rows[key]] if key in self._rows else []
+            parts += [self.rows[key]] if key in self.rows else []
         keys = dict.fromkeys((self._clips[name], normal(name)))
         beside = [pair for key in keys for pair in self._beside.get(key, ())]
         beside.sort(key=lambda pair: (_ending(pair[1]) == ".txt", not pair[0]))
@@ -111,7 +118,7 @@ class Captions:
 
     def _row_keys(self, name: str) -> list[str]:
         """Return the names that a clip may have in tables; in an archive, also that as if unpacked beside it."""
-        names, archive = [normal(name)], self._listing.files[name].archive
+        names, archive = [name if name in self._twins else normal(name)], self._listing.files[name].archive
         if archive:
             names.append(normal(posixpath.join(posixpath.dirname(archive), name.removeprefix(f"{archive}/"))))
         return [key for full in names for key in (full, _stem(full))]
@@ -165,15 +172,16 @@ class Captions:
         if self.unused.get(key) == table:
             problem = f"it names {file} again; a file has one row, with columns caption_KIND"
         found = replace(found, problem=problem and f"{where}: {problem}")
-        self.unused[key], self._rows[key] = table, merge((self._rows.get(key, Annotations()), found))
+        self.unused[key], self.rows[key] = table, merge((self.rows.get(key, Annotations()), found))
 
     def _key(self, table: str, file: str) -> str:
         """Return the name, relative to the root, of a file in a table."""
-        file = normal(file)
-        for root in self._roots:
-            if file.startswith(root):
-                return posixpath.normpath(file.removeprefix(root))
-        return posixpath.normpath(posixpath.join(posixpath.dirname(normal(table)), file))
+        for name in (file.replace("\\", "/"), normal(file)):
+            root = next(filter(name.startswith, self._roots), "")
+            key = name.removeprefix(root) if root else posixpath.join(posixpath.dirname(table), name)
+            if (key := posixpath.normpath(key)) in self._twins:
+                return key
+        return normal(key)
 
 
 def normal(name: str) -> str:

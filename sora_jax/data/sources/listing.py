@@ -12,13 +12,13 @@ from typing import NamedTuple
 from sora_jax.config import check
 from sora_jax.data.reading.tracks import reason
 from sora_jax.data.sources.opened import Part, ZipMember, archive_copy, open_zip
+from sora_jax.data.sources.tables import READERS
 from sora_jax.files import as_path, is_remote, matching, remote_files, size_and_time
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_ZIP_BYTES = 2**28  # members of a zip are read whole
 MAX_TAR_BYTES = 2**31
 MAX_HEADER_BYTES = 2**20
-BESIDE = (".txt", ".json")  # read with a path of a single file
 
 
 class Listed(NamedTuple):
@@ -36,6 +36,7 @@ class Listing:
     root: Path
     files: dict[str, Listed] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
+    only: str = ""  # "NAME/" of the one file whose clips are wanted; the others hold their captions
 
     def media(self, name: str) -> Path | Part | ZipMember:
         return self.files[name].member or self.root / name
@@ -66,8 +67,12 @@ def list_files(path: str, shards: bool) -> Listing:
         found = {name: size for name, size in found.items() if visible(name)}
     else:
         if root.is_file():
-            listing.root = root.parent
-            files = [file for file in (root, *map(root.with_suffix, BESIDE)) if file.is_file()]
+            clip = root.suffix.lower() not in READERS
+            check(clip, f"--path is {path}; it must be the folder of the clips, not their table")
+            listing.root, listing.only, stem = root.parent, f"{root.name}/", f"{root.stem}."
+            near = [f for f in root.parent.iterdir() if f.suffix.lower() in READERS or f.name.startswith(stem)]
+            near = [f for f in near if visible(f.name) and not f.name.lower().endswith((".zip", ".tar", *COMPRESSED))]
+            files = sorted({root, *(file for file in near if file.is_file())})
         else:
             listing.root = next(above for above in root.parents if not set("*?[") & set(str(above)))
             files = sorted(file for file in matching(path) if file.is_file()) if shards else []
@@ -145,7 +150,7 @@ def _list_zip(listing: Listing, name: str) -> None:
         if not member.is_dir():
             size = member.file_size
             why = f"too large: {size} bytes; a member of a zip may have {MAX_ZIP_BYTES}" if size > MAX_ZIP_BYTES else ""
-            listing.add(name, member.filename, why, Listed(size, name, ZipMember(path, member.filename)))
+            listing.add(name, member.filename, why, Listed(size, name, ZipMember(path, member)))
 
 
 def _list_tar(listing: Listing, name: str) -> None:

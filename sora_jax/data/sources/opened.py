@@ -103,10 +103,10 @@ class ZipMember:
     """A file in a zip, which is read whole: zip members have no random access."""
 
     archive: Path
-    name: str
+    info: zipfile.ZipInfo  # not its name, which several members may have
 
     def open(self) -> BinaryIO:
-        return io.BytesIO(open_zip(self.archive).read(self.name))
+        return io.BytesIO(open_zip(self.archive).read(self.info))
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

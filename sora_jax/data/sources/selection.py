@@ -34,12 +34,12 @@ class Source:
         self.name = f"{config.name}:{config.path}" if config.path else config.name
         # Imported here, so that a world does not wait for zip files and tables.
         module, reader = READERS.get(config.name, "tfds.TfdsReader").split(".")
-        self._reader: Reader = getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
-        self.refused = self._reader.refused
+        self.reader: Reader = getattr(import_module(f"sora_jax.data.sources.{module}"), reader)(config)
+        self.refused = self.reader.refused
         options = {k: v for k, v in asdict(config).items() if k not in ("path", "weight")}  # they change no clip
-        text = repr((options, self._reader.digest, self.refused))
+        text = repr((options, self.reader.digest, self.refused))
         self.digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
-        count = len(self._reader)
+        count = len(self.reader)
         wanted = min(count, config.limit or count)
         self._chosen = [i * count // wanted for i in range(wanted)] if wanted < count else range(count)
 
@@ -47,10 +47,10 @@ class Source:
         return len(self._chosen)
 
     def entry(self, index: int) -> Entry:
-        return _labelled(replace(self._reader.entry(self._chosen[index]), weight=self.config.weight), self.config)
+        return _labelled(replace(self.reader.entry(self._chosen[index]), weight=self.config.weight), self.config)
 
     def open(self, index: int) -> Media:
-        media, strip = self._reader.open(self._chosen[index]), self.config.strip_frames
+        media, strip = self.reader.open(self._chosen[index]), self.config.strip_frames
         return unroll(media, strip, self.config.strip_fps) if strip else media
 
     def __reduce__(self):

@@ -1,6 +1,6 @@
 """Captions, labels and splits from tables and records.
 
-Columns of a table, keys of a JSON record; capitals do not count:
+Columns of a table, keys of a JSON record; capitals do not count, but in the KIND of `caption_KIND`:
 
 =====================================  ====================================================================
 file, file_name, path, video, ...      the clip, relative to the table; see `FILE_COLUMNS`
@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import chain, islice
 from typing import BinaryIO, NamedTuple
 
@@ -32,6 +33,9 @@ FILE_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "text", "prompt", "captions")
 KNOWN = (*FILE_COLUMNS, *CAPTION_COLUMNS, "label", "split")
 MAX_LABEL = 2**31 - 1
+EMPTY = re.compile(r"\A((?i:nan)|<NA>|None|NA)\Z")  # what pandas writes into empty cells
+# A column with names of files in Parquet; categories of pandas are a dictionary. Others hold embedded media.
+NAMES = re.compile(r"(dictionary<values=)?(large_)?string(_view)?(, .*)?")
 
 Label = int | str | None
 
@@ -74,6 +78,7 @@ def annotations(row: Mapping, fields: Fields = Fields()) -> Annotations:
             if text := _text(f"caption of kind {kind}", value):
                 captions.setdefault(str(kind), text)
         label, split = _label(row.get(fields.label or "label")), _text("split", row.get("split"))
+        clean(Row(0, row).file())
         return Annotations(captions, label, split or None)
     except ValueError as error:
         return Annotations(problem=str(error))
@@ -103,7 +108,7 @@ def _text(what: str, value) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"its {what} is {_short(value)}; it must be a text")
-    return clean(value)
+    return EMPTY.sub("", clean(value))
 
 
 def _short(value) -> str:
@@ -112,19 +117,20 @@ def _short(value) -> str:
 
 def clean(text: str) -> str:
     """Return a text as one line; ValueError if it cannot be written as UTF-8."""
-    text.encode()
+    if re.search(r"[\ud800-\udfff]", text):
+        raise ValueError(f"{_short(text)} is not UTF-8; it must be saved as UTF-8")
     return " ".join(text.replace("\0", " ").split())
 
 
 def _label(value) -> Label:
     if isinstance(value, str):
-        text = clean(value)
+        text = _text("label", value)
         if not re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", text):
-            return None if text.lower() in ("", "nan") else text  # pandas writes an empty cell as nan
+            return text or None
         value = int(text.partition(".")[0])  # and whole numbers beside empty cells as 2.0
     if value is None or value != value:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value != int(value) or value > MAX_LABEL:
         raise ValueError(f"its label is {_short(value)}; it must be a class name or a whole number below 2^31")
     return int(value) if value >= 0 else None
@@ -182,23 +188,27 @@ def is_used(column: str, fields: Fields) -> bool:
 
 
 def usual(column) -> str:
-    """Return the name of a known column in its usual spelling, any other as it is."""
+    """Return the name of a column without capitals; only a kind keeps them, as in the names of text files."""
     text = str(column).strip()
-    return text.lower() if text.lower() in KNOWN else text
+    return text if text.startswith("caption_") else text.lower()
 
 
 def _lines(stream: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
     mark = stream.read(2)
     stream.seek(0)
     utf16 = mark in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of Excel
-    return io.TextIOWrapper(stream, "utf-16" if utf16 else "utf-8-sig", newline=newline)
+    encoding = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")  # so a wrong byte costs its row only
+    return io.TextIOWrapper(stream, *encoding, newline)
 
 
 def _read_csv(stream: BinaryIO, fields: Fields) -> Table:
     lines = _lines(stream, newline="")
     header = lines.readline()
-    lines.seek(0)
-    separator = max(",;\t|", key=header.count)
+    named = re.fullmatch(r"sep=(.)\s*", header)  # by Excel, before the header
+    if not named:
+        lines.seek(0)
+    separator = named[1] if named else max(",;\t|", key=header.count)
+    csv.field_size_limit(2**24)
     cells = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
     columns = [usual(column) for column in next(cells, [])]
     return Table(columns, _csv_rows(cells, columns))
@@ -258,15 +268,13 @@ def _read_json(stream: BinaryIO, fields: Fields) -> Table:
 
 
 def _read_parquet(stream: BinaryIO, fields: Fields) -> Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(stream)
-    text = (pa.types.is_string, pa.types.is_large_string)
     names = {column.name: usual(column.name) for column in file.schema_arrow}
     for column in file.schema_arrow:
-        if names[column.name] in FILE_COLUMNS and not any(is_text(column.type) for is_text in text):
-            names[column.name] = f"{column.name} ({column.type})"[:60]  # embedded media, not a name
+        if names[column.name] in FILE_COLUMNS and not NAMES.fullmatch(str(column.type)):
+            names[column.name] = f"{column.name} ({column.type})"[:60]
     wanted = [name for name, column in names.items() if is_used(column, fields)]
     rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
     return Table(list(names.values()), (json_row(number, row) for number, row in enumerate(rows, 1)))

@@ -59,6 +59,7 @@ class TfdsReader:
         self._rate = next(rates, "")
         table = folder / f"{self._label.replace('/', '-')}.labels.txt"
         self._classes = dict(enumerate(read_text(table).split("\n"))) if self._label and table.is_file() else {}
+        self.classes = {(name, number) for number, name in self._classes.items() if name}
         self._records = ArrayRecordDataSource(files)
         self.refused: list[tuple[str, str]] = []
         # The digest has the form of earlier versions, so that a dataset that they built is recognised.
@@ -179,7 +180,7 @@ def _choose_features(features: dict[str, str], config: SourceConfig) -> tuple[st
     classes = [name for name, kind in features.items() if kind == "ClassLabel"]
     media = choose("media", "video or picture", held, [name for name in held if features[name] != "Text"])
     caption = choose("caption", "text", texts, [""])
-    return media, caption, choose("label", "class", classes, [""] if caption and len(classes) > 1 else classes or [""])
+    return media, caption, choose("label", "class", classes, classes or [""])
 
 
 def _prepared_folder(config: SourceConfig) -> Path:

@@ -13,7 +13,7 @@ class WorldReader:
 
     def __init__(self, config: SourceConfig):
         self._world, self._count = config.world or world.WorldConfig(), config.limit or 0
-        self._train = self._count - config.world_held_out
+        self._train, self.classes = self._count - config.world_held_out, set[tuple[str, int]]()
         made_of = (self._world, self._count, self._train)
         extra = self._world.extra_captions
         self.digest, self.refused = repr((*made_of, extra) if extra else made_of), list[tuple[str, str]]()

@@ -188,7 +188,7 @@ class LatentCache(ClipStore):
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of the clips and their order: an epoch of another cache of the same clips is another one."""
+        """Return the digest of the clips and their order: epochs of another cache of the same clips are others."""
         identity = json.dumps([self.info.header(), self.header["digest"]], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -235,5 +235,5 @@ class LatentCache(ClipStore):
 
     @property
     def frames(self) -> np.ndarray:
-        """Frames of each clip before it was encoded, (n,) int32."""
+        """Return the frames of each clip before it was encoded, (n,) int32."""
         return self.kept("frames")

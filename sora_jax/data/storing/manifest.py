@@ -79,20 +79,20 @@ class Dataset(ClipStore):
 
     @cached_property
     def table(self) -> Any:
-        """The manifest, a pyarrow table."""
+        """Return the manifest, a pyarrow table."""
         import pyarrow.parquet as pq
 
         return pq.read_table(local_copy(self.path / "manifest.parquet"))
 
     @property
     def digest(self) -> str:
-        """Hex digest of what the clips are and how they were made; equal builds of equal files have an equal one."""
+        """Return a digest of what the clips are and how they were made; equal builds of equal files have one."""
         options = {k: v for k, v in self.info["options"].items() if k not in ("sources", "digests")}
         return hashlib.sha256(json.dumps([options, self.info["digest"]], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def clip_ids(self) -> np.ndarray:
-        """Id of each clip (n,) uint32, the same for all variants of a clip."""
+        """Return the id of each clip (n,) uint32, the same for all variants of a clip."""
         return np.array([clip_id_of(id) for id in self.column("id").to_pylist()], np.uint32)
 
     def item(self, index: int) -> np.ndarray:
@@ -101,7 +101,7 @@ class Dataset(ClipStore):
 
     @cached_property
     def refused(self) -> list[dict]:
-        """{"file", "reason"} of every file that was not used."""
+        """Return {"file", "reason"} of every file that was not used."""
         return read_lines(self.path / "refused.jsonl")
 
     def rows(self, split: str | None = None) -> list[dict]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sora_jax.config import first_difference
+from sora_jax.config import check, first_difference
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.shards import RecordWriter, shard_name
 from sora_jax.errors import UserError
@@ -45,7 +45,7 @@ from sora_jax.files import (
 )
 
 KEY = ("id", "variant")  # columns that identify a row
-PLACES = {"shard": "int32", "record": "int32"}
+RECORD_COLUMNS = {"shard": "int32", "record": "int32"}
 STARTED = "started.json"
 CLAIM_TRIES = 50
 WIDE = {"string": "large_string"}
@@ -53,7 +53,7 @@ WIDE = {"string": "large_string"}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder holds."""
+    """Describe what a folder holds."""
 
     files: Mapping[str, str]  # prefix of a record file -> ArrayRecord options
     columns: dict[str, str]  # name of a column -> type
@@ -70,7 +70,7 @@ class ShardedWriter:
 
     @property
     def folder(self) -> Path:
-        """Folder that the parts are written to."""
+        """Return the folder that the parts are written to."""
         return unfinished(self.out)
 
     def missing(self, share: ShardSpec = ShardSpec()) -> list[int]:
@@ -94,7 +94,7 @@ class ShardedWriter:
                 file.finish()
             write_text(self.file(part, "jsonl"), _lines(writer.refusals))
             with replacing(self.file(part, "parquet")) as temporary:
-                pq.write_table(_to_table(writer.rows, self.kind.columns | PLACES), temporary)
+                pq.write_table(_to_table(writer.rows, self.kind.columns | RECORD_COLUMNS), temporary)
 
     def finish(self, info: dict, empty: Callable[[list[dict]], str] = str) -> bool:
         """Join the parts if all are made, and give the folder its name; return False if some are missing.
@@ -142,6 +142,7 @@ def start(out: str | Path, kind: Kind, header: dict, count: int) -> ShardedWrite
     header: JSON of all that decides what is in the parts. Raises UserError if `out` is in use, or was started with
     another header.
     """
+    check(as_path(out).name, f"--out is {str(out)!r}; it must be a new folder")
     parts = ShardedWriter(as_path(out), kind, count)
     in_place = parts.folder == parts.out and (parts.out / STARTED).exists()
     if not in_place and parts.out.exists() and (not parts.out.is_dir() or any(parts.out.iterdir())):
@@ -194,7 +195,7 @@ def _join(parts: ShardedWriter) -> dict:
     digest, index = hashlib.sha256(), 0
     seen: dict[tuple, str] = {}
     refused = []
-    columns = {"index": "int64"} | parts.kind.columns | PLACES
+    columns = {"index": "int64"} | parts.kind.columns | RECORD_COLUMNS
     with _inside(parts.folder / "manifest.parquet") as temporary:
         with pq.ParquetWriter(temporary, _schema(columns)) as writer:
             for part in range(parts.count):

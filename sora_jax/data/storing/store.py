@@ -49,7 +49,7 @@ class ClipStore:
 
     @property
     def digest(self) -> str:
-        """Hex digest of what is in the store, and how it was made."""
+        """Return the digest of what is in the store, and how it was made."""
         raise NotImplementedError
 
     def column(self, name: str) -> Any:
@@ -84,25 +84,25 @@ class ClipStore:
 
     @cached_property
     def grids(self) -> np.ndarray:
-        """Size of the item of each clip (n, 3) int32: t, h, w."""
+        """Return the size of the item of each clip (n, 3) int32: t, h, w."""
         return np.stack([self.column(side).to_numpy() for side in self.sides], axis=1)
 
     @property
     def clip_ids(self) -> np.ndarray:
-        """Id of each clip (n,) uint32, the same for all variants of a clip."""
+        """Return the id of each clip (n,) uint32, the same for all variants of a clip."""
         return self.kept("uid")
 
     @property
     def labels(self) -> np.ndarray:
-        """Class of each clip (n,) int32, -1 for none."""
+        """Return the class of each clip (n,) int32, -1 for none."""
         return self.kept("label")
 
     @property
     def weights(self) -> np.ndarray:
-        """Mean number of times that each clip comes in an epoch, (n,) float32."""
+        """Return the mean number of times that each clip comes in an epoch, (n,) float32."""
         return self.kept("weight")
 
     @property
     def has_variants(self) -> bool:
-        """True if some clip is there in several sizes or places."""
+        """Return True if some clip is there in several sizes or places."""
         return bool(self.column("variant").to_numpy().any())
