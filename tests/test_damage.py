@@ -4,9 +4,10 @@ import io
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
-from fixtures_media import encode, noise
+from fixtures_media import encode, flat, names, noise
 from PIL import Image
 
 from sora_jax.data.reading.damage import check_units
@@ -44,6 +45,23 @@ def test_a_file_without_its_end_gives_its_beginning(tmp_path, ending):
         # No length stands in a GIF, and FFmpeg believes the size of the file more than that in the header of an AVI.
         assert ending in ("gif", "avi") or clip.flags[0].startswith("partial: damaged")
         np.testing.assert_array_equal(clip.frames, whole.frames[: len(clip.frames)])
+
+
+@pytest.mark.parametrize("frames", ["0", "3"])
+def test_a_cut_between_packets_costs_only_frames_whose_neighbours_lack(tmp_path, frames):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": frames, "b-pyramid": "none"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for pixels in flat(40):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        ends = [packet.pos for packet in container.demux(video=0) if packet.size]
+    for count in range(20, 29):
+        clip = decode(io.BytesIO(path.read_bytes()[: ends[count]]))
+        assert names(clip.frames) == names(flat(len(clip.frames)))
+        assert count - 2 < len(clip.frames) + (frames == "3") and clip.flags[0].startswith("partial: damaged: it ends")
 
 
 def test_damage_before_and_after_a_span_is_not_its_concern(tmp_path):

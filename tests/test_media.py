@@ -114,6 +114,8 @@ def junk() -> dict[str, bytes]:
         "bomb.gif": bomb,
         "list.m3u8": b"#EXTM3U\n#EXTINF:10,\n/etc/passwd\n",
         "no_frames.gif": b"GIF89a\1\0\1\0\0\0\0;",
+        "list.ffconcat": b"ffconcat version 1.0\nfile missing.mp4\n",
+        "call.sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
         "art.ans": b"\x1b[31mhello\x1b[0m\n" * 30,
     }
 
@@ -121,8 +123,18 @@ def junk() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", sorted(junk()))
 def test_junk_is_refused_with_a_reason(tmp_path, name):
     (tmp_path / name).write_bytes(junk()[name])
-    with pytest.raises(MediaError, match=r"\w+: \w+"):
+    text = name.endswith((".ffconcat", ".sdp", ".ans"))  # refused before FFmpeg opens what it names
+    with pytest.raises(MediaError, match="^not a picture or a video: a text, or a list" if text else r"\w+: \w+"):
         decode(tmp_path / name)
+
+
+def test_reasons_are_for_people():
+    errors = {
+        SyntaxError("broken PNG file"): "broken PNG file",
+        KeyError(274): "KeyError, 274",
+        MemoryError(): "MemoryError",
+    }
+    assert [tracks.reason(error) for error in errors] == list(errors.values())
 
 
 def test_sound_alone_is_no_video(tmp_path):
@@ -160,6 +172,7 @@ def test_cmyk_and_sixteen_bits(tmp_path):
     deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     frames = picture(tmp_path, "a.png", Image.fromarray(deep))
     np.testing.assert_array_equal(frames[0, :, :, 0], np.arange(256).reshape(16, 16))
+    assert picture(tmp_path, "dark.png", Image.fromarray(np.full((4, 4), 200, np.uint16))).max() == 0
 
 
 def test_gif_pauses(tmp_path):

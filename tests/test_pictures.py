@@ -2,8 +2,11 @@
 
 import io
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pillow_heif
 import pytest
@@ -80,8 +83,9 @@ def test_profiles_of_other_modes():
     light = (ramp / 255) ** 1.8
     expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     grey = MAC.replace(b"RGB ", b"GRAY", 1).replace(b"rTRC", b"kTRC")
-    for mode, profile in (("L", grey), ("RGB", MAC), ("P", MAC)):
-        frame = read(coded(Image.fromarray(ramp).convert(mode), icc_profile=profile)).frames[0]
+    for mode, profile in (("L", grey), ("RGB", MAC), ("P", MAC), ("LA", grey), ("P", grey), ("L with a key", grey)):
+        key = dict(transparency=1) if "key" in mode else {}  # a level that no pixel has
+        frame = read(coded(Image.fromarray(ramp).convert(mode.split()[0]), icc_profile=profile, **key)).frames[0]
         assert np.abs(frame - expected[:, :, None]).max() < 1.5, mode
     half = np.dstack([ramp, ramp, ramp, np.full_like(ramp, 127)])
     mixed = 127 / 255 * expected + 128
@@ -99,14 +103,40 @@ def test_broken_exif_costs_no_picture():
         assert corners(frame) == corners(turned), exif
 
 
+def test_broken_exif_is_not_printed(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 2, 0x0112, 3, 1, 6)
+    (tmp_path / "a.jpg").write_bytes(coded(quadrants(), "JPEG", exif=exif))
+    code = "import sys; from sora_jax.data.reading.media import decode; decode(sys.argv[1])"
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jpg"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("tag", [{254: 1}, {50706: b"\1\4\0\0"}])
+def test_a_preview_is_not_taken_for_a_raw_photo(tag):
+    """NewSubfileType with bit 0, DNGVersion (Adobe DNG specification, 1.4)."""
+    with pytest.raises(MediaError, match="^unreadable: a raw photo"):
+        read(coded(quadrants(), "TIFF", tiffinfo=tag))
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
 @pytest.mark.parametrize("light", [0.05, 0.25, 0.45])
-def test_hdr_heic(light):
+def test_hdr_pictures(light, kind):
     """Grey of a share of the light of paper white (203 cd/m2), in PQ by SMPTE ST 2084, is that of sRGB."""
     power = (light * 203 / 10000) ** (2610 / 16384)
     code = ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
     pixels, buffer = np.full((64, 64, 3), round(65535 * code), np.uint16), io.BytesIO()
-    profile = dict(color_primaries=9, transfer_characteristics=16, matrix_coefficients=9)
-    pillow_heif.encode("RGB;16", (64, 64), pixels.tobytes(), buffer, quality=95, **profile)
+    if kind == "HEIF":
+        profile = dict(color_primaries=9, transfer_characteristics=16, matrix_coefficients=9)
+        pillow_heif.encode("RGB;16", (64, 64), pixels.tobytes(), buffer, quality=95, **profile)
+    else:
+        with av.open(buffer, "w", format="avif") as container:
+            stream = container.add_stream("libsvtav1", rate=1, options={"crf": "5", "preset": "8"})
+            stream.height, stream.width, stream.pix_fmt, context = 64, 64, "yuv420p10le", stream.codec_context
+            context.color_primaries, context.color_trc, context.colorspace, context.color_range = 9, 16, 9, 1
+            planes = np.full((96, 64), 512, np.uint16)
+            planes[:64] = round(64 + 876 * code)
+            container.mux([*stream.encode(av.VideoFrame.from_ndarray(planes, "yuv420p10le")), *stream.encode()])
+    assert read(buffer.getvalue()).fps == 1
     assert np.abs(read(buffer.getvalue()).frames - 255 * (1.055 * light ** (1 / 2.4) - 0.055)).max() < 3
 
 
@@ -125,7 +155,7 @@ def test_pictures_that_are_left_out_are_flagged():
 def test_delays_are_those_of_browsers(kind):
     first, *rest = [Image.fromarray(frame) for frame in flat(9)]
     options = dict(save_all=True, append_images=rest) | (dict(lossless=True) if kind == "WEBP" else {})
-    for delay, rate in ((10, 10), (20, 50), (120, 8.333)):
+    for delay, rate in ((10, 10), (20, 50), (120, 8.333), (600_000, 0.00166667)):
         data = coded(first, kind, duration=delay, **options)
         assert (read(data).fps, names(read(data).frames)) == (rate, names(flat(9)))
         if delay == 10:

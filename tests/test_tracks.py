@@ -88,13 +88,22 @@ def test_absurd_time_stamps_do_not_fill_the_memory(tmp_path):
         decode(path)
 
 
+@pytest.mark.parametrize("rate", [24000 / 1001, 30000 / 1001, 60000 / 1001, 15000 / 1001, 12.5, 1 / 3600])
+def test_the_rate_has_three_decimals_and_is_never_nought(rate):
+    fps = sample_frames(flat(3), rate).fps
+    assert fps == round(rate, 3) if rate > 1 else fps == pytest.approx(rate, rel=1e-5)
+
+
 def test_usual_period_is_unmoved_by_jitter_and_pauses():
     times = np.cumsum([0.0, 0.033, 0.034, 0.033, 0.034, 5.0, 0.033])
     assert usual_period(times, 6.0) == pytest.approx(np.mean([0.033, 0.034, 0.033, 0.034, 0.033]))
 
 
 # Kr and Kb of the matrices, by the number of their tag (ITU-T H.273, table 4).
-WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
+WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+# x and y of red, green and blue (ITU-T H.273, table 2); white is D65.
+BT709 = (0.64, 0.33), (0.30, 0.60), (0.15, 0.06)
+WIDE = {9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)), 12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))}
 WORDS = [(230, 40, 40), (40, 200, 60), (50, 70, 230), (128, 128, 128), (250, 250, 250)]
 
 
@@ -107,24 +116,45 @@ def planes(colour, kr: float, kb: float, full: bool) -> list[int]:
     return [round(v) for v in ([255 * luma, *(128 + 255 * c for c in chroma)] if full else scaled)]
 
 
+def to_xyz(primaries) -> np.ndarray:
+    """The matrix from linear RGB of these primaries to XYZ, white to D65."""
+    columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in primaries]).T
+    return columns * np.linalg.solve(columns, (0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290))
+
+
+def in_wide(colour, primaries: int) -> np.ndarray:
+    """The colour of sRGB in other primaries, by the same curve."""
+    code = np.array(colour) / 255
+    light = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    light = np.linalg.solve(to_xyz(WIDE[primaries]), to_xyz(BT709) @ light)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+TAGS = [(1, 1), (6, 1), (9, 1), (10, 1), (2, 1), (9, 9), (1, 12)]  # of the matrix, of the primaries
+SMALL = [(tag, primaries, (32, 48)) for tag, primaries in TAGS]
+
+
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize(("tag", "size"), [(1, (32, 48)), (6, (32, 48)), (9, (32, 48)), (2, (32, 48)), (2, (32, 1280))])
-def test_colours_by_tag(tmp_path, tag, size, full):
+@pytest.mark.parametrize(("tag", "primaries", "size"), [*SMALL, (2, 1, (32, 1280))])
+def test_colours_by_tag(tmp_path, tag, primaries, size, full):
     kr, kb = WEIGHTS[{2: 1 if size[1] == 1280 else 6}.get(tag, tag)]
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.height, stream.width, stream.pix_fmt, stream.options = *size, "yuv420p", {"qp": "0"}
         stream.codec_context.colorspace, stream.codec_context.color_range = tag, 1 + full
+        stream.codec_context.color_primaries = primaries
         for k, colour in enumerate(WORDS):
             frame = av.VideoFrame(size[1], size[0], "yuv420p")
-            for plane, value in zip(frame.planes, planes(colour, kr, kb, full), strict=True):
+            coded = in_wide(colour, primaries) if primaries in WIDE else colour
+            for plane, value in zip(frame.planes, planes(coded, kr, kb, full), strict=True):
                 plane.update(bytes([value]) * plane.buffer_size)
             frame.pts, frame.time_base, frame.colorspace, frame.color_range = k, Fraction(1, 10), tag, 1 + full
+            frame.color_primaries = primaries
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     for fit in (None, lambda height, width, frames: (16, 16)):
         read = decode(tmp_path / "a.mkv", fit=fit).frames[:, 8, 8].astype(int)
-        assert np.abs(read - WORDS).max() <= 2
+        assert np.abs(read - WORDS).max() <= (4 if primaries in WIDE else 2)
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -169,3 +199,8 @@ def test_a_transparent_video_lies_on_white(tmp_path):
         read = decode(tmp_path / "a.webm", fit=fit).frames.astype(int)
         side = read.shape[1] // 4
         assert np.abs(read[:, side, side] - (200, 0, 0)).max() < 16 and read[:, side, -side].min() > 240
+    data = (tmp_path / "a.webm").read_bytes()
+    with av.open(str(tmp_path / "a.webm")) as container:
+        first = next(bytes(packet) for packet in container.demux(video=0))
+    with pytest.raises(MediaError, match="^damaged: "):
+        decode(io.BytesIO(data.replace(first, bytes(len(first)))))

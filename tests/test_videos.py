@@ -1,6 +1,7 @@
 """How a video is to be shown: display matrix, fields, depth, time stamps, cuts; small clips with known right frames."""
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -217,6 +218,27 @@ def test_oddities_beside_the_pictures_cost_nothing(tmp_path):
         data = data.replace(sounds, b"\xff" * len(sounds))
     clip = decode(io.BytesIO(data))
     assert steps(clip.frames) == list(range(20)) and clip.flags == ()
+
+
+KINDS = [(ending, codec) for ending in ("mp4", "mkv") for codec in ("libx264", "libvpx-vp9", "mpeg4")]
+
+
+@pytest.mark.parametrize(("ending", "codec"), [*KINDS, ("webm", "libvpx-vp9")])
+def test_a_late_start_and_a_last_frame_that_stands_still_are_no_damage(tmp_path, ending, codec):
+    for still in (100, 8000):
+        with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+            stream, packets = container.add_stream(codec, rate=10), []
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 1000)
+            for k, pixels in enumerate(ramp(21)):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts, frame.time_base = 3000 + 100 * k, Fraction(1, 1000)
+                packets += stream.encode(frame)
+            packets += stream.encode()
+            packets[-1].duration = still
+            container.mux(packets)
+        clip = decode(tmp_path / f"a.{ending}")
+        assert steps(clip.frames) == list(range(21)) and clip.flags == ()
 
 
 def test_a_codec_without_a_decoder_is_refused_with_a_sentence(tmp_path):

@@ -1,8 +1,8 @@
 """Filter graphs of FFmpeg (`ffmpeg -vf`) that turn decoded frames into upright RGB pixels of the wanted size.
 
-A graph does all but the tone mapping of HDR, which is in `hdr`: PyAV's FFmpeg is built without zscale and libplacebo;
-`tonemap` needs the linear light that only they give, and `scale` cuts off what is brighter than paper or, with
-intent=perceptual, darkens every picture for a peak of 10,000 cd/m2.
+A graph does all but HDR and wide gamuts, which are in `hdr`: PyAV's FFmpeg is built without zscale and libplacebo;
+`tonemap` needs the linear light that only they give, `scale` cuts off what is brighter than paper or, with
+intent=perceptual, darkens every picture for a peak of 10,000 cd/m2, and `colorspace` takes no odd sizes.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from av.filter import Graph
 from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import ColorRange
 
-from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
+from sora_jax.data.reading.hdr import HLG, PQ, PRIMARIES, to_srgb
 from sora_jax.data.reading.tracks import Fit
 
 # AVCOL_SPC_* to the names of `setparams`.
-MATRICES = {1: "bt709", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020nc", 10: "bt2020c"}
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020nc", 10: "bt2020nc"}
 # Frames that the decoder marks as interlaced become progressive, the others pass; the number of frames stays.
 TIME_BASE = "1/1000"  # of all graphs; ticks pass as they are
 DEINTERLACE = ["bwdif=mode=send_frame:deint=interlaced", f"settb={TIME_BASE}"]  # bwdif halves the time base
@@ -61,13 +61,13 @@ class FrameRenderer:
     def render(self, frame: VideoFrame, fit: Fit | None) -> np.ndarray:
         """Return the frame upright, in sRGB uint8 (H, W, 3), scaled to cover the size of `fit` and cropped evenly."""
         matrix = display_matrix(frame)
-        kind = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, is_hdr(frame)
+        kind = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, is_mapped(frame)
         key = fit, kind, None if matrix is None else matrix.tobytes()
         if key not in self.graphs:
             self.graphs[key] = build_graph(self._filters(frame, self.matrix if matrix is None else matrix, fit), frame)
         self.graphs[key].push(frame)
         pixels = self.graphs[key].pull().to_ndarray()
-        return to_srgb(pixels, frame.color_trc) if is_hdr(frame) else pixels
+        return to_srgb(pixels, frame.color_trc, frame.color_primaries) if is_mapped(frame) else pixels
 
     def _filters(self, frame: VideoFrame, matrix: np.ndarray | None, fit: Fit | None) -> list[str]:
         turn = turn_filters(matrix)
@@ -105,7 +105,7 @@ def turn_filters(matrix: np.ndarray | None) -> list[str]:
 
 
 def colour_filters(frame: VideoFrame, size: str, chroma: str) -> list[str]:
-    """Return the filters that scale a frame and bring it to RGB: of 8 bits, over white; of 16 bits if it is HDR."""
+    """Return the filters that scale a frame and bring it to RGB, over white: of 8 bits; of 16 if `to_srgb` follows."""
     palette = frame.format.has_palette
     alpha = palette or any(component.is_alpha for component in frame.format.components)
     # Untagged, what players guess (mpv: BT.709 for high definition, BT.601 below).
@@ -116,9 +116,9 @@ def colour_filters(frame: VideoFrame, size: str, chroma: str) -> list[str]:
     # swscale scales the planes before it mixes them; without these flags every second column takes the colour of two.
     flags = f"in_chroma_loc={chroma}:flags=bicubic+full_chroma_int+full_chroma_inp+accurate_rnd"
     white = [f"scale={flags}", *OVER_WHITE] if alpha else []
-    return [*parameters, *white, f"scale={size}:{flags}", "format=gbrp16le" if is_hdr(frame) else "format=gbrp"]
+    return [*parameters, *white, f"scale={size}:{flags}", "format=gbrp16le" if is_mapped(frame) else "format=gbrp"]
 
 
-def is_hdr(frame: VideoFrame) -> bool:
-    """Return True for frames coded by PQ or HLG."""
-    return frame.color_trc in (PQ, HLG)
+def is_mapped(frame: VideoFrame) -> bool:
+    """Return True for frames whose colours `to_srgb` has to map: coded by PQ or HLG, or of wide primaries."""
+    return frame.color_trc in (PQ, HLG) or frame.color_primaries in PRIMARIES

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from sora_jax.data.fit import FitError
 from sora_jax.data.reading.cuts import cut_moments, longest_run, small_size
 from sora_jax.data.reading.pictures import open_picture, scaled
-from sora_jax.data.reading.tracks import Draw, File, Fit, FrameSource, MediaError, as_media_error, reason, usual_period
+from sora_jax.data.reading.tracks import Draw, Fit, FrameSource, Input, MediaError, as_media_error, reason, usual_period
 from sora_jax.data.reading.videos import open_video
 
 MAX_CLIP_BYTES = 2**32
@@ -45,7 +45,7 @@ class SpanRule:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """A decoded clip."""
+    """Holds a decoded clip."""
 
     frames: np.ndarray  # uint8 (T, H, W, 3)
     fps: float  # 1.0 for a picture
@@ -54,7 +54,7 @@ class DecodedClip:
 
 
 @as_media_error()
-def decode(file: File, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
+def decode(file: Input, rule: SpanRule = SpanRule(), fit: FitClip | None = None) -> DecodedClip | None:
     """Decode a part of a video or a picture (one frame; animated GIF, WebP, PNG: several).
 
     Frames are upright (display matrix, EXIF), progressive, with square pixels, in sRGB of 8 bits, transparency over
@@ -111,7 +111,8 @@ def sample(source: FrameSource, rule: SpanRule = SpanRule(), fit: FitClip | None
         flags += (f"repeated: {1 / period:.3g} frames a second are shown at {rule.fps:g}",)
     if damage:
         flags += (f"partial: damaged: {damage}, after {len(frames)} of {len(grid)} frames",)
-    return DecodedClip(np.stack(frames), round(rate, 3), round(float(grid[0] - source.times[0]), 6), flags)
+    fps = round(rate, 3) if rate >= 1 else float(f"{rate:.6g}")  # one frame an hour is not none
+    return DecodedClip(np.stack(frames), fps, round(float(grid[0] - source.times[0]), 6), flags)
 
 
 def _grid(source: FrameSource, rate: float, rule: SpanRule) -> np.ndarray | None:

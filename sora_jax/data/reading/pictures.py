@@ -1,5 +1,7 @@
 """Read pictures and animations: Pillow composes their frames, pillow-heif reads HEIC; colours become sRGB."""
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
@@ -15,7 +17,9 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from sora_jax.data.fit import crop_box
 from sora_jax.data.reading.damage import check_units, length_bytes, listening
 from sora_jax.data.reading.hdr import HLG, PQ, to_srgb
-from sora_jax.data.reading.tracks import Damage, Draw, File, Fit, FrameSource, MediaError, check_pixels, reason
+from sora_jax.data.reading.tracks import Damage, Draw, Fit, FrameSource, Input, MediaError, check_pixels, reason
+
+warnings.filterwarnings("ignore", module="PIL")  # of EXIF that is broken, which costs no picture
 
 # By name, so that formats which run programs or point to other files (EPS, PDF, WMF) are not tried.
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000")
@@ -25,11 +29,12 @@ MAX_FRAMES = 2**16
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
          8: "ROTATE_90"}  # fmt: skip
 SEEN_IN_METADATA = ("EXIF", "IFD", "ICC", "APP fields", "decode_app")  # in messages of libav that cost no picture
+HDR_AVIF = re.compile(rb"colrnclx..\0[\x10\x12]", re.DOTALL)  # primaries, then PQ or HLG (ISO 14496-12, 12.1.5)
 SAME = 3  # levels: a profile that moves no colour by more is sRGB under another name
 
 
 @contextmanager
-def open_picture(file: File) -> Iterator[FrameSource]:
+def open_picture(file: Input) -> Iterator[FrameSource]:
     """Open the one frame of a picture or the frames of an animation; PIL.UnidentifiedImageError for other files."""
     with open(file, "rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
         image = _open(opened)
@@ -42,15 +47,20 @@ def open_picture(file: File) -> Iterator[FrameSource]:
 
 def _open(file: BinaryIO) -> Any:  # PIL's ImageFile does not declare what its subclasses have
     file.seek(0)
-    head = file.read(64)
+    head = file.read(4096)
     brand = STILL_BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None
+    heic = brand == "HEIC" and b"avif" not in head[:64]
     try:
-        image = _open_heic(file) if brand == "HEIC" and b"avif" not in head else Image.open(file, "r", PICTURE_FORMATS)
+        image: Any = _open_heic(file) if heic else Image.open(file, "r", PICTURE_FORMATS)
     except (UnidentifiedImageError, SyntaxError) as error:
         if brand:  # libav would take the first tile of a grid for the picture
             raise MediaError(f"unreadable: no picture can be read from this {brand} file") from error
         raise
     check_pixels(*image.size)
+    if image.format == "AVIF" and HDR_AVIF.search(head) and b"grid" not in head:  # libav has only tiles of a grid
+        raise UnidentifiedImageError("HDR is read as a video, as Pillow leaves its curve")
+    if image.format == "TIFF" and (50706 in image.tag_v2 or image.tag_v2.get(254, 0) & 1):  # DNG, or a thumbnail
+        raise MediaError("unreadable: a raw photo, of which only a preview can be read; export it as JPEG or HEIC")
     return image
 
 
@@ -167,7 +177,8 @@ def _eight_bits(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert to RGB, RGBA, L or, where a profile tells its colours, CMYK."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64)
-        return Image.fromarray((deep // 257 if deep.max() > 255 else deep).clip(0, 255).astype(np.uint8))
+        step = 257 if "16" in image.mode or deep.max() > 255 else 1  # the mode I does not say how many bits there are
+        return Image.fromarray((deep // step).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise MediaError("unreadable: a picture of floating-point numbers has no known white")
     if image.has_transparency_data:
@@ -176,6 +187,8 @@ def _eight_bits(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    if profile[16:20] == b"GRAY" and image.mode == "RGB" and not np.ptp(np.asarray(image), axis=2).any():
+        image = image.convert("L")  # which had a palette or transparency
     transform = _transform(profile, image.mode) if profile else None
     return transform.apply(image) if transform else image.convert("RGB")
 

@@ -13,23 +13,23 @@ from sora_jax.errors import UserError
 
 MAX_FRAME_PIXELS = 2**26
 
-File = str | Path | BinaryIO
+Input = str | Path | BinaryIO
 Fit = Callable[[int, int], tuple[int, int]]
 # Draws a frame when it is wanted: upright, with square pixels, uint8 (height, width, 3), of the size that `fit` gives.
 Draw = Callable[[Fit | None], np.ndarray]
 
 
 class MediaError(Exception):
-    """Refusal of a file that gives no clip; the text is the reason, its kind before the first colon."""
+    """Refuses a file that gives no clip; the text is the reason, its kind before the first colon."""
 
 
 class Damage(Exception):
-    """First sign that what follows in the file is not what was written."""
+    """Reports the first sign that what follows in the file is not what was written."""
 
 
 @dataclass(frozen=True)
 class FrameSource:
-    """The frames of a file in the order of presentation, before any is decoded.
+    """Holds the frames of a file in the order of presentation, before any is decoded.
 
     Attributes:
         times: seconds, ascending.
@@ -53,9 +53,9 @@ def usual_period(times: np.ndarray, end: float) -> float:
 
 
 def reason(error: Exception) -> str:
-    """Return an error of a decoder as one line."""
+    """Return an error of a decoder as one line, by its class where its text is no sentence."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".")
-    return text if isinstance(error, Damage) else f"{type(error).__name__}, {text}".rstrip(", ")
+    return text if " " in text or isinstance(error, Damage) else f"{type(error).__name__}, {text}".rstrip(", ")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ ends the file. Errors of a decoder that catches up after a cut do not count.
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -23,16 +23,17 @@ from sora_jax.data.reading.graphs import DEINTERLACE, FrameRenderer, build_graph
 from sora_jax.data.reading.tracks import (
     MAX_FRAME_PIXELS,
     Damage,
-    File,
     FrameSource,
+    Input,
     MediaError,
     check_pixels,
     reason,
     usual_period,
 )
 
-# FFmpeg draws text files as video and follows lists of other files; neither is a clip.
-FOREIGN_CONTAINERS = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "lrc", "srt", "webvtt", "ass"}
+# FFmpeg draws text files as video and follows lists of other files, which may be pipes; neither is a clip.
+FOREIGN = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "lrc", "srt", "webvtt", "ass", "vobsub"}
+CONTAINERS = ",".join(sorted(av.formats_available - FOREIGN))
 # Errors must not end the decoder: it has to get over references that are missing where it begins in mid-file.
 DECODER = {"err_detect": "crccheck+bitstream+buffer", "max_pixels": str(MAX_FRAME_PIXELS)}
 CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
@@ -44,7 +45,7 @@ UNKNOWN = np.iinfo(np.int64).min
 
 @dataclass(frozen=True)
 class Index:
-    """What the packets of a stream tell."""
+    """Holds what the packets of a stream tell."""
 
     times: np.ndarray  # seconds, ascending, from the first frame that can be shown
     end: float  # seconds at which the last frame goes
@@ -57,7 +58,7 @@ class Index:
 
 
 class VideoReader:
-    """An open stream. `log` grows by libav's errors, `flags` by what a user should know of the frames read."""
+    """Reads an open stream. `log` grows by libav's errors, `flags` by what a user should know of the frames read."""
 
     def __init__(self, container, log: list):
         self.container, self.log, self.log_read, self.flags = container, log, len(log), list[str]()
@@ -107,7 +108,7 @@ class VideoReader:
 
 
 @contextmanager
-def open_video(file: File) -> Iterator[FrameSource]:
+def open_video(file: Input) -> Iterator[FrameSource]:
     """Open the best video stream of a file; raise MediaError if there is none."""
     if isinstance(file, str | Path):
         status = os.stat(file)
@@ -125,22 +126,26 @@ def _remembered_index(path: str, size: int, changed: int) -> Index:
     return _index_of(path)
 
 
-def _index_of(file: File) -> Index:
+def _index_of(file: Input) -> Index:
     with _open_reader(file) as reader:
         return _read_index(reader)
 
 
 @contextmanager
-def _open_reader(file: File) -> Iterator[VideoReader]:
+def _open_reader(file: Input) -> Iterator[VideoReader]:
     if isinstance(file, str | Path):
         # "file:" keeps a colon in a name from being read as a protocol, the white list a play list off the network.
         file = f"file:{os.fspath(file)}"
     else:
         file.seek(0)
-    options = {"protocol_whitelist": "file", "err_detect": "crccheck"}
-    with listening() as log, av.open(file, options=options, metadata_errors="replace") as container:
-        if FOREIGN_CONTAINERS & set(container.format.name.split(",")):
-            raise MediaError(f"not a picture or a video: FFmpeg reads it as {container.format.name}")
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "err_detect": "crccheck"}
+    with listening() as log, ExitStack() as stack:
+        try:
+            container = stack.enter_context(av.open(file, options=options, metadata_errors="replace"))
+        except av.FFmpegError as error:
+            if any("not on whitelist" in text for _, _, text in log):
+                raise MediaError("not a picture or a video: a text, or a list of other files") from error
+            raise
         yield VideoReader(container, log)
 
 
@@ -185,8 +190,15 @@ def _read_index(reader: VideoReader) -> Index:
     period = usual_period(times, times[-1] + 1 / rate)
     end = float(times[-1] + period)
     promised = 0.0 if reader.codec == "gif" else _header_duration(reader.stream)  # a GIF's is with the last delay
-    if not damage and promised > end - times[0] + max(2 * period, 0.1):
-        damage = f"it ends after {end - times[0]:.2f} of {promised:.2f} seconds"
+    # The last frame may stand still for the duration of its packet; Matroska's header has the end, others the length.
+    start = 0.0 if "matroska" in reader.container.format.name else times[0]
+    length = max(end, float((ticks + durations).max() * reader.unit)) - start
+    if not damage and reader.stream.frames != len(ticks) and promised > length + max(2 * period, 0.1):
+        damage = f"it ends after {length:.2f} of {promised:.2f} seconds"
+    if damage and reader.stream.codec_context.has_b_frames:  # the last may come in coding order before those that lack
+        gaps = np.flatnonzero(np.diff(times[-CATCH_UP:]) > 1.5 * period)
+        times = times[: len(times) - len(times[-CATCH_UP:]) + gaps[0] + 1] if len(gaps) else times
+        end = float(times[-1] + period)
     keys = np.sort(ticks[(marked == 1) & (ticks != UNKNOWN) & (not in_order)])
     if reader.codec == "gif":
         # The last frame may be meant to stand still; elsewhere the duration of the last packet is not to be trusted.
@@ -198,7 +210,8 @@ def _read_index(reader: VideoReader) -> Index:
         flags.append(f"start: {early} frames before the first key frame cannot be decoded")
     own, matrix = reader.stream.codec_context, None
     if reader.decoder is not own:
-        matrix = next((display_matrix(frame) for packet in packets[:1] for frame in own.decode(packet)), None)
+        with suppress(av.FFmpegError):
+            matrix = next((display_matrix(frame) for packet in packets[:1] for frame in own.decode(packet)), None)
     return Index(times, end, keys, bool(marked.any()), in_order, damage, flags, matrix)
 
 
@@ -228,7 +241,7 @@ def _frame_times(
 
 def _header_duration(stream) -> float:
     """Return the seconds that the header gives the stream; 0 if it does not say."""
-    if stream.duration:
+    if stream.duration and "DURATION" not in stream.metadata:
         return float(stream.duration * stream.time_base)
     parts = reversed(stream.metadata.get("DURATION", "0").split(":"))
     try:
@@ -269,6 +282,8 @@ def _timed(reader: VideoReader, index: Index, key: int | None = None) -> Iterato
     last, before = len(index.times) - 1, len(index.times)
     for number, frame in enumerate(_deinterlaced(reader, _decoded(reader, index, key))):
         time = index.times[min(number, last)] if index.in_order or frame.pts is None else frame.pts * reader.unit
+        if index.damage and time > index.end - 1e-6:
+            raise Damage(index.damage)
         place = int(np.searchsorted(index.times, time - 1e-6))
         # One that is left out may be a field or a frame that is never shown.
         if place - before > 2 and HELD not in reader.flags:
@@ -325,9 +340,7 @@ def _decoded(reader: VideoReader, index: Index, key: int | None) -> Iterator:
             if size != (frame.width, frame.height):
                 raise Damage(f"the frames' size changes to {frame.width}x{frame.height}")
             yield frame
-    if index.damage:
-        raise Damage(index.damage)
     frames, complaint = reader.decode(None)
-    if complaint:
+    yield from [] if complaint else frames
+    if complaint := complaint or index.damage:
         raise Damage(complaint)
-    yield from frames
