@@ -92,8 +92,8 @@ def _build(verbs) -> None:
     add("--limit", type=int, help="maximum number of entries of the source, evenly spaced")
     add("--split", help="splits of TFDS, such as train or train[:10%%]+test (default: all)")
     add("--media-field", help="feature of TFDS with the video or picture; ending of the member of tar samples")
-    usual = "caption, text or prompt; none of TFDS"
-    add("--caption-field", help=f"feature of TFDS, column or key with the caption (default: {usual})")
+    captions = "column or key with the caption (default: caption, text or prompt); or feature of TFDS, which has none"
+    add("--caption-field", help=captions)
     add("--label-field", help="feature of TFDS, column or key with the class (default: label)")
     add("--label", help="use of a class label: caption, class or both")
     add("--label-caption", help="caption of a class, with {label} for its name")
