@@ -1,4 +1,4 @@
-"""What the tests of sources share: pictures of one shade, and how to look into a source."""
+"""Share among the tests of sources: pictures of one shade, and how to look into a source."""
 
 import numpy as np
 

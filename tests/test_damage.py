@@ -88,7 +88,7 @@ def test_the_same_damage_is_told_each_time_and_never_of_another_file(tmp_path):
 
 
 def test_damaged_variants_seldom_pass_for_whole(tmp_path):
-    """Of formats whose damage can be seen, by check sums or by lengths that must fit."""
+    """Take formats whose damage can be seen, by check sums or by lengths that must fit."""
     first, *rest = [Image.fromarray(frame) for frame in noise(6)]
     first.save(tmp_path / "b.png", save_all=True, append_images=rest, duration=100)
     paths = [str(encode(tmp_path / f"a.{ending}", noise(12), pix_fmt="yuv420p")) for ending in ("mkv", "mp4")]

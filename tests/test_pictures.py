@@ -46,7 +46,7 @@ def orientation(value: int) -> Image.Exif:
 
 
 def near(frame: np.ndarray, colours, tolerance: int = 4) -> bool:
-    """Whether the middles of the quarters, row by row, have these colours."""
+    """Return True if the middles of the quarters, row by row, have these colours."""
     h, w = frame.shape[0] // 4, frame.shape[1] // 4
     return bool(np.abs(frame[[h, h, 3 * h, 3 * h], [w, 3 * w, w, 3 * w]].astype(int) - colours).max() <= tolerance)
 

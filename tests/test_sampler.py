@@ -95,8 +95,8 @@ def test_order_does_not_matter(latents, together):
 
 
 def test_requests_beyond_one_pack(latents, together):
-    for i, z in enumerate(latents([*REQUESTS, *REQUESTS[:2]])):
-        near(z, together[i % len(REQUESTS)])
+    for z, alone in zip(latents([*REQUESTS, *REQUESTS[:2]]), [*together, *together[:2]], strict=True):
+        near(z, alone)
 
 
 def test_the_same_request_is_the_same_to_the_bit_and_each_part_of_it_matters(latents, together):

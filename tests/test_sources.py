@@ -1,4 +1,4 @@
-"""What all sources have in common: options, labels, limits; the world; and the rules of size and length."""
+"""Check what all sources have in common: options, labels, limits; the world; and the rules of size and length."""
 
 import pickle
 import re

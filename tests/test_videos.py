@@ -1,4 +1,4 @@
-"""How a video is to be shown: display matrix, fields, depth, time stamps, cuts; small clips with known right frames."""
+"""Check how a video is shown: display matrix, fields, depth, time stamps, cuts; small clips with known right frames."""
 
 import io
 from fractions import Fraction

@@ -73,7 +73,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Track:
-    """Where a shape is in each frame: centres (T, 2) as (x, y), diameters (T,), angles (T,) clockwise, radians."""
+    """Hold where a shape is in each frame: centres (T, 2) as (x, y), diameters (T,), angles (T,) clockwise, radians."""
 
     centres_T2: np.ndarray
     diameters_T: np.ndarray

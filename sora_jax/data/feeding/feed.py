@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FeedConfig:
-    """How many batches are read ahead, and by whom; the batches do not depend on it."""
+    """Set how many batches are read ahead, and by whom; the batches do not depend on it."""
 
     workers: int = 0  # processes; 0: this one
     threads: int = 2  # in each process; 0: none, batches are made when they are asked for

@@ -1,6 +1,7 @@
-"""What datasets and latent caches have in common: clips by index, with columns of what is known of each."""
+"""Read clips by index, with columns of what is known of each: the base of datasets and latent caches."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from sora_jax.errors import UserError
 from sora_jax.files import as_path, local_copy, read_text
 
 
-class ClipStore:
+class ClipStore(ABC):
     """A folder of clips: `len`, `item(i)`, and the columns of its manifest. May be pickled and forked."""
 
     info_file = ""  # JSON with the format, the number of clips and the digest of the rows
@@ -43,14 +44,14 @@ class ClipStore:
     def __reduce__(self) -> tuple:
         return type(self), (self.path,)
 
+    @abstractmethod
     def item(self, index: int) -> np.ndarray:
         """Return the values (t, h, w, C) of a clip."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def digest(self) -> str:
         """Return the digest of what is in the store, and how it was made."""
-        raise NotImplementedError
 
     def column(self, name: str) -> Any:
         """Read a column of the manifest, an Arrow array; it is not kept, as captions of many clips are large."""
