@@ -65,6 +65,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def check_option(condition: object, name: str, value: object, allowed: str) -> None:
+    """Raise UserError, which names the option as it is typed, unless the condition holds."""
+    check(condition, f"--{name.replace('_', '-')} is {value!r}; it must be {allowed}")
+
+
+def check_word(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UserError unless the value of an option is one of the words that are allowed."""
+    check_option(value in allowed, name, value, " or ".join(allowed) + did_you_mean(str(value), allowed))
+
+
 def to_dict(config) -> dict:
     """Convert a dataclass into nested dicts of JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -18,7 +18,6 @@ of one axis. The area is bounded by max_pixels, by the tokens that one clip may 
 random for each variant of a clip, by that draw.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -26,7 +25,7 @@ from math import sqrt
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from sora_jax.config import check, did_you_mean
+from sora_jax.config import check_option, check_word
 
 LENGTH_RULES = ("cut", "pad")
 RESOLUTIONS = ("largest", "uniform", "navit")
@@ -36,16 +35,6 @@ MAX_PIXELS = 2**40
 
 class FitError(Exception):
     """Report that no size is allowed for a clip, and why."""
-
-
-def check_option(condition: object, name: str, value: object, allowed: str) -> None:
-    """Raise UserError, which names the option as it is typed, unless the condition holds."""
-    check(condition, f"--{name.replace('_', '-')} is {value!r}; it must be {allowed}")
-
-
-def check_word(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise UserError unless the value of an option is one of the words that are allowed."""
-    check_option(value in allowed, name, value, " or ".join(allowed) + did_you_mean(str(value), allowed))
 
 
 @dataclass(frozen=True)

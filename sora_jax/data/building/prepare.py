@@ -10,10 +10,10 @@ from itertools import accumulate
 from math import inf, isqrt
 from typing import NamedTuple
 
-from sora_jax.config import check
+from sora_jax.config import check, check_option, check_word
 from sora_jax.data.building.pool import Refusal
 from sora_jax.data.draws import uniform
-from sora_jax.data.fit import LENGTH_RULES, SizeRule, check_option, check_word, fit_length, longest_length, pad_frames
+from sora_jax.data.fit import LENGTH_RULES, SizeRule, fit_length, longest_length, pad_frames
 from sora_jax.data.reading.media import FitClip, SpanRule
 from sora_jax.data.reading.tracks import MediaError, reason
 from sora_jax.data.sources import Source, SourceConfig, make_source
