@@ -120,7 +120,7 @@ def transformer():
     optim.b2 = 0.95
     optim.ema = (0.995,)
 
-    config.loop.steps = 5000
+    config.loop.steps = 3000
     config.loop.save_every = 250
     config.loop.preview_every = 500
 

@@ -5,7 +5,7 @@
     sora-jax export runs/world/transformer --out=world.safetensors
 
 A token is 24 x 24 pixels of 2 frames, so a clip has the quickstart's number of tokens. The transformer is narrower, for
-the size of its file, and is trained eight times as long. It learns the tasks of given frames as the quickstart does.
+the size of its file, and is trained six times as long. It learns the tasks of given frames as the quickstart does.
 """
 
 from sora_jax.config import choose, load
@@ -63,7 +63,7 @@ def full(config):
     model.heads = 6
 
     loop = config.transformer.loop
-    loop.steps = 14_000
+    loop.steps = 10_000
     loop.log_every = 100
     loop.save_every = 1000
     loop.preview_every = 2000
