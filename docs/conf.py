@@ -28,6 +28,8 @@ suppress_warnings = ["ref.python"]  # the type `bytes` is no field of that name
 toc_object_entries = False  # the contents of a page of the reference are its modules
 default_role = "literal"  # `name` in a docstring is code, as in Markdown
 highlight_language = "text"
+smartquotes = False  # they turn `--` of options into a dash
+add_module_names = False
 
 autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource", "ignore-module-all": True}
 napoleon_use_ivar = True
@@ -55,21 +57,24 @@ def navigation(text: str) -> str:
     named: list[str] = []
     blocks = []
     for heading, section in re.findall(r"^## (.+)\n((?:(?!^## ).*\n?)*)", text, re.MULTILINE):
-        rows = re.findall(r"^\| \[[^]]+\]\(([\w./-]+)\.md\)", section, re.MULTILINE)
-        named += rows
+        rows = re.findall(r"^\| \[([^]]+)\]\(([\w./-]+)\.md\)", section, re.MULTILINE)
+        named += [page for _, page in rows]
         if rows:
-            blocks.append(toctree(heading, rows))
+            blocks.append(toctree(heading, [f"{title} <{page}>" for title, page in rows]))
     others = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem not in [*named, "README"])
-    return "\n\n".join([*blocks, *([toctree("More", others)] if others else []), toctree("Reference", ["api/sora_jax"])])
+    return "\n\n".join([*blocks, *([toctree("More", others)] if others else []), toctree("API", ["api/sora_jax"])])
 
 
 def toctree(caption: str, pages: list[str]) -> str:
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"])
 
 
-def add_navigation(app, name: str, content: list[str]) -> None:
+def complete(app, name: str, content: list[str]) -> None:
+    """Add the navigation to the start page; mark blocks of commands, which have no language on GitHub, as shell."""
     if name == INDEX:
         content[0] = f"{content[0]}\n\n{navigation(content[0])}\n"
+    commands = r"^```\n(?=(?:[\w./]*(?:sora-jax|python3?|pip|sphinx-build|pytest)|for|export|mkdir|[A-Z_]+=\S+) )"
+    content[0] = re.sub(commands, "```shell\n", content[0], flags=re.MULTILINE)
 
 
 def write_reference(app) -> None:
@@ -81,11 +86,18 @@ def write_reference(app) -> None:
         modules = [f"{name}.{path.stem}" for path in sorted(folder.glob("*.py")) if not path.stem.startswith("__")]
         inner = sorted(other for other in packages if other.rpartition(".")[0] == name)
         parts = [heading(name.removeprefix("sora_jax."), "="), f".. automodule:: {name}"]
+        parts += [front()] if name == "sora_jax" else []
         parts += [part for module in modules for part in (heading(module, "-"), f".. automodule:: {module}")]
         parts += ["\n".join([".. toctree::", "   :hidden:", "", *(f"   {other}" for other in inner)])] if inner else []
         page, text = out / f"{name}.rst", "\n\n".join(parts) + "\n"
         if not page.exists() or page.read_text() != text:
             page.write_text(text)
+
+
+def front() -> str:
+    """Return a list of what `import sora_jax` offers."""
+    modules = {name: getattr(sora_jax, name).__module__ for name in sora_jax.__all__}
+    return "\n".join(f"- :obj:`sora_jax.{name} <{module}.{name}>`" for name, module in modules.items())
 
 
 def heading(text: str, line: str) -> str:
@@ -100,7 +112,8 @@ def as_rst(app, what, name, thing, options, lines: list[str]) -> None:
     if not (getattr(thing, "__module__", None) or name).startswith("sora_jax"):
         return
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
-    lines[:] = "\n\n".join(map(paragraph_as_rst, paragraphs)).split("\n")
+    first = ["\\ "] if what in ("attribute", "data", "property") else []  # napoleon reads `A: B` there as type A
+    lines[:] = first + "\n\n".join(map(paragraph_as_rst, paragraphs)).split("\n")
 
 
 def paragraph_as_rst(text: str) -> str:
@@ -115,5 +128,5 @@ def paragraph_as_rst(text: str) -> str:
 
 def setup(app) -> None:
     app.connect("builder-inited", write_reference, priority=100)
-    app.connect("source-read", add_navigation)
+    app.connect("source-read", complete)
     app.connect("autodoc-process-docstring", as_rst, priority=100)
