@@ -1,6 +1,6 @@
 """Configure the documentation site. Its source folder is the repository, so links work as they do on GitHub.
 
-    sphinx-build -W --keep-going -c docs . build/site
+sphinx-build -W --keep-going -c docs . build/site
 """
 
 import re
@@ -31,7 +31,12 @@ highlight_language = "text"
 smartquotes = False  # they turn `--` of options into a dash
 add_module_names = False
 
-autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource", "ignore-module-all": True}
+autodoc_default_options = {
+    "members": True,
+    "undoc-members": True,
+    "member-order": "bysource",
+    "ignore-module-all": True,
+}
 napoleon_use_ivar = True
 autodoc_preserve_defaults = True
 autodoc_mock_imports = ["apache_beam", "scenedetect", "torch", "transformers", "gradio", "wandb"]  # of extras

@@ -48,6 +48,7 @@ TESTS = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bi
 README_BYTES = 12_000
 OTHERS = {"--jaxtyping-packages", "--runner", "--select"}  # options of pytest, Beam and ruff
 
+
 def text(file: str) -> str:
     return (ROOT / file).read_text(encoding="utf-8")
 
