@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -82,7 +82,13 @@ class Lines:
         self._stream.flush()
 
 
-def progress(iterable=None, desc: str = "", total: float | None = None, *, disable: bool = False, **look: Any):
+def progress(
+    iterable: Iterable[Any] | None = None,
+    desc: str = "",
+    total: float | None = None,
+    disable: bool = False,
+    **look: Any,
+) -> Any:
     """Return a bar of `tqdm`: live in a terminal or a notebook, a line now and then in a file, none if quiet.
 
     look: further arguments of `tqdm`; `postfix` is text behind the numbers, such as what the first step waits for.

@@ -162,7 +162,8 @@ class Group:
 
 def groups(config: Any, path: str, about: str = "", default: Any = None) -> Iterator[Group]:
     """Yield the groups of a config, outer ones first; defaults are those of the config as a whole."""
-    cls, rows, inner = type(config), [], []
+    cls: type = type(config)
+    rows, inner = [], []
     for field in describe(cls):
         value, there = getattr(config, field.name), f"{path}.{field.name}"
         usual = getattr(default, field.name) if type(default) is cls else field.default

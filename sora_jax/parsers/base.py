@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from sora_jax.config import did_you_mean
+from sora_jax.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -19,6 +20,8 @@ examples:
   sora-jax data inspect data/clips
 """
 CONFIG = "config file, see `sora-jax configs`; with --help: list its fields; --config.a.b=VALUE changes one"
+INVALID = re.compile(r"argument (?P<option>\S+): invalid (?P<kind>int|float) value: (?P<value>.*)", re.DOTALL)
+NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -64,6 +67,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with the usage and a message; a required option that is missing may be one that is mistyped."""
+        if found := INVALID.fullmatch(message):
+            raise UserError(f"{found['option']} is {found['value']}; it must be {NUMBERS[found['kind']]}")
         if message.startswith("the following arguments are required"):
             typed = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
             unknown = [word for word in typed if word not in self._option_string_actions and "." not in word]

@@ -41,6 +41,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure the run of a denoiser or an autoencoder and print its report."""
     import dataclasses
 
+    from sora_jax.generate.options import named_as_typed
     from sora_jax.parallel.settings import prepare_jax
 
     if options.run is None and options.autoencoder is None:
@@ -48,7 +49,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.run is not None and options.autoencoder is not None:
         raise UserError(f"RUN is {str(options.run)!r}; it must be left out beside --autoencoder")
     prepare_jax()
-    report = _denoiser(options) if options.run is not None else _autoencoder(options)
+    with named_as_typed(options.arguments):
+        report = _denoiser(options) if options.run is not None else _autoencoder(options)
     console.result(dataclasses.asdict(report), report.text)
 
 

@@ -115,8 +115,10 @@ def add_calibrate(commands) -> None:
 
 def calibrate(options) -> None:
     from sora_jax.generate import command
+    from sora_jax.generate.options import named_as_typed
     from sora_jax.parallel.settings import prepare_jax
 
     prepare_jax()
-    file = command.calibrate(options)
+    with named_as_typed(options.arguments):
+        file = command.calibrate(options)
     console.result({"file": file}, str(file))

@@ -242,7 +242,7 @@ def _preview(preview: Preview, step: int, averages: dict, writer: MetricsWriter 
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:
-    look = dict(unit="step", smoothing=0.05, disable=not distributed.first())
+    look: dict[str, Any] = dict(unit="step", smoothing=0.05, disable=not distributed.first())
     return console.progress(total=steps, initial=start, desc=name, **look)
 
 
