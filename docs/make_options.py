@@ -15,7 +15,6 @@ from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.field_docs import FieldDoc, describe, reachable, summary
 from sora_jax.kinds import KINDS
 from sora_jax.parsers.configs import list_configs
-from sora_jax.parsers.fields import allowed
 from sora_jax.quickstart import QuickstartConfig
 
 PAGE = Path(__file__).with_name("options.md")
