@@ -25,7 +25,7 @@ HEAD = """\
 All commands with their options, and all fields of configs. `python docs/make_options.py` writes this page from the
 parsers and from the lines of documentation at the fields. On the command line, `sora-jax COMMAND --help` prints the
 options, `sora-jax train --config=FILE --help` also the fields with the values that they have in that config, and
-`sora-jax sample --workdir=RUN --help` the fields of `--sampling`.
+`sora-jax sample --workdir=RUN --help` those of the sampling of a run.
 
 `--quiet`, of every command, leaves progress bars and notes out. Where a command has `--json`, its result is one JSON
 value on stdout, and all else goes to stderr.
