@@ -115,7 +115,8 @@ class Version(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         jax = importlib.metadata.version("jax")
-        parser.exit(message=f"sora_jax {__version__}, JAX {jax}, Python {platform.python_version()}\n")
+        print(f"sora_jax {__version__}, JAX {jax}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def _quickstart(commands) -> None:

@@ -341,7 +341,7 @@ def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, err
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["sample", "--workdir=x", "--frames=many", "--out=a.gif"], ["data"], ["nonsense"], []],
+    [["train"], ["sample", "--workdir=x", "--frames", "--out=a.gif"], ["data"], ["nonsense"], []],
 )
 def test_what_is_no_command_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -378,7 +378,7 @@ def test_options_of_sample_are_named_as_typed(chain, capsys, option, said):  # n
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
-    assert ended.value.code == 0 and capsys.readouterr().out == f"sora_jax {__version__}\n"
+    assert ended.value.code == 0 and capsys.readouterr().out == VERSIONS
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_a_dry_run_of_stages_reads_the_first(chain, tmp_path):  # noqa: F811
     config = AutoencoderRun(data=str(chain.dataset), model=model, crop=(9, 16, 16), stages=stages)
     with one_device():
         found = dry_run.describe(config, tmp_path / "run")["data"]
-    assert found["first_step"] == {"clips": 16, "frames": 14 * 5 + 2} and found["epoch_steps"] == 5 / 16
+    assert found["first_step"].items() >= {"clips": 16, "frames": 14 * 5 + 2}.items() and found["epoch_steps"] == 5 / 16
     assert not (tmp_path / "run").exists()
 
 

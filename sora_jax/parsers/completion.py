@@ -13,9 +13,10 @@ SHELLS = ("bash", "zsh", "fish")
 def add_completion(commands, whole: Callable[[], argparse.ArgumentParser]) -> None:
     """Add the command `completion`; `whole` makes the parser of the command line."""
     example = (
-        "examples:\n  sora-jax completion bash > ~/.local/share/bash-completion/completions/sora-jax\n"
-        "  sora-jax completion zsh > ~/.zfunc/_sora-jax      in a folder of $fpath\n"
-        "  sora-jax completion fish > ~/.config/fish/completions/sora-jax.fish"
+        "examples:\n"
+        "  sora-jax completion bash     > ~/.local/share/bash-completion/completions/sora-jax\n"
+        "  sora-jax completion zsh      > ~/.zfunc/_sora-jax, where ~/.zfunc is in $fpath\n"
+        "  sora-jax completion fish     > ~/.config/fish/completions/sora-jax.fish"
     )
     about = "print a script that completes commands and options in a shell"
     p = make_parser(commands.add_parser, "completion", help=about, epilog=example)

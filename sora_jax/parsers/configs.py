@@ -13,9 +13,8 @@ from sora_jax.parsers.base import add_json, make_parser
 def add_configs(commands) -> None:
     """Add the command `configs`."""
     example = (
-        "examples:\n  sora-jax configs\n  sora-jax configs video"
-        "      its commands, hardware and time\n"
-        "  sora-jax train --config=configs/video.py --help      its fields"
+        "examples:\n  sora-jax configs\n  sora-jax configs video     its commands, hardware and time\n"
+        "`sora-jax train --config=configs/video.py --help` lists its fields"
     )
     about = "list the config files that came with the package, or describe one"
     p = make_parser(commands.add_parser, "configs", help=about, epilog=example)
