@@ -14,13 +14,18 @@ from fixtures_runs import ROOT
 
 from sora_jax import cli, errors
 from sora_jax.config import load, to_dict
+from sora_jax.data.building import beam, recaption
 from sora_jax.data.building.prepare import BuildConfig
+from sora_jax.data.reading import cuts
+from sora_jax.data.sources import SourceConfig
 from sora_jax.diffusion.process import PROCESSES
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS, SolverConfig
 from sora_jax.diffusion.spacing import SPACINGS
 from sora_jax.field_docs import describe, groups, reachable, summary
+from sora_jax.generate import expand
 from sora_jax.kinds import KINDS
+from sora_jax.models import pretrained
 from sora_jax.parsers.completion import SHELLS, script
 from sora_jax.parsers.configs import list_configs
 from sora_jax.parsers.fields import read_config
@@ -257,6 +262,24 @@ def test_a_hint_names_a_command_that_works(monkeypatch, tmp_path, extra, package
     monkeypatch.setattr(errors, "CHECKOUT", tmp_path)
     monkeypatch.setattr(errors.importlib.metadata, "requires", lambda name: REQUIRES)
     assert errors.install_command(extra) == f"pip install {packages}"
+
+
+@pytest.mark.parametrize(
+    "module, extra, use",
+    [
+        ("scenedetect", "scenes", lambda: cuts.cut_moments([])),
+        ("apache_beam", "beam", lambda: beam.build_with_beam(BuildConfig(sources=(SourceConfig(path="x"),)), "")),
+        ("transformers", "text", lambda: recaption._captioner("transformers:any")),
+        ("transformers", "text", lambda: expand._language_model("any")),
+        ("torch", "text", pretrained._library),
+    ],
+)
+def test_a_missing_library_is_told_with_the_command_that_installs_it(monkeypatch, module, extra, use):
+    """The sixth, gcsfs, is in tests/test_storage.py."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(errors.UserError) as caught:
+        use()
+    assert str(caught.value).endswith(errors.install_command(extra))
 
 
 def test_hints_name_extras_that_exist():
