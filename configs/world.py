@@ -11,6 +11,8 @@ the size of its file, and is trained six times as long. It learns the tasks of g
 from sora_jax.config import choose, load
 from sora_jax.quickstart import default_config
 
+VARIANTS = ("", "tiny")
+
 PROMPTS = (
     ("a red circle moves right on a plain white background", (9, 48, 72)),
     ("a blue square moves up on a plain grey background", (9, 72, 48)),
@@ -24,7 +26,7 @@ PROMPTS = (
 
 
 def get_config(variant: str = ""):
-    choose("variant of configs/world.py", variant, {"": 0, "tiny": 0})
+    choose("variant of configs/world.py", variant, dict.fromkeys(VARIANTS))
     config = load(f"{default_config()}:{variant}" if variant else default_config())
     config.world.sizes = ((48, 48), (48, 72), (72, 48))
     autoencoder(config.autoencoder)
