@@ -127,7 +127,7 @@ def paragraph_as_rst(text: str) -> str:
         if len(starts) > 1 or re.search(r"^ +\S|\S {2,}\S", text, re.MULTILINE):
             return "::\n\n" + re.sub(r"^", "    ", text, flags=re.MULTILINE)
     parts = re.split(r"(`[^`]+`)", text)  # odd ones are code
-    parts[::2] = [re.sub(r"([\\|*`]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"([\\|*`@]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
     return re.sub(r"(?<=\w)(`[^`]+`)|(`[^`]+`)(?=\w)", r"\\ \1\2\\ ", "".join(parts))
 
 
