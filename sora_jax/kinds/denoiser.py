@@ -105,6 +105,7 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
     return DenoiserInputs(
         digest=cache.digest,
         text=cache.info.text.fingerprint if cache.info.text else None,
+        clips=cache.splits,
         cache=cache,
         seen=_look(config, cache, workdir),
         autoencoder=autoencoder,

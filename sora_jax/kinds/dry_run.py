@@ -13,7 +13,7 @@ from sora_jax.config import to_dict
 from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.kinds import kind_of
 from sora_jax.kinds.begin import begin
-from sora_jax.kinds.run import check_data, check_schedules, check_workdir
+from sora_jax.kinds.run import DATA, check_data, check_schedules, check_workdir
 from sora_jax.nn import params as param
 from sora_jax.parallel.compile import bytes_per_device
 from sora_jax.parallel.mesh import make_mesh
@@ -23,7 +23,6 @@ from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import Group, abstract_state, make_optimizers
 
 MIB = 2**20
-DATA = ("latents", "data")  # fields that name what a kind of run reads
 
 
 def describe(config: RunConfig, workdir: Path) -> str:

@@ -18,6 +18,7 @@ from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import Stopped
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.train import provenance
 from sora_jax.train.adapt import merge
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.history import record_config
@@ -26,6 +27,7 @@ from sora_jax.train.reporter import Instruments, MetricAccumulator, Reporter, du
 from sora_jax.train.resume import ReadSaved, resume
 from sora_jax.train.state import Group, TrainState, init_state, make_optimizers, start_from
 from sora_jax.train.step import LossFunction, make_step
+from sora_jax.train.tracking import Wandb
 from sora_jax.train.watchdog import Watchdog, spent_before
 
 Preview = Callable[[int, dict, MetricsWriter], None]  # (step, averages by group, writer)
@@ -44,6 +46,7 @@ class LoopConfig:
     keep_best: int = 0  # checkpoints that are kept beside them, those with the smallest `best_metric`
     best_metric: str = "loss"  # a metric of the report before the checkpoint
     accumulate: int = 1  # micro-batches in a step, whose gradients are accumulated
+    wandb: str = ""  # project of Weights & Biases that the run reports to, too; "": none
 
     def __post_init__(self):
         check(self.steps > 0, f"loop.steps is {self.steps}; it must be positive")
@@ -154,7 +157,11 @@ def fit(
         if start:
             log(f"{job.name}: goes on from step {start} of {config.steps}{changes and ' with '}{changes}")
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
-        writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
+        record = provenance.start(workdir, start, {"kind": job.name, "parameters": _count(state, job.fixed)})
+        writer = None
+        if distributed.first():
+            tracker = Wandb(config.wandb, workdir, run) if config.wandb else None
+            writer = stack.enter_context(MetricsWriter(workdir, start, tracker))
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         dog = stack.enter_context(Watchdog(watch, workdir if distributed.first() else None, start))
         instruments = Instruments(writer, bar, watch, dog.stepped, checkpoints.latest)
@@ -190,6 +197,8 @@ def fit(
                 with watch("save"):
                     notes = {"config": run, "step": step, "seed": seed, "position": position}
                     _save(checkpoints, state, notes, reporter)
+                    if record:
+                        record.reached(step)
             if preview:
                 with watch("evaluate"):
                     _preview(preview, step, merge(frozen[0], averages), writer)
@@ -269,9 +278,15 @@ def _locally(function: Callable[[int, dict], Any], step: int, averages: dict) ->
         return function(step, averages)
 
 
+def _count(state: TrainState, fixed: Mapping[str, dict]) -> dict[str, int]:
+    """Count the parameters of the model that are trained, and that are fixed."""
+    trees = {"trained": state.params[next(iter(state.params))], "fixed": dict(fixed)}
+    return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
+
+
 def _bar(name: str, start: int, steps: int) -> tqdm:
     look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, disable=not distributed.first())
-    return tqdm(total=steps, initial=start, desc=name, **look)
+    return tqdm(total=steps, initial=start, desc=name, postfix="compiling the step", **look)
 
 
 def split_batch(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

@@ -84,7 +84,7 @@ class Reporter:
         metrics = fetch(metrics)
         self.instruments.stepped(step)
         self._check_finite(step, metrics, batch)
-        self.instruments.bar.update(1)
+        _advance(self.instruments.bar, first=self._since is None)
         self._totals = {name: metrics.pop(name) for name in list(metrics) if name.partition("/")[0] in TOTALS}
         self.means.add(metrics)
         counts = self._job.counts(batch)
@@ -156,6 +156,16 @@ class Reporter:
         """Return seconds that pass while steps are made; the clock stands still during previews and saves."""
         paused = sum(self.instruments.watch.seconds.get(cause, 0.0) for cause in ("evaluate", "save"))
         return time.perf_counter() - paused
+
+
+def _advance(bar: tqdm, first: bool) -> None:
+    """Count a step in the bar. Its rate is of the steps after the first one, which compiles."""
+    if not first or bar.disable:
+        bar.update(1)
+        return
+    bar.n = bar.initial = bar.n + 1
+    bar.last_print_n, bar.start_t, bar.last_print_t = bar.n, bar._time(), bar._time()
+    bar.set_postfix_str("")
 
 
 class MetricAccumulator:
