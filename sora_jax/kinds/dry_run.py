@@ -73,7 +73,7 @@ def _memory(config: RunConfig, groups: Mapping[str, Group], fixed: dict, mesh: M
 
 
 def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> list[str]:
-    with _first_job(kind, config, workdir, mesh) as (job, config):
+    with first_job(kind, config, workdir, mesh) as (job, config):
         batch, _ = next(job.batches(0, None))
         counts = job.counts(batch)
     lines = [f"data: {job.note}" if job.note else "data"]
@@ -92,7 +92,7 @@ def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> list[str]
 
 
 @contextlib.contextmanager
-def _first_job(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> Iterator[tuple[Job, RunConfig]]:
+def first_job(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> Iterator[tuple[Job, RunConfig]]:
     """Yield the job of the run, or of its first stage, with its config, as training makes it.
 
     What a job keeps for its next start goes to a folder that is removed.
