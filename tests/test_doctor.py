@@ -111,7 +111,7 @@ def test_packs_that_are_half_empty_come_with_the_limit(copy):
 
 def reports(folder, losses, held_out=()) -> doctor.Patient:
     rows = [{"step": step + 1, "loss": loss} for step, loss in enumerate(losses)]
-    for row, value in zip(rows[:: len(rows) // max(len(held_out), 1)], held_out):
+    for row, value in zip(rows[:: max(1, len(rows) // max(len(held_out), 1))], held_out):
         row["held_out/loss"] = value
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return opened(folder)

@@ -126,7 +126,7 @@ def test_a_project_without_the_package_is_refused(monkeypatch):
         tracking.check_wandb("p")
 
 
-def test_a_run_is_one_run_there_also_when_it_goes_on(tmp_path, monkeypatch):
+def test_a_run_is_one_run_there_also_when_it_goes_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     at = {2: lambda: os.kill(os.getpid(), signal.SIGINT)}
@@ -137,3 +137,4 @@ def test_a_run_is_one_run_there_also_when_it_goes_on(tmp_path, monkeypatch):
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(folder.name.endswith(own) for folder in folders)
     assert all(list(folder.glob("run-*.wandb")) for folder in folders)
+    assert "Weights" not in capsys.readouterr().err  # no failure is reported

@@ -43,7 +43,7 @@ class Wandb:
 
     def close(self) -> None:
         """End the run there."""
-        self._send(lambda run: run.finish(quiet=True))
+        self._send(lambda run: run.finish())
 
     def _start(self, project: str, workdir: Path, config: dict) -> None:
         import wandb
