@@ -122,7 +122,7 @@ def has_field(kind, path: list[str]) -> bool:
 @pytest.mark.parametrize("file", FILES)
 def test_each_option_in_the_text_exists(file):
     known = options_of(cli.make_parser()) | OTHERS
-    runs = (*(kind.config for kind in KINDS.values()), BuildConfig)
+    runs = (*(kind.config for kind in KINDS.values()), BuildConfig, QuickstartConfig)
     named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
     for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
         group, _, path = name.removeprefix("--").partition(".")

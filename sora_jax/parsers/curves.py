@@ -3,7 +3,7 @@
 import argparse
 
 from sora_jax.files import as_path
-from sora_jax.parsers.base import make_parser
+from sora_jax.parsers.base import add_json, make_parser
 
 EXAMPLE = (
     "examples:\n  sora-jax curves runs/video\n"
@@ -20,17 +20,16 @@ def add_curves(commands) -> None:
     p.add_argument("--out", type=as_path, help=about)
     about = "metrics of metrics.jsonl, a panel for each, or what several begin with (default: all that matter)"
     p.add_argument("--metrics", default="", metavar="NAMES", help=about)
-    p.add_argument("--json", action="store_true", help="print the last values of all metrics as JSON")
+    add_json(p)
     p.set_defaults(function=curves)
 
 
 def curves(options: argparse.Namespace) -> None:
     """Draw the metrics and print a table of the last values."""
-    import json
-
+    from sora_jax import console
     from sora_jax.evaluate.curves import draw_curves, last_values, read_runs, table
 
     runs = read_runs(options.runs)
     out = options.out or (options.runs[0] / "curves.png" if len(runs) == 1 else as_path("curves.png"))
     draw_curves(runs, out, tuple(filter(None, options.metrics.split(","))))
-    print(json.dumps(last_values(runs), indent=1) if options.json else f"{table(runs)}\n{out}")
+    console.result(last_values(runs), f"{table(runs)}\n{out}")

@@ -3,7 +3,7 @@
 import argparse
 
 from sora_jax.files import as_path
-from sora_jax.parsers.base import make_parser
+from sora_jax.parsers.base import add_json, make_parser
 
 EXAMPLE = "examples:\n  sora-jax doctor\n  sora-jax doctor runs/video"
 
@@ -14,16 +14,15 @@ def add_doctor(commands) -> None:
     p = make_parser(commands.add_parser, "doctor", help=about, epilog=EXAMPLE)
     about = "run folder: checkpoints, weights, losses, data, packs, gradients (default: the machine)"
     p.add_argument("run", metavar="RUN", nargs="?", type=as_path, help=about)
-    p.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_json(p)
     p.set_defaults(function=doctor)
 
 
 def doctor(options: argparse.Namespace) -> None:
     """Print the findings, each as soon as it is known; exit with code 1 if there is an error among them."""
-    import json
-
     import jax
 
+    from sora_jax import console
     from sora_jax.doctor.finding import ERROR
     from sora_jax.parallel.settings import prepare_jax
 
@@ -40,9 +39,9 @@ def doctor(options: argparse.Namespace) -> None:
     found = []
     for finding in findings:
         found.append(finding)
-        if not options.json:
+        if not console.HABITS.json:
             print(finding, flush=True)
-    if options.json:
-        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    if console.HABITS.json:
+        console.result([finding._asdict() for finding in found], "")
     if any(finding.level == ERROR for finding in found):
         raise SystemExit(1)

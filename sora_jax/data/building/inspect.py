@@ -57,7 +57,7 @@ def inspect(
         "durations": _counts(duration(row["frames"], row["fps"]) for row in rows),
         "frames": _counts(row["frames"] for row in rows),
         "fps": _counts(round(row["fps"]) for row in videos),
-        "tokens": f"{tokens.min()} to {tokens.max()}, mean {tokens.mean():.0f}",
+        "tokens": {"min": int(tokens.min()), "max": int(tokens.max()), "mean": round(float(tokens.mean()), 1)},
         "splits": _counts(row["split"] for row in rows),
         "captions": _counts(kind for row in rows for kind in row["kinds"]),
         "without_caption": sum(not caption_of(row) for row in rows),
@@ -142,6 +142,8 @@ def _text(summary: dict) -> str:
             sizes = f"{value['pack_length']} tokens and {value['slots']} clips at most"
             advice = f": {value['advice']}" if value["advice"] else ""
             value = f"{value['fill']:.1%} of {value['packs']} packs of {sizes}{advice}"
+        elif name == "tokens":
+            value = f"{value['min']} to {value['max']}, mean {value['mean']:.0f}"
         elif isinstance(value, dict):
             parts, most = [f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8
             more = [f"and {len(parts) - most} more"] if len(parts) > most else []
