@@ -215,7 +215,7 @@ def _read(
 
 
 def _shrunk(frames: np.ndarray, factor: int) -> np.ndarray:
-    """Return frames (T, H, W, 3) with each square of pixels, which was one pixel before it was enlarged, as its mean."""
+    """Return frames (T, H, W, 3) of which each pixel is the mean of a square of `factor` x `factor` pixels."""
     if factor == 1:
         return frames
     length, height, width = len(frames), *(side // factor for side in frames.shape[1:3])

@@ -11,7 +11,6 @@ One file NAME.safetensors holds the same: tensors as FILE:NAME, the text files i
 """
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 
 from sora_jax.config import check, choose, did_you_mean, read_json
 from sora_jax.errors import UserError
-from sora_jax.files import as_path, cache_folder, finish_folder, local_copy, make_folder, replacing, unfinished
+from sora_jax.files import as_path, cache_folder, local_copy, make_folder, replacing
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"  # a folder for each model that comes with the package
 USUAL = "world"  # the model that is taken where none is named
@@ -114,7 +113,8 @@ def as_dtype(arrays: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
 def pack_file(folder: Path, out: Path) -> None:
     """Write the files of an exported model into one safetensors file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts, arrays = {}, {}
+    texts: dict[str, str] = {}
+    arrays: dict[str, np.ndarray] = {}
     for path in files:
         name = path.relative_to(folder).as_posix()
         if path.suffix == SUFFIX:
