@@ -1,4 +1,4 @@
-"""An exported model is read like the run that it was made of, as a folder, as a file, and by the name of a shipped one."""
+"""An exported model is read like its run: as a folder, as a file, and by the name of a shipped one."""
 
 import json
 import shutil

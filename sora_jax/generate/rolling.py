@@ -99,8 +99,8 @@ def sample_rolling(
     found: dict[int, np.ndarray] = {}
     places = range(0, len(rows), at_once)
     with watch.counting(len(places) * (windows.frames - 1 - windows.carried), "latent") as count:
-        for place in places:
-            some = rows[place : place + at_once]
+        for begin in places:
+            some = rows[begin : begin + at_once]
             some = some + some[-1:] * (at_once - len(some))  # the last row again, so that one program serves all
             found |= _roll_rows(setting, clips, some, count)
     return [found[number] for number in range(len(requests))]
