@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ class MetricsWriter:
             self._tracker.picture(step, name, image_HWC)
 
 
-def flatten(metrics: dict) -> dict[str, float]:
+def flatten(metrics: Mapping) -> dict[str, float]:
     """Flatten metrics: scalars under their names, vectors as name/index."""
     flat = {}
     for name, value in metrics.items():
