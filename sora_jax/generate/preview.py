@@ -30,12 +30,13 @@ TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by 
 def reconstruction_preview(
     config: AutoencoderRun,
     clips: Sequence[np.ndarray],
+    captions: Sequence[str],
     workdir: Path,
     whole: Callable[[dict], dict] = lambda trained: trained,
 ) -> Preview:
     """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction.
 
-    `whole` completes the parameters that are trained.
+    Its caption and the PSNR stand under each. `whole` completes the parameters that are trained.
     """
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
 
@@ -43,8 +44,9 @@ def reconstruction_preview(
         autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, whole(averages[MODEL])), zero, one)
         decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
-        titles = ["above the clip, below its reconstruction"] * len(pairs)
-        image = contact_sheet([pair[None] for pair in pairs], titles, shown=1)
+        titles = [f"{psnr(a, b):.1f} dB: {caption}" for a, b, caption in zip(clips, decoded, captions)]
+        titles[0] = f"above the clip, below its reconstruction, {titles[0]}"
+        image = contact_sheet([pair[None] for pair in pairs], titles, None, shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
@@ -126,8 +128,11 @@ def held_out_psnr(
     autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()
 ) -> float:
     """Return the mean PSNR in dB of the reconstructions of uint8 clips, as they would be written to files."""
-    values, latents = [], autoencoder.encode(clips, tiles=tiles)
-    for clip, decoded in zip(clips, autoencoder.decode(latents, tiles=tiles), strict=True):
-        error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()
-        values.append(10 * np.log10(255.0**2 / max(error, 1e-4)))
-    return float(np.mean(values))
+    decoded = autoencoder.decode(autoencoder.encode(clips, tiles=tiles), tiles=tiles)
+    return float(np.mean([psnr(*pair) for pair in zip(clips, decoded, strict=True)]))
+
+
+def psnr(clip: np.ndarray, decoded: np.ndarray) -> float:
+    """Return the PSNR in dB of one uint8 clip against another."""
+    error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()
+    return float(10 * np.log10(255.0**2 / max(error, 1e-4)))
