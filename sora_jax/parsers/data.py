@@ -30,7 +30,7 @@ def add_data(commands) -> None:
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.add_argument("--slots", type=int, help="clips per pack at most, as config.packing.slots (default: 16)")
     p.add_argument("--out", type=as_path, help="folder for contact_sheet.png and histogram.png (default: no pictures)")
-    p.set_defaults(function=inspect, changes=[])
+    p.set_defaults(function=inspect)
     example = (
         "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
         " --out=clips/captions.csv"
