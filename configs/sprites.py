@@ -22,6 +22,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("transformer", "autoencoder")
+
 PREVIEW = (
     "a pixel-art character with light skin, spiky green hair, chain mail, white trousers and golden shoes, walking,"
     " facing to the right",

@@ -37,6 +37,8 @@ from sora_jax.data.sources import SourceConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("transformer", "autoencoder")
+
 PREVIEW = (
     ("a photo of a sunflower", (1, 96, 144)),
     ("a photo of a daisy", (1, 112, 112)),

@@ -177,10 +177,10 @@ SHARES = ("2/2", "x", "1")  # which cannot be
     "option, message",
     [
         ("--max-frames=0", "--max-frames is 0; it must be at least 1"),
-        ("--missing-caption=no", "--missing-caption is 'no'; it must be refuse or empty"),
+        ("--missing-caption=no", "--missing-caption is 'no'; allowed: 'refuse', 'empty'"),
         (
             "--resolution=largst",
-            "--resolution is 'largst'; it must be largest or uniform or navit; did you mean largest?",
+            "--resolution is 'largst'; allowed: 'largest', 'uniform', 'navit'; did you mean largest?",
         ),
         ("--multiple=512", "--max-pixels is 65536; it must be at least multiple^2 = 262144"),
         *[(f"--shard={n}", f"--shard is '{n}'; it must be i/n with i from 0 to n - 1, such as 0/4") for n in SHARES],
@@ -504,7 +504,7 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     assert report.summary["refused"] == {"unreadable": 1, "no caption": 1}
     assert "48x40 (3)" in report.text
     assert report.summary["aspects"] == {"4:3": 3} and report.summary["durations"] == {"image": 2, "< 2 s": 1}
-    assert report.summary["tokens"] == "30 to 90, mean 50"
+    assert report.summary["tokens"] == {"min": 30, "max": 90, "mean": 50}
     fill = {"pack_length": 180, "slots": 16, "packs": 1, "fill": round(150 / 180, 4), "clips": 3, "advice": ""}
     assert report.summary["fill"] == fill
     assert report.text.count("fps") == 1 and list(report.summary["lengths"].values()) == [1]

@@ -41,7 +41,7 @@ from sora_jax.data.storing.manifest import Dataset
 from sora_jax.data.storing.parts import Kind, start
 from sora_jax.data.storing.shards import FLOATS, RecordWriter, shard_name
 from sora_jax.data.viewing.write import save_png, write_video
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.files import (
     as_path,
@@ -526,5 +526,5 @@ def test_without_gcsfs_there_is_one_sentence(bucket, monkeypatch, capsys):  # no
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     files._prepare_storage.cache_clear()
     assert cli.main(["sample", f"--workdir={ROOT}/run", "--prompt=a", "--out=x.gif"]) == 2
-    said = capsys.readouterr().err
-    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not installed: pip install 'sora_jax[gcs]'\n"
+    said, how = capsys.readouterr().err, install_command("gcs")
+    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not installed: {how}\n"

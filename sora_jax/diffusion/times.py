@@ -62,15 +62,19 @@ class TimesConfig:
     steps           one of the thousand discrete steps, all equally likely; DDPM and DiT; takes no shift
     """
 
-    distribution: str = "logit_normal"  # a key of QUANTILES: the table above
+    distribution: str = "logit_normal"  # distribution of the noise levels of training, see docs/training.md
     mean: float = 0.0  # of the normal number, for logit_normal and log_sigma
     std: float = 1.0  # of the normal number, for logit_normal and log_sigma
     mode_scale: float = 1.29  # for mode, from -1 to 1.7519: positive favours the middle, negative the ends
     base_tokens: int = 256  # a clip of so many tokens is not shifted by `root`; 0: no clip is shifted by any rule
-    shift_rule: str = "root"  # `root` is equation (1), `exponential` the rule of FLUX, `constant` that of SD3
-    # Of `exponential`: log alpha is linear in the tokens, and these are two clip sizes and their log alpha.
-    shift_tokens: tuple[int, int] = (256, 4096)
-    log_shifts: tuple[float, float] = (0.5, 1.15)
+    shift_rule: str = (
+        "root"  # by the clip's tokens n: root(n / base_tokens); exponential, the rule of FLUX; constant, that of SD3
+    )
+    shift_tokens: tuple[int, int] = (
+        256,
+        4096,
+    )  # of `exponential`: two clip sizes in tokens; log alpha is linear between them
+    log_shifts: tuple[float, float] = (0.5, 1.15)  # of `exponential`: log alpha at these two sizes
     constant_shift: float = 3.0  # of `constant`: alpha
     stratified: bool = False  # spread the times of a batch evenly over the distribution: equation (2)
 

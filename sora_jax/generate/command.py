@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.console import note
 from sora_jax.data.packing.packs import grid_of
 from sora_jax.data.viewing.sheets import grid
 from sora_jax.data.viewing.write import write_chunks
@@ -98,7 +99,7 @@ def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> lis
     what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
     what = "one window, which does not roll" if windows.rolls and windows.frames <= windows.window else what
     frames, height, width = size_of(asked.first_stage, requests[0].size)
-    print(f"sora-jax: sampling {_count(requests)} of {frames}x{height}x{width} in {what}", file=sys.stderr)
+    note(f"sampling {_count(requests)} of {frames}x{height}x{width} in {what}")
     parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles)
     return _write(asked, run.step, requests, enumerate(parts), asked.options.fps)
 
@@ -157,7 +158,7 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
     steps = count_steps(sampling.steps, sampling.spacing)
     skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
     how = f"{steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
-    print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
+    note(f"sampling {what}; {how}")
 
 
 def like(options: argparse.Namespace) -> dict:
@@ -207,5 +208,5 @@ def calibrate(options: argparse.Namespace) -> Path:
     facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
     file = save_skipped(options.workdir, sampling, options.guidance, facts)
     steps = ", ".join(map(str, sampling.skipped))
-    print(f"sora-jax: of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}", file=sys.stderr)
+    note(f"of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}")
     return file

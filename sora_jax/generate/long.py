@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from sora_jax.config import check
+from sora_jax.console import progress
 from sora_jax.diffusion.history import HISTORY_LEVEL
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate.packs import TrainedDenoiser
@@ -90,7 +90,7 @@ def _sample_group(
     first = min([windows.window, windows.frames, *ends])
     level = 0.0 if sampling.condition == "replace" else HISTORY_LEVEL  # which takes ceilings of 0 and 1 alone
     made = sample_latents(model, _at(requests, 0, factor, first), sampling, seed)
-    bar = tqdm(total=windows.frames, desc="windows", unit="latent", initial=first)
+    bar = progress(total=windows.frames, desc="windows", unit="latent", initial=first)
     while (there := len(made[0])) < windows.frames:
         end = min([windows.frames, *(s for s in ends if s > there)])
         carried = min(windows.carried, there)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sora_jax.config import check
+from sora_jax.console import progress
 from sora_jax.data.packing.packs import patchify, unpack, unstack
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.process import process_named
@@ -121,7 +121,7 @@ def _roll_rows(setting: _Setting, clips: _Clips, rows: list[list[int]]) -> dict[
     carried, frames = setting.windows.carried, setting.windows.frames
     latents = {i: list(clips.firsts[i][: 1 + carried]) for row in rows for i in row}
     states = {i: clips.firsts[i][1:] for i in latents}
-    for there in tqdm(range(1 + carried, frames), "rolling", unit="latent"):
+    for there in progress(range(1 + carried, frames), "rolling", unit="latent"):
         states = _roll_once(setting, clips, rows, states, there)
         for i, z in states.items():
             latents[i].append(z[carried])

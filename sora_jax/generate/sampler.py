@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sora_jax.config import check
+from sora_jax.console import progress
 from sora_jax.data.packing.packs import unpack, unstack
 from sora_jax.diffusion.flow_edit import flow_edit
 from sora_jax.diffusion.given import limit_times
@@ -78,7 +78,7 @@ def _batches(
     # The scale is given clip by clip, so that one program serves all scales.
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
 
-    with tqdm(total=len(starts), desc="sampling", unit="batch", disable=len(starts) == 1) as bar:
+    with progress(total=len(starts), desc="sampling", unit="batch", disable=len(starts) == 1) as bar:
 
         def wait(rows: list[list[int]], pack: Pack, tokens_BLP: jax.Array) -> dict[int, np.ndarray]:
             packs = {name: np.asarray(getattr(pack, name)) for name in UNPACKED}

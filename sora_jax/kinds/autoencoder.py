@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sora_jax.config import check, read_json, to_dict, value_at
+from sora_jax.console import progress
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
 from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
@@ -140,7 +140,7 @@ def _freeze(config: AutoencoderRun, inputs: AutoencoderInputs, params: Any, step
     params = _whole(config, inputs, params)
     if config.trained == "all" or inputs.first is None:
         measured = _frames(inputs.dataset, _some(inputs.dataset.rows(config.split), STATISTICS_CLIPS))
-        bar = tqdm(measured, "latent statistics", unit="clip")
+        bar = progress(measured, "latent statistics", unit="clip")
         mean, std = measure_statistics(params, config.model, bar, tiles=config.tiles)
         if config.latent_scale == "effect":
             some = FrozenAutoencoder(config.model, params, np.zeros(1, np.float32), np.ones(1, np.float32))

@@ -3,8 +3,10 @@
 import argparse
 import functools
 
+from sora_jax import console
 from sora_jax.files import as_path
-from sora_jax.parsers.base import EXAMPLES, Help, add_tiles, make_parser
+from sora_jax.parsers.base import CONFIG, EXAMPLES, Help, add_json, add_tiles, make_parser
+from sora_jax.parsers.fields import list_fields
 
 
 class _BuildHelp(Help):
@@ -30,6 +32,7 @@ def add_data(commands) -> None:
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
     p.add_argument("--slots", type=int, help="clips per pack at most, as config.packing.slots (default: 16)")
     p.add_argument("--out", type=as_path, help="folder for contact_sheet.png and histogram.png (default: no pictures)")
+    add_json(p)
     p.set_defaults(function=inspect)
     example = (
         "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
@@ -42,6 +45,7 @@ def add_data(commands) -> None:
     p.add_argument(
         "--out", type=as_path, required=True, help="table to write; as captions.csv in the folder it is used"
     )
+    add_json(p)
     p.set_defaults(function=caption)
 
 
@@ -64,6 +68,7 @@ def _encode(verbs) -> None:
     about = "of each clip, encoded alone, for models that are given some (config.diffusion.given)"
     p.add_argument("--key-frames", type=int, default=0, metavar="K", help=f"frames {about}")
     p.add_argument("--sketches", type=int, default=0, metavar="K", help=f"edge maps of frames {about}")
+    add_json(p)
     p.set_defaults(function=encode)
 
 
@@ -88,7 +93,7 @@ def _build(verbs) -> None:
     about = "build a dataset folder from videos and images"
     p = make_parser(verbs.add_parser, "build", help=about, epilog=example, formatter_class=_BuildHelp)
     p.add_argument("--out", required=True, help="dataset folder to write")
-    p.add_argument("--config", help="config file with sizes and sources; other options override it")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG}; other options override it, too")
     # An option that is not given leaves the field of --config, or the default of the dataclass, as it is.
     add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
     add("--source", help="folder, webdataset, tfds:NAME[:CONFIG], array_record or world")
@@ -128,6 +133,8 @@ def _build(verbs) -> None:
     add("--seconds", type=float, help="refuse a file that takes longer to decode")
     add("--shard", help="i/n: build every n-th part of 128 files; the last process to finish merges them")
     p.add_argument("--beam", help="build with Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
+    add_json(p)
+    list_fields(p)
     p.set_defaults(function=build, changes=[])
 
 
@@ -153,13 +160,20 @@ def build(options) -> None:
 
         dataset = build_with_beam(config, options.beam)
     if dataset is None:
-        print(f"this share is done; {options.out} appears when the others are, too")
+        _share_is_done(options.out)
         return
     found = inspect(options.out, training=training_of(dataset.info))
-    print(f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images")
+    reasons = dataset.path / "refused.jsonl"
+    text = f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images"
     if dataset.refused:
         kinds = tally(entry["reason"] for entry in dataset.refused)
-        print(f"{len(dataset.refused)} files refused ({kinds}); reasons: {dataset.path / 'refused.jsonl'}")
+        text += f"\n{len(dataset.refused)} files refused ({kinds}); reasons: {reasons}"
+    console.result({"out": options.out, "complete": True, **found.summary}, text)
+
+
+def _share_is_done(out) -> None:
+    said = f"this share is done; {out} appears when the others are, too"
+    console.result({"out": out, "complete": False}, said)
 
 
 def build_config(options):
@@ -248,9 +262,11 @@ def encode(options) -> None:
     how = dict(tiles=tiles, choose_tile=choose_tile, guides=guides)
     chosen = EncodeOptions(options.batch, options.shapes, share, text, **how)
     if encode_dataset(*folders, chosen):
-        print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
+        clips = len(LatentCache(options.out))
+        found = {"out": options.out, "complete": True, "clips": clips}
+        console.result(found, f"latents of {clips} clips in {options.out}")
     else:
-        print(f"this share is done; {options.out} appears when the others are, too")
+        _share_is_done(options.out)
 
 
 def caption(options) -> None:
@@ -258,7 +274,8 @@ def caption(options) -> None:
     from sora_jax.data.building.recaption import caption_folder
 
     written, refused = caption_folder(options.path, options.how, options.out, options.kind)
-    print(f"{written} clips captioned in {options.out}, {refused} not readable")
+    found = {"out": options.out, "captioned": written, "refused": refused}
+    console.result(found, f"{written} clips captioned in {options.out}, {refused} not readable")
 
 
 def inspect(options) -> None:
@@ -271,4 +288,5 @@ def inspect(options) -> None:
     by_hand = options.pack_length is not None or options.slots is not None
     training = None if by_hand else training_of(Dataset(options.folder).info, options.config)
     found = inspect(options.folder, options.pack_length, slots, options.out, training)
-    print("\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)]))
+    text = "\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)])
+    console.result({**found.summary, "pictures": found.pictures}, text)

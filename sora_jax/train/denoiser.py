@@ -48,7 +48,7 @@ Text = Tokenizer | PretrainedText | NoText  # what turns captions into what a mo
 class DiffusionConfig:
     """Configure the noise process and the loss of training."""
 
-    process: str = "linear_flow"  # one of `diffusion.process.PROCESSES`
+    process: str = "linear_flow"  # noise process, see docs/training.md
     prediction: str = "velocity"  # what the network predicts: velocity, eps, x0, v, score or edm
     times: TimesConfig = TimesConfig()  # how noise levels are drawn
     weight: WeightConfig = WeightConfig()  # how much the error counts at each noise level

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from sora_jax import console
 from sora_jax.config import check
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import Stopped
@@ -218,7 +219,7 @@ def check_accumulation(job: Job, config: LoopConfig) -> None:
 def log(text: str) -> None:
     """Print a line, once for all processes."""
     if distributed.first():
-        print(text, flush=True)
+        console.log(text)
 
 
 def _save(checkpoints: Checkpoints, state: TrainState, notes: dict, reporter: Reporter) -> None:
@@ -241,8 +242,8 @@ def _preview(preview: Preview, step: int, averages: dict, writer: MetricsWriter 
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:
-    look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, disable=not distributed.first())
-    return tqdm(total=steps, initial=start, desc=name, **look)
+    look = dict(unit="step", smoothing=0.05, disable=not distributed.first())
+    return console.progress(total=steps, initial=start, desc=name, **look)
 
 
 def split_batch(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

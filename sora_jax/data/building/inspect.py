@@ -79,7 +79,7 @@ def inspect(
         "aspects": _counts(aspect(row["height"], row["width"]) for row in rows),
         "durations": _counts(duration(row["frames"], row["fps"]) for row in rows),
         "lengths": _counts(length(row["frames"], row["fps"]) for row in videos),
-        "tokens": f"{tokens.min()} to {tokens.max()}, mean {tokens.mean():.0f}",
+        "tokens": {"min": int(tokens.min()), "max": int(tokens.max()), "mean": round(float(tokens.mean()), 1)},
         "splits": _counts(row["split"] for row in rows),
         "captions": _counts(kind for row in rows for kind in row["kinds"]),
         "without_caption": sum(not caption_of(row) for row in rows),
@@ -235,6 +235,8 @@ def _text(summary: dict) -> str:
             advice = f"; {value['advice']}" if value["advice"] else ""
             packs = f"{value['packs']} packs of {sizes}{of}, {value['clips'] / value['packs']:.1f} clips each"
             value = f"{value['fill']:.1%} of {packs}{advice}"
+        elif name == "tokens":
+            value = f"{value['min']} to {value['max']}, mean {value['mean']:.0f}"
         elif isinstance(value, dict):
             parts, most = [f"{key} ({n})" for key, n in value.items()], 100 if name == "classes" else 8
             more = [f"and {len(parts) - most} more"] if len(parts) > most else []
