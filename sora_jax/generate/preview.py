@@ -1,7 +1,7 @@
 """Show what a run has learnt while it trains."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -27,24 +27,47 @@ from sora_jax.train.state import MODEL
 TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
 
 
-def reconstruction_preview(
-    config: AutoencoderRun,
-    clips: Sequence[np.ndarray],
-    captions: Sequence[str],
-    workdir: Path,
-    whole: Callable[[dict], dict] = lambda trained: trained,
-) -> Preview:
-    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction.
+class Reconstructions:
+    """Reconstruct held-out clips with the averages of a step, once for the preview and for the PSNR.
 
-    Its caption and the PSNR stand under each. `whole` completes the parameters that are trained.
+    `whole` completes the parameters that are trained.
     """
-    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+
+    def __init__(
+        self,
+        config: AutoencoderRun,
+        clips: Sequence[np.ndarray],
+        whole: Callable[[dict], dict] = lambda trained: trained,
+    ):
+        self._config, self.clips, self._whole = config, clips, whole
+        self._last: tuple[int, list[np.ndarray]] | None = None
+
+    def __call__(self, step: int, averages: dict) -> list[np.ndarray]:
+        """Return the reconstructions; NotFinite where they are not finite."""
+        if self._last is None or self._last[0] != step:
+            params, zero, one = self._whole(averages[MODEL]), np.zeros(1, np.float32), np.ones(1, np.float32)
+            autoencoder = FrozenAutoencoder(self._config.model, jax.tree.map(np.asarray, params), zero, one)
+            latents = autoencoder.encode(self.clips, 1, tiles=self._config.tiles)
+            self._last = step, list(autoencoder.decode(latents, 1, self._config.tiles))
+        return self._last[1]
+
+    def psnr(self, step: int, averages: dict) -> dict[str, float]:
+        """Return their mean PSNR in dB as a metric, NaN where they are not finite."""
+        try:
+            decoded = self(step, averages)
+        except NotFinite:
+            return {"held_out/psnr": float("nan")}
+        return {"held_out/psnr": mean_psnr(self.clips, decoded)}
+
+
+def reconstruction_preview(reconstruct: Reconstructions, captions: Sequence[str], workdir: Path) -> Preview:
+    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction."""
 
     def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
-        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, whole(averages[MODEL])), zero, one)
-        decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
+        clips, decoded = reconstruct.clips, reconstruct(step, averages)
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
-        titles = [f"{psnr(a, b):.1f} dB: {caption}" for a, b, caption in zip(clips, decoded, captions)]
+        qualities = (f"{mean_psnr([a], [b]):.1f} dB" for a, b in zip(clips, decoded))
+        titles = [f"{quality}: {caption}" for quality, caption in zip(qualities, captions)]
         titles[0] = f"above the clip, below its reconstruction, {titles[0]}"
         image = contact_sheet([pair[None] for pair in pairs], titles, None, shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
@@ -128,11 +151,12 @@ def held_out_psnr(
     autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()
 ) -> float:
     """Return the mean PSNR in dB of the reconstructions of uint8 clips, as they would be written to files."""
-    decoded = autoencoder.decode(autoencoder.encode(clips, tiles=tiles), tiles=tiles)
-    return float(np.mean([psnr(*pair) for pair in zip(clips, decoded, strict=True)]))
+    latents = autoencoder.encode(clips, tiles=tiles)
+    return mean_psnr(clips, autoencoder.decode(latents, tiles=tiles))
 
 
-def psnr(clip: np.ndarray, decoded: np.ndarray) -> float:
-    """Return the PSNR in dB of one uint8 clip against another."""
-    error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()
-    return float(10 * np.log10(255.0**2 / max(error, 1e-4)))
+def mean_psnr(clips: Sequence[np.ndarray], decoded: Iterable[np.ndarray]) -> float:
+    """Return the mean PSNR in dB of uint8 clips and their reconstructions."""
+    pairs = zip(clips, decoded, strict=True)
+    errors = [np.square(clip.astype(np.float64) - other.astype(np.float64)).mean() for clip, other in pairs]
+    return float(np.mean([10 * np.log10(255.0**2 / max(error, 1e-4)) for error in errors]))

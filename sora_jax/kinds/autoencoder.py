@@ -13,7 +13,7 @@ from sora_jax.config import check, read_json, to_dict, value_at
 from sora_jax.console import progress
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
-from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
+from sora_jax.generate.preview import Reconstructions, held_out_psnr, reconstruction_preview
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, encoder_part, latent_fields
 from sora_jax.models.lpips import read_lpips
 from sora_jax.nn import params as param
@@ -40,7 +40,7 @@ from sora_jax.train.frozen import (
 )
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.latent_scale import scale_by_effect
-from sora_jax.train.loop import Job, log
+from sora_jax.train.loop import Job, Measure, log
 
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
@@ -76,6 +76,7 @@ def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> Autoencode
     first = _first(config) if config.start else None
     return AutoencoderInputs(
         digest=dataset.digest,
+        clips=dataset.splits,
         dataset=dataset,
         held_out=_frames(dataset, chosen),
         captions=[caption_of(row) for row in chosen],
@@ -113,8 +114,12 @@ def make_job(config: AutoencoderRun, inputs: AutoencoderInputs, workdir: Path) -
         log("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
     first = inputs.first.params if inputs.first else None
     whole = functools.partial(_whole, config, inputs)
-    preview = reconstruction_preview(config, shown, captions, workdir, whole) if shown else None
-    return autoencoder_job(config, inputs.dataset, preview, inputs.share, first)
+    job = autoencoder_job(config, inputs.dataset, None, inputs.share, first)
+    if not shown:
+        return job
+    reconstruct = Reconstructions(config, shown, whole)
+    measure = Measure(config.loop.preview_every, reconstruct.psnr, local=True)
+    return dataclasses.replace(job, preview=reconstruction_preview(reconstruct, captions, workdir), measure=measure)
 
 
 def _whole(config: AutoencoderRun, inputs: AutoencoderInputs, trained: dict) -> dict:

@@ -86,6 +86,24 @@ class PreviewConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOutConfig:
+    """Configure the loss of held-out clips, which is measured while training: see `train.held_out`.
+
+    A measurement costs `levels` forward passes of the clips, a third of as many steps on them.
+    """
+
+    every: int = 500  # steps between measurements, also after the last step; 0: never
+    clips: int = 64  # held-out clips at most, evenly spread over the latent cache
+    levels: int = 4  # noise levels of each clip, spread over the distribution of training times
+
+    def __post_init__(self):
+        check(self.every >= 0, f"held_out.every is {self.every}; it must be 0 (never) or a number of steps")
+        for name in ("clips", "levels"):
+            value = getattr(self, name)
+            check(value > 0, f"held_out.{name} is {value}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class DenoiserRun(RunConfig):
     """Configure a training run of the denoiser; `batch` counts packs."""
 
@@ -98,6 +116,7 @@ class DenoiserRun(RunConfig):
     packing: PackingConfig = PackingConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     preview: PreviewConfig = PreviewConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     sampling: SamplingConfig = SamplingConfig(guidance=GuidanceConfig(3.0))  # how it is sampled unless asked otherwise
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,6 +63,18 @@ class LoopConfig:
         )
 
 
+class Measure(NamedTuple):
+    """Measure held-out clips every so many steps and after the last one (0: after the last alone).
+
+    function(step, averages by group): returns metrics, the same in all processes. local: each process calls it for
+    itself, on its own devices, with parameters that are gathered; otherwise all call it together on the mesh.
+    """
+
+    every: int
+    function: Callable[[int, dict], dict]
+    local: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Tell the loop what a run trains, as values and functions; it knows nothing else of the run.
@@ -89,6 +101,7 @@ class Job:
     counts: Callable[[dict], dict[str, float]]
     clip_ids: Callable[[dict], list]
     preview: Preview | None = None
+    measure: Measure | None = None
     note: str = ""
     share: ShardSpec = ShardSpec()
     frozen: Any = ()
@@ -163,16 +176,23 @@ def fit(
             stopping = stop(step)  # asked once: a signal that comes after this line waits for the next step's save
             saving = stopping or due(step, config.save_every, config.steps)
             preview = job.preview if due(step, config.preview_every, config.steps) else None
-            if saving or preview:
+            measure = job.measure if job.measure and due(step, job.measure.every, config.steps) else None
+            if saving or preview or measure:
                 with watch("step"):  # what is waited for here is the step, not the save
-                    reporter.read_previous()
+                    jax.block_until_ready(metrics)
+                averages = {name: averages[0] for name, averages in state.ema.items()}
+                measured = None
+                if measure:
+                    with watch("evaluate"):
+                        measured = _measure(measure, step, merge(frozen[0], averages))
+                with watch("step"):
+                    reporter.read_previous(measured)
             if saving:
                 with watch("save"):
                     notes = {"config": run, "step": step, "seed": seed, "position": position}
                     _save(checkpoints, state, notes, reporter)
             if preview:
                 with watch("evaluate"):
-                    averages = {name: averages[0] for name, averages in state.ema.items()}
                     _preview(preview, step, merge(frozen[0], averages), writer)
             if stopping:
                 break
@@ -233,12 +253,21 @@ def _save(checkpoints: Checkpoints, state: TrainState, notes: dict, reporter: Re
         writer.flush()
 
 
+def _measure(measure: Measure, step: int, averages: dict) -> dict:
+    """Measure held-out clips."""
+    return _locally(measure.function, step, averages) if measure.local else measure.function(step, averages)
+
+
 def _preview(preview: Preview, step: int, averages: dict, writer: MetricsWriter | None) -> None:
-    """Look at the model. Several processes gather the parameters, and the first alone does, on its own devices."""
+    """Look at the model, in the first process, which has a writer."""
+    _locally(lambda step, averages: preview(step, averages, writer) if writer else None, step, averages)
+
+
+def _locally(function: Callable[[int, dict], Any], step: int, averages: dict) -> Any:
+    """Call a function on the devices of this process, with parameters that several processes gather."""
     averages = distributed.on_host(averages) if distributed.several() else averages
-    if writer is not None:  # the first process has one
-        with jax.set_mesh(make_mesh(devices=jax.sharding.get_mesh().local_devices)):
-            preview(step, averages, writer)
+    with jax.set_mesh(make_mesh(devices=jax.sharding.get_mesh().local_devices)):
+        return function(step, averages)
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:
