@@ -76,7 +76,6 @@ def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> Autoencode
     first = _first(config) if config.start else None
     return AutoencoderInputs(
         digest=dataset.digest,
-        clips=dataset.splits,
         dataset=dataset,
         held_out=_frames(dataset, chosen),
         captions=[caption_of(row) for row in chosen],
