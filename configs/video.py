@@ -39,13 +39,6 @@ from sora_jax.train.denoiser import DenoiserRun
 
 VARIANTS = ("transformer", "autoencoder")
 
-PREVIEW = (
-    ("a photo of a sunflower", (1, 96, 144)),
-    ("a photo of a daisy", (1, 112, 112)),
-    ("a rabbit is eating a watermelon", (17, 112, 112)),
-    ("a green toy frog on a wooden table, the camera moves closer", (17, 96, 144)),
-)
-
 
 def get_config(variant: str = "transformer"):
     variants = {
@@ -138,8 +131,8 @@ def transformer():
     config.loop.save_every = 500
     config.loop.preview_every = 1000
 
-    config.preview.prompts = tuple(prompt for prompt, _ in PREVIEW)
-    config.preview.sizes = tuple(size for _, size in PREVIEW)
+    config.preview.clips = 8  # their captions and sizes
+    config.preview.sizes = ((17, 96, 144),)  # what `sample` makes when it is asked for no size
     config.preview.steps = "20"
 
     config.sampling.guidance.scale = 3.0
@@ -197,7 +190,7 @@ def small():
     config.loop.save_every = 250
     config.loop.preview_every = 500
 
-    config.preview.sizes = ((1, 64, 64), (1, 48, 80), (9, 64, 64), (9, 48, 80))
+    config.preview.sizes = ((9, 64, 64),)
     return config
 
 
