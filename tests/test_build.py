@@ -4,9 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -532,3 +535,17 @@ def test_every_split_but_the_trained_one_is_held_out(tmp_path):
     dataset = Dataset(tmp_path / "d")
     assert [row["split"] for row in dataset.held_out()] == ["test", "held-out", "val"]
     assert [row["index"] for row in dataset.held_out("val")] == [0, 1, 2, 3]
+
+
+def test_drawn_clips_try_the_small_form_of_own_video(tmp_path):
+    """As the pages say: without clips at hand, a folder of drawn ones is built by the same command."""
+    root = Path(__file__).parents[1]
+    script = root / "experiments" / "video" / "make_clips.py"
+    options = [f"--out={tmp_path / 'clips'}", "--count=8"]
+    subprocess.run([sys.executable, script, *options], check=True, capture_output=True)
+    config = f"--config={root / 'configs' / 'video.py'}:small_data"
+    assert cli.main(["data", "build", config, f"--path={tmp_path / 'clips'}", f"--out={tmp_path / 'out'}"]) == 0
+    rows = Dataset(tmp_path / "out").rows()
+    assert len({row["file"] for row in rows}) == 8 and all(row["captions"][0].startswith("a") for row in rows)
+    assert all(row["height"] * row["width"] <= 4096 and row["frames"] in (1, 9) for row in rows)
+    assert inspect(tmp_path / "out").summary["clips"] == len(rows) > 8  # 17 and 25 frames give several clips

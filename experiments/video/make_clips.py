@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sora_jax.data.viewing.write import write_video
-from sora_jax.worlds import WorldConfig, clip
+from sora_jax.worlds import WorldConfig, scene
+from sora_jax.worlds.render import render
 
 WORLD = WorldConfig(
     sizes=((96, 96), (96, 144), (144, 96)),
@@ -22,15 +23,19 @@ WORLD = WorldConfig(
 )
 
 
-def make_clips(out: Path, count: int, seed: int = 0) -> None:
+def make_clips(out: Path, count: int, seed: int = 0, labels: bool = False) -> None:
     """Write `count` clips as 0000.mp4 or 0000.png, and captions.csv with the columns file and caption."""
-    world, rows = replace(WORLD, seed=seed), []
+    world = replace(WORLD, seed=seed)
+    header = ("file", "caption", "label") if labels else ("file", "caption")
+    rows = [header]
     for index in range(count):
-        frames, caption = clip(world, index)
+        planned = scene(world, index)
+        frames = render(planned)
         path = write_video(out / f"{index:04d}.{'mp4' if len(frames) > 1 else 'png'}", frames, world.fps)
-        rows.append((path.name, caption))
+        row = (path.name, planned.caption, planned.shapes[0].kind)
+        rows.append(row[: len(header)])
     with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "caption"), *rows])
+        csv.writer(file).writerows(rows)
 
 
 def main() -> None:
@@ -38,8 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=300, help="number of clips")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--labels", action="store_true", help="also a column label: the kind of the shape")
     options = parser.parse_args()
-    make_clips(options.out, options.count, options.seed)
+    make_clips(options.out, options.count, options.seed, options.labels)
     print(f"{options.count} clips in {options.out}")
 
 

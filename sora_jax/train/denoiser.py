@@ -80,7 +80,7 @@ class PreviewConfig:
         check(self.clips >= 0, f"preview.clips is {self.clips}; it must be at least 0")
         others = "preview.prompts or preview.classes are"
         check(not self.clips or not (self.prompts or self.classes), f"preview.clips and {others} both given; give one")
-        check(self.sizes or not self.any, "preview.sizes is empty; previews need at least one size")
+        check(self.sizes or self.clips or not self.any, "preview.sizes is empty; previews need at least one size")
         check(self.fps > 0, f"preview.fps is {self.fps}; it must be positive")
 
     @property

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,15 +170,22 @@ def choose_shown(rows: list[dict], most: int = CLIPS, pictures: int = PICTURES) 
 
 
 def _in_turn(rows: list[dict], most: int) -> list[dict]:
-    """Give each size and length the same number of places, if it has as many clips; evenly spread, sorted by size."""
+    """Give sizes and lengths places in turn, first one for each of their files; evenly spread, sorted by size."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["height"], row["width"], row["frames"]), []).append(row)
     by_number = sorted(groups.values(), key=len, reverse=True)
-    turns = zip_longest(*([number] * min(len(group), most) for number, group in enumerate(by_number)))
-    places = Counter([number for turn in turns for number in turn if number is not None][:most])
+    files = [len({row["file"] for row in group}) for group in by_number]
+    more = [len(group) - count for group, count in zip(by_number, files)]
+    places = Counter(islice(chain(_turns(files, most), _turns(more, most)), most))
     shown = [row for number, count in places.items() for row in _spread(by_number[number], count)]
     return sorted(shown, key=lambda row: (row["height"], row["width"], row["frames"]))
+
+
+def _turns(counts: list[int], most: int) -> Iterator[int]:
+    """Yield 0, 1, 2, ..., 0, 1, 2, ..., each number as often as its count says, but no more than `most` times."""
+    turns = zip_longest(*([number] * min(count, most) for number, count in enumerate(counts)))
+    return (number for turn in turns for number in turn if number is not None)
 
 
 def _spread(rows: list[dict], count: int) -> list[dict]:
