@@ -114,7 +114,9 @@ def test_a_preview_that_is_not_finite_is_reported_and_not_drawn(chain, trained, 
     config = from_dict(AutoencoderRun, load(f"{TINY}:autoencoder", []))
     params = load_autoencoder(chain.autoencoder).params
     clips = [np.zeros((5, 16, 16, 3), np.uint8)]
-    reconstruction_preview(Reconstructions(config, clips), tmp_path)(4, {MODEL: spoilt(params, a_name(params))}, None)
+    reconstruction_preview(Reconstructions(config, clips), ["a"] * len(clips), tmp_path)(
+        4, {MODEL: spoilt(params, a_name(params))}, None
+    )
     assert "the preview of step 4 is left out" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

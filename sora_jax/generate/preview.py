@@ -1,5 +1,6 @@
 """Show what a run has learnt while it trains."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sora_jax.data.building.inspect import choose_shown
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import caption_of, evenly_spread
 from sora_jax.data.viewing.sheets import contact_sheet, strip
 from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -24,6 +28,7 @@ from sora_jax.train.loop import Preview
 from sora_jax.train.metrics import MetricsWriter
 from sora_jax.train.state import MODEL
 
+SOME_CLIPS = 1000  # of which those that previews show are chosen
 TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
 
 
@@ -60,20 +65,39 @@ class Reconstructions:
         return {"held_out/psnr": mean_psnr(self.clips, decoded)}
 
 
-def reconstruction_preview(reconstruct: Reconstructions, workdir: Path) -> Preview:
+def reconstruction_preview(reconstruct: Reconstructions, captions: Sequence[str], workdir: Path) -> Preview:
     """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction."""
 
     def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
         clips, decoded = reconstruct.clips, reconstruct(step, averages)
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
-        titles = [
-            f"above the clip, below its reconstruction: {mean_psnr([a], [b]):.1f} dB" for a, b in zip(clips, decoded)
-        ]
-        image = contact_sheet([pair[None] for pair in pairs], titles, shown=1)
+        qualities = (f"{mean_psnr([a], [b]):.1f} dB" for a, b in zip(clips, decoded))
+        titles = [f"{quality}: {caption}" for quality, caption in zip(qualities, captions)]
+        titles[0] = f"above the clip, below its reconstruction, {titles[0]}"
+        image = contact_sheet([pair[None] for pair in pairs], titles, None, shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
     return _without_not_finite(preview)
+
+
+def own_preview(config: DenoiserRun, cache: LatentCache) -> DenoiserRun:
+    """Give a preview of clips of the data (`preview.clips`) their captions as prompts, and their sizes."""
+    preview = config.preview
+    if not preview.clips:
+        return config
+    splits = cache.column("split").to_numpy(zero_copy_only=False)
+    held_out = np.flatnonzero(splits != config.split)
+    clips = held_out if len(held_out) else cache.indices(config.split)
+    some = np.array(evenly_spread(clips.tolist(), SOME_CLIPS))
+    columns = {name: cache.column(name).take(some).to_pylist() for name in ("frames", "height", "width", "captions")}
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    rows = [row | {"file": caption_of(row)} for row in rows if caption_of(row)]
+    once = list({caption_of(row): row for row in rows}.values())
+    shown = choose_shown(once if len(once) >= preview.clips else rows, preview.clips, preview.clips // 4)
+    prompts = tuple(caption_of(row) for row in shown)
+    sizes = tuple((row["frames"], row["height"], row["width"]) for row in shown) or preview.sizes
+    return dataclasses.replace(config, preview=dataclasses.replace(preview, clips=0, prompts=prompts, sizes=sizes))
 
 
 def preview_sampling(config: DenoiserRun) -> SamplingConfig:

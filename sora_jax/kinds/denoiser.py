@@ -14,7 +14,7 @@ from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
-from sora_jax.generate.preview import denoiser_preview, preview_requests
+from sora_jax.generate.preview import denoiser_preview, own_preview, preview_requests
 from sora_jax.generate.requests import latent_size
 from sora_jax.generate.run import Run
 from sora_jax.parallel import distributed
@@ -134,7 +134,11 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
     """Make the job, with samples of the averaged parameters as previews."""
     looking = make_mesh(devices=jax.local_devices()) if distributed.several() else inputs.mesh
     make_run = functools.partial(
-        Run, inputs.computed, tokenizer=inputs.tokenizer, autoencoder=inputs.autoencoder, mesh=looking
+        Run,
+        own_preview(inputs.computed, inputs.cache),
+        tokenizer=inputs.tokenizer,
+        autoencoder=inputs.autoencoder,
+        mesh=looking,
     )
     preview = None
     if config.preview.any:
@@ -161,6 +165,7 @@ def _measure(inputs: DenoiserInputs) -> Measure | None:
 
 def _doubts(config: DenoiserRun, inputs: DenoiserInputs, begun: bool) -> list[str]:
     """Return a line for each thing that previews ask for and the run will not learn; UserError for unread prompts."""
+    config = own_preview(config, inputs.cache)
     learnt = Learnt(config, inputs.autoencoder.config, inputs.tokenizer, inputs.seen)
     lines, scale = [], config.sampling.guidance.scale
     if scale != 1.0 and learnt.never_dropped and (config.model.text or config.model.classes):
