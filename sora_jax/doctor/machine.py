@@ -129,7 +129,7 @@ def _package(requirement: Any) -> str:
 
 
 def _programs() -> Iterator[Finding]:
-    named = jax.config.jax_compilation_cache_dir
+    named = jax.config.values["jax_compilation_cache_dir"]
     if not named:
         mend = "each start compiles anew; set SORA_JAX_CACHE to a folder that can be written"
         yield Finding(WARNING, "programs", f"compiled programs are not kept: {mend}")

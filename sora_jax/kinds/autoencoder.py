@@ -73,8 +73,8 @@ def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> Autoencode
     held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
     share = distributed.share_of_batch(mesh)
     first = _first(config) if config.start else None
-    found = {"digest": dataset.digest, "clips": dataset.splits}
-    return AutoencoderInputs(**found, dataset=dataset, held_out=held_out, share=share, first=first)
+    inputs = AutoencoderInputs(digest=dataset.digest, dataset=dataset, held_out=held_out, share=share, first=first)
+    return dataclasses.replace(inputs, clips=dataset.splits)
 
 
 def _first(config: AutoencoderRun) -> FrozenAutoencoder:
