@@ -7,7 +7,7 @@ frames). No draw depends on the run's seed, the step, the mesh or the batch: run
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -87,7 +87,7 @@ class HeldOut:
                     sums[:, members, level] = np.stack([values[row, : len(members)] for values in found])
         return ClipLosses(*sums)
 
-    def _batches(self) -> Iterator[tuple[list[Sequence[int]], Pack]]:
+    def _batches(self) -> Iterator[tuple[list[np.ndarray], Pack]]:
         """Yield batches of packs with the clips of each row; rows that fill up the last batch are copies."""
         mesh, packing = jax.sharding.get_mesh(), self._config.packs
         lengths = np.array([np.prod(grid_of(item.size, self._config.model.patch)) for item in self._items])

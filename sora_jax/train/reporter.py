@@ -73,7 +73,7 @@ class Reporter:
         """Keep what a step was dispatched with, for `read_previous`."""
         self._held = (step, metrics, batch)
 
-    def read_previous(self, measured: Mapping | None = None) -> None:
+    def read_previous(self, measured: dict | None = None) -> None:
         """Wait for the held step, check that it is finite, and write a report if one is due.
 
         measured: metrics of held-out clips after that step; they make a report due.
@@ -117,7 +117,7 @@ class Reporter:
             f"{self._job.clip_ids(batch)}; {again}; {ADVICE}"
         )
 
-    def _report(self, step: int, measured: Mapping) -> None:
+    def _report(self, step: int, measured: dict) -> None:
         assert self._since is not None  # `read_previous` sets it before
         metrics = self.means.take()
         seconds = self._clock() - self._since
