@@ -103,7 +103,7 @@ class Run(TrainedDenoiser):
         sampling = changed(sampling or self.config.sampling, steps, solver)
         one = isinstance(prompts, str)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        sizes = sizes or () if tasks else sizes or self.config.preview.sizes[:1]
+        sizes = sizes if sizes or tasks or not self.config.preview.sizes else self.config.preview.sizes[0]
         wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids, tasks)
         check_seed(seed)
         requests = self.plan(wanted, sampling)
