@@ -37,7 +37,7 @@ from sora_jax.data.sources import SourceConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
-VARIANTS = ("transformer", "autoencoder")
+VARIANTS = ("transformer", "autoencoder", "data", "small", "small_autoencoder", "small_data")
 
 
 def get_config(variant: str = "transformer"):

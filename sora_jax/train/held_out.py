@@ -92,7 +92,7 @@ class HeldOut:
         mesh, packing = jax.sharding.get_mesh(), self._config.packs
         lengths = np.array([np.prod(grid_of(item.size, self._config.model.patch)) for item in self._items])
         planned = plan(0, 0, lengths, np.array([len(item.text) for item in self._items]), packing)
-        rows: list[Sequence[int]] = [list(map(int, planned[row])) for row in range(len(planned))]
+        rows = [planned[row] for row in range(len(planned))]
         split = parts("batch", mesh)
         batch = min(self._config.batch // self._config.loop.accumulate, -(-len(rows) // split) * split)
         for start in range(0, len(rows), batch):
