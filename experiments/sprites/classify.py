@@ -4,7 +4,7 @@
 
 A small convolutional network learns from the clips of the split "train" what a caption says: skin, hair, clothes,
 shoes, action and direction. It is then asked about held-out characters, which neither the classifier nor the model has
-seen: about their real clips, about these through the autoencoder, and about clips that are generated from their captions.
+seen: about their real clips, about these through the autoencoder, and about clips generated from their captions.
 """
 
 import argparse
