@@ -64,6 +64,7 @@ def transformer():
     packing.text_length = 48
 
     config.diffusion.times.base_tokens = 18
+    config.held_out.every = 0
 
     _short(config)
     return config

@@ -13,8 +13,11 @@ from sora_jax.files import as_path, storage_message
 from sora_jax.parsers import base, interrupt
 from sora_jax.parsers.completion import add_completion
 from sora_jax.parsers.configs import add_configs
+from sora_jax.parsers.curves import add_curves
 from sora_jax.parsers.data import add_data
+from sora_jax.parsers.doctor import add_doctor
 from sora_jax.parsers.evaluate import add_evaluate
+from sora_jax.parsers.export import add_export
 from sora_jax.parsers.fields import list_fields
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
@@ -103,6 +106,9 @@ def make_parser() -> base.Parser:
     add_calibrate(commands)
     add_data(commands)
     add_evaluate(commands)
+    add_curves(commands)
+    add_doctor(commands)
+    add_export(commands)
     _convert(commands)
     _plan(commands)
     add_configs(commands)

@@ -114,12 +114,25 @@ def test_the_defaults_of_the_command_line_are_those_of_the_functions():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--config=configs/data.py", "--strip-frames=8"], "--strip-frames is 8; beside --config it must be a field"),
+        (
+            ["--config=configs/data.py:mixed", "--strip-frames=8"],
+            "--strip-frames is 8; beside --config with 3 sources it must be a field of --config.sources[i]",
+        ),
         (["--config.max_tokens=9"], "--config is not given; it must be the file that --config.max_tokens=9 changes"),
     ],
 )
 def test_a_build_of_one_source_or_of_a_config(tmp_path, capsys, options, words):
     assert words in refused(capsys, "data", "build", f"--out={tmp_path / 'out'}", *options)
+
+
+def test_options_change_the_only_source_of_a_config():
+    command = ["data", "build", "--config=configs/data.py:video", "--out=o", "--path=elsewhere", "--max-frames=9"]
+    config = data_parser.build_config(cli.parsed([*command, "--config.sources[0].weight=2"]))
+    (source,) = config.sources
+    assert (source.name, source.path, source.weight) == ("folder", "elsewhere", 2)
+    assert (config.max_frames, config.max_tokens) == (9, 320)
+    other = data_parser.build_config(cli.parsed([*command[:-2], "--source=world", "--limit=5"]))
+    assert (other.sources[0].name, other.sources[0].path, other.sources[0].limit) == ("world", "", 5)
 
 
 def seconds(*arguments) -> float:

@@ -115,7 +115,7 @@ def test_a_run_there_has_all_its_files(remote):
     run_folder = remote / "transformer"
     written = {path.relative_to(run_folder).parts[0] for path in run_folder.rglob("*") if path.is_file()}
     files_of_a_run = {"config.json", "data.json", "history.jsonl", "metrics.jsonl", "seen.json", "time.json"}
-    files_of_a_run |= {"tokenizer.json"}
+    files_of_a_run |= {"tokenizer.json", "run.json", "README.md"}
     assert written == files_of_a_run | {"captions", "checkpoints", "frozen", "samples", "tensorboard"}
     assert list((run_folder / "tensorboard").glob("events*"))
     assert decode(run_folder / "samples" / "step_000006" / "00.mp4").frames.shape[0] == 9

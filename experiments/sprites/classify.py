@@ -2,9 +2,9 @@
 
     python experiments/sprites/classify.py --workdir=runs/sprites --data=data/sprites --guidance=2
 
-A small convolutional network learns from the clips of the split "train" what a caption says: skin, hair, clothes, shoes,
-action and direction. It is then asked about held-out characters, which neither the classifier nor the model has seen:
-about their real clips, about these through the autoencoder, and about clips that are generated from their captions.
+A small convolutional network learns from the clips of the split "train" what a caption says: skin, hair, clothes,
+shoes, action and direction. It is then asked about held-out characters, which neither the classifier nor the model has
+seen: about their real clips, about these through the autoencoder, and about clips generated from their captions.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from sora_jax.files import write_json
 from sora_jax.generate.run import load_run
 
 CAPTION = re.compile(
-    r"a pixel-art character with (?P<skin>[^,]+), (?P<hair>[^,]+), (?P<torso>[^,]+), (?P<legs>.+) and (?P<shoes>[^,]+), "
-    r"(?P<action>[^,]+), (?P<direction>[^,]+)"
+    r"a pixel-art character with (?P<skin>[^,]+), (?P<hair>[^,]+), (?P<torso>[^,]+), (?P<legs>.+) and "
+    r"(?P<shoes>[^,]+), (?P<action>[^,]+), (?P<direction>[^,]+)"
 )
 COLOURS = ("skin", "hair", "torso", "legs", "shoes")
 FACTS = (*COLOURS, "action", "direction")

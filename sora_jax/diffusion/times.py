@@ -195,6 +195,13 @@ def draw_times(config: TimesConfig, process: Process, key: Key[Array, ""], clips
     else:
         keys_BS = clip_keys(key, clip_ids_BS)
         uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(keys_BS)
+    return time_quantiles(config, process, uniform_BS, tokens_BS)
+
+
+def time_quantiles(
+    config: TimesConfig, process: Process, uniform_BS: PerClipBS, tokens_BS: Int[Array, "B S"]
+) -> PerClipBS:
+    """Return the training times, in [MIN_TIME, 1], of clips of these sizes at uniform numbers in [0, 1)."""
     times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
     return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
 

@@ -5,6 +5,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.long import Windows, sample_long
 from sora_jax.generate.packs import TrainedDenoiser
+from sora_jax.generate.progress import Progress, Watch
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import sample_batches
@@ -25,6 +27,7 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.adapt import restore_weights
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
+from sora_jax.train.exported import no_run, run_folder
 from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, missing_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
@@ -54,9 +57,15 @@ class Run(TrainedDenoiser):
     step: int = 0
     seen: Seen | None = None
 
+    @overload
+    def generate(self, prompts: str, *arguments: Any, **options: Any) -> np.ndarray: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str] = (), *arguments: Any, **options: Any) -> list[np.ndarray]: ...
+
     def generate(
         self,
-        prompts: Sequence[str] = (),
+        prompts: str | Sequence[str] = (),
         sizes: Size | Sequence[Size] = (),
         steps: int | str | None = None,
         guidance: float | Sequence[float] | None = None,
@@ -68,14 +77,22 @@ class Run(TrainedDenoiser):
         sampling: SamplingConfig | None = None,
         tiles: TilingConfig = TilingConfig(),
         tasks: Sequence[Task] = (),
-    ) -> list[np.ndarray]:
+        progress: Progress | None = None,
+        bar: bool | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
         """Generate one clip per prompt, or per class, uint8 (frames, height, width, 3), all in packs together.
 
-        `sizes` is (frames, height, width), one for all or one each; 1 frame is an image. `sampling` says how, by
+        A single prompt, a str, gives the clip itself; a sequence gives a list of clips.
+        `sizes` is (frames, height, width), one for all or one each, by default that of the run's first preview; 1 frame
+        is an image. `sampling` says how, by
         default as the run's config does; steps, guidance (1 is none; one for all or one each) and solver change it.
         `negative` is what guidance leads away from. `clip_ids` key the noise (default 1, 2, ...): the same (seed, clip
         id, prompt, size) gives the same clip beside any others. tiles: larger clips are decoded in tiles. tasks: what
         is known of the clips, from `generate.tasks`, one for all or one each; sizes are then left out.
+
+        progress(done, total) is called with the denoising steps that are done, first with 0, then about four times a
+        second; an exception that it raises ends the sampling. bar: show a bar; None: in a notebook or a terminal,
+        unless there is `progress`. Neither changes a clip.
 
         Warns of what the run does not read of the prompts, and of words and sizes that are far from its training.
 
@@ -84,13 +101,17 @@ class Run(TrainedDenoiser):
             NotFinite: a clip has values that are NaN or infinite.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
+        one = isinstance(prompts, str)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        sizes = sizes if sizes or tasks or not self.config.preview.sizes else self.config.preview.sizes[0]
         wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids, tasks)
         check_seed(seed)
         requests = self.plan(wanted, sampling)
         self.learnt.check_spelt(requests)
         for line in self.learnt.doubts(requests):
             warnings.warn(line, stacklevel=2)
-        return self.sample(requests, sampling, seed, tiles, tasks)
+        clips = self.sample(requests, sampling, seed, tiles, tasks, progress, bar)
+        return clips[0] if one else clips
 
     @property
     def learnt(self) -> Learnt:
@@ -108,9 +129,11 @@ class Run(TrainedDenoiser):
         seed: int,
         tiles: TilingConfig = TilingConfig(),
         tasks: Sequence[Task] = (),
+        progress: Progress | None = None,
+        bar: bool | None = False,
     ) -> list[np.ndarray]:
-        """Generate the clips of requests that `plan_requests` made, of these tasks."""
-        clips = dict(self.stream(requests, sampling, seed, tiles, tasks))
+        """Generate the clips of requests that `plan_requests` made, of these tasks; progress, bar: as in `generate`."""
+        clips = dict(self.stream(requests, sampling, seed, tiles, tasks, progress, bar))
         return [clips[number] for number in range(len(requests))]
 
     def stream(
@@ -120,6 +143,8 @@ class Run(TrainedDenoiser):
         seed: int,
         tiles: TilingConfig = TilingConfig(),
         tasks: Sequence[Task] = (),
+        progress: Progress | None = None,
+        bar: bool | None = False,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the clips of `sample`, each with the number of its request, as batches of packs are done.
 
@@ -129,7 +154,7 @@ class Run(TrainedDenoiser):
         """
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         each = list(tasks) * len(requests) if len(tasks) == 1 else list(tasks)
-        batches = sample_batches(self, requests, sampling, seed)
+        batches = sample_batches(self, requests, sampling, seed, Watch(progress, bar))
         with jax.set_mesh(self.mesh):  # not around `yield`: the caller may set another
             wait = next(batches, None)
         while wait is not None:
@@ -185,6 +210,8 @@ class Run(TrainedDenoiser):
         sampling: SamplingConfig,
         seed: int,
         tiles: TilingConfig = TilingConfig(),
+        progress: Progress | None = None,
+        bar: bool | None = False,
     ) -> list[Iterator[np.ndarray]]:
         """Generate clips longer than the model was trained on: each in parts, in order.
 
@@ -195,7 +222,8 @@ class Run(TrainedDenoiser):
         tile_grid(self.autoencoder.config, parts)  # UserError where it takes no such tile
         with jax.set_mesh(self.mesh):
             sample = sample_rolling if windows.rolls else sample_long
-            latents = sample(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
+            watch = Watch(progress, bar)
+            latents = sample(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed, watch)
         names = list(map(str, requests))
         _check_finite(latents, names)
         return [self._parts(z, parts, name) for z, name in zip(latents, names, strict=True)]
@@ -225,17 +253,20 @@ def _naming(name: str) -> Iterator[None]:
         raise NotFinite(f"{name}: {error}") from error
 
 
-def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoint: str | int = NEWEST) -> Run:
-    """Load a run of the denoiser from its folder, on the disk or in `gs://`: the first weight average of a checkpoint.
+def load_run(
+    folder: str | Path | None = None, autoencoder: str | Path | None = None, checkpoint: str | int = NEWEST
+) -> Run:
+    """Load a run of the denoiser: the first weight average of a checkpoint, or an exported model.
 
-    autoencoder: a run of one, for a run that holds none (a converted checkpoint). checkpoint: "newest", "best" (of
-    those kept by config.loop.keep_best) or a step.
+    folder: of the run or model, on the disk or in `gs://`; a file that `sora-jax export` wrote; or the name of a model
+    that comes with the package, which is `world` where none is given. autoencoder: a run of one, for a run that holds
+    none (a converted checkpoint). checkpoint: "newest", "best" (of those kept by config.loop.keep_best) or a step.
 
     Raises:
         UserError: the folder holds no denoiser, no such checkpoint, or no autoencoder.
         NotFinite: the weights are not finite.
     """
-    folder = as_path(folder)
+    folder = run_folder(folder)
     config = read_run_config(folder)
     mesh = _mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
@@ -255,7 +286,7 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
     own = (folder / FOLDER).exists()
     check(own or other is not None, f"--workdir is {str(folder)!r}; it holds no autoencoder, give one by --autoencoder")
     if not own or other is None:
-        return folder if other is None else as_path(other)
+        return folder if other is None else run_folder(other, "--autoencoder")
     found = recorded_fingerprint(as_path(other))
     check(found, missing_autoencoder(other))
     # A decoder that was trained further decodes the same latents, which the fingerprint says.
@@ -264,7 +295,7 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
         f"--autoencoder is {str(other)!r}; it has other latents than the autoencoder in {str(folder)!r}: leave it out, "
         "or give that one with a decoder that was trained further",
     )
-    return as_path(other)
+    return run_folder(other, "--autoencoder")
 
 
 def _mesh_here(config: MeshConfig) -> Mesh:
@@ -280,7 +311,7 @@ def read_run_config(folder: Path) -> DenoiserRun:
     path = as_path(folder) / "config.json"
     inside = as_path(folder) / "transformer"
     hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
-    check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder{hint}")
+    check(path.exists(), f"{no_run('--workdir', folder)}{hint}")
     config = migrate_stored(read_json(path))
     kind, wanted = config.get("kind"), DenoiserRun.kind
     check(kind == wanted, f"--workdir is {str(folder)!r}; that run is of kind {kind!r}, and it must be {wanted!r}")

@@ -14,7 +14,7 @@ from sora_jax.config import to_dict
 from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.kinds import kind_of
 from sora_jax.kinds.begin import begin
-from sora_jax.kinds.run import check_data, check_schedules, check_workdir
+from sora_jax.kinds.run import DATA, check_data, check_schedules, check_workdir
 from sora_jax.nn import params as param
 from sora_jax.parallel.compile import bytes_per_device
 from sora_jax.parallel.mesh import make_mesh
@@ -24,7 +24,6 @@ from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import Group, abstract_state, make_optimizers
 
 MIB = 2**20
-DATA = ("latents", "data")  # fields that name what a kind of run reads
 
 
 def describe(config: RunConfig, workdir: Path) -> dict[str, Any]:
@@ -100,14 +99,14 @@ def _memory(config: RunConfig, groups: Mapping[str, Group], fixed: dict, mesh: M
 
 
 def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any]:
-    with _first_job(kind, config, workdir, mesh) as (job, config):
+    with first_job(kind, config, workdir, mesh) as (job, config):
         batch, _ = next(job.batches(0, None))
         epochs = config.loop.steps / job.epoch if job.epoch else None
         return {"note": job.note, "epoch_steps": job.epoch, "epochs": epochs, "first_step": job.counts(batch)}
 
 
 @contextlib.contextmanager
-def _first_job(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> Iterator[tuple[Job, RunConfig]]:
+def first_job(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> Iterator[tuple[Job, RunConfig]]:
     """Yield the job of the run, or of its first stage, with its config, as training makes it.
 
     What a job keeps for its next start goes to a folder that is removed.

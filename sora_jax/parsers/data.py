@@ -23,11 +23,14 @@ def add_data(commands) -> None:
     verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect|caption")
     _build(verbs)
     _encode(verbs)
-    example = "example:\n  sora-jax data inspect data/clips\n  sora-jax data inspect data/clips --out=look"
+    example = "example:\n  sora-jax data inspect data/clips --out=look\n"
+    example += "  sora-jax data inspect data/clips --config=configs/video.py:small"
     p = make_parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
     p.add_argument("folder", type=as_path, help="dataset folder; it is only read")
+    about = "config of a training, whose packs are counted (default: that which the config of the build names)"
+    p.add_argument("--config", help=about)
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
-    p.add_argument("--slots", type=int, default=16, help="clips per pack at most, as config.packing.slots")
+    p.add_argument("--slots", type=int, help="clips per pack at most, as config.packing.slots (default: 16)")
     p.add_argument("--out", type=as_path, help="folder for contact_sheet.png and histogram.png (default: no pictures)")
     add_json(p)
     p.set_defaults(function=inspect)
@@ -81,6 +84,7 @@ WORLD = "simple"
 def _build(verbs) -> None:
     example = (
         "example:\n  sora-jax data build --path=phone --out=data/phone --missing-caption=empty\n"
+        "  sora-jax data build --config=configs/video.py:small_data --path=clips --out=data/small\n"
         "  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
         "  sora-jax data build --source=webdataset --path='shards/*.tar' --out=data/clips --workers=8\n"
         "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
@@ -158,7 +162,8 @@ def build(options) -> None:
     if dataset is None:
         _share_is_done(options.out)
         return
-    found, reasons = inspect(options.out), dataset.path / "refused.jsonl"
+    found = inspect(options.out, training=training_of(dataset.info))
+    reasons = dataset.path / "refused.jsonl"
     text = f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images"
     if dataset.refused:
         kinds = tally(entry["reason"] for entry in dataset.refused)
@@ -183,14 +188,41 @@ def build_config(options):
         first = next(iter(options.changes), "")
         check(not first, f"--config is not given; it must be the file that --config.{first} changes")
         return BuildConfig(sources=(source_config(options),), **given)
+    config = from_dict(BuildConfig, load(options.config, options.changes), "--config")
+    several = len(config.sources) > 1
     for flag in (*SOURCE_FLAGS, "world"):
         name, value = flag.replace("_", "-"), getattr(options, flag, None)
-        check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
-    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes), "--config"), **given)
+        must = f"beside --config with {len(config.sources)} sources it must be a field of --config.sources[i]"
+        check(value is None or not several, f"--{name} is {value!r}; {must}")
+    if not several:
+        given["sources"] = (source_config(options, config.sources[0]),)
+    return dataclasses.replace(config, **given)
 
 
-def source_config(options):
-    """Return the SourceConfig of the options."""
+def training_of(header: dict, file: str | None = None):
+    """Return the Training of a config file, else of the one that the build of a dataset named, if it is there."""
+    from sora_jax.config import load
+    from sora_jax.config_files import find_config
+    from sora_jax.data.building.inspect import Training
+    from sora_jax.errors import UserError
+    from sora_jax.kinds import run_config
+    from sora_jax.train.denoiser import DenoiserRun
+
+    name = file or header.get("train_config", "")
+    try:
+        find_config(name)
+    except UserError:
+        if file:
+            raise
+        return None
+    config = run_config(load(name))
+    if not isinstance(config, DenoiserRun):
+        raise UserError(f"--config is {name!r}; it must be the config of a transformer")
+    return Training(name, config.packs, config.tokenizer if config.model.text else None, config.split)
+
+
+def source_config(options, base=None):
+    """Return the SourceConfig of the options, which override those of `base`."""
     import dataclasses
 
     from sora_jax.config import choose
@@ -205,6 +237,8 @@ def source_config(options):
         holdout = getattr(options, "holdout", BuildConfig.holdout)
         values["world"] = dataclasses.replace(world, seed=seed)
         values["world_held_out"] = round(values.get("limit", 0) * holdout)
+    if base and values.get("name", base.name) == base.name:
+        return dataclasses.replace(base, **values)
     return SourceConfig(**values)
 
 
@@ -247,7 +281,12 @@ def caption(options) -> None:
 def inspect(options) -> None:
     """Print the summary of a dataset folder."""
     from sora_jax.data.building.inspect import inspect
+    from sora_jax.data.packing.packs import PackingConfig
+    from sora_jax.data.storing.manifest import Dataset
 
-    found = inspect(options.folder, options.pack_length, options.slots, options.out)
+    slots = PackingConfig.slots if options.slots is None else options.slots
+    by_hand = options.pack_length is not None or options.slots is not None
+    training = None if by_hand else training_of(Dataset(options.folder).info, options.config)
+    found = inspect(options.folder, options.pack_length, slots, options.out, training)
     text = "\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)])
     console.result({**found.summary, "pictures": found.pictures}, text)

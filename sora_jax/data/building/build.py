@@ -50,7 +50,8 @@ def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] 
         examples = {reason_kind(entry["reason"]): f"{entry['file']}: {entry['reason']}" for entry in refused}
         return f"{_sources(config)}; it holds nothing usable: {counts}; {'; '.join(examples.values())}"
 
-    finished = parts.finish({"format": FORMAT, "options": options}, nothing_usable)
+    header = {"format": FORMAT, "options": options, "train_config": config.train_config}
+    finished = parts.finish(header, nothing_usable)
     return Dataset(config.out) if finished else None
 
 
@@ -93,7 +94,9 @@ def write_result(writer: PartWriter, config: BuildConfig, mix: Mix, unit: Unit, 
 
 def build_options(config: BuildConfig, mix: Mix) -> dict:
     """Return all that decides what is in the dataset, as JSON: the options and a digest of each source."""
-    return to_dict(config) | MACHINERY | {"digests": [source.digest for source in mix.sources]}
+    options = to_dict(config) | MACHINERY | {"digests": [source.digest for source in mix.sources]}
+    del options["train_config"]  # options are in the digest of a dataset, which was there before this field
+    return options
 
 
 def _built_before(config: BuildConfig, mix: Mix) -> Dataset | None:

@@ -28,7 +28,7 @@ NO_CAPTION = {"tfds": "--caption-field is not given or its feature is empty", "a
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Options of a build; all but `out`, `workers`, `seconds` and `shard` decide what is in the dataset."""
+    """Options of a build; all but `build.MACHINERY` decide what is in the dataset."""
 
     out: str = ""  # dataset folder to write
     sources: tuple[SourceConfig, ...] = ()  # where clips come from, see `data/sources/config.py`
@@ -56,6 +56,7 @@ class BuildConfig:
     seconds: float = 60.0  # a file that takes longer to decode is refused
     shard: str = "0/1"  # i/n builds every n-th part; all n processes must see the same files
     clips_per_shard: int = 128  # entries in a part
+    train_config: str = ""  # FILE:VARIANT of the training that will read the clips; reports count its packs
 
     def __post_init__(self):
         self.size_rule  # noqa: B018 - raises where the sizes contradict each other
