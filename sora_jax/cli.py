@@ -9,6 +9,7 @@ from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, storage_message
 from sora_jax.parsers import base, interrupt
 from sora_jax.parsers.data import add_data
+from sora_jax.parsers.demo import add_demo
 from sora_jax.parsers.evaluate import add_evaluate
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
@@ -96,6 +97,7 @@ def make_parser() -> base.Parser:
     add_calibrate(commands)
     add_data(commands)
     add_evaluate(commands)
+    add_demo(commands, parsed)
     _convert(commands)
     _plan(commands)
     return parser
