@@ -43,7 +43,7 @@ TASKS = {  # name -> task, fields of its tab
 }
 
 
-def values_of(name: str, uploads: dict) -> tuple[str, dict]:
+def values_of(name: str, uploads: dict) -> tuple[str, dict]:  # noqa: F811
     """Return the task of a name in `TASKS` and its fields, with clips for their names."""
     task, fields = TASKS[name]
     clips = {key: uploads[value] for key, value in fields.items() if isinstance(value, str) and value in uploads}
