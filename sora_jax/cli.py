@@ -11,6 +11,7 @@ from sora_jax.parsers import base, interrupt
 from sora_jax.parsers.data import add_data
 from sora_jax.parsers.demo import add_demo
 from sora_jax.parsers.evaluate import add_evaluate
+from sora_jax.parsers.export import add_export
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
 PREFIXES = {"--config.": "changes", "--sampling.": "sampling"}  # of options for fields, and what collects them
@@ -98,6 +99,7 @@ def make_parser() -> base.Parser:
     add_data(commands)
     add_evaluate(commands)
     add_demo(commands, parsed)
+    add_export(commands)
     _convert(commands)
     _plan(commands)
     return parser

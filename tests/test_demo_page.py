@@ -131,7 +131,7 @@ def test_enter_generates_and_another_seed_gives_another_clip(page, tmp_path):
     page.fill("#steps input", "2")
     press(page, "#make-text")
     first = shown(page, tmp_path)
-    page.click("#random")
+    page.click("#seed button")
     page.wait_for_function("document.querySelector('#seed input').value != '0'")
     assert f"--seed={page.input_value('#seed input')} " in press(page, "#make-text")
     assert np.abs(shown(page, tmp_path).astype(int) - first).mean() > 1
@@ -151,7 +151,7 @@ def test_enter_generates_and_another_seed_gives_another_clip(page, tmp_path):
     ("long", [], "--long=windows"),
 ])  # fmt: skip
 def test_each_task_is_done_by_the_mouse_alone(page, tab, pickers, word, tmp_path):
-    page.click("#random")
+    page.click("#seed button")
     open_tab(page, tab)
     for picker in pickers:
         page.click(f"#{picker}-pick-example")

@@ -15,20 +15,21 @@ from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.lora import DOWN, SCALE, UP, merge_adapters
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.adapt import InitConfig, LoraConfig, restore_weights
+from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_parts
 
 PREFIX = "transformer"  # of the names in files that diffusers' `load_lora_weights` reads
 
 
-def averaged_weights(workdir: Path) -> tuple[DenoiserRun, dict, int]:
+def averaged_weights(workdir: Path, which: str = NEWEST) -> tuple[DenoiserRun, dict, int]:
     """Read a denoiser's config, averaged weights, with its adapters beside their weights, and their step."""
     config = read_run_config(workdir)
-    return config, *restore_weights(workdir, saved_groups, denoiser_parts(config)[1], make_mesh())
+    return config, *restore_weights(workdir, saved_groups, denoiser_parts(config)[1], make_mesh(), which)
 
 
-def merged_weights(workdir: Path) -> tuple[DenoiserRun, dict, int]:
+def merged_weights(workdir: Path, which: str = NEWEST) -> tuple[DenoiserRun, dict, int]:
     """Read averaged weights with adapters merged, their step, and the config of a run that has such weights."""
-    config, params, step = averaged_weights(workdir)
+    config, params, step = averaged_weights(workdir, which)
     plain = dataclasses.replace(config, init=InitConfig(), freeze=(), lora=LoraConfig())
     return plain, merge_adapters(params), step
 

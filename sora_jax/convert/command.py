@@ -36,6 +36,7 @@ from sora_jax.train.autoencoder import AutoencoderRun, autoencoder_groups
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, PreviewConfig, denoiser_groups
 from sora_jax.train.encode import copy_autoencoder
+from sora_jax.train.exported import run_folder
 from sora_jax.train.frozen import FOLDER, RECORD, autoencoder_config, load_autoencoder, save_autoencoder
 from sora_jax.train.loop import LoopConfig
 from sora_jax.train.optim import OptimConfig
@@ -90,7 +91,7 @@ def convert_to(kind: str, workdir: Path, out: Path) -> list[str]:
     out = as_path(out)
     occupied = out.is_file() or not is_empty(out)
     check(not occupied, f"--out is {str(out)!r}; it must not exist yet")
-    return write(as_path(workdir), out)
+    return write(run_folder(workdir), out)
 
 
 def _read_autoencoder(weights: Path, out: Path, autoencoder: Path | None, heads: int | None) -> list[str]:

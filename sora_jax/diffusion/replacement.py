@@ -69,7 +69,7 @@ def _repeat_step(config: SolverConfig, problem: Problem, resamplings: int, x_BLP
 
     def turn(number: Int[Array, ""], x_BLP: TokensBLP) -> TokensBLP:
         place = 2 * (step.index * (resamplings + 1) + number)  # of the draws: one for the solver, one for equation (1)
-        own = dataclasses.replace(problem, noise=lambda _: draw(place))
+        own = dataclasses.replace(problem, noise=lambda _: draw(place), cut=None)
         reached_BLP = solve(config, own, x_BLP, times_KBR)
         noisy_BLP = alpha_BL1 * reached_BLP + jnp.sqrt(variance_BL1) * draw(place + 1)
         return jnp.where(number < resamplings, noisy_BLP, reached_BLP)

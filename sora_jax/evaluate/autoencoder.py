@@ -34,6 +34,7 @@ from sora_jax.models import codes
 from sora_jax.models.first_stage import FirstStageConfig, block_of, codes_of, encode
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.train.autoencoder import check_sizes, to_float, to_uint8
+from sora_jax.train.exported import output_folder, run_folder
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder
 from sora_jax.train.reconstruction import resolution_of_loss
 
@@ -162,7 +163,7 @@ def evaluate_autoencoder(run: str | Path, data: str | Path, options: EvaluateOpt
         notes.append("the PSNR is below the linear bound: the autoencoder needs more training, or is broken")
     if clips.split == trained:
         notes.append("the dataset holds out no clip: the autoencoder is measured on clips that it was trained on")
-    out = as_path(run) / "evaluation" if options.out is None else as_path(options.out)
+    out = output_folder(run) / "evaluation" if options.out is None else as_path(options.out)
     report = Report(
         autoencoder=str(run),
         data=str(data),
@@ -193,7 +194,7 @@ def evaluate_autoencoder(run: str | Path, data: str | Path, options: EvaluateOpt
 
 def _trained_split(run: str | Path) -> str:
     """Return the split that a run was trained on, by its config; "train" for an autoencoder without one."""
-    path = as_path(run) / "config.json"
+    path = run_folder(run, "--autoencoder") / "config.json"
     return read_json(path).get("split", "train") if path.exists() else "train"
 
 

@@ -20,6 +20,7 @@ from sora_jax.files import as_path, write_json
 from sora_jax.generate.requests import Wanted, latent_size
 from sora_jax.generate.run import Run, autoencoder_folder, changed, load_run, read_run_config
 from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.exported import no_run, output_folder, run_folder
 from sora_jax.train.frozen import autoencoder_config
 
 COLUMNS = ("generated", "autoencoder", "real")
@@ -96,9 +97,9 @@ def evaluate_denoiser(
         UserError: there is no run, it takes no captions or no clips of these sizes, or the dataset has no held-out
             video with a caption.
     """
-    there = (as_path(run) / "config.json").exists()
-    check(there, f"RUN is {str(run)!r}; it must be a run folder, and there is no config.json in it")
-    dataset, config = Dataset(data), read_run_config(as_path(run))
+    given, run = run, run_folder(run, "RUN")
+    check((run / "config.json").exists(), no_run("RUN", given))
+    dataset, config = Dataset(data), read_run_config(run)
     check(config.model.text, f"RUN is {str(run)!r}; it must be a run that is trained on captions")
     rows, available, notes = choose_rows(dataset, config.split, options.count)
     _check_sizes(config, run, rows, options)
@@ -113,7 +114,7 @@ def evaluate_denoiser(
         clips |= {"autoencoder": _reconstruct(model, real), "real": real}
         bar.update(len(rows))
         found = {name: [measure(*pair, oracle) for pair in _counted(bar, prompts, clips[name])] for name in COLUMNS}
-    out = as_path(run) / "evaluation" if options.out is None else as_path(options.out)
+    out = output_folder(given) / "evaluation" if options.out is None else as_path(options.out)
     columns = {name: average(found[name]) for name in COLUMNS}
     page = draw_page(prompts, clips["generated"], real, found["generated"], columns)
     report = DenoiserReport(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.data.packing.packs import grid_of
 from sora_jax.data.viewing.sheets import grid
-from sora_jax.data.viewing.write import write_chunks
+from sora_jax.data.viewing.write import watchable_scale, write_chunks
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.files import as_path
@@ -31,6 +32,7 @@ from sora_jax.generate.sampler import trunk_ratios
 from sora_jax.generate.skipping import choose_skipped, save_skipped
 from sora_jax.generate.tasks import Tasks
 from sora_jax.models.tiling import tiling_warning
+from sora_jax.train.exported import run_folder
 
 Clips = Iterable[tuple[int, Iterator[np.ndarray]]]  # clips in parts, each with the number of its request
 
@@ -141,8 +143,11 @@ def _write(asked: Asked, step: int, requests: Sequence[Request], clips: Clips, f
         request = requests[number]
         facts = {"prompt": request.prompt, "negative": request.negative, "seed": asked.options.seed}
         facts |= {"guidance": request.guidance, "latent_size": request.size, "clip_id": request.clip_id}
-        recipe = make_recipe(asked.made_by, step, number, facts)
-        write_chunks(path, chunks, fps or asked.config.preview.fps, asked.options.upscale, json.dumps(recipe))
+        first = next(chunks)
+        scale = watchable_scale(first) if asked.options.upscale == "auto" else asked.options.upscale
+        recipe = make_recipe(asked.made_by, step, number, facts | {"upscale": scale})
+        chunks = itertools.chain([first], chunks)
+        write_chunks(path, chunks, fps or asked.config.preview.fps, scale, json.dumps(recipe))
         save_recipe(path, recipe)
         written[number] = path
     return [written[number] for number in sorted(written)]
@@ -178,8 +183,11 @@ def like(options: argparse.Namespace) -> dict:
     check(not options.expand, "--like is given with --expand; leave one of them out")
     check(not options.clip_ids, "--like is given with --clip; leave one of them out")
     recipe = read_recipe(options.like)
-    folder = next(word.removeprefix("--workdir=") for word in recipe["command"] if word.startswith("--workdir="))
-    same = digest_of(options.workdir or as_path(folder)) == recipe["config"]
+    words = recipe["command"]
+    folder = next((word.removeprefix("--workdir=") for word in words if word.startswith("--workdir=")), None)
+    if not any(word.startswith("--upscale=") for word in words):
+        recipe["command"] = ["--upscale=1", *words]  # which version 0.1.0 meant, and did not write
+    same = digest_of(run_folder(options.workdir or folder)) == recipe["config"]
     other = (
         f"--workdir is {str(options.workdir)!r}; it must be a run of the config of that in {folder!r}, as --like says"
     )
@@ -196,13 +204,14 @@ def calibrate(options: argparse.Namespace) -> Path:
 
     Returns the file of the run folder that keeps them.
     """
-    config = read_run_config(options.workdir)
+    workdir = run_folder(options.workdir)
+    config = read_run_config(workdir)
     sampling, preview = sampling_of(options, config), config.preview
     count = len(preview.prompts or preview.classes)
     check(count, f"--workdir is {str(options.workdir)!r}; its config has no preview.prompts to calibrate with")
     check(options.error > 0, f"--error is {options.error}; it must be positive")
     check(options.most > 0, f"--most is {options.most}; it must be at least 1")
-    run, sizes = load_run(options.workdir), [preview.sizes[i % len(preview.sizes)] for i in range(count)]
+    run, sizes = load_run(workdir), [preview.sizes[i % len(preview.sizes)] for i in range(count)]
     wanted = Wanted(preview.prompts, sizes, preview.classes, options.guidance)
     sampling = dataclasses.replace(sampling, skipped=())
     requests = run.plan(wanted, sampling)
@@ -212,7 +221,7 @@ def calibrate(options: argparse.Namespace) -> Path:
     check(np.isfinite(ratios_XK).all(), f"--workdir is {str(options.workdir)!r}; its samples are not finite")
     sampling = dataclasses.replace(sampling, skipped=choose_skipped(ratios_XK, options.error, options.most))
     facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
-    file = save_skipped(options.workdir, sampling, options.guidance, facts)
+    file = save_skipped(workdir, sampling, options.guidance, facts)
     steps = ", ".join(map(str, sampling.skipped))
     print(f"sora-jax: of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}", file=sys.stderr)
     return file

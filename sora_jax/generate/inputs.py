@@ -18,6 +18,7 @@ from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
+from sora_jax.generate.recipe import enlarged_by
 from sora_jax.generate.requests import Size, Task
 from sora_jax.generate.run import Run
 from sora_jax.generate.tasks import Pictures, Tasks, pad
@@ -190,12 +191,13 @@ def read_clip(
     """
     native: list[tuple[int, int]] = []
     fitted: list[tuple[int, int]] = []
+    factor = enlarged_by(file)
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
         step = math.lcm(*multiple)
-        native.append((height, width))
-        fitted.append(shape or SizeRule(step, max_pixels=max(area, step**2))(height, width))
-        return native[0] if draws else fitted[0]
+        native.append((height // factor, width // factor))
+        fitted.append(shape or SizeRule(step, max_pixels=max(area, step**2))(*native[0]))
+        return (height, width) if draws or fitted[0] == native[0] else fitted[0]
 
     try:
         decoded = decode(file, rule, fit)
@@ -204,11 +206,22 @@ def read_clip(
     assert decoded is not None  # every file has a first span
     if draws:
         decoded = dataclasses.replace(decoded, frames=trace_lines(decoded.frames[:1], fitted[0]))
+    elif native and fitted[0] == native[0]:
+        decoded = dataclasses.replace(decoded, frames=_shrunk(decoded.frames, factor))
     found = decoded.frames.shape[1:3]
     if native and native[0] != found:
         before, after = ("x".join(map(str, sides)) for sides in (native[0], found))
         print(f"sora-jax: --{option} is scaled and cropped from {before} to {after} (height x width)", file=sys.stderr)
     return decoded
+
+
+def _shrunk(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Return frames (T, H, W, 3) of which each pixel is the mean of a square of `factor` x `factor` pixels."""
+    if factor == 1:
+        return frames
+    length, height, width = len(frames), *(side // factor for side in frames.shape[1:3])
+    squares = frames[:, : height * factor, : width * factor].reshape(length, height, factor, width, factor, 3)
+    return squares.mean((2, 4)).round().astype(np.uint8)
 
 
 def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Task:

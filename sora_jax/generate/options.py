@@ -6,6 +6,7 @@ All of this is done before any weights are read.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from sora_jax.generate.tasks import check_guides
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
+from sora_jax.train.exported import output_folder, run_folder
 from sora_jax.train.frozen import autoencoder_config
 from sora_jax.train.seen import read_seen
 
@@ -99,12 +101,12 @@ def resolve(options: argparse.Namespace) -> Asked:
     Raises:
         UserError: they contradict each other, or the run does not take them.
     """
-    check(options.workdir, "--workdir is not given; it is the folder of a run (or give --like=FILE)")
     both = options.extend is not None and options.frames is not None
     check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
     rows, classes, task = _rows(options), _classes(options.classes), _task_options(options)
     clip_ids = _clip_ids(options.clip_ids, max(len(rows), len(classes), 1))
     command = command_of(options)
+    options = argparse.Namespace(**vars(options) | {"given": options.workdir, "workdir": run_folder(options.workdir)})
     if clip_ids and rows:
         twice = any("clip_id" in row for row in rows)
         check(not twice, "--clip is given, and --prompts-file has a column clip_id; give one of them")
@@ -116,14 +118,14 @@ def resolve(options: argparse.Namespace) -> Asked:
     check(prompts or classes or task or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
     prompts = [""] if task and config.model.text and not (prompts or classes) else prompts
     options = _with_defaults(options, config)
-    paths = [options.out] if classes else _numbered(options.out, max(len(prompts), 1))
+    paths = [options.out] if classes else _paths(options, max(len(prompts), 1))
     _check_output(options, paths)
     _check_tasks(options, task, rows)
     images, sketches = ({frame: file for file, frame in pictures_of(names)} for names in (task.image, task.sketch))
     check_guides(config, options.frames, images, sketches)
     sampling = sampling_of(options, config)
     tiles = TilingConfig.parse(options.tile, options.tile_overlap)
-    first_stage = autoencoder_config(autoencoder_folder(as_path(options.workdir), options.autoencoder))
+    first_stage = autoencoder_config(autoencoder_folder(options.workdir, options.autoencoder))
     check_seed(options.seed)
     wanted = _wanted(options, rows, prompts, classes)
     if clip_ids and not rows:
@@ -218,7 +220,8 @@ def _check_output(options: argparse.Namespace, paths: Sequence[Path]) -> None:
     check(fps is None or 0.1 <= fps <= 240, f"--fps is {fps}; it must be from 0.1 to 240")
     for path in paths:
         check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
-    check(options.upscale > 0, f"--upscale is {options.upscale}; it must be positive")
+    factor = options.upscale
+    check(factor == "auto" or factor > 0, f"--upscale is {factor}; it must be at least 1, or auto")
 
 
 def sampling_of(options: argparse.Namespace, config: DenoiserRun) -> SamplingConfig:
@@ -306,15 +309,23 @@ def _with_defaults(options: argparse.Namespace, config: DenoiserRun) -> argparse
         square = options.height is None and options.width is None
         check(square, f"--size is {options.size}; it is given beside --height or --width, leave one of them out")
         height = width = options.size
-    if options.out is None:
-        check(options.classes, "--out is not given; it is the name of the file to write")
-        options.out = as_path(options.workdir) / "samples" / "classes.png"
-    if options.out.suffix.lower() == ".png":
+    if options.out is None and options.classes:
+        options.out = output_folder(options.given) / "samples" / "classes.png"
+    if options.out is not None and options.out.suffix.lower() == ".png":
         frames = 1
     sized = not (options.height is None and options.width is None)
     known = dict(frames=frames, height=height, width=width, sized=sized)
     given = {name: value for name, value in vars(options).items() if value is not None}
     return argparse.Namespace(**(dict.fromkeys(vars(options)) | known | given))
+
+
+def _paths(options: argparse.Namespace, count: int) -> list[Path]:
+    """Return a file for each clip. Without --out: in the working folder, under the first name that is free."""
+    if options.out is None:
+        ending = ".png" if options.frames == 1 and not options.video else ".mp4"
+        names = (f"clip{f'_{number}' if number else ''}{ending}" for number in itertools.count())
+        options.out = next(as_path(name) for name in names if not any(map(Path.exists, _numbered(Path(name), count))))
+    return _numbered(options.out, count)
 
 
 def _numbered(out: Path, count: int) -> list[Path]:

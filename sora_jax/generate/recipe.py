@@ -16,16 +16,18 @@ from typing import Any
 from sora_jax import __version__
 from sora_jax.config import check, read_json
 from sora_jax.data.viewing.write import read_comment
+from sora_jax.errors import UserError
 from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.prompts import Row
+from sora_jax.train.exported import is_shipped
 
 FLAGS = {"classes": "class", "clip_ids": "clip"}  # options whose flag has another name
 LEFT_OUT = (
     "function", "parser", "arguments", "out", "like", "prompts_file", "prompt", "expand", "checkpoint", "sampling",
-    "clip", "rows",
+    "clip", "rows", "workdir", "upscale",
 )  # fmt: skip
 MANY = 100  # prompts of a command that a recipe holds
-FILES = ("workdir", "autoencoder", "image", "sketch", "video", "mask")
+FILES = ("autoencoder", "image", "sketch", "video", "mask")
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ class MadeBy:
 
 def command_of(options: argparse.Namespace) -> list[str]:
     """Return the options of a `sora-jax sample` command without its prompts, with absolute paths."""
-    words = []
+    words = [f"--workdir={_named(options.workdir)}"] if options.workdir else []
+    words.append(f"--upscale={options.upscale}")  # always: files of version 0.1.0 without it are not enlarged
     for name, value in sorted(vars(options).items()):
         if name in LEFT_OUT or value == options.parser.get_default(name):
             continue
         flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
         if name in FILES:
             several = value if isinstance(value, list) else [value]
-            value = [as_path(file).absolute() for file in several]
+            value = [_named(file) for file in several]
         if name == "connect":
             value = ",".join(str(as_path(file).absolute()) for file in value.split(","))
         if value is True:
@@ -58,6 +61,11 @@ def command_of(options: argparse.Namespace) -> list[str]:
         else:
             words += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
     return words + [f"--sampling.{change}" for change in options.sampling]
+
+
+def _named(file: str | Path) -> str:
+    """Return the name by which a file or folder is found from any folder: absolute, or that of a shipped model."""
+    return str(file if is_shipped(file) else as_path(file).absolute())
 
 
 def digest_of(folder: str | Path) -> str:
@@ -111,3 +119,12 @@ def read_recipe(path: str | Path) -> dict:
     )
     check(whole, f"--like is {str(path)!r}; it holds no recipe, and there is none in {beside.name}")
     return recipe
+
+
+def enlarged_by(path: Path) -> int:
+    """Return the factor by which the pixels of a generated file are enlarged, as its recipe says; 1 for others."""
+    try:
+        factor = read_recipe(path).get("upscale")
+    except UserError:
+        return 1
+    return factor if isinstance(factor, int) and factor > 1 else 1

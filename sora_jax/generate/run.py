@@ -25,6 +25,7 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.train.adapt import restore_weights
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
+from sora_jax.train.exported import no_run, run_folder
 from sora_jax.train.fastest_attention import with_fastest_attention
 from sora_jax.train.frozen import FOLDER, FrozenAutoencoder, load_autoencoder, missing_autoencoder, recorded_fingerprint
 from sora_jax.train.migrate import migrate_stored
@@ -225,17 +226,20 @@ def _naming(name: str) -> Iterator[None]:
         raise NotFinite(f"{name}: {error}") from error
 
 
-def load_run(folder: str | Path, autoencoder: str | Path | None = None, checkpoint: str | int = NEWEST) -> Run:
-    """Load a run of the denoiser from its folder, on the disk or in `gs://`: the first weight average of a checkpoint.
+def load_run(
+    folder: str | Path | None = None, autoencoder: str | Path | None = None, checkpoint: str | int = NEWEST
+) -> Run:
+    """Load a run of the denoiser: the first weight average of a checkpoint, or an exported model.
 
-    autoencoder: a run of one, for a run that holds none (a converted checkpoint). checkpoint: "newest", "best" (of
-    those kept by config.loop.keep_best) or a step.
+    folder: of the run or model, on the disk or in `gs://`; a file that `sora-jax export` wrote; or the name of a model
+    that comes with the package, which is `world` where none is given. autoencoder: a run of one, for a run that holds
+    none (a converted checkpoint). checkpoint: "newest", "best" (of those kept by config.loop.keep_best) or a step.
 
     Raises:
         UserError: the folder holds no denoiser, no such checkpoint, or no autoencoder.
         NotFinite: the weights are not finite.
     """
-    folder = as_path(folder)
+    folder = run_folder(folder)
     config = read_run_config(folder)
     mesh = _mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
@@ -255,7 +259,7 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
     own = (folder / FOLDER).exists()
     check(own or other is not None, f"--workdir is {str(folder)!r}; it holds no autoencoder, give one by --autoencoder")
     if not own or other is None:
-        return folder if other is None else as_path(other)
+        return folder if other is None else run_folder(other, "--autoencoder")
     found = recorded_fingerprint(as_path(other))
     check(found, missing_autoencoder(other))
     # A decoder that was trained further decodes the same latents, which the fingerprint says.
@@ -264,7 +268,7 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
         f"--autoencoder is {str(other)!r}; it has other latents than the autoencoder in {str(folder)!r}: leave it out, "
         "or give that one with a decoder that was trained further",
     )
-    return as_path(other)
+    return run_folder(other, "--autoencoder")
 
 
 def _mesh_here(config: MeshConfig) -> Mesh:
@@ -280,7 +284,7 @@ def read_run_config(folder: Path) -> DenoiserRun:
     path = as_path(folder) / "config.json"
     inside = as_path(folder) / "transformer"
     hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
-    check(path.exists(), f"--workdir is {str(folder)!r}; there is no config.json, so it is not a run folder{hint}")
+    check(path.exists(), f"{no_run('--workdir', folder)}{hint}")
     config = migrate_stored(read_json(path))
     kind, wanted = config.get("kind"), DenoiserRun.kind
     check(kind == wanted, f"--workdir is {str(folder)!r}; that run is of kind {kind!r}, and it must be {wanted!r}")

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.config import check
 from sora_jax.data.packing.packs import unpack, unstack
@@ -20,8 +22,10 @@ from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig, check_skipping, grid_times, sample
 from sora_jax.diffusion.solvers import Problem, clip_x0
+from sora_jax.diffusion.solvers.problem import Cut
 from sora_jax.diffusion.spacing import count_steps
-from sora_jax.generate.packs import Conditions, TrainedDenoiser, lay_out, place, row_tokens
+from sora_jax.generate.packs import Conditions, PackLayout, TrainedDenoiser, lay_out, place, row_tokens
+from sora_jax.generate.progress import Watch
 from sora_jax.generate.requests import Request
 from sora_jax.generate.skipping import reuse_trunk, watch_trunk
 from sora_jax.models.denoiser import RunTrunk, encode_condition, has_trunk, trunk_zeros
@@ -30,76 +34,144 @@ from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun, network
 
 UNPACKED = ("segments_BL", "index_BL", "grids_BS3")  # what `unpack` reads beside the tokens
+PART_SECONDS = 0.25  # between two reports of how far a solve is
 PACKS_AT_ONCE = 8  # rounded up to the parts of the mesh; bounds the memory of a long list of prompts
 
 
+class SolveState(NamedTuple):
+    """Hold a solve that is cut into parts: the steps that are done, the solver's state, and the residuals of trunks.
+
+    residuals: of each branch of guidance, where steps are skipped.
+    """
+
+    done: jax.Array
+    solver: Any
+    residuals: list[jax.Array]
+
+
 def sample_latents(
-    model: TrainedDenoiser, requests: Sequence[Request], sampling: SamplingConfig, seed: int
+    model: TrainedDenoiser,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    seed: int,
+    watch: Watch = Watch(),
 ) -> list[np.ndarray]:
     """Sample normalised latents (t, h, w, C), one per request, in order.
 
-    All requests travel in as few packs as they fit in, up to PACKS_AT_ONCE in a call of the compiled sampler, with a
-    progress bar where that takes more than one call. A clip's noise is keyed by (seed, clip id), so what it is packed
-    with changes it by float error at most.
+    All requests travel in as few packs as they fit in, up to PACKS_AT_ONCE in a call of the compiled sampler. A clip's
+    noise is keyed by (seed, clip id), so what it is packed with changes it by float error at most.
     """
     latents: dict[int, np.ndarray] = {}
-    for wait in sample_batches(model, requests, sampling, seed):
+    for wait in sample_batches(model, requests, sampling, seed, watch):
         latents |= wait()
     return [latents[member] for member in range(len(requests))]
 
 
+class _Batch(NamedTuple):
+    """Hold packs that are sampled together: their rows of requests, by number, and how they are laid out."""
+
+    layout: PackLayout
+    rows: list[list[int]]  # of the numbers of `requests`
+    requests: Sequence[Request]
+    numbers: Sequence[int]  # of the requests among all
+    edits: bool
+
+
 def sample_batches(
-    model: TrainedDenoiser, requests: Sequence[Request], sampling: SamplingConfig, seed: int
+    model: TrainedDenoiser,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    seed: int,
+    watch: Watch = Watch(),
 ) -> Iterator[Callable[[], dict[int, np.ndarray]]]:
     """Dispatch the compiled sampler for a batch of packs at a time, and yield what waits for it.
 
-    The yielded function returns the latents of `sample_latents` by the number of their request.
+    The yielded function returns the latents of `sample_latents` by the number of their request. Where somebody watches,
+    it takes a part of the steps at a time.
     """
+    batches = [*_batches(model, requests)]
+    # The scale is given clip by clip, so that one program serves all scales.
+    sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
+    split, steps = parts("batch", model.mesh), _count(sampling)
+    with watch.counting(len(batches) * steps, "step") as count:
+        for batch in batches:
+            at_once = -(-min(len(batch.layout.rows), PACKS_AT_ONCE) // split) * split
+            full = batch.rows + batch.rows[-1:] * (at_once - len(batch.rows))  # one program serves all
+            conditions = place(model.mesh, batch.layout, full, batch.requests)
+            sources = batch.layout._replace(items=batch.layout.sources)
+            source = place(model.mesh, sources, full, batch.requests) if batch.edits else None
+            solve = functools.partial(solve_packs, model.config, sampling, model.params, np.uint32(seed))
+            solve = functools.partial(solve, conditions, source)
+            state = _first_state(model, sampling, conditions, source)
+            # Dispatched now, so that a device works while the caller uses the clips of the batch before.
+            first = 1 if watch.looks else steps
+            yield functools.partial(
+                _wait, model, batch, conditions.positive, solve, solve(state, np.int32(first)), (first, steps), count
+            )
+
+
+def _wait(
+    model: TrainedDenoiser,
+    batch: _Batch,
+    pack: Pack,
+    solve: Callable[[SolveState, int], tuple[jax.Array, SolveState]],
+    found: tuple[jax.Array, SolveState],
+    steps: tuple[int, int],
+    count: Callable[[int], None],
+) -> dict[int, np.ndarray]:
+    """Take the steps that are left, counting them, and return the latents of a batch. steps: those taken, and all."""
+    (done, total), (tokens_BLP, state) = steps, found
+    jax.block_until_ready(tokens_BLP)
+    count(done)
+    taken, begun = 1, None
+    while done < total:
+        if begun is not None:  # the first part may have been compiled, or dispatched long ago: no time is taken of it
+            taken = max(1, int(taken * PART_SECONDS / max(time.monotonic() - begun, 1e-6)))
+        taken, begun = min(taken, total - done), time.monotonic()
+        tokens_BLP, state = jax.block_until_ready(solve(state, np.int32(done + taken)))
+        done += taken
+        count(taken)
+    packs = {name: np.asarray(getattr(pack, name)) for name in UNPACKED}
+    packs["tokens_BLP"] = np.asarray(tokens_BLP)
+    latents: dict[int, np.ndarray] = {}
+    for one, row in zip(unstack(packs), batch.rows):
+        clips = unpack(one, model.config.model.patch)
+        latents |= {batch.numbers[member]: latent for member, latent in zip(row, clips, strict=True)}
+    return latents
+
+
+def _batches(model: TrainedDenoiser, requests: Sequence[Request]) -> Iterator[_Batch]:
+    """Lay requests out in packs, as many at once as are sampled together."""
     edits = [request.known is not None and request.known.source is not None for request in requests]
     for wanted in sorted(set(edits), reverse=True):  # edits of described clips travel in packs of their own
         members = [number for number, edit in enumerate(edits) if edit == wanted]
         chosen = [requests[number] for number in members]
-        yield from _batches(model, chosen, members, wanted, sampling, seed)
+        layout, split = lay_out(model, chosen), parts("batch", model.mesh)
+        at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
+        for start in range(0, len(layout.rows), at_once):
+            yield _Batch(layout, layout.rows[start : start + at_once], chosen, members, wanted)
 
 
-def _batches(
-    model: TrainedDenoiser,
-    requests: Sequence[Request],
-    numbers: Sequence[int],
-    edits: bool,
-    sampling: SamplingConfig,
-    seed: int,
-) -> Iterator[Callable[[], dict[int, np.ndarray]]]:
-    """Yield as `sample_batches` for requests of these numbers; all are edits of described clips, or none is."""
-    layout = lay_out(model, requests)
-    split = parts("batch", model.mesh)
-    at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
-    starts = range(0, len(layout.rows), at_once)
-    # The scale is given clip by clip, so that one program serves all scales.
-    sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
+def _first_state(
+    model: TrainedDenoiser, sampling: SamplingConfig, conditions: Conditions, source: Conditions | None
+) -> SolveState:
+    """Return a state before the first step: arrays of the right shapes, whose values do not matter."""
 
-    with tqdm(total=len(starts), desc="sampling", unit="batch", disable=len(starts) == 1) as bar:
+    def begin(seed: jax.Array, conditions: Conditions, source: Conditions | None) -> SolveState:
+        cut, nothing = Cut(), lambda x_BLP, t_BR: x_BLP
+        _solve(model.config, sampling, seed, conditions, source, lambda *_: nothing, cut)
+        both = [pack for one in (conditions, source) if one for pack in (one.positive, one.negative) if pack]
+        residuals = [trunk_zeros(model.config.model, pack) for pack in both] if sampling.skipped else []
+        return SolveState(jnp.int32(0), cut.after, residuals)
 
-        def wait(rows: list[list[int]], pack: Pack, tokens_BLP: jax.Array) -> dict[int, np.ndarray]:
-            packs = {name: np.asarray(getattr(pack, name)) for name in UNPACKED}
-            packs["tokens_BLP"] = np.asarray(tokens_BLP)
-            bar.update()
-            latents: dict[int, np.ndarray] = {}
-            for one, row in zip(unstack(packs), rows):
-                found = unpack(one, model.config.model.patch)
-                latents |= {numbers[member]: latent for member, latent in zip(row, found, strict=True)}
-            return latents
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = NamedSharding(model.mesh, x.sharding.spec if x.sharding else PartitionSpec())
+        return jax.make_array_from_callback(x.shape, sharding, lambda place: np.zeros(x.shape, x.dtype)[place])
 
-        for start in starts:
-            rows = layout.rows[start : start + at_once]
-            full = rows + rows[-1:] * (at_once - len(rows))  # the last row again, so that one program serves all
-            conditions = place(model.mesh, layout, full, requests)
-            source = place(model.mesh, layout._replace(items=layout.sources), full, requests) if edits else None
-            tokens_BLP = solve_packs(model.config, sampling, model.params, np.uint32(seed), conditions, source)
-            yield functools.partial(wait, rows, conditions.positive, tokens_BLP)
+    return jax.tree.map(zeros, jax.eval_shape(begin, np.uint32(0), conditions, source))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("state",))
 def solve_packs(
     config: DenoiserRun,
     sampling: SamplingConfig,
@@ -107,19 +179,34 @@ def solve_packs(
     seed: jax.Array,
     conditions: Conditions,
     source: Conditions | None = None,
-) -> jax.Array:
+    state: SolveState | None = None,
+    last: jax.Array | None = None,
+) -> Any:
     """Solve from noise to clean tokens (B, L, P), with the denoiser and times of training.
 
     source: the known tokens are changed from what it says to what `conditions` say, see `diffusion.flow_edit`. Its
-    packs are laid out as those of `conditions`.
+    packs are laid out as those of `conditions`. state: what the part before left; the steps up to `last`, the number of
+    the first that is not taken, follow, and the state behind them is returned beside the tokens. One program serves all
+    parts: captions are encoded anew in each.
     """
+    kept, cut = [], None if state is None else Cut(state.done, last, state.solver)
+    residuals = iter(state.residuals if state else ())
 
     def skipping(pack: Pack) -> RunTrunk | None:
         if not sampling.skipped:
             return None
-        return reuse_trunk(sampling.skipped, _count(sampling), trunk_zeros(config.model, pack))
+        residual_BLD, first = (next(residuals), state.done) if state else (trunk_zeros(config.model, pack), 0)
+        run, kept_BLD = reuse_trunk(sampling.skipped, _count(sampling), residual_BLD, first)
+        kept.append(kept_BLD)
+        return run
 
-    return _solve(config, sampling, params, seed, conditions, source, skipping)
+    def denoiser(conditions: Conditions, eps_BLP: jax.Array) -> Denoise:
+        return denoiser_of(config, sampling, params, conditions, eps_BLP, skipping)
+
+    tokens_BLP = _solve(config, sampling, seed, conditions, source, denoiser, cut)
+    if cut is None:
+        return tokens_BLP
+    return tokens_BLP, SolveState(jnp.asarray(last), cut.after, [kept_BLD[...] for kept_BLD in kept])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -134,7 +221,8 @@ def _trunk_ratios(
         found.append(ratios_K)
         return run
 
-    _solve(config, sampling, params, seed, conditions, None, watching)
+    denoiser = lambda conditions, eps_BLP: denoiser_of(config, sampling, params, conditions, eps_BLP, watching)  # noqa: E731
+    _solve(config, sampling, seed, conditions, None, denoiser)
     return jnp.stack([ratios_K[...] for ratios_K in found])
 
 
@@ -162,28 +250,29 @@ def _count(sampling: SamplingConfig) -> int:
 def _solve(
     config: DenoiserRun,
     sampling: SamplingConfig,
-    params: dict,
     seed: jax.Array,
     conditions: Conditions,
     source: Conditions | None,
-    trunk_of: Callable[[Pack], RunTrunk | None],
+    denoiser: Callable[[Conditions, jax.Array], Denoise],
+    cut: Cut | None = None,
 ) -> jax.Array:
-    """Solve as `solve_packs`; trunk_of: makes what calls the trunk of the model, for each branch of guidance."""
+    """Solve as `solve_packs`; denoiser: makes one of conditions and noise, see `denoiser_of`."""
     pack, model = conditions.positive, config.model
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     noise = lambda key: token_noise(key, clip_ids_BL, pack.index_BL, model.patch_values)  # noqa: E731
     eps_BLP = noise(step_key(seed, 0, Purpose.SAMPLE))
     problem = Problem(
-        denoiser_of(config, sampling, params, conditions, eps_BLP, trunk_of),
+        denoiser(conditions, eps_BLP),
         config.diffusion.prediction,
         process_named(config.diffusion.process),
         pack.rows_BL,
         lambda step: noise(step_key(seed, step, Purpose.SOLVER)),
         "learned" if model.learned_variance else sampling.solver.variance,
+        cut,
     )
     given = conditions.given
     if source is not None and given is not None:
-        before = dataclasses.replace(problem, denoise=denoiser_of(config, sampling, params, source, eps_BLP, trunk_of))
+        before = dataclasses.replace(problem, denoise=denoiser(source, eps_BLP))
         times_KBR = grid_times(sampling, config.diffusion.times, problem.process, row_tokens(pack))
         before, after = (clip_x0(each, sampling.clip_x0) for each in (before, problem))
         return flow_edit(before, after, given.x0_BLP, limit_times(given, times_KBR))

@@ -46,14 +46,17 @@ def choose_skipped(ratios_XK: np.ndarray, error: float, most: int) -> tuple[int,
     return tuple(skipped)
 
 
-def reuse_trunk(skipped: Sequence[int], steps: int, zeros_BLD: jax.Array) -> RunTrunk:
-    """Return a caller of the trunk for one solve: its k-th call is step k, and those of `skipped` reuse the residual.
+def reuse_trunk(
+    skipped: Sequence[int], steps: int, kept_BLD: jax.Array, first: jax.Array | int = 0
+) -> tuple[RunTrunk, jax.Ref]:
+    """Return a caller of the trunk for one solve, and where it keeps the residual.
 
-    zeros_BLD: shaped as the trunk's tokens.
+    Its calls are step `first` and those behind it; the steps of `skipped` reuse the residual. kept_BLD: the residual
+    that was kept before step `first`; for step 0, zeros in the shape of the trunk's tokens.
     """
     runs_K = jnp.asarray(~np.isin(np.arange(steps), skipped))
     # Mutable arrays: a solver calls the model as a function of tokens and times, and need not know of this state.
-    step, kept = jax.new_ref(jnp.int32(0)), jax.new_ref(zeros_BLD)
+    step, kept = jax.new_ref(jnp.int32(first)), jax.new_ref(kept_BLD)
 
     def run(trunk: Callable[[jax.Array], jax.Array], x_BLD: jax.Array) -> jax.Array:
         residual_BLD = kept[...]
@@ -67,7 +70,7 @@ def reuse_trunk(skipped: Sequence[int], steps: int, zeros_BLD: jax.Array) -> Run
         step[...] = step[...] + 1
         return y_BLD
 
-    return run
+    return run, kept
 
 
 def watch_trunk(steps: int, zeros_BLD: jax.Array, segments_BL: jax.Array) -> tuple[RunTrunk, jax.Ref]:

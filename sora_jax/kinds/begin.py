@@ -19,6 +19,7 @@ from sora_jax.nn.lora import ADAPTER, merge_adapters
 from sora_jax.parallel import distributed
 from sora_jax.train.adapt import BASE, InitConfig, LoraConfig, fitting, restore_weights
 from sora_jax.train.checkpoint import Checkpoints, restore_tree, save_tree
+from sora_jax.train.exported import no_run
 from sora_jax.train.kind import Kind
 from sora_jax.train.loop import Job, log
 from sora_jax.train.migrate import migrate_config
@@ -79,7 +80,7 @@ def _left_out(values: Mapping, there: RunConfig) -> dict:
 def source_config(init: InitConfig) -> RunConfig:
     """Read the config of the run whose weights `init` names; UserError if it is no run folder."""
     path = init.source[0] / "config.json"
-    check(path.exists(), f"--init-from is {init.weights!r}; there is no config.json: it must be a run folder")
+    check(path.exists(), no_run("--init-from", init.weights))
     return stored_config(read_json(path))
 
 

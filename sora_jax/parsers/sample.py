@@ -9,7 +9,8 @@ from sora_jax.parsers.base import add_tiles, make_parser
 def add_sample(commands) -> argparse.ArgumentParser:
     """Add the command `sample`; return its parser."""
     example = (
-        'examples:\n  sora-jax sample --workdir=runs/quickstart/transformer --prompt="a red circle moves left"'
+        'examples:\n  sora-jax sample --prompt="a red circle moves left"\n'
+        '  sora-jax sample --workdir=runs/quickstart/transformer --prompt="a red circle moves left"'
         " --frames=9 --height=24 --width=36 --out=circle.gif\n"
         "  sora-jax sample --workdir=runs/dit --class=207,360 --size=256 --steps=250 --guidance=4 --out=grid.png\n"
         "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
@@ -19,7 +20,8 @@ def add_sample(commands) -> argparse.ArgumentParser:
     )
     p = make_parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
     p.add_argument("--like", type=as_path, metavar="FILE", help="make a generated file again; other options change it")
-    p.add_argument("--workdir", type=as_path, help="run folder of a trained denoiser")
+    about = "run folder, exported model, or the name of one that comes with the package (default: world)"
+    p.add_argument("--workdir", type=as_path, help=about)
     p.add_argument(
         "--prompt",
         action="append",
@@ -46,14 +48,21 @@ def add_sample(commands) -> argparse.ArgumentParser:
     about = "numbers that key the noise, one for each clip (default: 1,2..); the third of several prompts alone: 3"
     p.add_argument("--clip", dest="clip_ids", action="append", metavar="N,N..", help=about)
     p.add_argument("--fps", type=float, help="frames per second of the file (default: as in the run's previews)")
-    p.add_argument("--upscale", type=int, default=1, help="integer factor that enlarges pixels, to view tiny clips")
+    about = "whole factor that enlarges pixels; 1: none; auto: so that a tiny clip can be watched"
+    p.add_argument("--upscale", type=upscale, default="auto", help=about)
     p.add_argument("--checkpoint", default="newest", help="newest, best (of those kept by loop.keep_best) or a step")
     p.add_argument("--autoencoder", type=as_path, help="run folder of an autoencoder, if the run contains none")
     add_tiles(p)
-    p.add_argument("--out", type=as_path, help=".mp4, .gif or .webp; .png for one frame; several prompts: numbered")
+    about = ".mp4, .gif or .webp; .png for one frame; several prompts: numbered (default: clip.mp4, here)"
+    p.add_argument("--out", type=as_path, help=about)
     _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
     p.set_defaults(sampling=[], clip=None, rows=None)
     return p
+
+
+def upscale(text: str) -> int | str:
+    """Parse a factor, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def _tasks(p) -> None:
@@ -98,7 +107,7 @@ def add_calibrate(commands) -> None:
     example = "example:\n  sora-jax calibrate --workdir=runs/video --error=0.12 --most=2"
     about = "choose the steps at which sample --skip-steps skips the blocks"
     p = make_parser(commands.add_parser, "calibrate", help=about, epilog=example)
-    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser")
+    p.add_argument("--workdir", type=as_path, required=True, help="run folder or exported model")
     p.add_argument("--error", type=float, default=0.12, help="bound of the accumulated error; larger skips more")
     p.add_argument("--most", type=int, default=2, help="steps that are skipped in a row at most")
     p.add_argument("--steps", help="solver steps (default: the run's)")

@@ -11,17 +11,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from sora_jax.config import check
+from sora_jax.config import check, read_json
 from sora_jax.errors import NotFinite
 from sora_jax.files import as_path
 from sora_jax.nn import params as param
 from sora_jax.nn.finite import named, not_finite
 from sora_jax.nn.lora import SCALE, adapter_specs, scale_spec
 from sora_jax.nn.params import ParamSpec
-from sora_jax.train.checkpoint import NEWEST, Checkpoints, restore_tree
+from sora_jax.train.checkpoint import BEST, NEWEST, Checkpoints, restore_tree
+from sora_jax.train.exported import MODEL_FILE, exported_step, is_exported, read_arrays, run_folder
 from sora_jax.train.state import MODEL, Group, abstract_ema
 
 LISTED = 6  # parameters at most that a message names
@@ -32,7 +35,8 @@ BASE = "base"  # folder of what is fixed, in a run folder
 class InitConfig:
     """Configure the weights that a new run begins with."""
 
-    weights: str = ""  # run folder whose averaged weights are taken, RUN, RUN@STEP or RUN@best; "": random weights
+    # Run or exported model whose averaged weights are taken, RUN, RUN@STEP or RUN@best; "": random weights.
+    weights: str = ""
     renew: tuple[str, ...] = ()  # paths of parameters that begin at random all the same, such as "classes"
 
     def __post_init__(self):
@@ -46,7 +50,8 @@ class InitConfig:
         """Return the run folder and which of its checkpoints: "newest", "best" or a step."""
         folder, mark, which = self.weights.rpartition("@")
         whole = not mark or "/" in which or as_path(self.weights).exists()
-        return (as_path(self.weights), NEWEST) if whole else (as_path(folder), which)
+        name, which = (self.weights, NEWEST) if whole else (folder, which)
+        return run_folder(name, "--init-from"), which
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,8 @@ def restore_weights(
         NotFinite: some of the weights are not finite.
     """
     choice = "--checkpoint" if option == "--workdir" else option
+    if is_exported(folder):
+        return _exported_weights(folder, groups, mesh, which, choice)
     with Checkpoints(folder / "checkpoints", option=choice) as checkpoints:
         check(checkpoints.latest() is not None, f"{option} is {str(folder)!r}; it has no checkpoint yet")
         averages = checkpoints.restore_ema(lambda run: abstract_ema(groups(run["config"]), mesh), which)[MODEL][0]
@@ -139,6 +146,24 @@ def restore_weights(
         mend = f"; {choice} can name another: {', '.join(others)}" if others else ""
         raise NotFinite(f"{what} not finite, in {named(bad)}{mend}")
     return averages, step
+
+
+def _exported_weights(
+    folder: Path, groups: Callable[[dict], Mapping[str, Group]], mesh: Mesh, which: str, option: str
+) -> tuple[dict, int]:
+    """Read the weights of an exported model, and the step that they are of: the only one that it has."""
+    step, file = exported_step(folder), folder / MODEL_FILE
+    check(
+        which in (NEWEST, BEST, str(step)), f"{option} is {which!r}; the exported model {str(folder)!r} has step {step}"
+    )
+    wanted = flatten_dict(abstract_ema(groups(read_json(folder / "config.json")), mesh)[MODEL][0], sep="/")
+    found = read_arrays(file)
+    whole = found.keys() == wanted.keys() and all(found[path].shape == x.shape for path, x in wanted.items())
+    check(whole, f"{str(file)!r} is damaged: its arrays are not those of the config beside it")
+    if bad := [path for path, x in found.items() if not np.isfinite(x).all()]:
+        raise NotFinite(f"{str(file)!r} has values that are not finite, in {named(bad)}")
+    placed = {path: jax.device_put(found[path].astype(x.dtype), x.sharding) for path, x in wanted.items()}
+    return unflatten_dict(placed, sep="/"), step
 
 
 def fitting(found: dict, wanted: Mapping[str, ParamSpec], init: InitConfig) -> dict:

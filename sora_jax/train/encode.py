@@ -28,6 +28,7 @@ from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.autoencoder import check_sizes
 from sora_jax.train.drawings import guide_pictures
 from sora_jax.train.frozen import (
+    EXPORTED,
     FOLDER,
     RECORD,
     WEIGHTS,
@@ -206,9 +207,11 @@ def copy_autoencoder(run: str | Path, target: Path, replace: bool = False) -> No
     kept = as_path(target) / FOLDER
     if (kept / RECORD).exists() and not replace:
         return
-    (kept / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, WEIGHTS, EXPORTED):
+        (kept / name).unlink(missing_ok=True)
     source = frozen_folder(run)
     check((source / RECORD).exists(), missing_autoencoder(run))
-    for name in (WEIGHTS, RECORD):  # in this order: the record makes the copy valid
+    weights = EXPORTED if (source / EXPORTED).exists() else WEIGHTS
+    for name in (weights, RECORD):  # in this order: the record makes the copy valid
         with replacing(kept / name) as temporary:
             shutil.copyfile(local_copy(source / name), temporary)

@@ -37,11 +37,13 @@ from sora_jax.nn.finite import named
 from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train import streaming
 from sora_jax.train.autoencoder import to_float, to_uint8
+from sora_jax.train.exported import as_dtype, read_arrays, run_folder, write_arrays
 from sora_jax.train.migrate import migrate_autoencoder
 from sora_jax.train.padded_shapes import Size, padded_shape_of
 
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
+EXPORTED = "weights.safetensors"  # in place of WEIGHTS, in exported models
 SMALLEST_STD = 0.01  # of the largest channel
 VERSION = 3  # of the fingerprints of new autoencoders
 # Bump the version whenever the same weights would produce different latents (tests/test_frozen.py detects it).
@@ -242,6 +244,22 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
     _check_finite(f"the autoencoder for {str(folder)!r}", arrays)
     with replacing(folder / WEIGHTS) as temporary:
         np.savez(temporary, **arrays)
+    _save_record(autoencoder, folder, notes)
+
+
+def export_autoencoder(run: Path, folder: Path, dtype: str) -> None:
+    """Write the frozen autoencoder of a run as safetensors of a dtype, with the record of what is read from them.
+
+    Rounded weights are another autoencoder: their fingerprint is another, and caches of the first are not of theirs.
+    """
+    autoencoder = load_autoencoder(run)
+    arrays, keys = _flat(autoencoder), ("mean_C", "std_C")  # the statistics are few and stay as they are
+    write_arrays(folder / EXPORTED, {name: arrays.pop(name) for name in keys} | as_dtype(arrays, dtype))
+    kept = {name: value for name, value in saved_record(run).items() if name in ("steps", "held_out_psnr")}
+    _save_record(_with_arrays(autoencoder.config, read_arrays(folder / EXPORTED), autoencoder.version), folder, kept)
+
+
+def _save_record(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> None:
     record = {"config": to_dict(autoencoder.config), "version": autoencoder.version}
     digests = {"fingerprint": autoencoder.fingerprint, "weights_digest": autoencoder.weights_digest}
     write_json(folder / RECORD, record | digests | notes)
@@ -249,7 +267,7 @@ def save_autoencoder(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) 
 
 def frozen_folder(run: str | Path) -> Path:
     """Return where a run folder keeps its frozen autoencoder; the folder itself where it is that."""
-    run = as_path(run)
+    run = run_folder(run, "--autoencoder")
     return run / FOLDER if (run / FOLDER).is_dir() else run
 
 
@@ -260,8 +278,13 @@ def recorded_fingerprint(run: Path) -> str | None:
 
 def autoencoder_config(run: Path) -> FirstStageConfig:
     """Read the config of the frozen autoencoder of a run folder, without its weights; UserError where there is none."""
+    return from_dict(FirstStageConfig, migrate_autoencoder(saved_record(run)["config"]))
+
+
+def saved_record(run: str | Path) -> dict:
+    """Return the record of the frozen autoencoder of a run folder; UserError where there is none."""
     check((frozen_folder(run) / RECORD).exists(), missing_autoencoder(run))
-    return from_dict(FirstStageConfig, migrate_autoencoder(_record(frozen_folder(run))["config"]))
+    return _record(frozen_folder(run))
 
 
 def _record(folder: Path) -> dict:
@@ -329,14 +352,23 @@ def _read(folder: Path) -> tuple[FrozenAutoencoder, dict]:
     """Read an autoencoder and its record."""
     record = _record(folder)
     config = from_dict(FirstStageConfig, migrate_autoencoder(record["config"]))
-    with np.load(local_copy(folder / WEIGHTS)) as file:
-        flat = dict(file)
+    if (folder / EXPORTED).exists():
+        flat = read_arrays(folder / EXPORTED)
+    else:
+        with np.load(local_copy(folder / WEIGHTS)) as file:
+            flat = dict(file)
+    return _with_arrays(config, flat, record["version"]), record
+
+
+def _with_arrays(config: FirstStageConfig, flat: dict[str, np.ndarray], version: int) -> FrozenAutoencoder:
+    """Return an autoencoder of these arrays, by the names that `_flat` gives them."""
+    flat = dict(flat)
     mean, std = flat.pop("mean_C"), flat.pop("std_C")
     template = param.abstract(autoencoder_specs(config))
     names = traverse_util.flatten_dict(serialization.to_state_dict(template), keep_empty_nodes=True, sep="/")
     nested = traverse_util.unflatten_dict(names | flat, sep="/")
     params = jax.tree.map(jnp.asarray, serialization.from_state_dict(template, nested))
-    return FrozenAutoencoder(config, params, mean, std, record["version"]), record
+    return FrozenAutoencoder(config, params, mean, std, version)
 
 
 def _digest(digest: Any, autoencoder: FrozenAutoencoder) -> str:

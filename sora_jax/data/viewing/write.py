@@ -13,6 +13,8 @@ from sora_jax.config import check
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, replacing
 
+WATCHABLE = 256  # pixels of the shorter side of a file that is looked at
+
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, upscale: int = 1, comment: str = "") -> Path:
     """Write uint8 frames (T, H, W, 3) as .mp4 (H.264), .gif, .webp or, where T = 1, .png; return the path.
@@ -36,6 +38,11 @@ def write_chunks(
     with replacing(path) as temporary:
         WRITERS[path.suffix.lower()](temporary, large, fps, comment)
     return path
+
+
+def watchable_scale(clip: np.ndarray) -> int:
+    """Return the whole factor that brings the shorter side of a clip nearest to WATCHABLE pixels; at least 1."""
+    return max(1, round(WATCHABLE / min(clip.shape[1:3])))
 
 
 def check_ending(path: str | Path, frames: int) -> None:

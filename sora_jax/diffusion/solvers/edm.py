@@ -15,10 +15,10 @@ from sora_jax.diffusion.solvers.problem import (
     Step,
     ddim_step,
     draw_noise,
-    last_interval,
     predict_x0_and_eps,
     token_times,
     walk,
+    walk_end,
 )
 from sora_jax.shapes import TimesBR, TimesKBR, TokensBLP
 
@@ -50,7 +50,7 @@ def edm(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, churn: Churn = 
         return _heun_step(problem, *add_churn(x_BLP, step))
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return ddim_step(problem, *add_churn(x_BLP, last_interval(times_KBR)))
+    return walk_end(problem, lambda x_BLP, step: ddim_step(problem, *add_churn(x_BLP, step)), x_BLP, times_KBR)
 
 
 def _raised_times(problem: Problem, step: Step, gamma: float, churn: Churn) -> TimesBR:

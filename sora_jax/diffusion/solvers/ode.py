@@ -21,10 +21,10 @@ from sora_jax.diffusion.solvers.problem import (
     Problem,
     Step,
     keep_held,
-    last_interval,
     predict,
     token_times,
     walk,
+    walk_end,
 )
 from sora_jax.shapes import PerTokenBL1, TimesKBR, TokensBLP
 
@@ -48,7 +48,7 @@ def heun(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
         return x_BLP + h_BL1 * 0.5 * (first_BLP + second_BLP)
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return _euler_step(problem, x_BLP, last_interval(times_KBR))
+    return walk_end(problem, functools.partial(_euler_step, problem), x_BLP, times_KBR)
 
 
 def midpoint(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
@@ -71,10 +71,11 @@ def rk4(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR) -> TokensBLP:
         first, second, third, fourth = _velocities(problem, x_BLP, step, (0.0, 1 / 2, 1 / 2, 1.0))
         return x_BLP + _length(problem, step) / 6 * (first + 2 * second + 2 * third + fourth)
 
-    x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    step = last_interval(times_KBR)
-    first, _, third = _velocities(problem, x_BLP, step, (0.0, 1 / 3, 2 / 3))
-    return keep_held(problem, step, x_BLP, x_BLP + _length(problem, step) / 4 * (first + 3 * third))
+    def end(x_BLP: TokensBLP, step: Step) -> TokensBLP:
+        first, _, third = _velocities(problem, x_BLP, step, (0.0, 1 / 3, 2 / 3))
+        return keep_held(problem, step, x_BLP, x_BLP + _length(problem, step) / 4 * (first + 3 * third))
+
+    return walk_end(problem, end, walk(problem, advance, x_BLP, times_KBR[:-1]), times_KBR)
 
 
 def _euler_step(problem: Problem, x_BLP: TokensBLP, step: Step) -> TokensBLP:

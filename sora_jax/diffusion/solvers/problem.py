@@ -7,7 +7,7 @@ all). A step that ends at time 0 does not evaluate the model there.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,21 @@ FIXED_VARIANCES = ("lower", "upper")
 VARIANCES = (*FIXED_VARIANCES, "learned")
 
 
+@dataclass(eq=False)
+class Cut:
+    """Take a part of the steps of a grid, so that a solve can be watched, and ended, between two calls of one program.
+
+    first, last: the step that the part begins with, and the one behind it, traced. before: the state of the walk that
+    the part before left; it does not matter for the first. after: where `walk` leaves its state. Without `first`, no
+    step is taken, and `after` is the state that a walk begins with.
+    """
+
+    first: Int[Array, ""] | None = None
+    last: Int[Array, ""] | None = None
+    before: Any = None
+    after: Any = None
+
+
 @dataclass(frozen=True)
 class Problem:
     """Define a sampling problem: a model, its process, and the layout of its tokens."""
@@ -39,6 +54,7 @@ class Problem:
     # Of ancestral steps: `lower` and `upper` are the variance of the posterior for data known exactly and for data of
     # unit variance, `learned` lies between them where the second half of the model's output says; None: the solver's.
     variance: str | None = None
+    cut: Cut | None = None  # the part of the grid that is walked; None: all of it
 
     def __post_init__(self):
         if self.variance is not None:
@@ -62,7 +78,28 @@ def walk(problem: Problem, advance: Callable[[State, Step], State], state: State
     def body(state: State, step: Step) -> tuple[State, None]:
         return jax.tree.map(lambda old, new: keep_held(problem, step, old, new), state, advance(state, step)), None
 
-    return jax.lax.scan(body, state, intervals(times_KBR))[0]
+    steps, cut = intervals(times_KBR), problem.cut
+    if cut is None:
+        return jax.lax.scan(body, state, steps)[0]
+    if cut.first is not None and cut.last is not None:
+        begins, end = cut.first == 0, jnp.minimum(cut.last, len(times_KBR) - 1)
+        state = jax.tree.map(lambda new, before: jnp.where(begins, new, before), state, cut.before)
+        at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), steps)  # noqa: E731
+        state = jax.lax.fori_loop(cut.first, end, lambda i, state: body(state, at(i))[0], state)
+    cut.after = state
+    return state
+
+
+def walk_end(
+    problem: Problem, end: Callable[[TokensBLP, Step], TokensBLP], x_BLP: TokensBLP, times_KBR: TimesKBR
+) -> TokensBLP:
+    """Take the last step of the grid by `end`, behind a `walk` over the others."""
+    cut, step = problem.cut, last_interval(times_KBR)
+    if cut is None:
+        return end(x_BLP, step)
+    if cut.last is None:
+        return x_BLP
+    return jax.lax.cond(cut.last >= len(times_KBR) - 1, end, lambda x_BLP, _: x_BLP, x_BLP, step)
 
 
 def intervals(times_KBR: TimesKBR) -> Step:

@@ -19,6 +19,7 @@ The last step adds no noise and is of first order, since (1) has no score at t =
 for the linear flow the same as `tweedie`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,10 +34,10 @@ from sora_jax.diffusion.solvers.problem import (
     ddim_step,
     draw_noise,
     keep_held,
-    last_interval,
     predict_x0_and_eps,
     token_times,
     walk,
+    walk_end,
 )
 from sora_jax.shapes import PerTokenBL1, TimesBR, TimesKBR, TokensBLP
 
@@ -74,7 +75,7 @@ def euler_sde(problem: Problem, x_BLP: TokensBLP, times_KBR: TimesKBR, noising: 
         return _follow_drift(problem, noising, x_BLP, step) + spread_BL1 * draw_noise(problem, step)
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return LAST_STEPS[noising.last_step](problem, noising, x_BLP, last_interval(times_KBR))
+    return walk_end(problem, functools.partial(LAST_STEPS[noising.last_step], problem, noising), x_BLP, times_KBR)
 
 
 def heun_sde(
@@ -101,7 +102,7 @@ def heun_sde(
         return noisy_BLP + h_BL1 * 0.5 * (first_BLP + second_BLP)
 
     x_BLP = walk(problem, advance, x_BLP, times_KBR[:-1])
-    return LAST_STEPS[noising.last_step](problem, noising, x_BLP, last_interval(times_KBR))
+    return walk_end(problem, functools.partial(LAST_STEPS[noising.last_step], problem, noising), x_BLP, times_KBR)
 
 
 def _follow_drift(problem: Problem, noising: Noising, x_BLP: TokensBLP, step: Step) -> TokensBLP:
