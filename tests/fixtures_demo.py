@@ -1,5 +1,7 @@
 """A studio of the page with the tiny run, and clips that a visitor uploads."""
 
+import dataclasses
+
 import pytest
 from fixtures_media import noise
 from fixtures_runs import chain, one_device, trained  # noqa: F401
@@ -14,7 +16,9 @@ from sora_jax.demo.studio import Studio
 def studio(chain, trained):  # noqa: F811
     """A studio with the tiny run."""
     with one_device():
-        yield Studio(trained, "transformer", chain.transformer, cli.parsed)
+        quick = dataclasses.replace(trained.config.sampling, steps="2")  # what the page proposes
+        quick = dataclasses.replace(trained, config=dataclasses.replace(trained.config, sampling=quick))
+        yield Studio(quick, "transformer", chain.transformer, cli.parsed)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ if not Path(CHROMIUM).exists():
 ARGUMENTS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 ARGUMENTS += " --disable-component-update --disable-sync"
 WORLD = Path(os.environ.get("DEMO_RUN", Path(sora_jax.__file__).parent / "assets" / "world"))
-PATIENCE = 25_000  # milliseconds: programs are compiled meanwhile
+PATIENCE = 120_000  # milliseconds: programs are compiled meanwhile
 FIRST_PAINT = 2.0  # seconds
 BUG = "Something went wrong on the server"
 
