@@ -20,6 +20,7 @@ from sora_jax.data.feeding.tokenizer import Tokenizer, TokenizerConfig
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate.packs import TrainedDenoiser
+from sora_jax.generate.progress import Watch
 from sora_jax.generate.requests import Known, Request
 from sora_jax.generate.sampler import sample_latents
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
@@ -142,7 +143,8 @@ def sampled(mesh, params, settings=SamplingConfig(steps="2"), requests=REQUESTS,
     run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(denoiser_specs(NETWORK), mesh))
-        return sample_latents(TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh), requests, settings, 5)
+        model = TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh)
+        return sample_latents(model, requests, settings, 5, Watch(lambda done, total: None))  # in parts
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
         print(f"sora-jax: {warning}", file=sys.stderr)
     print_lines(asked.learnt.doubts(requests))
     _announce(run, requests, asked.sampling)
-    clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks, progress)
+    clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
     if wanted.classes:
         clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
     return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
@@ -108,7 +108,7 @@ def _sample_long(
     what = "one window, which does not roll" if windows.rolls and windows.frames <= windows.window else what
     frames, height, width = size_of(asked.first_stage, requests[0].size)
     print(f"sora-jax: sampling {_count(requests)} of {frames}x{height}x{width} in {what}", file=sys.stderr)
-    parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles, progress)
+    parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles, progress, None)
     return _write(asked, run.step, requests, enumerate(parts), asked.options.fps)
 
 
@@ -125,7 +125,7 @@ def _draft(asked: Asked, requests: Sequence[Request]) -> Wanted:
 
 def _drafted(asked: Asked, run: Run, draft: Sequence[Request], requests: Sequence[Request]) -> list[Task]:
     """Sample drafts, and return the tasks that make clips of the full size of them."""
-    small = run.sample(draft, asked.sampling, asked.options.seed)
+    small = run.sample(draft, asked.sampling, asked.options.seed, bar=None)
     make, sizes = Tasks(run), [size_of(asked.first_stage, request.size) for request in requests]
     return [make.enlarge(clip, size, asked.options.draft) for clip, size in zip(small, sizes, strict=True)]
 

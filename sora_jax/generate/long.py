@@ -7,16 +7,16 @@ first frame of `config.diffusion.given.headless` for that). Carried latents are 
 generated history has errors that data have not (Diffusion Forcing Transformer, 2502.06764). They are kept as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from sora_jax.config import check
 from sora_jax.diffusion.history import HISTORY_LEVEL
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate.packs import TrainedDenoiser
+from sora_jax.generate.progress import Watch
 from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Known, Request
 from sora_jax.generate.sampler import sample_latents
@@ -59,6 +59,7 @@ def sample_long(
     factor: int,
     sampling: SamplingConfig,
     seed: int,
+    watch: Watch = Watch(),
 ) -> list[np.ndarray]:
     """Sample normalised latents (t, h, w, C) of `windows.frames` latent frames, one per request.
 
@@ -71,9 +72,11 @@ def sample_long(
         ends = tuple(latent_of(frame, factor) for frame, _ in spans_of(request.prompt) if frame > 0)
         groups.setdefault(ends, []).append(number)
     found: dict[int, np.ndarray] = {}
-    for ends, members in groups.items():
-        group = [requests[number] for number in members]
-        found |= dict(zip(members, _sample_group(model, group, windows, ends, factor, sampling, seed), strict=True))
+    with watch.counting(windows.frames * len(groups), "latent") as count:
+        for ends, members in groups.items():
+            group = [requests[number] for number in members]
+            latents = _sample_group(model, group, windows, ends, factor, sampling, seed, count)
+            found |= dict(zip(members, latents, strict=True))
     return [found[number] for number in range(len(requests))]
 
 
@@ -85,12 +88,13 @@ def _sample_group(
     factor: int,
     sampling: SamplingConfig,
     seed: int,
+    count: Callable[[int], None],
 ) -> list[np.ndarray]:
     """Sample requests whose prompts change at the same latents, `ends`."""
     first = min([windows.window, windows.frames, *ends])
     level = 0.0 if sampling.condition == "replace" else HISTORY_LEVEL  # which takes ceilings of 0 and 1 alone
     made = sample_latents(model, _at(requests, 0, factor, first), sampling, seed)
-    bar = tqdm(total=windows.frames, desc="windows", unit="latent", initial=first)
+    count(first)
     while (there := len(made[0])) < windows.frames:
         end = min([windows.frames, *(s for s in ends if s > there)])
         carried = min(windows.carried, there)
@@ -100,8 +104,7 @@ def _sample_group(
         known = [replace(r, known=_history(z, carried, new, level)) for r, z in zip(asked, made, strict=True)]
         latents = sample_latents(model, known, sampling, seed)
         made = [np.concatenate([z, f[carried:][: end - there]]) for z, f in zip(made, latents, strict=True)]
-        bar.update(len(made[0]) - there)
-    bar.close()
+        count(len(made[0]) - there)
     return made
 
 

@@ -8,13 +8,12 @@ a shorter one, and company changes nothing.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sora_jax.config import check
 from sora_jax.data.packing.packs import patchify, unpack, unstack
@@ -26,6 +25,7 @@ from sora_jax.diffusion.solvers import Problem, clip_x0
 from sora_jax.diffusion.spacing import count_steps
 from sora_jax.generate.long import Windows, latent_of
 from sora_jax.generate.packs import Conditions, PackLayout, TrainedDenoiser, lay_out, place, row_tokens
+from sora_jax.generate.progress import Watch
 from sora_jax.generate.prompts import spans_of
 from sora_jax.generate.requests import Known, Request
 from sora_jax.generate.sampler import PACKS_AT_ONCE, UNPACKED, denoiser_of, sample_latents
@@ -76,6 +76,7 @@ def sample_rolling(
     factor: int,
     sampling: SamplingConfig,
     seed: int,
+    watch: Watch = Watch(),
 ) -> list[np.ndarray]:
     """Sample normalised latents (t, h, w, C) of `windows.frames` latent frames, one per request.
 
@@ -96,10 +97,12 @@ def sample_rolling(
     split, rows = parts("batch", model.mesh), clips.layout.rows
     at_once = -(-min(len(rows), PACKS_AT_ONCE) // split) * split
     found: dict[int, np.ndarray] = {}
-    for start in range(0, len(rows), at_once):
-        some = rows[start : start + at_once]
-        some = some + some[-1:] * (at_once - len(some))  # the last row again, so that one program serves all
-        found |= _roll_rows(setting, clips, some)
+    places = range(0, len(rows), at_once)
+    with watch.counting(len(places) * (windows.frames - 1 - windows.carried), "latent") as count:
+        for place in places:
+            some = rows[place : place + at_once]
+            some = some + some[-1:] * (at_once - len(some))  # the last row again, so that one program serves all
+            found |= _roll_rows(setting, clips, some, count)
     return [found[number] for number in range(len(requests))]
 
 
@@ -116,16 +119,19 @@ def check_rolling(config: DenoiserRun, sampling: SamplingConfig) -> None:
     check(not listed, "--sampling.spacing is 'times'; with --long=rolling it must be one that takes a number of steps")
 
 
-def _roll_rows(setting: _Setting, clips: _Clips, rows: list[list[int]]) -> dict[int, np.ndarray]:
+def _roll_rows(
+    setting: _Setting, clips: _Clips, rows: list[list[int]], count: Callable[[int], None]
+) -> dict[int, np.ndarray]:
     """Complete the clips of some packs, latent by latent, from their first windows."""
     carried, frames = setting.windows.carried, setting.windows.frames
     latents = {i: list(clips.firsts[i][: 1 + carried]) for row in rows for i in row}
     states = {i: clips.firsts[i][1:] for i in latents}
-    for there in tqdm(range(1 + carried, frames), "rolling", unit="latent"):
+    for there in range(1 + carried, frames):
         states = _roll_once(setting, clips, rows, states, there)
         for i, z in states.items():
             latents[i].append(z[carried])
             states[i] = np.concatenate([z[1:], np.zeros_like(z[:1])])
+        count(1)
     return {i: np.stack(found) for i, found in latents.items()}
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.long import Windows, sample_long
 from sora_jax.generate.packs import TrainedDenoiser
+from sora_jax.generate.progress import Progress, Watch
 from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, latent_size, plan_requests
 from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import sample_batches
@@ -55,9 +57,15 @@ class Run(TrainedDenoiser):
     step: int = 0
     seen: Seen | None = None
 
+    @overload
+    def generate(self, prompts: str, *arguments: Any, **options: Any) -> np.ndarray: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str] = (), *arguments: Any, **options: Any) -> list[np.ndarray]: ...
+
     def generate(
         self,
-        prompts: Sequence[str] = (),
+        prompts: str | Sequence[str] = (),
         sizes: Size | Sequence[Size] = (),
         steps: int | str | None = None,
         guidance: float | Sequence[float] | None = None,
@@ -69,14 +77,22 @@ class Run(TrainedDenoiser):
         sampling: SamplingConfig | None = None,
         tiles: TilingConfig = TilingConfig(),
         tasks: Sequence[Task] = (),
-    ) -> list[np.ndarray]:
+        progress: Progress | None = None,
+        bar: bool | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
         """Generate one clip per prompt, or per class, uint8 (frames, height, width, 3), all in packs together.
 
-        `sizes` is (frames, height, width), one for all or one each; 1 frame is an image. `sampling` says how, by
+        A single prompt, a str, gives the clip itself; a sequence gives a list of clips.
+        `sizes` is (frames, height, width), one for all or one each, by default that of the run's first preview; 1 frame
+        is an image. `sampling` says how, by
         default as the run's config does; steps, guidance (1 is none; one for all or one each) and solver change it.
         `negative` is what guidance leads away from. `clip_ids` key the noise (default 1, 2, ...): the same (seed, clip
         id, prompt, size) gives the same clip beside any others. tiles: larger clips are decoded in tiles. tasks: what
         is known of the clips, from `generate.tasks`, one for all or one each; sizes are then left out.
+
+        progress(done, total) is called with the denoising steps that are done, first with 0, then about four times a
+        second; an exception that it raises ends the sampling. bar: show a bar; None: in a notebook or a terminal,
+        unless there is `progress`. Neither changes a clip.
 
         Warns of what the run does not read of the prompts, and of words and sizes that are far from its training.
 
@@ -85,13 +101,17 @@ class Run(TrainedDenoiser):
             NotFinite: a clip has values that are NaN or infinite.
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
+        one = isinstance(prompts, str)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        sizes = sizes or () if tasks else sizes or self.config.preview.sizes[:1]
         wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids, tasks)
         check_seed(seed)
         requests = self.plan(wanted, sampling)
         self.learnt.check_spelt(requests)
         for line in self.learnt.doubts(requests):
             warnings.warn(line, stacklevel=2)
-        return self.sample(requests, sampling, seed, tiles, tasks)
+        clips = self.sample(requests, sampling, seed, tiles, tasks, progress, bar)
+        return clips[0] if one else clips
 
     @property
     def learnt(self) -> Learnt:
@@ -109,9 +129,11 @@ class Run(TrainedDenoiser):
         seed: int,
         tiles: TilingConfig = TilingConfig(),
         tasks: Sequence[Task] = (),
+        progress: Progress | None = None,
+        bar: bool | None = False,
     ) -> list[np.ndarray]:
-        """Generate the clips of requests that `plan_requests` made, of these tasks."""
-        clips = dict(self.stream(requests, sampling, seed, tiles, tasks))
+        """Generate the clips of requests that `plan_requests` made, of these tasks; progress, bar: as in `generate`."""
+        clips = dict(self.stream(requests, sampling, seed, tiles, tasks, progress, bar))
         return [clips[number] for number in range(len(requests))]
 
     def stream(
@@ -121,6 +143,8 @@ class Run(TrainedDenoiser):
         seed: int,
         tiles: TilingConfig = TilingConfig(),
         tasks: Sequence[Task] = (),
+        progress: Progress | None = None,
+        bar: bool | None = False,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the clips of `sample`, each with the number of its request, as batches of packs are done.
 
@@ -130,7 +154,7 @@ class Run(TrainedDenoiser):
         """
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         each = list(tasks) * len(requests) if len(tasks) == 1 else list(tasks)
-        batches = sample_batches(self, requests, sampling, seed)
+        batches = sample_batches(self, requests, sampling, seed, Watch(progress, bar))
         with jax.set_mesh(self.mesh):  # not around `yield`: the caller may set another
             wait = next(batches, None)
         while wait is not None:
@@ -186,6 +210,8 @@ class Run(TrainedDenoiser):
         sampling: SamplingConfig,
         seed: int,
         tiles: TilingConfig = TilingConfig(),
+        progress: Progress | None = None,
+        bar: bool | None = False,
     ) -> list[Iterator[np.ndarray]]:
         """Generate clips longer than the model was trained on: each in parts, in order.
 
@@ -196,7 +222,8 @@ class Run(TrainedDenoiser):
         tile_grid(self.autoencoder.config, parts)  # UserError where it takes no such tile
         with jax.set_mesh(self.mesh):
             sample = sample_rolling if windows.rolls else sample_long
-            latents = sample(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed)
+            watch = Watch(progress, bar)
+            latents = sample(self, requests, windows, self.autoencoder.config.time_factor, sampling, seed, watch)
         names = list(map(str, requests))
         _check_finite(latents, names)
         return [self._parts(z, parts, name) for z, name in zip(latents, names, strict=True)]

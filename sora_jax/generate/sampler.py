@@ -114,7 +114,7 @@ def _wait(
     model: TrainedDenoiser,
     batch: _Batch,
     pack: Pack,
-    solve: Callable[[SolveState, int], tuple[jax.Array, SolveState]],
+    solve: Callable[[SolveState, np.int32], tuple[jax.Array, SolveState]],
     found: tuple[jax.Array, SolveState],
     steps: tuple[int, int],
     count: Callable[[int], None],

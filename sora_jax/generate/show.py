@@ -1,4 +1,4 @@
-"""Show clips in a notebook."""
+"""Show clips in a notebook, and save them to files."""
 
 import base64
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.viewing.write import write_video
+from sora_jax.data.viewing.write import watchable_scale, write_video
 from sora_jax.errors import UserError
 from sora_jax.generate.preview import scale_of
 
@@ -37,6 +37,16 @@ def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps
     captions = [""] * len(clips) if captions is None else captions
     check(len(captions) == len(clips), f"there are {len(clips)} clips and {len(captions)} captions; give one for each")
     return HTML("".join(_figure(clip, str(caption), fps) for clip, caption in zip(clips, captions, strict=True)))
+
+
+def save(clip: np.ndarray, path: str | Path, fps: float = 8.0, upscale: int | None = None) -> Path:
+    """Write a clip, uint8 (frames, height, width, 3), as .mp4, .gif, .webp or, of one frame, .png; return the path.
+
+    upscale: whole factor that enlarges pixels; None: so that a tiny clip can be watched. UserError for other endings.
+    """
+    check(upscale is None or upscale >= 1, f"upscale is {upscale}; it must be at least 1")
+    clip = np.asarray(clip)
+    return write_video(path, clip, fps, watchable_scale(clip) if upscale is None and clip.ndim == 4 else upscale or 1)
 
 
 def _figure(clip: np.ndarray, caption: str, fps: float) -> str:
