@@ -15,7 +15,9 @@ from sora_jax.config import check
 from sora_jax.demo.fields import Limits
 from sora_jax.demo.studio import Parse, Studio
 from sora_jax.errors import UserError
+from sora_jax.files import as_path
 from sora_jax.generate.run import load_run
+from sora_jax.train.exported import USUAL, run_folder
 
 MISSING = "gradio is not installed; it must be, for the page: pip install 'sora_jax[demo]'"
 FONTS = ["system-ui", "sans-serif"]
@@ -31,7 +33,7 @@ class Address:
     open: bool = False  # in a browser of this machine
 
 
-def serve(workdir: Path, parse: Parse, address: Address = Address(), limits: Limits = Limits()) -> None:
+def serve(workdir: Path | None, parse: Parse, address: Address = Address(), limits: Limits = Limits()) -> None:
     """Serve the page of a run until the process is interrupted.
 
     Raises:
@@ -45,10 +47,11 @@ def serve(workdir: Path, parse: Parse, address: Address = Address(), limits: Lim
         threading.Event().wait()
 
 
-def open_studio(workdir: Path, parse: Parse, limits: Limits = Limits()) -> Studio:
-    """Load a run for the page."""
-    name = workdir.name if workdir.is_absolute() else str(workdir)
-    return Studio(load_run(workdir), name, workdir, parse, limits)
+def open_studio(workdir: Path | None, parse: Parse, limits: Limits = Limits()) -> Studio:
+    """Load a run for the page; None: the model that comes with the package."""
+    given = as_path(USUAL) if workdir is None else workdir
+    name = given.name if given.is_absolute() else str(given)
+    return Studio(load_run(workdir), name, run_folder(workdir), parse, limits)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from sora_jax.files import as_path
 from sora_jax.parsers.base import make_parser
 
 EXAMPLE = (
-    "examples:\n  sora-jax demo --workdir=runs/quickstart/transformer --open\n"
+    "examples:\n  sora-jax demo --open\n"
     "  sora-jax demo --workdir=runs/video --host=0.0.0.0 --queue=8 --max-steps=50"
 )
 
@@ -15,7 +15,8 @@ EXAMPLE = (
 def add_demo(commands, parse: Callable[[list[str]], argparse.Namespace]) -> None:
     """Add the command `demo`; parse: reads a command line, as the page makes clips by that of `sample`."""
     p = make_parser(commands.add_parser, "demo", help="show a run as a web page (extra [demo])", epilog=EXAMPLE)
-    p.add_argument("--workdir", type=as_path, required=True, help="run folder of a trained denoiser that reads text")
+    about = "run folder, exported model, or the name of one that comes with the package (default: world)"
+    p.add_argument("--workdir", type=as_path, help=about)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine")
     p.add_argument("--port", type=int, default=7860, help="port to listen at")
     p.add_argument("--open", action="store_true", help="open the page in a browser of this machine")
