@@ -7,8 +7,7 @@ from sora_jax.files import as_path
 from sora_jax.parsers.base import make_parser
 
 EXAMPLE = (
-    "examples:\n  sora-jax demo --open\n"
-    "  sora-jax demo --workdir=runs/video --host=0.0.0.0 --queue=8 --max-steps=50"
+    "examples:\n  sora-jax demo --open\n  sora-jax demo --workdir=runs/video --host=0.0.0.0 --queue=8 --max-steps=50"
 )
 
 
