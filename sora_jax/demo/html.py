@@ -26,6 +26,7 @@ footer {display: none !important}
 .html-container {padding: 0 !important}
 .sora-head h1 {font-size: 1.55rem; margin: 0}
 .sora-head p, .sora-learnt p, .sora-heading span {margin: .2rem 0; color: var(--body-text-color-subdued)}
+button[role="tab"] {padding-left: 10px !important; padding-right: 10px !important}
 .sora-heading b {margin-right: .6em}
 .sora-clip, .sora-picked img {image-rendering: pixelated}
 figure.sora {margin: 0; text-align: center; background: var(--background-fill-secondary); border-radius: 8px;
@@ -72,7 +73,7 @@ def result(clip: Clip | None) -> str:
         return '<figure class="sora"><div class="sora-empty">The clip will play here.</div></figure>'
     frames, height, width = clip.size
     size = f"{frames} frame{'s' * (frames > 1)} of {height} x {width}"
-    link = f'<a href="#" download="{html.escape(clip.name)}" onclick="{DOWNLOAD}">Download {html.escape(clip.name)}</a>'
+    link = f'<a href="#" download="{html.escape(clip.name)}" onclick="{DOWNLOAD}">Download</a>'
     return f'<figure class="sora">{player(clip)}<figcaption>{size}{link}</figcaption></figure>'
 
 

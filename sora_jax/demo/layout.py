@@ -119,37 +119,37 @@ def _tabs(studio: Studio) -> dict[str, Tab]:
         )
 
     with gr.Tab("Text"):
-        gr.Markdown("A clip of the prompt alone.")
+        _about("A clip of the prompt alone.")
         tabs["text"] = _tab("text", {}, {}, "Generate")
     with gr.Tab("Image"):
-        gr.Markdown("A clip that begins with a picture; of a clip its first frame is taken.")
+        _about("A clip that begins with a picture; of a clip its first frame is taken.")
         tabs["image"] = _tab("image", {}, {"image": _picker("image")}, "Animate the image")
     with gr.Tab("Extend"):
-        gr.Markdown("More of a clip: what comes after it, or what came before.")
+        _about("More of a clip: what comes after it, or what came before.")
         picker = _picker("video", "extend")
         with gr.Row():
             added = gr.Slider(1, most, GAP, step=1, label=LABELS["extend"], buttons=[], elem_id="extend-frames")
             side = gr.Radio([AFTER, BEFORE], value=AFTER, label="Where", elem_id="extend-side")
         tabs["extend"] = _tab("extend", {"extend": added, "side": side}, {"video": picker}, "Extend the clip")
     with gr.Tab("Loop"):
-        gr.Markdown("A clip without an end: of the prompt alone, or from the end of a clip back to its beginning.")
+        _about("A clip without an end: of the prompt alone, or from the end of a clip back to its beginning.")
         picker = _picker("video", "loop")
         tabs["loop"] = _tab("loop", {"gap": gap("loop", "Frames to make")}, {"video": picker}, "Make a loop")
     with gr.Tab("Connect"):
-        gr.Markdown("What lies between two clips of one shape.")
+        _about("What lies between two clips of one shape.")
         pickers = {"first": _picker("first"), "second": _picker("second")}
         tabs["connect"] = _tab("connect", {"gap": gap("connect", LABELS["gap"])}, pickers, "Connect the clips")
     with gr.Tab("In-paint"):
-        gr.Markdown("A part of a clip is made anew, the rest stays.")
+        _about("A part of a clip is made anew, the rest stays.")
         picker = _picker("video", "fill")
         area = gr.Radio([*AREAS, WIDER, OWN], value=next(iter(AREAS)), label="What is made anew", elem_id="fill-area")
         with gr.Column(visible=False) as own:
-            gr.Markdown("A picture that is white where the clip is made anew:")
+            _about("A picture that is white where the clip is made anew:")
             mask = _picker("mask")
         area.change(lambda area: gr.update(visible=area == OWN), area, own, queue=False, api_visibility="private")
         tabs["fill"] = _tab("fill", {"area": area}, {"video": picker, "mask": mask}, "In-paint")
     with gr.Tab("Edit"):
-        gr.Markdown("Another clip of the same layout. Say what the clip shows now, and only what differs is changed.")
+        _about("Another clip of the same layout. Say what the clip shows now, and only what differs is changed.")
         picker = _picker("video", "edit")
         about = "may stay empty"
         shows = gr.Textbox(label=LABELS["from-prompt"], info=about, max_lines=2, elem_id="edit-from")
@@ -159,7 +159,7 @@ def _tabs(studio: Studio) -> dict[str, Tab]:
         )
         tabs["edit"] = _tab("edit", {"from-prompt": shows, "strength": strength}, {"video": picker}, "Edit the clip")
     with gr.Tab("Long"):
-        gr.Markdown("A clip far longer than those of training, made window by window; it may turn to a second prompt.")
+        _about("A clip far longer than those of training, made window by window; it may turn to a second prompt.")
         top, start = 1 + 20 * usual // factor * factor, 1 + 4 * usual // factor * factor
         long = gr.Slider(1, top, start, step=factor, label=LABELS["long"], buttons=[], elem_id="long-frames")
         with gr.Row():
@@ -168,6 +168,11 @@ def _tabs(studio: Studio) -> dict[str, Tab]:
             at = gr.Slider(factor, top, middle, step=factor, label=LABELS["at"], buttons=[], elem_id="long-at")
         tabs["long"] = _tab("long", {"long": long, "then": then, "at": at}, {}, "Make the long clip")
     return tabs
+
+
+def _about(text: str) -> None:
+    """Say what a tab does; Gradio's Markdown would load a parser for it, which takes longer than the page."""
+    gr.HTML(f"<p>{text}</p>")
 
 
 def _tab(task: str, fields: Mapping[str, Any], pickers: Mapping[str, Picker], button: str) -> Tab:
