@@ -227,6 +227,9 @@ def test_examples_are_the_prompts_of_the_previews(studio):  # noqa: F811
     own.prepare()
     assert own.ready.is_set()
     assert [(clip.prompt, clip.size) for clip in own.examples] == own.prompts
+    small = Studio(studio.run, "x", studio.folder, cli.parsed, Limits(pixels=16 * 24 * 8))
+    small.prepare()  # the first preview is too large
+    assert small.ready.is_set() and small.examples == []
     assert own.prompts == [("a red square moves right", (9, 16, 24)), ("a green square", (1, 16, 16))]
 
 

@@ -76,7 +76,7 @@ class Limits:
 
     pixels: int = 1_000_000  # frames x height x width of a clip that is made
     steps: int = 100  # denoising steps
-    seconds: float = 120.0  # time of one clip, compilation included
+    seconds: float = 120.0  # time of one clip, beside what is compiled for it
     megabytes: int = 8  # size of a file that is uploaded
     frames: int = 256  # frames of a clip that is uploaded
     letters: int = 500  # length of a text

@@ -149,6 +149,8 @@ class Studio:
             for prompt, (frames, height, width) in self.prompts[:EXAMPLES]:
                 values = {"prompt": prompt, "frames": frames, "size": f"{height} x {width}", "seed": 0}
                 self.examples = [*self.examples, self.make("text", values)]
+        except UserError as error:  # the limits do not allow the sizes of the previews
+            print(f"sora-jax: there are no more examples: {error}", file=sys.stderr)
         finally:
             self.ready.set()
 
@@ -195,13 +197,19 @@ class Studio:
         return max(1, WATCHED // max(chosen[0].size[1:] if chosen else sides_of(values.get("size"))))
 
     def _watched(self, visitor: str, progress: Progress | None) -> Progress:
-        """Return a progress callback that ends what was cancelled, or takes too long."""
-        end, most = time.monotonic() + self.limits.seconds, self.limits.seconds
+        """Return a progress callback that ends what was cancelled, or takes too long.
+
+        The time begins with the first step that is done: before it the program may be compiled, once for all visitors.
+        """
+        start, most = 0.0, self.limits.seconds
 
         def watch(done: int, total: int) -> None:
+            nonlocal start
             if visitor in self._cancelled:
                 raise Cancelled
-            check(time.monotonic() < end, f"The clip takes longer than {most:g} s; take fewer frames or steps")
+            start = start or (time.monotonic() if done else 0.0)
+            spent = time.monotonic() - start if start else 0.0
+            check(spent <= most, f"The clip takes longer than {most:g} s; take fewer frames or steps")
             if progress:
                 progress(done, total)
 
