@@ -15,6 +15,7 @@ from sora_jax.parsers.completion import add_completion
 from sora_jax.parsers.configs import add_configs
 from sora_jax.parsers.curves import add_curves
 from sora_jax.parsers.data import add_data
+from sora_jax.parsers.demo import add_demo
 from sora_jax.parsers.doctor import add_doctor
 from sora_jax.parsers.evaluate import add_evaluate
 from sora_jax.parsers.export import add_export
@@ -108,6 +109,7 @@ def make_parser() -> base.Parser:
     add_evaluate(commands)
     add_curves(commands)
     add_doctor(commands)
+    add_demo(commands, parsed)
     add_export(commands)
     _convert(commands)
     _plan(commands)
