@@ -20,7 +20,8 @@ release = sora_jax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 root_doc = INDEX
 include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/api/*.rst", "experiments/**.md"]
-exclude_patterns = [".*", "build", "data", "dist", "runs", "sora_jax", "tests", "docs/_*", "experiments/*/card.md"]
+exclude_patterns = [".*", "build", "data", "dist", "runs", "sora_jax", "tests", "docs/_*"]
+exclude_patterns += ["experiments/*/card.md", "experiments/demo"]
 
 myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 4

@@ -115,7 +115,7 @@ class Studio:
     def make(self, task: str, values: Values, visitor: str = "", progress: Progress | None = None) -> Clip:
         """Make the clip that the fields of a tab ask for.
 
-        values: of the fields, by the names of `fields.LABELS`; clips that were chosen are `Clip`s.
+        values: of the fields, by the names of `fields.LABELS`; each clip that was chosen is a `Clip`.
 
         Raises:
             UserError: the fields, or the limits, do not allow it; the sentence is one for the page.
