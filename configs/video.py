@@ -186,9 +186,9 @@ def small():
     optim.b2 = 0.95
     optim.ema = (0.995,)
 
-    config.loop.steps = 2500
+    config.loop.steps = 1500
     config.loop.save_every = 250
-    config.loop.preview_every = 500
+    config.loop.preview_every = 300
 
     config.preview.sizes = ((9, 64, 64),)
     return config
