@@ -260,7 +260,7 @@ def test_a_port_that_is_taken_and_a_missing_gradio_are_one_sentence(monkeypatch)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"^--port is {port}; it must be free on 127.0.0.1, and another program"):
+        with pytest.raises(UserError, match=rf"^--port is {port}; another program has it on 127.0.0.1: it must"):
             check_address(Address(port=port))
     check_address(Address(port=port))
     with pytest.raises(UserError, match=r"^--host is 'nowhere.invalid'; it must be an address of this machine"):

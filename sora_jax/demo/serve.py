@@ -105,5 +105,5 @@ def check_address(address: Address) -> None:
         except PermissionError as error:
             raise UserError(f"--port is {address.port}; it must be 1024 or more for this user") from error
         except OSError as error:
-            taken = f"--port is {address.port}; it must be free on {address.host}, and another program has it"
-            raise UserError(f"{taken}: such as {address.port + 1}") from error
+            taken = f"--port is {address.port}; another program has it on {address.host}"
+            raise UserError(f"{taken}: it must be a free one, such as {address.port + 1}") from error
