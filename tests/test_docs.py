@@ -71,7 +71,7 @@ LINES = [line.strip() for _, block in SHELL for line in block.splitlines()] + NA
 COMMANDS = sorted({line for line in LINES if re.match(r"\S*sora-jax |.*&& \S*sora-jax |[A-Z_]+=\S+ sora-jax ", line)})
 SCRIPTS = sorted({line for line in LINES if re.match(r"(\S+/)?python3? \S+\.py", line)})
 INSTALLS = sorted({found for line in LINES for found in re.findall(r"(?:^|/|&& |[(; ])pip (install [^&|#]+)", line)})
-TOOLS = r"\S+/(python|pytest|ruff|mypy|lint-imports|sphinx-build|jupyter) "
+TOOLS = r"\S+/(python|pytest|ruff|mypy|lint-imports|sphinx-build|jupyter)( |$)"
 OTHER_LINES = rf"python3 -m venv|export|for|mkdir|\. \.venv|\.ci/|git |{TOOLS}"
 PYTHON = [(file, i, block) for i, (file, kind, block) in enumerate(BLOCKS) if kind == "python"]
 EXECUTED = sorted({file for file, _, _ in PYTHON} - {"docs/sampling.md"})  # its runs are of other kinds: names alone
