@@ -62,8 +62,7 @@ PAGES = {file: text(file) for file in FILES}
 README = PAGES["README.md"]
 LINKED = [*FILES, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.md"))]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)\n *```$", re.MULTILINE | re.DOTALL)
-TABLE = re.compile(r"<!-- quickstart table -->\n```\n.*?\n```", re.DOTALL)  # output, not commands
-BLOCKS = [(file, kind, block) for file in LINKED for kind, block in BLOCK.findall(TABLE.sub("", text(file)))]
+BLOCKS = [(file, kind, block) for file in LINKED for kind, block in BLOCK.findall(text(file))]
 SHELL = [(file, block.replace("\\\n", " ")) for file, kind, block in BLOCKS if kind == ""]
 CONFIGS = [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*/config.py")]
 # Of the docstring of a config: indented lines, with a remark behind two blanks or none.
@@ -72,7 +71,7 @@ LINES = [line.strip() for _, block in SHELL for line in block.splitlines()] + NA
 COMMANDS = sorted({line for line in LINES if re.match(r"\S*sora-jax |.*&& \S*sora-jax |[A-Z_]+=\S+ sora-jax ", line)})
 SCRIPTS = sorted({line for line in LINES if re.match(r"(\S+/)?python3? \S+\.py", line)})
 INSTALLS = sorted({found for line in LINES for found in re.findall(r"(?:^|/|&& |[(; ])pip (install [^&|#]+)", line)})
-TOOLS = r"\S+/(python|pytest|ruff|mypy|lint-imports|sphinx-build|jupyter) "
+TOOLS = r"\S+/(python|pytest|ruff|mypy|lint-imports|sphinx-build|jupyter)( |$)"
 OTHER_LINES = rf"python3 -m venv|export|for|mkdir|\. \.venv|\.ci/|git |{TOOLS}"
 PYTHON = [(file, i, block) for i, (file, kind, block) in enumerate(BLOCKS) if kind == "python"]
 EXECUTED = sorted({file for file, _, _ in PYTHON} - {"docs/sampling.md"})  # its runs are of other kinds: names alone
@@ -120,6 +119,11 @@ def test_each_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the pages say that commands are given
     words = shlex.split(command.rpartition("&&")[2].replace("=gs://", "=/"))  # what reads gs:// is an extra
     words = words[[Path(word).name for word in words].index("sora-jax") + 1 :]
+    if "--help" in words:
+        with pytest.raises(SystemExit) as shown:
+            cli.parsed(words)
+        assert not shown.value.code
+        return
     options = cli.parsed(words)
     override(SamplingConfig(), getattr(options, "sampling", []), "sampling")
     if file := getattr(options, "config", None):
