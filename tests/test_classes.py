@@ -90,6 +90,7 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
         "--size=16",
         "--steps=2",
         "--guidance=1.5",
+        "--upscale=1",
     ]
     assert run(*command) == 0
     found = trained / "samples" / "classes.png"

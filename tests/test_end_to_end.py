@@ -32,7 +32,7 @@ def test_every_stage_leaves_what_it_promises(chain):  # noqa: F811
 @pytest.mark.parametrize("ending", ["mp4", "gif", "webp"])
 def test_sampled_clips_are_files_of_the_size_asked_for(chain, tmp_path, ending):  # noqa: F811
     out = tmp_path / "new" / f"clip.{ending}"
-    size = ["--frames=5", "--height=16", "--width=24", "--steps=2", "--fps=8"]
+    size = ["--frames=5", "--height=16", "--width=24", "--steps=2", "--fps=8", "--upscale=1"]
     assert run("sample", f"--workdir={chain.transformer}", "--prompt=a red square", *size, f"--out={out}") == 0
     clip = decode(out)
     assert clip.frames.shape == (5, 16, 24, 3) and abs(clip.fps - 8) < 0.5

@@ -72,7 +72,7 @@ def test_other_captions_leave_the_oracle_out(chain, tmp_path, capsys):  # noqa: 
         (["runs/a", "--count=0"], "--count is 0; it must be at least 1"),
         (["runs/a", "--frames=1"], "--frames is 1; it must be at least 2"),
         (["runs/a", "--seed=-1"], "--seed is -1; it must be from 0 to 4294967295"),
-        (["runs/a"], "RUN is 'runs/a'; it must be a run folder, and there is no config.json in it"),
+        (["runs/a"], "RUN is 'runs/a'; there is no config.json, so it is not a run folder"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(capsys, options, words):

@@ -348,6 +348,7 @@ def test_the_commands_train_and_sample_with_guides(chain, guided_cache, clip, tm
     write_video(tmp_path / "a.png", clip[:1], 6.0)
     write_video(tmp_path / "b.png", clip[8:], 6.0)
     common = [f"--workdir={workdir}", "--steps=2", "--prompt=a red square", "--frames=9", "--keep-pixels"]
+    common.append("--upscale=1")
     options = [f"--image={tmp_path / 'a.png'}", f"--image={tmp_path / 'b.png'}@7", f"--sketch={tmp_path / 'b.png'}@4"]
     assert run("sample", *common, *options, "--edges", f"--out={tmp_path / 'made.gif'}") == 0
     made = decode(tmp_path / "made.gif").frames

@@ -194,7 +194,8 @@ def test_replacement_does_not_roll(sampled):
 
 def test_the_command_rolls_and_is_repeated(chain, tmp_path, capfd):  # noqa: F811
     out, again = tmp_path / "long.gif", tmp_path / "again.gif"
-    common = [f"--workdir={chain.transformer}", f"--prompt={RED}", "--steps=2", "--height=16", "--width=24"]
+    size = ["--upscale=1", "--height=16", "--width=24"]
+    common = [f"--workdir={chain.transformer}", "--steps=2", *size, f"--prompt={RED}"]
     assert run("sample", *common, "--frames=25", "--window=17", "--long=rolling", f"--out={out}") == 0
     told = capfd.readouterr().err
     assert "windows of 5 latent frames, 2 of them carried, 2 rolling" in told

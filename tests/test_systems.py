@@ -100,6 +100,7 @@ def test_a_strangers_network_is_sampled(toy_run, tmp_path, capsys):
         "--width=24",
         "--steps=2",
         "--guidance=1",
+        "--upscale=1",
     ]
     assert run(*sample, f"--out={out}") == 0
     assert decode(out).frames.shape == (5, 16, 24, 3)

@@ -276,7 +276,8 @@ def test_the_command_does_each_task(chain, files):  # noqa: F811
     }
     for name, (options, shape) in cases.items():
         out = files / f"{name}.mp4"
-        common = [f"--workdir={chain.transformer}", f"--out={out}", "--steps=2", "--prompt=a red square"]
+        common = [f"--workdir={chain.transformer}", f"--out={out}", "--steps=2", "--upscale=1"]
+        common += ["--prompt=a red square"]
         assert run("sample", *common, *options) == 0, name
         made = decode(out)
         assert made.frames.shape[:3] == shape, name
@@ -392,7 +393,8 @@ def test_an_image_keeps_its_recipe_and_changes_are_taken(chain, tmp_path, capfd)
 
 def test_a_table_of_prompts_says_more_of_each_clip(chain, tmp_path, capfd):  # noqa: F811
     """A row's values are those of the options of a command for that clip alone."""
-    common = [f"--workdir={chain.transformer}", "--steps=2", "--height=16", "--width=24", "--frames=5"]
+    size = ["--upscale=1", "--height=16", "--width=24", "--frames=5"]
+    common = [f"--workdir={chain.transformer}", "--steps=2", *size]
     (tmp_path / "rows.csv").write_text('prompt,frames,guidance,clip_id\na red square,9,1,1\n"a blue, square",,,1\n')
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a red square", "frames": 9, "guidance": 1, "clip_id": 1}\n')
     out = tmp_path / "table.gif"

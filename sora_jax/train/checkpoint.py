@@ -1,6 +1,7 @@
 """Save and restore checkpoints by Orbax: asynchronous, complete or absent, checked when read.
 
-The only file that imports orbax.
+The only file that imports orbax; where it is used, since that takes as long as importing JAX, and exported models need
+none.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import serialization
 
 from sora_jax.config import check
@@ -43,6 +43,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None = None, best: int = 0, option: str = "--checkpoint"):
+        import orbax.checkpoint as ocp
+
         folder = as_path(folder)
         self._folder, self._writes, self._option = folder, keep is not None, option
         self._damaged: set[int] = set()
@@ -88,6 +90,8 @@ class Checkpoints:
 
         metric: ranks checkpoints, smaller is better. UserError if there is no room, or if the previous save has failed.
         """
+        import orbax.checkpoint as ocp
+
         if self.latest() == step:
             return
         _check_room(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
@@ -235,6 +239,8 @@ class Checkpoints:
         return (self._folder / str(step) / ARRAYS).exists()
 
     def _load(self, step: int, trees: dict, notes: tuple[str, ...]) -> dict:
+        import orbax.checkpoint as ocp
+
         items = {name: ocp.args.StandardRestore(_like(tree)) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonRestore() for name in notes}
         return dict(self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items)).items())
@@ -254,6 +260,8 @@ class Checkpoints:
 
 
 def _policy(keep: int, best: int):
+    import orbax.checkpoint as ocp
+
     policies = ocp.checkpoint_managers
     newest = policies.LatestN(keep)
     if not best:
@@ -363,6 +371,8 @@ def _like(tree):
 
 def save_tree(folder: Path, tree: dict) -> None:
     """Save a tree of arrays in a folder of its own, in place of what is there; all processes take part."""
+    import orbax.checkpoint as ocp
+
     folder = folder if is_remote(folder) else as_path(folder).absolute()
     if distributed.first() and folder.exists():
         remove_folder(folder)
@@ -373,6 +383,8 @@ def save_tree(folder: Path, tree: dict) -> None:
 
 def restore_tree(folder: Path, like: dict) -> dict:
     """Restore what `save_tree` saved, in the structure and shardings of `like`."""
+    import orbax.checkpoint as ocp
+
     folder = folder if is_remote(folder) else as_path(folder).absolute()
     with _one_sentence(f"the weights in {folder} cannot be read"), ocp.StandardCheckpointer() as reader:
         return reader.restore(folder, like)
