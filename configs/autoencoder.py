@@ -27,6 +27,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 
+VARIANTS = ("base", "kl4", "kl16")
+
 
 def get_config(variant: str = "base"):
     return choose("variant of configs/autoencoder.py", variant or "base", {"base": base, "kl4": kl4, "kl16": kl16})()

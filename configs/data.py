@@ -22,6 +22,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.data.sources import SourceConfig
 
+VARIANTS = ("video", "mixed", "navit", "labels")
+
 
 def get_config(variant: str = "video"):
     variants = {"video": video, "mixed": mixed, "navit": navit, "labels": labels}

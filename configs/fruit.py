@@ -23,6 +23,8 @@ from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.reconstruction import LossConfig
 
+VARIANTS = ("transformer", "autoencoder")
+
 PREVIEW = (
     "a green apple rotating on a white background",
     "a red cherry tomato rotating on a white background",

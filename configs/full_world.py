@@ -18,6 +18,8 @@ experiments/consistency/README.md.
 from sora_jax.config import choose, load
 from sora_jax.quickstart import default_config
 
+VARIANTS = ("", "tiny")
+
 PROMPTS = (
     ("a red circle moves right in front of a blue square on a plain white background", (9, 36, 48)),
     ("a yellow ring moves up in front of a purple cross on a plain black background", (9, 48, 36)),

@@ -17,6 +17,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("transformer", "fixed", "autoencoder")
+
 
 def get_config(variant: str = "transformer"):
     variants = {"transformer": transformer, "fixed": fixed, "autoencoder": autoencoder}

@@ -20,6 +20,8 @@ from sora_jax.train.autoencoder import StageConfig
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.reconstruction import LossConfig
 
+VARIANTS = ("", "short", "tiny")
+
 PROMPTS = (
     ("a red circle moves right on a plain white background", (9, 24, 36)),
     ("a blue square moves up on a plain grey background", (9, 36, 24)),

@@ -23,6 +23,9 @@ from sora_jax.config import check, choose, to_config_dict
 from sora_jax.models.transformer import SIZES
 from sora_jax.train.denoiser import DenoiserRun
 
+# Of 256 pixels; the docstring names further words.
+VARIANTS = ("XL/2", "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/4", "XL/8")
+
 PATHS = {"linear": "linear_flow", "trigonometric": "trigonometric"}
 PATCHES = ("2", "4", "8")
 PIXELS = ("256", "512")

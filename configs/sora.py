@@ -30,6 +30,8 @@ On more chips, raise it, or lower `mesh.fsdp` for small variants. For longer cli
 from sora_jax.config import choose, to_config_dict
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("b", "tiny", "s", "l", "xl", "3b", "14b")
+
 ENCODERS = {"umt5-base": ("google/umt5-base", 768), "umt5-xxl": ("google/umt5-xxl", 4096)}
 SIZES = {  # depth, width, heads; text encoder, width of the text; pack length, packs, fsdp
     "tiny": (2, 64, 2, None, 32, 256, 8, 1),

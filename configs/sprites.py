@@ -22,6 +22,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("transformer", "autoencoder")
+
 PREVIEW = (
     "a pixel-art character with light skin, spiky green hair, chain mail, white trousers and golden shoes, walking,"
     " facing to the right",
@@ -46,11 +48,11 @@ def autoencoder():
     config.image_share = 0.0
 
     model = config.model
-    model.time_factor = 4
-    model.space_factor = 8
-    model.latent_channels = 16
-    model.patch = (4, 4)
-    model.width = 128
+    model.time_factor = 2
+    model.space_factor = 4
+    model.latent_channels = 8
+    model.patch = (2, 2)
+    model.width = 64
     model.multipliers = (1, 2)
     model.kernels = ((1, 3, 3), (3, 1, 1))
     model.encoder_blocks = 2
@@ -68,7 +70,7 @@ def autoencoder():
     optim.b2 = 0.95
     optim.ema = (0.999,)
 
-    config.loop.steps = 4500
+    config.loop.steps = 3000
     config.loop.save_every = 500
     config.loop.preview_every = 1500
     return config
@@ -79,16 +81,16 @@ def transformer():
     config.batch = 16
 
     model = config.model
-    model.depth = 6
-    model.width = 192
-    model.heads = 6
-    model.latent_channels = 16
-    model.patch = (1, 2, 2)
+    model.depth = 5
+    model.width = 160
+    model.heads = 5
+    model.latent_channels = 8
+    model.patch = (1, 4, 4)
     model.input_skip = True
     model.sincos_positions = True
     model.position_theta = 10.0
     model.remat = "none"
-    model.unroll = 6
+    model.unroll = 5
 
     model.text.vocabulary = 256
     model.text.width = 128
@@ -97,11 +99,21 @@ def transformer():
     config.tokenizer.max_tokens = 44
 
     packing = config.packing
-    packing.length = 96
+    packing.length = 160
     packing.slots = 2
     packing.text_length = 88
+    packing.rows_per_clip = 6  # the token frames of 9 frames, and one row for what is given
 
-    config.diffusion.times.base_tokens = 12
+    config.diffusion.times.base_tokens = 20
+
+    given = config.diffusion.given
+    given.first = 0.1
+    given.last = 0.05
+    given.ends = 0.05
+    given.frames = 0.05
+    given.boxes = 0.05
+    given.levels = 0.05
+    given.headless = 0.05
 
     optim = config.optim
     optim.learning_rate = 2e-3
@@ -110,7 +122,7 @@ def transformer():
     optim.b2 = 0.95
     optim.ema = (0.995,)
 
-    config.loop.steps = 2500
+    config.loop.steps = 3000
     config.loop.save_every = 250
     config.loop.preview_every = 500
 

@@ -14,6 +14,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("transformer", "autoencoder")
+
 
 def get_config(variant: str = "transformer"):
     return choose("the variant in --config", variant, {"autoencoder": autoencoder, "transformer": transformer})()
@@ -62,6 +64,7 @@ def transformer():
     packing.text_length = 48
 
     config.diffusion.times.base_tokens = 18
+    config.held_out.every = 0
 
     _short(config)
     return config

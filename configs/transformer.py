@@ -15,6 +15,8 @@ from sora_jax.config import choose, to_config_dict
 from sora_jax.models.transformer import SIZES
 from sora_jax.train.denoiser import DenoiserRun
 
+VARIANTS = ("B", "S", "L", "XL")
+
 
 def get_config(variant: str = "B"):
     depth, width, heads = choose("variant of configs/transformer.py", variant or "B", SIZES)

@@ -1,37 +1,62 @@
-"""Train text to video on real videos and images at their own aspect ratios, on a laptop or one accelerator.
+"""Train text to video on real videos and images at their own aspect ratios: a small form, and a large one.
 
-    sora-jax data build --source=folder --path=clips --out=data/video --max-frames=17 --multiple=16 --max-pixels=16384
+The small form takes about an hour on two CPU cores in all, and minutes on one accelerator:
+
+    sora-jax data build --config=configs/video.py:small_data --path=clips --out=data/small
+    sora-jax data inspect data/small --out=look
+    sora-jax train --config=configs/video.py:small_autoencoder --workdir=runs/small_autoencoder --config.data=data/small
+    sora-jax data encode --autoencoder=runs/small_autoencoder --data=data/small --out=data/small_latents
+    sora-jax train --config=configs/video.py:small --workdir=runs/small --config.latents=data/small_latents
+    sora-jax sample --workdir=runs/small --prompt="a fox runs" --frames=9 --height=64 --width=64 --out=fox.mp4
+
+The large form takes some 14 hours on two CPU cores; it is meant for an accelerator:
+
+    sora-jax data build --config=configs/video.py:data --path=clips --out=data/video
     sora-jax train --config=configs/video.py:autoencoder --workdir=runs/video_autoencoder --config.data=data/video
     sora-jax data encode --autoencoder=runs/video_autoencoder --data=data/video --out=data/video_latents
     sora-jax train --config=configs/video.py:transformer --workdir=runs/video --config.latents=data/video_latents
-    sora-jax sample --workdir=runs/video --prompt="a photo of a sunflower" --frames=1 --height=96 --width=144 \\
-        --out=sunflower.png
+    sora-jax sample --workdir=runs/video --prompt="a fox runs" --frames=17 --height=96 --width=144 --out=fox.mp4
 
-`clips` is any folder of videos and images, each with its caption in a text file of the same name or in a
-`captions.csv`. Every clip keeps its aspect ratio: 720 x 480 becomes 144 x 96, a portrait of 720 x 1280 becomes
-96 x 160. A clip has 1 + 4 k frames, at most 17; other lengths are cut to the next shorter one.
+`clips` is any folder of videos and images, each with its caption in a text file of the same name or in a table such as
+`captions.csv`. Every clip keeps its aspect ratio: 720 x 480 becomes 80 x 48 (small) or 144 x 96.
 
-autoencoder: 4 x 8 x 8, 16 channels, width 96, a linear start. transformer (default): depth 8, width 256, patches of
-1 x 2 x 2, so at most 5 x 64 = 320 tokens a clip, in packs of 512. Hardware: two to eight CPU cores for an evening, or
-one accelerator for minutes; for more pixels raise `--max-pixels` and `--config.packing.length`. Time and PSNR: not
-measured at this size; experiments/video/README.md has a smaller run on example clips.
+|                | small_data, small_autoencoder, small           | data, autoencoder, transformer (default)         |
+|----------------|------------------------------------------------|--------------------------------------------------|
+| clips          | 1, 5 or 9 frames, at most 8 a second, 64 x 64  | 1 to 17 frames in steps of 4, 128 x 128 pixels   |
+| autoencoder    | 4 x 8 x 8, 16 channels, width 64               | 4 x 8 x 8, 16 channels, width 96                 |
+| transformer    | depth 6, width 192; at most 48 tokens a clip   | depth 8, width 256; at most 320 tokens a clip    |
+
+The configs of the data take their sizes from the two models, so that every clip fits both. For more pixels raise
+`--max-pixels`, `--max-tokens` and `--config.packing.length`. docs/own_video.md has each step with its time and picture;
+experiments/video/README.md has reconstructions.
 """
 
 from sora_jax.config import choose, to_config_dict
+from sora_jax.data.building.prepare import BuildConfig
+from sora_jax.data.sources import SourceConfig
 from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun
 
-PREVIEW = (
-    ("a photo of a sunflower", (1, 96, 144)),
-    ("a photo of a daisy", (1, 112, 112)),
-    ("a rabbit is eating a watermelon", (17, 112, 112)),
-    ("a green toy frog on a wooden table, the camera moves closer", (17, 96, 144)),
-)
+VARIANTS = ("transformer", "autoencoder", "data", "small", "small_autoencoder", "small_data")
 
 
 def get_config(variant: str = "transformer"):
-    variants = {"transformer": transformer, "autoencoder": autoencoder}
+    variants = {
+        "data": data,
+        "autoencoder": autoencoder,
+        "transformer": transformer,
+        "small_data": small_data,
+        "small_autoencoder": small_autoencoder,
+        "small": small,
+    }
     return choose("variant of configs/video.py", variant or "transformer", variants)()
+
+
+def data():
+    config = _sizes(autoencoder(), transformer(), max_frames=17)
+    config.train_config = "configs/video.py:transformer"
+    config.max_pixels = 128 * 128
+    return config
 
 
 def autoencoder():
@@ -106,9 +131,77 @@ def transformer():
     config.loop.save_every = 500
     config.loop.preview_every = 1000
 
-    config.preview.prompts = tuple(prompt for prompt, _ in PREVIEW)
-    config.preview.sizes = tuple(size for _, size in PREVIEW)
+    config.preview.clips = 8  # their captions and sizes
+    config.preview.sizes = ((17, 96, 144),)  # what `sample` makes when it is asked for no size
     config.preview.steps = "20"
 
     config.sampling.guidance.scale = 3.0
     return config
+
+
+def small_data():
+    config = _sizes(small_autoencoder(), small(), max_frames=9)
+    config.train_config = "configs/video.py:small"
+    config.max_pixels = 64 * 64
+    config.max_fps = 8.0  # so that nine frames last a second
+    config.clips_per_file = 4  # four seconds of a long video are four clips
+    return config
+
+
+def small_autoencoder():
+    config = autoencoder()
+    config.crop = (9, 32, 32)
+    config.batch = 8
+    config.model.width = 64
+    config.loop.steps = 2500
+    config.loop.save_every = 250
+    config.loop.preview_every = 500
+    return config
+
+
+def small():
+    config = transformer()
+
+    model = config.model
+    model.depth = 6
+    model.width = 192
+    model.heads = 6
+    model.position_theta = 10.0
+    model.remat = "none"
+    model.unroll = 6
+
+    model.text.depth = 1
+    config.tokenizer.max_tokens = 32
+
+    packing = config.packing
+    packing.length = 192
+    packing.slots = 24
+    packing.text_length = 256
+
+    config.diffusion.times.base_tokens = 12
+
+    optim = config.optim
+    optim.learning_rate = 2e-3
+    optim.warmup_steps = 100
+    optim.b2 = 0.95
+    optim.ema = (0.995,)
+
+    config.loop.steps = 1500
+    config.loop.save_every = 250
+    config.loop.preview_every = 300
+
+    config.preview.sizes = ((9, 64, 64),)
+    return config
+
+
+def _sizes(autoencoder, transformer, max_frames: int):
+    """Return the config of a dataset whose clips fit both models."""
+    config = BuildConfig(
+        sources=(SourceConfig("folder", "clips"),),
+        max_frames=max_frames,
+        time_factor=autoencoder.model.time_factor * transformer.model.patch[0],
+        multiple=autoencoder.model.space_factor * transformer.model.patch[1],
+        max_tokens=transformer.packing.length,
+        workers=2,
+    )
+    return to_config_dict(config)

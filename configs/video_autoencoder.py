@@ -31,6 +31,8 @@ from sora_jax.train.autoencoder import AutoencoderRun, StageConfig
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.reconstruction import LossConfig
 
+VARIANTS = ("s_4x8x8", "xs_4x8x8", "m_4x8x8", "b_4x8x8", "l_4x8x8")  # the docstring names other compressions
+
 COMPRESSIONS = {  # (time, space, channels)
     "1x8x8": (1, 8, 4),
     "2x4x4": (2, 4, 8),

@@ -1,16 +1,25 @@
 """Train and sample text-to-video models. `sora-jax COMMAND --help` shows each command with an example."""
 
 import argparse
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Sequence
 
 from sora_jax import __version__
+from sora_jax import console as terminal
 from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, storage_message
 from sora_jax.parsers import base, interrupt
+from sora_jax.parsers.completion import add_completion
+from sora_jax.parsers.configs import add_configs
+from sora_jax.parsers.curves import add_curves
 from sora_jax.parsers.data import add_data
+from sora_jax.parsers.demo import add_demo
+from sora_jax.parsers.doctor import add_doctor
 from sora_jax.parsers.evaluate import add_evaluate
 from sora_jax.parsers.export import add_export
+from sora_jax.parsers.fields import list_fields
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
 PREFIXES = {"--config.": "changes", "--sampling.": "sampling"}  # of options for fields, and what collects them
@@ -75,6 +84,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 def run(options: argparse.Namespace) -> int:
     """Call the function of the command; it imports what it needs."""
+    terminal.HABITS = terminal.Habits(getattr(options, "quiet", False), getattr(options, "json", False))
     try:
         options.function(options)
     except Stopped as stopped:
@@ -89,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 def make_parser() -> base.Parser:
     """Build the parser, with one subparser per command."""
     parser = base.make_parser(base.Parser, prog="sora-jax", description=__doc__, epilog=base.EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"sora_jax {__version__}")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the versions of sora_jax, JAX and Python")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _quickstart(commands)
     _train(commands)
@@ -97,10 +107,24 @@ def make_parser() -> base.Parser:
     add_calibrate(commands)
     add_data(commands)
     add_evaluate(commands)
+    add_curves(commands)
+    add_doctor(commands)
+    add_demo(commands, parsed)
     add_export(commands)
     _convert(commands)
     _plan(commands)
+    add_configs(commands)
+    add_completion(commands, make_parser)
     return parser
+
+
+class Version(argparse.Action):
+    """Print versions, which take no import of JAX, and end."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        jax = importlib.metadata.version("jax")
+        print(f"sora_jax {__version__}, JAX {jax}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def _quickstart(commands) -> None:
@@ -108,7 +132,9 @@ def _quickstart(commands) -> None:
     about = "train a small text-to-video model from scratch and sample it, in about ten minutes"
     p = base.make_parser(commands.add_parser, "quickstart", help=about, epilog=example)
     p.add_argument("--workdir", type=as_path, default=as_path("runs/quickstart"), help="folder for all outputs")
-    p.add_argument("--config", help="config file, such as configs/quickstart.py:short (default: configs/quickstart.py)")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{base.CONFIG} (default: configs/quickstart.py)")
+    base.add_json(p)
+    list_fields(p, usual="configs/quickstart.py")
     p.set_defaults(function=quickstart, changes=[])
 
 
@@ -125,8 +151,8 @@ def _train(commands) -> None:
         " --config.latents=data/latents --config.loop.steps=5000"
     )
     p = base.make_parser(commands.add_parser, "train", help="train an autoencoder or a denoiser", epilog=example)
-    about = "configs/FILE.py or configs/FILE.py:VARIANT; --config.a.b=VALUE overrides a field"
-    p.add_argument("--config", help=f"{about}; default: that of the run in --workdir, or of --init-from")
+    about = f"{base.CONFIG} (default: that of the run in --workdir, or of --init-from)"
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=about)
     p.add_argument("--workdir", type=as_path, required=True, help="run folder; a run found there is resumed")
     about = "begin with the averaged weights of another run, at its newest checkpoint or RUN@STEP, RUN@best"
     p.add_argument("--init-from", default="", metavar="RUN", help=about)
@@ -141,6 +167,8 @@ def _train(commands) -> None:
     p.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect it")
     p.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")
     p.add_argument("--process", type=int, metavar="I", help="index of this process, from 0, with --coordinator")
+    base.add_json(p)
+    list_fields(p)
     p.set_defaults(function=train, changes=[])
 
 
@@ -163,7 +191,8 @@ def train(options) -> None:
         distributed.start(*others)
     prepare_jax()
     if options.dry_run:
-        print(dry_run.describe(config, options.workdir))
+        found = dry_run.describe(config, options.workdir)
+        terminal.result(found, dry_run.as_text(found))
     else:
         (run.finish if options.finish else run.train)(config, options.workdir)
 
@@ -182,8 +211,8 @@ def sample(options) -> None:
         options.clip, options.rows = recipe["clip"], recipe["rows"]
     prepare_jax()
     with named_as_typed(options.arguments):
-        for path in command.sample(options):
-            print(path)
+        files = [str(path) for path in command.sample(options)]
+    terminal.result({"files": files}, "\n".join(files))
 
 
 def _convert(commands) -> None:
@@ -203,6 +232,7 @@ def _convert(commands) -> None:
     p.add_argument("--heads", type=int, help="with --from=dit or sit: attention heads, if the size is none of DiT's")
     p.add_argument("--workdir", type=as_path, help="with --to: run folder")
     p.add_argument("--out", type=as_path, required=True, help="run folder, file or folder to write")
+    base.add_json(p)
     p.set_defaults(function=convert)
 
 
@@ -223,7 +253,7 @@ def convert(options) -> None:
         said = convert_from(options.source, options.weights, options.out, options.autoencoder, options.heads)
     else:
         said = convert_to(options.to, options.workdir, options.out)
-    print("\n".join([*said, str(options.out)]))
+    terminal.result({"out": options.out, "notes": said}, "\n".join([*said, str(options.out)]))
 
 
 def _plan(commands) -> None:
@@ -234,13 +264,14 @@ def _plan(commands) -> None:
     )
     about = "estimate memory, FLOPs, communication and time of a run on TPUs or GPUs that are not attached"
     p = base.make_parser(commands.add_parser, "plan", help=about, epilog=example)
-    p.add_argument("--config", required=True, help="as for train; --config.a.b=VALUE overrides a field")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", required=True, help=base.CONFIG)
     about = "chip and shape of a slice, in chips: v5e:4x4, v5p:4x4x8, v6e:16x16, h100:8"
     p.add_argument("--topology", required=True, help=about)
     p.add_argument("--slices", type=int, default=1, help="number of slices (nodes of GPUs) joined by the network")
     p.add_argument("--pack-length", type=int, help="tokens per pack (default: config.packing.length)")
     p.add_argument("--what", default="train", help="train, sample (a denoiser) or autoencoder (encode and decode)")
-    p.add_argument("--json", action="store_true", help="print all figures as JSON")
+    base.add_json(p)
+    list_fields(p)
     p.set_defaults(function=plan, changes=[])
 
 

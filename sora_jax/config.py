@@ -54,9 +54,15 @@ def check(condition: object, message: str) -> None:
 
 def choose(option: str, value, table: Mapping):
     """Return table[value]; UserError that names the option and what is allowed where there is no such value."""
-    if value not in tuple(table):
-        raise UserError(f"{option} is {value!r}; allowed: {', '.join(map(repr, table))}")
+    check_word(option, value, table)
     return table[value]
+
+
+def check_word(option: str, value, allowed: Iterable) -> None:
+    """Raise UserError, which lists the words that are allowed, unless the value of an option is one of them."""
+    if value not in (words := tuple(allowed)):
+        near = did_you_mean(str(value), map(str, words))
+        raise UserError(f"{option} is {value!r}; allowed: {', '.join(map(repr, words))}{near}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -68,11 +74,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def check_option(condition: object, name: str, value: object, allowed: str) -> None:
     """Raise UserError, which names the option as it is typed, unless the condition holds."""
     check(condition, f"--{name.replace('_', '-')} is {value!r}; it must be {allowed}")
-
-
-def check_word(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise UserError unless the value of an option is one of the words that are allowed."""
-    check_option(value in allowed, name, value, " or ".join(allowed) + did_you_mean(str(value), allowed))
 
 
 def to_dict(config) -> dict:

@@ -1,5 +1,11 @@
 """Define the exceptions that end a command without a traceback: mistakes of the user, and orderly stops."""
 
+import importlib.metadata
+import re
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]  # where the package is one; else the folder that it is installed in
+
 
 class UserError(Exception):
     """Report a user's mistake in one sentence that names the option, its value and what is allowed.
@@ -38,3 +44,12 @@ class Stopped(Exception):
     def __init__(self, step: int, hint: str = "") -> None:
         super().__init__(f"stopped at step {step}; everything is saved, the same command goes on from there{hint}")
         self.step = step
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra: that of the checkout, or the packages that an installation names."""
+    if (CHECKOUT / "setup.cfg").is_file():
+        return f"pip install -e '{CHECKOUT}[{extra}]'"
+    marker = re.compile(rf"(.+?)\s*;\s*extra == ['\"]{re.escape(extra)}['\"]")
+    known = importlib.metadata.requires("sora_jax") or ()
+    return " ".join(["pip install", *(repr(found[1]) for entry in known if (found := marker.fullmatch(entry)))])

@@ -26,7 +26,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 
 REMOTE = "gs://"
 RUN_LOCK = ".lock"  # in a run folder, while a process trains there
@@ -46,7 +46,7 @@ def as_path(name: str | os.PathLike) -> Path:
         try:
             _prepare_storage()
         except ImportError as error:
-            raise UserError(f"{text!r} needs gcsfs, which is not installed: pip install 'sora_jax[gcs]'") from error
+            raise UserError(f"{text!r} needs gcsfs, which is not installed: {install_command('gcs')}") from error
         from etils import epath
 
         return epath.Path(REMOTE + text.removeprefix("gs:").lstrip("/"))

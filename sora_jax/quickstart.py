@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_jax import console
 from sora_jax.config import check, from_dict, load
 from sora_jax.config_files import package_config
 from sora_jax.data.building.build import build
@@ -73,10 +74,10 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     check_sizes(config)
     dataset = render_world(config, workdir)
     autoencoder_psnr = learn_autoencoder(config, dataset, workdir)
-    print("3/5  latents: every clip through the autoencoder, once", flush=True)
+    console.log("3/5  latents: every clip through the autoencoder, once")
     encode_dataset(workdir / "autoencoder", workdir / "world", workdir / "latents")
     learn_transformer(config, workdir)
-    print("5/5  samples", flush=True)
+    console.log("5/5  samples")
     run = load_run(workdir / "transformer")
     show_samples(config, run, workdir / "samples")
     result = evaluate(config, run, dataset, workdir)
@@ -86,7 +87,7 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     seconds = time.perf_counter() - start
     report = dataclasses.asdict(result) | {"autoencoder_psnr": autoencoder_psnr, "seconds": seconds}
     write_json(workdir / "report.json", report)
-    print(f"{seconds / 60:.1f} minutes; everything is in {workdir}")
+    console.result(report, f"{in_a_line(result)}\n{seconds / 60:.1f} minutes; everything is in {workdir}")
 
 
 def check_sizes(config: QuickstartConfig) -> None:
@@ -115,7 +116,7 @@ def default_config() -> str:
 
 def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
     """Run stage 1; its sheet of clips and captions is there within the first minute."""
-    print("1/5  the embedded world", flush=True)
+    console.log("1/5  the embedded world")
     frames = max(config.world.frames)
     held_out = round(config.clips * config.holdout)
     source = SourceConfig("world", world=config.world, limit=config.clips, world_held_out=held_out)
@@ -133,13 +134,13 @@ def render_world(config: QuickstartConfig, workdir: Path) -> Dataset:
     sheet = workdir / "world.png"
     clips = [dataset[i] for i in range(12)]
     save_png(sheet, contact_sheet([c.frames for c in clips], [c.caption for c in clips], columns=3, scale=3))
-    print(f"     look at {sheet}", flush=True)
+    console.log(f"     look at {sheet}")
     return dataset
 
 
 def learn_autoencoder(config: QuickstartConfig, dataset: Dataset, workdir: Path) -> float:
     """Run stage 2; return the PSNR in dB on held-out clips."""
-    print("2/5  autoencoder", flush=True)
+    console.log("2/5  autoencoder")
     result = workdir / "autoencoder" / FOLDER / "autoencoder.json"
     options = dataclasses.replace(config.autoencoder, data=str(workdir / "world"))
     check_workdir(workdir / "autoencoder", options)
@@ -148,13 +149,13 @@ def learn_autoencoder(config: QuickstartConfig, dataset: Dataset, workdir: Path)
     if not result.exists() or json.loads(read_text(result))["steps"] < steps:
         train(options, workdir / "autoencoder")
     found = json.loads(read_text(result))["held_out_psnr"]
-    print(f"     PSNR on held-out clips {found:.1f} dB", flush=True)
+    console.log(f"     PSNR on held-out clips {found:.1f} dB")
     return found
 
 
 def learn_transformer(config: QuickstartConfig, workdir: Path) -> None:
     """Run stage 4, with a strip of samples that grows."""
-    print(f"4/5  transformer; see it learn in {workdir / 'transformer' / 'samples' / 'progress.png'}", flush=True)
+    console.log(f"4/5  transformer; see it learn in {workdir / 'transformer' / 'samples' / 'progress.png'}")
     options = dataclasses.replace(config.transformer, latents=str(workdir / "latents"))
     train(options, workdir / "transformer")
 
@@ -169,7 +170,7 @@ def show_samples(config: QuickstartConfig, run: Run, out: Path) -> None:
             write_video(out / f"{name}.{ending}", clip, show.fps, upscale=scale_of(clip))
     save_png(out / "contact_sheet.png", contact_sheet(clips, list(show.prompts), columns=2, scale=3, shown=5))
     write_video(out / "gallery.gif", gallery(clips), show.fps)
-    print(table(show.prompts, clips))
+    console.log(table(show.prompts, clips))
 
 
 def table(prompts: Sequence[str], clips: list[np.ndarray]) -> str:
@@ -193,11 +194,14 @@ def evaluate(config: QuickstartConfig, run: Run, dataset: Dataset, workdir: Path
     show = config.show
     clips = run.generate(prompts, sizes, show.steps or None, seed=1)
     save_png(workdir / "held_out.png", contact_sheet(clips[:24], prompts[:24], columns=4, scale=2))
-    found = score(prompts, clips)
-    print(
+    return score(prompts, clips)
+
+
+def in_a_line(found: Score) -> str:
+    """Return the scores as text."""
+    return (
         f"{found.clips} held-out prompts: colour, kind and motion all right {found.triple:.0%}"
         f" (colour {found.colour:.0%}, kind {found.kind:.0%}, motion {found.motion:.0%}, count {found.count:.0%});"
         f" identity constancy {found.constancy:.2f}, physics error {found.physics_error:.3f};"
         f" shape constancy {found.shape_constancy:.0%}, edge error {found.edge_error:.3f}, speckle {found.speckle:.3f}"
     )
-    return found

@@ -138,6 +138,12 @@ class Chain:
         changes = [f"latents={self.latents}", *PREVIEWS, *PROMPTS]
         return self.made("transformer", lambda out: train_options("transformer", out, *changes))
 
+    @property
+    def quickstart(self) -> Path:
+        """Return the work folder of the quickstart in its smallest form."""
+        form = f"--config={ROOT / 'configs' / 'quickstart.py'}:tiny"
+        return self.made("quickstart", lambda out: ["quickstart", form, f"--workdir={out}"])
+
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> Chain:

@@ -4,9 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from sora_jax import cli
 from sora_jax.data.building import build as building
 from sora_jax.data.building import prepare as preparing
 from sora_jax.data.building.build import build
-from sora_jax.data.building.inspect import aspect, duration, inspect
+from sora_jax.data.building.inspect import aspect, choose_shown, duration, inspect, length
 from sora_jax.data.building.prepare import BuildConfig, hashed_split
 from sora_jax.data.draws import uniform
 from sora_jax.data.reading.media import decode
@@ -177,10 +180,10 @@ SHARES = ("2/2", "x", "1")  # which cannot be
     "option, message",
     [
         ("--max-frames=0", "--max-frames is 0; it must be at least 1"),
-        ("--missing-caption=no", "--missing-caption is 'no'; it must be refuse or empty"),
+        ("--missing-caption=no", "--missing-caption is 'no'; allowed: 'refuse', 'empty'"),
         (
             "--resolution=largst",
-            "--resolution is 'largst'; it must be largest or uniform or navit; did you mean largest?",
+            "--resolution is 'largst'; allowed: 'largest', 'uniform', 'navit'; did you mean largest?",
         ),
         ("--multiple=512", "--max-pixels is 65536; it must be at least multiple^2 = 262144"),
         *[(f"--shard={n}", f"--shard is '{n}'; it must be i/n with i from 0 to n - 1, such as 0/4") for n in SHARES],
@@ -449,6 +452,49 @@ def test_what_is_no_dataset_is_a_user_error(tmp_path):
         Dataset(tmp_path)
 
 
+def shown_rows(sizes: dict) -> list[dict]:
+    """Return rows of so many clips of each (frames, height, width), two of each file."""
+    names = ("frames", "height", "width")
+    flat = [size for size, count in sizes.items() for _ in range(count)]
+    return [dict(zip(names, size), index=i, file=f"{i // 2}.mp4") for i, size in enumerate(flat)]
+
+
+@pytest.mark.parametrize(
+    "sizes, videos, pictures",
+    [
+        ({(1, 8, 8): 3667, (9, 8, 8): 11, (5, 8, 8): 1}, 12, 12),  # all videos, though there are few
+        ({(9, 8, 8): 1000, (9, 8, 16): 2, (1, 8, 8): 50}, 18, 6),
+        ({(9, 8, 8): 5}, 5, 0),
+        ({(1, 8, 8): 5}, 0, 5),
+    ],
+)
+def test_the_sheet_shows_videos_first_and_all_sizes(sizes, videos, pictures):
+    rows = shown_rows(sizes)
+    shown = choose_shown(rows, 24, 6)
+    assert [row["frames"] > 1 for row in shown] == [True] * videos + [False] * pictures
+    assert len({row["index"] for row in shown}) == len(shown)
+    kinds = {(row["frames"], row["height"], row["width"]) for row in shown}
+    assert kinds == set(sizes)
+    many = [row["file"] for row in shown if (row["frames"], row["height"], row["width"]) == max(sizes, key=sizes.get)]
+    assert len(set(many)) == len(many) or sizes[max(sizes, key=sizes.get)] < 2 * len(many)
+
+
+def test_a_length_is_told_in_seconds():
+    assert length(17, 30.0) == "17 frames at 30 fps, 0.57 s"
+    assert length(9, 8.0) == "9 frames at 8 fps, 1.1 s"
+
+
+def test_short_clips_of_a_high_rate_are_advised_to_drop_frames(tmp_path):
+    for name, fps in (("fast", 30.0), ("slow", 8.0)):
+        video = np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3)).astype(np.uint8)
+        write_video(tmp_path / name / "clip.mp4", video, fps)
+        (tmp_path / name / "clip.txt").write_text("a clip")
+        make(tmp_path / name, tmp_path / name, multiple=8)
+    fast, slow = (inspect(tmp_path / name / "out").text for name in ("fast", "slow"))
+    assert "1 of 1 videos last less than 1 s; with --max-fps=8, 9 frames of a longer file last 1.1 s" in fast
+    assert "--max-fps" not in slow
+
+
 def test_inspect_counts_and_draws(tmp_path, folder):
     make(tmp_path, folder)
     before = {path.name: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]}
@@ -461,16 +507,17 @@ def test_inspect_counts_and_draws(tmp_path, folder):
     assert report.summary["refused"] == {"unreadable": 1, "no caption": 1}
     assert "48x40 (3)" in report.text
     assert report.summary["aspects"] == {"4:3": 3} and report.summary["durations"] == {"image": 2, "< 2 s": 1}
-    assert report.summary["tokens"] == "30 to 90, mean 50"
-    fill = {"pack_length": 180, "slots": 16, "packs": 1, "fill": round(150 / 180, 4), "advice": ""}
+    assert report.summary["tokens"] == {"min": 30, "max": 90, "mean": 50}
+    fill = {"pack_length": 180, "slots": 16, "packs": 1, "fill": round(150 / 180, 4), "clips": 3, "advice": ""}
     assert report.summary["fill"] == fill
+    assert report.text.count("fps") == 1 and list(report.summary["lengths"].values()) == [1]
     assert report.pictures == (tmp_path / "look/contact_sheet.png", tmp_path / "look/histogram.png")
     for picture in report.pictures:
         pixels = decode(picture).frames[0]
         assert pixels.shape[0] > 40 and (pixels != 255).any()
-    for length in (80, 0):
-        with pytest.raises(UserError, match=f"--pack-length is {length}; .* 90 tokens"):
-            inspect(tmp_path / "out", pack_length=length)
+    for tokens in (80, 0):
+        with pytest.raises(UserError, match=f"--pack-length is {tokens}; .* 90 tokens"):
+            inspect(tmp_path / "out", pack_length=tokens)
 
 
 def test_names_of_shapes_and_durations():
@@ -488,3 +535,17 @@ def test_every_split_but_the_trained_one_is_held_out(tmp_path):
     dataset = Dataset(tmp_path / "d")
     assert [row["split"] for row in dataset.held_out()] == ["test", "held-out", "val"]
     assert [row["index"] for row in dataset.held_out("val")] == [0, 1, 2, 3]
+
+
+def test_drawn_clips_try_the_small_form_of_own_video(tmp_path):
+    """As the pages say: without clips at hand, a folder of drawn ones is built by the same command."""
+    root = Path(__file__).parents[1]
+    script = root / "experiments" / "video" / "make_clips.py"
+    options = [f"--out={tmp_path / 'clips'}", "--count=8"]
+    subprocess.run([sys.executable, script, *options], check=True, capture_output=True)
+    config = f"--config={root / 'configs' / 'video.py'}:small_data"
+    assert cli.main(["data", "build", config, f"--path={tmp_path / 'clips'}", f"--out={tmp_path / 'out'}"]) == 0
+    rows = Dataset(tmp_path / "out").rows()
+    assert len({row["file"] for row in rows}) == 8 and all(row["captions"][0].startswith("a") for row in rows)
+    assert all(row["height"] * row["width"] <= 4096 and row["frames"] in (1, 9) for row in rows)
+    assert inspect(tmp_path / "out").summary["clips"] == len(rows) > 8  # 17 and 25 frames give several clips

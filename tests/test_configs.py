@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sora_jax.config import from_dict, load
+from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.diffusion.solvers import evaluations
 from sora_jax.errors import UserError
 from sora_jax.evaluate.consistency import in_worlds_words
@@ -23,7 +24,7 @@ VARIANTS = {
     "autoencoder.py": ["base", "kl4", "kl16"],
     "video_autoencoder.py": ["xs_4x8x8", "s_4x8x8", "m_2x4x4"],
     "transformer.py": list(SIZES),
-    "video.py": ["autoencoder", "transformer"],
+    "video.py": ["autoencoder", "transformer", "small_autoencoder", "small"],
     "sprites.py": ["autoencoder", "transformer"],
 }
 PAIRS = [(file, variant) for file, variants in VARIANTS.items() for variant in variants]
@@ -64,15 +65,34 @@ def test_without_a_variant_there_is_a_default(file):
     assert run_config(load(str(CONFIGS / file))) in [read(file, variant) for variant in VARIANTS[file]]
 
 
-@pytest.mark.parametrize("file", ["video.py", "sprites.py"])
-def test_previews_fit_the_autoencoder_and_a_pack(file):
-    autoencoder, transformer = (read(file, variant) for variant in ("autoencoder", "transformer"))
+FORMS = [("video.py", "autoencoder", "transformer"), ("video.py", "small_autoencoder", "small")]
+
+
+@pytest.mark.parametrize("file, first, second", [*FORMS, ("sprites.py", "autoencoder", "transformer")])
+def test_previews_fit_the_autoencoder_and_a_pack(file, first, second):
+    autoencoder, transformer = read(file, first), read(file, second)
     assert autoencoder.model.latent_channels == transformer.model.latent_channels
     for size in transformer.preview.sizes:
         t, h, w = latent_grid(autoencoder.model, *size)
         pt, ph, pw = transformer.model.patch
         assert h % ph == w % pw == t % pt == 0
         assert t * h * w // (pt * ph * pw) <= transformer.packing.length
+
+
+@pytest.mark.parametrize("file, first, second", FORMS)
+@pytest.mark.parametrize("change", ["", "max_pixels=None", "max_frames=17"])
+def test_clips_of_any_size_and_length_fit_the_models_that_the_config_of_the_data_is_for(file, first, second, change):
+    values = load(f"{CONFIGS / file}:{'small_' if second == 'small' else ''}data", [change] if change else [])
+    data, autoencoder, transformer = from_dict(BuildConfig, values), read(file, first), read(file, second)
+    assert run_config(load(data.train_config)) == transformer
+    for height, width, frames in ((720, 480, 1), (96, 96, 300), (1280, 720, 40), (64, 640, 9), (4320, 7680, 8)):
+        length = data.length_of(frames)
+        t, h, w = latent_grid(autoencoder.model, length, *data.size_rule(height, width, length))
+        pt, ph, pw = transformer.model.patch
+        assert h % ph == w % pw == t % pt == 0
+        assert t * h * w // (pt * ph * pw) <= transformer.packing.length
+    crop = autoencoder.crop
+    assert crop[0] <= data.max_frames and crop[1] * crop[2] <= (data.max_pixels or np.inf)
 
 
 def test_a_config_may_load_another(tmp_path):
@@ -149,9 +169,6 @@ def test_the_recipe_of_sit_is_that_of_the_paper():
 
 
 def test_the_data_configs_are_valid_and_changed_by_the_command_line():
-    from sora_jax.config import from_dict
-    from sora_jax.data.building.prepare import BuildConfig
-
     path = CONFIGS / "data.py"
     for variant in ("video", "mixed", "navit", "labels"):
         config = from_dict(BuildConfig, load(f"{path}:{variant}"))

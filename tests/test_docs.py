@@ -1,22 +1,30 @@
 """The pages say what is so: commands parse, configs load, names, links and tables exist, CI runs the README's line."""
 
+import argparse
 import ast
 import dataclasses
 import importlib
 import inspect
 import os
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 import typing
 from configparser import ConfigParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from fixtures_runs import chain, one_device  # noqa: F401
+from packaging.requirements import Requirement
 
+import sora_jax
 from sora_jax import cli
 from sora_jax.config import OneOf, from_dict, load, override
 from sora_jax.data.building.prepare import BuildConfig
+from sora_jax.data.viewing.write import write_video
 from sora_jax.diffusion.prediction import FORMS
 from sora_jax.diffusion.process import PROCESSES
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -24,6 +32,7 @@ from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.diffusion.spacing import SPACINGS
 from sora_jax.diffusion.times import QUANTILES
 from sora_jax.diffusion.weights import WEIGHTS
+from sora_jax.generate.run import load_run
 from sora_jax.kinds import KINDS, run_config
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, SEQUENCES
@@ -38,15 +47,35 @@ TESTS = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bi
 README_BYTES = 12_000
 OTHERS = {"--jaxtyping-packages", "--runner", "--select"}  # options of pytest, Beam and ruff
 
+
+def text(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def docstring(path: Path) -> str:
+    found = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
+    return re.sub(r"\\\n *", "", found)
+
+
 FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-PAGES = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+PAGES = {file: text(file) for file in FILES}
 README = PAGES["README.md"]
 LINKED = [*FILES, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [(file, kind, block) for file, page in PAGES.items() for kind, block in BLOCK.findall(page)]
-LINES = [line for _, kind, block in BLOCKS if kind == "" for line in block.splitlines()]
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)\n *```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(file, kind, block) for file in LINKED for kind, block in BLOCK.findall(text(file))]
+SHELL = [(file, block.replace("\\\n", " ")) for file, kind, block in BLOCKS if kind == ""]
+CONFIGS = [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*/config.py")]
+# Of the docstring of a config: indented lines, with a remark behind two blanks or none.
+NAMED = [line for path in CONFIGS for line in re.findall(r"^ +(sora-jax .*?)(?:  .*)?$", docstring(path), re.MULTILINE)]
+LINES = [line.strip() for _, block in SHELL for line in block.splitlines()] + NAMED
 COMMANDS = sorted({line for line in LINES if re.match(r"\S*sora-jax |.*&& \S*sora-jax |[A-Z_]+=\S+ sora-jax ", line)})
-PYTHON = [pytest.param(block, id=f"{file}-{i}") for i, (file, kind, block) in enumerate(BLOCKS) if kind == "python"]
+SCRIPTS = sorted({line for line in LINES if re.match(r"(\S+/)?python3? \S+\.py", line)})
+INSTALLS = sorted({found for line in LINES for found in re.findall(r"(?:^|/|&& |[(; ])pip (install [^&|#]+)", line)})
+TOOLS = r"\S+/(python|pytest|ruff|mypy|lint-imports|sphinx-build|jupyter)( |$)"
+OTHER_LINES = rf"python3 -m venv|export|for|mkdir|\. \.venv|\.ci/|git |{TOOLS}"
+PYTHON = [(file, i, block) for i, (file, kind, block) in enumerate(BLOCKS) if kind == "python"]
+EXECUTED = sorted({file for file, _, _ in PYTHON} - {"docs/sampling.md"})  # its runs are of other kinds: names alone
+BLOCK_KINDS = {"": "shell", "python": "executed, or its names checked", "text": "neither run nor checked"}
 
 
 def section(file: str, heading: str) -> str:
@@ -64,7 +93,7 @@ def test_the_readme_is_a_door_and_not_the_house():
 
 
 def test_the_two_lines_stand_at_the_top():
-    assert [block for file, _, block in BLOCKS if file == "README.md"][:2] == [QUICKSTART, TESTS]
+    assert [block for file, block in SHELL if file == "README.md"][:2] == [QUICKSTART, TESTS]
     assert README.startswith("# sora_jax\n")
     assert len(README[: README.index(TESTS)].splitlines()) < 25
 
@@ -90,6 +119,11 @@ def test_each_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the pages say that commands are given
     words = shlex.split(command.rpartition("&&")[2].replace("=gs://", "=/"))  # what reads gs:// is an extra
     words = words[[Path(word).name for word in words].index("sora-jax") + 1 :]
+    if "--help" in words:
+        with pytest.raises(SystemExit) as shown:
+            cli.parsed(words)
+        assert not shown.value.code
+        return
     options = cli.parsed(words)
     override(SamplingConfig(), getattr(options, "sampling", []), "sampling")
     if file := getattr(options, "config", None):
@@ -97,6 +131,82 @@ def test_each_command_is_understood(command, monkeypatch):
         checks = {cli.train: run_config, cli.plan: run_config, build: lambda v: from_dict(BuildConfig, v)}
         checks[cli.quickstart] = lambda v: from_dict(QuickstartConfig, v)
         assert checks[options.function](values)
+
+
+def test_each_line_of_a_shell_block_is_of_a_kind_that_is_checked():
+    assert {kind for _, kind, _ in BLOCKS} <= set(BLOCK_KINDS)
+    checked = {*COMMANDS, *SCRIPTS}
+    unknown = [line for line in LINES if line not in checked and not re.match(rf"({OTHER_LINES})|\S*pip install", line)]
+    assert not unknown
+
+
+def test_blocks_are_shell():
+    for file, block in SHELL:
+        assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0, (file, block)
+
+
+class Parsed(Exception):
+    """What a script raises in place of its work."""
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_each_script_takes_its_options(line, monkeypatch):
+    def parse(parser, arguments=None, namespace=None):
+        parse_known(parser, arguments, namespace)
+        raise Parsed
+
+    def parse_known(parser, arguments, namespace):
+        found, rest = parser.parse_known_args(arguments, namespace)
+        assert not rest, rest
+
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", words[script:])
+    monkeypatch.setattr(sys, "path", [str(Path(words[script]).parent), *sys.path])
+    with pytest.raises(Parsed):
+        runpy.run_path(words[script], run_name="__main__")
+
+
+@pytest.mark.parametrize("line", INSTALLS)
+def test_each_installation_is_of_something(line):
+    extras = ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    for word in shlex.split(line)[1:]:
+        if word.startswith("."):
+            named = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word).group(1)
+            assert not named or set(named.split(",")) <= set(extras["options.extras_require"])
+        elif word not in ("-e", "-q"):
+            Requirement(word)
+
+
+@pytest.fixture(scope="module")
+def quick(chain):  # noqa: F811
+    """load_run(folder) that gives the quickstart's run, in its tiny form, and samples in two steps."""
+    with one_device():
+        run = load_run(chain.quickstart / "transformer")
+    sampling = dataclasses.replace(run.config.sampling, steps="2")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, sampling=sampling))
+    return lambda folder: run
+
+
+@pytest.mark.filterwarnings("ignore")  # of words that a tiny run has not seen
+@pytest.mark.parametrize("file", EXECUTED)
+def test_python_runs_as_it_stands(file, quick, chain, tmp_path, monkeypatch):  # noqa: F811
+    """The blocks of a page in turn; a comment behind a value is its shape: `tokens = ...  # (1, 48, 72)`."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(chain.quickstart)
+    write_video(tmp_path / "clip.mp4", np.full((9, 24, 36, 3), 90, np.uint8), 8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sora_jax, "load_run", quick)
+    names: dict = {}
+    for block in (block for page, _, block in PYTHON if page == file):
+        with one_device():
+            exec(compile(block, file, "exec"), names)
+        for name, shape in re.findall(r"^ *\(?(\w+),?\)? = .*  # (\([\d, ]*\))$", block, re.MULTILINE):
+            assert np.shape(names[name]) == ast.literal_eval(shape), name
+    assert "run" in names
 
 
 def options_of(parser) -> set[str]:
@@ -122,7 +232,7 @@ def has_field(kind, path: list[str]) -> bool:
 @pytest.mark.parametrize("file", FILES)
 def test_each_option_in_the_text_exists(file):
     known = options_of(cli.make_parser()) | OTHERS
-    runs = (*(kind.config for kind in KINDS.values()), BuildConfig)
+    runs = (*(kind.config for kind in KINDS.values()), BuildConfig, QuickstartConfig)
     named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
     for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
         group, _, path = name.removeprefix("--").partition(".")
@@ -145,7 +255,7 @@ def value_of(node: ast.expr, names: dict):
     return names[node.id] if isinstance(node, ast.Name) else member(value_of(node.value, names), node.attr)
 
 
-@pytest.mark.parametrize("source", PYTHON)
+@pytest.mark.parametrize("source", [pytest.param(b, id=f"{f}-{i}") for f, i, b in PYTHON if f not in EXECUTED])
 def test_python_names_what_there_is(source):
     tree, names = ast.parse(source), {}
     for node in tree.body:
@@ -261,8 +371,10 @@ def test_the_table_of_configs_is_the_folder():
 
 
 def test_the_index_has_all_pages():
-    indexed = re.findall(r"^\| \[(\w+\.md)\]", PAGES["docs/README.md"], re.MULTILINE)
-    assert sorted([*indexed, "README.md"]) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    """The tables of docs/README.md are the navigation of the site."""
+    indexed = re.findall(r"^\| \[[^]]+\]\(([\w./-]+\.md)\)", PAGES["docs/README.md"], re.MULTILINE)
+    pages = {os.path.relpath(ROOT / file, ROOT / "docs") for file in LINKED if not file.endswith("card.md")}
+    assert sorted([*indexed, "README.md"]) == sorted(pages)
 
 
 def rooms() -> list[tuple[int, str]]:

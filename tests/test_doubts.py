@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
-from fixtures_runs import TINY, chain, run, trained  # noqa: F401
+from fixtures_runs import CLIPS, TINY, chain, run, trained  # noqa: F401
 
 from sora_jax.config import from_dict, load
 from sora_jax.data.feeding.tokenizer import Reading
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.generate.doubts import Learnt
+from sora_jax.generate.preview import own_preview
 from sora_jax.generate.requests import Known, Request
 from sora_jax.kinds import denoiser as kind
 from sora_jax.parallel.mesh import make_mesh
@@ -312,3 +313,15 @@ def test_a_clip_that_cannot_be_is_refused(chain, tmp_path, capfd, options, messa
     out = f"--out={tmp_path / 'a.png'}"
     assert run("sample", f"--workdir={chain.transformer}", "--prompt=a red square", out, *options) == 2
     assert message in capfd.readouterr().err
+
+
+def test_previews_show_clips_that_are_held_out_and_else_those_of_training(chain):  # noqa: F811
+    cache = LatentCache(chain.latents)
+    preview = own_preview(config_of(chain, **{"preview.clips": 2}), cache).preview
+    assert (preview.clips, preview.prompts, preview.sizes) == (0, ("a black square moves right",), ((9, 16, 24),))
+    others_held_out = config_of(chain, **{"preview.clips": 9, "split": "held-out"})
+    assert set(own_preview(others_held_out, cache).preview.prompts) == {caption for *_, caption, _ in CLIPS} - {
+        "a black square moves right"
+    }
+    with pytest.raises(UserError, match="preview.clips and preview.prompts or preview.classes are both given"):
+        config_of(chain, **{"preview.clips": 2, "preview.prompts": "('a',)", "preview.sizes": "((1,16,16),)"})

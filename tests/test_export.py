@@ -145,7 +145,7 @@ def test_nothing_but_an_exported_model_is_replaced(chain, models, tmp_path, caps
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["{}", "--out=x", "--dtype=float16"], "--dtype is 'float16'; it must be bfloat16 or float32"),
+        (["{}", "--out=x", "--dtype=float16"], "--dtype is 'float16'; allowed: 'bfloat16', 'float32'"),
         (["{}", "--out=x", "--checkpoint=5"], "--checkpoint is '5'"),
         (["{}", "--out=x", "--card=nowhere.md"], "--card is 'nowhere.md'; there is no such file"),
         (["wrold", "--out=x"], "models that come with the package: world; did you mean world?"),

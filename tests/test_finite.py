@@ -14,7 +14,7 @@ from sora_jax.config import from_dict, load
 from sora_jax.data.storing.latents import add_latent, start_cache
 from sora_jax.errors import NotFinite, UserError
 from sora_jax.generate import command
-from sora_jax.generate.preview import denoiser_preview, reconstruction_preview
+from sora_jax.generate.preview import Reconstructions, denoiser_preview, reconstruction_preview
 from sora_jax.generate.requests import Request
 from sora_jax.nn.finite import named, not_finite
 from sora_jax.train.autoencoder import AutoencoderRun, to_uint8
@@ -114,7 +114,9 @@ def test_a_preview_that_is_not_finite_is_reported_and_not_drawn(chain, trained, 
     config = from_dict(AutoencoderRun, load(f"{TINY}:autoencoder", []))
     params = load_autoencoder(chain.autoencoder).params
     clips = [np.zeros((5, 16, 16, 3), np.uint8)]
-    reconstruction_preview(config, clips, tmp_path)(4, {MODEL: spoilt(params, a_name(params))}, None)
+    reconstruction_preview(Reconstructions(config, clips), ["a"] * len(clips), tmp_path)(
+        4, {MODEL: spoilt(params, a_name(params))}, None
+    )
     assert "the preview of step 4 is left out" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

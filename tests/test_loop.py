@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -150,7 +151,7 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
     now, reports = [0.0], []
     monkeypatch.setattr(reporters.time, "perf_counter", lambda: now[0])
     writer = types.SimpleNamespace(write=lambda step, row: reports.append(row))
-    bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
+    bar = types.SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None, disable=True)
     watch = Stopwatch()
     instruments = Instruments(writer, bar, watch, int, int)
     reporter = Reporter(toy_job(), LoopConfig(steps=12, log_every=2), instruments, MetricAccumulator(), {})
@@ -163,6 +164,17 @@ def test_rates_leave_out_previews_and_saves(monkeypatch):
                 now[0] += 50
     assert [row["tokens_per_second"] for row in reports] == [6.0] * 6
     assert [row["loss"] for row in reports] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]
+
+
+def test_the_rate_of_the_bar_is_of_the_steps_after_the_one_that_compiles():
+    from tqdm import tqdm
+
+    bar = tqdm(total=10, initial=4, file=io.StringIO(), postfix="compiling the step", mininterval=0)
+    bar.start_t -= 100  # a minute and a half of compilation
+    for step in (5, 6):
+        reporters._advance(bar, first=step == 5)
+        assert bar.n == step
+    assert bar.format_dict["elapsed"] < 50 and bar.format_dict["initial"] == 5 and "compiling" not in bar.postfix
 
 
 def test_what_was_done_after_the_save_that_a_run_goes_on_from_is_lost(tmp_path, capsys):

@@ -203,6 +203,23 @@ def test_contact_sheet_takes_mixed_sizes():
     assert sheet.shape[0] > short.shape[0] and sheet.shape[1] == short.shape[1]
 
 
+def test_a_sheet_without_columns_leaves_little_white():
+    """Forty narrow cells among four wide ones: a column as wide as the widest would leave most of the sheet white."""
+    clips = [np.zeros((4, 100, 100, 3), np.uint8)] * 4 + [np.zeros((1, 100, 160, 3), np.uint8)] * 40
+    sheets = {columns: contact_sheet(clips, ["a"] * 44, columns, 1) for columns in (2, None)}
+    white = {columns: (sheet == 255).all(-1).mean() for columns, sheet in sheets.items()}
+    assert white[2] > 0.6 and white[None] < 0.5
+    assert sheets[None].shape[1] <= 1200
+    drawn = {columns: (sheet < 255).all(-1).sum() for columns, sheet in sheets.items()}
+    assert drawn[2] == drawn[None]  # nothing is left out or covered
+
+
+def test_a_row_of_a_sheet_holds_cells_of_about_one_height():
+    low, high = np.zeros((1, 20, 160, 3), np.uint8), np.zeros((1, 200, 160, 3), np.uint8)
+    sheet = contact_sheet([low, high, low, high], [""] * 4, None)
+    assert sheet.shape[0] < 2 * 230 and sheet.shape[1] < 400  # two rows of two
+
+
 def test_strip_shows_first_and_last():
     tiles = strip(flat(6, 8, 8), shown=3)
     assert tiles.shape == (8, 3 * 8 + 2 * 2, 3)

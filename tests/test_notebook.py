@@ -1,10 +1,11 @@
-"""The notebook runs from its first cell to its last; what it needs of the package is there, and cheap."""
+"""The notebooks run from their first cell to their last; what they need of the package is there, and cheap.
 
-import base64
-import io
-import json
+`.ci/test_notebooks.py` runs those that train, installed from a wheel.
+"""
+
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,76 +13,106 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
-from PIL import Image, ImageSequence
+from fixtures_notebooks import NOTEBOOKS, code_cells, execute, pictures, read, shown
+from fixtures_runs import ROOT, chain  # noqa: F401
 
 import sora_jax
 from sora_jax.errors import UserError
 from sora_jax.generate.show import show
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "colab" / "quickstart.ipynb"
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
-def is_install(cell) -> bool:
-    return "install" in cell.metadata.get("tags", [])
+def settings(**more) -> dict:
+    return {"PYTHONPATH": ROOT, "SORA_JAX_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"]} | more
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """(folder, cells): the notebook run in an empty folder by this interpreter, but for its installation."""
-    folder = tmp_path_factory.mktemp("notebook")
-    kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
-    kernel.parent.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    kernel.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not is_install(cell)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-        patch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "runtime"))
-        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("SORA_JAX_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
-        patch.setenv("SORA_JAX_QUICKSTART", f"{ROOT / 'configs' / 'quickstart.py'}:tiny")
-        resources = {"metadata": {"path": str(folder)}}
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
-    return folder, notebook.cells
-
-
-def pictures(html: str) -> list[np.ndarray]:
-    """The frames (T, H, W, 3) of each picture inside a page."""
-    found = re.findall(r"data:image/\w+;base64,([^\"]+)", html)
-    files = [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
-    return [np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]) for file in files]
-
-
-def test_the_notebook_trains_and_shows_clips_of_the_sizes_asked_for(executed):
-    folder, cells = executed
-    assert (folder / "runs" / "quickstart" / "report.json").exists()
-    pages = ["".join(output.data["text/html"]) for cell in cells for output in cell.get("outputs", [])
-             if "text/html" in output.get("data", {})]  # fmt: skip
-    first, second = ([clip.shape[:3] for clip in pictures(page)] for page in pages)
+def test_the_quickstart_shows_clips_of_the_sizes_asked_for(chain, tmp_path):  # noqa: F811
+    """The stages that the shared run has completed are skipped, as when the cell is run again."""
+    shutil.copytree(chain.quickstart, tmp_path / "runs" / "quickstart")
+    form = f"{ROOT / 'configs' / 'quickstart.py'}:tiny"
+    cells = execute(read("quickstart.ipynb"), tmp_path, **settings(SORA_JAX_QUICKSTART=form))
+    first, second = ([clip.shape[:3] for clip in clips] for clips in shown(cells))
     assert [(frames, width / height) for frames, height, width in first] == [(9, 36 / 24), (1, 1)]
     assert [(frames, width / height) for frames, height, width in second] == [(9, 36 / 24)] * 2
 
 
-def test_the_notebook_is_kept_clean_and_begins_with_its_installation():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [is_install(cell) for cell in code] == [True] + [False] * (len(code) - 1)
-    assert "%pip install" in code[0].source
+def test_the_tasks_show_clips_of_the_lengths_asked_for(chain, tmp_path):  # noqa: F811
+    run = chain.quickstart / "transformer"
+    cells = execute(read("tasks.ipynb"), tmp_path, **settings(SORA_JAX_RUN=run, SORA_JAX_SHORT=1))
+    lengths = [[len(clip) for clip in clips] for clips in shown(cells)]
+    # 9 frames; an image and two clips; + 8 and 8 +; loops of 8 and 9 - 1 + 8; 9 + 8 + 9; three edits
+    assert lengths == [[9, 1], [1, 9, 9], [9, 17, 17], [8, 16], [9, 9, 26], [9, 9, 9]]
+    assert (tmp_path / "long.gif").exists()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_kept_clean_and_begins_with_its_installation(name):
+    nbformat.validate(read(name))
+    code = code_cells(name)
+    assert ["install" in cell.metadata.get("tags", []) for cell in code[:3]] == [False, True, False]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert code[1].source == code_cells(NOTEBOOKS[0])[1].source
+    same = [re.sub(r"print\(\"(?!Found).*\"\)$", "", cells[0].source) for cells in (code, code_cells(NOTEBOOKS[0]))]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_badge_has_the_address_of_the_repository_if_there_is_one(name):
+    """CITATION.cff is the one place: `repository-code`; then it is also what the notebook installs."""
+    found = re.search(
+        r"^repository-code: *\"?(https://github.com/([^\s\"]+))", (ROOT / "CITATION.cff").read_text(), re.M
+    )
+    title, install = read(name).cells[0].source, code_cells(name)[1].source
+    if not found:
+        assert BADGE not in title and 'SOURCE = ""' in install
+        return
+    link = f"https://colab.research.google.com/github/{found[2]}/blob/main/colab/{name}"
+    assert f"[![Open in Colab]({BADGE})]({link})" in title
+    assert f'SOURCE = "git+{found[1]}"' in install
+
+
+def install(monkeypatch, folder: Path, code: int = 0) -> list[str]:
+    """Run the cell that installs where the package is missing; return what it would give to pip."""
+    calls = []
+
+    def pip(command, **_):
+        calls.append(command[-1])
+        return subprocess.CompletedProcess(command, code, "", "a line\nERROR: no such thing")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", pip)
+    exec(code_cells("tasks.ipynb")[1].source, {"os": os, "subprocess": subprocess, "extra": "[cuda]"})
+    return calls
+
+
+def test_the_notebook_installs_the_checkout_that_it_lies_in_or_what_source_says(monkeypatch, tmp_path):
+    (tmp_path / "colab").mkdir()
+    (tmp_path / "setup.cfg").touch()
+    assert install(monkeypatch, tmp_path / "colab") == ["..[cuda]"]
+    monkeypatch.setenv("SOURCE", "sora_jax-1-py3-none-any.whl")
+    assert install(monkeypatch, tmp_path / "colab") == ["sora_jax-1-py3-none-any.whl[cuda]"]
+
+
+@pytest.mark.parametrize(
+    "source, sentence", [("", "Set SOURCE in this cell"), ("nothing", "pip cannot install it: ERROR")]
+)
+def test_an_installation_that_cannot_work_ends_with_a_sentence(monkeypatch, tmp_path, source, sentence):
+    monkeypatch.setenv("SOURCE", source)
+    with pytest.raises(Exception, match=sentence) as stopped:
+        install(monkeypatch, tmp_path, code=1)
+    assert stopped.value._render_traceback_() == [str(stopped.value)]  # what IPython shows in place of a traceback
+    assert "\n" not in str(stopped.value)
 
 
 def test_show_keeps_every_pixel_of_every_frame():
     rng = np.random.default_rng(0)
     palette = np.array([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 0, 255]], np.uint8)
     clips = [palette[rng.integers(4, size=size)] for size in ((5, 8, 12), (1, 100, 30))]
-    shown = pictures(show(clips, ["a", "b"]).data)
-    assert len(shown) == 2
-    for clip, seen in zip(clips, shown, strict=True):
+    found = pictures(show(clips, ["a", "b"]).data)
+    assert len(found) == 2
+    for clip, seen in zip(clips, found, strict=True):
         scale = seen.shape[1] // clip.shape[1]
         np.testing.assert_array_equal(seen, clip.repeat(scale, axis=1).repeat(scale, axis=2))
 

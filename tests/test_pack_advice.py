@@ -5,13 +5,15 @@ import re
 import numpy as np
 import pytest
 from fixtures_caches import clip_row, write_cache
+from fixtures_runs import TINY, chain, run  # noqa: F401
 
-from sora_jax.data.building.inspect import plan_fill
+from sora_jax.data.building.inspect import Training, inspect, plan_fill
 from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import NoText, TokenizerConfig, train
 from sora_jax.data.packing.advice import advise
 from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.data.packing.planning import plan
+from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -83,3 +85,15 @@ def test_inspect_counts_with_the_slots_of_training():
     assert plan_fill(SMALL, 384, 64)["fill"] > 0.98 and plan_fill(SMALL, 384, 64)["advice"] == ""
     with pytest.raises(UserError, match="--slots is 0; it must be at least 1"):
         plan_fill(SMALL, 384, 0)
+
+
+def test_inspect_counts_the_packs_that_a_training_makes(chain, tmp_path, capsys):  # noqa: F811
+    """As a dry run of it counts them (tests/test_cli.py); then with captions that fill the text of a pack each."""
+    assert run("data", "inspect", chain.dataset, f"--config={TINY}") == 0
+    assert f"75.0% of 2 packs of 48 tokens and at most 4 clips, as {TINY} makes them" in capsys.readouterr().out
+    packing, tokens = PackingConfig(48, 4, 12, (1, 2, 2)), TokenizerConfig(kind="bytes", max_tokens=12)
+    found = inspect(chain.dataset, training=Training("", packing, tokens, "train")).summary["fill"]
+    batches = PackedBatches(LatentCache(chain.latents), train([], tokens), packing, 1, 0)
+    assert found["packs"] == batches.report().packs == 5
+    assert run("data", "inspect", chain.dataset, f"--config={TINY}:autoencoder") == 2
+    assert "it must be the config of a transformer" in capsys.readouterr().err

@@ -41,7 +41,7 @@ from sora_jax.data.storing.manifest import Dataset
 from sora_jax.data.storing.parts import Kind, start
 from sora_jax.data.storing.shards import FLOATS, RecordWriter, shard_name
 from sora_jax.data.viewing.write import save_png, write_video
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 from sora_jax.evaluate.curves import draw_losses
 from sora_jax.files import (
     as_path,
@@ -115,7 +115,7 @@ def test_a_run_there_has_all_its_files(remote):
     run_folder = remote / "transformer"
     written = {path.relative_to(run_folder).parts[0] for path in run_folder.rglob("*") if path.is_file()}
     files_of_a_run = {"config.json", "data.json", "history.jsonl", "metrics.jsonl", "seen.json", "time.json"}
-    files_of_a_run |= {"tokenizer.json"}
+    files_of_a_run |= {"tokenizer.json", "run.json", "README.md"}
     assert written == files_of_a_run | {"captions", "checkpoints", "frozen", "samples", "tensorboard"}
     assert list((run_folder / "tensorboard").glob("events*"))
     assert decode(run_folder / "samples" / "step_000006" / "00.mp4").frames.shape[0] == 9
@@ -526,5 +526,5 @@ def test_without_gcsfs_there_is_one_sentence(bucket, monkeypatch, capsys):  # no
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     files._prepare_storage.cache_clear()
     assert cli.main(["sample", f"--workdir={ROOT}/run", "--prompt=a", "--out=x.gif"]) == 2
-    said = capsys.readouterr().err
-    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not installed: pip install 'sora_jax[gcs]'\n"
+    said, how = capsys.readouterr().err, install_command("gcs")
+    assert said == f"sora-jax: '{ROOT}/run' needs gcsfs, which is not installed: {how}\n"

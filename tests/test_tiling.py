@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sora_jax.config import from_dict, to_dict
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
-from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
+from sora_jax.generate.preview import Reconstructions, held_out_psnr, reconstruction_preview
 from sora_jax.models import tiling
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, decode, encode, receptive_field
 from sora_jax.models.autoencoder_kl import KLConfig
@@ -240,7 +240,9 @@ def test_training_an_autoencoder_shows_and_measures_large_clips_in_tiles(made, t
     found = [measure_statistics(autoencoder.params, LEVELS, clips, 2, config.tiles)]
     found.append(held_out_psnr(autoencoder, clips, config.tiles))
     writer = types.SimpleNamespace(picture=lambda *_: None)
-    reconstruction_preview(config, clips, tmp_path)(1, {MODEL: autoencoder.params}, writer)
+    reconstruction_preview(Reconstructions(config, clips), ["a"] * len(clips), tmp_path)(
+        1, {MODEL: autoencoder.params}, writer
+    )
     assert set(sizes) == {(6, 36, 16)} and (tmp_path / "samples" / "step_000001.png").exists()
     np.testing.assert_allclose(np.stack(found[0]), np.stack(wanted[0]), atol=1e-4)
     np.testing.assert_allclose(found[1], wanted[1], atol=0.05)

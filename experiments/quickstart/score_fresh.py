@@ -8,6 +8,9 @@ held out. Prints what the oracle finds in the real clips, in the same clips thro
 generated from their captions; then how diverse the clips of one prompt are that show what it says, against the world's
 own clips of that caption (1 is as diverse, 0 always the same).
 
+With --distinct no two prompts are the same, and their captions may be in the dataset: of other clips. --model=NAME
+scores a model that comes with the package, or an exported one, in place of the run in --workdir.
+
 With --short the prompts name no background ("a red circle moves left"), and the same facts are scored; training clips
 may have these captions. With --larger=2 the generated clips have twice the height, width and steps in time: sizes that
 the model was not trained on.
@@ -34,13 +37,15 @@ FIRST = HELD_OUT + 1_000_000  # far behind the held-out clips of any dataset
 REAL = 64  # of the world's own clips that the diversity of a prompt is compared with
 
 
-def fresh_clips(world: WorldConfig, seen: set[str], count: int) -> list[tuple[str, np.ndarray]]:
-    """Return the first `count` moving clips, from FIRST on, whose caption is not among the seen."""
-    found = []
+def fresh_clips(world: WorldConfig, seen: set[str], count: int, distinct: bool = False) -> list[tuple[str, np.ndarray]]:
+    """Return the first `count` moving clips, from FIRST on, with a caption that is not seen; distinct: nor twice."""
+    found, seen = [], set(seen)
     for index in range(FIRST, FIRST + 1000 * count):
         caption = scene(world, index).caption
         if "moves" in caption and caption not in seen:
             found.append((caption, clip(world, index)[0]))
+            if distinct:
+                seen.add(caption)
             if len(found) == count:
                 return found
     check(False, f"--count is {count}; this world has only {len(found)} such clips among {1000 * count}")
@@ -90,16 +95,19 @@ def main() -> None:
     parser.add_argument("--config", default=None, help="of the quickstart run (default: its full form)")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--short", action="store_true", help="prompts that name no background")
+    parser.add_argument("--distinct", action="store_true", help="different prompts, whose captions may be trained on")
+    parser.add_argument("--model", default="", help="exported model, or its name (default: WORKDIR/transformer)")
     parser.add_argument("--larger", type=int, default=1, help="factor of height, width and steps in time")
     parser.add_argument("--prompts", type=int, default=4, help="prompts whose diversity is measured (0: none)")
     parser.add_argument("--seeds", type=int, default=16, help="clips of each of them")
     options = parser.parse_args()
     config = from_dict(QuickstartConfig, load(options.config or default_config()))
-    seen = {caption for row in Dataset(options.workdir / "world").rows() for caption in row["captions"]}
-    captions, clips = zip(*fresh_clips(config.world, seen, options.count), strict=True)
+    rows = () if options.distinct else Dataset(options.workdir / "world").rows()
+    seen = {caption for row in rows for caption in row["captions"]}
+    captions, clips = zip(*fresh_clips(config.world, seen, options.count, options.distinct), strict=True)
     print(f"{len(captions)} clips, {len(set(captions))} different captions")
     print(line("real clips", score(captions, clips)), flush=True)
-    run = load_run(options.workdir / "transformer")
+    run = load_run(options.model or options.workdir / "transformer")
     with jax.set_mesh(run.mesh):
         order = sorted(range(len(clips)), key=lambda i: clips[i].shape)
         decoded = list(run.autoencoder.decode(run.autoencoder.encode(clips[i] for i in order)))

@@ -58,7 +58,7 @@ class ExportOptions:
     card: Path | None = None  # text that is put in front of the model card
 
     def __post_init__(self):
-        check_word("dtype", self.dtype, DTYPES)
+        check_word("--dtype", self.dtype, DTYPES)
         there = self.card is None or as_path(self.card).is_file()
         check(there, f"--card is {str(self.card)!r}; there is no such file")
 

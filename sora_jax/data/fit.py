@@ -61,8 +61,8 @@ class SizeRule:
             value = getattr(self, name)
             check_option(value is None or value >= square, name, value, f"at least multiple^2 = {square}")
         check_option(most is None or most >= 1, "max_tokens", most, "at least 1")
-        check_word("resolution", self.resolution, RESOLUTIONS)
-        check_word("framing", self.framing, FRAMINGS)
+        check_word("--resolution", self.resolution, RESOLUTIONS)
+        check_word("--framing", self.framing, FRAMINGS)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Count the tokens of a clip of 1 + f_t k frames."""
@@ -108,7 +108,7 @@ def longest_length(time_factor: int, max_frames: int) -> int:
 
 def fit_length(frames: int, time_factor: int, max_frames: int | None = None, rule: str = "cut") -> int:
     """Return the number of frames that a clip of `frames` frames gets, by the rule of the table above."""
-    check_word("length_rule", rule, LENGTH_RULES)
+    check_word("--length-rule", rule, LENGTH_RULES)
     longest = longest_length(time_factor, frames if rule == "cut" else frames + time_factor - 1)
     return longest if max_frames is None else min(longest, longest_length(time_factor, max_frames))
 

@@ -48,14 +48,14 @@ from sora_jax.shapes import PerClipBS, PerTokenBL1, RowsBL, SegmentsBL, TimesBR,
 class GuidanceConfig:
     """Configure classifier-free guidance: equations (1), (3), (4) and (5)."""
 
-    scale: float = 1.0  # w of equation (1); 1: no guidance
+    scale: float = 1.0  # guidance scale w of equation (1); 1: no guidance
     channels: int = 0  # guide the first so many latent channels alone, as DiT's code does 3 of 4; 0: all
-    rescale: float = 0.0  # the share of equation (4), from 0 to 1
+    rescale: float = 0.0  # share of the rescaling of equation (4), to the deviation of the conditional prediction
     start: float = 0.0  # first time at which clips are guided
     end: float = 1.0  # last time at which clips are guided
-    power: float = 0.0  # of equation (3); 0: the same scale at all times
-    history: float = 1.0  # w_history of equation (5), for clips with given frames; 1: no guidance by them
-    history_level: float = 1.0  # noise level of the history in u_without; 1: nothing of it is seen
+    power: float = 0.0  # of the schedule of equation (3), which is weak at noise; 0: the same scale at all times
+    history: float = 1.0  # guidance scale by given frames, w_history of equation (5); 1: no guidance by them
+    history_level: float = 1.0  # noise level of the given frames that guidance leads away from; 1: pure noise
 
     def __post_init__(self):
         check(abs(self.scale) < float("inf"), f"guidance.scale is {self.scale}; it must be a finite number")

@@ -36,6 +36,8 @@ class Purpose(enum.IntEnum):
     DISCRIMINATOR = 10
     GIVEN = 11
     FRAME_TIMES = 12
+    HELD_OUT_TIME = 13
+    HELD_OUT_NOISE = 14
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -60,7 +60,15 @@ class LossSums(NamedTuple):
 
 
 def denoising_loss(spec: LossSpec, denoise: Denoise, data: Corruption, weight_BL: WeightBL) -> LossSums:
-    """Sum the mean squared error of the prediction, and the variational bound, over tokens.
+    """Sum the mean squared error of the prediction, and the variational bound, over tokens: see `token_losses`."""
+    mse_BL, vlb_BL, t_BL = token_losses(spec, denoise, data, weight_BL)
+    return _sums(mse_BL, vlb_BL, weight_BL, t_BL, spec.bins)
+
+
+def token_losses(
+    spec: LossSpec, denoise: Denoise, data: Corruption, weight_BL: WeightBL
+) -> tuple[WeightBL, WeightBL, WeightBL]:
+    """Return the squared error and the variational bound of each token, times its weight, and its noise level.
 
     `denoise(x_BLP, t_BR)` returns predictions, then variance values if it learns them. weight_BL is 0 where there is
     nothing to learn (`loss_weight`): those tokens add neither loss nor gradient, not even where their error is
@@ -82,7 +90,7 @@ def denoising_loss(spec: LossSpec, denoise: Denoise, data: Corruption, weight_BL
     if spec.learned_variance:
         bits_BLP = vlb_bits(spec, out_BLP, x0_BLP, x_BLP, step_before(t_BL1), t_BL1)
         vlb_BL = weight_BL * jnp.mean(jnp.where(learns_BL1, bits_BLP, 0.0), axis=2)
-    return _sums(mse_BL, vlb_BL, weight_BL, t_BL1[:, :, 0], spec.bins)
+    return mse_BL, vlb_BL, t_BL1[:, :, 0]
 
 
 def vlb_bits(

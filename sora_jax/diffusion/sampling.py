@@ -28,7 +28,7 @@ class SamplingConfig:
 
     # Number of solver steps; with the spacing `respaced` also "ddim50" or "10,15,20", with `times` a list of times.
     steps: str = "30"
-    spacing: str = "even"  # a key of SPACINGS: the table of `diffusion/spacing.py`
+    spacing: str = "even"  # how the steps are spaced over the times, see docs/sampling.md
     solver: SolverConfig = SolverConfig()  # the solver and its options
     guidance: GuidanceConfig = GuidanceConfig()  # classifier-free guidance; requests may have scales of their own
     # How given tokens condition: `clean`, they are at time 0; `replace`, for models trained without given tokens, they

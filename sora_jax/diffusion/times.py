@@ -62,15 +62,14 @@ class TimesConfig:
     steps           one of the thousand discrete steps, all equally likely; DDPM and DiT; takes no shift
     """
 
-    distribution: str = "logit_normal"  # a key of QUANTILES: the table above
+    distribution: str = "logit_normal"  # distribution of the noise levels of training, see docs/training.md
     mean: float = 0.0  # of the normal number, for logit_normal and log_sigma
     std: float = 1.0  # of the normal number, for logit_normal and log_sigma
     mode_scale: float = 1.29  # for mode, from -1 to 1.7519: positive favours the middle, negative the ends
     base_tokens: int = 256  # a clip of so many tokens is not shifted by `root`; 0: no clip is shifted by any rule
-    shift_rule: str = "root"  # `root` is equation (1), `exponential` the rule of FLUX, `constant` that of SD3
-    # Of `exponential`: log alpha is linear in the tokens, and these are two clip sizes and their log alpha.
-    shift_tokens: tuple[int, int] = (256, 4096)
-    log_shifts: tuple[float, float] = (0.5, 1.15)
+    shift_rule: str = "root"  # root(tokens / base_tokens); exponential, the rule of FLUX; constant, that of SD3
+    shift_tokens: tuple[int, int] = (256, 4096)  # of `exponential`: two clip sizes; log alpha is linear in tokens
+    log_shifts: tuple[float, float] = (0.5, 1.15)  # of `exponential`: log alpha at these two sizes
     constant_shift: float = 3.0  # of `constant`: alpha
     stratified: bool = False  # spread the times of a batch evenly over the distribution: equation (2)
 
@@ -196,6 +195,13 @@ def draw_times(config: TimesConfig, process: Process, key: Key[Array, ""], clips
     else:
         keys_BS = clip_keys(key, clip_ids_BS)
         uniform_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(keys_BS)
+    return time_quantiles(config, process, uniform_BS, tokens_BS)
+
+
+def time_quantiles(
+    config: TimesConfig, process: Process, uniform_BS: PerClipBS, tokens_BS: Int[Array, "B S"]
+) -> PerClipBS:
+    """Return the training times, in [MIN_TIME, 1], of clips of these sizes at uniform numbers in [0, 1)."""
     times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
     return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
 

@@ -41,7 +41,7 @@ _LATEST = 0.999
 class WeightConfig:
     """Choose the weight of the squared error at each noise level."""
 
-    name: str = "uniform"  # a key of WEIGHTS: the table of `diffusion/weights.py`
+    name: str = "uniform"  # weight of the error at each noise level, see docs/training.md
     gamma: float = 5.0  # of min_snr: the largest signal-to-noise ratio that counts
     bias: float = 2.0  # of sigmoid: the log signal-to-noise ratio at which the sigmoid is 1/2
     sigma_data: float = 1.0  # of edm: the standard deviation of the data

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check, read_json
+from sora_jax.console import progress
 from sora_jax.data.storing.manifest import Dataset, evenly_spread
 from sora_jax.data.viewing.sheets import contact_sheet, gallery, strip
 from sora_jax.data.viewing.write import save_png, write_video
@@ -149,7 +150,7 @@ def evaluate_autoencoder(run: str | Path, data: str | Path, options: EvaluateOpt
     shown = evenly_spread(probed, SHOWN_CLIPS)
     fitted = choose_clips(dataset.rows(trained), options.seed)
     total = len(fitted) + 4 * len(clips.rows) + 5 * len(probed)
-    with tqdm(total=total, desc="evaluate", unit="clip") as bar:
+    with progress(total=total, desc="evaluate", unit="clip") as bar:
         counted = functools.partial(_counted, bar)
         bound, notes = _bound(config, clips, fitted, options.seed, counted)
         posterior = _posteriors(autoencoder, clips, tiles, counted)

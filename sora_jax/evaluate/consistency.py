@@ -111,10 +111,9 @@ def identity_curve(frames: Sequence[FrameReading]) -> np.ndarray:
 def permanence(clip: np.ndarray, frames: Sequence[FrameReading]) -> tuple[bool, bool]:
     """Follow the shape of the first frame of which a later frame shows least, uint8 (T, H, W, 3) and its readings.
 
-    Returns:
-        covered: a frame between the first and the last shows it beside another shape, with less than COVERED of its
-            first area, or does not show it after it was beside one.
-        same: the last frame shows a shape of the colour and kind that it has in the first.
+    Returns (covered, same). Covered: a frame between the first and the last shows it beside another shape, with less
+    than COVERED of its first area, or does not show it after it was beside one. Same: the last frame shows a shape of
+    the colour and kind that it has in the first.
     """
     if len(clip) < 3:
         return False, False

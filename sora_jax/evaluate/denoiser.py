@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sora_jax.config import check
+from sora_jax.console import progress
 from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
 from sora_jax.data.viewing.write import save_png
 from sora_jax.evaluate.consistency import Consistency, Measured, average, in_worlds_words, measure
@@ -108,7 +109,7 @@ def evaluate_denoiser(
     oracle = all(map(in_worlds_words, prompts))
     if not oracle:
         notes.append("the captions are not in the words of the embedded world: the rows of its oracle are left out")
-    with tqdm(total=(2 + len(COLUMNS)) * len(rows), desc="evaluate", unit="clip") as bar:
+    with progress(total=(2 + len(COLUMNS)) * len(rows), desc="evaluate", unit="clip") as bar:
         clips = {"generated": _generate(model, prompts, real, options, notes)}
         bar.update(len(rows))
         clips |= {"autoencoder": _reconstruct(model, real), "real": real}

@@ -7,13 +7,14 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.console import note
 from sora_jax.data.packing.packs import grid_of
 from sora_jax.data.viewing.sheets import grid
 from sora_jax.data.viewing.write import watchable_scale, write_chunks
@@ -24,6 +25,7 @@ from sora_jax.generate.doubts import print_lines
 from sora_jax.generate.inputs import make_task, read_inputs
 from sora_jax.generate.long import Windows
 from sora_jax.generate.options import LONG, Asked, resolve, sampling_of, usual_frames, windows_asked
+from sora_jax.generate.progress import Progress
 from sora_jax.generate.recipe import digest_of, digests_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Task, Wanted, plan_requests, size_of
 from sora_jax.generate.run import Run, load_run, read_run_config
@@ -44,11 +46,15 @@ def sample(options: argparse.Namespace) -> list[Path]:
     side by side.
     """
     asked = resolve(options)
+    return make(asked, functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint))
+
+
+def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None) -> list[Path]:
+    """Generate what a resolved command asks for and return the files; load: returns its run."""
     _warn(asked)
     options, wanted, fps = asked.options, asked.wanted, asked.options.fps
-    load = functools.partial(load_run, options.workdir, options.autoencoder, options.checkpoint)
     if windows := windows_asked(asked):
-        return _sample_long(asked, windows, load)
+        return _sample_long(asked, windows, load, progress)
     if asked.task:
         smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
         _plan(asked, dataclasses.replace(wanted, sizes=smallest))
@@ -66,7 +72,7 @@ def sample(options: argparse.Namespace) -> list[Path]:
         print(f"sora-jax: {warning}", file=sys.stderr)
     print_lines(asked.learnt.doubts(requests))
     _announce(run, requests, asked.sampling)
-    clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks, bar=None)
+    clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
     if wanted.classes:
         clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
     return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
@@ -89,7 +95,9 @@ def _plan(asked: Asked, wanted: Wanted) -> list[Request]:
     return requests
 
 
-def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> list[Path]:
+def _sample_long(
+    asked: Asked, windows: Windows, load: Callable[[], Run], progress: Progress | None = None
+) -> list[Path]:
     """Sample in windows, or by rolling noise levels, and write each clip in parts."""
     requests, run = _plan(asked, asked.wanted), load()
     sides = [(min(windows.window, request.size[0]), *request.size[1:]) for request in requests]
@@ -100,8 +108,8 @@ def _sample_long(asked: Asked, windows: Windows, load: functools.partial) -> lis
     what += f", {windows.rolling_latents} rolling" if windows.rolls else ""
     what = "one window, which does not roll" if windows.rolls and windows.frames <= windows.window else what
     frames, height, width = size_of(asked.first_stage, requests[0].size)
-    print(f"sora-jax: sampling {_count(requests)} of {frames}x{height}x{width} in {what}", file=sys.stderr)
-    parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles, bar=None)
+    note(f"sampling {_count(requests)} of {frames}x{height}x{width} in {what}")
+    parts = run.sample_long(requests, windows, asked.sampling, asked.options.seed, asked.tiles, progress, None)
     return _write(asked, run.step, requests, enumerate(parts), asked.options.fps)
 
 
@@ -162,7 +170,7 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
     steps = count_steps(sampling.steps, sampling.spacing)
     skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
     how = f"{steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
-    print(f"sora-jax: sampling {what}; {how}", file=sys.stderr)
+    note(f"sampling {what}; {how}")
 
 
 def like(options: argparse.Namespace) -> dict:
@@ -216,5 +224,5 @@ def calibrate(options: argparse.Namespace) -> Path:
     facts = {"error": options.error, "most": options.most, "ratios": ratios_XK.astype(float).round(4).tolist()}
     file = save_skipped(workdir, sampling, options.guidance, facts)
     steps = ", ".join(map(str, sampling.skipped))
-    print(f"sora-jax: of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}", file=sys.stderr)
+    note(f"of {ratios_XK.shape[1]} steps {len(sampling.skipped)} skip the blocks: {steps}")
     return file

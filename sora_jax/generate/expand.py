@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 
 from sora_jax.config import check
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 from sora_jax.generate.prompts import spans_of
 from sora_jax.worlds.captions import COLOURS, DIRECTIONS, TONES, parse, write
 
@@ -107,7 +107,7 @@ def _language_model(name: str) -> Expand:
     try:
         from transformers import pipeline
     except ImportError as error:
-        raise UserError(f"--expand is 'transformers:{name}'; it needs pip install 'sora_jax[text]'") from error
+        raise UserError(f"--expand is 'transformers:{name}'; it needs {install_command('text')}") from error
     try:
         generate = pipeline("text-generation", model=name)
     except (ImportError, OSError, ValueError, RuntimeError) as error:

@@ -156,12 +156,12 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
     clips, fps, shape = [], None, size[1:] if fixed else None
     for option, file in options.clips:
         draws = option == "sketch" and not options.edges
-        decoded = _read(option, file, shape, multiple, size[1] * size[2], draws)
+        decoded = read_clip(option, file, shape, multiple, size[1] * size[2], draws)
         shape, fps = decoded.frames.shape[1:3], fps or decoded.fps
         clips.append(decoded.frames[:1] if option in ("image", "sketch") else decoded.frames)
     mask = None
     if options.mask:
-        frames = _read("mask", options.mask, shape, multiple, size[1] * size[2]).frames
+        frames = read_clip("mask", options.mask, shape, multiple, size[1] * size[2]).frames
         mask = frames.mean(-1) > 127
         check(len(mask) in (1, len(clips[0])), f"--mask has {len(mask)} frames; it must have 1 or {len(clips[0])}")
     images = {frame: clip for (_, frame), clip in zip(pictures_of(options.image), clips)}
@@ -176,17 +176,18 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
     return Inputs(clips, mask, None if images or sketches else fps, images, sketches)
 
 
-def _read(
+def read_clip(
     option: str,
     file: Path,
     shape: tuple[int, int] | None,
     multiple: tuple[int, int],
     area: int,
     draws: bool = False,
+    rule: SpanRule = SpanRule(),
 ) -> DecodedClip:
     """Read a file at a given height and width, or at its own, fitted; say so on stderr where it changes.
 
-    draws: the file is a drawing, whose lines are traced before it is scaled.
+    draws: the file is a drawing, whose lines are traced before it is scaled. rule: the part that is read.
     """
     native: list[tuple[int, int]] = []
     fitted: list[tuple[int, int]] = []
@@ -199,7 +200,7 @@ def _read(
         return (height, width) if draws or fitted[0] == native[0] else fitted[0]
 
     try:
-        decoded = decode(file, SpanRule(), fit)
+        decoded = decode(file, rule, fit)
     except (MediaError, OSError) as error:
         raise UserError(f"--{option} is {str(file)!r}; it cannot be read: {error}") from error
     assert decoded is not None  # every file has a first span

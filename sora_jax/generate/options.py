@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax.config import check, choose, override
+from sora_jax.console import note
 from sora_jax.data.viewing.write import check_ending
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS
@@ -257,7 +258,7 @@ def _rows(options: argparse.Namespace) -> list[Row]:
         long = expand_prompts([row["prompt"] for row in rows], options.expand, options.seed)
         for row, prompt in zip(rows, long, strict=True):
             became = f"is expanded to {prompt!r}" if prompt != row["prompt"] else "is left as it is"
-            print(f"sora-jax: {row['prompt']!r} {became}", file=sys.stderr)
+            note(f"{row['prompt']!r} {became}")
         rows = [row | {"prompt": prompt} for row, prompt in zip(rows, long, strict=True)]
     check(not (rows and options.classes), "--prompt and --class are both given; give one of them")
     # "0: ..." alone is a prompt for all frames.

@@ -1,12 +1,16 @@
 """Show what a run has learnt while it trains."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from sora_jax.data.building.inspect import choose_shown
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import caption_of, evenly_spread
 from sora_jax.data.viewing.sheets import contact_sheet, strip
 from sora_jax.data.viewing.write import save_png, write_video
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -24,31 +28,76 @@ from sora_jax.train.loop import Preview
 from sora_jax.train.metrics import MetricsWriter
 from sora_jax.train.state import MODEL
 
+SOME_CLIPS = 1000  # of which those that previews show are chosen
 TILE = 40  # pixels that the shorter side of a tile is enlarged to at least, by a whole factor
 
 
-def reconstruction_preview(
-    config: AutoencoderRun,
-    clips: Sequence[np.ndarray],
-    workdir: Path,
-    whole: Callable[[dict], dict] = lambda trained: trained,
-) -> Preview:
-    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction.
+class Reconstructions:
+    """Reconstruct held-out clips with the averages of a step, once for the preview and for the PSNR.
 
     `whole` completes the parameters that are trained.
     """
-    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+
+    def __init__(
+        self,
+        config: AutoencoderRun,
+        clips: Sequence[np.ndarray],
+        whole: Callable[[dict], dict] = lambda trained: trained,
+    ):
+        self._config, self.clips, self._whole = config, clips, whole
+        self._last: tuple[int, list[np.ndarray]] | None = None
+
+    def __call__(self, step: int, averages: dict) -> list[np.ndarray]:
+        """Return the reconstructions; NotFinite where they are not finite."""
+        if self._last is None or self._last[0] != step:
+            params, zero, one = self._whole(averages[MODEL]), np.zeros(1, np.float32), np.ones(1, np.float32)
+            autoencoder = FrozenAutoencoder(self._config.model, jax.tree.map(np.asarray, params), zero, one)
+            latents = autoencoder.encode(self.clips, 1, tiles=self._config.tiles)
+            self._last = step, list(autoencoder.decode(latents, 1, self._config.tiles))
+        return self._last[1]
+
+    def psnr(self, step: int, averages: dict) -> dict[str, float]:
+        """Return their mean PSNR in dB as a metric, NaN where they are not finite."""
+        try:
+            decoded = self(step, averages)
+        except NotFinite:
+            return {"held_out/psnr": float("nan")}
+        return {"held_out/psnr": mean_psnr(self.clips, decoded)}
+
+
+def reconstruction_preview(reconstruct: Reconstructions, captions: Sequence[str], workdir: Path) -> Preview:
+    """Make a preview that writes samples/step_N.png: each held-out clip, and below it its reconstruction."""
 
     def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
-        autoencoder = FrozenAutoencoder(config.model, jax.tree.map(np.asarray, whole(averages[MODEL])), zero, one)
-        decoded = list(autoencoder.decode(autoencoder.encode(clips, 1, tiles=config.tiles), 1, config.tiles))
+        clips, decoded = reconstruct.clips, reconstruct(step, averages)
         pairs = [np.concatenate([strip(a, 5, scale_of(a)), strip(b, 5, scale_of(b))]) for a, b in zip(clips, decoded)]
-        titles = ["above the clip, below its reconstruction"] * len(pairs)
-        image = contact_sheet([pair[None] for pair in pairs], titles, shown=1)
+        qualities = (f"{mean_psnr([a], [b]):.1f} dB" for a, b in zip(clips, decoded))
+        titles = [f"{quality}: {caption}" for quality, caption in zip(qualities, captions)]
+        titles[0] = f"above the clip, below its reconstruction, {titles[0]}"
+        image = contact_sheet([pair[None] for pair in pairs], titles, None, shown=1)
         save_png(workdir / "samples" / f"step_{step:06d}.png", image)
         writer.picture(step, "reconstructions", image)
 
     return _without_not_finite(preview)
+
+
+def own_preview(config: DenoiserRun, cache: LatentCache) -> DenoiserRun:
+    """Give a preview of clips of the data (`preview.clips`) their captions as prompts, and their sizes."""
+    preview = config.preview
+    if not preview.clips:
+        return config
+    splits = cache.column("split").to_numpy(zero_copy_only=False)
+    held_out = np.flatnonzero(splits != config.split)
+    clips = held_out if len(held_out) else cache.indices(config.split)
+    some = np.array(evenly_spread(clips.tolist(), SOME_CLIPS))
+    columns = {name: cache.column(name).take(some).to_pylist() for name in ("frames", "height", "width", "captions")}
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    rows = [row | {"file": caption_of(row)} for row in rows if caption_of(row)]
+    once = list({caption_of(row): row for row in rows}.values())
+    shown = choose_shown(once if len(once) >= preview.clips else rows, preview.clips, preview.clips // 4)
+    prompts = tuple(caption_of(row) for row in shown)
+    sizes = tuple((row["frames"], row["height"], row["width"]) for row in shown) or preview.sizes
+    return dataclasses.replace(config, preview=dataclasses.replace(preview, clips=0, prompts=prompts, sizes=sizes))
 
 
 def preview_sampling(config: DenoiserRun) -> SamplingConfig:
@@ -126,8 +175,12 @@ def held_out_psnr(
     autoencoder: FrozenAutoencoder, clips: Sequence[np.ndarray], tiles: TilingConfig = TilingConfig()
 ) -> float:
     """Return the mean PSNR in dB of the reconstructions of uint8 clips, as they would be written to files."""
-    values, latents = [], autoencoder.encode(clips, tiles=tiles)
-    for clip, decoded in zip(clips, autoencoder.decode(latents, tiles=tiles), strict=True):
-        error = np.square(clip.astype(np.float64) - decoded.astype(np.float64)).mean()
-        values.append(10 * np.log10(255.0**2 / max(error, 1e-4)))
-    return float(np.mean(values))
+    latents = autoencoder.encode(clips, tiles=tiles)
+    return mean_psnr(clips, autoencoder.decode(latents, tiles=tiles))
+
+
+def mean_psnr(clips: Sequence[np.ndarray], decoded: Iterable[np.ndarray]) -> float:
+    """Return the mean PSNR in dB of uint8 clips and their reconstructions."""
+    pairs = zip(clips, decoded, strict=True)
+    errors = [np.square(clip.astype(np.float64) - other.astype(np.float64)).mean() for clip, other in pairs]
+    return float(np.mean([10 * np.log10(255.0**2 / max(error, 1e-4)) for error in errors]))

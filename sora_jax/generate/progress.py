@@ -2,9 +2,10 @@
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from sora_jax.console import progress
 
 Progress = Callable[[int, int], None]  # called with the units that are done, and all of them
 
@@ -34,7 +35,7 @@ class Watch(NamedTuple):
         """Yield what adds to the units that are done; the first call of `progress` is made at once, with 0."""
         done = 0
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(_bar(total, unit)) if self.shows_bar else None
+            bar = stack.enter_context(progress(total=total, desc="sampling", unit=unit)) if self.shows_bar else None
 
             def add(count: int) -> None:
                 nonlocal done
@@ -47,13 +48,6 @@ class Watch(NamedTuple):
             if self.progress is not None:
                 self.progress(0, total)
             yield add
-
-
-def _bar(total: int, unit: str) -> Any:
-    with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets has a bar of text
-        from tqdm.auto import tqdm
-
-        return tqdm(total=total, desc="sampling", unit=unit)
 
 
 def in_notebook() -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sora_jax.config import check, read_json, to_dict, value_at
+from sora_jax.console import progress
 from sora_jax.data.shard_spec import ShardSpec
-from sora_jax.data.storing.manifest import Dataset, evenly_spread
-from sora_jax.generate.preview import held_out_psnr, reconstruction_preview
+from sora_jax.data.storing.manifest import Dataset, caption_of, evenly_spread
+from sora_jax.generate.preview import Reconstructions, held_out_psnr, reconstruction_preview
 from sora_jax.models.first_stage import FirstStageConfig, autoencoder_specs, encoder_part, latent_fields
 from sora_jax.models.lpips import read_lpips
 from sora_jax.nn import params as param
@@ -40,7 +40,7 @@ from sora_jax.train.frozen import (
 )
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.latent_scale import scale_by_effect
-from sora_jax.train.loop import Job, log
+from sora_jax.train.loop import Job, Measure, log
 
 STATISTICS_CLIPS = 512
 HELD_OUT_CLIPS = 64
@@ -52,12 +52,13 @@ PREVIEW_CLIPS = 8
 class AutoencoderInputs(Inputs):
     """Hold the inputs of a run.
 
-    dataset: the clips; held_out: some that are not trained on; share: this process's part of a batch; first: the
-    autoencoder that the run starts from.
+    dataset: the clips; held_out: some that are not trained on; captions: theirs; share: this process's part of a
+    batch; first: the autoencoder that the run starts from.
     """
 
     dataset: Dataset
     held_out: list[np.ndarray]
+    captions: list[str]
     share: ShardSpec
     first: FrozenAutoencoder | None = None
 
@@ -70,10 +71,18 @@ def open_inputs(config: AutoencoderRun, workdir: Path, mesh: Mesh) -> Autoencode
         option = f"the number of {name} in config.batch / loop.accumulate"
         check_split(mesh, "batch", rows // config.loop.accumulate, option)
     check_sizes(config.model, dataset)
-    held_out = _some(dataset, dataset.held_out(config.split), HELD_OUT_CLIPS)
+    chosen = _some(dataset.held_out(config.split), HELD_OUT_CLIPS)
     share = distributed.share_of_batch(mesh)
     first = _first(config) if config.start else None
-    return AutoencoderInputs(digest=dataset.digest, dataset=dataset, held_out=held_out, share=share, first=first)
+    return AutoencoderInputs(
+        digest=dataset.digest,
+        clips=dataset.splits,
+        dataset=dataset,
+        held_out=_frames(dataset, chosen),
+        captions=[caption_of(row) for row in chosen],
+        share=share,
+        first=first,
+    )
 
 
 def _first(config: AutoencoderRun) -> FrozenAutoencoder:
@@ -100,13 +109,17 @@ def _latent_values(model: FirstStageConfig) -> dict:
 
 def make_job(config: AutoencoderRun, inputs: AutoencoderInputs, workdir: Path) -> Job:
     """Make the job, with reconstructions of held-out clips as previews."""
-    shown = evenly_spread(inputs.held_out, PREVIEW_CLIPS)
+    shown, captions = (evenly_spread(values, PREVIEW_CLIPS) for values in (inputs.held_out, inputs.captions))
     if not shown:
         log("the dataset holds out no clip: no reconstructions are shown and no PSNR is measured")
     first = inputs.first.params if inputs.first else None
     whole = functools.partial(_whole, config, inputs)
-    preview = reconstruction_preview(config, shown, workdir, whole) if shown else None
-    return autoencoder_job(config, inputs.dataset, preview, inputs.share, first)
+    job = autoencoder_job(config, inputs.dataset, None, inputs.share, first)
+    if not shown:
+        return job
+    reconstruct = Reconstructions(config, shown, whole)
+    measure = Measure(config.loop.preview_every, reconstruct.psnr, local=True)
+    return dataclasses.replace(job, preview=reconstruction_preview(reconstruct, captions, workdir), measure=measure)
 
 
 def _whole(config: AutoencoderRun, inputs: AutoencoderInputs, trained: dict) -> dict:
@@ -131,8 +144,8 @@ def finish(config: AutoencoderRun, inputs: AutoencoderInputs, params: dict, step
 def _freeze(config: AutoencoderRun, inputs: AutoencoderInputs, params: Any, step: int, workdir: Path) -> None:
     params = _whole(config, inputs, params)
     if config.trained == "all" or inputs.first is None:
-        measured = _some(inputs.dataset, inputs.dataset.rows(config.split), STATISTICS_CLIPS)
-        bar = tqdm(measured, "latent statistics", unit="clip")
+        measured = _frames(inputs.dataset, _some(inputs.dataset.rows(config.split), STATISTICS_CLIPS))
+        bar = progress(measured, "latent statistics", unit="clip")
         mean, std = measure_statistics(params, config.model, bar, tiles=config.tiles)
         if config.latent_scale == "effect":
             some = FrozenAutoencoder(config.model, params, np.zeros(1, np.float32), np.ones(1, np.float32))
@@ -150,11 +163,13 @@ def _finished_before(workdir: Path, step: int) -> bool:
     return record.exists() and read_json(record)["steps"] == step
 
 
-def _some(dataset: Dataset, rows: list[dict], most: int) -> list[np.ndarray]:
-    """Read at most so many of the clips, evenly spread, ordered by size so that each size is compiled once."""
-    chosen = evenly_spread(rows, most)
-    chosen.sort(key=lambda row: (row["frames"], row["height"], row["width"]))
-    return [dataset[row["index"]].frames for row in chosen]
+def _some(rows: list[dict], most: int) -> list[dict]:
+    """Choose at most so many of the clips, evenly spread, ordered by size so that each size is compiled once."""
+    return sorted(evenly_spread(rows, most), key=lambda row: (row["frames"], row["height"], row["width"]))
+
+
+def _frames(dataset: Dataset, rows: list[dict]) -> list[np.ndarray]:
+    return [dataset[row["index"]].frames for row in rows]
 
 
 def stages(config: AutoencoderRun, workdir: Path) -> list[tuple[Path, AutoencoderRun]]:

@@ -14,7 +14,7 @@ from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
-from sora_jax.generate.preview import denoiser_preview, preview_requests
+from sora_jax.generate.preview import denoiser_preview, own_preview, preview_requests
 from sora_jax.generate.requests import latent_size
 from sora_jax.generate.run import Run
 from sora_jax.parallel import distributed
@@ -24,8 +24,9 @@ from sora_jax.train.denoiser import DenoiserRun, Text, denoiser_groups, denoiser
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint, saved_steps
+from sora_jax.train.held_out import HeldOut
 from sora_jax.train.kind import Inputs, Kind
-from sora_jax.train.loop import Job, log
+from sora_jax.train.loop import Job, Measure, log
 from sora_jax.train.seen import Seen, look, read_seen, save_seen
 from sora_jax.train.state import MODEL
 
@@ -104,6 +105,7 @@ def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInput
     return DenoiserInputs(
         digest=cache.digest,
         text=cache.info.text.fingerprint if cache.info.text else None,
+        clips=cache.splits,
         cache=cache,
         seen=_look(config, cache, workdir),
         autoencoder=autoencoder,
@@ -132,7 +134,11 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
     """Make the job, with samples of the averaged parameters as previews."""
     looking = make_mesh(devices=jax.local_devices()) if distributed.several() else inputs.mesh
     make_run = functools.partial(
-        Run, inputs.computed, tokenizer=inputs.tokenizer, autoencoder=inputs.autoencoder, mesh=looking
+        Run,
+        own_preview(inputs.computed, inputs.cache),
+        tokenizer=inputs.tokenizer,
+        autoencoder=inputs.autoencoder,
+        mesh=looking,
     )
     preview = None
     if config.preview.any:
@@ -141,11 +147,25 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
         log("config.preview names no prompts or classes: no samples are shown while training")
     folder = as_path(workdir) / "captions"
     job = denoiser_job(inputs.computed, inputs.cache, inputs.tokenizer, preview, folder, inputs.share)
-    return dataclasses.replace(job, note="\n".join([job.note, *_doubts(config, inputs, bool(saved_steps(workdir)))]))
+    note = "\n".join([job.note, *_doubts(config, inputs, bool(saved_steps(workdir)))])
+    return dataclasses.replace(job, note=note, measure=_measure(inputs))
+
+
+def _measure(inputs: DenoiserInputs) -> Measure | None:
+    """Return the measurement of held-out clips; None if it is off, or if there is no such clip, which is said."""
+    config = inputs.computed
+    if not config.held_out.every:
+        return None
+    held_out = HeldOut(config, inputs.cache, inputs.tokenizer, inputs.share)
+    if not held_out:
+        log(f"the latent cache {inputs.cache.path} holds out no clip that fits: no held-out loss is measured")
+        return None
+    return Measure(config.held_out.every, lambda step, averages: held_out(averages))
 
 
 def _doubts(config: DenoiserRun, inputs: DenoiserInputs, begun: bool) -> list[str]:
     """Return a line for each thing that previews ask for and the run will not learn; UserError for unread prompts."""
+    config = own_preview(config, inputs.cache)
     learnt = Learnt(config, inputs.autoencoder.config, inputs.tokenizer, inputs.seen)
     lines, scale = [], config.sampling.guidance.scale
     if scale != 1.0 and learnt.never_dropped and (config.model.text or config.model.classes):
@@ -189,6 +209,7 @@ DENOISER = Kind(
         "captions",
         "packing",
         "preview",
+        "held_out",
         "sampling",
         *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given")),
         *(f"model.{field}" for field in ("attention", "sequence", "remat", "unroll", "dtype")),

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from sora_jax.config import to_dict
 from sora_jax.data.feeding.feed import FeedConfig
 from sora_jax.kinds import kind_of
 from sora_jax.kinds.begin import begin
-from sora_jax.kinds.run import check_data, check_schedules, check_workdir
+from sora_jax.kinds.run import DATA, check_data, check_schedules, check_workdir
 from sora_jax.nn import params as param
 from sora_jax.parallel.compile import bytes_per_device
 from sora_jax.parallel.mesh import make_mesh
@@ -23,10 +24,9 @@ from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import Group, abstract_state, make_optimizers
 
 MIB = 2**20
-DATA = ("latents", "data")  # fields that name what a kind of run reads
 
 
-def describe(config: RunConfig, workdir: Path) -> str:
+def describe(config: RunConfig, workdir: Path) -> dict[str, Any]:
     """Describe the config, its parameters, the memory that they need and, if its data are given, a step and an epoch.
 
     Raises:
@@ -37,63 +37,76 @@ def describe(config: RunConfig, workdir: Path) -> str:
     check_workdir(workdir, config)
     doubts = check_schedules(kind, config, workdir)
     fixed = kind.parts(config)[1]
-    lines = [
-        json.dumps(to_dict(config), indent=1),
-        *_parameters(groups, fixed),
-        *_memory(config, groups, fixed, mesh),
-        *doubts,
-    ]
     field = next((name for name in DATA if hasattr(config, name)), "")
-    if field and not getattr(config, field):
-        return "\n".join([*lines, f"data: not checked, since --config.{field} is not given"])
-    return "\n".join([*lines, *_data(kind, config, workdir, mesh)])
+    given = not field or getattr(config, field)
+    return {
+        "config": to_dict(config),
+        "parameters": _parameters(groups, fixed),
+        "memory": _memory(config, groups, fixed, mesh),
+        "doubts": list(doubts),
+        "data": _data(kind, config, workdir, mesh) if given else {"missing": f"--config.{field}"},
+    }
 
 
-def _parameters(groups: Mapping[str, Group], fixed: dict) -> list[str]:
+def as_text(found: dict[str, Any]) -> str:
+    """Return what `describe` found as lines of text."""
+    memory, data = found["memory"], found["data"]
+    axes = " x ".join(f"{axis}={size}" for axis, size in memory["mesh"].items())
+    where = f"{memory['devices']} devices, mesh {axes}" if axes else "one device"
+    lines = [json.dumps(found["config"], indent=1), "parameters"]
+    lines += [f"  {name:12} {count:>14,}" for name, count in found["parameters"].items()]
+    lines.append(f"memory of a device without activations ({where})")
+    lines += [f"  {name:12} {size / MIB:>14,.2f} MiB" for name, size in memory["bytes"].items()]
+    lines += found["doubts"]
+    if "missing" in data:
+        return "\n".join([*lines, f"data: not checked, since {data['missing']} is not given"])
+    return "\n".join([*lines, *_data_lines(data)])
+
+
+def _data_lines(data: dict[str, Any]) -> Iterator[str]:
+    yield f"data: {data['note']}" if data["note"] else "data"
+    if data["epoch_steps"]:
+        yield f"  epoch        {data['epoch_steps']:>14,.2f} steps; the run has {data['epochs']:,.1f} epochs"
+    counts = dict(data["first_step"])
+    if "capacity" in counts:
+        real, places = counts.pop("tokens"), counts.pop("capacity")
+        yield f"  tokens       {real:>14,} in the first step, of {places:,} places: {1 - real / places:.1%} padding"
+    flops = counts.pop("flops", None)
+    yield from (f"  {name:12} {count:>14,} in the first step" for name, count in counts.items())
+    if flops is not None:
+        yield f"  FLOPs        {flops:>14.3g} of the model in the first step"
+
+
+def _parameters(groups: Mapping[str, Group], fixed: dict) -> dict[str, int]:
     trees = {
         name if len(groups) == 1 else f"{group}/{name}": tree
         for group, declared in groups.items()
         for name, tree in declared.specs.items()
     }
     counts = {name: param.count(tree) for name, tree in trees.items()} | {"total": param.count(trees)}
-    counts |= {"not trained": param.count(fixed)} if fixed else {}
-    return ["parameters", *(f"  {name:12} {count:>14,}" for name, count in counts.items())]
+    return counts | ({"not trained": param.count(fixed)} if fixed else {})
 
 
-def _memory(config: RunConfig, groups: Mapping[str, Group], fixed: dict, mesh: Mesh) -> list[str]:
+def _memory(config: RunConfig, groups: Mapping[str, Group], fixed: dict, mesh: Mesh) -> dict[str, Any]:
     """Count what the state of a run takes on each device; activations come on top, which `sora-jax plan` estimates."""
     state = abstract_state(groups, make_optimizers(groups, config.loop.steps), mesh)
     held = {"parameters": state.params, "optimizer": state.opt_state, "averages": state.ema}
     held |= {"not trained": param.abstract_on(fixed, mesh)} if fixed else {}
     sizes = {name: bytes_per_device(tree) for name, tree in held.items()}
     sizes["total"] = sum(sizes.values())
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    where = f"{mesh.size} devices, mesh {axes}" if axes else "one device"
-    rows = (f"  {name:12} {size / MIB:>14,.2f} MiB" for name, size in sizes.items())
-    return [f"memory of a device without activations ({where})", *rows]
+    axes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    return {"devices": mesh.size, "mesh": axes, "bytes": sizes}
 
 
-def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> list[str]:
-    with _first_job(kind, config, workdir, mesh) as (job, config):
+def _data(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any]:
+    with first_job(kind, config, workdir, mesh) as (job, config):
         batch, _ = next(job.batches(0, None))
-        counts = job.counts(batch)
-    lines = [f"data: {job.note}" if job.note else "data"]
-    if job.epoch:
-        lines.append(
-            f"  epoch        {job.epoch:>14,.2f} steps; the run has {config.loop.steps / job.epoch:,.1f} epochs"
-        )
-    if "capacity" in counts:
-        real, places = counts.pop("tokens"), counts.pop("capacity")
-        lines.append(
-            f"  tokens       {real:>14,} in the first step, of {places:,} places: {1 - real / places:.1%} padding"
-        )
-    flops = counts.pop("flops", None)
-    lines += [f"  {name:12} {count:>14,} in the first step" for name, count in counts.items()]
-    return lines if flops is None else [*lines, f"  FLOPs        {flops:>14.3g} of the model in the first step"]
+        epochs = config.loop.steps / job.epoch if job.epoch else None
+        return {"note": job.note, "epoch_steps": job.epoch, "epochs": epochs, "first_step": job.counts(batch)}
 
 
 @contextlib.contextmanager
-def _first_job(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> Iterator[tuple[Job, RunConfig]]:
+def first_job(kind: Kind, config: RunConfig, workdir: Path, mesh: Mesh) -> Iterator[tuple[Job, RunConfig]]:
     """Yield the job of the run, or of its first stage, with its config, as training makes it.
 
     What a job keeps for its next start goes to a folder that is removed.

@@ -13,6 +13,7 @@ from sora_jax.nn import params as param
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.train.adapt import merge, restore_weights
+from sora_jax.train.card import write_card
 from sora_jax.train.frozen import saved_steps
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import check_accumulation, fit, log
@@ -20,9 +21,11 @@ from sora_jax.train.optim import check_schedule
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.run_lock import run_lock
 from sora_jax.train.state import MODEL, Group
+from sora_jax.train.tracking import check_wandb
 
 # What does not change what the weights mean may change when a run goes on; a kind adds fields of its own.
 MAY_CHANGE = ("loop", "feed", "mesh", "optim", "batch", "seed", "init.weights")
+DATA = ("latents", "data")  # fields that name what a kind of run reads
 MUST_STAY = ("optim.method",)  # among those: its state is of no use to another method
 
 
@@ -36,7 +39,9 @@ def train(config: RunConfig, workdir: Path) -> None:
     with run_lock(workdir):
         try:
             _train(config, as_path(workdir))
+            write_card(as_path(workdir))
         except Stopped as stopped:
+            write_card(as_path(workdir))
             if not kind_of(config).finish:
                 raise
             hint = f"; to use it as it is now: sora-jax train --workdir={workdir} --finish"
@@ -74,6 +79,7 @@ def finish(config: RunConfig, workdir: Path) -> None:
 
 def _train(config: RunConfig, workdir: Path) -> None:
     kind, mesh = kind_of(config), make_mesh(config.mesh)
+    check_wandb(config.loop.wandb)
     for group in kind.groups(config).values():
         param.check_splits(group.specs, mesh)
     for line in check_schedules(kind, config, workdir):
@@ -82,6 +88,7 @@ def _train(config: RunConfig, workdir: Path) -> None:
     if stages := kind.stages(config, workdir):
         _train_stages(kind, config, workdir, stages)
         return
+    log(f"{kind.name}: opening {next((getattr(config, name) for name in DATA if hasattr(config, name)), 'the data')}")
     inputs = kind.open(config, workdir, mesh)
     check_data(workdir, inputs.digest)
     job = begin(kind, config, kind.job(config, inputs, workdir), workdir, mesh)
@@ -173,4 +180,5 @@ def claim_workdir(workdir: Path, config: RunConfig, inputs: Inputs) -> None:
     distributed.barrier("all have seen the folder as it was")
     if distributed.first():
         write_json(as_path(workdir) / "config.json", to_dict(config))
-        write_json(as_path(workdir) / "data.json", {"digest": inputs.digest, "text": inputs.text})
+        data = {"digest": inputs.digest, "text": inputs.text, "clips": dict(inputs.clips)}
+        write_json(as_path(workdir) / "data.json", data)

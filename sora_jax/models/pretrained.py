@@ -12,7 +12,7 @@ import numpy as np
 from sora_jax.config import check
 from sora_jax.data.feeding.tokenizer import NULL, UNKNOWN, Reading
 from sora_jax.data.storing.latents import TextInfo
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 
 CLASSES = {
     "t5": "T5EncoderModel",
@@ -22,7 +22,6 @@ CLASSES = {
     "clip_text_model": "CLIPTextModel",
 }
 BATCH = 16  # captions embedded at once
-INSTALL = "pip install 'sora_jax[text]'"
 
 
 @dataclass(frozen=True)
@@ -134,5 +133,5 @@ def _library() -> ModuleType:
         import torch  # noqa: F401 - without it, transformers can be imported but fails later
         import transformers
     except ImportError as error:
-        raise UserError(f"a pretrained text encoder needs {error.name}: {INSTALL}") from error
+        raise UserError(f"a pretrained text encoder needs {error.name}: {install_command('text')}") from error
     return transformers

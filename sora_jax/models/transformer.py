@@ -84,7 +84,7 @@ class TransformerConfig:
     latent_channels: int = 16  # C, channels of the latents
     text: TextConfig | None = TextConfig()  # text encoder, for cross-attention and, pooled, modulation; None: no text
     classes: int = 0  # number of classes; 0: none
-    conditioning: str = "adaln_zero"  # one of `models.conditioning.MODULATED`
+    conditioning: str = "adaln_zero"  # how time, class and pooled text reach the blocks (DiT 2212.09748, 3.2)
     rotary: bool = True  # rotary position embedding in every block
     sincos_positions: bool = False  # add factorised sin-cos position tables to the tokens
     sincos_axes: str = "tyx"  # axes that share the width of those tables, in order; DiT's is "xy"

@@ -1,14 +1,18 @@
 """Make JAX's settings those that the package relies on, at the start of each command that computes."""
 
+import contextlib
 import os
 import sys
 from glob import glob
+from pathlib import Path
 
 import jax
 
 from sora_jax.errors import UserError
 from sora_jax.files import as_path, cache_folder, is_remote, make_folder
 from sora_jax.parallel import distributed
+
+MOST_BYTES = 4_000_000_000  # of compiled programs that are kept
 
 
 def prepare_jax() -> None:
@@ -26,7 +30,8 @@ def prepare_jax() -> None:
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next run starts faster; SORA_JAX_CACHE names another folder.
 
-    Without a folder that can be written they are not kept, which is reported.
+    JAX's key of a program is its text, the version of jaxlib, XLA's flags and the device: code that was changed, or
+    another version, finds nothing old. Without a folder that can be written they are not kept, which is reported.
     """
     if distributed.several() and jax.default_backend() == "cpu":
         return  # it serves the first process alone, and on CPUs that one waits for the others half a minute at most
@@ -37,11 +42,31 @@ def use_compilation_cache() -> None:
             make_folder(folder)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"{folder} cannot be written")
+            trim(folder, MOST_BYTES)
     except (UserError, OSError) as error:
         print(f"sora-jax: compiled programs are not kept for the next start: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def trim(folder: Path, most: int) -> None:
+    """Remove the programs that were not read for longest, until the others have at most so many bytes.
+
+    JAX's own limit (jax_compilation_cache_max_size) takes a lock for every program that is read, and stores nothing
+    more in a folder that was filled without it.
+    """
+    found = []
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another process removes some, too
+            found.append((max((state := path.stat()).st_atime, state.st_mtime), state.st_size, path))
+    left = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if left <= most:
+            return
+        left -= size
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def check_platforms() -> None:

@@ -3,8 +3,10 @@
 import argparse
 import functools
 
+from sora_jax import console
 from sora_jax.files import as_path
-from sora_jax.parsers.base import EXAMPLES, Help, add_tiles, make_parser
+from sora_jax.parsers.base import CONFIG, EXAMPLES, Help, add_json, add_tiles, make_parser
+from sora_jax.parsers.fields import list_fields
 
 
 class _BuildHelp(Help):
@@ -21,12 +23,16 @@ def add_data(commands) -> None:
     verbs = p.add_subparsers(title="verbs", required=True, metavar="build|encode|inspect|caption")
     _build(verbs)
     _encode(verbs)
-    example = "example:\n  sora-jax data inspect data/clips\n  sora-jax data inspect data/clips --out=look"
+    example = "example:\n  sora-jax data inspect data/clips --out=look\n"
+    example += "  sora-jax data inspect data/clips --config=configs/video.py:small"
     p = make_parser(verbs.add_parser, "inspect", help="summarise a dataset folder", epilog=example)
     p.add_argument("folder", type=as_path, help="dataset folder; it is only read")
+    about = "config of a training, whose packs are counted (default: that which the config of the build names)"
+    p.add_argument("--config", help=about)
     p.add_argument("--pack-length", type=int, help="tokens per pack for the packing statistics (default: two clips)")
-    p.add_argument("--slots", type=int, default=16, help="clips per pack at most, as config.packing.slots")
+    p.add_argument("--slots", type=int, help="clips per pack at most, as config.packing.slots (default: 16)")
     p.add_argument("--out", type=as_path, help="folder for contact_sheet.png and histogram.png (default: no pictures)")
+    add_json(p)
     p.set_defaults(function=inspect)
     example = (
         "example:\n  sora-jax data caption --path=clips --how=transformers:Salesforce/blip-image-captioning-base"
@@ -39,6 +45,7 @@ def add_data(commands) -> None:
     p.add_argument(
         "--out", type=as_path, required=True, help="table to write; as captions.csv in the folder it is used"
     )
+    add_json(p)
     p.set_defaults(function=caption)
 
 
@@ -61,6 +68,7 @@ def _encode(verbs) -> None:
     about = "of each clip, encoded alone, for models that are given some (config.diffusion.given)"
     p.add_argument("--key-frames", type=int, default=0, metavar="K", help=f"frames {about}")
     p.add_argument("--sketches", type=int, default=0, metavar="K", help=f"edge maps of frames {about}")
+    add_json(p)
     p.set_defaults(function=encode)
 
 
@@ -76,6 +84,7 @@ WORLD = "simple"
 def _build(verbs) -> None:
     example = (
         "example:\n  sora-jax data build --path=phone --out=data/phone --missing-caption=empty\n"
+        "  sora-jax data build --config=configs/video.py:small_data --path=clips --out=data/small\n"
         "  sora-jax data build --path=clips --out=data/clips --max-frames=17 --multiple=16\n"
         "  sora-jax data build --source=webdataset --path='shards/*.tar' --out=data/clips --workers=8\n"
         "  sora-jax data build --source=world --limit=2000 --multiple=8 --out=data/world\n"
@@ -84,7 +93,7 @@ def _build(verbs) -> None:
     about = "build a dataset folder from videos and images"
     p = make_parser(verbs.add_parser, "build", help=about, epilog=example, formatter_class=_BuildHelp)
     p.add_argument("--out", required=True, help="dataset folder to write")
-    p.add_argument("--config", help="config file with a list of sources; other options override it")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG}; other options override it, too")
     # An option that is not given leaves the field of --config, or the default of the dataclass, as it is.
     add = functools.partial(p.add_argument, default=argparse.SUPPRESS)
     add("--source", help="folder, webdataset, tfds:NAME[:CONFIG], array_record or world")
@@ -124,6 +133,8 @@ def _build(verbs) -> None:
     add("--seconds", type=float, help="refuse a file that takes longer to decode")
     add("--shard", help="i/n: build every n-th part of 128 files; the last process to finish merges them")
     p.add_argument("--beam", help="build with Apache Beam; its pipeline options, such as --beam=--runner=DirectRunner")
+    add_json(p)
+    list_fields(p)
     p.set_defaults(function=build, changes=[])
 
 
@@ -149,13 +160,20 @@ def build(options) -> None:
 
         dataset = build_with_beam(config, options.beam)
     if dataset is None:
-        print(f"this share is done; {options.out} appears when the others are, too")
+        _share_is_done(options.out)
         return
-    found = inspect(options.out)
-    print(f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images")
+    found = inspect(options.out, training=training_of(dataset.info))
+    reasons = dataset.path / "refused.jsonl"
+    text = f"{found.text}\n{options.out}: {len(dataset)} clips, {found.summary['images']} of them images"
     if dataset.refused:
         kinds = tally(entry["reason"] for entry in dataset.refused)
-        print(f"{len(dataset.refused)} files refused ({kinds}); reasons: {dataset.path / 'refused.jsonl'}")
+        text += f"\n{len(dataset.refused)} files refused ({kinds}); reasons: {reasons}"
+    console.result({"out": options.out, "complete": True, **found.summary}, text)
+
+
+def _share_is_done(out) -> None:
+    said = f"this share is done; {out} appears when the others are, too"
+    console.result({"out": out, "complete": False}, said)
 
 
 def build_config(options):
@@ -170,14 +188,41 @@ def build_config(options):
         first = next(iter(options.changes), "")
         check(not first, f"--config is not given; it must be the file that --config.{first} changes")
         return BuildConfig(sources=(source_config(options),), **given)
+    config = from_dict(BuildConfig, load(options.config, options.changes), "--config")
+    several = len(config.sources) > 1
     for flag in (*SOURCE_FLAGS, "world"):
         name, value = flag.replace("_", "-"), getattr(options, flag, None)
-        check(value is None, f"--{name} is {value!r}; beside --config it must be a field of --config.sources[0]")
-    return dataclasses.replace(from_dict(BuildConfig, load(options.config, options.changes), "--config"), **given)
+        must = f"beside --config with {len(config.sources)} sources it must be a field of --config.sources[i]"
+        check(value is None or not several, f"--{name} is {value!r}; {must}")
+    if not several:
+        given["sources"] = (source_config(options, config.sources[0]),)
+    return dataclasses.replace(config, **given)
 
 
-def source_config(options):
-    """Return the SourceConfig of the options."""
+def training_of(header: dict, file: str | None = None):
+    """Return the Training of a config file, else of the one that the build of a dataset named, if it is there."""
+    from sora_jax.config import load
+    from sora_jax.config_files import find_config
+    from sora_jax.data.building.inspect import Training
+    from sora_jax.errors import UserError
+    from sora_jax.kinds import run_config
+    from sora_jax.train.denoiser import DenoiserRun
+
+    name = file or header.get("train_config", "")
+    try:
+        find_config(name)
+    except UserError:
+        if file:
+            raise
+        return None
+    config = run_config(load(name))
+    if not isinstance(config, DenoiserRun):
+        raise UserError(f"--config is {name!r}; it must be the config of a transformer")
+    return Training(name, config.packs, config.tokenizer if config.model.text else None, config.split)
+
+
+def source_config(options, base=None):
+    """Return the SourceConfig of the options, which override those of `base`."""
     import dataclasses
 
     from sora_jax.config import choose
@@ -192,6 +237,8 @@ def source_config(options):
         holdout = getattr(options, "holdout", BuildConfig.holdout)
         values["world"] = dataclasses.replace(world, seed=seed)
         values["world_held_out"] = round(values.get("limit", 0) * holdout)
+    if base and values.get("name", base.name) == base.name:
+        return dataclasses.replace(base, **values)
     return SourceConfig(**values)
 
 
@@ -215,9 +262,11 @@ def encode(options) -> None:
     how = dict(tiles=tiles, choose_tile=choose_tile, guides=guides)
     chosen = EncodeOptions(options.batch, options.shapes, share, text, **how)
     if encode_dataset(*folders, chosen):
-        print(f"latents of {len(LatentCache(options.out))} clips in {options.out}")
+        clips = len(LatentCache(options.out))
+        found = {"out": options.out, "complete": True, "clips": clips}
+        console.result(found, f"latents of {clips} clips in {options.out}")
     else:
-        print(f"this share is done; {options.out} appears when the others are, too")
+        _share_is_done(options.out)
 
 
 def caption(options) -> None:
@@ -225,12 +274,19 @@ def caption(options) -> None:
     from sora_jax.data.building.recaption import caption_folder
 
     written, refused = caption_folder(options.path, options.how, options.out, options.kind)
-    print(f"{written} clips captioned in {options.out}, {refused} not readable")
+    found = {"out": options.out, "captioned": written, "refused": refused}
+    console.result(found, f"{written} clips captioned in {options.out}, {refused} not readable")
 
 
 def inspect(options) -> None:
     """Print the summary of a dataset folder."""
     from sora_jax.data.building.inspect import inspect
+    from sora_jax.data.packing.packs import PackingConfig
+    from sora_jax.data.storing.manifest import Dataset
 
-    found = inspect(options.folder, options.pack_length, options.slots, options.out)
-    print("\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)]))
+    slots = PackingConfig.slots if options.slots is None else options.slots
+    by_hand = options.pack_length is not None or options.slots is not None
+    training = None if by_hand else training_of(Dataset(options.folder).info, options.config)
+    found = inspect(options.folder, options.pack_length, slots, options.out, training)
+    text = "\n".join([found.text, *(f"{'picture':<16} {path}" for path in found.pictures)])
+    console.result({**found.summary, "pictures": found.pictures}, text)

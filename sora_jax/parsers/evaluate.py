@@ -3,9 +3,10 @@
 import argparse
 from typing import Any
 
+from sora_jax import console
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
-from sora_jax.parsers.base import add_tiles, make_parser
+from sora_jax.parsers.base import add_json, add_tiles, make_parser
 
 EXAMPLE = (
     "examples:\n  sora-jax evaluate runs/video --data=data/clips --count=64\n"
@@ -30,7 +31,7 @@ def add_evaluate(commands) -> None:
     p.add_argument("--batch", type=int, help="--autoencoder: batch size, in clips or tiles (default: 4)")
     p.add_argument("--out", type=as_path, help="folder for the report and the pictures (default: RUN/evaluation)")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples, or of the noise that is added to latents")
-    p.add_argument("--json", action="store_true", help="print all figures as JSON")
+    add_json(p)
     add_tiles(p)
     # None tells that they are not given: they are for autoencoders alone.
     p.set_defaults(function=evaluate, tile=None, tile_overlap=None)
@@ -39,8 +40,8 @@ def add_evaluate(commands) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Measure the run of a denoiser or an autoencoder and print its report."""
     import dataclasses
-    import json
 
+    from sora_jax.generate.options import named_as_typed
     from sora_jax.parallel.settings import prepare_jax
 
     if options.run is None and options.autoencoder is None:
@@ -48,8 +49,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.run is not None and options.autoencoder is not None:
         raise UserError(f"RUN is {str(options.run)!r}; it must be left out beside --autoencoder")
     prepare_jax()
-    report = _denoiser(options) if options.run is not None else _autoencoder(options)
-    print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else report.text)
+    with named_as_typed(options.arguments):
+        report = _denoiser(options) if options.run is not None else _autoencoder(options)
+    console.result(dataclasses.asdict(report), report.text)
 
 
 def _given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

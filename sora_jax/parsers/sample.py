@@ -2,8 +2,10 @@
 
 import argparse
 
+from sora_jax import console
 from sora_jax.files import as_path
-from sora_jax.parsers.base import add_tiles, make_parser
+from sora_jax.parsers.base import add_json, add_tiles, make_parser
+from sora_jax.parsers.fields import list_fields
 
 
 def add_sample(commands) -> argparse.ArgumentParser:
@@ -16,7 +18,7 @@ def add_sample(commands) -> argparse.ArgumentParser:
         "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
         '  sora-jax sample --workdir=runs/video --video=fox.mp4 --extend=+16 --prompt="a fox runs" --out=longer.mp4\n'
         '  sora-jax sample --workdir=runs/video --prompt="waves" --loop --frames=16 --out=waves.gif\n'
-        "--sampling.NAME=VALUE overrides any field of the run's config.sampling"
+        "--sampling.NAME=VALUE overrides any field of the run's config.sampling; with --workdir, --help lists them"
     )
     p = make_parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
     p.add_argument("--like", type=as_path, metavar="FILE", help="make a generated file again; other options change it")
@@ -55,6 +57,8 @@ def add_sample(commands) -> argparse.ArgumentParser:
     add_tiles(p)
     about = ".mp4, .gif or .webp; .png for one frame; several prompts: numbered (default: clip.mp4, here)"
     p.add_argument("--out", type=as_path, help=about)
+    add_json(p)
+    list_fields(p, "--workdir")
     _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
     p.set_defaults(sampling=[], clip=None, rows=None)
     return p
@@ -113,12 +117,17 @@ def add_calibrate(commands) -> None:
     p.add_argument("--steps", help="solver steps (default: the run's)")
     p.add_argument("--solver", help="solver that calls the model once a step (default: the run's)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: the run's)")
+    add_json(p)
+    list_fields(p, "--workdir")
     p.set_defaults(function=calibrate, sampling=[])
 
 
 def calibrate(options) -> None:
     from sora_jax.generate import command
+    from sora_jax.generate.options import named_as_typed
     from sora_jax.parallel.settings import prepare_jax
 
     prepare_jax()
-    print(command.calibrate(options))
+    with named_as_typed(options.arguments):
+        file = command.calibrate(options)
+    console.result({"file": file}, str(file))

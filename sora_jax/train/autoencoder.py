@@ -67,7 +67,7 @@ class AutoencoderRun(RunConfig):
 
     kind: Literal["autoencoder"] = "autoencoder"
     data: str = ""  # a folder made by `sora-jax data build`
-    batch: int = 16
+    batch: int = 16  # clips and images of a step over all devices, gradient accumulation included
     crop: tuple[int, int, int] = (9, 64, 64)  # (frames, height, width) of the training crops
     crops: tuple[tuple[int, int, int], ...] = ()  # further sizes; each step takes one of all, at random
     image_share: float = 0.1  # share of the batch that are images, single frames

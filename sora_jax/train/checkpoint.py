@@ -127,6 +127,23 @@ class Checkpoints:
         found = self._first_whole(trees, RUN)
         return from_stored(like, found[STATE] | {"ema": found[EMA]}), found[RUN]
 
+    def examine(self, step: int, structure: Callable[[dict], TrainState]) -> tuple[TrainState | None, str]:
+        """Return the state of one checkpoint, and why it is damaged ("" if it is whole).
+
+        structure: see `restore`. UserError if the checkpoint is of another model.
+        """
+        trees: dict = {}
+
+        def stored(run: dict) -> dict:
+            trees["like"] = structure(run)
+            tree = to_stored(trees["like"])
+            return {EMA: tree.pop("ema"), STATE: tree}
+
+        found, reason = self._attempt(step, stored, (RUN,))
+        if reason := reason or _difference(found.get(ARRAYS), {name: found[name] for name in (STATE, EMA)}):
+            return None, reason
+        return from_stored(trees["like"], found[STATE] | {"ema": found[EMA]}), ""
+
     def restore_ema(self, averages: dict | Callable[[dict], dict], which: str = NEWEST) -> dict[str, tuple]:
         """Restore the averages alone.
 

@@ -48,7 +48,7 @@ Text = Tokenizer | PretrainedText | NoText  # what turns captions into what a mo
 class DiffusionConfig:
     """Configure the noise process and the loss of training."""
 
-    process: str = "linear_flow"  # one of `diffusion.process.PROCESSES`
+    process: str = "linear_flow"  # noise process, see docs/training.md
     prediction: str = "velocity"  # what the network predicts: velocity, eps, x0, v, score or edm
     times: TimesConfig = TimesConfig()  # how noise levels are drawn
     weight: WeightConfig = WeightConfig()  # how much the error counts at each noise level
@@ -68,6 +68,7 @@ class DiffusionConfig:
 class PreviewConfig:
     """Configure the clips that are sampled while training; prompts or classes and sizes are paired in turn."""
 
+    clips: int = 0  # so many clips of the data, held-out ones if there are any, give their captions and sizes
     prompts: tuple[str, ...] = ()  # captions to sample
     classes: tuple[int, ...] = ()  # classes to sample, in place of prompts
     sizes: tuple[tuple[int, int, int], ...] = ()  # (frames, height, width) of the clips
@@ -76,13 +77,34 @@ class PreviewConfig:
 
     def __post_init__(self):
         check(not (self.prompts and self.classes), "preview.prompts and preview.classes are both given; give one")
-        check(self.sizes or not self.any, "preview.sizes is empty; previews need at least one size")
+        check(self.clips >= 0, f"preview.clips is {self.clips}; it must be at least 0")
+        others = "preview.prompts or preview.classes are"
+        check(not self.clips or not (self.prompts or self.classes), f"preview.clips and {others} both given; give one")
+        check(self.sizes or self.clips or not self.any, "preview.sizes is empty; previews need at least one size")
         check(self.fps > 0, f"preview.fps is {self.fps}; it must be positive")
 
     @property
     def any(self) -> bool:
         """True if there is anything to sample."""
-        return bool(self.prompts or self.classes)
+        return bool(self.prompts or self.classes or self.clips)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutConfig:
+    """Configure the loss of held-out clips, which is measured while training: see `train.held_out`.
+
+    A measurement costs `levels` forward passes of the clips, a third of as many steps on them.
+    """
+
+    every: int = 500  # steps between measurements, also after the last step; 0: never
+    clips: int = 64  # held-out clips at most, evenly spread over the latent cache
+    levels: int = 4  # noise levels of each clip, spread over the distribution of training times
+
+    def __post_init__(self):
+        check(self.every >= 0, f"held_out.every is {self.every}; it must be 0 (never) or a number of steps")
+        for name in ("clips", "levels"):
+            value = getattr(self, name)
+            check(value > 0, f"held_out.{name} is {value}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +120,7 @@ class DenoiserRun(RunConfig):
     packing: PackingConfig = PackingConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     preview: PreviewConfig = PreviewConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     sampling: SamplingConfig = SamplingConfig(guidance=GuidanceConfig(3.0))  # how it is sampled unless asked otherwise
 
     def __post_init__(self):
@@ -129,7 +152,9 @@ class DenoiserRun(RunConfig):
     def _check_preview(self) -> None:
         """Raise now what the first preview would otherwise raise, hours into the training."""
         preview, known = self.preview, self.model.classes
-        check(self.model.text or not preview.prompts, "preview.prompts are given; a model without text has classes")
+        for name in ("prompts", "clips"):
+            given = getattr(preview, name)
+            check(self.model.text or not given, f"preview.{name} are given; a model without text has classes")
         for label in preview.classes:
             check(
                 0 <= label < known,

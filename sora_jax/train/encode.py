@@ -10,8 +10,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from sora_jax import console
 from sora_jax.config import check, to_dict
 from sora_jax.data.feeding.texts import CaptionCounts
 from sora_jax.data.guides import GuideCounts, guide_frames
@@ -102,7 +102,7 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     work = [order[part * each : (part + 1) * each] for part in missing]
     clips, again = tee(map(dataset.__getitem__, chain(*work)))  # `again` is behind by a batch at most
     latents = autoencoder.encode((clip.frames for clip in clips), options.batch, padded_shapes, tiles=tiles)
-    latents = iter(tqdm(latents, "encode", sum(map(len, work)), unit="clip"))
+    latents = iter(console.progress(latents, "encode", sum(map(len, work)), unit="clip"))
     guides, counts = _guides(autoencoder, again, options, padded_shapes, tiles), CaptionCounts()
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer, jax.set_mesh(make_mesh()):
@@ -111,7 +111,7 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
             for row, texts in zip(rows, _texts(options.text, rows), strict=True):
                 add_latent(writer, info, row, next(latents), texts, next(guides))
     for note in counts.notes("--text-tokens", options.text.max_tokens if options.text else 0):
-        print(f"sora-jax: {note}", file=sys.stderr)
+        console.note(note)
     return finish_cache(parts, info)
 
 

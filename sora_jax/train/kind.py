@@ -17,10 +17,12 @@ class Inputs:
     """Hold what a run reads, opened and checked; a kind adds its own fields.
 
     digest: of the data, which a run that goes on must find again. text: fingerprint of a pretrained text encoder.
+    clips: how many there are of each split.
     """
 
     digest: str
     text: str | None = None
+    clips: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

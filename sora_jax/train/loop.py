@@ -6,18 +6,20 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from sora_jax import console
 from sora_jax.config import check
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.errors import Stopped
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.train import provenance
 from sora_jax.train.adapt import merge
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.history import record_config
@@ -26,6 +28,7 @@ from sora_jax.train.reporter import Instruments, MetricAccumulator, Reporter, du
 from sora_jax.train.resume import ReadSaved, resume
 from sora_jax.train.state import Group, TrainState, init_state, make_optimizers, start_from
 from sora_jax.train.step import LossFunction, make_step
+from sora_jax.train.tracking import Wandb
 from sora_jax.train.watchdog import Watchdog, spent_before
 
 Preview = Callable[[int, dict, MetricsWriter], None]  # (step, averages by group, writer)
@@ -44,6 +47,7 @@ class LoopConfig:
     keep_best: int = 0  # checkpoints that are kept beside them, those with the smallest `best_metric`
     best_metric: str = "loss"  # a metric of the report before the checkpoint
     accumulate: int = 1  # micro-batches in a step, whose gradients are accumulated
+    wandb: str = ""  # project of Weights & Biases that the run reports to, too; "": none
 
     def __post_init__(self):
         check(self.steps > 0, f"loop.steps is {self.steps}; it must be positive")
@@ -60,6 +64,18 @@ class LoopConfig:
             not self.keep_best or self.log_every > 0,
             f"loop.keep_best is {self.keep_best}; the best are known by reports, so loop.log_every must be positive",
         )
+
+
+class Measure(NamedTuple):
+    """Measure held-out clips every so many steps and after the last one (0: after the last alone).
+
+    function(step, averages by group): returns metrics, the same in all processes. local: each process calls it for
+    itself, on its own devices, with parameters that are gathered; otherwise all call it together on the mesh.
+    """
+
+    every: int
+    function: Callable[[int, dict], dict]
+    local: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +104,7 @@ class Job:
     counts: Callable[[dict], dict[str, float]]
     clip_ids: Callable[[dict], list]
     preview: Preview | None = None
+    measure: Measure | None = None
     note: str = ""
     share: ShardSpec = ShardSpec()
     frozen: Any = ()
@@ -141,7 +158,11 @@ def fit(
         if start:
             log(f"{job.name}: goes on from step {start} of {config.steps}{changes and ' with '}{changes}")
         watch.add(spent_before(workdir, start, saved.get("seconds", {})))
-        writer = stack.enter_context(MetricsWriter(workdir, start)) if distributed.first() else None
+        record = provenance.start(workdir, start, {"kind": job.name, "parameters": _count(state, job.fixed)})
+        writer = None
+        if distributed.first():
+            tracker = Wandb(config.wandb, workdir, run) if config.wandb else None
+            writer = stack.enter_context(MetricsWriter(workdir, start, tracker))
         bar = stack.enter_context(_bar(job.name, start, config.steps))
         dog = stack.enter_context(Watchdog(watch, workdir if distributed.first() else None, start))
         instruments = Instruments(writer, bar, watch, dog.stepped, checkpoints.latest)
@@ -162,16 +183,25 @@ def fit(
             stopping = stop(step)  # asked once: a signal that comes after this line waits for the next step's save
             saving = stopping or due(step, config.save_every, config.steps)
             preview = job.preview if due(step, config.preview_every, config.steps) else None
-            if saving or preview:
+            measure = job.measure if job.measure and due(step, job.measure.every, config.steps) else None
+            if saving or preview or measure:
                 with watch("step"):  # what is waited for here is the step, not the save
-                    reporter.read_previous()
+                    jax.block_until_ready(metrics)
+                averages = {name: averages[0] for name, averages in state.ema.items()}
+                measured = None
+                if measure:
+                    with watch("evaluate"):
+                        measured = _measure(measure, step, merge(frozen[0], averages))
+                with watch("step"):
+                    reporter.read_previous(measured)
             if saving:
                 with watch("save"):
                     notes = {"config": run, "step": step, "seed": seed, "position": position}
                     _save(checkpoints, state, notes, reporter)
+                    if record:
+                        record.reached(step)
             if preview:
                 with watch("evaluate"):
-                    averages = {name: averages[0] for name, averages in state.ema.items()}
                     _preview(preview, step, merge(frozen[0], averages), writer)
             if stopping:
                 break
@@ -218,7 +248,7 @@ def check_accumulation(job: Job, config: LoopConfig) -> None:
 def log(text: str) -> None:
     """Print a line, once for all processes."""
     if distributed.first():
-        print(text, flush=True)
+        console.log(text)
 
 
 def _save(checkpoints: Checkpoints, state: TrainState, notes: dict, reporter: Reporter) -> None:
@@ -232,17 +262,32 @@ def _save(checkpoints: Checkpoints, state: TrainState, notes: dict, reporter: Re
         writer.flush()
 
 
+def _measure(measure: Measure, step: int, averages: dict) -> dict:
+    """Measure held-out clips."""
+    return _locally(measure.function, step, averages) if measure.local else measure.function(step, averages)
+
+
 def _preview(preview: Preview, step: int, averages: dict, writer: MetricsWriter | None) -> None:
-    """Look at the model. Several processes gather the parameters, and the first alone does, on its own devices."""
+    """Look at the model, in the first process, which has a writer."""
+    _locally(lambda step, averages: preview(step, averages, writer) if writer else None, step, averages)
+
+
+def _locally(function: Callable[[int, dict], Any], step: int, averages: dict) -> Any:
+    """Call a function on the devices of this process, with parameters that several processes gather."""
     averages = distributed.on_host(averages) if distributed.several() else averages
-    if writer is not None:  # the first process has one
-        with jax.set_mesh(make_mesh(devices=jax.sharding.get_mesh().local_devices)):
-            preview(step, averages, writer)
+    with jax.set_mesh(make_mesh(devices=jax.sharding.get_mesh().local_devices)):
+        return function(step, averages)
+
+
+def _count(state: TrainState, fixed: Mapping[str, dict]) -> dict[str, int]:
+    """Count the parameters of the model that are trained, and that are fixed."""
+    trees = {"trained": state.params[next(iter(state.params))], "fixed": dict(fixed)}
+    return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:
-    look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, disable=not distributed.first())
-    return tqdm(total=steps, initial=start, desc=name, **look)
+    look: dict[str, Any] = dict(unit="step", smoothing=0.05, disable=not distributed.first())
+    return console.progress(total=steps, initial=start, desc=name, postfix="compiling the step", **look)
 
 
 def split_batch(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

@@ -8,12 +8,14 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from sora_jax.files import as_path, read_text, write_text
 from sora_jax.train.mirror import Mirror
+from sora_jax.train.tracking import Wandb
 
 ROWS = "metrics.jsonl"
 
@@ -25,10 +27,10 @@ class MetricsWriter:
     (`mirror.Mirror`); if that fails it is reported and the run goes on.
 
     `start` is the step that the run goes on from: reports of later steps, which a killed run left, are dropped,
-    so that no step is reported twice.
+    so that no step is reported twice. tracker: what gets the same scalars and pictures.
     """
 
-    def __init__(self, workdir: Path, start: int = 0):
+    def __init__(self, workdir: Path, start: int = 0, tracker: Wandb | None = None):
         from tensorboardX import SummaryWriter
 
         kept = [row for row in read_metrics(workdir) if row["step"] <= start]
@@ -40,6 +42,9 @@ class MetricsWriter:
             # Also at the first step: the folder may hold events of a run that was killed before its first save.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             stack.callback(self._board.close)
+            self._tracker = tracker
+            if tracker:
+                stack.callback(tracker.close)
             self._stack = stack.pop_all()
 
     def __enter__(self):
@@ -54,9 +59,11 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in flat.items()}))
         self._file.write("\n")
         self._file.flush()
-        for name, value in flat.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        finite = {name: value for name, value in flat.items() if math.isfinite(value)}
+        for name, value in finite.items():
+            self._board.add_scalar(name, value, step)
+        if self._tracker:
+            self._tracker.write(step, finite)
         self._mirror.flush_if_due()
 
     def flush_rows(self) -> None:
@@ -71,9 +78,11 @@ class MetricsWriter:
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Write a uint8 picture for TensorBoard."""
         self._board.add_image(name, image_HWC, step, dataformats="HWC")
+        if self._tracker:
+            self._tracker.picture(step, name, image_HWC)
 
 
-def flatten(metrics: dict) -> dict[str, float]:
+def flatten(metrics: Mapping) -> dict[str, float]:
     """Flatten metrics: scalars under their names, vectors as name/index."""
     flat = {}
     for name, value in metrics.items():

@@ -52,11 +52,11 @@ class LossConfig:
     bands_form: Literal["squared", "charbonnier", "l1"] = "squared"  # penalty of a coefficient; L1 from scratch blurs
     bands_levels: int = 2  # of the Haar transform
     pyramid_weight: float = 0.0  # of the L1 distance of frames that are halved several times
-    pyramid_levels: int = 3  # how often
+    pyramid_levels: int = 3  # how often they are halved
     features_weight: float = 0.0  # of the distance of features of a random network, a new one at every step
     features_frames: int = 4  # frames of each clip whose features are compared, also by LPIPS
     lpips_weight: float = 0.0  # of LPIPS
-    lpips_file: str = ""  # its weights (`models.lpips.read_lpips` says how to make the file)
+    lpips_file: str = ""  # file with the weights of LPIPS (`models.lpips.read_lpips` says how to make it)
     adversarial_weight: float = 0.0  # of the adversarial term
     matching_weight: float = 0.0  # of the distance of the discriminator's features
     discriminator_start: int = 0  # step at which the discriminator begins to learn

@@ -73,15 +73,18 @@ class Reporter:
         """Keep what a step was dispatched with, for `read_previous`."""
         self._held = (step, metrics, batch)
 
-    def read_previous(self) -> None:
-        """Wait for the held step, check that it is finite, and write a report if one is due."""
+    def read_previous(self, measured: dict | None = None) -> None:
+        """Wait for the held step, check that it is finite, and write a report if one is due.
+
+        measured: metrics of held-out clips after that step; they make a report due.
+        """
         if self._held is None:
             return
         (step, metrics, batch), self._held = self._held, None
         metrics = fetch(metrics)
         self.instruments.stepped(step)
         self._check_finite(step, metrics, batch)
-        self.instruments.bar.update(1)
+        _advance(self.instruments.bar, first=self._since is None)
         self._totals = {name: metrics.pop(name) for name in list(metrics) if name.partition("/")[0] in TOTALS}
         self.means.add(metrics)
         counts = self._job.counts(batch)
@@ -89,8 +92,8 @@ class Reporter:
             self._since = self._clock()
         else:
             self._counts = {name: self._counts.get(name, 0) + value for name, value in counts.items()}
-        if self._config.log_every and due(step, self._config.log_every, self._config.steps):
-            self._report(step)
+        if measured is not None or (self._config.log_every and due(step, self._config.log_every, self._config.steps)):
+            self._report(step, measured or {})
 
     def _check_finite(self, step: int, metrics: dict, batch: dict) -> None:
         """Raise a UserError where the loss or the parameters are not finite.
@@ -114,7 +117,7 @@ class Reporter:
             f"{self._job.clip_ids(batch)}; {again}; {ADVICE}"
         )
 
-    def _report(self, step: int) -> None:
+    def _report(self, step: int, measured: dict) -> None:
         assert self._since is not None  # `read_previous` sets it before
         metrics = self.means.take()
         seconds = self._clock() - self._since
@@ -125,14 +128,20 @@ class Reporter:
         rates |= self._rates(step)
         spent = {f"seconds/{cause}": value for cause, value in self.instruments.watch.seconds.items()}
         if self.instruments.writer:
-            self.instruments.writer.write(step, metrics | self._totals | rates | spent)
+            self.instruments.writer.write(step, metrics | self._totals | rates | spent | dict(measured))
         if self._config.keep_best:
-            name = self._config.best_metric
-            known = flatten(metrics)
-            check(name in known, f"loop.best_metric is {name!r}; this run reports {', '.join(known)}")
-            self.best_metric = known[name]
+            self._rank(flatten(metrics), flatten(measured))
         self.instruments.bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
         self._counts, self._since = {}, self._clock()
+
+    def _rank(self, metrics: dict[str, float], measured: dict[str, float]) -> None:
+        """Set what checkpoints are ranked by; what is measured of held-out clips stands until it is measured anew."""
+        name, known = self._config.best_metric, metrics | measured
+        if name in known:
+            self.best_metric = known[name]
+        else:
+            measures = self._job.measure is not None and name.startswith("held_out/")
+            check(measures, f"loop.best_metric is {name!r}; this run reports {', '.join(known)}")
 
     def _rates(self, step: int) -> dict[str, float]:
         """Return the learning rate of each group at a step; skipped updates do not count in a schedule."""
@@ -147,6 +156,16 @@ class Reporter:
         """Return seconds that pass while steps are made; the clock stands still during previews and saves."""
         paused = sum(self.instruments.watch.seconds.get(cause, 0.0) for cause in ("evaluate", "save"))
         return time.perf_counter() - paused
+
+
+def _advance(bar: tqdm, first: bool) -> None:
+    """Count a step in the bar. Its rate is of the steps after the first one, which compiles."""
+    if not first or bar.disable:
+        bar.update(1)
+        return
+    bar.n = bar.initial = bar.n + 1
+    bar.last_print_n, bar.start_t, bar.last_print_t = bar.n, bar._time(), bar._time()
+    bar.set_postfix_str("")
 
 
 class MetricAccumulator:

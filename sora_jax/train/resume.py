@@ -14,7 +14,7 @@ from sora_jax.train.state import Group, Optimizer, TrainState, abstract_state, m
 # Reads the config that a checkpoint holds, as this version writes it, and the groups that it trained.
 ReadSaved = Callable[[dict], tuple[dict, Mapping[str, Group]]]
 # Fields that do not change which batch comes at which place: the position in the data stays a true hint.
-SAME_STREAM = ("optim", "loop", "feed", "mesh", "batch", "preview", "sampling")
+SAME_STREAM = ("optim", "loop", "feed", "mesh", "batch", "preview", "sampling", "held_out")
 Decays = Mapping[str, tuple[float, ...]]
 
 

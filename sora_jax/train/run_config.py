@@ -18,7 +18,7 @@ class RunConfig:
     Annotate the kind as `kind: Literal["name"] = "name"`, so that files with another are refused.
     """
 
-    kind: str = ""  # which kind of run this is: a key of `sora_jax.kinds.KINDS`
+    kind: str = ""  # kind of run
     seed: int = 0  # of all random draws, from 0 to 4294967295
     batch: int = 8  # rows of a step over all devices, gradient accumulation included
     split: str = "train"  # the split of the data that is trained on

@@ -71,6 +71,24 @@ def run_lock(workdir: Path) -> Iterator[None]:
         yield
 
 
+def holder(folder: Path) -> tuple[Holder | None, bool]:
+    """Return which process holds a run folder, None if none does, and if it lives; nothing is written.
+
+    Where the kernel has no locks it counts as alive.
+    """
+    path = as_path(folder) / RUN_LOCK
+    found = _read(path)
+    if found is None or is_remote(folder):
+        return found, found is not None
+    try:
+        locked(path, wait=False).close()
+    except BlockingIOError:
+        return found, True
+    except (ImportError, OSError):
+        return found, True
+    return found, False
+
+
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
     own = Holder(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M"))

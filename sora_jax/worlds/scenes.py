@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sora_jax.config import check
+from sora_jax.config import check, check_word
 from sora_jax.worlds import captions
 from sora_jax.worlds.captions import (
     CAMERAS,
@@ -94,7 +94,10 @@ class WorldConfig:
 
     def __post_init__(self):
         for name, known in _VOCABULARIES.items():
-            _check_words(name, getattr(self, name), known)
+            words = getattr(self, name)
+            check(words and not isinstance(words, str), f"world.{name} is {words!r}; it must be one or more words")
+            for word in words:
+                check_word(f"world.{name}", word, known)
         low, high = self.scale[0], self.scale[-1]
         rules = {
             "seed": (0 <= self.seed < 2**32, "an integer from 0 to 4294967295"),
@@ -149,11 +152,6 @@ _VOCABULARIES = {
     "tones": tuple(TONES),
     "caption_levels": LEVELS,
 }
-
-
-def _check_words(name: str, words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-    good = bool(words) and not isinstance(words, str) and set(words) <= set(allowed)
-    check(good, f"world.{name} is {words!r}; it must be one or more of {', '.join(allowed)}")
 
 
 def _sizes_allowed(sizes: tuple) -> bool:

@@ -12,7 +12,7 @@ from sora_jax.data.building.build import build, make_parts
 from sora_jax.data.building.prepare import BuildConfig, Mix, open_sources
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.data.storing.parts import ShardedWriter
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 
 
 def build_with_beam(config: BuildConfig, options: str = "") -> Dataset | None:
@@ -31,7 +31,7 @@ def build_with_beam(config: BuildConfig, options: str = "") -> Dataset | None:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise UserError("--beam needs Apache Beam: pip install 'sora_jax[beam]'") from error
+        raise UserError(f"--beam needs Apache Beam: {install_command('beam')}") from error
 
     def make(config: BuildConfig, mix: Mix, parts: ShardedWriter, numbers: list[int], progress: bool) -> None:
         try:

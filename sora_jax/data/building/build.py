@@ -6,9 +6,9 @@ from contextlib import closing
 from functools import partial
 from itertools import chain, product
 
-from tqdm import tqdm
-
 from sora_jax.config import check, from_dict, to_dict
+from sora_jax.console import log
+from sora_jax.console import progress as bar
 from sora_jax.data.building.pool import Refusal, map_with_timeout
 from sora_jax.data.building.prepare import BuildConfig, Mix, Unit, hashed_split, open_sources, prepare
 from sora_jax.data.shard_spec import ShardSpec
@@ -42,7 +42,7 @@ def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] 
     parts = start(config.out, KIND, {"options": options}, max(1, -(-len(mix) // config.clips_per_shard)))
     missing = parts.missing(share)
     if progress and (done := parts.count - len(parts.missing())):
-        print(f"{done} of {parts.count} parts are made, {len(missing)} are left for this process", flush=True)
+        log(f"{done} of {parts.count} parts are made, {len(missing)} are left for this process")
     (make or make_parts)(config, mix, parts, missing, progress)
 
     def nothing_usable(refused: list[dict]) -> str:
@@ -50,7 +50,8 @@ def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] 
         examples = {reason_kind(entry["reason"]): f"{entry['file']}: {entry['reason']}" for entry in refused}
         return f"{_sources(config)}; it holds nothing usable: {counts}; {'; '.join(examples.values())}"
 
-    finished = parts.finish({"format": FORMAT, "options": options}, nothing_usable)
+    header = {"format": FORMAT, "options": options, "train_config": config.train_config}
+    finished = parts.finish(header, nothing_usable)
     return Dataset(config.out) if finished else None
 
 
@@ -59,7 +60,7 @@ def make_parts(config: BuildConfig, mix: Mix, parts: ShardedWriter, numbers: lis
     units = {part: units_of(config, mix, part) for part in numbers}
     flat = list(chain.from_iterable(units.values()))
     with closing(map_with_timeout(partial(prepare, mix, config), flat, config.workers, config.seconds)) as results:
-        shown = iter(tqdm(results, "clips", len(flat), disable=not progress))
+        shown = iter(bar(results, "clips", len(flat), disable=not progress))
         for part in numbers:
             with parts.write(part) as writer:
                 for file, reason in mix.refused if part == 0 else ():
@@ -93,7 +94,9 @@ def write_result(writer: PartWriter, config: BuildConfig, mix: Mix, unit: Unit, 
 
 def build_options(config: BuildConfig, mix: Mix) -> dict:
     """Return all that decides what is in the dataset, as JSON: the options and a digest of each source."""
-    return to_dict(config) | MACHINERY | {"digests": [source.digest for source in mix.sources]}
+    options = to_dict(config) | MACHINERY | {"digests": [source.digest for source in mix.sources]}
+    del options["train_config"]  # options are in the digest of a dataset, which was there before this field
+    return options
 
 
 def _built_before(config: BuildConfig, mix: Mix) -> Dataset | None:

@@ -28,13 +28,13 @@ NO_CAPTION = {"tfds": "--caption-field is not given or its feature is empty", "a
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Options of a build; all but `out`, `workers`, `seconds` and `shard` decide what is in the dataset."""
+    """Options of a build; all but `build.MACHINERY` decide what is in the dataset."""
 
     out: str = ""  # dataset folder to write
     sources: tuple[SourceConfig, ...] = ()  # where clips come from, see `data/sources/config.py`
     max_frames: int = 17  # longest clip; lengths and sizes: see `data/fit.py`
     time_factor: int = 4  # frames for each token in time: clips have 1 + time_factor * k frames
-    length_rule: str = "cut"  # to the next shorter allowed length; or "pad" to the next longer
+    length_rule: str = "cut"  # cut to the next shorter allowed length, or pad to the next longer
     min_frames: int = 1  # clips that end shorter are refused
     fps: float | None = None  # frame rate of all clips, by time stamps
     max_fps: float | None = None  # frame rate above which frames are dropped
@@ -44,23 +44,24 @@ class BuildConfig:
     multiple: int = 16  # height and width are multiples of it
     max_pixels: int | None = 256 * 256  # largest height x width
     max_tokens: int | None = None  # most tokens of a clip: one for time_factor frames of multiple x multiple pixels
-    resolution: str = "largest"  # size that is allowed; or drawn at random: "uniform" or "navit"
+    resolution: str = "largest"  # size of a clip: the largest that is allowed, or drawn at random (uniform or navit)
     min_pixels: int | None = None  # smallest height x width that is drawn (default: (4 * multiple)^2)
-    framing: str = "native"  # aspect ratio; or "square" crops
+    framing: str = "native"  # native aspect ratio, or square crops
     variants: int = 1  # sizes or places of each clip, which epochs take in turn
     mirror: bool = False  # also the mirror image of each variant, whatever its caption says of left and right
-    missing_caption: str = "refuse"  # a clip without a caption; or give it an "empty" one
+    missing_caption: str = "refuse"  # refuse a clip without a caption, or give it an empty one
     holdout: float = 0.05  # share of the clips without a given split that get "held-out", by a hash of seed and id
     seed: int = 0  # seed of the held-out split, of places and of sizes
     workers: int = 1  # processes that decode; 0 decodes in this one, unprotected from crashes
     seconds: float = 60.0  # a file that takes longer to decode is refused
     shard: str = "0/1"  # i/n builds every n-th part; all n processes must see the same files
     clips_per_shard: int = 128  # entries in a part
+    train_config: str = ""  # FILE:VARIANT of the training that will read the clips; reports count its packs
 
     def __post_init__(self):
         self.size_rule  # noqa: B018 - raises where the sizes contradict each other
         for name, allowed in _WORDS.items():
-            check_word(name, getattr(self, name), allowed)
+            check_word(f"--{name.replace('_', '-')}", getattr(self, name), allowed)
         for name, least in _LEAST.items():
             check_option(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         for name in ("fps", "max_fps"):

@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from sora_jax.config import check
+from sora_jax.console import progress
 from sora_jax.data.reading.media import SpanRule
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.data.sources import SourceConfig, make_source
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 from sora_jax.files import as_path, replacing
 from sora_jax.worlds.captions import Wanted, WantedShape, write
 from sora_jax.worlds.oracle import read
@@ -37,7 +37,7 @@ def caption_folder(path: str | Path, how: str, out: str | Path, kind: str = "syn
     check(not out.exists(), f"--out is {str(out)!r}; it exists, give another name")
     describe, source = _captioner(how), make_source(SourceConfig("folder", path=str(path)))
     rows: list[dict[str, str]] = []
-    for place in tqdm(range(len(source)), "caption", unit="clip"):
+    for place in progress(range(len(source)), "caption", unit="clip"):
         entry = source.entry(place)
         with suppress(MediaError):
             decoded = source.open(place).decode(SpanRule(max_frames=MAX_FRAMES, place=0.5), None)
@@ -67,7 +67,7 @@ def _captioner(how: str) -> Callable[[np.ndarray], str]:
     try:
         from transformers import pipeline
     except ImportError as error:
-        raise UserError(f"--how is {how!r}; it needs pip install 'sora_jax[text]'") from error
+        raise UserError(f"--how is {how!r}; it needs {install_command('text')}") from error
     from PIL import Image
 
     try:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 
 SIDE = 128  # pixels of the longer side of the frames that are compared
 THRESHOLD = 27.0  # PySceneDetect's default for its content detector
@@ -19,7 +19,8 @@ def cut_moments(frames: Iterable[tuple[float, np.ndarray]]) -> list[float]:
         from scenedetect import FrameTimecode
         from scenedetect.detectors import ContentDetector
     except ImportError as error:
-        raise UserError("--cuts needs PySceneDetect, which is not installed: pip install 'sora_jax[scenes]'") from error
+        how = install_command("scenes")
+        raise UserError(f"--cuts needs PySceneDetect, which is not installed: {how}") from error
     detector, moments = ContentDetector(threshold=THRESHOLD, min_scene_len=1), []
     for number, (time, frame) in enumerate(frames):
         # Only the order of the frames counts; the rate is one that the library takes.

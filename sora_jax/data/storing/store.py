@@ -83,6 +83,14 @@ class ClipStore(ABC):
         check(len(found), f"config.split is {split!r}; it must be a split of {self.path}, which has {names}")
         return found
 
+    @property
+    def splits(self) -> dict[str, int]:
+        """Return the number of clips of each split."""
+        import pyarrow.compute as pc
+
+        counts = pc.value_counts(self.column("split")).to_pylist()
+        return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: -each["counts"])}
+
     @cached_property
     def grids(self) -> np.ndarray:
         """Return the size of the item of each clip (n, 3) int32: t, h, w."""

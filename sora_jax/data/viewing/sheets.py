@@ -11,6 +11,9 @@ from sora_jax.data.fit import pad_frames
 MARGIN = 6
 GAP = 2
 FONT_SIZE = 13
+NARROWEST = 160  # pixels of a cell, so that its caption can be read
+PAGE = 1200  # pixels of a sheet whose cells are as wide as they need
+LOWEST = 1.5  # ratio of the heights of the highest and the lowest cell in a row of it
 
 
 def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
@@ -22,17 +25,38 @@ def strip(frames: np.ndarray, shown: int = 4, scale: int = 1) -> np.ndarray:
 
 
 def contact_sheet(
-    clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 2, scale: int = 1, shown: int = 4
+    clips: Sequence[np.ndarray], captions: Sequence[str], columns: int | None = 2, scale: int = 1, shown: int = 4
 ) -> np.ndarray:
     """Draw a white sheet (H, W, 3) uint8 with a cell for each clip: a strip of frames over its wrapped caption.
 
     Clips uint8 (T, H, W, 3) may differ in every size; `scale` enlarges their pixels; `shown` frames of each are drawn.
+    columns: cells in a row, all as wide as the widest; None: each cell is as wide as its strip, and a row has as many
+    as fit, so that a later clip may come earlier.
     """
     strips = [strip(clip, shown, scale) for clip in clips]
-    width = max([160] + [s.shape[1] for s in strips])
-    cells = [_cell(s, caption, width) for s, caption in zip(strips, captions, strict=True)]
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    return np.concatenate([_row(row, columns) for row in rows])
+    widths = [max(NARROWEST, s.shape[1]) for s in strips]
+    if columns:
+        widths = [max(widths)] * len(widths)
+    cells = [_cell(*cell) for cell in zip(strips, captions, widths, strict=True)]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)] if columns else _fill_rows(cells)
+    width = columns * cells[0].shape[1] if columns else max(sum(cell.shape[1] for cell in row) for row in rows)
+    return np.concatenate([_row(row, width) for row in rows])
+
+
+def _fill_rows(cells: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Put each cell into the first row of the page that has room for it and is about as high."""
+    rows: list[list[np.ndarray]] = []
+    for cell in cells:
+        row = next((row for row in rows if _fits([*row, cell])), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(cell)
+    return rows
+
+
+def _fits(row: Sequence[np.ndarray]) -> bool:
+    heights = [cell.shape[0] for cell in row]
+    return sum(cell.shape[1] for cell in row) <= PAGE and max(heights) <= LOWEST * min(heights)
 
 
 def grid(clips: Sequence[np.ndarray], columns: int | None = None, gap: int = GAP) -> np.ndarray:
@@ -56,11 +80,12 @@ def gallery(clips: Sequence[np.ndarray], columns: int = 4, scale: int = 3) -> np
     return grid(large, columns, MARGIN)
 
 
-def _row(cells: list[np.ndarray], columns: int) -> np.ndarray:
-    height, width = max(cell.shape[0] for cell in cells), cells[0].shape[1]
-    row = np.full((height, width * columns, 3), 255, np.uint8)
-    for i, cell in enumerate(cells):
-        row[: cell.shape[0], i * width : (i + 1) * width] = cell
+def _row(cells: list[np.ndarray], width: int) -> np.ndarray:
+    row = np.full((max(cell.shape[0] for cell in cells), width, 3), 255, np.uint8)
+    left = 0
+    for cell in cells:
+        row[: cell.shape[0], left : left + cell.shape[1]] = cell
+        left += cell.shape[1]
     return row
 
 

@@ -27,12 +27,12 @@ Solver = Callable[[Problem, TokensBLP, TimesKBR], TokensBLP]
 class SolverConfig:
     """Choose a solver and its options; an option of another solver has no effect."""
 
-    name: str = "euler"  # a key of SOLVERS
+    name: str = "euler"  # solver of the sampling equation, see docs/sampling.md
     eta: float = 0.0  # of `ddim`: from 0, deterministic, to 1, ancestral (Song et al. 2010.02502, equation 16)
-    variance: str = "lower"  # of `ddpm`, one of FIXED_VARIANCES, where `Problem.variance` is None
-    coefficient: str = "auto"  # of `euler_sde` and `heun_sde`: the noise, a key of COEFFICIENTS
+    variance: str = "lower"  # of `ddpm`: the variance of a step, for models that do not predict it
+    coefficient: str = "auto"  # of `euler_sde` and `heun_sde`: how much noise is added at each time
     coefficient_scale: float = 1.0  # of `euler_sde` and `heun_sde`: factor on the coefficient
-    last_step: str = "tweedie"  # of `euler_sde` and `heun_sde`: what they end with, a key of LAST_STEPS
+    last_step: str = "tweedie"  # of `euler_sde` and `heun_sde`: what they end with
     noise_first: bool = False  # of `heun_sde`: add the noise before both evaluations, as SiT's code does
     churn: float = 0.0  # of `edm`: S_churn of Karras et al. 2206.00364, over the whole grid; 0 is deterministic
     churn_from: float = 0.0  # of `edm`: S_tmin, the least noise level b / a that gets churn

@@ -1,0 +1,152 @@
+"""Measure the loss of held-out clips while a denoiser trains: always the same clips, noise levels and noise.
+
+The noise levels of a clip are spread over the distribution of training times, one in each of `held_out.levels` equal
+parts. So the mean estimates the loss of training without what training leaves out of clips (dropped captions, given
+frames). No draw depends on the run's seed, the step, the mesh or the batch: runs on one cache are measured alike.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.data.feeding.tokenizer import NULL, UNKNOWN
+from sora_jax.data.packing.packs import PackItem, grid_of, pack_batch
+from sora_jax.data.packing.planning import plan
+from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.manifest import evenly_spread
+from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
+from sora_jax.diffusion.loss import Corruption, LossSpec, loss_weight, token_losses
+from sora_jax.diffusion.process import process_named
+from sora_jax.diffusion.times import time_quantiles
+from sora_jax.models.pretrained import PretrainedText
+from sora_jax.nn.pack import Pack, per_slot, slot_of
+from sora_jax.parallel import distributed
+from sora_jax.parallel.mesh import place_batch
+from sora_jax.parallel.rules import parts
+from sora_jax.train.denoiser import NOISE_BINS, DenoiserRun, Text, network
+from sora_jax.train.state import MODEL
+
+SEED = 0  # of times and noise
+GROUPS = 8  # sizes, and lengths, at most that are reported by themselves
+
+
+class ClipLosses(NamedTuple):
+    """Hold sums over the tokens of each clip: the loss, its weight, and the noise level of the clip."""
+
+    loss: jax.Array
+    weight: jax.Array
+    time: jax.Array
+
+
+class HeldOut:
+    """Measure the loss of the held-out clips of a latent cache, at most `config.held_out.clips`, evenly spread.
+
+    Clips that training could not take are left out: those over the size of a pack, or of an unknown class.
+    `indices`: the clips in the cache. Calling it with averages by group returns the metrics; all processes do.
+    """
+
+    def __init__(self, config: DenoiserRun, cache: LatentCache, text: Text, share: ShardSpec = ShardSpec()):
+        self._config, self._cache, self._share = config, cache, share
+        chosen = evenly_spread(self._candidates(), config.held_out.clips)
+        captions = cache.column("captions").take(np.array(chosen, np.int64)).to_pylist()
+        items = [self._item(index, (texts or [""])[0], text) for index, texts in zip(chosen, captions, strict=True)]
+        kept = [i for i, item in enumerate(items) if len(item.text) <= config.packs.text_length]
+        self.indices, self._items = [chosen[i] for i in kept], [items[i] for i in kept]
+        self._losses = jax.jit(functools.partial(clip_losses, config))
+
+    def __bool__(self) -> bool:
+        return bool(self.indices)
+
+    def __call__(self, averages: dict) -> dict:
+        """Return the metrics: the loss, and the loss by noise level, by size and by number of frames."""
+        found = self.losses(averages)
+        frames, height, width = (self._cache.kept(side)[self.indices] for side in ("frames", "height", "width"))
+        bins = np.minimum((found.time * NOISE_BINS).astype(int), NOISE_BINS - 1)
+        by_noise = [_mean(found, bins == i) for i in range(NOISE_BINS)]
+        metrics = {"held_out/loss": _mean(found, bins >= 0), "held_out/by_noise": np.array(by_noise)}
+        sizes = [f"{h}x{w}" for h, w in zip(height.tolist(), width.tolist(), strict=True)]
+        for name, keys in (("by_size", sizes), ("by_frames", frames.tolist())):
+            for key, _ in sorted(Counter(keys).most_common(GROUPS)):
+                chosen = np.array([other == key for other in keys])
+                metrics[f"held_out/{name}/{key}"] = _mean(found, chosen[:, None] & (bins >= 0))
+        return metrics
+
+    def losses(self, averages: dict) -> ClipLosses:
+        """Return what was measured of each clip at each noise level, (clips, levels)."""
+        levels, sums = self._config.held_out.levels, np.zeros((3, len(self._items), self._config.held_out.levels))
+        for rows, pack in self._batches():
+            for level in range(levels):
+                found = distributed.on_host(self._losses(averages, pack, np.int32(level)))
+                for row, members in enumerate(rows):
+                    sums[:, members, level] = np.stack([values[row, : len(members)] for values in found])
+        return ClipLosses(*sums)
+
+    def _batches(self) -> Iterator[tuple[list[np.ndarray], Pack]]:
+        """Yield batches of packs with the clips of each row; rows that fill up the last batch are copies."""
+        mesh, packing = jax.sharding.get_mesh(), self._config.packs
+        lengths = np.array([np.prod(grid_of(item.size, self._config.model.patch)) for item in self._items])
+        planned = plan(0, 0, lengths, np.array([len(item.text) for item in self._items]), packing)
+        rows = [planned[row] for row in range(len(planned))]
+        split = parts("batch", mesh)
+        batch = min(self._config.batch // self._config.loop.accumulate, -(-len(rows) // split) * split)
+        for start in range(0, len(rows), batch):
+            chosen = rows[start : start + batch]
+            chosen += chosen[-1:] * (batch - len(chosen))
+            own = [[self._items[i] for i in chosen[row]] for row in self._share.rows(batch)]
+            yield chosen, Pack(**place_batch(pack_batch(own, packing), mesh))
+
+    def _candidates(self) -> list[int]:
+        config, cache = self._config, self._cache
+        grids, rest = np.divmod(cache.grids, np.array(config.model.patch))
+        fits = (rest == 0).all(1) & (grids > 0).all(1) & (grids.prod(1) <= config.packs.length)
+        known = cache.labels < max(config.model.classes, 1)
+        others = np.array(cache.column("split").to_pylist()) != config.split
+        return np.flatnonzero(fits & known & others).tolist()
+
+    def _item(self, index: int, caption: str, text: Text) -> PackItem:
+        embedding = None
+        if isinstance(text, PretrainedText):  # the cache has what the encoder makes of a caption
+            embedding = self._cache.text(index, 0)
+            ids = np.full(len(embedding), UNKNOWN if caption.strip() else NULL, np.int32)
+        else:
+            ids = text.encode(caption)
+        label, clip_id = int(self._cache.labels[index]), int(self._cache.clip_ids[index])
+        return PackItem(self._cache[index], clip_id, ids, embedding, label)
+
+
+def clip_losses(config: DenoiserRun, params: dict, pack: Pack, level: jax.Array) -> ClipLosses:
+    """Sum the denoising loss over the tokens of each clip at one of the noise levels, (B, S) each.
+
+    Time and noise of a clip are functions of (level, clip id); the time is in part `level` of the distribution.
+    """
+    diffusion, levels = config.diffusion, config.held_out.levels
+    process = process_named(diffusion.process)
+    assert pack.tokens_BLP is not None
+    keys_BS = clip_keys(step_key(SEED, level, Purpose.HELD_OUT_TIME), pack.clip_ids_BS)
+    uniform_BS = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys_BS)
+    times_BS = time_quantiles(diffusion.times, process, (level + uniform_BS) / levels, pack.grids_BS3.prod(-1))
+    times_BR = per_slot(times_BS, pack.row_slots_BR)
+    weight_BL = loss_weight(pack.segments_BL, times_BR, pack.rows_BL)
+    ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
+    noise_key = step_key(SEED, level, Purpose.HELD_OUT_NOISE)
+    eps_BLP = token_noise(noise_key, ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
+    spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
+    data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, pack.rows_BL)
+    mse_BL, vlb_BL, _ = token_losses(spec, network(params[MODEL], config, pack), data, weight_BL)
+    own_BLS = pack.segments_BL[:, :, None] == jnp.arange(1, pack.slots + 1)[None, None, :]
+    loss_BS, weight_BS = (
+        jnp.sum(jnp.where(own_BLS, x_BL[:, :, None], 0.0), axis=1) for x_BL in (mse_BL + vlb_BL, weight_BL)
+    )
+    return ClipLosses(loss_BS, weight_BS, times_BS)
+
+
+def _mean(found: ClipLosses, chosen: np.ndarray) -> float:
+    """Return the mean loss of a token, NaN where nothing is chosen."""
+    weight = np.asarray(found.weight)[chosen].sum()
+    return float(np.asarray(found.loss)[chosen].sum() / weight) if weight else float("nan")
