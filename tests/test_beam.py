@@ -38,5 +38,5 @@ def test_without_beam_the_way_to_it_is_told(tmp_path, clips, monkeypatch):
     from sora_jax.data.building.beam import build_with_beam
 
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
-    with pytest.raises(UserError, match=r"pip install 'sora_jax\[beam\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[beam\]'"):
         build_with_beam(config(tmp_path, "beam"))

@@ -135,7 +135,7 @@ def test_clips_seeds_and_prompts_of_other_types_are_refused(model):
     for options, words in (
         (dict(clip_ids=[1.5]), r"clip_ids is \[1.5\]; each must be a whole number"),
         (dict(seed=1.5), "seed is 1.5; it must be a whole number"),
-        (dict(prompts="a"), "prompts is 'a'; it must be a list"),
+        (dict(prompts="a"), "this run takes classes, not prompts"),
     ):
         with pytest.raises(UserError, match=words):
             model.generate(sizes=SIZE, **dict(classes=[1]) | options)
