@@ -1,10 +1,12 @@
 """The page's studio makes what the command line makes, within limits, and says what is wrong in one sentence."""
 
 import contextlib
+import re
 import shlex
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from sora_jax.demo import html
 from sora_jax.demo.fields import AREAS, BEFORE, OWN, WIDER, WORDS, Clip, Limits, area_mask
 from sora_jax.demo.serve import Address, check_address, check_gradio
 from sora_jax.demo.studio import Cancelled, Studio, preview_of
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 
 PROMPT = "a red square moves right"
 FIELDS = {"prompt": PROMPT, "negative": "", "size": "16 x 24", "frames": 9, "seed": 3, "steps": 2, "guidance": 2.0}
@@ -127,6 +129,7 @@ WRONG = {
     "script": ("text", {"prompt": "красный"}, r"^Prompt is 'красный'; the tokenizer of this run knows none"),
     "size, words": ("text", {"size": "large"}, r"^Size is 'large'; it must be height x width, such as 24 x 36$"),
     "size, none": ("text", {"size": None}, r"^Size is ''; it must be height x width"),
+    "size, nothing": ("text", {"size": "0 x 0"}, r"^Size is '0 x 0'; both must be at least 1, such as 24 x 36$"),
     "height": ("text", {"size": "17 x 24"}, r"^Height is 17; it must be a multiple of 8, such as 16 or 24$"),
     "frames": ("text", {"frames": 8}, r"^Frames is 8; .*7 or 9|^Frames is 8; .*5 or 9"),
     "frames, zero": ("text", {"frames": 0}, r"^Frames is 0; "),
@@ -198,11 +201,57 @@ def test_a_clip_that_is_cancelled_or_takes_too_long_ends_and_the_next_is_made(st
 
     first = studio.make("text", FIELDS, "one")
     with pytest.raises(Cancelled):
-        studio.make("text", {**FIELDS, "steps": 4}, "one", lambda *at: cancel(*at) or studio._watched("one", None)(*at))
+        studio.make("text", {**FIELDS, "steps": 4}, "one", cancel)
     assert studio.make("text", FIELDS, "one").size == first.size
+    assert not studio._jobs  # of visitors who have gone, and of those who cancelled when nothing was made
     slow = Studio(studio.run, "x", studio.folder, cli.parsed, Limits(seconds=1e-9))
     with pytest.raises(UserError, match=r"^The clip takes longer than 1e-09 s; take fewer frames or steps$"):
         slow.make("text", FIELDS)
+
+
+def test_a_cancelled_clip_ends_though_the_visitor_has_begun_another(studio):  # noqa: F811
+    jobs, sizes = [], []
+    other = threading.Thread(target=lambda: sizes.append(studio.make("text", FIELDS, "one").size))
+
+    def again(done: int, total: int) -> None:
+        if not jobs:
+            jobs.append(studio._jobs["one"])
+            studio.cancel("one")
+            other.start()
+            end = time.monotonic() + 20
+            while studio._jobs["one"] is jobs[0] and time.monotonic() < end:
+                time.sleep(0.01)
+
+    with pytest.raises(Cancelled):
+        studio.make("text", {**FIELDS, "steps": 4}, "one", again)
+    other.join()
+    assert sizes == [(9, 16, 24)] and not studio._jobs
+
+
+def test_uploads_beside_a_clip_leave_stderr_and_its_notes_alone(studio, uploads):  # noqa: F811
+    before, clip = sys.stderr, uploads["clip"]
+
+    def pick() -> None:
+        for _ in range(4):
+            studio.pick("other.mp4", clip.data, "first")
+
+    threads = [threading.Thread(target=pick) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert studio.make("text", {**FIELDS}, "one", lambda done, total: [thread.join() for thread in threads]).notes == ()
+    assert sys.stderr is before
+
+
+def test_programs_of_too_many_shapes_are_dropped(studio, monkeypatch):  # noqa: F811
+    dropped = []
+    monkeypatch.setattr("sora_jax.demo.studio.PROGRAMS", 2)
+    monkeypatch.setattr("jax.clear_caches", lambda: dropped.append(1))
+    own = Studio(studio.run, "x", studio.folder, cli.parsed)
+    found = []
+    for changed in ({}, {"seed": 4}, {"frames": 1}, {"prompt": "a green square"}, {"frames": 5}, {"frames": 5}):
+        own._bound_programs("text", {**FIELDS, **changed})
+        found.append(len(dropped))
+    assert found == [0, 0, 0, 0, 1, 1]
 
 
 def test_one_clip_is_made_at_a_time(studio):  # noqa: F811
@@ -247,6 +296,8 @@ def test_what_visitors_write_is_text_on_the_page():
 def test_wrong_limits_and_ports_are_refused(chain, capsys):  # noqa: F811
     with pytest.raises(UserError, match=r"^--max-steps is 0; it must be positive$"):
         Limits(steps=0)
+    with pytest.raises(UserError, match=r"^--queue is 0; it must be positive$"):
+        Limits(queue=0)
     for option, sentence in (("--port=0", "--port is 0; it must be from 1 to 65535"),
                              ("--max-megabytes=0", "--max-megabytes is 0; it must be positive")):  # fmt: skip
         assert run("demo", f"--workdir={chain.transformer}", option) == 2
@@ -266,5 +317,5 @@ def test_a_port_that_is_taken_and_a_missing_gradio_are_one_sentence(monkeypatch)
     with pytest.raises(UserError, match=r"^--host is 'nowhere.invalid'; it must be an address of this machine"):
         check_address(Address("nowhere.invalid"))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r"^gradio is not installed; .*pip install 'sora_jax\[demo\]'$"):
+    with pytest.raises(UserError, match=f"^gradio is not installed; .*: {re.escape(install_command('demo'))}$"):
         check_gradio()

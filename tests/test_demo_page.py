@@ -232,19 +232,39 @@ def test_a_bug_shows_a_general_sentence_and_is_in_the_log(page, studio, monkeypa
     assert "RuntimeError: a secret of /tmp/server" in capfd.readouterr().err
 
 
-def test_visitors_wait_for_their_turn_and_may_give_up(browser, page, address, studio, monkeypatch):  # noqa: F811
+def slow_down(studio, monkeypatch):  # noqa: F811
+    """Let a clip take half a minute; return what makes it."""
     make = type(studio).make
 
     def slow(self, task, values, visitor="", progress=None):
         def tell(done: int, total: int) -> None:
+            watch = self._watched(self._jobs[visitor], progress)
             for step in range(300):
-                progress(step, 300)
-                self._watched(visitor, None)(step, 300)
+                watch(step, 300)
                 time.sleep(0.1)
 
         return make(self, task, values, visitor, tell)
 
     monkeypatch.setattr(type(studio), "make", slow)
+    return make
+
+
+def test_who_leaves_the_page_cancels(browser, address, studio, monkeypatch):  # noqa: F811
+    slow_down(studio, monkeypatch)
+    visit = opened(browser, address)
+    page = next(visit)
+    page.click("#make-text")
+    page.wait_for_selector("#result :text('steps')")
+    assert studio._jobs
+    assert next(visit, None) is None
+    start = time.monotonic()
+    while studio._jobs and time.monotonic() < start + 15:
+        time.sleep(0.1)
+    assert not studio._jobs
+
+
+def test_visitors_wait_for_their_turn_and_may_give_up(browser, page, address, studio, monkeypatch):  # noqa: F811
+    make = slow_down(studio, monkeypatch)
     second = opened(browser, address)
     other = next(second)
     page.click("#make-text")

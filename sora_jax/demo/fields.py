@@ -85,7 +85,8 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            check(value > 0, f"--max-{field.name} is {value}; it must be positive")
+            option = field.name if field.name == "queue" else f"max-{field.name}"
+            check(value > 0, f"--{option} is {value}; it must be positive")
 
 
 def check_field(condition: object, name: str, value: object, allowed: str) -> None:
@@ -98,7 +99,9 @@ def sides_of(text: object) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d{1,5})\s*[x×*,]\s*(\d{1,5})\s*", str(text or ""))
     if found is None:
         raise UserError(f"Size is {str(text or '')!r}; it must be height x width, such as 24 x 36")
-    return int(found[1]), int(found[2])
+    height, width = int(found[1]), int(found[2])
+    check(min(height, width) > 0, f"Size is '{height} x {width}'; both must be at least 1, such as 24 x 36")
+    return height, width
 
 
 def whole(values: Values, name: str) -> int:

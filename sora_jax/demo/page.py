@@ -18,8 +18,13 @@ from sora_jax.errors import UserError
 
 KEPT = 12  # clips of a visit that stay on the page
 BUG = "Something went wrong on the server, whose log says what. Try it again, or something else."
+LATER = "The examples are still being made; try again in a moment"
+NONE = "This model has no examples; upload a clip, or make one first"
 HIDDEN: dict[str, Any] = dict(api_visibility="private")
 QUICK: dict[str, Any] = dict(show_progress="hidden", queue=False, **HIDDEN)  # events that take no turn
+READING: dict[str, Any] = dict(
+    show_progress="hidden", concurrency_id="reading", concurrency_limit=2, **HIDDEN
+)  # of files
 Updates = dict[Any, Any]  # component -> its new value
 
 
@@ -33,7 +38,7 @@ def build(studio: Studio) -> gr.Blocks:
                 _connect_picker(studio, parts, field, picker)
         _connect_cards(studio, parts)
         parts.random.click(None, None, parts.fields["seed"], js=RANDOM, **HIDDEN)
-        _connect_cancel(studio, parts, events)
+        _connect_cancel(studio, parts, events, page)
         page.load(
             lambda: _gallery(studio), None, parts.gallery, show_progress="hidden", concurrency_limit=None, **HIDDEN
         )
@@ -110,13 +115,13 @@ def _connect_picker(studio: Studio, parts: Layout, field: str, picker: Picker) -
 
     def example() -> Updates:
         if not studio.examples:
-            return {parts.message: html.error("The examples are still being made; try again in a moment")}
+            return {parts.message: html.error(NONE if studio.ready.is_set() else LATER)}
         clip = random.choice([clip for clip in studio.examples if clip.size[0] > 1] or studio.examples)
         return _shielded(parts, lambda: {**choose(clip), prompt: clip.prompt})
 
-    picker.upload.upload(upload, picker.upload, outputs, **QUICK)
-    picker.shown.click(shown, parts.shown, outputs, **QUICK)
-    picker.example.click(example, None, [*outputs, prompt], **QUICK)
+    picker.upload.upload(upload, picker.upload, outputs, **READING)
+    picker.shown.click(shown, parts.shown, outputs, **READING)
+    picker.example.click(example, None, [*outputs, prompt], **READING)
     picker.remove.click(lambda: (None, html.picked(None), ""), None, outputs, **QUICK)
 
 
@@ -125,6 +130,8 @@ def _connect_cards(studio: Studio, parts: Layout) -> None:
     outputs = [parts.message, parts.result, parts.recipe, parts.shown]
 
     def again(clips: list[Clip], event: gr.EventData) -> Updates:
+        if event.number >= len(clips):
+            return {parts.message: html.error("This clip is forgotten; make it again")}
         return _shielded(parts, lambda: _show(parts, clips[event.number]))
 
     def example(event: gr.EventData) -> Updates:
@@ -138,14 +145,18 @@ def _connect_cards(studio: Studio, parts: Layout) -> None:
     parts.gallery.select(example, None, [*fields, *outputs], **QUICK)
 
 
-def _connect_cancel(studio: Studio, parts: Layout, events: list[Any]) -> None:
+def _connect_cancel(studio: Studio, parts: Layout, events: list[Any], page: gr.Blocks) -> None:
     """Let the button and the end of a visit cancel what is made."""
 
     def cancel(request: gr.Request) -> str:
         studio.cancel(request.session_hash or "")
         return html.notes(["Cancelled."])
 
+    def leave(request: gr.Request) -> None:
+        studio.cancel(request.session_hash or "")
+
     parts.cancel.click(cancel, None, parts.message, cancels=events, **QUICK)
+    page.unload(leave)
 
 
 def _gallery(studio: Studio) -> str:

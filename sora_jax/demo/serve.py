@@ -14,12 +14,12 @@ from typing import Any
 from sora_jax.config import check
 from sora_jax.demo.fields import Limits
 from sora_jax.demo.studio import Parse, Studio
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, install_command
 from sora_jax.files import as_path
 from sora_jax.generate.run import load_run
 from sora_jax.train.exported import USUAL, run_folder
 
-MISSING = "gradio is not installed; it must be, for the page: pip install 'sora_jax[demo]'"
+SESSIONS = 64  # visits whose clips are kept in memory; beyond, those of the oldest are dropped
 FONTS = ["system-ui", "sans-serif"]
 
 
@@ -74,7 +74,7 @@ def served(studio: Studio, address: Address = Address()):
         _, url, shared = page.launch(
             server_name=address.host, server_port=address.port, share=address.share, inbrowser=address.open,
             prevent_thread_lock=True, max_file_size=f"{studio.limits.megabytes}mb", theme=theme, css=CSS,
-            **quiet, **plain,
+            state_session_capacity=SESSIONS, **quiet, **plain,
         )  # fmt: skip
         threading.Thread(target=studio.prepare, daemon=True, name="examples").start()
         yield shared or url
@@ -88,7 +88,8 @@ def check_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UserError(MISSING) from error
+        missing = "gradio is not installed; it must be, for the page"
+        raise UserError(f"{missing}: {install_command('demo')}") from error
 
 
 def check_address(address: Address) -> None:

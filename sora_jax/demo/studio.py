@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import jax
+
 from sora_jax.config import check
 from sora_jax.data.reading.media import DecodedClip, FitClip, SpanRule, decode
 from sora_jax.data.viewing.write import save_png, write_video
@@ -42,6 +44,8 @@ from sora_jax.generate.run import Run
 Parse = Callable[[list[str]], argparse.Namespace]  # of the words of a command line
 WATCHED = 288  # pixels that the longer side of a small clip is enlarged to, by a whole factor
 EXAMPLES = 6
+PROGRAMS = 64  # shapes of clips whose compiled programs are kept
+SHAPELESS = {"prompt", "negative", "from-prompt", "then", "seed"}  # fields that change no program
 
 
 class Cancelled(Exception):
@@ -66,8 +70,8 @@ class Studio:
         check(text, f"--workdir is {str(self.folder)!r}; that run reads no text, and the page is for runs that do")
         self.examples: list[Clip] = []
         self.ready = threading.Event()  # the examples are made
-        self._turn, self._cancelled = threading.Lock(), set[str]()
-        self._count = 0
+        self._turn, self._jobs = threading.Lock(), dict[str, threading.Event]()  # visitor -> what ends the clip
+        self._count, self._shapes = 0, set[tuple]()
 
     # What the run has learnt
 
@@ -105,7 +109,7 @@ class Studio:
         with tempfile.TemporaryDirectory(prefix="sora-jax-") as folder:
             file = Path(folder) / name
             file.write_bytes(data)
-            with _quiet(file.parent), contextlib.redirect_stderr(io.StringIO()):
+            with _quiet(file.parent):
                 _, height, width = self.sizes[0]
                 found = read_clip(field, file, None, self.multiple, height * width, rule=SpanRule(most + 1))
             frames = found.frames
@@ -121,8 +125,16 @@ class Studio:
             UserError: the fields, or the limits, do not allow it; the sentence is one for the page.
             Cancelled: the visitor has cancelled it.
         """
-        self._cancelled.discard(visitor)
         self._check(task, values)
+        job = self._jobs[visitor] = threading.Event()
+        try:
+            return self._make(task, values, self._watched(job, progress))
+        finally:
+            if self._jobs.get(visitor) is job:  # else the visitor has begun another
+                del self._jobs[visitor]
+
+    def _make(self, task: str, values: Values, progress: Progress) -> Clip:
+        """Make the clip, in its turn."""
         with tempfile.TemporaryDirectory(prefix="sora-jax-") as name, _quiet(Path(name)):
             folder = Path(name)
             words = words_of(task, {**values, "multiple": self.multiple[1]}, self._files(folder, values))
@@ -133,7 +145,8 @@ class Studio:
             asked = self._public(resolve(self.parse(words)), folder)
             line = " ".join(["sora-jax", *(_quoted(self._bare(word, folder)) for word in words)])
             with self._turn, named_as_typed(words), _heard() as notes:
-                (path,) = command.make(asked, lambda: self.run, self._watched(visitor, progress))
+                self._bound_programs(task, values)
+                (path,) = command.make(asked, lambda: self.run, progress)
             data, (frames, height, width, _) = path.read_bytes(), _decoded(path).frames.shape
         size = (frames, height // asked.options.upscale, width // asked.options.upscale)
         own = not any(isinstance(clip, Clip) and not clip.command for clip in values.values())
@@ -156,7 +169,8 @@ class Studio:
 
     def cancel(self, visitor: str) -> None:
         """End what is being made for a visitor."""
-        self._cancelled.add(visitor)
+        if job := self._jobs.get(visitor):
+            job.set()
 
     # Details
 
@@ -196,7 +210,16 @@ class Studio:
         chosen = [values[name] for name in ("image", "video", "first") if isinstance(values.get(name), Clip)]
         return max(1, WATCHED // max(chosen[0].size[1:] if chosen else sides_of(values.get("size"))))
 
-    def _watched(self, visitor: str, progress: Progress | None) -> Progress:
+    def _bound_programs(self, task: str, values: Values) -> None:
+        """Drop the compiled programs when the visitors have asked for too many: each shape has its own."""
+        fields = sorted(values.items())
+        shape = (task, *(getattr(value, "size", value) for name, value in fields if name not in SHAPELESS))
+        if shape not in self._shapes and len(self._shapes) >= PROGRAMS:
+            jax.clear_caches()
+            self._shapes.clear()
+        self._shapes.add(shape)
+
+    def _watched(self, job: threading.Event, progress: Progress | None) -> Progress:
         """Return a progress callback that ends what was cancelled, or takes too long.
 
         The time begins with the first step that is done: before it the program may be compiled, once for all visitors.
@@ -205,7 +228,7 @@ class Studio:
 
         def watch(done: int, total: int) -> None:
             nonlocal start
-            if visitor in self._cancelled:
+            if job.is_set():
                 raise Cancelled
             start = start or (time.monotonic() if done else 0.0)
             spent = time.monotonic() - start if start else 0.0
@@ -276,14 +299,15 @@ def _quiet(folder: Path) -> Iterator[None]:
 
 
 class _Ear(io.TextIOBase):
-    """Pass what is written to stderr on, and keep the lines that are for the user."""
+    """Pass what is written to stderr on, and keep the lines for the user that the thread which made it writes."""
 
     def __init__(self, stream: TextIO):
-        self.stream, self.lines = stream, list[str]()
+        self.stream, self.lines, self.thread = stream, list[str](), threading.get_ident()
 
     def write(self, text: str) -> int:
-        found = [line.removeprefix("sora-jax: ") for line in text.splitlines() if line.startswith("sora-jax: ")]
-        self.lines.extend(found)
+        if threading.get_ident() == self.thread:  # others read uploads meanwhile
+            lines = text.splitlines()
+            self.lines.extend(line.removeprefix("sora-jax: ") for line in lines if line.startswith("sora-jax: "))
         return self.stream.write(text)
 
     def flush(self) -> None:
