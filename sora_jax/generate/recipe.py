@@ -131,5 +131,6 @@ def enlarged_by(path: Path, height: int, width: int) -> int:
     except UserError:
         return 1
     factor, size = recipe.get("upscale"), recipe.get("size")
-    known = isinstance(factor, int) and factor > 1 and isinstance(size, list)
-    return factor if known and [factor * side for side in size] == [height, width] else 1
+    if not isinstance(factor, int) or factor < 1:
+        return 1
+    return factor if size == [height / factor, width / factor] else 1
