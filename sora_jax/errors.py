@@ -51,5 +51,8 @@ def install_command(extra: str) -> str:
     if (CHECKOUT / "setup.cfg").is_file():
         return f"pip install -e '{CHECKOUT}[{extra}]'"
     marker = re.compile(rf"(.+?)\s*;\s*extra == ['\"]{re.escape(extra)}['\"]")
-    known = importlib.metadata.requires("sora_jax") or ()
+    try:
+        known = importlib.metadata.requires("sora_jax") or ()
+    except importlib.metadata.PackageNotFoundError:  # a copied folder
+        return f"the packages of the extra {extra!r} in setup.cfg"
     return " ".join(["pip install", *(repr(found[1]) for entry in known if (found := marker.fullmatch(entry)))])

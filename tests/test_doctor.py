@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import pytest
@@ -107,6 +108,19 @@ def test_packs_that_are_half_empty_come_with_the_limit(copy):
         assert levels(doctor._data(patient)) == [(OK, "data")]
     (finding,) = doctor._packs(patient)
     assert finding.level == WARNING and "packing.slots = 1 is the limit; --config.packing.slots=" in finding.text
+
+
+def test_a_run_of_another_number_of_devices_is_examined(copy):
+    change(copy, mesh__data=16)
+    patient = opened(copy)
+    assert patient.mesh.size == 8
+    assert levels(doctor._step(patient)) == [(OK, "step")]
+
+
+def test_stages_that_cannot_be_made_are_a_finding(copy, monkeypatch):
+    monkeypatch.setattr(doctor, "saved_steps", lambda folder: 1 / 0)
+    monkeypatch.setattr(doctor, "kind_of", lambda config: types.SimpleNamespace(stages=lambda *_: [(copy, config)]))
+    assert levels(doctor.examine_run(copy)) == [(ERROR, "config")]
 
 
 def reports(folder, losses, held_out=()) -> doctor.Patient:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from fixtures_runs import chain, one_device, run, trained  # noqa: F401
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 import sora_jax
 from sora_jax.config import read_json
+from sora_jax.convert.export import _public
 from sora_jax.data.viewing.write import read_comment, write_video
 from sora_jax.generate import shipped
 from sora_jax.generate.inputs import TaskOptions, read_inputs
-from sora_jax.generate.recipe import save_recipe
+from sora_jax.generate.recipe import enlarged_by, save_recipe
 from sora_jax.generate.run import load_run
 from sora_jax.nn.lora import merge_adapters
 from sora_jax.train import exported
@@ -88,6 +90,43 @@ def test_files_and_card(models):
     assert f"{total:,} parameters" in card and f'--prompt="{PROMPT}"' in card and "step 6" in card
 
 
+def test_an_export_says_nothing_of_the_machine(chain, models, tmp_path):  # noqa: F811
+    """Neither a folder nor a command as it was typed, in the texts of a folder and in the metadata of a file."""
+    assert run("export", chain.autoencoder, f"--out={tmp_path / 'autoencoder'}") == 0
+    texts = dict(exported.packed_texts(models / "exact.safetensors"))
+    for folder in (models / "world", tmp_path / "autoencoder"):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        texts |= {str(path.relative_to(folder.parent)): path.read_bytes().decode(errors="replace") for path in files}
+    assert len(texts) > 12 and str(chain.transformer) in (chain.transformer / "README.md").read_text()
+    for name, text in texts.items():
+        assert not any(str(folder.parent) in text for folder in (chain.transformer, models, tmp_path)), name
+        assert '"command"' not in text and '"devices"' not in text, name
+
+
+def test_files_and_projects_of_a_config_are_left_out(tmp_path):
+    (tmp_path / "t5").mkdir()
+    named = {
+        "latents": "/home/me/latents",
+        "loop": {"wandb": "mine", "steps": 6},
+        "loss": {"lpips_file": "/home/me/a.npz"},
+    }
+    for encoder, left in ((str(tmp_path / "t5"), "t5"), ("/home/me/t5", "t5"), ("google/t5-small", "google/t5-small")):
+        found = _public(named | {"model": {"text": {"pretrained": encoder}}})
+        assert found["model"]["text"]["pretrained"] == left
+        assert found["loop"] == {"wandb": "", "steps": 6} and "/home/me" not in json.dumps(found)
+    assert named["loop"]["wandb"] == "mine"
+    assert _public({"model": {"text": None}}) == {"model": {"text": None}}
+
+
+def test_a_model_is_not_exported_onto_itself(models, tmp_path, capsys):
+    for name in ("world", "exact.safetensors"):
+        (shutil.copytree if name == "world" else shutil.copyfile)(models / name, tmp_path / name)
+        assert run("export", tmp_path / name, f"--out={tmp_path / name}") == 2
+        assert "that is the model that is exported: give another name" in capsys.readouterr().err
+    assert (tmp_path / "exact.safetensors").read_bytes() == (models / "exact.safetensors").read_bytes()
+    assert read_json(tmp_path / "world" / "export.json")["step"] == 6
+
+
 def test_a_run_begins_with_a_model_and_its_adapters_are_merged(chain, models, tmp_path):  # noqa: F811
     file, changes = models / "exact.safetensors", ["lora.rank=2", "loop.steps=2", "preview.prompts=()"]
     changes += [f"latents={chain.latents}", "optim.warmup_steps=0", "optim.learning_rate=0.01"]
@@ -125,7 +164,10 @@ def test_a_file_is_unpacked_once_whole_or_not_at_all(models, tmp_path, monkeypat
     assert not list((tmp_path / "models").iterdir())
     (tmp_path / "no_folder").write_text("")
     monkeypatch.setenv("SORA_JAX_CACHE", str(tmp_path / "no_folder"))  # which cannot be written
-    assert (run_folder(models / "exact.safetensors") / "export.json").exists()
+    found = run_folder(models / "exact.safetensors")
+    assert (found / "export.json").exists() and run_folder(models / "exact.safetensors") == found
+    exported._temporary_folder.cache_clear()
+    shutil.rmtree(found.parent)
 
 
 def test_nothing_but_an_exported_model_is_replaced(chain, models, tmp_path, capsys):  # noqa: F811
@@ -164,7 +206,11 @@ def test_a_prompt_alone_samples_the_shipped_model_and_the_file_says_how(assets, 
     assert run("sample", f"--prompt={PROMPT}", "--steps=2") == 0
     assert "clip_1.mp4" in capsys.readouterr().out  # no file of an earlier call is lost
     recipe = json.loads(read_comment(tmp_path / "clip.gif"))
-    assert recipe["upscale"] == 16 and not any("workdir" in word for word in recipe["command"])
+    assert (
+        recipe["upscale"] == 16
+        and recipe["size"] == [16, 24]
+        and not any("workdir" in word for word in recipe["command"])
+    )
     assert run("sample", "--like=clip.gif", "--out=again.gif") == 0
     assert (tmp_path / "again.gif").read_bytes() == (tmp_path / "clip.gif").read_bytes()
 
@@ -185,8 +231,36 @@ def test_a_generated_file_is_read_in_the_size_that_it_was_generated_in(tmp_path)
     frame = np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8)
     path = write_video(tmp_path / "a.png", frame, 8, upscale=11)
     task = TaskOptions(image=[str(path)])
-    save_recipe(path, {"command": [], "rows": [], "upscale": 11})
+    save_recipe(path, {"command": [], "rows": [], "upscale": 11, "size": [16, 24]})
     np.testing.assert_array_equal(read_inputs(task, (9, 16, 24), (8, 8), False).clips[0], frame)
+
+
+def test_a_recipe_of_a_stranger_changes_no_size(tmp_path, monkeypatch, capsys):
+    frame = np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8)
+    path, task = write_video(tmp_path / "a.png", frame, 8), TaskOptions(image=[str(tmp_path / "a.png")])
+    for size in ([16, 24], [2, 3], ["a"], None):  # the file's own, cropped, no size, of an older file
+        save_recipe(path, {"command": [], "rows": [], "upscale": 4, "size": size})
+        np.testing.assert_array_equal(read_inputs(task, (9, 16, 24), (8, 8), False).clips[0], frame)
+    path.with_name("a.png.json").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of more than twice as many Pillow reads nothing
+    assert enlarged_by(path, 16, 24) == 1
+    assert run("sample", f"--like={path}") == 2 and "it holds no recipe" in capsys.readouterr().err
+
+
+def test_what_is_calibrated_is_not_written_into_the_package_or_a_file(assets, capsys):
+    before = {path: path.stat().st_mtime_ns for path in assets.rglob("*")}
+    for name in ("world", assets / "exact.safetensors"):
+        assert run("calibrate", f"--workdir={name}") == 2
+        assert f"--workdir is '{name}'; what is found is kept in the run" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in assets.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["world", "exact.safetensors"])
+def test_help_lists_the_fields_of_a_model(assets, capsys, name):
+    given = name if name == "world" else assets / name
+    with pytest.raises(SystemExit) as ended:
+        run("sample", f"--workdir={given}", "--help")
+    assert ended.value.code == 0 and "--sampling.solver.name=" in capsys.readouterr().out
 
 
 def test_the_front_of_python(assets, tmp_path):

@@ -263,6 +263,12 @@ def test_a_hint_names_a_command_that_works(monkeypatch, tmp_path, extra, package
     monkeypatch.setattr(errors.importlib.metadata, "requires", lambda name: REQUIRES)
     assert errors.install_command(extra) == f"pip install {packages}"
 
+    def absent(name):
+        raise errors.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(errors.importlib.metadata, "requires", absent)  # a folder that was copied
+    assert f"extra '{extra}'" in errors.install_command(extra)
+
 
 @pytest.mark.parametrize(
     "module, extra, use",

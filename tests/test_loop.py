@@ -28,7 +28,7 @@ from sora_jax.models.denoiser import train_flops
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train import reporter as reporters
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.loop import LoopConfig
+from sora_jax.train.loop import LoopConfig, Measure
 from sora_jax.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from sora_jax.train.reporter import Instruments, MetricAccumulator, Reporter, due
 from sora_jax.train.state import MODEL, init_state, make_optimizers
@@ -115,12 +115,29 @@ def test_the_best_checkpoints_are_those_of_the_best_reports(tmp_path):
     train(tmp_path, steps=10, keep=1, keep_best=2)
     losses = {row["step"]: row["loss"] for row in read_metrics(tmp_path) if row["step"] % 2 == 0}
     best = sorted(losses, key=losses.get)[:2]
-    folders = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    folders = folders_of(tmp_path)
     assert folders == {*best, 10} and len(folders) == 3
     with pytest.raises(UserError, match=r"^loop.best_metric is 'beauty'; this run reports [^\n]*gradient_norm"):
         train(tmp_path / "other", keep_best=1, best_metric="beauty")
     with pytest.raises(UserError, match=r"loop.log_every must be positive"):
         LoopConfig(keep_best=1, log_every=0)
+
+
+def test_a_checkpoint_that_was_not_measured_is_not_the_best(tmp_path):
+    """Step 3 is measured as the best one, and 4 is the next save: its weights are others."""
+    losses = {3: 1.0, 6: 2.0, 9: 3.0, 10: 4.0}
+    job = dataclasses.replace(toy_job(), measure=Measure(3, lambda step, averages: {"held_out/loss": losses[step]}))
+    options = {"keep": 1, "keep_best": 2, "best_metric": "held_out/loss"}
+    train(tmp_path / "a", job, steps=10, **options)  # saves at 2, 4, 6, 8, 10: two of them are measured
+    assert folders_of(tmp_path / "a") == {6, 10}
+    train(tmp_path / "b", job, steps=9, log_every=4, save_every=1, **options)  # 4 and 5, without a report, neither
+    assert folders_of(tmp_path / "b") == {3, 6, 9}
+    with Checkpoints(tmp_path / "b" / "checkpoints") as checkpoints:
+        assert checkpoints.candidates("best")[0] == 3
+
+
+def folders_of(run) -> set[int]:
+    return {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
 
 
 def test_previews_see_the_average_after_each_reported_step(tmp_path):

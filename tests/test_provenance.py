@@ -13,14 +13,17 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from fixtures_runs import ROOT, chain  # noqa: F401
 from fixtures_toy import toy_job, train
 
 from sora_jax import __version__, cli
 from sora_jax.errors import Stopped, UserError
+from sora_jax.files import write_json
 from sora_jax.train import provenance, tracking
-from sora_jax.train.card import card
+from sora_jax.train.card import CARD, card, write_card
+from sora_jax.train.metrics import MetricsWriter
 from sora_jax.train.provenance import read_starts
 
 
@@ -92,6 +95,20 @@ def test_the_card_says_what_the_run_is_and_its_commands_are_right(chain):  # noq
         assert ("PSNR of the autoencoder" in text) and ("held_out/psnr" in text) == (folder == chain.autoencoder)
 
 
+def test_a_readme_of_the_user_stays_and_an_older_card_does_not(tmp_path):
+    train(tmp_path, steps=1)
+    write_json(tmp_path / "config.json", {"loop": {"steps": 1}, "batch": 2})
+    write_card(tmp_path)
+    first = (tmp_path / CARD).read_text()
+    assert "1 of 1 steps" in first
+    write_json(tmp_path / "config.json", {"loop": {"steps": 9}, "batch": 2})
+    write_card(tmp_path)
+    assert "1 of 9 steps" in (tmp_path / CARD).read_text()
+    (tmp_path / CARD).write_text("What I tried.\n")
+    write_card(tmp_path)
+    assert (tmp_path / CARD).read_text() == "What I tried.\n"
+
+
 class Broken(types.ModuleType):
     """wandb, as it is when it cannot reach its server in the middle of a run."""
 
@@ -117,6 +134,15 @@ def test_a_tracker_that_fails_is_reported_and_ends_no_run(tmp_path, monkeypatch,
     assert [values["step"] for values in Broken.sent] == [1, 2, 3] and Broken.sent[0]["loss"] > 0
     said = capsys.readouterr().err
     assert said.count("nothing more is sent to Weights & Biases: the network is down") == 1
+
+
+def test_a_picture_that_cannot_be_sent_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))  # it has no Image
+    tracker = tracking.Wandb("project", tmp_path, {})
+    writer = MetricsWriter(tmp_path, 0, tracker)
+    writer.picture(1, "preview", np.zeros((4, 4, 3), np.uint8))
+    writer.picture(2, "preview", np.zeros((4, 4, 3), np.uint8))
+    assert capsys.readouterr().err.count("nothing more is sent to Weights & Biases: ") == 1
 
 
 def test_a_project_without_the_package_is_refused(monkeypatch):

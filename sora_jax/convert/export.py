@@ -1,7 +1,9 @@
 """Export a run: averaged weights, config, tokenizer and autoencoder in one folder or file that is read like a run."""
 
+import copy
 import dataclasses
 import datetime
+import functools
 import shutil
 import tempfile
 from pathlib import Path
@@ -44,8 +46,9 @@ from sora_jax.train.exported import (
 from sora_jax.train.frozen import FOLDER, autoencoder_config, export_autoencoder, saved_record
 from sora_jax.train.seen import read_seen
 
-COPIED = ("tokenizer.json", "data.json", "seen.json", "run.json")  # those that a run folder has
-PATHS = ("latents", "data", "start")  # fields of a config that name folders of this machine
+COPIED = ("tokenizer.json", "data.json", "seen.json")  # those that a run folder has; run.json holds typed commands
+BLANKED = ("latents", "data", "loop.wandb")  # fields that name files of this machine, or a project
+SHORTENED = ("start", "loss.lpips_file", "model.text.pretrained")  # to the last name: a config without is refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ def export(run: str | Path, out: str | Path, options: ExportOptions = ExportOpti
     """
     folder, out = run_folder(run, "RUN"), as_path(out)
     check((folder / "config.json").exists(), no_run("RUN", run))
-    _check_free(out)
+    _check_free(out, folder, run)
     packs = out.suffix == SUFFIX
     filled = Path(tempfile.mkdtemp(prefix="sora_jax-export-")) if packs else unfinished(out)
     try:
@@ -92,13 +95,15 @@ def export(run: str | Path, out: str | Path, options: ExportOptions = ExportOpti
     return [f"{out}: {size / 2**20:.1f} MiB, {options.dtype}"]
 
 
-def _check_free(out: Path) -> None:
-    """Raise a UserError where something is at `out` that is no exported model."""
+def _check_free(out: Path, folder: Path, run: str | Path) -> None:
+    """Raise a UserError where something is at `out` that is no exported model, or the model itself."""
     if out.suffix == SUFFIX:
         free = not out.exists() or out.is_file() and EXPORT_FILE in packed_texts(out)
     else:
         free = is_empty(out) and not out.is_file() or (out / EXPORT_FILE).exists()
     check(free, f"--out is {str(out)!r}; there is something else than an exported model: give another name")
+    itself = out.exists() and out.resolve() in (folder.resolve(), as_path(run).resolve())
+    check(not itself, f"--out is {str(out)!r}; that is the model that is exported: give another name")
 
 
 def _fill(run: Path, folder: Path, out: Path, options: ExportOptions) -> None:
@@ -115,7 +120,7 @@ def _fill(run: Path, folder: Path, out: Path, options: ExportOptions) -> None:
         source, config = autoencoder_folder(run, options.autoencoder), to_dict(plain)
         lines = _about_denoiser(plain, sum(x.size for x in arrays.values()), run, out)
     export_autoencoder(source, folder / FOLDER, options.dtype)
-    write_json(folder / "config.json", config | {name: "" for name in PATHS if name in config})
+    write_json(folder / "config.json", _public(config))
     for name in COPIED:
         if (run / name).exists():
             write_text(folder / name, read_text(run / name))
@@ -126,6 +131,18 @@ def _fill(run: Path, folder: Path, out: Path, options: ExportOptions) -> None:
     front = [read_text(as_path(options.card)).strip(), ""] if options.card else []
     write_text(folder / CARD_FILE, "\n".join([*front, f"# {out.stem}", "", *lines, ""]))
     write_json(folder / EXPORT_FILE, about)  # makes the folder valid
+
+
+def _public(config: dict) -> dict:
+    """Return a config without what it says of this machine and of its user."""
+    config = copy.deepcopy(config)
+    for path in (*BLANKED, *SHORTENED):
+        *parents, name = path.split(".")
+        group = functools.reduce(lambda values, parent: values.get(parent) or {}, parents, config)
+        if value := group.get(name):
+            known = path == "model.text.pretrained" and not as_path(value).exists() and not as_path(value).is_absolute()
+            group[name] = "" if path in BLANKED else value if known else as_path(value).name  # known: of a hub
+    return config
 
 
 def _about_denoiser(config: DenoiserRun, parameters: int, run: Path, out: Path) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from sora_jax import __version__
 from sora_jax.doctor.finding import ERROR, OK, WARNING, Finding, guarded
 from sora_jax.files import cache_folder, is_remote
+from sora_jax.train.exported import USUAL, shipped_models
 from sora_jax.train.provenance import commit, installed_version
 
 GB = 1e9
@@ -24,7 +25,6 @@ LITTLE_DISK, NO_DISK = 5 * GB, 0.5 * GB
 DECODERS = ("h264", "hevc", "vp9", "av1")
 ENCODER = "libx264"  # of the mp4 files that are written
 PLUGINS = {"tpu": "libtpu", "cuda13": "jax-cuda13-plugin"}  # by the extra of jax
-ASSETS = Path(__file__).parents[1] / "assets"
 MATMUL = 1024
 
 
@@ -174,14 +174,13 @@ def _compute() -> Iterator[Finding]:
 
 
 def _sample() -> Iterator[Finding]:
-    folder = next((path for path in sorted(ASSETS.glob("*")) if (path / "config.json").exists()), None)
-    if folder is None:
+    if USUAL not in shipped_models():
         return
     from sora_jax.generate.run import load_run
 
     start = time.perf_counter()
-    run = load_run(folder)
+    run = load_run()
     preview = run.config.preview
     clip = run.generate(list(preview.prompts[:1]) or ["a red circle"], preview.sizes[0], steps=4)[0]
     sizes = "x".join(map(str, clip.shape[:3]))
-    yield Finding(OK, "sample", f"model {folder.name} made a clip of {sizes} in {time.perf_counter() - start:.1f} s")
+    yield Finding(OK, "sample", f"model {USUAL} made a clip of {sizes} in {time.perf_counter() - start:.1f} s")

@@ -25,7 +25,7 @@ from sora_jax.kinds import kind_of, stored_config
 from sora_jax.kinds.begin import saved_groups
 from sora_jax.kinds.dry_run import first_job
 from sora_jax.nn.finite import named, not_finite
-from sora_jax.parallel.mesh import make_mesh, place_batch
+from sora_jax.parallel.mesh import mesh_here, place_batch
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.frozen import load_autoencoder, missing_autoencoder, recorded_fingerprint, saved_steps
@@ -80,11 +80,11 @@ def examine_run(folder: Path) -> Iterator[Finding]:
 def _opened(path: Path) -> Patient | Finding:
     try:
         config = stored_config(read_json(path / "config.json"))
+        stages = [stage for stage in kind_of(config).stages(config, path) if saved_steps(stage[0])]
     except Exception as error:
         return Finding(ERROR, "config", f"config.json cannot be read: {error}")
-    stages = [stage for stage in kind_of(config).stages(config, path) if saved_steps(stage[0])]
     folder, config = stages[-1] if stages else (path, config)
-    return Patient(folder, config, make_mesh(config.mesh))
+    return Patient(folder, config, mesh_here(config.mesh))
 
 
 def _lock(run: Patient) -> Iterator[Finding]:

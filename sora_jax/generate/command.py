@@ -146,7 +146,7 @@ def _write(asked: Asked, step: int, requests: Sequence[Request], clips: Clips, f
         facts |= {"guidance": request.guidance, "latent_size": request.size, "clip_id": request.clip_id}
         first = next(chunks)
         scale = watchable_scale(first) if asked.options.upscale == "auto" else asked.options.upscale
-        recipe = make_recipe(asked.made_by, step, number, facts | {"upscale": scale})
+        recipe = make_recipe(asked.made_by, step, number, facts | {"upscale": scale, "size": first.shape[1:3]})
         chunks = itertools.chain([first], chunks)
         write_chunks(path, chunks, fps or asked.config.preview.fps, scale, json.dumps(recipe))
         save_recipe(path, recipe)
@@ -207,6 +207,8 @@ def calibrate(options: argparse.Namespace) -> Path:
     """
     workdir = run_folder(options.workdir)
     config = read_run_config(workdir)
+    owned = "what is found is kept in the run, so it must be a folder; `sora-jax export` makes one of a model"
+    check(as_path(options.workdir).is_dir(), f"--workdir is {str(options.workdir)!r}; {owned}")
     sampling, preview = sampling_of(options, config), config.preview
     count = len(preview.prompts or preview.classes)
     check(count, f"--workdir is {str(options.workdir)!r}; its config has no preview.prompts to calibrate with")

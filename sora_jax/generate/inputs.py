@@ -191,10 +191,11 @@ def read_clip(
     """
     native: list[tuple[int, int]] = []
     fitted: list[tuple[int, int]] = []
-    factor = enlarged_by(file)
+    factor = 1
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
-        step = math.lcm(*multiple)
+        nonlocal factor
+        factor, step = enlarged_by(file, height, width), math.lcm(*multiple)
         native.append((height // factor, width // factor))
         fitted.append(shape or SizeRule(step, max_pixels=max(area, step**2))(*native[0]))
         return (height, width) if draws or fitted[0] == native[0] else fitted[0]

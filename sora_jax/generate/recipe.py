@@ -110,7 +110,7 @@ def read_recipe(path: str | Path) -> dict:
     beside = path.with_name(f"{path.name}.json")
     try:
         recipe = json.loads(read_comment(path) or "null")
-    except (ValueError, OSError):  # another kind of file, or a comment of somebody else
+    except Exception:  # another kind of file, a comment of somebody else, or what Pillow and libav refuse
         recipe = None
     if recipe is None and beside.exists():
         recipe = read_json(beside)
@@ -121,10 +121,16 @@ def read_recipe(path: str | Path) -> dict:
     return recipe
 
 
-def enlarged_by(path: Path) -> int:
-    """Return the factor by which the pixels of a generated file are enlarged, as its recipe says; 1 for others."""
+def enlarged_by(path: Path, height: int, width: int) -> int:
+    """Return the factor by which a generated file of this size is enlarged, as its recipe says; 1 for others.
+
+    A file that was scaled or cropped since has another size than its recipe says: its factor is 1.
+    """
     try:
-        factor = read_recipe(path).get("upscale")
+        recipe = read_recipe(path)
     except UserError:
         return 1
-    return factor if isinstance(factor, int) and factor > 1 else 1
+    factor, size = recipe.get("upscale"), recipe.get("size")
+    if not isinstance(factor, int) or factor < 1:
+        return 1
+    return factor if size == [height / factor, width / factor] else 1

@@ -9,11 +9,10 @@ from typing import Any, overload
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from sora_jax.config import check, from_dict, read_json
 from sora_jax.diffusion.sampling import SamplingConfig
-from sora_jax.errors import NotFinite, UserError
+from sora_jax.errors import NotFinite
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.long import Windows, sample_long
@@ -23,7 +22,7 @@ from sora_jax.generate.requests import Request, Size, Task, Wanted, check_seed, 
 from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
-from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.parallel.mesh import mesh_here
 from sora_jax.train.adapt import restore_weights
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
@@ -268,7 +267,7 @@ def load_run(
     """
     folder = run_folder(folder)
     config = read_run_config(folder)
-    mesh = _mesh_here(config.mesh)
+    mesh = mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
     params, step = restore_weights(folder, saved_groups, denoiser_parts(config)[1], mesh, str(checkpoint))
     first_stage = load_autoencoder(autoencoder_folder(folder, autoencoder))
@@ -296,14 +295,6 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
         "or give that one with a decoder that was trained further",
     )
     return run_folder(other, "--autoencoder")
-
-
-def _mesh_here(config: MeshConfig) -> Mesh:
-    """Make the run's own mesh, or one that splits the batch where this machine has another number of devices."""
-    try:
-        return make_mesh(config)
-    except UserError:
-        return make_mesh()
 
 
 def read_run_config(folder: Path) -> DenoiserRun:

@@ -50,6 +50,14 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) ->
     return Mesh(_laid_out(sizes, devices), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
+def mesh_here(config: MeshConfig) -> Mesh:
+    """Make a run's own mesh, or one that splits the batch where this machine has another number of devices."""
+    try:
+        return make_mesh(config)
+    except UserError:
+        return make_mesh()
+
+
 def with_slices(config: MeshConfig, slices: int) -> MeshConfig:
     """Return the config with the given number of slices, unless it sets its own."""
     return dataclasses.replace(config, slice=slices) if config.slice == 1 else config

@@ -31,10 +31,10 @@ def _groups(words: Sequence[str], option: str) -> Iterator[Group]:
     if not given:
         return
     if option == "--workdir":
-        from sora_jax.files import as_path
         from sora_jax.generate.run import read_run_config
+        from sora_jax.train.exported import run_folder
 
-        config, path, usual = read_run_config(as_path(given[-1])).sampling, "sampling", None
+        config, path, usual = read_run_config(run_folder(given[-1])).sampling, "sampling", None
     else:
         changes = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
         config, path, usual = read_config(given[-1], changes), "config", None

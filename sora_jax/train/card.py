@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax.config import read_json
-from sora_jax.files import as_path, write_text
+from sora_jax.files import as_path, read_text, write_text
 from sora_jax.parallel import distributed
 from sora_jax.train.frozen import FOLDER, RECORD
 from sora_jax.train.metrics import read_metrics
@@ -14,6 +14,7 @@ from sora_jax.train.provenance import read_run
 from sora_jax.train.seen import Seen, read_seen
 
 CARD = "README.md"
+MARKER = "<!-- Written by sora_jax, again after each training: remove this line to keep what you change. -->"
 METRICS = {  # of the last report that has them, with their decimal places
     "loss": 4,
     "held_out/loss": 4,
@@ -27,8 +28,10 @@ METRICS = {  # of the last report that has them, with their decimal places
 def write_card(folder: Path) -> None:
     """Write the card into a run folder, by the first process; a card that fails must not end a run."""
     with contextlib.suppress(Exception):
-        if distributed.first() and (as_path(folder) / "config.json").exists():
-            write_text(as_path(folder) / CARD, card(folder))
+        path = as_path(folder) / CARD
+        own = path.exists() and MARKER not in read_text(path).splitlines()  # a README of the user
+        if distributed.first() and not own and path.with_name("config.json").exists():
+            write_text(path, card(folder))
 
 
 def card(folder: str | Path, name: str = "") -> str:
@@ -46,7 +49,7 @@ def card(folder: str | Path, name: str = "") -> str:
     lines += [f"| {fact} | {value} |" for fact, value in facts.items() if value]
     lines += ["", "## Metrics", "", *_metrics(last), "", "## Use", "", "```"]
     lines += [*(_denoiser_commands(name, config, seen) if denoiser else _autoencoder_commands(name)), "```", ""]
-    lines += ["The licence of the data applies to the weights, too; sora_jax does not know it."]
+    lines += ["The licence of the data applies to the weights, too; sora_jax does not know it.", "", MARKER]
     return "\n".join(lines) + "\n"
 
 

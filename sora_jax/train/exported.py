@@ -1,7 +1,7 @@
 """An exported model: a folder that is read like a run folder, with weights as safetensors in place of checkpoints.
 
     export.json          the step of the weights, their dtype, the version and the date; written last
-    config.json, tokenizer.json, seen.json, run.json     as in a run folder, where it has them
+    config.json, tokenizer.json, seen.json, data.json    as in a run folder, where it has them
     model.safetensors    averaged weights of the denoiser, by path, adapters merged
     frozen/              autoencoder.json and weights.safetensors
     README.md            the model card
@@ -10,6 +10,8 @@ One file NAME.safetensors holds the same: tensors as FILE:NAME, the text files i
 `sora_jax/assets` come with the package and go by their names.
 """
 
+import atexit
+import functools
 import hashlib
 import os
 import shutil
@@ -161,17 +163,26 @@ def _unpacked(file: Path, option: str) -> Path:
         make_folder(folder.parent)
         filled = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=folder.parent))
     except OSError:  # the cache cannot be written
-        folder = filled = Path(tempfile.mkdtemp(prefix="sora_jax-model-"))
+        folder = _temporary_folder() / digest
+        if (folder / EXPORT_FILE).exists():
+            return folder
+        filled = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=folder.parent))
     try:
         _unpack(file, filled, option)
-        if filled != folder:
-            os.rename(filled, folder)
+        os.rename(filled, folder)
     except OSError as error:
         if not (folder / EXPORT_FILE).exists():  # else another process was faster
             raise UserError(f"{option} is {str(file)!r}; it cannot be unpacked: {error}") from error
     finally:
-        if filled != folder:
-            shutil.rmtree(filled, ignore_errors=True)
+        shutil.rmtree(filled, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """Make a folder for this process, which is removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="sora_jax-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

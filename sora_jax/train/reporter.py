@@ -83,6 +83,8 @@ class Reporter:
         (step, metrics, batch), self._held = self._held, None
         metrics = fetch(metrics)
         self.instruments.stepped(step)
+        if self._config.best_metric.startswith("held_out/"):
+            self.best_metric = None  # it is of the weights of the step that was measured alone
         self._check_finite(step, metrics, batch)
         _advance(self.instruments.bar, first=self._since is None)
         self._totals = {name: metrics.pop(name) for name in list(metrics) if name.partition("/")[0] in TOTALS}
@@ -135,7 +137,7 @@ class Reporter:
         self._counts, self._since = {}, self._clock()
 
     def _rank(self, metrics: dict[str, float], measured: dict[str, float]) -> None:
-        """Set what checkpoints are ranked by; what is measured of held-out clips stands until it is measured anew."""
+        """Set what checkpoints are ranked by; one of a step without a measurement of held-out clips has no rank."""
         name, known = self._config.best_metric, metrics | measured
         if name in known:
             self.best_metric = known[name]

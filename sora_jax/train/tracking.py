@@ -38,8 +38,7 @@ class Wandb:
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Send a uint8 picture."""
-        image = importlib.import_module("wandb").Image
-        self._send(lambda run: run.log({"step": step, name: image(image_HWC)}))
+        self._send(lambda run: run.log({"step": step, name: importlib.import_module("wandb").Image(image_HWC)}))
 
     def close(self) -> None:
         """End the run there."""

@@ -34,6 +34,7 @@ from sora_jax.data.reading.tracks import (
 # FFmpeg draws text files as video and follows lists of other files, which may be pipes; neither is a clip.
 FOREIGN = {"tty", "hls", "dash", "concat", "sdp", "image2", "imf", "lrc", "srt", "webvtt", "ass", "vobsub"}
 CONTAINERS = ",".join(sorted(av.formats_available - FOREIGN))
+OPTIONS = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "err_detect": "crccheck"}
 # Errors must not end the decoder: it has to get over references that are missing where it begins in mid-file.
 DECODER = {"err_detect": "crccheck+bitstream+buffer", "max_pixels": str(MAX_FRAME_PIXELS)}
 CATCH_UP = 16  # packets after a key frame that may refer to frames before it: the most references of H.264
@@ -138,10 +139,9 @@ def _open_reader(file: Input) -> Iterator[VideoReader]:
         file = f"file:{os.fspath(file)}"
     else:
         file.seek(0)
-    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "err_detect": "crccheck"}
     with listening() as log, ExitStack() as stack:
         try:
-            container = stack.enter_context(av.open(file, options=options, metadata_errors="replace"))
+            container = stack.enter_context(av.open(file, options=OPTIONS, metadata_errors="replace"))
         except av.FFmpegError as error:
             if any("not on whitelist" in text for _, _, text in log):
                 raise MediaError("not a picture or a video: a text, or a list of other files") from error

@@ -103,7 +103,9 @@ def read_comment(path: Path) -> str:
     if path.suffix.lower() == ".mp4":
         import av
 
-        with av.open(str(path)) as container:
+        from sora_jax.data.reading.videos import OPTIONS
+
+        with av.open(f"file:{path}", options=OPTIONS, metadata_errors="replace") as container:
             return container.metadata.get("comment", "")
     with Image.open(path) as image:
         comment = image.info.get("comment") or image.info.get("recipe")
