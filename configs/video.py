@@ -1,6 +1,6 @@
 """Train text to video on real videos and images at their own aspect ratios: a small form, and a large one.
 
-The small form takes about an hour on two CPU cores in all, and minutes on one accelerator:
+The small form takes about an hour on one or two CPU cores in all; an accelerator was not measured:
 
     sora-jax data build --config=configs/video.py:small_data --path=clips --out=data/small
     sora-jax data inspect data/small --out=look
