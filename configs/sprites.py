@@ -15,8 +15,8 @@ trains on clips outside the split "train"; PSNR and sheet are computed on those 
 autoencoder: 2 x 4 x 4, 8 channels: a clip has 5 x 16 x 16 latent positions. Flat art on a plain background needs few
 filters but sharp edges, so a space-to-depth of 2 x 2 x 2 pixels comes first and convolutions are factored into space
 and time. transformer (default): patches of 1 x 4 x 4, so 80 tokens a clip, two clips per pack; a third of the clips are
-trained with given frames, for the tasks. Time: 40 and some 50 minutes of processor time on one core each. Held-out PSNR:
-27.6 dB. Samples and measures: experiments/sprites/README.md. The model `sprites` of the package is this one.
+trained with given frames, for the tasks. Time: 40 and some 50 minutes of processor time on one core each. Held-out
+PSNR: 27.6 dB. Samples and measures: experiments/sprites/README.md. The model `sprites` of the package is this one.
 """
 
 from sora_jax.config import choose, to_config_dict
