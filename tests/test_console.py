@@ -1,4 +1,4 @@
-"""What a command writes: bars, notes and results, in a terminal, in a file, with `--quiet` and with `--json`."""
+"""Check what commands write: bars, notes and results, in a terminal and a file, with `--quiet` and `--json`."""
 
 import io
 import json

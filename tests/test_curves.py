@@ -35,7 +35,7 @@ def figures(monkeypatch):
 
 
 def lines_of(figure) -> dict:
-    """Of each panel the lines that have a label, as (steps, values)."""
+    """Return the labelled lines of each panel, as (steps, values)."""
     panels = [panel for panel in figure.axes if panel.get_title()]
     named = lambda panel: [line for line in panel.lines if not line.get_label().startswith("_")]  # noqa: E731
     return {p.get_title(): {line.get_label(): line.get_xydata().T for line in named(p)} for p in panels}

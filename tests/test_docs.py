@@ -147,7 +147,7 @@ def test_blocks_are_shell():
 
 
 class Parsed(Exception):
-    """What a script raises in place of its work."""
+    """Stop a script in place of its work."""
 
 
 @pytest.mark.parametrize("line", SCRIPTS)

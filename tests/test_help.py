@@ -1,4 +1,4 @@
-"""What lists options: the help of a command with a config, `configs`, the reference page, completion."""
+"""Check what lists options: the help with a config, `configs`, the reference page, completion."""
 
 import ast
 import dataclasses

@@ -86,7 +86,7 @@ def test_steps_of_all_batches_are_counted(model, monkeypatch):
 
 
 class Cancelled(Exception):
-    """What a callback raises."""
+    """Cancel a sampling from its callback."""
 
 
 def test_an_exception_of_the_callback_cancels_and_the_run_goes_on_working(model, single_steps):

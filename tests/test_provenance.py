@@ -1,4 +1,4 @@
-"""What a run says of itself: run.json, the model card, and what is sent to Weights & Biases."""
+"""Check what a run says of itself: run.json, the model card, and what Weights & Biases gets."""
 
 import datetime
 import importlib.util
