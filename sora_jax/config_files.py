@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sora_jax.config import check, did_you_mean
-from sora_jax.errors import UserError
+from sora_jax.errors import CHECKOUT, UserError
 
 SHARED = Path("share", "sora_jax", "configs")  # below an installation's data folder, see setup.cfg
-ABOVE = Path(__file__).resolve().parents[1]  # a checkout, or the folder that packages are installed in
 
 
 def find_config(file: str) -> str:
@@ -48,8 +47,8 @@ def package_configs() -> Path | None:
 
 
 def _folders() -> Iterator[Path]:
-    if (ABOVE / "setup.cfg").is_file():  # a checkout
-        yield ABOVE / "configs"
+    if (CHECKOUT / "setup.cfg").is_file():  # a checkout
+        yield CHECKOUT / "configs"
     try:  # the installation's own list, whatever its scheme
         for file in importlib.metadata.files("sora_jax") or ():
             if file.parts[-4:-1] == SHARED.parts:
@@ -57,6 +56,6 @@ def _folders() -> Iterator[Path]:
                 break
     except importlib.metadata.PackageNotFoundError:
         pass
-    yield ABOVE / SHARED  # `pip install --target` moves the files after it has made that list
+    yield CHECKOUT / SHARED  # `pip install --target` moves the files after it has made that list
     for data in (sysconfig.get_path("data"), site.getuserbase()):
         yield Path(data) / SHARED

@@ -18,12 +18,12 @@ import jax
 
 from sora_jax import __version__
 from sora_jax.config import read_json
+from sora_jax.errors import CHECKOUT
 from sora_jax.files import as_path, write_json
 from sora_jax.parallel import distributed
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-CHECKOUT = Path(__file__).parents[2]
 ENTRIES = ("sora-jax", "cli.py", "__main__.py")  # file names of the command line's programs
 GIT_TIMEOUT = 5.0  # seconds
 
