@@ -82,6 +82,11 @@ class Lines:
         self._stream.flush()
 
 
+def watched() -> bool:
+    """Return True if somebody sees a bar move: in a terminal, or in a cell of a notebook, on Colab too."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
+
+
 def progress(
     iterable: Iterable[Any] | None = None,
     desc: str = "",
@@ -96,7 +101,6 @@ def progress(
     with warnings.catch_warnings():  # a notebook without ipywidgets shows the bar as text
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
-    notebook = type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
-    if not notebook and not sys.stderr.isatty():
+    if not watched():
         look |= dict(file=Lines(sys.stderr), bar_format=LINE, position=0, leave=True)
     return tqdm(iterable, desc=desc, total=total, disable=disable or HABITS.quiet, dynamic_ncols=True, **look)

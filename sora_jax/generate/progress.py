@@ -1,11 +1,10 @@
 """Report how far a sampler is: a bar, a function that is called, or nothing."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from sora_jax.console import progress
+from sora_jax.console import progress, watched
 
 Progress = Callable[[int, int], None]  # called with the units that are done, and all of them
 
@@ -23,7 +22,7 @@ class Watch(NamedTuple):
     @property
     def shows_bar(self) -> bool:
         """Return True if a bar is shown."""
-        return (self.progress is None and (sys.stderr.isatty() or in_notebook())) if self.bar is None else self.bar
+        return (self.progress is None and watched()) if self.bar is None else self.bar
 
     @property
     def looks(self) -> bool:
@@ -48,9 +47,3 @@ class Watch(NamedTuple):
             if self.progress is not None:
                 self.progress(0, total)
             yield add
-
-
-def in_notebook() -> bool:
-    """Return True in a cell of a notebook, on Colab too."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and "IPKernelApp" in shell.config
