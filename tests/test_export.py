@@ -87,7 +87,8 @@ def test_files_and_card(models):
     assert read_json(models / "world" / "config.json")["latents"] == ""  # no folder of the machine that trained it
     card = (models / "world" / "README.md").read_text()
     total = sum(x.size for x in exported.read_arrays(models / "world" / "model.safetensors").values())
-    assert f"{total:,} parameters" in card and f'--prompt="{PROMPT}"' in card and "step 6" in card
+    assert f"| {total:,} trained |" in card and f'--prompt="{PROMPT}"' in card and "| step 6, kept as" in card
+    assert "sora-jax train" not in card  # there is nothing that a training could go on with
 
 
 def test_an_export_says_nothing_of_the_machine(chain, models, tmp_path):  # noqa: F811

@@ -28,8 +28,8 @@ from sora_jax.files import (
 )
 from sora_jax.generate.run import autoencoder_folder
 from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.card import card
 from sora_jax.train.checkpoint import NEWEST
-from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.exported import (
     CARD_FILE,
     DTYPES,
@@ -43,8 +43,7 @@ from sora_jax.train.exported import (
     run_folder,
     write_arrays,
 )
-from sora_jax.train.frozen import FOLDER, autoencoder_config, export_autoencoder, saved_record
-from sora_jax.train.seen import read_seen
+from sora_jax.train.frozen import FOLDER, export_autoencoder, saved_record
 
 COPIED = ("tokenizer.json", "data.json", "seen.json")  # those that a run folder has; run.json holds typed commands
 BLANKED = ("latents", "data", "loop.wandb")  # fields that name files of this machine, or a project
@@ -112,24 +111,22 @@ def _fill(run: Path, folder: Path, out: Path, options: ExportOptions) -> None:
         remove_folder(folder)
     config = read_json(run / "config.json")
     if config.get("kind") == AutoencoderRun.kind:
-        source, step, lines = run, saved_record(run).get("steps", 0), _about_autoencoder(run, out)
+        source, step, count = run, saved_record(run).get("steps", 0), 0
     else:
         plain, params, step = merged_weights(run, options.checkpoint)
         arrays = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
         write_arrays(folder / MODEL_FILE, as_dtype(arrays, options.dtype))
         source, config = autoencoder_folder(run, options.autoencoder), to_dict(plain)
-        lines = _about_denoiser(plain, sum(x.size for x in arrays.values()), run, out)
+        count = sum(x.size for x in arrays.values())
     export_autoencoder(source, folder / FOLDER, options.dtype)
     write_json(folder / "config.json", _public(config))
     for name in COPIED:
         if (run / name).exists():
             write_text(folder / name, read_text(run / name))
     about = {"step": step, "dtype": options.dtype, "version": __version__, "date": datetime.date.today().isoformat()}
-    lines.append(
-        f"Weights of step {step:,}, kept as {options.dtype}; exported by sora_jax {__version__} on {about['date']}."
-    )
-    front = [read_text(as_path(options.card)).strip(), ""] if options.card else []
-    write_text(folder / CARD_FILE, "\n".join([*front, f"# {out.stem}", "", *lines, ""]))
+    about |= {"parameters": {"trained": count}} if count else {}
+    front = f"{read_text(as_path(options.card)).strip()}\n\n" if options.card else ""
+    write_text(folder / CARD_FILE, front + card(folder, out.name, about))
     write_json(folder / EXPORT_FILE, about)  # makes the folder valid
 
 
@@ -143,38 +140,3 @@ def _public(config: dict) -> dict:
             known = path == "model.text.pretrained" and not as_path(value).exists() and not as_path(value).is_absolute()
             group[name] = "" if path in BLANKED else value if known else as_path(value).name  # known: of a hub
     return config
-
-
-def _about_denoiser(config: DenoiserRun, parameters: int, run: Path, out: Path) -> list[str]:
-    """Return the lines of the model card that say what a denoiser is, what it has seen and how it is sampled."""
-    preview, seen = config.preview, read_seen(run)
-    takes = "text" if config.model.text else f"{config.model.classes} classes" if config.model.classes else "nothing"
-    lines = [
-        f"A denoiser of {parameters:,} parameters, a {config.model.name}, with its autoencoder: from {takes} to clips.",
-        "",
-    ]
-    if seen:
-        what = f"{seen.of:,} clips of {seen.frames[0]} to {seen.frames[1]} frames"
-        lines.append(f"Trained on {what}, heights {_range(seen.height)} and widths {_range(seen.width)} pixels.")
-        lines += [f"It knows the {len(seen.words):,} words of their captions, which are in `seen.json`.", ""]
-    prompt = f' --prompt="{preview.prompts[0]}"' if preview.prompts else ""
-    prompt = f" --class={preview.classes[0]}" if preview.classes else prompt
-    ending = "png" if preview.sizes and preview.sizes[0][0] == 1 else "mp4"
-    command = f"sora-jax sample --workdir={out.name}{prompt} --out=clip.{ending}"
-    return [*lines, "```", command, "```", ""]
-
-
-def _about_autoencoder(run: Path, out: Path) -> list[str]:
-    """Return the lines of the model card that say what an autoencoder is and how it is used."""
-    config, quality = autoencoder_config(run), saved_record(run).get("held_out_psnr")
-    factors = f"{config.time_factor} x {config.space_factor} x {config.space_factor}"
-    lines = [
-        f"A video autoencoder that compresses {factors} (time, height, width) to {config.latent_channels} channels."
-    ]
-    lines += [f"PSNR of held-out clips when it was frozen: {quality:.1f} dB."] if quality else []
-    command = f"sora-jax data encode --autoencoder={out.name} --data=data/clips --out=data/latents"
-    return [*lines, "", "```", command, "```", ""]
-
-
-def _range(values: tuple[int, int]) -> str:
-    return f"{values[0]}" if values[0] == values[1] else f"{values[0]} to {values[1]}"

@@ -15,6 +15,7 @@ from sora_jax.train.seen import Seen, read_seen
 
 CARD = "README.md"
 MARKER = "<!-- Written by sora_jax, again after each training: remove this line to keep what you change. -->"
+METRICS_HEAD = ("| metric | value | step |", "|---|---|---|")
 METRICS = {  # of the last report that has them, with their decimal places
     "loss": 4,
     "held_out/loss": 4,
@@ -34,23 +35,28 @@ def write_card(folder: Path) -> None:
             write_text(path, card(folder))
 
 
-def card(folder: str | Path, name: str = "") -> str:
-    """Return the model card of a run folder or an exported model, in Markdown, from the files that it has.
+def card(folder: str | Path, name: str = "", exported: Mapping[str, Any] | None = None) -> str:
+    """Return the model card of a run folder, or of a model that is exported, in Markdown, from the files that it has.
 
-    name: the folder in the commands of the card; by default `folder` as it is given.
+    name: the folder in the commands of the card; by default `folder` as it is given. exported: what stands in
+    `export.json`, of an exported model; its card does not say how to train on, and is not written again.
     """
     path, name = as_path(folder), name or str(folder)
     config, seen = read_json(path / "config.json"), read_seen(path)
     last = _last_stage(path)
-    about, denoiser = read_run(last), config.get("kind") != "autoencoder"
+    about, denoiser = exported or read_run(last), config.get("kind") != "autoencoder"
     title = "A text-to-video denoiser" if denoiser else "A video autoencoder"
     lines = [f"# {as_path(name).name}", "", f"{title}, trained with sora_jax.", "", "| | |", "|---|---|"]
-    facts = {**_model(config, about), **_data(path, config, seen), **_training(last, config, about)}
+    training = _exported(exported) if exported else _training(last, config, about)
+    facts = {**_model(config, about), **_data(path, config, seen), **training}
     lines += [f"| {fact} | {value} |" for fact, value in facts.items() if value]
-    lines += ["", "## Metrics", "", *_metrics(last), "", "## Use", "", "```"]
-    lines += [*(_denoiser_commands(name, config, seen) if denoiser else _autoencoder_commands(name)), "```", ""]
-    lines += ["The licence of the data applies to the weights, too; sora_jax does not know it.", "", MARKER]
-    return "\n".join(lines) + "\n"
+    metrics = _metrics(last)
+    lines += ["", "## Metrics", "", *METRICS_HEAD, *metrics] if metrics else []
+    commands = [*(_denoiser_commands(name, config, seen) if denoiser else _autoencoder_commands(name))]
+    lines += ["", "## Use", "", "```", *commands[: 1 if exported else None], "```", ""]
+    if not exported:
+        lines += ["The licence of the data applies to the weights, too; sora_jax does not know it.", "", MARKER, ""]
+    return "\n".join(lines)
 
 
 def _last_stage(path: Path) -> Path:
@@ -102,8 +108,13 @@ def _training(folder: Path, config: Mapping, about: Mapping) -> dict[str, str]:
     return found | {"command": f"`{last['command']}`" if last.get("command") else ""}
 
 
+def _exported(record: Mapping) -> dict[str, str]:
+    weights = f"step {record['step']:,}, kept as {record['dtype']}"
+    return {"weights": weights, "exported": f"by sora_jax {record['version']} on {record['date']}"}
+
+
 def _metrics(folder: Path) -> list[str]:
-    rows, lines = read_metrics(folder), ["| metric | value | step |", "|---|---|---|"]
+    rows, lines = read_metrics(folder), []
     for name, places in METRICS.items():
         row = next((row for row in reversed(rows) if row.get(name) is not None), None)
         lines += [f"| {name} | {row[name]:.{places}f} | {row['step']:,} |"] if row else []
