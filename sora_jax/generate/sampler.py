@@ -72,6 +72,7 @@ class _Batch(NamedTuple):
 
     layout: PackLayout
     rows: list[list[int]]  # of the numbers of `requests`
+    filled: list[list[int]]  # with the last row again, up to the packs of a call: one program serves all
     requests: Sequence[Request]
     numbers: Sequence[int]  # of the requests among all
     edits: bool
@@ -92,14 +93,12 @@ def sample_batches(
     batches = [*_batches(model, requests)]
     # The scale is given clip by clip, so that one program serves all scales.
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
-    split, steps = parts("batch", model.mesh), _count(sampling)
+    steps = _count(sampling)
     with watch.counting(len(batches) * steps, "step") as count:
         for batch in batches:
-            at_once = -(-min(len(batch.layout.rows), PACKS_AT_ONCE) // split) * split
-            full = batch.rows + batch.rows[-1:] * (at_once - len(batch.rows))  # one program serves all
-            conditions = place(model.mesh, batch.layout, full, batch.requests)
+            conditions = place(model.mesh, batch.layout, batch.filled, batch.requests)
             sources = batch.layout._replace(items=batch.layout.sources)
-            source = place(model.mesh, sources, full, batch.requests) if batch.edits else None
+            source = place(model.mesh, sources, batch.filled, batch.requests) if batch.edits else None
             solve = functools.partial(solve_packs, model.config, sampling, model.params, np.uint32(seed))
             solve = functools.partial(solve, conditions, source)
             state = _first_state(model, sampling, conditions, source)
@@ -149,7 +148,8 @@ def _batches(model: TrainedDenoiser, requests: Sequence[Request]) -> Iterator[_B
         layout, split = lay_out(model, chosen), parts("batch", model.mesh)
         at_once = -(-min(len(layout.rows), PACKS_AT_ONCE) // split) * split
         for start in range(0, len(layout.rows), at_once):
-            yield _Batch(layout, layout.rows[start : start + at_once], chosen, members, wanted)
+            rows = layout.rows[start : start + at_once]
+            yield _Batch(layout, rows, rows + rows[-1:] * (at_once - len(rows)), chosen, members, wanted)
 
 
 def _first_state(

@@ -130,7 +130,7 @@ class Reporter:
         rates |= self._rates(step)
         spent = {f"seconds/{cause}": value for cause, value in self.instruments.watch.seconds.items()}
         if self.instruments.writer:
-            self.instruments.writer.write(step, metrics | self._totals | rates | spent | dict(measured))
+            self.instruments.writer.write(step, metrics | self._totals | rates | spent | measured)
         if self._config.keep_best:
             self._rank(flatten(metrics), flatten(measured))
         self.instruments.bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
