@@ -12,11 +12,12 @@ from typing import Annotated
 import numpy as np
 
 from sora_jax.config import OneOf
-from sora_jax.worlds import shapes
+from sora_jax.worlds import phyworld, shapes
+from sora_jax.worlds.phyworld import PhyworldConfig
 from sora_jax.worlds.scenes import WorldConfig
 
-MODULES: dict[type, ModuleType] = {WorldConfig: shapes}
-AnyWorld = Annotated[WorldConfig, OneOf(MODULES)]
+MODULES: dict[type, ModuleType] = {WorldConfig: shapes, PhyworldConfig: phyworld}
+AnyWorld = Annotated[WorldConfig | PhyworldConfig, OneOf(MODULES)]
 
 
 def draw(config: AnyWorld, index: int) -> np.ndarray:
