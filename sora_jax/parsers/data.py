@@ -108,7 +108,7 @@ def _build(verbs) -> None:
     add("--label-caption", help="caption of a class, with {label} for its name")
     add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
     add("--strip-fps", type=float, help="frames per second of such strips")
-    add("--world", help="variant of the embedded world: simple or full")
+    add("--world", help="world that is drawn: simple, full, phyworld, phyworld:parabola or phyworld:collision")
     add("--max-frames", type=int, help="maximum length; clips are cut to 1 + time_factor * k frames")
     add("--time-factor", type=int, help="temporal compression of the autoencoder you will train")
     add("--length-rule", help="cut to the next shorter allowed length, or pad to the next longer")
@@ -228,11 +228,11 @@ def source_config(options, base=None):
     from sora_jax.config import choose
     from sora_jax.data.building.prepare import BuildConfig
     from sora_jax.data.sources import SourceConfig
-    from sora_jax.worlds import FULL_WORLD, WorldConfig
+    from sora_jax.worlds.table import NAMED
 
     values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
     if values.get("name") == "world":
-        world = choose("--world", getattr(options, "world", WORLD), {"simple": WorldConfig(), "full": FULL_WORLD})
+        world = choose("--world", getattr(options, "world", WORLD), NAMED)
         seed = getattr(options, "seed", BuildConfig.seed)
         holdout = getattr(options, "holdout", BuildConfig.holdout)
         values["world"] = dataclasses.replace(world, seed=seed)

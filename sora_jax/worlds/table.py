@@ -14,10 +14,19 @@ import numpy as np
 from sora_jax.config import OneOf
 from sora_jax.worlds import phyworld, shapes
 from sora_jax.worlds.phyworld import PhyworldConfig
-from sora_jax.worlds.scenes import WorldConfig
+from sora_jax.worlds.scenes import FULL_WORLD, WorldConfig
 
 MODULES: dict[type, ModuleType] = {WorldConfig: shapes, PhyworldConfig: phyworld}
 AnyWorld = Annotated[WorldConfig | PhyworldConfig, OneOf(MODULES)]
+
+# Variants by the names that `sora-jax data build --world` takes.
+NAMED: dict[str, AnyWorld] = {
+    "simple": WorldConfig(),
+    "full": FULL_WORLD,
+    "phyworld": PhyworldConfig(),
+    "phyworld:parabola": PhyworldConfig(scenario="parabola"),
+    "phyworld:collision": PhyworldConfig(scenario="collision"),
+}
 
 
 def draw(config: AnyWorld, index: int) -> np.ndarray:

@@ -97,11 +97,10 @@ def summarise(errors: Iterable[VelocityError]) -> Summary:
     found = list(errors)
     table = np.array([(e.published, e.printed, e.unbiased) for e in found]).reshape(-1, 3)
     unmeasured = np.isnan(table[:, 1])
-    means = table[~unmeasured] if not unmeasured.all() else np.full((1, 3), np.nan)
     shares = [np.mean(marks) for marks in ([e.lost for e in found], [e.faded for e in found], unmeasured)]
-    # A ball that is hardly ever seen has no line through its positions.
-    published, printed, unbiased = means[:, 0].mean(), means[:, 1].mean(), np.nanmean(means[:, 2])
-    return Summary(len(found), *map(float, (published, printed, unbiased, *shares)))
+    # A ball that is hardly ever seen has published errors but no line through its positions.
+    means = [column[~np.isnan(column)].mean() if not np.isnan(column).all() else np.nan for column in table.T]
+    return Summary(len(found), *map(float, (*means, *shares)))
 
 
 def measured_frames(true: Truth) -> np.ndarray:
@@ -109,6 +108,11 @@ def measured_frames(true: Truth) -> np.ndarray:
     chosen = true.inside_T.copy()
     chosen[: max(GIVEN_FRAMES, true.hit or 0)] = False
     return np.flatnonzero(chosen)
+
+
+def is_counted(true: Truth) -> bool:
+    """Return False for clips that the published evaluation leaves out: their balls are so small that they disappear."""
+    return bool((true.radii_N >= 0.6).all() if len(true.balls) == 1 else (true.radii_N > 0.5).all())
 
 
 def true_areas(true: Truth) -> np.ndarray:
