@@ -7,7 +7,15 @@ import pytest
 
 from sora_jax.errors import UserError
 from sora_jax.worlds.discs import disc_cover, square_cover
-from sora_jax.worlds.oracle.phyworld import VelocityError, look, measure, measured_frames, summarise, true_areas
+from sora_jax.worlds.oracle.phyworld import (
+    VelocityError,
+    look,
+    measure,
+    measured_frames,
+    see_ball,
+    summarise,
+    true_areas,
+)
 from sora_jax.worlds.phyworld import (
     CONFLICTS,
     GRAVITY,
@@ -300,3 +308,16 @@ def test_clips_without_a_ball_or_with_a_pale_one_are_reported(scenario):
     assert not whole.lost and not whole.faded
     table = summarise([found, pale, whole, whole, VelocityError(*[float("nan")] * 3)])
     assert (table.lost, table.faded, table.unmeasured) == (0.2, 0.2, 0.2)
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS)
+def test_a_ball_is_seen_as_what_it_is(conflict):
+    config = PhyworldConfig(conflict=conflict)
+    for index in [*range(6), *range(HELD_OUT, HELD_OUT + 6)]:
+        true = truth(config, index)
+        seen = see_ball(config, true, draw(config, index))
+        (ball,) = true.balls
+        assert (seen.colour, seen.figure) == (ball.colour, ball.figure)
+        assert seen.radius == pytest.approx(ball.radius, rel=0.02)
+        assert seen.speed == pytest.approx(ball.speed, abs=0.003)
+    assert see_ball(config, true, np.full_like(draw(config, index), 255)) is None

@@ -95,6 +95,11 @@ def default_config() -> str:
     return str(package_config("phyworld.py"))
 
 
+def of_kind(world: PhyworldConfig, kind: Any) -> PhyworldConfig:
+    """Return the world with held-out clips of a kind, one of `PhyworldBench.kinds`."""
+    return dataclasses.replace(world, ranges=kind)
+
+
 # Training
 
 
@@ -155,7 +160,7 @@ def report(config: PhyworldBench, options: DenoiserRun, folder: Path, workdir: P
     size = run.latent_size(world.frames, world.size, world.size)
     each = flops_of_step(options, size)
     found = {
-        kind: measured(run, dataclasses.replace(world, ranges=kind), config.count, place_of(workdir, run.step, kind))
+        kind: measured(run, of_kind(world, kind), config.count, place_of(workdir, run.step, kind))
         for kind in config.kinds
     }
     show(config, run, workdir / "clips.png")
@@ -184,7 +189,7 @@ def outside(config: PhyworldBench, found: dict[str, Measured], as_published: boo
     """
     summaries, weights = [], []
     for kind in config.kinds[1:]:
-        world = dataclasses.replace(config.world, ranges=kind)
+        world = of_kind(config.world, kind)
         kept = [e for index, e in found[kind].items() if not as_published or is_counted(truth(world, index))]
         if kept:
             summaries.append(dataclasses.asdict(summarise(kept)))
@@ -214,7 +219,7 @@ def show(config: PhyworldBench, run: Run, out: Path) -> None:
     """Draw a sheet: true clips and below them what is predicted, of each kind; every fourth frame, the first given."""
     clips, captions = [], []
     for kind in config.kinds:
-        world = dataclasses.replace(config.world, ranges=kind)
+        world = of_kind(config.world, kind)
         indices = [HELD_OUT + place for place in range(config.show)]
         for index, clip in zip(indices, predict(run, world, indices), strict=True):
             ball = truth(world, index).balls[0]

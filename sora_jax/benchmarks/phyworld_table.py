@@ -29,6 +29,7 @@ PUBLISHED = {
 FLOORS = {"uniform": (0.0099, 0.0105), "parabola": (0.0210, 0.0212), "collision": (0.0117, 0.0131)}
 # Of a run of 100,000 steps of 256 clips: arithmetic from the depth, width and tokens that the paper states.
 PUBLISHED_FLOPS = {"S": 2.1e18, "B": 7.8e18, "L": 26e18}
+HEADER = ("model", "clips", "PFLOP", "in", "out", "in, unbiased", "out, unbiased")
 
 
 class Row(NamedTuple):
@@ -54,7 +55,7 @@ def published_rows(scenario: str) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as text; FLOPs in units of 10^15."""
-    lines = [("model", "clips", "PFLOP", "in", "out", "in, unbiased", "out, unbiased")]
+    lines: list[tuple[str, ...]] = [HEADER]
     for row in rows:
         flops = "" if row.flops is None else f"{row.flops / 1e15:,.{0 if row.flops > 1e17 else 3}f}"
         errors = ["" if error is None else f"{error:.4f}" for error in row[3:]]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.worlds.phyworld import GIVEN_FRAMES, STEP, STRIDE, WORLD, PhyworldConfig, Truth, truth
+from sora_jax.worlds.phyworld import GIVEN_FRAMES, STEP, STRIDE, WORLD, Ball, PhyworldConfig, Truth, truth
 
 _THRESHOLD = 127
+_OWN = (("red", 0), ("blue", 2))  # the channel that a colour alone has beside white
 _LEAST = 0.25  # of its true area must be seen of a ball, or it is lost
 _FADED = 0.2  # relative error of a ball's area, over the frames that are measured, at which it has faded
 _PARSED = (128, 256)  # the smallest frames that the published parser looks at, and the size of its own
@@ -181,6 +182,34 @@ def look(config: PhyworldConfig, frames: np.ndarray, colours: Sequence[str]) -> 
         positions[seen, n] = _to_world(config, x, y, width)[seen]
         areas[seen, n] = weights.sum((1, 2))[seen] * scale
     return Sight(positions, areas)
+
+
+def see_ball(config: PhyworldConfig, true: Truth, frames: np.ndarray) -> Ball | None:
+    """Return the ball that a clip of one ball ends with, whatever it began with; None if none is to be seen.
+
+    Its speed is that over all measured frames, the rest is read in the last third of them.
+    """
+    chosen = measured_frames(true)
+    inks = {c: np.clip((frames[chosen][..., own] - frames[chosen][..., 1].astype(float)) / 255, 0, 1) for c, own in _OWN}
+    colour = max(inks, key=lambda name: inks[name][-len(chosen) // 3 :].sum())
+    seen = look(config, frames[chosen], [colour])
+    areas = seen.areas_TN[-len(chosen) // 3 :, 0]
+    speed = float(slope(seen.positions_TN2)[0, 0])
+    if np.isnan(speed) or np.isnan(areas).all():
+        return None
+    area = float(np.nanmedian(areas))
+    figure = "square" if np.median([_squareness(ink) for ink in inks[colour][-len(chosen) // 3 :]]) > 5 / 6 else "ball"
+    return Ball(float(np.sqrt(area / (4 if figure == "square" else np.pi))), speed, colour, figure)
+
+
+def _squareness(ink_HW: np.ndarray) -> float:
+    """Return <x^2 y^2> / (<x^2> <y^2>) about the centroid: 2/3 for a disc, 1 for an upright square."""
+    weights = np.where(ink_HW > 0.05, ink_HW, 0.0)[None]
+    (x,), (y,) = _centroids(weights)
+    x2, y2 = (np.arange(ink_HW.shape[1]) - x) ** 2, ((np.arange(ink_HW.shape[0]) - y) ** 2)[:, None]
+    total = max(weights.sum(), 1e-9)
+    mean = lambda values: float((weights[0] * values).sum() / total)  # noqa: E731
+    return mean(x2 * y2) / max(mean(x2) * mean(y2), 1e-9)
 
 
 def slope(positions_TN2: np.ndarray) -> np.ndarray:
