@@ -31,7 +31,7 @@ def __getattr__(name: str):
     return globals()[RENAMED[name]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a table has no hash, which a mark in a union needs
 class OneOf:
     """Mark a field that holds one of several dataclasses: `Annotated[A | B, OneOf(table)]`.
 

@@ -18,6 +18,7 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.first_stage import autoencoder_specs
+from sora_jax.models.pixels import PixelsConfig
 from sora_jax.train.frozen import FrozenAutoencoder
 
 CLASS = "AutoencoderKL"
@@ -50,7 +51,7 @@ def write_vae(autoencoder: FrozenAutoencoder, folder: Path) -> None:
         UserError: the autoencoder has neither a `KLConfig` nor a `WanConfig`.
     """
     config = autoencoder.config
-    if isinstance(config, AutoencoderConfig):
+    if isinstance(config, AutoencoderConfig | PixelsConfig):
         reason = f"the autoencoder must have a KLConfig or WanConfig for that format, and has {type(config).__name__}"
         raise UserError(f"--to is 'diffusers-vae'; {reason}")
     statistics = autoencoder.mean_C, autoencoder.std_C

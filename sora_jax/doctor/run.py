@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from sora_jax.config import check, read_json
 from sora_jax.data.packing.advice import POOR
-from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import evenly_spread
 from sora_jax.doctor.finding import ERROR, OK, WARNING, Finding, guarded
 from sora_jax.files import as_path
@@ -27,7 +26,7 @@ from sora_jax.kinds.dry_run import first_job
 from sora_jax.nn.finite import named, not_finite
 from sora_jax.parallel.mesh import mesh_here, place_batch
 from sora_jax.train.checkpoint import Checkpoints
-from sora_jax.train.denoiser import DenoiserRun
+from sora_jax.train.denoiser import DenoiserRun, open_latents
 from sora_jax.train.frozen import load_autoencoder, missing_autoencoder, recorded_fingerprint, saved_steps
 from sora_jax.train.loop import Job, split_batch, with_fixed
 from sora_jax.train.metrics import read_metrics
@@ -209,7 +208,7 @@ def _latents(run: Patient) -> Iterator[Finding]:
     """Look at the statistics of latents, and decode some and encode them again."""
     if not isinstance(run.config, DenoiserRun) or run.job is None:
         return
-    cache, autoencoder = LatentCache(run.config.latents), load_autoencoder(run.config.latents)
+    cache, autoencoder = open_latents(run.config), load_autoencoder(run.config.first_stage)
     indices = evenly_spread(range(len(cache)), LATENTS)
     values = np.concatenate([np.asarray(cache[i], np.float32).reshape(-1, cache.info.latent_channels) for i in indices])
     mean, std = np.abs(values.mean(0)).max(), values.std(0)

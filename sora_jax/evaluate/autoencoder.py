@@ -33,6 +33,7 @@ from sora_jax.files import as_path, write_json
 from sora_jax.generate.preview import scale_of
 from sora_jax.models import codes
 from sora_jax.models.first_stage import FirstStageConfig, block_of, codes_of, encode
+from sora_jax.models.pixels import PixelsConfig
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.train.autoencoder import check_sizes, to_float, to_uint8
 from sora_jax.train.exported import output_folder, run_folder
@@ -142,6 +143,10 @@ def evaluate_autoencoder(run: str | Path, data: str | Path, options: EvaluateOpt
     """
     autoencoder, dataset = load_autoencoder(run), Dataset(data)
     config, tiles = autoencoder.config, options.tiles
+    if isinstance(config, PixelsConfig):
+        raise UserError(
+            f"--autoencoder is {str(run)!r}; it gives back every clip as it is: there is nothing to measure"
+        )
     check_sizes(config, dataset)
     tile_grid(config, tiles)
     trained = _trained_split(run)

@@ -20,7 +20,15 @@ from sora_jax.generate.run import Run
 from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import check_split, make_mesh
 from sora_jax.plan.denoiser import sample_latents, train_denoiser
-from sora_jax.train.denoiser import DenoiserRun, Text, denoiser_groups, denoiser_job, denoiser_parts, prepare_tokenizer
+from sora_jax.train.denoiser import (
+    DenoiserRun,
+    Text,
+    denoiser_groups,
+    denoiser_job,
+    denoiser_parts,
+    open_latents,
+    prepare_tokenizer,
+)
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint, saved_steps
@@ -76,18 +84,21 @@ def check_labels(cache: LatentCache, classes: int, split: str) -> None:
 
 def open_inputs(config: DenoiserRun, workdir: Path, mesh: Mesh) -> DenoiserInputs:
     """Open the latent cache with its autoencoder and the tokenizer; check that model, cache and mesh fit together."""
-    check(config.latents, "--config.latents is not given; it must be a folder made by `sora-jax data encode`")
+    check(
+        config.latents or config.drawn,
+        "--config.latents is not given; it must be a folder made by `sora-jax data encode`",
+    )
     try:
-        cache = LatentCache(config.latents)
+        cache = open_latents(config)
     except UserError as error:
         where = "" if as_path(config.latents).is_absolute() else f", as seen from {Path.cwd()}"
         raise UserError(f"--config.latents is {config.latents!r}{where}: {error}") from error
     check(
         cache.info.latent_channels == config.model.latent_channels,
-        f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.latents!r} "
+        f"config.model.latent_channels is {config.model.latent_channels}; the latents in {config.first_stage!r} "
         f"have {cache.info.latent_channels}",
     )
-    autoencoder = load_autoencoder(config.latents, "--config.latents")
+    autoencoder = load_autoencoder(config.first_stage, "--config.latents")
     cache.check(autoencoder.fingerprint)
     if text := config.model.text:
         check_text(cache, text.pretrained, text.pretrained_width, config.tokenizer.max_tokens)
@@ -190,7 +201,7 @@ def claim(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> None:
     """Keep the chosen attention, the autoencoder and the tokenizer, so that the run can be used alone."""
     if inputs.computed != config:
         keep_attention(inputs.computed, workdir)
-    copy_autoencoder(config.latents, workdir)
+    copy_autoencoder(config.first_stage, workdir)
     if inputs.seen:
         save_seen(inputs.seen, workdir)
     if isinstance(inputs.tokenizer, Tokenizer):

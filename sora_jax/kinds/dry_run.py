@@ -37,14 +37,14 @@ def describe(config: RunConfig, workdir: Path) -> dict[str, Any]:
     check_workdir(workdir, config)
     doubts = check_schedules(kind, config, workdir)
     fixed = kind.parts(config)[1]
-    field = next((name for name in DATA if hasattr(config, name)), "")
-    given = not field or getattr(config, field)
+    fields = [name for name in DATA if hasattr(config, name)]
+    given = not fields or any(getattr(config, field) for field in fields)
     return {
         "config": to_dict(config),
         "parameters": _parameters(groups, fixed),
         "memory": _memory(config, groups, fixed, mesh),
         "doubts": list(doubts),
-        "data": _data(kind, config, workdir, mesh) if given else {"missing": f"--config.{field}"},
+        "data": _data(kind, config, workdir, mesh) if given else {"missing": f"--config.{fields[0]}"},
     }
 
 

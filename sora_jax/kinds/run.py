@@ -25,7 +25,7 @@ from sora_jax.train.tracking import check_wandb
 
 # What does not change what the weights mean may change when a run goes on; a kind adds fields of its own.
 MAY_CHANGE = ("loop", "feed", "mesh", "optim", "batch", "seed", "init.weights")
-DATA = ("latents", "data")  # fields that name what a kind of run reads
+DATA = ("latents", "data", "drawn")  # fields that name what a kind of run reads, of which one is given
 MUST_STAY = ("optim.method",)  # among those: its state is of no use to another method
 
 
@@ -88,7 +88,7 @@ def _train(config: RunConfig, workdir: Path) -> None:
     if stages := kind.stages(config, workdir):
         _train_stages(kind, config, workdir, stages)
         return
-    log(f"{kind.name}: opening {next((getattr(config, name) for name in DATA if hasattr(config, name)), 'the data')}")
+    log(f"{kind.name}: opening {next((found for name in DATA if (found := getattr(config, name, ''))), 'the data')}")
     inputs = kind.open(config, workdir, mesh)
     check_data(workdir, inputs.digest)
     job = begin(kind, config, kind.job(config, inputs, workdir), workdir, mesh)

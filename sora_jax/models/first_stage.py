@@ -11,22 +11,21 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.config import OneOf
-from sora_jax.models import autoencoder, autoencoder_kl, autoencoder_wan
+from sora_jax.models import autoencoder, autoencoder_kl, autoencoder_wan, pixels
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.autoencoder_kl import KLConfig
 from sora_jax.models.autoencoder_wan import WanConfig
 from sora_jax.models.codes import CodesConfig
+from sora_jax.models.pixels import PixelsConfig
 from sora_jax.nn.draws import per_clip
 from sora_jax.nn.past import Past
 from sora_jax.parallel.rules import laid_out_as
 
-MODULES: dict[type, ModuleType] = {
-    AutoencoderConfig: autoencoder,
-    KLConfig: autoencoder_kl,
-    WanConfig: autoencoder_wan,
-}
+TRAINED: dict[type, ModuleType] = {AutoencoderConfig: autoencoder, KLConfig: autoencoder_kl, WanConfig: autoencoder_wan}
+MODULES = TRAINED | {PixelsConfig: pixels}
 ENCODER = ("encoder", "quant")  # names of the parameters that a latent depends on
-FirstStageConfig = Annotated[AutoencoderConfig | KLConfig | WanConfig, OneOf(MODULES)]
+TrainedConfig = Annotated[AutoencoderConfig | KLConfig | WanConfig, OneOf(TRAINED)]  # of those with parameters
+FirstStageConfig = Annotated[AutoencoderConfig | KLConfig | WanConfig | PixelsConfig, OneOf(MODULES)]
 
 
 def autoencoder_specs(config: FirstStageConfig) -> dict:

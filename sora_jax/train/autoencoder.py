@@ -20,6 +20,7 @@ from sora_jax.models.autoencoder import AutoencoderConfig, start_from_linear
 from sora_jax.models.discriminator import DiscriminatorConfig, discriminator_specs
 from sora_jax.models.first_stage import (
     FirstStageConfig,
+    TrainedConfig,
     autoencoder_specs,
     block_of,
     codes_of,
@@ -71,7 +72,7 @@ class AutoencoderRun(RunConfig):
     crop: tuple[int, int, int] = (9, 64, 64)  # (frames, height, width) of the training crops
     crops: tuple[tuple[int, int, int], ...] = ()  # further sizes; each step takes one of all, at random
     image_share: float = 0.1  # share of the batch that are images, single frames
-    model: FirstStageConfig = AutoencoderConfig()
+    model: TrainedConfig = AutoencoderConfig()
     tiles: TilingConfig = TilingConfig()  # how large whole clips are cut in previews and measurements
     latent_scale: Literal["deviation", "effect"] = "deviation"
     """what the channels are divided by: their own deviation, or what makes equal noise on each show as much"""
@@ -171,7 +172,7 @@ def stage_folder(workdir: Path, number: int) -> Path:
     return workdir / f"stage_{number + 1}"
 
 
-def _check_crop(model: FirstStageConfig, loss: LossConfig, levels: int, size: tuple[int, int, int]) -> None:
+def _check_crop(model: TrainedConfig, loss: LossConfig, levels: int, size: tuple[int, int, int]) -> None:
     """Raise a UserError if the autoencoder or a term of the loss does not take the crop."""
     grid = latent_grid(model, *size)
     least = min(size[1:]) * (min(loss.equivariance_scales) if loss.equivariance else 1)
@@ -358,7 +359,7 @@ def _starter(config: AutoencoderRun, dataset: Dataset, clips: np.ndarray, first:
     return from_linear
 
 
-def _counts(model: FirstStageConfig, batch: dict) -> dict[str, float]:
+def _counts(model: TrainedConfig, batch: dict) -> dict[str, float]:
     shapes = [x.shape[:4] for name, x in batch.items() if name.endswith("_BTHW3")]
     return {
         "clips": sum(clips for clips, *_ in shapes),

@@ -17,6 +17,7 @@ from sora_jax.data.feeding.texts import captions_in_order, parse_mix
 from sora_jax.data.feeding.tokenizer import NoText, Tokenizer, TokenizerConfig
 from sora_jax.data.packing.packs import PackingConfig, token_counts
 from sora_jax.data.shard_spec import ShardSpec
+from sora_jax.data.storing.drawn import DrawnClips, DrawnConfig
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
@@ -34,6 +35,7 @@ from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
 from sora_jax.nn.params import count
 from sora_jax.parallel import distributed
 from sora_jax.train.adapt import LoraConfig, matches, split_specs
+from sora_jax.train.frozen import recorded_fingerprint
 from sora_jax.train.given import GivenConfig, draw_given
 from sora_jax.train.loop import Job, Preview
 from sora_jax.train.run_config import RunConfig
@@ -113,6 +115,7 @@ class DenoiserRun(RunConfig):
 
     kind: Literal["denoiser"] = "denoiser"
     latents: str = ""  # a folder made by `sora-jax data encode`
+    drawn: DrawnConfig | None = None  # in place of latents: clips of a world, drawn while training, their pixels learnt
     captions: str = "first"  # which caption a clip has in an epoch: first, any, dalle3, sd3, or original=1,synthetic=3
     model: AnyDenoiser = TransformerConfig()
     lora: LoraConfig = LoraConfig()  # low-rank adapters, to train in place of the network; needs init.weights
@@ -126,6 +129,8 @@ class DenoiserRun(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         parse_mix(self.captions)
+        both = "latents is {!r} and drawn is given; leave one of them out"
+        check(not (self.latents and self.drawn), both.format(self.latents))
         check(
             not self.diffusion.given.levels or self.packing.rows_per_clip > 2,
             f"packing.rows_per_clip is {self.packing.rows_per_clip}; with diffusion.given.levels it must be at least "
@@ -164,6 +169,11 @@ class DenoiserRun(RunConfig):
             dataclasses.replace(self.sampling, steps=preview.steps)
 
     @property
+    def first_stage(self) -> str:
+        """Return what `load_autoencoder` reads: the folder of the latents, or the name of a first stage of pixels."""
+        return self.drawn.first_stage if self.drawn else self.latents
+
+    @property
     def packs(self) -> PackingConfig:
         """`packing` with the model's patch; a model without text has one null token for each clip."""
         text_length = self.packing.text_length if self.model.text else self.packing.slots
@@ -175,6 +185,13 @@ class DenoiserRun(RunConfig):
             rows_per_clip=rows,
             guides=self.model.guides,
         )
+
+
+def open_latents(config: DenoiserRun) -> LatentCache:
+    """Open what a run is trained on: clips of a world, or a latent cache; UserError where there is no such cache."""
+    if config.drawn:
+        return DrawnClips(config.drawn, recorded_fingerprint(config.first_stage) or "")
+    return LatentCache(config.latents)
 
 
 def denoiser_parts(config: DenoiserRun) -> tuple[dict, dict]:

@@ -37,13 +37,14 @@ from sora_jax.nn.finite import named
 from sora_jax.parallel.rules import on_mesh, parts, reshard
 from sora_jax.train import streaming
 from sora_jax.train.autoencoder import to_float, to_uint8
-from sora_jax.train.exported import as_dtype, read_arrays, run_folder, write_arrays
+from sora_jax.train.exported import ASSETS, as_dtype, read_arrays, run_folder, write_arrays
 from sora_jax.train.migrate import migrate_autoencoder
 from sora_jax.train.padded_shapes import Size, padded_shape_of
 
 FOLDER = "frozen"
 WEIGHTS, RECORD = "weights.npz", "autoencoder.json"
 EXPORTED = "weights.safetensors"  # in place of WEIGHTS, in exported models
+UNTRAINED = ("pixels", "pixels-grey")  # first stages without parameters, which come with the package
 SMALLEST_STD = 0.01  # of the largest channel
 VERSION = 3  # of the fingerprints of new autoencoders
 # Bump the version whenever the same weights would produce different latents (tests/test_frozen.py detects it).
@@ -266,12 +267,17 @@ def _save_record(autoencoder: FrozenAutoencoder, folder: Path, notes: dict) -> N
 
 
 def frozen_folder(run: str | Path) -> Path:
-    """Return where a run folder keeps its frozen autoencoder; the folder itself where it is that."""
+    """Return where a run folder keeps its frozen autoencoder; the folder itself where it is that.
+
+    A folder that exists goes before a first stage of `UNTRAINED`.
+    """
+    if str(run) in UNTRAINED and not as_path(run).exists():
+        return ASSETS / str(run)
     run = run_folder(run, "--autoencoder")
     return run / FOLDER if (run / FOLDER).is_dir() else run
 
 
-def recorded_fingerprint(run: Path) -> str | None:
+def recorded_fingerprint(run: str | Path) -> str | None:
     """Return the fingerprint that stands in a run folder, without reading weights; None where there is no record."""
     return _record(frozen_folder(run))["fingerprint"] if (frozen_folder(run) / RECORD).exists() else None
 

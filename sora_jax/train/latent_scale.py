@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.models.first_stage import FirstStageConfig
+from sora_jax.models.first_stage import TrainedConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.streaming import decode_stream
 
@@ -16,7 +16,7 @@ SHARE = 0.3  # of a channel's deviation, by which it is disturbed
 
 def scale_by_effect(
     params: dict,
-    config: FirstStageConfig,
+    config: TrainedConfig,
     latents: Sequence[np.ndarray],
     std_C: np.ndarray,
     tiles: TilingConfig = TilingConfig(),

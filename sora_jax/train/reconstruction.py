@@ -18,7 +18,7 @@ from sora_jax.diffusion.keys import Purpose
 from sora_jax.models import codes
 from sora_jax.models.discriminator import DiscriminatorConfig, adaptive_weight, discriminator_loss, generator_loss
 from sora_jax.models.first_stage import (
-    FirstStageConfig,
+    TrainedConfig,
     block_of,
     codes_of,
     decode,
@@ -124,7 +124,7 @@ class Losses(NamedTuple):
 
 def reconstruction_loss(
     params: dict,
-    config: FirstStageConfig,
+    config: TrainedConfig,
     video_BTHWC: jax.Array,
     key: jax.Array,
     loss: LossConfig = LossConfig(),
@@ -170,7 +170,7 @@ def _rows(video_BTHWC: jax.Array) -> jax.Array:
     return reshard(jnp.arange(len(video_BTHWC), dtype=jnp.int32), "batch")
 
 
-def _draw(config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, keys: _Keys, aids: Aids) -> jax.Array:
+def _draw(config: TrainedConfig, mean: jax.Array, logvar: jax.Array, keys: _Keys, aids: Aids) -> jax.Array:
     """Return the latents that are decoded: drawn from the posterior, or the codes of its mean."""
     discrete = codes_of(config)
     if discrete.name == "none":
@@ -179,7 +179,7 @@ def _draw(config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, keys: _K
 
 
 def _bottleneck(
-    config: FirstStageConfig, mean: jax.Array, logvar: jax.Array, drawn: jax.Array, aids: Aids
+    config: TrainedConfig, mean: jax.Array, logvar: jax.Array, drawn: jax.Array, aids: Aids
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss of the bottleneck, and its terms."""
     if codes_of(config).name != "none":
@@ -262,7 +262,7 @@ def _turn(x_BTHWC: jax.Array, quarters: jax.Array, square: bool) -> jax.Array:
 
 
 def _compare(
-    decoded: jax.Array, video: jax.Array, config: FirstStageConfig, keys: _Keys, loss: LossConfig, aids: Aids
+    decoded: jax.Array, video: jax.Array, config: TrainedConfig, keys: _Keys, loss: LossConfig, aids: Aids
 ) -> Losses:
     """Return the losses of decoded clips, without that of the bottleneck."""
     video = laid_out_as(video, decoded)
@@ -288,7 +288,7 @@ def _compare(
 
 
 def _distances(
-    decoded: jax.Array, video: jax.Array, config: FirstStageConfig, keys: _Keys, loss: LossConfig, aids: Aids
+    decoded: jax.Array, video: jax.Array, config: TrainedConfig, keys: _Keys, loss: LossConfig, aids: Aids
 ) -> tuple[jax.Array, Metrics]:
     """Return the weighted sum of all distances of decoded clips from the original, and each of them."""
     error = decoded - video
@@ -321,7 +321,7 @@ def _distances(
     return total, parts
 
 
-def resolution(config: FirstStageConfig, loss: LossConfig = LossConfig()) -> float | None:
+def resolution(config: TrainedConfig, loss: LossConfig = LossConfig()) -> float | None:
     """Return the `resolution_of_loss` of an autoencoder; None where its KL weight is adapted, or it has no KL term."""
     if codes_of(config).name != "none" or loss.kl_target:
         return None

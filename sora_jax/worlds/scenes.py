@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -88,6 +88,8 @@ class WorldConfig:
     """Levels of the first caption of a clip, which is of kind original."""
     fps: float = 8.0
     """Frames per second."""
+    name: Literal["shapes"] = field(default="shapes", repr=False)
+    """The name that tells this world from others in files."""
     # Not in `repr`, of which the ids of clips are made: captions do not change the pixels of a clip.
     extra_captions: tuple[str, ...] = field(default=(), repr=False)
     """Levels of further captions of every clip, each of a kind with the name of its level."""

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from sora_jax.config import check
-from sora_jax.worlds import WorldConfig
+from sora_jax.worlds.table import AnyWorld, count_of
 
 KINDS = {  # -> what --path must be
     "folder": "a folder of videos or pictures",
@@ -31,11 +31,13 @@ class SourceConfig:
     strip_frames: int | None = None  # split each picture into so many frames, from left to right
     strip_fps: float = 8.0  # frame rate of such strips, and of frames that come without one
     limit: int | None = None  # maximum number of entries, evenly spread over the source; number of clips of the world
-    world: WorldConfig | None = None  # variant of the embedded world
+    world: AnyWorld | None = None  # the world that is drawn, and its variant
     world_held_out: int = 0  # how many clips, the last of `limit`, come from the held-out scenes of the world
 
     def __post_init__(self):
         world, held_out = self.name == "world", self.world_held_out
+        has = count_of(self.world) if world and self.world else None  # training clips; None: without end
+        enough = not has or (self.limit or 0) - held_out <= has
         tfds, needed = re.fullmatch(r"tfds:\w[\w/.:-]*", self.name), KINDS.get(self.name)
         here, most = f"with --source={self.name} it must be", (self.limit or 0) if world else 0
         without = f"it must be left out with --source={self.name}"
@@ -51,6 +53,7 @@ class SourceConfig:
             ("strip-frames", self.strip_frames, not (world and self.strip_frames), without),
             ("limit", self.limit, self.limit is None or self.limit >= 1, some),
             ("limit", self.limit, self.limit or not world, f"{here} the number of clips"),
+            ("limit", self.limit, enough, f"{here} at most {has} training clips"),
             ("label", self.label, self.label in ("caption", "class", "both"), "it must be caption, class or both"),
             ("label-caption", self.label_caption, "{label}" in self.label_caption, holds),
             ("world-held-out", held_out, 0 <= held_out <= most, f"{here} from 0 to {most}"),

@@ -197,7 +197,7 @@ def _join(parts: ShardedWriter) -> dict:
     refused = []
     columns = {"index": "int64"} | parts.kind.columns | RECORD_COLUMNS
     with _inside(parts.folder / "manifest.parquet") as temporary:
-        with pq.ParquetWriter(temporary, _schema(columns)) as writer:
+        with pq.ParquetWriter(temporary, schema_of(columns)) as writer:
             for part in range(parts.count):
                 refused += read_lines(parts.file(part, "jsonl"))
                 rows = []
@@ -224,7 +224,8 @@ def _canonical(row: dict) -> bytes:
     return json.dumps({k: v for k, v in row.items() if k not in ("source", "file")}, sort_keys=True).encode()
 
 
-def _schema(columns: Mapping[str, str]) -> Any:
+def schema_of(columns: Mapping[str, str]) -> Any:
+    """Return the Arrow schema of columns, name -> type."""
     import pyarrow as pa
 
     def kind(name: str) -> Any:
@@ -237,7 +238,7 @@ def _schema(columns: Mapping[str, str]) -> Any:
 def _to_table(rows: list[dict], columns: Mapping[str, str]) -> Any:
     import pyarrow as pa
 
-    return pa.Table.from_pylist(rows, _schema(columns))
+    return pa.Table.from_pylist(rows, schema_of(columns))
 
 
 def _lines(entries: Sequence[dict]) -> str:
