@@ -10,6 +10,9 @@ import tensorflow_datasets as tfds
 from fixtures_digits import drawn_digits, write_idx
 from PIL import Image
 
+from sora_jax.cli import main
+from sora_jax.data.storing.drawn import DrawnClips, DrawnConfig
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.worlds import HELD_OUT
 from sora_jax.worlds.digits import load_digits, read_idx
@@ -23,6 +26,7 @@ from sora_jax.worlds.moving_mnist import (
     plan,
     size_of,
 )
+from sora_jax.worlds.table import VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +207,43 @@ def test_digits_of_tfds(tmp_path, monkeypatch):
         wanted = {(images[n].tobytes(), labels[n]) for n in numbers}
         assert {(image.tobytes(), label) for image, label in zip(parts[name].images, parts[name].labels)} == wanted
     assert "tensorflow" not in sys.modules
+
+
+def test_a_dataset_is_built_of_it(folder, tmp_path):
+    """The clips, captions and splits of a dataset folder are those of the world."""
+    options = ["--source=world", "--limit=5", "--holdout=0.4", "--max-frames=20", "--time-factor=1", "--multiple=8"]
+    for name in ("moving_mnist", "stochastic_moving_mnist"):
+        out = tmp_path / name
+        assert (
+            main(["data", "build", *options, f"--world={name}", f"--digits={folder}", f"--out={out}", "--quiet"]) == 0
+        )
+        dataset, config = Dataset(out), replace(VARIANTS[name], digits_path=str(folder))
+        found = {(clip.frames.tobytes(), clip.caption) for clip in map(dataset.__getitem__, range(5))}
+        indices = [0, 1, 2, HELD_OUT, HELD_OUT + 1]
+        assert found == {(draw(config, i).tobytes(), captions_of(config, i)["original"]) for i in indices}
+        assert dataset.indices("held-out").size == 2
+
+
+def test_digits_are_asked_for(folder, tmp_path, capsys):
+    build = ["data", "build", "--source=world", "--limit=5", f"--out={tmp_path / 'x'}"]
+    for options, message in (
+        (
+            ["--world=moving_mnist"],
+            "--digits is not given; with --world=moving_mnist it must be a folder with idx files",
+        ),
+        (["--world=full", f"--digits={folder}"], "with --world=full it must be left out"),
+        (["--world=moving_mnist", "--digits=nowhere"], "world.digits_path is 'nowhere'; it must be a folder with idx"),
+    ):
+        assert main([*build, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_clips_are_drawn_for_training(config):
+    clips = DrawnClips(DrawnConfig(config, clips=3, held_out=2, grey=True), "x")
+    np.testing.assert_allclose(clips[4], draw(config, HELD_OUT + 1)[..., :1] / 127.5 - 1, atol=1e-6)
+    assert clips.splits == {"train": 3, "held-out": 2} and clips.grids.tolist() == [[20, 64, 64]] * 5
+    moved = replace(config, digits_path="elsewhere")
+    assert DrawnClips(DrawnConfig(moved, clips=3, held_out=2, grey=True), "x").digest == clips.digest
 
 
 def test_mistakes_are_told(tmp_path, folder, monkeypatch):

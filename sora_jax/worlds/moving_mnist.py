@@ -6,7 +6,7 @@ SVG (Denton and Fergus 1802.07687): at each bounce a digit takes a new random ve
 A clip is a pure function of (config, images of digits, index). Held-out clips show held-out images of digits only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +27,8 @@ class MovingMnistConfig:
 
     name: Literal["moving_mnist"] = "moving_mnist"
     """Name of the world."""
-    digits_path: str = ""
+    # Not in `repr`, of which the ids of clips are made: the same digits may lie elsewhere on another machine.
+    digits_path: str = field(default="", repr=False)
     """Images of digits: a folder with the idx files of MNIST, one idx file of images, or tfds:mnist."""
     held_out_digits: float = 0.2
     """Share of the images that held-out clips show; of files of training and test digits, these show the latter."""
@@ -46,6 +47,11 @@ class MovingMnistConfig:
     fps: float = 10.0
     """Frames per second."""
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the (height, width) of all clips."""
+        return ((self.size, self.size),)
+
     def __post_init__(self):
         rules = {
             "held_out_digits": (0 < self.held_out_digits < 1, "between 0 and 1"),
@@ -58,6 +64,9 @@ class MovingMnistConfig:
         }
         for rule, (good, allowed) in rules.items():
             check(good, f"world.{rule} is {getattr(self, rule)!r}; it must be {allowed}")
+
+
+STOCHASTIC = MovingMnistConfig(digit_size=32, stochastic=True)  # that of SVG
 
 
 class Plan(NamedTuple):
