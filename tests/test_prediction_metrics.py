@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora_jax.evaluate.metrics import MOST_PSNR
-from sora_jax.evaluate.prediction_metrics import average_predictions, prediction_quality
+from sora_jax.evaluate.prediction_metrics import average_predictions, prediction_quality, sample_quality
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -69,3 +69,18 @@ def test_means_give_every_clip_the_same_weight():
     np.testing.assert_allclose(nested.mse_by_frame, whole.mse_by_frame)
     errors = [np.square(predicted - true).sum((1, 2, 3)) for predicted, true in clips]
     np.testing.assert_allclose(whole.mse_by_frame, np.mean(errors, axis=0))
+
+
+def test_samples_by_their_definitions_and_in_expectation():
+    """Perfect samples are independent of the true clip and distributed as it is."""
+    rng, size = np.random.default_rng(5), (400, 4, 2, 5, 6, 1)
+    mean = rng.random((400, 1, *size[2:]))
+    everything = mean + 0.3 * rng.standard_normal((400, 5, *size[2:]))
+    samples, true = everything[:, 1:], everything[:, 0]
+    found, one = sample_quality(samples, true), 30 * 0.3**2
+    assert (found.clips, found.samples) == (400, 4)
+    assert found.mse == pytest.approx(2 * one, rel=0.03)
+    assert found.variance == pytest.approx(one, rel=0.03)
+    assert found.mean_mse == pytest.approx(1.25 * one, rel=0.03)
+    best = [min(np.mean([np.sum((s[t] - c[t]) ** 2) for t in range(2)]) for s in own) for own, c in zip(samples, true)]
+    assert found.best_mse == pytest.approx(np.mean(best))

@@ -48,3 +48,33 @@ def average_predictions(qualities: Sequence[PredictionQuality]) -> PredictionQua
 
     numbers = {name: mean(name) for name in ("mse", "mae", "ssim", "psnr")}
     return PredictionQuality(sum(weights), **numbers, mse_by_frame=tuple(mean("mse_by_frame")))
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleQuality:
+    """Describe several samples of each clip; errors are squared and summed over the pixels of a frame."""
+
+    clips: int
+    samples: int  # of each clip
+    mse: float  # of single samples
+    best_mse: float  # of the best sample of each clip
+    mean_mse: float  # of the mean of the samples of a clip
+    variance: float  # between the samples of a clip, unbiased; of perfect samples half of `mse`
+
+
+def sample_quality(samples: np.ndarray, true: np.ndarray) -> SampleQuality:
+    """Compare samples (n, S, T, H, W, C) of n clips with the clips (n, T, H, W, C); S is at least 2."""
+    count, mean = samples.shape[1], samples.mean(1)
+
+    def error(difference: np.ndarray) -> np.ndarray:
+        return np.square(difference).sum((-3, -2, -1)).mean(-1)
+
+    single = error(samples - true[:, None])
+    return SampleQuality(
+        clips=len(true),
+        samples=count,
+        mse=float(single.mean()),
+        best_mse=float(single.min(1).mean()),
+        mean_mse=float(error(mean - true).mean()),
+        variance=float(error(samples - mean[:, None]).mean()) * count / (count - 1),
+    )
