@@ -145,10 +145,13 @@ def plot_against_flops(
     out: Path,
     label: str,
     ours: Sequence[tuple[float, float]],
-    published: Sequence[tuple[str, float, float]],
+    published: Sequence[tuple[str, float, float, str]],
     name: str = "sora_jax",
 ) -> None:
-    """Draw an error against training FLOPs, both axes logarithmic: ours as a line, others as named points."""
+    """Draw an error against training FLOPs, both axes logarithmic: ours as a line, others as named points.
+
+    published: (method, FLOPs, error, what it belongs to), a colour for each of the last.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -156,8 +159,10 @@ def plot_against_flops(
 
     figure, panel = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
     panel.plot(*zip(*ours, strict=True), "o-", color="C3", label=name, zorder=3)
-    panel.plot([flops for _, flops, _ in published], [error for *_, error in published], "o", color="C0", markersize=4)
-    for method, flops, error in published:
+    for number, group in enumerate(dict.fromkeys(group for *_, group in published)):
+        points = [(flops, error) for _, flops, error, own in published if own == group]
+        panel.plot(*zip(*points, strict=True), "o", color=f"C{number}", markersize=4, label=group)
+    for method, flops, error, _ in published:
         panel.annotate(method, (flops, error), textcoords="offset points", xytext=(4, 3), fontsize=6)
     panel.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel=label)
     panel.yaxis.set_major_formatter("{x:g}")
