@@ -11,6 +11,7 @@ from sora_jax import console as terminal
 from sora_jax.errors import Stopped, UserError
 from sora_jax.files import as_path, storage_message
 from sora_jax.parsers import base, interrupt
+from sora_jax.parsers.bench import add_bench
 from sora_jax.parsers.completion import add_completion
 from sora_jax.parsers.configs import add_configs
 from sora_jax.parsers.curves import add_curves
@@ -107,6 +108,7 @@ def make_parser() -> base.Parser:
     add_calibrate(commands)
     add_data(commands)
     add_evaluate(commands)
+    add_bench(commands)
     add_curves(commands)
     add_doctor(commands)
     add_demo(commands, parsed)

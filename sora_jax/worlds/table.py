@@ -12,11 +12,18 @@ from typing import Annotated
 import numpy as np
 
 from sora_jax.config import OneOf
-from sora_jax.worlds import shapes
-from sora_jax.worlds.scenes import WorldConfig
+from sora_jax.worlds import moving_mnist, shapes
+from sora_jax.worlds.moving_mnist import MovingMnistConfig
+from sora_jax.worlds.scenes import FULL_WORLD, WorldConfig
 
-MODULES: dict[type, ModuleType] = {WorldConfig: shapes}
-AnyWorld = Annotated[WorldConfig, OneOf(MODULES)]
+MODULES: dict[type, ModuleType] = {WorldConfig: shapes, MovingMnistConfig: moving_mnist}
+AnyWorld = Annotated[WorldConfig | MovingMnistConfig, OneOf(MODULES)]
+VARIANTS: dict[str, AnyWorld] = {  # --world -> what it draws
+    "simple": WorldConfig(),
+    "full": FULL_WORLD,
+    "moving_mnist": MovingMnistConfig(),
+    "stochastic_moving_mnist": moving_mnist.STOCHASTIC,
+}
 
 
 def draw(config: AnyWorld, index: int) -> np.ndarray:

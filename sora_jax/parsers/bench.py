@@ -1,0 +1,45 @@
+"""Parse and run `sora-jax bench`: benchmarks with published tables."""
+
+import argparse
+
+from sora_jax.files import as_path
+from sora_jax.parsers.base import CONFIG, add_json, make_parser
+from sora_jax.parsers.fields import list_fields
+
+ABOUT = "train and evaluate from nothing on a benchmark, and print its published table with the result in it"
+
+
+def add_bench(commands) -> None:
+    """Add the command `bench` with its benchmarks."""
+    example = "example:\n  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist"
+    p = make_parser(commands.add_parser, "bench", help=ABOUT, epilog=example)
+    benchmarks = p.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    _moving_mnist(benchmarks)
+
+
+def _moving_mnist(benchmarks) -> None:
+    example = (
+        "examples:\n  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist\n"
+        "  sora-jax bench moving_mnist --digits=mnist --config=configs/moving_mnist.py:stochastic --workdir=runs/random"
+    )
+    about = "Moving MNIST: the frames that follow ten given ones, beside OpenSTL's table"
+    p = make_parser(benchmarks.add_parser, "moving_mnist", help=about, epilog=example)
+    usual = "configs/moving_mnist.py"
+    p.add_argument("--workdir", type=as_path, default=as_path("runs/moving_mnist"), help="folder of the run and report")
+    p.add_argument("--digits", default="", metavar="PATH", help="folder with the idx files of MNIST, or tfds:mnist")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG} (default: {usual})")
+    p.add_argument("--clips", type=int, default=1000, help="held-out clips that are predicted")
+    p.add_argument("--sampled", type=int, default=32, help="the first of them, of which clips are sampled, too")
+    p.add_argument("--samples", type=int, default=8, help="clips that are sampled of each")
+    p.add_argument("--seed", type=int, default=1, help="seed of the noise of the evaluation")
+    add_json(p)
+    list_fields(p, usual=usual)
+    p.set_defaults(function=moving_mnist, changes=[])
+
+
+def moving_mnist(options: argparse.Namespace) -> None:
+    """Train and evaluate on Moving MNIST."""
+    from sora_jax.benchmarks.moving_mnist import Options, main
+
+    chosen = Options(options.clips, options.sampled, options.samples, options.seed)
+    main(options.config, options.changes, options.digits, options.workdir, chosen)
