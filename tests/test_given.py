@@ -155,6 +155,15 @@ def _is_box(inside) -> bool:
     return len(places) == np.prod(np.ptp(places, axis=0) + 1) if len(places) else True
 
 
+@pytest.mark.parametrize("frames", [1, 3, 9])
+def test_a_fixed_number_of_first_frames_is_given_of_every_clip(frames, many):
+    drawn = draw(GivenConfig(first=1.0, first_frames=frames, noise=0.0), many, 0)
+    for given, times in zip(by_clip(many, drawn.given_BL), by_clip(many, token_times(many, drawn)), strict=True):
+        known = min(frames, len(given) - 1)  # of an image nothing, and one frame is always left to learn
+        assert given[:known].all() and not given[known:].any()
+        assert (times[given] == 0).all() and (times[~given] == 0.625).all()
+
+
 def test_a_third_of_the_levels_rise_with_time(many):
     rising = total = 0
     for step in range(12):

@@ -11,10 +11,40 @@ ABOUT = "train and evaluate from nothing on a benchmark, and print its published
 
 def add_bench(commands) -> None:
     """Add the command `bench` with its benchmarks."""
-    example = "example:\n  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist"
+    example = (
+        "examples:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform\n"
+        "  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist"
+    )
     p = make_parser(commands.add_parser, "bench", help=ABOUT, epilog=example)
     benchmarks = p.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    _phyworld(benchmarks)
     _moving_mnist(benchmarks)
+
+
+def _phyworld(benchmarks) -> None:
+    example = (
+        "examples:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform\n"
+        "  sora-jax bench phyworld --scenario=collision --level=300K --workdir=runs/phyworld/collision"
+    )
+    about = "Phyworld: balls that move by a law of mechanics, beside the table of Kang et al. 2411.02385"
+    p = make_parser(benchmarks.add_parser, "phyworld", help=about, epilog=example)
+    p.add_argument("--scenario", help="uniform, parabola or collision (default: that of the config, uniform)")
+    p.add_argument("--size", type=int, help="height and width of the frames in pixels (default: that of the config)")
+    p.add_argument("--level", help="training clips: 30K, 300K or 3M (default: that of the config, 30K)")
+    p.add_argument("--workdir", type=as_path, required=True, help="folder for all outputs; a run found there goes on")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG} (default: configs/phyworld.py)")
+    add_json(p)
+    list_fields(p, usual="configs/phyworld.py")
+    p.set_defaults(function=phyworld, changes=[])
+
+
+def phyworld(options: argparse.Namespace) -> None:
+    """Train and evaluate on Phyworld."""
+    from sora_jax.benchmarks import phyworld as program
+
+    world = {name: getattr(options, name) for name in ("scenario", "size", "level")}
+    given = {name: value for name, value in world.items() if value is not None}
+    program.main(options.config, options.changes, given, options.workdir)
 
 
 def _moving_mnist(benchmarks) -> None:
