@@ -151,6 +151,16 @@ def test_stratified_times_fill_the_distribution_evenly(distribution):
     assert stats.kstest(np.asarray(plain), "uniform").pvalue > 0.01
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+def test_a_share_is_pure_noise_and_the_rest_has_its_distribution(stratified):
+    times = many_draws(TimesConfig("logit_normal", base_tokens=0, pure=0.3, stratified=stratified))
+    pure, count = (times == 1.0).mean(), len(times)
+    assert abs(pure - 0.3) < (2 / count if stratified else 3 * np.sqrt(0.21 / count))
+    assert stats.kstest(stats.norm.cdf(special.logit(times[times < 1])), "uniform").pvalue > 0.01
+    plain = many_draws(TimesConfig("logit_normal", base_tokens=0, stratified=stratified))
+    assert not (plain == 1.0).any()
+
+
 def test_stratified_times_do_not_depend_on_the_layout():
     """Other packs, other slots, empty slots in other places: a clip of a batch keeps its time to the bit."""
     rng = np.random.default_rng(1)
@@ -380,6 +390,7 @@ def test_bad_options_are_user_errors():
         ),
         ({"std": 0.0}, "times.std is 0.0; it must be above 0"),
         ({"mode_scale": 2.0}, "times.mode_scale is 2.0; it must be from -1 to 1.7519"),
+        ({"pure": 1.0}, "times.pure is 1.0; it must be from 0 to below 1"),
         ({"base_tokens": -1}, "times.base_tokens is -1; it must be 0 .no shift. or more"),
         ({"distribution": "steps"}, "times.base_tokens is 256; with times.distribution 'steps' it must be 0"),
         ({"shift_rule": "linear"}, "times.shift_rule is 'linear'; allowed: 'root', 'exponential', 'constant'"),

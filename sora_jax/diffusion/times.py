@@ -14,6 +14,9 @@ more noise than it has there: what (1) would put beyond is at t = 1, and grids m
 Grids of discrete steps and of Karras et al. are moved like any other, off the steps and to other noise levels. In
 training, discrete steps stay what they are: the distribution `steps` takes no shift.
 
+A share `pure` of the training times is 1, whatever the distribution: there the network sees nothing but what is given,
+and its prediction of x_0 is the mean of all clips that begin so.
+
 A training time is a quantile function at a uniform number u: one draw per clip, or, `stratified`, points that
 fill [0, 1) evenly over the whole batch (the low-discrepancy sampler of Kingma et al. 2107.00630):
 
@@ -43,6 +46,7 @@ from sora_jax.shapes import ClipIdsBS, PerClipBS, RowsBL
 
 # Time 0 is reserved for tokens that are given; a clip in training always has at least this much noise.
 MIN_TIME = 1e-5
+LAST_UNIFORM = 1.0 - 2.0**-24  # the largest float32 below 1
 # Beyond this scale the quantile function of `mode` is not monotonic (2403.03206, section 3.1).
 MAX_MODE_SCALE = 1.7519
 
@@ -71,6 +75,7 @@ class TimesConfig:
     shift_tokens: tuple[int, int] = (256, 4096)  # of `exponential`: two clip sizes; log alpha is linear in tokens
     log_shifts: tuple[float, float] = (0.5, 1.15)  # of `exponential`: log alpha at these two sizes
     constant_shift: float = 3.0  # of `constant`: alpha
+    pure: float = 0.0  # share of the clips that are trained at pure noise, time 1
     stratified: bool = False  # spread the times of a batch evenly over the distribution: equation (2)
 
     def __post_init__(self):
@@ -84,6 +89,7 @@ class TimesConfig:
             -1.0 <= self.mode_scale <= MAX_MODE_SCALE,
             f"times.mode_scale is {self.mode_scale}; it must be from -1 to {MAX_MODE_SCALE}",
         )
+        check(0 <= self.pure < 1, f"times.pure is {self.pure}; it must be from 0 to below 1")
         check(self.base_tokens >= 0, f"times.base_tokens is {self.base_tokens}; it must be 0 (no shift) or more")
         small, large = self.shift_tokens
         check(0 < small < large, f"times.shift_tokens is {self.shift_tokens}; it must be two rising numbers above 0")
@@ -202,8 +208,10 @@ def time_quantiles(
     config: TimesConfig, process: Process, uniform_BS: PerClipBS, tokens_BS: Int[Array, "B S"]
 ) -> PerClipBS:
     """Return the training times, in [MIN_TIME, 1], of clips of these sizes at uniform numbers in [0, 1)."""
-    times_BS = QUANTILES[config.distribution](config, process, uniform_BS)
-    return jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
+    drawn = 1.0 - config.pure
+    times_BS = QUANTILES[config.distribution](config, process, jnp.minimum(uniform_BS / drawn, LAST_UNIFORM))
+    times_BS = jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
+    return jnp.where(uniform_BS < drawn, times_BS, 1.0)
 
 
 def batch_ranks(clips: UInt32[Array, "*slots"]) -> Float[Array, "*slots"]:

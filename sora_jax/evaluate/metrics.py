@@ -27,12 +27,12 @@ def psnr(clip: np.ndarray, other: np.ndarray) -> float:
     return min(10 * np.log10(255.0**2 / error), MOST_PSNR) if error else MOST_PSNR
 
 
-def ssim(clip: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the structural similarity (T,) of each frame, a mean over RGB and all positions of the window.
+def ssim(clip: np.ndarray, other: np.ndarray, data_range: float = 255.0) -> np.ndarray:
+    """Return the structural similarity (T,) of each frame, a mean over channels and all positions of the window.
 
     Wang et al. 2004, equation 13, with a uniform window of 7 x 7 pixels inside the frame, the sample covariance and
-    K = .01, .03: the defaults of scikit-image for uint8. In frames whose shorter side is less than 7 the window is the
-    largest odd one that fits.
+    K = .01, .03: the defaults of scikit-image, whose data range for uint8 is 255. In frames whose shorter side is less
+    than 7 the window is the largest odd one that fits.
     """
     radius = (min(WINDOW, *clip.shape[1:3]) - 1) // 2
     window = 2 * radius + 1
@@ -46,7 +46,7 @@ def ssim(clip: np.ndarray, other: np.ndarray) -> np.ndarray:
     unbiased = window**2 / max(window**2 - 1, 1)
     variances = unbiased * (local_mean(x * x + y * y) - mean_x**2 - mean_y**2)
     covariance = unbiased * (local_mean(x * y) - mean_x * mean_y)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3))
 

@@ -6,17 +6,28 @@ from sora_jax.files import as_path
 from sora_jax.parsers.base import CONFIG, add_json, make_parser
 from sora_jax.parsers.fields import list_fields
 
-ABOUT = "train and measure on a benchmark, and put the result among the published ones"
-PHYWORLD = "predict balls that move by a law of mechanics (Phyworld, Kang et al. 2411.02385)"
+ABOUT = "train and evaluate from nothing on a benchmark, and print its published table with the result in it"
 
 
 def add_bench(commands) -> None:
-    """Add the command `bench` with a verb for each benchmark."""
-    example = "example:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform"
+    """Add the command `bench` with its benchmarks."""
+    example = (
+        "examples:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform\n"
+        "  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist"
+    )
     p = make_parser(commands.add_parser, "bench", help=ABOUT, epilog=example)
-    verbs = p.add_subparsers(title="benchmarks", required=True, metavar="phyworld")
-    example += "\n  sora-jax bench phyworld --scenario=collision --level=300K --workdir=runs/phyworld/collision"
-    p = make_parser(verbs.add_parser, "phyworld", help=PHYWORLD, epilog=example)
+    benchmarks = p.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    _phyworld(benchmarks)
+    _moving_mnist(benchmarks)
+
+
+def _phyworld(benchmarks) -> None:
+    example = (
+        "examples:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform\n"
+        "  sora-jax bench phyworld --scenario=collision --level=300K --workdir=runs/phyworld/collision"
+    )
+    about = "Phyworld: balls that move by a law of mechanics, beside the table of Kang et al. 2411.02385"
+    p = make_parser(benchmarks.add_parser, "phyworld", help=about, epilog=example)
     p.add_argument("--scenario", help="uniform, parabola or collision (default: that of the config, uniform)")
     p.add_argument("--size", type=int, help="height and width of the frames in pixels (default: that of the config)")
     p.add_argument("--level", help="training clips: 30K, 300K or 3M (default: that of the config, 30K)")
@@ -28,9 +39,37 @@ def add_bench(commands) -> None:
 
 
 def phyworld(options: argparse.Namespace) -> None:
-    """Run the benchmark of Phyworld."""
+    """Train and evaluate on Phyworld."""
     from sora_jax.benchmarks import phyworld as program
 
     world = {name: getattr(options, name) for name in ("scenario", "size", "level")}
     given = {name: value for name, value in world.items() if value is not None}
     program.main(options.config, options.changes, given, options.workdir)
+
+
+def _moving_mnist(benchmarks) -> None:
+    example = (
+        "examples:\n  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist\n"
+        "  sora-jax bench moving_mnist --digits=mnist --config=configs/moving_mnist.py:stochastic --workdir=runs/random"
+    )
+    about = "Moving MNIST: the frames that follow ten given ones, beside OpenSTL's table"
+    p = make_parser(benchmarks.add_parser, "moving_mnist", help=about, epilog=example)
+    usual = "configs/moving_mnist.py"
+    p.add_argument("--workdir", type=as_path, default=as_path("runs/moving_mnist"), help="folder of the run and report")
+    p.add_argument("--digits", default="", metavar="PATH", help="folder with the idx files of MNIST, or tfds:mnist")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG} (default: {usual})")
+    p.add_argument("--clips", type=int, default=1000, help="held-out clips that are predicted")
+    p.add_argument("--sampled", type=int, default=32, help="the first of them, of which clips are sampled, too")
+    p.add_argument("--samples", type=int, default=8, help="clips that are sampled of each")
+    p.add_argument("--seed", type=int, default=1, help="seed of the noise of the evaluation")
+    add_json(p)
+    list_fields(p, usual=usual)
+    p.set_defaults(function=moving_mnist, changes=[])
+
+
+def moving_mnist(options: argparse.Namespace) -> None:
+    """Train and evaluate on Moving MNIST."""
+    from sora_jax.benchmarks.moving_mnist import Options, main
+
+    chosen = Options(options.clips, options.sampled, options.samples, options.seed)
+    main(options.config, options.changes, options.digits, options.workdir, chosen)

@@ -78,7 +78,7 @@ SOURCE_FLAGS = {"source": "name"} | {
     for name in ("path", "limit", "split", "media_field", "caption_field", "label_field", "label", "label_caption")
     + ("strip_frames", "strip_fps")
 }
-WORLD = "simple"
+WORLDS = ("simple", "full", "moving_mnist", "stochastic_moving_mnist")  # `worlds.table.VARIANTS`; the first by default
 
 
 def _build(verbs) -> None:
@@ -108,7 +108,8 @@ def _build(verbs) -> None:
     add("--label-caption", help="caption of a class, with {label} for its name")
     add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
     add("--strip-fps", type=float, help="frames per second of such strips")
-    add("--world", help="world that is drawn: simple, full, phyworld, phyworld:parabola or phyworld:collision")
+    add("--world", help=f"world that is drawn: {', '.join(WORLDS)}")
+    add("--digits", metavar="PATH", help="images of digits for moving_mnist: folder with MNIST's files, or tfds:mnist")
     add("--max-frames", type=int, help="maximum length; clips are cut to 1 + time_factor * k frames")
     add("--time-factor", type=int, help="temporal compression of the autoencoder you will train")
     add("--length-rule", help="cut to the next shorter allowed length, or pad to the next longer")
@@ -144,7 +145,7 @@ def build_defaults() -> dict:
     from sora_jax.data.sources import SourceConfig
 
     source = {flag: getattr(SourceConfig, field) for flag, field in SOURCE_FLAGS.items()}
-    return vars(BuildConfig) | source | {"world": WORLD}
+    return vars(BuildConfig) | source | {"world": WORLDS[0]}
 
 
 def build(options) -> None:
@@ -225,14 +226,22 @@ def source_config(options, base=None):
     """Return the SourceConfig of the options, which override those of `base`."""
     import dataclasses
 
-    from sora_jax.config import choose
+    from sora_jax.config import check, choose
     from sora_jax.data.building.prepare import BuildConfig
     from sora_jax.data.sources import SourceConfig
-    from sora_jax.worlds.table import NAMED
+    from sora_jax.worlds.digits import ALLOWED
+    from sora_jax.worlds.moving_mnist import MovingMnistConfig
+    from sora_jax.worlds.table import VARIANTS
 
     values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
     if values.get("name") == "world":
-        world = choose("--world", getattr(options, "world", WORLD), NAMED)
+        name, digits = getattr(options, "world", WORLDS[0]), getattr(options, "digits", "")
+        world = choose("--world", name, VARIANTS)
+        if isinstance(world, MovingMnistConfig):
+            check(digits, f"--digits is not given; with --world={name} it must be {ALLOWED}")
+            world = dataclasses.replace(world, digits_path=digits)
+        else:
+            check(not digits, f"--digits is {digits!r}; with --world={name} it must be left out")
         seed = getattr(options, "seed", BuildConfig.seed)
         holdout = getattr(options, "holdout", BuildConfig.holdout)
         values["world"] = dataclasses.replace(world, seed=seed)
