@@ -4,9 +4,9 @@
     python experiments/phyworld/claims.py --claim=flip --workdir=runs/phyworld/flip
     python experiments/phyworld/claims.py --claim=conflict --workdir=runs/phyworld/conflict
 
-gap: velocities of a middle range are not trained on; are they bridged? flip: fast balls are trained on that move right,
-or right and left; do slow ones turn round? conflict: two attributes always go together in training (red balls are small,
-blue ones large); which of them does a ball keep that has them the other way round?
+gap: velocities of a middle range are not trained on; are they bridged? flip: fast balls are trained on that move
+right, or right and left; do slow ones turn round? conflict: two attributes always go together in training (red balls
+are small, blue ones large); which of them does a ball keep that has them the other way round?
 
 Every world is learnt by the network and in the steps of configs/phyworld.py, or in --steps. A second call goes on where
 the first stopped. Writes WORKDIR/CLAIM.json, and CLAIM.png beside this file unless --out names a folder.
@@ -150,7 +150,11 @@ def high_or_low(name: str, ball: dict[str, Any]) -> bool:
     return bool(is_high(name, ball))
 
 
-CLAIMS: dict[str, tuple[Callable[[Rows, Any], list[str]], int]] = {"gap": (gap, 4), "flip": (flip, 2), "conflict": (conflict, 1)}
+CLAIMS: dict[str, tuple[Callable[[Rows, Any], list[str]], int]] = {
+    "gap": (gap, 4),
+    "flip": (flip, 2),
+    "conflict": (conflict, 1),
+}
 
 
 def main() -> None:
