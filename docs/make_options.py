@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sora_jax import cli
+from sora_jax.benchmarks.phyworld import PhyworldBench
 from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.field_docs import FieldDoc, describe, reachable, summary
 from sora_jax.kinds import KINDS
@@ -18,7 +19,7 @@ from sora_jax.parsers.configs import list_configs
 from sora_jax.quickstart import QuickstartConfig
 
 PAGE = Path(__file__).with_name("options.md")
-ROOTS = (*(kind.config for kind in KINDS.values()), QuickstartConfig, BuildConfig)
+ROOTS = (*(kind.config for kind in KINDS.values()), QuickstartConfig, PhyworldBench, BuildConfig)
 HEAD = """\
 # Options
 

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 import sora_jax
 from sora_jax import cli
+from sora_jax.benchmarks.phyworld import PhyworldBench
 from sora_jax.config import OneOf, from_dict, load, override
 from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.data.viewing.write import write_video
@@ -37,6 +38,7 @@ from sora_jax.kinds import KINDS, run_config
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, SEQUENCES
 from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.parsers.bench import phyworld
 from sora_jax.parsers.data import build
 from sora_jax.quickstart import QuickstartConfig
 
@@ -130,6 +132,7 @@ def test_each_command_is_understood(command, monkeypatch):
     if file := getattr(options, "config", None):
         values = load(file, options.changes)
         checks = {cli.train: run_config, cli.plan: run_config, build: lambda v: from_dict(BuildConfig, v)}
+        checks[phyworld] = lambda v: from_dict(PhyworldBench, v)
         checks[cli.quickstart] = lambda v: from_dict(QuickstartConfig, v)
         assert checks[options.function](values)
 
@@ -235,7 +238,7 @@ def has_field(kind, path: list[str]) -> bool:
 @pytest.mark.parametrize("file", FILES)
 def test_each_option_in_the_text_exists(file):
     known = options_of(cli.make_parser()) | OTHERS
-    runs = (*(kind.config for kind in KINDS.values()), BuildConfig, QuickstartConfig)
+    runs = (*(kind.config for kind in KINDS.values()), BuildConfig, QuickstartConfig, PhyworldBench)
     named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
     for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
         group, _, path = name.removeprefix("--").partition(".")

@@ -13,6 +13,7 @@ import pytest
 from fixtures_runs import ROOT
 
 from sora_jax import cli, errors
+from sora_jax.benchmarks.phyworld import PhyworldBench
 from sora_jax.config import load, to_dict
 from sora_jax.data.building import beam, recaption
 from sora_jax.data.building.prepare import BuildConfig
@@ -34,8 +35,8 @@ from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig
 from sora_jax.worlds import WorldConfig
 from sora_jax.worlds.captions import MOTIONS
 
-ROOTS = (*(kind.config for kind in KINDS.values()), QuickstartConfig, BuildConfig, SamplingConfig)
-CONFIGS = ("tiny.py", "tiny.py:autoencoder", "dit.py:S/2", "quickstart.py", "data.py")
+ROOTS = (*(kind.config for kind in KINDS.values()), QuickstartConfig, PhyworldBench, BuildConfig, SamplingConfig)
+CONFIGS = ("tiny.py", "tiny.py:autoencoder", "dit.py:S/2", "quickstart.py", "phyworld.py", "data.py")
 
 
 @pytest.mark.parametrize("cls", reachable(*ROOTS), ids=lambda cls: cls.__name__)
@@ -126,7 +127,8 @@ def leaves(values, path: str = ""):
 @pytest.mark.parametrize("file", CONFIGS)
 def test_help_lists_the_fields_of_a_config_as_they_can_be_typed(capsys, monkeypatch, file):
     """All fields are there; given back as options, what is listed changes nothing."""
-    command = {"quickstart.py": ["quickstart"], "data.py": ["data", "build"]}.get(file, ["train"])
+    others = {"quickstart.py": ["quickstart"], "phyworld.py": ["bench", "phyworld"], "data.py": ["data", "build"]}
+    command = others.get(file, ["train"])
     text = help_of(capsys, monkeypatch, *command, f"--config=configs/{file}")
     listed = re.findall(r"^  --config\.(\S+?)=(.*?)(?:  .*)?$", text, re.MULTILINE)
     config = read_config(f"configs/{file}")

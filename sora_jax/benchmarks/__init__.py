@@ -1,1 +1,1 @@
-"""Benchmarks with published tables: each trains and evaluates from nothing, by one command."""
+"""Benchmarks with published tables: each trains and measures from nothing, and puts its row among theirs."""

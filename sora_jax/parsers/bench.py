@@ -6,24 +6,54 @@ from sora_jax.files import as_path
 from sora_jax.parsers.base import CONFIG, add_json, make_parser
 from sora_jax.parsers.fields import list_fields
 
-ABOUT = "train and evaluate from nothing on a benchmark, and print its published table with the result in it"
+ABOUT = "train and measure on a benchmark, and put the result among the published ones"
+PHYWORLD = "predict balls that move by a law of mechanics (Phyworld, Kang et al. 2411.02385)"
+MOVING_MNIST = "predict digits that move and bounce (Moving MNIST, OpenSTL 2306.11249)"
 
 
 def add_bench(commands) -> None:
-    """Add the command `bench` with its benchmarks."""
-    example = "example:\n  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist"
+    """Add the command `bench` with a verb for each benchmark."""
+    example = (
+        "examples:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform\n"
+        "  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist"
+    )
     p = make_parser(commands.add_parser, "bench", help=ABOUT, epilog=example)
-    benchmarks = p.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
-    _moving_mnist(benchmarks)
+    verbs = p.add_subparsers(title="benchmarks", required=True, metavar="phyworld|moving_mnist")
+    _phyworld(verbs)
+    _moving_mnist(verbs)
 
 
-def _moving_mnist(benchmarks) -> None:
+def _phyworld(verbs) -> None:
+    example = (
+        "examples:\n  sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform\n"
+        "  sora-jax bench phyworld --scenario=collision --level=300K --workdir=runs/phyworld/collision"
+    )
+    p = make_parser(verbs.add_parser, "phyworld", help=PHYWORLD, epilog=example)
+    p.add_argument("--scenario", help="uniform, parabola or collision (default: that of the config, uniform)")
+    p.add_argument("--size", type=int, help="height and width of the frames in pixels (default: that of the config)")
+    p.add_argument("--level", help="training clips: 30K, 300K or 3M (default: that of the config, 30K)")
+    p.add_argument("--workdir", type=as_path, required=True, help="folder for all outputs; a run found there goes on")
+    p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG} (default: configs/phyworld.py)")
+    add_json(p)
+    list_fields(p, usual="configs/phyworld.py")
+    p.set_defaults(function=phyworld, changes=[])
+
+
+def phyworld(options: argparse.Namespace) -> None:
+    """Run the benchmark of Phyworld."""
+    from sora_jax.benchmarks import phyworld as program
+
+    world = {name: getattr(options, name) for name in ("scenario", "size", "level")}
+    given = {name: value for name, value in world.items() if value is not None}
+    program.main(options.config, options.changes, given, options.workdir)
+
+
+def _moving_mnist(verbs) -> None:
     example = (
         "examples:\n  sora-jax bench moving_mnist --digits=mnist --workdir=runs/moving_mnist\n"
         "  sora-jax bench moving_mnist --digits=mnist --config=configs/moving_mnist.py:stochastic --workdir=runs/random"
     )
-    about = "Moving MNIST: the frames that follow ten given ones, beside OpenSTL's table"
-    p = make_parser(benchmarks.add_parser, "moving_mnist", help=about, epilog=example)
+    p = make_parser(verbs.add_parser, "moving_mnist", help=MOVING_MNIST, epilog=example)
     usual = "configs/moving_mnist.py"
     p.add_argument("--workdir", type=as_path, default=as_path("runs/moving_mnist"), help="folder of the run and report")
     p.add_argument("--digits", default="", metavar="PATH", help="folder with the idx files of MNIST, or tfds:mnist")

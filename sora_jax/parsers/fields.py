@@ -49,7 +49,7 @@ def _pairs(words: Sequence[str], option: str) -> list[tuple[str, str]]:
 
 
 def read_config(file: str, changes: Sequence[str] = ()) -> Any:
-    """Return the validated config of a file: of a run, of the quickstart or of a build."""
+    """Return the validated config of a file: of a run, of the quickstart, of a benchmark or of a build."""
     from sora_jax.config import from_dict, load
     from sora_jax.kinds import run_config
 
@@ -58,6 +58,10 @@ def read_config(file: str, changes: Sequence[str] = ()) -> Any:
         from sora_jax.data.building.prepare import BuildConfig
 
         return from_dict(BuildConfig, values, "--config")
+    if "curve" in values:
+        from sora_jax.benchmarks.phyworld import PhyworldBench
+
+        return from_dict(PhyworldBench, values, "--config")
     if "kind" not in values:
         from sora_jax.quickstart import QuickstartConfig
 

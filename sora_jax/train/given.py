@@ -33,7 +33,7 @@ class GivenConfig:
     """Configure what is given of clips in training: shares of all clips. In the rest nothing is given."""
 
     first: float = 0.0  # the first frames: one in half of the draws, else up to half of the clip
-    first_frames: int = 0  # token frames that `first` gives, for a fixed task of prediction; 0: as many as are drawn
+    first_frames: int = 0  # number of token frames that `first` gives; 0: it is drawn
     last: float = 0.0  # the last frames, up to half of the clip
     ends: float = 0.0  # first and last frames
     frames: float = 0.0  # frames at random places, or every second one
@@ -50,8 +50,7 @@ class GivenConfig:
             value = getattr(self, name)
             check(0 <= value <= 1, f"diffusion.given.{name} is {value}; it must be from 0 to 1")
         count = self.first_frames
-        check(count >= 0, f"diffusion.given.first_frames is {count}; it must be 0 (drawn) or a number of token frames")
-        check(not count or self.first, f"diffusion.given.first_frames is {count}; it needs a share `first` above 0")
+        check(count >= 0, f"diffusion.given.first_frames is {count}; it must be 0 (drawn) or a number of frames")
         shares = math.fsum(getattr(self, kind) for kind in KINDS)
         check(shares <= 1, f"diffusion.given has shares that add up to {shares:g}; it must be at most 1")
         check(self.guides <= 1, f"diffusion.given.key_frames + sketches is {self.guides:g}; it must be at most 1")
@@ -93,7 +92,7 @@ def draw_given(
         clip_keys(keys[0], pack.clip_ids_BS)
     )
     kind_BS = _kinds(config, numbers_BSX[..., 0], pack.grids_BS3[..., 0])
-    given_BL = _given(config, keys[0], numbers_BSX, kind_BS, pack)
+    given_BL = _given(keys[0], numbers_BSX, kind_BS, pack, config.first_frames)
     spare_BL = rows * slot_of(pack.segments_BL) + rows - 1
     guided_BS = _have_guides(pack)
     if pack.guides_BL is not None:
@@ -164,7 +163,7 @@ class _Places(NamedTuple):
 
 
 def _given(
-    config: GivenConfig, key: Key[Array, ""], numbers_BSX: Array, kind_BS: Array, pack: Pack
+    key: Key[Array, ""], numbers_BSX: Array, kind_BS: Array, pack: Pack, first_frames: int
 ) -> Bool[Array, "B L"]:
     """Return the tokens that are given, by the kind of each clip."""
     slots_BL = slot_of(pack.segments_BL)
@@ -180,7 +179,7 @@ def _given(
 
     own_BL = jax.vmap(jax.vmap(one))(per_slot(pack.clip_ids_BS, slots_BL), places.t)
     rules: dict[str, Callable[[], Array]] = {
-        "first": lambda: places.t < _first(places, config.first_frames, u(4), u(5)),
+        "first": lambda: places.t < _first(places, u(4), u(5), first_frames),
         "last": lambda: places.t >= frames - _up_to(frames // 2, u(5)),
         "ends": lambda: _ends(places, u(4), u(5)),
         "frames": lambda: _frames(places, own_BL, [u(place) for place in range(4, 9)]),
@@ -197,8 +196,7 @@ def _up_to(most: Array, u: Array) -> Array:
     return 1 + jnp.floor(u * jnp.maximum(most, 1)).astype(jnp.int32)
 
 
-def _first(places: _Places, count: int, u: Array, v: Array) -> Array:
-    """Return the number of first frames: `count`, or, where it is 0, one in half of the draws and else several."""
+def _first(places: _Places, u: Array, v: Array, count: int) -> Array:
     several = 1 + _up_to(places.frames // 2 - 1, v)
     return jnp.minimum(count or jnp.where(u < 0.5, 1, several), places.frames - 1)
 

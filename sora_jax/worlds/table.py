@@ -12,17 +12,23 @@ from typing import Annotated
 import numpy as np
 
 from sora_jax.config import OneOf
-from sora_jax.worlds import moving_mnist, shapes
+from sora_jax.worlds import moving_mnist, phyworld, shapes
 from sora_jax.worlds.moving_mnist import MovingMnistConfig
+from sora_jax.worlds.phyworld import PhyworldConfig
 from sora_jax.worlds.scenes import FULL_WORLD, WorldConfig
 
-MODULES: dict[type, ModuleType] = {WorldConfig: shapes, MovingMnistConfig: moving_mnist}
-AnyWorld = Annotated[WorldConfig | MovingMnistConfig, OneOf(MODULES)]
-VARIANTS: dict[str, AnyWorld] = {  # --world -> what it draws
+MODULES: dict[type, ModuleType] = {WorldConfig: shapes, PhyworldConfig: phyworld, MovingMnistConfig: moving_mnist}
+AnyWorld = Annotated[WorldConfig | PhyworldConfig | MovingMnistConfig, OneOf(MODULES)]
+
+# Variants by the names that `sora-jax data build --world` takes.
+NAMED: dict[str, AnyWorld] = {
     "simple": WorldConfig(),
     "full": FULL_WORLD,
+    "phyworld": PhyworldConfig(),
+    "phyworld:parabola": PhyworldConfig(scenario="parabola"),
+    "phyworld:collision": PhyworldConfig(scenario="collision"),
     "moving_mnist": MovingMnistConfig(),
-    "stochastic_moving_mnist": moving_mnist.STOCHASTIC,
+    "moving_mnist:stochastic": moving_mnist.STOCHASTIC,
 }
 
 

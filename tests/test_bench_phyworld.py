@@ -1,0 +1,133 @@
+"""`sora-jax bench phyworld`: from nothing to a row among the published ones, and on where it stopped."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_runs import one_device
+
+from sora_jax import cli
+from sora_jax.benchmarks import phyworld as bench
+from sora_jax.benchmarks.phyworld import PhyworldBench, flops_of_step, measured, predict, prepared
+from sora_jax.benchmarks.phyworld_table import FLOORS, PUBLISHED, Row, published_rows, table
+from sora_jax.config import from_dict, load
+from sora_jax.data.feeding.tokenizer import NoText
+from sora_jax.data.storing.drawn import DrawnClips
+from sora_jax.errors import UserError
+from sora_jax.generate.run import load_run
+from sora_jax.train.denoiser import denoiser_job
+from sora_jax.worlds import HELD_OUT
+from sora_jax.worlds.oracle.phyworld import measure, summarise
+from sora_jax.worlds.phyworld import SCENARIOS, PhyworldConfig, draw
+
+CONFIG = Path(__file__).parents[1] / "configs" / "phyworld.py"
+
+
+def call(folder: Path, *words: str) -> int:
+    with one_device():
+        return cli.main(["bench", "phyworld", f"--config={CONFIG}:tiny", f"--workdir={folder}", *words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Run the benchmark in its smallest form."""
+    folder = tmp_path_factory.mktemp("phyworld")
+    assert call(folder) == 0
+    return folder
+
+
+def test_all_stages_leave_their_results(folder):
+    result = json.loads((folder / "result.json").read_text())
+    assert result["scenario"] == "uniform" and result["step"] == 4
+    assert set(result["kinds"]) == {"in", "velocity", "radius", "both"}
+    assert all(kind["clips"] == 4 for kind in result["kinds"].values())
+    steps = [point["step"] for point in result["curve"]]
+    assert steps == sorted(steps) and len(steps) > 1 and steps[-1] == 4
+    assert [point["flops"] / point["step"] for point in result["curve"]] == [result["flops"] / 4] * len(steps)
+    for name in ("error_against_flops.png", "clips.png"):
+        assert (folder / name).stat().st_size > 1000
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(folder, monkeypatch, capsys):
+    result, kept = (folder / "result.json").read_text(), (folder / "measured" / "step_4" / "in.json").read_bytes()
+    whole = json.loads((folder / "measured" / "step_4" / "both.json").read_text())
+    (folder / "measured" / "step_4" / "both.json").write_text(json.dumps(whole[:1]))
+    predicted = []
+
+    def watched(run, world, indices):
+        predicted.append(indices)
+        return predict(run, world, indices)
+
+    monkeypatch.setattr(bench, "predict", watched)
+    assert call(folder, "--json") == 0
+    missing = [indices for indices in predicted if len(indices) == 3]
+    assert missing == [[HELD_OUT + 1, HELD_OUT + 2, HELD_OUT + 3]]
+    assert (folder / "result.json").read_text() == result
+    again = json.loads((folder / "measured" / "step_4" / "both.json").read_text())
+    np.testing.assert_equal(again, whole)
+    assert (folder / "measured" / "step_4" / "in.json").read_bytes() == kept
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["flops"] == json.loads(result)["flops"]
+
+
+def test_what_is_given_stays_and_the_rest_is_the_models(folder):
+    config = from_dict(PhyworldBench, load(f"{CONFIG}:tiny"))
+    indices = [HELD_OUT, HELD_OUT + 1]
+    with one_device():
+        run = load_run(folder / "denoiser")
+        clips = predict(run, config.world, indices)
+        again = predict(run, config.world, indices[1:])
+    for index, clip in zip(indices, clips, strict=True):
+        true = draw(config.world, index)
+        assert clip.shape == true.shape and clip.dtype == np.uint8
+        np.testing.assert_array_equal(clip[:3], true[:3])
+        assert not np.array_equal(clip[3:], true[3:])
+    assert np.abs(again[0].astype(int) - clips[1]).max() <= 1  # a clip does not depend on others
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_perfect_model_has_the_error_of_true_clips(scenario, tmp_path, monkeypatch):
+    world = PhyworldConfig(scenario=scenario, size=48)
+    monkeypatch.setattr(bench, "predict", lambda run, world, indices: [draw(world, index) for index in indices])
+    found = summarise(measured(None, world, 6, tmp_path / "in.json").values())
+    true = summarise(measure(world, HELD_OUT + i, draw(world, HELD_OUT + i)) for i in range(6))
+    assert found == true and found.unbiased < 0.003
+
+
+def test_flops_are_those_that_training_reports():
+    config = from_dict(PhyworldBench, load(f"{CONFIG}:tiny"))
+    options = prepared(config, Path("unused"))
+    job = denoiser_job(options, DrawnClips(options.drawn, ""), NoText())
+    batch, _ = next(job.batches(0, None))
+    assert flops_of_step(options, (8, 16, 16)) == job.counts(batch)["flops"]
+    assert job.counts(batch)["tokens"] == job.counts(batch)["capacity"]  # no padding: a pack is a clip
+
+
+def test_the_table_has_the_published_rows_and_one_more():
+    for scenario in SCENARIOS:
+        own = Row("this run", "30K", 5e14, 0.0123, 0.3, 0.004, 0.29)
+        lines = table([*published_rows(scenario), own]).split("\n")
+        assert len(lines) == 1 + 2 + 9 + 1
+        for levels in PUBLISHED[scenario].values():
+            for inside, outside in levels.values():
+                assert any(f"{inside:.4f}" in line and f"{outside:.4f}" in line for line in lines)
+                assert FLOORS[scenario][0] < inside < outside
+        assert "0.0123" in lines[-1] and "0.500" in lines[-1]
+
+
+def test_scenarios_sizes_and_mistakes_are_those_of_the_options(tmp_path, capsys):
+    config = from_dict(PhyworldBench, load(f"{CONFIG}:collision"))
+    assert config.world.scenario == "collision" and len(config.kinds) == 7
+    larger = dataclasses.replace(config, world=PhyworldConfig(size=2 * config.world.size))
+    assert prepared(larger, Path("unused")).packing.length == 4 * prepared(config, Path("unused")).packing.length
+    for words, sentence in (
+        (["--scenario=pendulum"], "uniform"),
+        (["--size=33"], "33"),
+        (["--config.count=0"], "count is 0; it must be at least 1"),
+    ):
+        assert call(tmp_path, *words) == 2
+        assert sentence in capsys.readouterr().err
+    with pytest.raises(UserError, match="world.frames is 3"):
+        PhyworldBench(world=PhyworldConfig(frames=3))
