@@ -116,8 +116,7 @@ def test_frames_of_one_clip_are_no_further_clips():
     """Every frame twice: nothing is learnt by it."""
     x, y = features(3 * GROUPS, 3), features(3 * GROUPS, 3, seed=1)
     once, twice = (
-        measure_distance(*(Sample(z.repeat(n, 0), np.arange(len(z)).repeat(n)) for z in (x, y)), ddof=0)
-        for n in (1, 2)
+        measure_distance(*(Sample(z.repeat(n, 0), np.arange(len(z)).repeat(n)) for z in (x, y)), ddof=0) for n in (1, 2)
     )
     np.testing.assert_allclose(list(vars(once).values()), list(vars(twice).values()), rtol=1e-9)
 
