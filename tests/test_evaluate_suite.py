@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,8 +13,11 @@ from fixtures_runs import chain, one_device, run, train_options, trained, with_r
 from PIL import Image
 
 from sora_jax import cli
+from sora_jax.data.storing.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.evaluate import evaluation
+from sora_jax.evaluate.features import FeaturesConfig
+from sora_jax.evaluate.frechet_report import FrechetOptions, frechet_report
 from sora_jax.evaluate.loss import standard_error
 from sora_jax.evaluate.samples import KeptClips, sample_kept
 from sora_jax.evaluate.suite import METRICS, parse_metrics
@@ -87,6 +91,20 @@ def no_loading(monkeypatch):
         (["--metrics=loss", "--loss.levels=-1"], "--loss.levels is -1; it must be at least 1, or 0"),
         (["--metrics=likelihood", "--likelihood.method=euler"], "--likelihood.method is 'euler'; allowed: 'heun'"),
         (["--metrics=likelihood", "--likelihood.first=0"], "--likelihood.first is 0.0; it must be above 0"),
+        (
+            ["--metrics=fvd", "--data={dataset}"],
+            "--fvd.frames is 16 and --fvd.stride is 1; the shortest clip has 9 frames",
+        ),
+        (
+            ["--metrics=fvd", "--data={dataset}", "--fvd.protocol=latte"],
+            "--fvd.protocol is 'latte'; allowed: 'styleganv'",
+        ),
+        (
+            ["--metrics=fvd", "--data={dataset}", "--fvd.frames=9", "--fvd.weights=no"],
+            "I3D's weights 'no' cannot be read",
+        ),
+        (["--metrics=fid", "--data={dataset}"], "--fid.inception is not given"),
+        (["--metrics=own", "--data={dataset}"], "--count chooses 1 clip; a Frechet distance needs at least 2"),
         (["--data={dataset}", "--likelihood.steps=9"], "--likelihood.steps=9 is given; it is for --metrics=likelihood"),
         (["--data={dataset}", "--sampling.spacing=odd"], "--sampling.spacing is 'odd'"),
     ],
@@ -98,6 +116,24 @@ def test_what_cannot_be_had_is_refused_before_the_weights_are_read(chain, tmp_pa
     options = [option.format(dataset=chain.dataset, other=other) for option in options]
     assert run("evaluate", chain.transformer, *options, f"--out={tmp_path}") == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_distance_is_that_of_the_kept_clips(chain, tmp_path, capsys):  # noqa: F811
+    dataset = shutil.copytree(chain.dataset, tmp_path / "dataset")  # which keeps the network
+    small = ["--own.widths=(8,)", "--own.size=16", "--own.features=3", "--own.steps=2", "--own.batch=5"]
+    options = [f"--data={dataset}", f"--out={tmp_path}", "--metrics=own,consistency", "--steps=1", "--split=train"]
+    found = report_of(capsys, chain.transformer, *options, *small)
+    assert list(found["columns"]["generated"]) == ["own", "clips", "looks"] and found["clips"] == 5
+    (folder,) = (tmp_path / "clips").iterdir()
+    kept, data = KeptClips(folder, 5), Dataset(dataset)
+    real = sorted((clip.frames for clip in (data[row["index"]] for row in data.rows("train"))), key=np.shape)
+    config = FeaturesConfig(widths=(8,), size=16, features=3, steps=2, batch=5)
+    wanted = frechet_report("own", real, kept, FrechetOptions(data=dataset, own=config))
+    for column, value in (("generated", wanted.value), ("autoencoder", None)):
+        own = found["columns"][column]["own"]
+        assert own["generated"] == 5 and own["value"] >= 0 and "precision" in own
+        np.testing.assert_allclose(own["value"], own["value"] if value is None else value, rtol=1e-3)
+    assert found["about"]["own"].startswith("5 real and 5 generated clips; ")
 
 
 def test_all_leaves_out_what_cannot_be_had_and_says_why(chain, tmp_path, capsys):  # noqa: F811

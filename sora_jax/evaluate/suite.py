@@ -9,6 +9,7 @@ from typing import Any
 from sora_jax.config import check_word, override
 from sora_jax.errors import UserError
 from sora_jax.evaluate.columns import CONSISTENCY, ORACLE
+from sora_jax.evaluate.distances import FID, FVD, OWN
 from sora_jax.evaluate.evaluation import Evaluation
 from sora_jax.evaluate.likelihood import LIKELIHOOD
 from sora_jax.evaluate.loss import LOSS
@@ -19,6 +20,9 @@ METRICS: dict[str, Metric] = {
     "consistency": CONSISTENCY,
     "loss": LOSS,
     "likelihood": LIKELIHOOD,
+    "fvd": FVD,
+    "fid": FID,
+    "own": OWN,
 }
 ALL = "all"
 USUAL = ("oracle", "consistency")  # where none is named; oracle if it can read the prompts

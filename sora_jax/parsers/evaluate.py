@@ -16,7 +16,7 @@ EXAMPLE = (
     "--sampling.NAME=VALUE overrides any field of the run's config.sampling; --METRIC.NAME=VALUE is for one metric"
 )
 ABOUT = "measure a denoiser or an autoencoder on the clips that a dataset holds out"
-FIELDS = ("loss", "likelihood")  # metrics with options of their own, --METRIC.NAME=VALUE
+FIELDS = ("loss", "likelihood", "fvd", "fid", "own")  # metrics with options of their own, --METRIC.NAME=VALUE
 # Options that one of the two has alone; not given: None, or an empty list
 OF_DENOISER = ("count", "steps", "frames", "metrics", "latents", "split", "checkpoint", "sampling", *FIELDS)
 OF_AUTOENCODER = ("clips", "batch", "tile", "tile_overlap")
@@ -27,7 +27,7 @@ def add_evaluate(commands) -> None:
     p = make_parser(commands.add_parser, "evaluate", help=ABOUT, epilog=EXAMPLE)
     p.add_argument("run", metavar="RUN", nargs="?", type=as_path, help="run folder of a trained denoiser")
     p.add_argument("--autoencoder", type=as_path, help="run folder of a trained autoencoder, in place of RUN")
-    about = "RUN: oracle, consistency (these two where none is named), loss, likelihood; all: what can be had"
+    about = "RUN: oracle, consistency (the default), loss, likelihood, fvd, fid, own; all: those that are possible"
     p.add_argument("--metrics", metavar="NAME,NAME..", help=about)
     p.add_argument("--data", type=as_path, help="dataset folder, whose clips are compared with")
     p.add_argument("--latents", type=as_path, help="RUN: latent cache for loss, likelihood (default: the run's)")
