@@ -79,6 +79,8 @@ def sample_kept(
     done = clips.kept
     if done:
         note(f"{len(done)} of {len(requests)} clips are kept in {clips.folder}")
+    if len(done) == len(requests):
+        return clips
     for number, clip in model.stream(requests, sampling, seed, bar=True, done=done):
         clips.keep(number, clip)
     return clips
