@@ -55,6 +55,8 @@ class FeaturesConfig:
     def __post_init__(self):
         for name in ("frames", "size", "features", "clips", "steps", "batch"):
             check(getattr(self, name) > 0, f"--own.{name} is {getattr(self, name)}; it must be positive")
+        wide = f"--own.widths is {self.widths}; each must be a positive multiple of {GROUPS}"
+        check(self.widths and all(width > 0 and width % GROUPS == 0 for width in self.widths), wide)
         blocks = 2 ** len(self.widths)
         check(self.size % blocks == 0, f"--own.size is {self.size}; it must be a multiple of {blocks}")
         check(self.learning_rate > 0, f"--own.learning_rate is {self.learning_rate}; it must be positive")
@@ -188,7 +190,7 @@ def read_facts(rows: Sequence[dict]) -> tuple[Facts, dict[str, int]]:
     """Return what the rows of a manifest say: labels, and for each word if the first caption has it."""
     facts, classes = {}, {}
     labels = np.array([row["label"] for row in rows])
-    if labels.min() >= 0 and len(set(labels.tolist())) > 1:
+    if len(rows) and labels.min() >= 0 and len(set(labels.tolist())) > 1:
         facts["label"], classes["label"] = labels, int(labels.max()) + 1
     captions = [set(re.findall(r"[\w-]+", row["captions"][0].lower())) if row["captions"] else set() for row in rows]
     counts = Counter(word for words in captions for word in words)
@@ -203,20 +205,34 @@ def read_facts(rows: Sequence[dict]) -> tuple[Facts, dict[str, int]]:
 def own_features(dataset: Dataset, config: FeaturesConfig = FeaturesConfig()) -> Classifier:
     """Return the classifier that a dataset folder keeps for a config; train and keep it where there is none.
 
+    It is trained on one device, also where a mesh is set.
+
     Raises:
         UserError: the clips have neither labels nor captions, or the folder cannot be written.
     """
+    path = kept_at(dataset, config)
+    if not path.exists():
+        rows, facts, classes = learnable(dataset, config)
+        with jax.set_mesh(None):
+            x = stack(config, (dataset[row["index"]].frames for row in rows))
+            save(train(config, x, facts, classes), path)
+    return load(path)
+
+
+def kept_at(dataset: Dataset, config: FeaturesConfig) -> Path:
+    """Return the file of a classifier; its name depends on the clips and the config."""
     record = {"config": to_dict(config), "data": dataset.digest}
     name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-    path = as_path(dataset.path) / f"own_features_{name}.safetensors"
-    if not path.exists():
-        rows = evenly_spread(dataset.rows("train") or dataset.rows(), config.clips)
-        facts, classes = read_facts(rows)
-        wanted = "it must have clips that differ in their labels or in the words of their captions"
-        check(classes, f"--data is {str(dataset.path)!r}; to learn features from, {wanted}")
-        x = stack(config, (dataset[row["index"]].frames for row in rows))
-        save(train(config, x, facts, classes), path)
-    return load(path)
+    return as_path(dataset.path) / f"own_features_{name}.safetensors"
+
+
+def learnable(dataset: Dataset, config: FeaturesConfig) -> tuple[list[dict], Facts, dict[str, int]]:
+    """Return rows to train on, with their facts and classes; UserError if they do not differ in any."""
+    rows = evenly_spread(dataset.rows("train") or dataset.rows(), config.clips)
+    facts, classes = read_facts(rows)
+    wanted = "it must have clips that differ in their labels or in the words of their captions"
+    check(classes, f"--data is {str(dataset.path)!r}; to learn features from, {wanted}")
+    return rows, facts, classes
 
 
 def save(classifier: Classifier, path: Path) -> None:

@@ -6,7 +6,7 @@ Every report names what the distance depends on: the network, clips, frames, str
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,10 @@ from sora_jax.config import check, choose
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.evaluate.embed import embed
-from sora_jax.evaluate.features import FeaturesConfig, own_features
-from sora_jax.evaluate.frechet import Distance, Sample, inception_score, measure_distance, precision_recall
-from sora_jax.evaluate.i3d import PROTOCOLS, FvdProtocol, choose_frames, fvd_features, read_i3d
-from sora_jax.evaluate.inception import fid_features, read_inception, read_reference
+from sora_jax.evaluate.features import FeaturesConfig, kept_at, learnable, own_features
+from sora_jax.evaluate.frechet import Distance, Gaussian, Sample, inception_score, measure_distance, precision_recall
+from sora_jax.evaluate.i3d import PROTOCOLS, FvdProtocol, choose_frames, fvd_features, i3d_file, read_i3d
+from sora_jax.evaluate.inception import fid_features, inception_file, read_inception, read_reference
 
 MOST_CLIPS = 50_000  # of each set, for FID and own features
 MAIN, SPATIAL, CHANCES = "pool", "spatial", "probabilities"  # names of features; the first are those of the distance
@@ -90,9 +90,7 @@ def _fvd(options: FrechetOptions) -> Embedder:
 
 
 def _own(options: FrechetOptions) -> Embedder:
-    if options.data is None:
-        raise UserError("--data is not given; own features are learnt from the clips of a dataset")
-    classifier = own_features(Dataset(options.data), options.own)
+    classifier = own_features(_dataset(options), options.own)
 
     def features(clips):
         yield from ((i, {MAIN: x}) for i, x in enumerate(classifier.features(clips, options.batch)))
@@ -112,7 +110,29 @@ def _fid(options: FrechetOptions) -> Embedder:
     return Embedder(FID, MOST_CLIPS, 1, features)
 
 
+def _check_own(options: FrechetOptions) -> None:
+    dataset = _dataset(options)
+    if not kept_at(dataset, options.own).exists():
+        learnable(dataset, options.own)
+
+
+def _dataset(options: FrechetOptions) -> Dataset:
+    if options.data is None:
+        raise UserError("--data is not given; own features are learnt from the clips of a dataset")
+    return Dataset(options.data)
+
+
 METRICS = {"fvd": _fvd, "fid": _fid, "own": _own}
+CHECKS: dict[str, Callable[[FrechetOptions], object]] = {
+    "fvd": lambda options: i3d_file(options.i3d),
+    "fid": lambda options: inception_file(options.inception),
+    "own": _check_own,
+}
+
+
+def check_ready(name: str, options: FrechetOptions = FrechetOptions()) -> None:
+    """Raise the UserError of a distance for which weights or labels are missing, before any clip is sampled."""
+    choose("--metrics", name, CHECKS)(options)
 
 
 def frechet_report(
@@ -121,7 +141,17 @@ def frechet_report(
     generated: Iterable[np.ndarray],
     options: FrechetOptions = FrechetOptions(),
 ) -> FrechetReport:
-    """Measure the distance of generated clips from real ones by one of METRICS.
+    """Measure the distance of generated clips from real ones; see `frechet_reports`."""
+    return frechet_reports(name, real, {"generated": generated}, options)["generated"]
+
+
+def frechet_reports(
+    name: str,
+    real: Iterable[np.ndarray] | None,
+    others: Mapping[str, Iterable[np.ndarray]],
+    options: FrechetOptions = FrechetOptions(),
+) -> dict[str, FrechetReport]:
+    """Measure the distances of several sets of clips from the real ones by one of METRICS; features of these once.
 
     Clips are uint8 (T, H, W, 3) of any sizes; each iterable is read once, as far as the protocol wants clips. A mesh
     that is set splits the batches.
@@ -132,23 +162,34 @@ def frechet_report(
     embedder = choose("--metrics", name, METRICS)(options)
     reference = read_reference(options.reference) if options.reference and name == "fid" else {}
     check(real is not None or reference, "there are no real clips; for FID --reference can take their place")
-    made = _collect(embedder, generated, "generated")
     own = {} if real is None else _collect(embedder, real, "real")
-    ends = own | reference
+    return {
+        what: _report(name, embedder, own, reference, _collect(embedder, clips, what)) for what, clips in others.items()
+    }
+
+
+def _report(
+    name: str,
+    embedder: Embedder,
+    real: dict[str, Sample],
+    reference: dict[str, Gaussian],
+    made: dict[str, Sample],
+) -> FrechetReport:
+    ends = real | reference
 
     def distance(part: str) -> Distance:
         return measure_distance(ends[part], made[part], embedder.ddof)
 
-    found, more = distance(MAIN), {}
+    more = {}
     if SPATIAL in made and SPATIAL in ends:
         more["sfid"] = distance(SPATIAL).value
     if CHANCES in made:
         more["inception_score"] = inception_score(made[CHANCES].features_nD)
-    if own:
-        pair = precision_recall(own[MAIN].features_nD, made[MAIN].features_nD)
+    if real:
+        pair = precision_recall(real[MAIN].features_nD, made[MAIN].features_nD)
         more |= dict(zip(("precision", "recall"), pair))
-    counts = {"real": own[MAIN].clips if own else 0, "generated": made[MAIN].clips}
-    notes = _notes(embedder, counts, made[MAIN].features_nD.shape[1])
+    counts = {"real": real[MAIN].clips if real else 0, "generated": made[MAIN].clips}
+    found, notes = distance(MAIN), _notes(embedder, counts, made[MAIN].features_nD.shape[1])
     return FrechetReport(
         name, **dataclasses.asdict(found), **counts, protocol=embedder.protocol, more=more, notes=notes
     )

@@ -157,7 +157,7 @@ def read_i3d(path: str | os.PathLike | None = None) -> dict:
     Raises:
         UserError: the package is not installed, or the file holds something else.
     """
-    path = _package_file() if path is None else Path(path)
+    path = i3d_file(path)
     try:
         with open(path, "rb") as file:
             tree = ArraysOnly(file).load()
@@ -170,8 +170,10 @@ def read_i3d(path: str | os.PathLike | None = None) -> dict:
     return params
 
 
-def _package_file() -> Path:
-    """Return the file in the package, which is found without being imported."""
+def i3d_file(path: str | os.PathLike | None = None) -> Path:
+    """Return the file of weights, that of the package by default, which is found without being imported."""
+    if path is not None:
+        return Path(path)
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise UserError(

@@ -109,8 +109,7 @@ def read_inception(path: str | os.PathLike | None, option: str = "--inception") 
     Raises:
         UserError: the file cannot be read, or is not of the Inception of 2015.
     """
-    check(path is not None, f"{option} is not given; FID needs a file of Inception's weights")
-    path = Path(str(path))
+    path = inception_file(path, option)
     try:
         tensors = read_tensors(path)
     except UserError as error:
@@ -125,6 +124,14 @@ def read_inception(path: str | os.PathLike | None, option: str = "--inception") 
         "weights are no FID",
     )
     return {name: _unit(tensors, name) for name in _convolutions()} | {"fc": tensors["fc.weight"].T}
+
+
+def inception_file(path: str | os.PathLike | None, option: str = "--inception") -> Path:
+    """Return the file of weights; UserError if none is given or there is none."""
+    if path is None:
+        raise UserError(f"{option} is not given; FID needs a file of Inception's weights")
+    check(Path(path).is_file(), f"{option} is {os.fspath(path)!r}; there is no such file")
+    return Path(path)
 
 
 def _unit(tensors: dict[str, np.ndarray], name: str) -> dict:
