@@ -1,7 +1,8 @@
 """The metrics `fvd`, `fid` and `own`: Frechet distances of generated clips, and of reconstructions, from real ones."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import jax
 import numpy as np
 
 from sora_jax.config import check, choose
+from sora_jax.errors import UserError
 from sora_jax.evaluate.evaluation import Evaluation, counted, measuring
-from sora_jax.evaluate.features import FeaturesConfig, own_features, read_facts
-from sora_jax.evaluate.frechet_report import FrechetOptions, FrechetReport, frechet_report
-from sora_jax.evaluate.i3d import PROTOCOLS, FvdProtocol, read_i3d
-from sora_jax.evaluate.inception import read_inception, read_reference
+from sora_jax.evaluate.features import FeaturesConfig
+from sora_jax.evaluate.frechet_report import FrechetOptions, FrechetReport, check_ready, frechet_reports
+from sora_jax.evaluate.i3d import PROTOCOLS, FvdProtocol
 from sora_jax.evaluate.metric import Found, Line, Metric
 from sora_jax.files import as_path
 
@@ -51,72 +52,59 @@ class FidOptions:
         check(self.batch > 0, f"fid.batch is {self.batch}; it must be positive")
 
 
-def _check_fvd(evaluation: Evaluation, options: FvdOptions) -> None:
+def _check(name: str, evaluation: Evaluation, options: FrechetOptions) -> None:
+    """Raise a UserError unless there are clips to compare, long enough, and the network of a distance."""
     evaluation.check_clips()
-    protocol = options.chosen()
-    needed = (protocol.frames - 1) * protocol.stride + 1
-    rows = evaluation.chosen.rows
+    try:
+        check_ready(name, options)
+    except UserError as error:
+        raise UserError(re.sub(r"^--(?=inception|reference)", "--fid.", str(error))) from error
+    count = len(evaluation.chosen.rows)
+    check(count > 1, f"--count chooses {count} clip; a Frechet distance needs at least 2 (thousands to be exact)")
+    if name == "fvd":
+        _check_protocol(evaluation, options.fvd)
+
+
+def _check_protocol(evaluation: Evaluation, protocol: FvdProtocol) -> None:
+    needed, rows = (protocol.frames - 1) * protocol.stride + 1, evaluation.chosen.rows
     shortest = min(min(row["frames"], evaluation.options.frames or row["frames"]) for row in rows)
     check(
         shortest >= needed,
         f"--fvd.frames is {protocol.frames} and --fvd.stride is {protocol.stride}; the shortest clip has {shortest} "
         f"frames and must have {needed}",
     )
-    count = len(rows)
-    mend = f"give --count={protocol.clips}, or --fvd.clips={count}"
-    check(count <= protocol.clips, f"--count chooses {count} clips; --fvd.clips is {protocol.clips}: {mend}")
-    read_i3d(_path(options.weights))
-    _check_several(evaluation)
-
-
-def _check_fid(evaluation: Evaluation, options: FidOptions) -> None:
-    evaluation.check_clips()
-    read_inception(_path(options.inception), "--fid.inception")
-    if options.reference:
-        read_reference(options.reference, "--fid.reference")
-    _check_several(evaluation)
-
-
-def _check_own(evaluation: Evaluation, options: FeaturesConfig) -> None:
-    evaluation.check_clips()
-    rows = evaluation.dataset.rows("train") or evaluation.dataset.rows()
-    wanted = "to learn features from, it must have clips that differ in their labels or in the words of their captions"
-    check(read_facts(rows)[1], f"--data is {str(evaluation.data)!r}; {wanted}")
-    _check_several(evaluation)
-
-
-def _check_several(evaluation: Evaluation) -> None:
-    count = len(evaluation.chosen.rows)
-    check(count > 1, f"--count chooses {count} clip; a Frechet distance needs at least 2 (thousands to be exact)")
+    mend = f"give --count={protocol.clips}, or --fvd.clips={len(rows)}"
+    many = f"--count chooses {len(rows)} clips; --fvd.clips is {protocol.clips}"
+    check(len(rows) <= protocol.clips, f"{many}: {mend}")  # those left out would be the largest
 
 
 def _path(name: str) -> Path | None:
     return as_path(name) if name else None
 
 
-def _fvd(evaluation: Evaluation, options: FvdOptions) -> Found:
-    chosen = FrechetOptions(fvd=options.chosen(), i3d=_path(options.weights), batch=options.batch)
-    return _measure("fvd", evaluation, chosen)
+def _fvd(evaluation: Evaluation, options: FvdOptions) -> FrechetOptions:
+    return FrechetOptions(fvd=options.chosen(), i3d=_path(options.weights), batch=options.batch)
 
 
-def _fid(evaluation: Evaluation, options: FidOptions) -> Found:
+def _fid(evaluation: Evaluation, options: FidOptions) -> FrechetOptions:
     inception, reference = _path(options.inception), _path(options.reference)
-    return _measure("fid", evaluation, FrechetOptions(inception=inception, reference=reference, batch=options.batch))
+    return FrechetOptions(inception=inception, reference=reference, batch=options.batch)
 
 
-def _own(evaluation: Evaluation, options: FeaturesConfig) -> Found:
-    own_features(evaluation.dataset, options)  # is trained here, on one device, and kept in the dataset folder
-    return _measure("own", evaluation, FrechetOptions(data=as_path(evaluation.dataset.path), own=options))
+def _own(evaluation: Evaluation, options: FeaturesConfig) -> FrechetOptions:
+    return FrechetOptions(data=as_path(evaluation.dataset.path), own=options)
 
 
 def _measure(name: str, evaluation: Evaluation, options: FrechetOptions) -> Found:
     """Measure the distance of the generated clips, and of the real ones through the autoencoder, from the real ones."""
-    reports: dict[str, FrechetReport] = {}
-    generated = evaluation.generated  # sampled before the bar is shown
-    with jax.set_mesh(evaluation.model.mesh), measuring(4 * len(generated), "clip") as bar:
-        for column, clips in (("generated", generated), ("autoencoder", evaluation.clips("autoencoder"))):
-            real = None if options.reference else counted(evaluation.clips("real"), bar)
-            reports[column] = frechet_report(name, real, counted(clips, bar), options)
+    generated, statistics = evaluation.generated, options.reference is not None  # sampled before the bar is shown
+    with (
+        jax.set_mesh(evaluation.model.mesh),
+        measuring((3 - statistics) * len(generated), "clip") as bar,
+    ):
+        others = {column: counted(evaluation.clips(column), bar) for column in ("generated", "autoencoder")}
+        real = None if statistics else counted(evaluation.clips("real"), bar)
+        reports = frechet_reports(name, real, others, options)
     first = reports["generated"]
     about = f"{first.real or 'statistics of'} real and {first.generated} generated clips; {first.protocol}"
     values = {column: {name: _values(report)} for column, report in reports.items()}
@@ -140,6 +128,13 @@ def _lines(name: str, reports: dict[str, FrechetReport]) -> Iterator[Line]:
         yield Line(name, label, dict(zip(reports, texts, strict=True)))
 
 
-FVD = Metric(_check_fvd, _fvd, FvdOptions())
-FID = Metric(_check_fid, _fid, FidOptions())
-OWN = Metric(_check_own, _own, FeaturesConfig())
+def _metric(name: str, choose_options: Callable[[Evaluation, Any], FrechetOptions], usual: Any) -> Metric:
+    return Metric(
+        lambda evaluation, options: _check(name, evaluation, choose_options(evaluation, options)),
+        lambda evaluation, options: _measure(name, evaluation, choose_options(evaluation, options)),
+        usual,
+    )
+
+
+FVD, FID = _metric("fvd", _fvd, FvdOptions()), _metric("fid", _fid, FidOptions())
+OWN = _metric("own", _own, FeaturesConfig())

@@ -27,7 +27,7 @@ from sora_jax.train.held_out import HeldOutBatch, HeldOutClips
 class LikelihoodOptions(LikelihoodConfig):
     """Configure the integration of the probability-flow ODE."""
 
-    steps: int = 32  # from data to noise, even in angle
+    steps: int = 32  # of the solver from data to noise, even in angle
     # Random signs of Hutchinson's estimate, one derivative of the model each; 0: the exact divergence, which costs as
     # many derivatives as the longest clip has values.
     probes: int = 1

@@ -90,6 +90,7 @@ def draw(found: ClipLosses, groups: Mapping[str, Mapping[str, np.ndarray]]) -> n
         panel.set(xlabel="noise level", xlim=(0, 1), title=f"loss by {'length' if part == 'by_frames' else name}")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("loss")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -1,19 +1,24 @@
 """Parse and run `sora-jax evaluate`: of a denoiser's run, or of an autoencoder's."""
 
 import argparse
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sora_jax import console
 from sora_jax.config import check
 from sora_jax.errors import UserError
+from sora_jax.field_docs import Group, groups
 from sora_jax.files import as_path
 from sora_jax.parsers.base import add_json, add_tiles, make_parser
+from sora_jax.parsers.fields import list_groups
 
 EXAMPLE = (
     "examples:\n  sora-jax evaluate runs/video --data=data/clips --count=64\n"
     "  sora-jax evaluate runs/video --metrics=loss,likelihood --likelihood.steps=64\n"
     "  sora-jax evaluate --autoencoder=runs/autoencoder --data=data/clips\n"
-    "--sampling.NAME=VALUE overrides any field of the run's config.sampling; --METRIC.NAME=VALUE is for one metric"
+    "--sampling.NAME=VALUE overrides any field of the run's config.sampling; --METRIC.NAME=VALUE is for one metric;\n"
+    "--metrics=NAME --help lists its fields"
 )
 ABOUT = "measure a denoiser or an autoencoder on the clips that a dataset holds out"
 FIELDS = ("loss", "likelihood", "fvd", "fid", "own")  # metrics with options of their own, --METRIC.NAME=VALUE
@@ -33,7 +38,9 @@ def add_evaluate(commands) -> None:
     p.add_argument("--latents", type=as_path, help="RUN: latent cache for loss, likelihood (default: the run's)")
     p.add_argument("--split", help="RUN: split of the clips (default: all that the run is not trained on)")
     p.add_argument("--checkpoint", help="RUN: newest (default), best or a step")
-    p.add_argument("--count", type=int, help="RUN: maximum number of clips, evenly spread (default: 64)")
+    p.add_argument(
+        "--count", type=int, help="RUN: clips at most, evenly spread (default: 64; latents: config.held_out.clips)"
+    )
     p.add_argument("--steps", help="RUN: steps of the solver (default: those of the run's config)")
     p.add_argument("--frames", type=int, help="RUN: frames of the generated clips (default: those of the real ones)")
     p.add_argument("--clips", type=int, help="--autoencoder: maximum number of clips, evenly spread (default: 64)")
@@ -43,7 +50,17 @@ def add_evaluate(commands) -> None:
     add_json(p)
     add_tiles(p)
     # None tells that they are not given: they are for autoencoders alone.
+    list_groups(p, _fields)
     p.set_defaults(function=evaluate, tile=None, tile_overlap=None, sampling=[], **{name: [] for name in FIELDS})
+
+
+def _fields(words: Sequence[str]) -> Iterator[Group]:
+    """Yield the options of the metrics that the words of a command name."""
+    from sora_jax.evaluate.suite import METRICS
+
+    named = re.split(r"[ ,=]", next((word for word in " ".join(words).split("--") if word.startswith("metrics")), ""))
+    for name in (name for name in FIELDS if name in named or "all" in named):
+        yield from groups(METRICS[name].options, f"--{name}", default=METRICS[name].options)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -32,13 +32,11 @@ def add_sample(commands) -> argparse.ArgumentParser:
         help='text prompt; "0: ... 24: ..." changes in time; may be given several times',
     )
     p.add_argument("--prompts-file", type=as_path, help="text with one prompt a line; .jsonl or .csv: more columns")
-    about = "rewrite prompts as captions: world, http://HOST/v1#MODEL (OpenAI's interface) or transformers:MODEL"
-    about = (
-        "VBench's list of prompts, .json or .txt: clips of each as PROMPT-0.mp4.. into the folder --out, which goes on"
-    )
+    about = "VBench's list of prompts, .json or .txt: write those clips PROMPT-INDEX.mp4 that the folder --out lacks"
     p.add_argument("--vbench", type=as_path, metavar="FILE", help=about)
     about = "with --vbench: clips of each prompt, with seeds from --seed on (default: 5; temporal_flickering: 25)"
     p.add_argument("--samples", type=int, metavar="N", help=about)
+    about = "rewrite prompts as captions: world, http://HOST/v1#MODEL (OpenAI's interface) or transformers:MODEL"
     p.add_argument("--expand", default="", metavar="HOW", help=about)
     p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")
     p.add_argument("--negative", default="", help="negative prompt, for guidance")
