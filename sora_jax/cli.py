@@ -18,12 +18,13 @@ from sora_jax.parsers.curves import add_curves
 from sora_jax.parsers.data import add_data
 from sora_jax.parsers.demo import add_demo
 from sora_jax.parsers.doctor import add_doctor
-from sora_jax.parsers.evaluate import add_evaluate
+from sora_jax.parsers.evaluate import FIELDS, add_evaluate
 from sora_jax.parsers.export import add_export
 from sora_jax.parsers.fields import list_fields
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
-PREFIXES = {"--config.": "changes", "--sampling.": "sampling"}  # of options for fields, and what collects them
+# Beginnings of options for fields, and what collects them
+PREFIXES = {"--config.": "changes", "--sampling.": "sampling"} | {f"--{name}.": name for name in FIELDS}
 
 
 def console() -> int:

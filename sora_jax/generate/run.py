@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, overload
 
@@ -144,8 +144,11 @@ class Run(TrainedDenoiser):
         tasks: Sequence[Task] = (),
         progress: Progress | None = None,
         bar: bool | None = False,
+        done: Set[int] = frozenset(),
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the clips of `sample`, each with the number of its request, as batches of packs are done.
+
+        done: numbers of requests whose clips an earlier call has yielded; batches of such alone are left out.
 
         While the caller uses the clips of a batch (writes them to files), the next batch is sampled. A device runs its
         programs in turn, so a batch is decoded before the next one is dispatched: behind it, its clips would come one
@@ -153,7 +156,7 @@ class Run(TrainedDenoiser):
         """
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         each = list(tasks) * len(requests) if len(tasks) == 1 else list(tasks)
-        batches = sample_batches(self, requests, sampling, seed, Watch(progress, bar))
+        batches = sample_batches(self, requests, sampling, seed, Watch(progress, bar), done)
         with jax.set_mesh(self.mesh):  # not around `yield`: the caller may set another
             wait = next(batches, None)
         while wait is not None:
