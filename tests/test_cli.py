@@ -424,6 +424,16 @@ def test_the_package_runs_as_a_module():
     assert (done.returncode, done.stdout) == (0, VERSIONS)
 
 
+@pytest.mark.parametrize("arguments", [["version"], ["completion", "bash"]])  # less and more than a pipe holds
+def test_a_reader_that_ends_ends_the_command_without_a_word(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sora_jax", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (cli.NO_READER, "")
+
+
 @pytest.mark.parametrize("words, changes", [
     (["--config.seed", "3"], ["seed=3"]),
     (["--config.optim.clip_norm", "-1"], ["optim.clip_norm=-1"]),
