@@ -243,6 +243,11 @@ def test_completion_prints_a_script_of_the_shell(shell):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_completion_without_a_shell_names_the_shells(capsys):
+    assert cli.main(["completion"]) == 2
+    assert capsys.readouterr().err == "sora-jax: SHELL is not given; it must be bash, zsh, fish or tcsh\n"
+
+
 @pytest.mark.parametrize(
     "line, completed",
     [("sora-jax tra", "train"), ("sora-jax train --init", "--init-from"), ("sora-jax data insp", "inspect")],

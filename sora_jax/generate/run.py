@@ -23,6 +23,7 @@ from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import mesh_here
+from sora_jax.parallel.settings import use_compilation_cache
 from sora_jax.train.adapt import restore_weights
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
@@ -270,6 +271,8 @@ def load_run(
     """
     folder = run_folder(folder)
     config = read_run_config(folder)
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # a folder of the user stays
+        use_compilation_cache()
     mesh = mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
     params, step = restore_weights(folder, saved_groups, denoiser_parts(config)[1], mesh, str(checkpoint))

@@ -128,7 +128,7 @@ def _build(verbs) -> None:
     add("--variants", type=int, help="sizes or places of each clip; epochs take them in turn")
     add("--mirror", action="store_true", help="add the mirror image of each clip; epochs take the two in turn")
     add("--missing-caption", help="refuse clips without a caption, or use an empty one: refuse or empty")
-    add("--holdout", type=float, help="fraction of clips held out")
+    add("--holdout", type=float, help="fraction of clips held out; one of five files or more at least")
     add("--seed", type=int, help="seed of the held-out split, places and sizes")
     add("--workers", type=int, help="decoding processes; 0: decode in this one, unprotected from crashes")
     add("--seconds", type=float, help="refuse a file that takes longer to decode")
