@@ -203,12 +203,12 @@ def test_inception_has_the_features_of_its_peer(tmp_path):
 def test_other_inception_files_are_refused(tmp_path):
     small = {"fc.weight": np.zeros((1000, 2048), np.float32)}
     path, golden = inception_file(tmp_path / "imagenet.safetensors", **small)
-    with pytest.raises(UserError, match=r"--inception is .*fc.weight must be \(1008, 2048\).*are no FID"):
+    with pytest.raises(UserError, match=r"--fid.inception is .*fc.weight must be \(1008, 2048\).*are no FID"):
         read_inception(path)
     save_file(small, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="Conv2d_1a_3x3 is missing"):
         read_inception(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="--inception is '.*none.safetensors'"):
+    with pytest.raises(UserError, match="--fid.inception is '.*none.safetensors'"):
         read_inception(tmp_path / "none.safetensors")
 
 

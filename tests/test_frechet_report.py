@@ -207,7 +207,7 @@ def test_fid_counts_every_frame_and_takes_statistics_for_the_real_images(tmp_pat
 
 
 @pytest.mark.parametrize("name, options, said", [
-    ("fid", {}, "--inception is not given"),
+    ("fid", {}, "--fid.inception is not given"),
     ("fid", {"inception": "none.pth"}, "there is no such file"),
     ("own", {}, "--data is not given"),
     ("fvv", {}, "--metrics is 'fvv'; allowed: 'fvd', 'fid', 'own'"),

@@ -161,7 +161,7 @@ def frechet_reports(
     """
     embedder = choose("--metrics", name, METRICS)(options)
     reference = read_reference(options.reference) if options.reference and name == "fid" else {}
-    check(real is not None or reference, "there are no real clips; for FID --reference can take their place")
+    check(real is not None or reference, "there are no real clips; for FID --fid.reference can take their place")
     own = {} if real is None else _collect(embedder, real, "real")
     return {
         what: _report(name, embedder, own, reference, _collect(embedder, clips, what)) for what, clips in others.items()

@@ -100,7 +100,7 @@ def _convolutions() -> list[str]:
     return [prefix + name for prefix, name in words if name not in ("mean", "max")]
 
 
-def read_inception(path: str | os.PathLike | None, option: str = "--inception") -> dict:
+def read_inception(path: str | os.PathLike | None, option: str = "--fid.inception") -> dict:
     """Read the parameters of `inception`; a .pth file needs torch.
 
     Returns:
@@ -126,7 +126,7 @@ def read_inception(path: str | os.PathLike | None, option: str = "--inception") 
     return {name: _unit(tensors, name) for name in _convolutions()} | {"fc": tensors["fc.weight"].T}
 
 
-def inception_file(path: str | os.PathLike | None, option: str = "--inception") -> Path:
+def inception_file(path: str | os.PathLike | None, option: str = "--fid.inception") -> Path:
     """Return the file of weights; UserError if none is given or there is none."""
     if path is None:
         raise UserError(f"{option} is not given; FID needs a file of Inception's weights")
@@ -141,7 +141,7 @@ def _unit(tensors: dict[str, np.ndarray], name: str) -> dict:
     return fold_norm(tensors[f"{name}.conv.weight"].transpose(2, 3, 1, 0), mean, variance, bias, scale)
 
 
-def read_reference(path: str | os.PathLike, option: str = "--reference") -> dict[str, Gaussian]:
+def read_reference(path: str | os.PathLike, option: str = "--fid.reference") -> dict[str, Gaussian]:
     """Read statistics of real images from an .npz of the ADM suite: "pool", and "spatial" where it has them.
 
     Raises:
