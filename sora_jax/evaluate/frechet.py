@@ -26,6 +26,10 @@ class Gaussian:
     mean_D: np.ndarray
     cov_DD: np.ndarray
 
+    def gaussian(self) -> "Gaussian":
+        """Return it itself, as a `Sample` returns the Gaussian that it fits."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -79,6 +83,10 @@ class Sample:
         """Return the number of clips."""
         return int(self.clips_n.max()) + 1
 
+    def gaussian(self, ddof: int = 1) -> Gaussian:
+        """Fit a Gaussian; the covariance is divided by rows - ddof."""
+        return Moments.of(self.features_nD).gaussian(ddof)
+
     def parts(self, groups: int) -> list[Moments]:
         """Measure `groups` disjoint groups of clips: clip i is in group i mod `groups`."""
         return [Moments.of(self.features_nD[self.clips_n % groups == group]) for group in range(groups)]
@@ -125,9 +133,9 @@ def measure_distance(real: Sample | Gaussian, generated: Sample, ddof: int = 1) 
 
     Each of GROUPS groups of clips of one set is left out in turn: the spread of the distances gives the variance that
     this set causes, and their mean the bias, which is proportional to 1 / clips (Efron and Stein 1981; Chong and
-    Forsyth, 1911.07023, extrapolate the same bias by a line). Both sets add up. A bootstrap would not do: a resample
-    holds some clips twice, which is like fewer clips, so that the bias comes in once more and percentiles lie above the
-    value.
+    Forsyth, 1911.07023, extrapolate the same bias by a line). Both sets add up, as if they were independent. A
+    bootstrap would not do: a resample holds some clips twice, which is like fewer clips, so that the bias comes in once
+    more and percentiles lie above the value.
 
     A `Gaussian` in place of the real clips is taken as exact.
     """

@@ -17,7 +17,14 @@ from sora_jax.data.storing.manifest import Dataset
 from sora_jax.errors import UserError
 from sora_jax.evaluate.embed import embed
 from sora_jax.evaluate.features import FeaturesConfig, kept_at, learnable, own_features
-from sora_jax.evaluate.frechet import Distance, Gaussian, Sample, inception_score, measure_distance, precision_recall
+from sora_jax.evaluate.frechet import (
+    Gaussian,
+    Sample,
+    frechet_distance,
+    inception_score,
+    measure_distance,
+    precision_recall,
+)
 from sora_jax.evaluate.i3d import PROTOCOLS, FvdProtocol, choose_frames, fvd_features, i3d_file, read_i3d
 from sora_jax.evaluate.inception import fid_features, inception_file, read_inception, read_reference
 
@@ -175,21 +182,17 @@ def _report(
     reference: dict[str, Gaussian],
     made: dict[str, Sample],
 ) -> FrechetReport:
-    ends = real | reference
-
-    def distance(part: str) -> Distance:
-        return measure_distance(ends[part], made[part], embedder.ddof)
-
-    more = {}
+    ends, more = real | reference, {}
     if SPATIAL in made and SPATIAL in ends:
-        more["sfid"] = distance(SPATIAL).value
+        more["sfid"] = frechet_distance(*(side[SPATIAL].gaussian() for side in (ends, made)))
     if CHANCES in made:
         more["inception_score"] = inception_score(made[CHANCES].features_nD)
     if real:
         pair = precision_recall(real[MAIN].features_nD, made[MAIN].features_nD)
         more |= dict(zip(("precision", "recall"), pair))
     counts = {"real": real[MAIN].clips if real else 0, "generated": made[MAIN].clips}
-    found, notes = distance(MAIN), _notes(embedder, counts, made[MAIN].features_nD.shape[1])
+    found = measure_distance(ends[MAIN], made[MAIN], embedder.ddof)
+    notes = _notes(embedder, counts, made[MAIN].features_nD.shape[1])
     return FrechetReport(
         name, **dataclasses.asdict(found), **counts, protocol=embedder.protocol, more=more, notes=notes
     )
