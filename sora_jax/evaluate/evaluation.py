@@ -63,7 +63,7 @@ class Chosen(NamedTuple):
 class Evaluation:
     """Hold a run and what it is measured on. What does not fit together is a UserError when it is asked for.
 
-    folder: of the run. out: for files. notes: for the report; metrics add to them.
+    folder: of the run. sampling: how it is sampled. out: for files. notes: for the report; metrics add to them.
     """
 
     def __init__(self, run: str | Path, data: str | Path | None, options: DenoiserOptions):
@@ -71,6 +71,8 @@ class Evaluation:
         check((self.folder / "config.json").exists(), no_run("RUN", run))
         self.config: DenoiserRun = read_run_config(self.folder)
         self.out = output_folder(run) / "evaluation" if options.out is None else as_path(options.out)
+        steps = changed(self.config.sampling, options.steps, None)
+        self.sampling: SamplingConfig = override(steps, options.sampling, "sampling")
         self.notes: list[str] = []
         self._once: dict[Callable, Any] = {}
 
@@ -79,11 +81,6 @@ class Evaluation:
         if function not in self._once:
             self._once[function] = function(self)
         return self._once[function]
-
-    @cached_property
-    def sampling(self) -> SamplingConfig:
-        """Return how the run is sampled."""
-        return override(changed(self.config.sampling, self.options.steps, None), self.options.sampling, "sampling")
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -105,7 +102,6 @@ class Evaluation:
         for size in sorted(set(map(_size, self.chosen.rows))):
             latent_size(self.config, first_stage, size)
             latent_size(self.config, first_stage, self._generated_size(size))
-        self.sampling  # noqa: B018  UserError where it is none
 
     def check_latents(self) -> None:
         """Raise a UserError unless there is a latent cache that the run's network takes."""
