@@ -121,6 +121,18 @@ def test_frames_of_one_clip_are_no_further_clips():
     np.testing.assert_allclose(list(vars(once).values()), list(vars(twice).values()), rtol=1e-9)
 
 
+def test_the_order_of_clips_does_not_narrow_the_interval():
+    """Clips come ordered by size, on which features depend."""
+    rng = np.random.default_rng(5)
+    x, y = (rng.standard_normal((200, 3)) + np.arange(200)[:, None] / 40 for _ in range(2))
+    widths = []
+    for seed in range(20):
+        order = rng.permutation(200) if seed else np.arange(200)
+        found = measure_distance(sample(x[order]), sample(y[order] + 1))
+        widths.append(found.high - found.low)
+    assert widths[0] > 0.7 * np.mean(widths)
+
+
 def test_statistics_of_others_count_as_exact():
     x, y = features(3 * GROUPS, 3), features(3 * GROUPS, 3, seed=1)
     both, one = measure_distance(sample(x), sample(y)), measure_distance(Moments.of(x).gaussian(), sample(y))

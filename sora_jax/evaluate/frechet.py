@@ -1,7 +1,7 @@
 """Compare two sets of clips by their features: Frechet distance and its interval, Inception score, precision, recall.
 
-Features are rows of (n, D), one for each clip or frame. Everything here is float64 on the host, and no result depends
-on the order of the rows or on how they were batched, beyond rounding.
+Features are rows of (n, D), one for each clip or frame. Everything here is float64 on the host, and no distance
+depends on the order of the rows or on how they were batched, beyond rounding.
 """
 
 import dataclasses
@@ -88,8 +88,10 @@ class Sample:
         return Moments.of(self.features_nD).gaussian(ddof)
 
     def parts(self, groups: int) -> list[Moments]:
-        """Measure `groups` disjoint groups of clips: clip i is in group i mod `groups`."""
-        return [Moments.of(self.features_nD[self.clips_n % groups == group]) for group in range(groups)]
+        """Measure `groups` disjoint random groups of clips, of equal size up to one."""
+        # Not every n-th clip: of clips in the order of their sizes groups would have the same ones, and be too alike.
+        group_n = (np.random.default_rng(0).permutation(self.clips) % groups)[self.clips_n]
+        return [Moments.of(self.features_nD[group_n == group]) for group in range(groups)]
 
 
 @dataclasses.dataclass(frozen=True)
