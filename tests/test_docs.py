@@ -39,7 +39,7 @@ from sora_jax.kinds import KINDS, run_config
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, SEQUENCES
 from sora_jax.parallel.mesh import MeshConfig
-from sora_jax.parsers.bench import phyworld
+from sora_jax.parsers.bench import moving_mnist, phyworld
 from sora_jax.parsers.data import build
 from sora_jax.quickstart import QuickstartConfig
 
@@ -133,6 +133,7 @@ def test_each_command_is_understood(command, monkeypatch):
     if file := getattr(options, "config", None):
         values = load(file, options.changes)
         checks = {cli.train: run_config, cli.plan: run_config, build: lambda v: from_dict(BuildConfig, v)}
+        checks[moving_mnist] = run_config
         checks[phyworld] = lambda v: from_dict(PhyworldBench, v)
         checks[cli.quickstart] = lambda v: from_dict(QuickstartConfig, v)
         assert checks[options.function](values)

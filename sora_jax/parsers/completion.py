@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from sora_jax.config import check, check_word
+from sora_jax.config import check_word
 from sora_jax.errors import UserError
 from sora_jax.parsers.base import make_parser
 
@@ -26,7 +26,8 @@ def add_completion(commands, whole: Callable[[], argparse.ArgumentParser]) -> No
 
 def script(parser: argparse.ArgumentParser, shell: str | None) -> str:
     """Return the script for a shell."""
-    check(shell, f"SHELL is not given; it must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
+    if shell is None:
+        raise UserError(f"SHELL is not given; it must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
     check_word("SHELL", shell, SHELLS)
     try:
         import shtab
