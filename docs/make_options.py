@@ -57,7 +57,7 @@ def page() -> str:
     lines.append("A field is written as `--config.NAME=VALUE`, with the path of its group. The groups:\n")
     lines += [f"- [{cls.__name__}](#{cls.__name__.lower()}): {_written(paths)}" for cls, paths in groups.items()]
     metrics = {name: type(METRICS[name].options).__name__ for name in METRIC_FIELDS}
-    lines += [f"- [{cls}](#{cls.lower()}): `--{name}`, of `evaluate`" for name, cls in metrics.items()]
+    lines += [f"- [{cls}](#{cls.lower()}): `--{name}.NAME=VALUE`, of `evaluate`" for name, cls in metrics.items()]
     for cls, paths in groups.items():
         lines += ["", f"### {cls.__name__}", "", f"{summary(cls.__doc__)}. Written as {_written(paths)}.", ""]
         lines += _table(("field", "values", "default", "what it is"), map(_row, describe(cls)))

@@ -56,7 +56,7 @@ def test_every_help_has_an_example_that_parses(name):
     for example in examples:
         arguments = [word.strip('"') for word in re.findall(r'(?:[^\s"]|"[^"]*")+', example)][1:]
         _, rest = cli.make_parser().parse_known_args(arguments)
-        assert all(argument.startswith(("--config.", "--sampling.")) for argument in rest), rest
+        assert all(argument.startswith(tuple(cli.PREFIXES)) for argument in rest), rest
     for file in re.findall(r"--config=([\w/]+\.py)", text):
         assert (ROOT / file).exists(), file
 

@@ -32,6 +32,7 @@ from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.diffusion.spacing import SPACINGS
 from sora_jax.diffusion.times import QUANTILES
 from sora_jax.diffusion.weights import WEIGHTS
+from sora_jax.evaluate.suite import METRICS
 from sora_jax.generate.run import load_run
 from sora_jax.kinds import KINDS, run_config
 from sora_jax.models.transformer import REMAT
@@ -237,10 +238,13 @@ def test_each_option_in_the_text_exists(file):
     known = options_of(cli.make_parser()) | OTHERS
     runs = (*(kind.config for kind in KINDS.values()), BuildConfig, QuickstartConfig)
     named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
-    for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
+    of_metrics = {name: (type(metric.options),) for name, metric in METRICS.items() if metric.options is not None}
+    for name in named - {"config.py", "config.json"}:
         group, _, path = name.removeprefix("--").partition(".")
-        if path:
-            holders = {"config": runs, "sampling": (SamplingConfig,)}[group]
+        if path == "NAME":
+            assert group in {"config", "sampling", "METRIC", *of_metrics}, name
+        elif path:
+            holders = ({"config": runs, "sampling": (SamplingConfig,)} | of_metrics)[group]
             assert any(has_field(holder, path.split(".")) for holder in holders), name
         else:
             assert name in known, name

@@ -118,5 +118,7 @@ def test_captions_of_training_clips_are_prompts_only_where_there_are_no_others()
     rows, available, notes = choose_rows(Rows(["a", "b"], ["a", "b"]), "train", 1)
     assert len(rows) == 1 and available == 2
     assert notes == ["each held-out caption is also that of a training clip"]
-    with pytest.raises(UserError, match="--data is 'data/clips'; it must hold out videos with captions"):
+    rows, available, notes = choose_rows(Rows(["a"], ["b", "b"]), "train", 3, "train")
+    assert available == 1 and notes == ["the run was trained on these clips"]
+    with pytest.raises(UserError, match="--data is 'data/clips'; it must hold out clips with captions"):
         choose_rows(Rows(["a"], [""]), "train", 3)

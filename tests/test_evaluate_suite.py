@@ -91,18 +91,9 @@ def no_loading(monkeypatch):
         (["--metrics=loss", "--loss.levels=-1"], "--loss.levels is -1; it must be at least 1, or 0"),
         (["--metrics=likelihood", "--likelihood.method=euler"], "--likelihood.method is 'euler'; allowed: 'heun'"),
         (["--metrics=likelihood", "--likelihood.first=0"], "--likelihood.first is 0.0; it must be above 0"),
-        (
-            ["--metrics=fvd", "--data={dataset}"],
-            "--fvd.frames is 16 and --fvd.stride is 1; the shortest clip has 9 frames",
-        ),
-        (
-            ["--metrics=fvd", "--data={dataset}", "--fvd.protocol=latte"],
-            "--fvd.protocol is 'latte'; allowed: 'styleganv'",
-        ),
-        (
-            ["--metrics=fvd", "--data={dataset}", "--fvd.frames=9", "--fvd.weights=no"],
-            "I3D's weights 'no' cannot be read",
-        ),
+        (["--metrics=fvd", "--data={dataset}", "--split=train", "--fvd.weights={file}"], "the shortest clip has 5"),
+        (["--metrics=fvd", "--data={dataset}", "--fvd.protocol=latte"], "--fvd.protocol is 'latte'; allowed: "),
+        (["--metrics=fvd", "--data={dataset}", "--fvd.weights=no"], "--fvd.weights is 'no'; there is no such file"),
         (["--metrics=fid", "--data={dataset}"], "--fid.inception is not given"),
         (["--metrics=own", "--data={dataset}"], "--count chooses 1 clip; a Frechet distance needs at least 2"),
         (["--data={dataset}", "--likelihood.steps=9"], "--likelihood.steps=9 is given; it is for --metrics=likelihood"),
@@ -113,7 +104,7 @@ def test_what_cannot_be_had_is_refused_before_the_weights_are_read(chain, tmp_pa
     other = tmp_path / "other"
     if any("{other}" in option for option in options):
         write_cache(other, [clip_row(0, (1, 4, 4))], dataclasses.replace(INFO, fingerprint="another"))
-    options = [option.format(dataset=chain.dataset, other=other) for option in options]
+    options = [option.format(dataset=chain.dataset, other=other, file=__file__) for option in options]
     assert run("evaluate", chain.transformer, *options, f"--out={tmp_path}") == 2
     assert words in capsys.readouterr().err
 

@@ -1,7 +1,6 @@
 """The metrics `fvd`, `fid` and `own`: Frechet distances of generated clips, and of reconstructions, from real ones."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import jax
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.errors import UserError
 from sora_jax.evaluate.evaluation import Evaluation, counted, measuring
 from sora_jax.evaluate.features import FeaturesConfig
 from sora_jax.evaluate.frechet_report import FrechetOptions, FrechetReport, check_ready, frechet_reports
@@ -55,10 +53,9 @@ class FidOptions:
 def _check(name: str, evaluation: Evaluation, options: FrechetOptions) -> None:
     """Raise a UserError unless there are clips to compare, long enough, and the network of a distance."""
     evaluation.check_clips()
-    try:
-        check_ready(name, options)
-    except UserError as error:
-        raise UserError(re.sub(r"^--(?=inception|reference)", "--fid.", str(error))) from error
+    for option, file in (("fvd.weights", options.i3d), ("fid.reference", options.reference)):
+        check(file is None or file.is_file(), f"--{option} is {str(file)!r}; there is no such file")
+    check_ready(name, options)
     count = len(evaluation.chosen.rows)
     check(count > 1, f"--count chooses {count} clip; a Frechet distance needs at least 2 (thousands to be exact)")
     if name == "fvd":

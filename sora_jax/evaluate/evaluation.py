@@ -63,7 +63,7 @@ class Chosen(NamedTuple):
 class Evaluation:
     """Hold a run and what it is measured on. What does not fit together is a UserError when it is asked for.
 
-    folder: of the run. out: for files. notes: for the report; metrics add to them.
+    folder: of the run. sampling: how it is sampled. out: for files. notes: for the report; metrics add to them.
     """
 
     def __init__(self, run: str | Path, data: str | Path | None, options: DenoiserOptions):
@@ -71,6 +71,8 @@ class Evaluation:
         check((self.folder / "config.json").exists(), no_run("RUN", run))
         self.config: DenoiserRun = read_run_config(self.folder)
         self.out = output_folder(run) / "evaluation" if options.out is None else as_path(options.out)
+        steps = changed(self.config.sampling, options.steps, None)
+        self.sampling: SamplingConfig = override(steps, options.sampling, "sampling")
         self.notes: list[str] = []
         self._once: dict[Callable, Any] = {}
 
@@ -81,11 +83,6 @@ class Evaluation:
         return self._once[function]
 
     @cached_property
-    def sampling(self) -> SamplingConfig:
-        """Return how the run is sampled."""
-        return override(changed(self.config.sampling, self.options.steps, None), self.options.sampling, "sampling")
-
-    @cached_property
     def dataset(self) -> Dataset:
         """Return the dataset of the real clips."""
         check(self.data is not None, "--data is not given; it must be a dataset folder, whose clips are compared with")
@@ -94,18 +91,24 @@ class Evaluation:
 
     @cached_property
     def chosen(self) -> Chosen:
-        """Choose the clips of the dataset whose prompts are sampled."""
-        given = self.options.count or PROMPTS
-        return Chosen(*choose_rows(self.dataset, self.config.split, given, self.options.split))
+        """Choose the clips of the dataset whose prompts, or classes, are sampled."""
+        given, model = self.options.count or PROMPTS, self.config.model
+        classes = None if model.text else model.classes
+        return Chosen(*choose_rows(self.dataset, self.config.split, given, self.options.split, classes))
+
+    def check_videos(self) -> None:
+        """Raise a UserError unless the chosen clips are videos with captions that the run takes."""
+        check(self.config.model.text, f"RUN is {str(self.folder)!r}; it must be a run that is trained on captions")
+        images = any(row["frames"] == 1 for row in self.chosen.rows)
+        check(not images, f"--data is {str(self.data)!r}; it must hold out videos with captions, and it holds out none")
+        self.check_clips()
 
     def check_clips(self) -> None:
-        """Raise a UserError unless the run takes the prompts and the sizes of the chosen clips."""
-        check(self.config.model.text, f"RUN is {str(self.folder)!r}; it must be a run that is trained on captions")
+        """Raise a UserError unless the run takes the sizes of the chosen clips."""
         first_stage = autoencoder_config(autoencoder_folder(self.folder, None))
         for size in sorted(set(map(_size, self.chosen.rows))):
             latent_size(self.config, first_stage, size)
             latent_size(self.config, first_stage, self._generated_size(size))
-        self.sampling  # noqa: B018  UserError where it is none
 
     def check_latents(self) -> None:
         """Raise a UserError unless there is a latent cache that the run's network takes."""
@@ -168,9 +171,11 @@ class Evaluation:
 
     @cached_property
     def generated(self) -> KeptClips:
-        """Sample a clip for each prompt, of the size of the real one; note what the run has not learnt."""
+        """Sample a clip for each prompt or class, of the size of the real one; note what the run has not learnt."""
         sizes = [self._generated_size(_size(row)) for row in self.chosen.rows]
-        requests = self.model.plan(Wanted(self.prompts, sizes), self.sampling)
+        text, classes = self.config.model.text, self.config.model.classes
+        labels = [row["label"] for row in self.chosen.rows] if classes and not text else []
+        requests = self.model.plan(Wanted(self.prompts if text else [], sizes, labels), self.sampling)
         self.notes += self.model.learnt.doubts(requests)
         return sample_kept(self.model, requests, self.sampling, self.options.seed, self.out / "clips")
 
@@ -200,25 +205,35 @@ class RealClips(Sequence):
 
 
 def choose_rows(
-    dataset: Dataset, trained: str, count: int, split: str | None = None
+    dataset: Dataset, trained: str, count: int, split: str | None = None, classes: int | None = None
 ) -> tuple[list[dict], int, list[str]]:
-    """Choose held-out videos with a caption that no training clip has; return rows, how many there are, and notes.
+    """Choose held-out clips with a caption that no training clip has; return rows, how many there are, and notes.
 
-    The rows are ordered by size, so that each size is compiled once. Where training clips have all captions, clips with
-    such captions are chosen, and a note says so. split: choose from this split alone.
+    Videos, or images where there are no videos. The rows are ordered by size, so that each size is compiled once. Where
+    training clips have all captions, clips with such captions are chosen, and a note says so. split: choose from this
+    split alone. classes: of a run that reads labels below it in place of captions; 0: it reads neither.
     """
     own = dataset.held_out(trained) if split is None else dataset.rows(split)
-    rows = [row for row in own if row["frames"] > 1 and caption_of(row)]
-    what = "hold out videos with captions, and it holds out none"
-    what = what if split is None else f"have videos with captions in the split {split!r}, and it has none"
-    check(rows, f"--data is {str(dataset.path)!r}; it must {what}")
+    named = [row for row in own if _is_named(row, classes)]
+    rows = [row for row in named if row["frames"] > 1] or named
+    what = {None: "clips with captions", 0: "clips"}.get(classes, f"clips of the classes 0 to {(classes or 1) - 1}")
+    where = f"hold out {what}, and it holds out none"
+    where = where if split is None else f"have {what} in the split {split!r}, and it has none"
+    check(rows, f"--data is {str(dataset.path)!r}; it must {where}")
+    fresh, notes = rows, []
     if split == trained:
-        return sorted(evenly_spread(rows, count), key=_size), len(rows), ["the run was trained on these clips"]
-    known = {caption for row in dataset.rows(trained) for caption in row["captions"]}
-    fresh = [row for row in rows if caption_of(row) not in known]
-    notes = [] if fresh else ["each held-out caption is also that of a training clip"]
+        notes = ["the run was trained on these clips"]
+    elif classes is None:
+        known = {caption for row in dataset.rows(trained) for caption in row["captions"]}
+        fresh = [row for row in rows if caption_of(row) not in known]
+        notes = [] if fresh else ["each held-out caption is also that of a training clip"]
     chosen = evenly_spread(fresh or rows, count)
     return sorted(chosen, key=_size), len(fresh or rows), notes
+
+
+def _is_named(row: dict, classes: int | None) -> bool:
+    """Return True if a run can be asked for a clip: by its caption or, with so many classes, by its label."""
+    return bool(caption_of(row)) if classes is None else not classes or 0 <= row["label"] < classes
 
 
 def counted(items: Iterable[T], bar: Any) -> Iterator[T]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from sora_jax.config import check_word, override
 from sora_jax.errors import UserError
-from sora_jax.evaluate.columns import CONSISTENCY, ORACLE
 from sora_jax.evaluate.distances import FID, FVD, OWN
 from sora_jax.evaluate.evaluation import Evaluation
 from sora_jax.evaluate.likelihood import LIKELIHOOD
 from sora_jax.evaluate.loss import LOSS
 from sora_jax.evaluate.metric import Metric
+from sora_jax.evaluate.oracle import CONSISTENCY, ORACLE
 
 METRICS: dict[str, Metric] = {
     "oracle": ORACLE,

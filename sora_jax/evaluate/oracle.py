@@ -52,14 +52,14 @@ class _Columns:
     picture: str
 
 
-def check_clips(evaluation: Evaluation, options: None) -> None:
-    """Raise a UserError unless there are clips to compare with."""
-    evaluation.check_clips()
+def check_videos(evaluation: Evaluation, options: None) -> None:
+    """Raise a UserError unless there are videos to compare with."""
+    evaluation.check_videos()
 
 
 def check_words(evaluation: Evaluation, options: None) -> None:
     """Raise a UserError unless the oracle can read the prompts."""
-    check_clips(evaluation, options)
+    check_videos(evaluation, options)
     where = f"--data is {str(evaluation.data)!r}"
     check(
         all(map(in_worlds_words, evaluation.prompts)),
@@ -120,4 +120,4 @@ def _lines(made: _Columns, rows: Sequence[Row]) -> list[Line]:
 
 
 ORACLE = Metric(check_words, _oracle)
-CONSISTENCY = Metric(check_clips, _consistency)
+CONSISTENCY = Metric(check_videos, _consistency)
