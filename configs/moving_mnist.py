@@ -17,7 +17,7 @@ from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.worlds.moving_mnist import STOCHASTIC, MovingMnistConfig
 
 VARIANTS = ("", "h200", "stochastic", "tiny")
-FRAMES, GIVEN, SIDE = 20, 10, 64
+GIVEN = 10  # frames of the published protocol
 
 
 def get_config(variant: str = ""):

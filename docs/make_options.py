@@ -13,9 +13,11 @@ from pathlib import Path
 from sora_jax import cli
 from sora_jax.benchmarks.phyworld import PhyworldBench
 from sora_jax.data.building.prepare import BuildConfig
+from sora_jax.evaluate.suite import METRICS
 from sora_jax.field_docs import FieldDoc, describe, reachable, summary
 from sora_jax.kinds import KINDS
 from sora_jax.parsers.configs import list_configs
+from sora_jax.parsers.evaluate import FIELDS as METRIC_FIELDS
 from sora_jax.quickstart import QuickstartConfig
 
 PAGE = Path(__file__).with_name("options.md")
@@ -55,8 +57,15 @@ def page() -> str:
     lines += [*_table(("file", "variants, the default first", "what it is"), rows), "", "## Fields", ""]
     lines.append("A field is written as `--config.NAME=VALUE`, with the path of its group. The groups:\n")
     lines += [f"- [{cls.__name__}](#{cls.__name__.lower()}): {_written(paths)}" for cls, paths in groups.items()]
+    metrics = {name: type(METRICS[name].options).__name__ for name in METRIC_FIELDS}
+    lines += [f"- [{cls}](#{cls.lower()}): `--{name}.NAME=VALUE`, of `evaluate`" for name, cls in metrics.items()]
     for cls, paths in groups.items():
         lines += ["", f"### {cls.__name__}", "", f"{summary(cls.__doc__)}. Written as {_written(paths)}.", ""]
+        lines += _table(("field", "values", "default", "what it is"), map(_row, describe(cls)))
+    for name in METRIC_FIELDS:
+        cls = type(METRICS[name].options)
+        about = f"{summary(cls.__doc__)}. Written as `--{name}.NAME=VALUE`, of `evaluate`."
+        lines += ["", f"### {cls.__name__}", "", about, ""]
         lines += _table(("field", "values", "default", "what it is"), map(_row, describe(cls)))
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,13 @@
 """Train and sample text-to-video models. `sora-jax COMMAND --help` shows each command with an example."""
 
 import argparse
+import contextlib
 import importlib.metadata
+import os
 import platform
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sora_jax import __version__
 from sora_jax import console as terminal
@@ -18,21 +21,40 @@ from sora_jax.parsers.curves import add_curves
 from sora_jax.parsers.data import add_data
 from sora_jax.parsers.demo import add_demo
 from sora_jax.parsers.doctor import add_doctor
-from sora_jax.parsers.evaluate import add_evaluate
+from sora_jax.parsers.evaluate import FIELDS, add_evaluate
 from sora_jax.parsers.export import add_export
 from sora_jax.parsers.fields import list_fields
 from sora_jax.parsers.sample import add_calibrate, add_sample
 
-PREFIXES = {"--config.": "changes", "--sampling.": "sampling"}  # of options for fields, and what collects them
+NO_READER = 141  # 128 + SIGPIPE, the exit code in shells of a command whose output nobody reads any more
+# Beginnings of options for fields, and what collects them
+PREFIXES = {"--config.": "changes", "--sampling.": "sampling"} | {f"--{name}.": name for name in FIELDS}
 
 
 def console() -> int:
     """Run the command line as a process: `main`, which Ctrl-C ends at once and by its own exit code."""
-    with interrupt.watched(interrupt.sentence(sys.argv[1:])):
+    with _quiet_pipe(), interrupt.watched(interrupt.sentence(sys.argv[1:])):
         code = main()
         if code == interrupt.CODE and not _several_processes():
             interrupt.end(code)
     return code
+
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    """End the process without a traceback where the reader of its output has ended, as `head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # errors and hang-ups are always reported
+        if not poll.poll(0):
+            raise  # another pipe broke
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        sys.exit(NO_READER)
 
 
 def _several_processes() -> bool:

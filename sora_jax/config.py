@@ -126,7 +126,7 @@ def _with_whole_path(message: str, where: str, fields: Iterable[str]) -> str:
     found = FIELD.match(message)
     if not found:
         return message
-    names, above = found["path"].replace("-", "_").split("."), re.sub(r"\[\d+\]", "", where).split(".")
+    names, above = found["path"].replace("-", "_").split("."), re.sub(r"^--|\[\d+\]", "", where).split(".")
     shared = max((n for n in range(1, len(names)) if above[-n:] == names[:n]), default=0)
     known = shared or re.sub(r"\[\d+\]", "", names[0]) in fields
     return f"{where}.{'.'.join(names[shared:])}{found['rest']}" if known else message

@@ -20,7 +20,7 @@ from sora_jax.data.building import build as building
 from sora_jax.data.building import prepare as preparing
 from sora_jax.data.building.build import build
 from sora_jax.data.building.inspect import aspect, choose_shown, duration, inspect, length
-from sora_jax.data.building.prepare import BuildConfig, hashed_split
+from sora_jax.data.building.prepare import BuildConfig, hashed_split, split_draw
 from sora_jax.data.draws import uniform
 from sora_jax.data.reading.media import decode
 from sora_jax.data.sources import SourceConfig
@@ -525,6 +525,26 @@ def test_names_of_shapes_and_durations():
     assert [aspect(*size) for size in sizes] == ["16:9", "9:16", "1:1", "4:3", "9:21", "2:3"]
     spans = [(1, 8.0), (7, 8.0), (8, 8.0), (31, 8.0), (4000, 8.0)]
     assert [duration(*span) for span in spans] == ["image", "< 1 s", "< 2 s", "< 4 s", ">= 60 s"]
+
+
+def test_of_five_files_or_more_one_is_held_out_whoever_builds(tmp_path):
+    folder = tmp_path / "in"
+    for i in range(7):
+        save_png(folder / f"{i}.png", np.full((32, 32, 3), 9 * i, np.uint8))
+
+    def built(out, **more):
+        return make(tmp_path, folder, out=str(tmp_path / out), missing_caption="empty", **more)
+
+    dataset, config = built("whole", clips_per_shard=2), options(tmp_path, folder)
+    draws = {row["id"]: split_draw(config, row["id"]) for row in dataset.rows()}
+    assert min(draws.values()) > config.holdout  # so the hashes hold out none
+    assert [row["id"] for row in dataset.held_out()] == [min(draws, key=draws.__getitem__)]
+    assert built("shared", clips_per_shard=2, shard="1/2") is None
+    same_folder(dataset.path, built("shared", clips_per_shard=2, shard="0/2").path)
+    assert len(built("most", holdout=0.9).held_out()) == sum(draw < 0.9 for draw in draws.values())
+    assert not built("four", limit=4).held_out() and not built("none", holdout=0.0).held_out()
+    (folder / "captions.csv").write_text("file,caption,split\n" + "".join(f"{i}.png,a,train\n" for i in range(7)))
+    assert not built("given").held_out()
 
 
 def test_every_split_but_the_trained_one_is_held_out(tmp_path):

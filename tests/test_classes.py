@@ -66,6 +66,25 @@ def test_classes_travel_from_the_table_to_the_cache_and_previews_are_shown(laten
     assert (trained / "samples" / "step_000004" / "01.png").exists()
 
 
+def test_a_model_of_classes_is_evaluated_by_the_labels_of_pictures(latents, trained, tmp_path, capsys):
+    own = ["--own.widths=(8,)", "--own.size=16", "--own.features=3", "--own.steps=2", "--own.batch=4"]
+    data = shutil.copytree(latents.parent / "data", tmp_path / "data")
+    options = [f"--data={data}", "--split=train", "--steps=1", f"--out={tmp_path}", *own]
+    capsys.readouterr()
+    assert run("evaluate", trained, "--metrics=own,loss", *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["clips"]
+        == found["columns"]["generated"]["own"]["generated"]
+        == len(LatentCache(latents).indices("train"))
+    )
+    (record,) = (tmp_path / "clips").glob("*/samples.json")
+    labels = [request[5] for request in json.loads(record.read_text())["requests"]]
+    assert sorted(set(labels)) == [0, 1, 2]
+    assert run("evaluate", trained, "--metrics=consistency", *options[:-5]) == 2
+    assert "it must be a run that is trained on captions" in capsys.readouterr().err
+
+
 def test_inspect_says_which_class_has_which_number(latents):
     report = inspect(latents.parent / "data")
     assert report.summary["classes"] == {"0 ant": 4, "1 bee": 4, "2 cat": 4}

@@ -56,7 +56,7 @@ def test_every_help_has_an_example_that_parses(name):
     for example in examples:
         arguments = [word.strip('"') for word in re.findall(r'(?:[^\s"]|"[^"]*")+', example)][1:]
         _, rest = cli.make_parser().parse_known_args(arguments)
-        assert all(argument.startswith(("--config.", "--sampling.")) for argument in rest), rest
+        assert all(argument.startswith(tuple(cli.PREFIXES)) for argument in rest), rest
     for file in re.findall(r"--config=([\w/]+\.py)", text):
         assert (ROOT / file).exists(), file
 
@@ -356,10 +356,12 @@ def test_a_disk_that_cannot_be_written(chain, tmp_path, capsys, monkeypatch, err
     "arguments",
     [["train"], ["sample", "--workdir=x", "--frames", "--out=a.gif"], ["data"], ["nonsense"], []],
 )
-def test_what_is_no_command_shows_the_usage(arguments, capsys):
+def test_what_is_no_command_is_one_line_that_says_where_the_usage_is(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
-    assert ended.value.code == 2 and "usage: sora-jax" in capsys.readouterr().err
+    command = " ".join(["sora-jax", *arguments[:1]]) if arguments[:1] != ["nonsense"] else "sora-jax"
+    assert ended.value.code == 2
+    assert re.fullmatch(rf"sora-jax: .*; see {command} --help\n", capsys.readouterr().err)
 
 
 def test_a_mistyped_option_is_told_with_the_nearest(capsys):
@@ -367,7 +369,16 @@ def test_a_mistyped_option_is_told_with_the_nearest(capsys):
         cli.main(["data", "encode", "--autoencoder=a", "--data=b", "--out=c", "--bach=3"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "usage: sora-jax data encode" in said and "--bach=3; did you mean --batch?" in said
+    assert said == (
+        "sora-jax: unrecognized arguments: --bach=3; did you mean --batch?; see sora-jax data encode --help\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["a red circle"], ["a", "red", "circle"]])
+def test_words_without_an_option_may_be_a_prompt(words, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", *words])
+    assert 'did you mean --prompt="a red circle"?' in capsys.readouterr().err
 
 
 def test_a_mistyped_option_that_is_required_is_told_with_the_nearest(capsys, monkeypatch):
@@ -399,7 +410,7 @@ def test_the_version_is_told(capsys):
     [
         (["trian"], "'trian' is not a command of sora-jax; allowed: quickstart, train, .*; did you mean train?"),
         (["data", "incode"], "'incode' is not a command of sora-jax data; .*; did you mean encode?"),
-        (["dance"], "'dance' is not a command of sora-jax; allowed: [a-z, ]*$"),
+        (["dance"], "'dance' is not a command of sora-jax; allowed: [a-z, ]*; see sora-jax --help$"),
     ],
 )
 def test_a_mistyped_command_is_told_with_the_nearest(capsys, arguments, said):
@@ -422,6 +433,16 @@ def test_help_and_version_are_commands_too(capsys):
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sora_jax", "version"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, VERSIONS)
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["completion", "bash"]])  # less and more than a pipe holds
+def test_a_reader_that_ends_ends_the_command_without_a_word(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sora_jax", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (cli.NO_READER, "")
 
 
 @pytest.mark.parametrize("words, changes", [

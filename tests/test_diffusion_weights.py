@@ -60,6 +60,16 @@ def test_edm_is_one_on_its_own_network():
     np.testing.assert_allclose(found, (sigma**2 + 0.25) / (sigma * 0.5) ** 2, rtol=1e-4)
 
 
+def test_velocity_divides_the_error_of_x0_by_t():
+    """x_0 of the linear flow is x_t - t velocity, eps is x_t + (1 - t) velocity; JiT divides by at least 0.05."""
+    t = jnp.linspace(0.01, 0.99, 50)
+    for prediction_type, share in (("x0", np.float64(t)), ("eps", 1 - np.float64(t)), ("velocity", np.ones(50))):
+        found = noise_level_weight(WeightConfig("velocity"), linear_flow, prediction_type, t)
+        np.testing.assert_allclose(found, np.maximum(share, 0.05) ** -2, rtol=1e-4)
+    found = noise_level_weight(WeightConfig("velocity"), trigonometric, "v", t)
+    np.testing.assert_allclose(found, (np.pi / 2) ** 2, rtol=1e-4)
+
+
 def test_sigmoid_and_elbo_in_closed_form():
     """-d log snr / dt of the linear flow is 2 / (t (1 - t))."""
     t = jnp.linspace(0.05, 0.95, 50)

@@ -33,12 +33,13 @@ from sora_jax.diffusion.solvers import SOLVERS
 from sora_jax.diffusion.spacing import SPACINGS
 from sora_jax.diffusion.times import QUANTILES
 from sora_jax.diffusion.weights import WEIGHTS
+from sora_jax.evaluate.suite import METRICS
 from sora_jax.generate.run import load_run
 from sora_jax.kinds import KINDS, run_config
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, SEQUENCES
 from sora_jax.parallel.mesh import MeshConfig
-from sora_jax.parsers.bench import phyworld
+from sora_jax.parsers.bench import moving_mnist, phyworld
 from sora_jax.parsers.data import build
 from sora_jax.quickstart import QuickstartConfig
 
@@ -132,6 +133,7 @@ def test_each_command_is_understood(command, monkeypatch):
     if file := getattr(options, "config", None):
         values = load(file, options.changes)
         checks = {cli.train: run_config, cli.plan: run_config, build: lambda v: from_dict(BuildConfig, v)}
+        checks[moving_mnist] = run_config
         checks[phyworld] = lambda v: from_dict(PhyworldBench, v)
         checks[cli.quickstart] = lambda v: from_dict(QuickstartConfig, v)
         assert checks[options.function](values)
@@ -240,10 +242,13 @@ def test_each_option_in_the_text_exists(file):
     known = options_of(cli.make_parser()) | OTHERS
     runs = (*(kind.config for kind in KINDS.values()), BuildConfig, QuickstartConfig, PhyworldBench)
     named = {name for span in spans(file) for name in re.findall(r"(?<![\w=-])--[\w.-]+|^config\.[\w.]+", span)}
-    for name in named - {"--config.NAME", "--sampling.NAME", "config.py", "config.json"}:
+    of_metrics = {name: (type(metric.options),) for name, metric in METRICS.items() if metric.options is not None}
+    for name in named - {"config.py", "config.json"}:
         group, _, path = name.removeprefix("--").partition(".")
-        if path:
-            holders = {"config": runs, "sampling": (SamplingConfig,)}[group]
+        if path == "NAME":
+            assert group in {"config", "sampling", "METRIC", *of_metrics}, name
+        elif path:
+            holders = ({"config": runs, "sampling": (SamplingConfig,)} | of_metrics)[group]
             assert any(has_field(holder, path.split(".")) for holder in holders), name
         else:
             assert name in known, name

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sora_jax.data.storing.manifest import Dataset, caption_of
 from sora_jax.errors import UserError
-from sora_jax.evaluate.denoiser import COLUMNS, choose_rows
+from sora_jax.evaluate.evaluation import CLIP_COLUMNS, choose_rows
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_command_measures_the_world_and_writes_its_files(chain, world, tmp_p
         printed["oracle"]
         and printed["clips"] == 2
         and printed["steps"] == "1"
-        and list(printed["columns"]) == list(COLUMNS)
+        and list(printed["columns"]) == list(CLIP_COLUMNS)
     )
     real, generated = printed["columns"]["real"], printed["columns"]["generated"]
     assert real["agreement"]["all"] == real["constancy"]["identity_last"] == 1.0
@@ -56,7 +56,7 @@ def test_the_command_measures_the_world_and_writes_its_files(chain, world, tmp_p
 def test_other_captions_leave_the_oracle_out(chain, tmp_path, capsys):  # noqa: F811
     assert run("evaluate", chain.transformer, f"--data={chain.dataset}", "--steps=1", f"--out={tmp_path}") == 0
     text = capsys.readouterr().out
-    assert "the captions are not in the words of the embedded world: the rows of its oracle are left out" in text
+    assert "oracle is left out: --data is" in text and "not in the words of the embedded world, which alone" in text
     assert "note         prompt 'a black square moves right' has words that the tokenizer of this run does not" in text
     assert "agreement" not in text and "flicker" in text and (tmp_path / "consistency.png").exists()
 
@@ -118,5 +118,7 @@ def test_captions_of_training_clips_are_prompts_only_where_there_are_no_others()
     rows, available, notes = choose_rows(Rows(["a", "b"], ["a", "b"]), "train", 1)
     assert len(rows) == 1 and available == 2
     assert notes == ["each held-out caption is also that of a training clip"]
-    with pytest.raises(UserError, match="--data is 'data/clips'; it must hold out videos with captions"):
+    rows, available, notes = choose_rows(Rows(["a"], ["b", "b"]), "train", 3, "train")
+    assert available == 1 and notes == ["the run was trained on these clips"]
+    with pytest.raises(UserError, match="--data is 'data/clips'; it must hold out clips with captions"):
         choose_rows(Rows(["a"], [""]), "train", 3)

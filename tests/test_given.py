@@ -139,17 +139,6 @@ def test_masks_are_of_their_kind_and_leave_something_to_learn(kind, many):
     assert len(seen) >= (1 if kind in ("levels", "boxes") else 3)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_a_fixed_number_of_first_frames(count, many):
-    """Every clip has it, but one frame at least is left to learn; images have none given."""
-    config = GivenConfig(first=1.0, first_frames=count, noise=0.0)
-    drawn = draw(config, many, 0)
-    for given, t in zip(by_clip(many, drawn.given_BL), by_clip(many, token_times(many, drawn)), strict=True):
-        most = min(count, len(given) - 1)
-        assert given[:most].all() and not given[most:].any()
-        assert (t[:most] == 0).all() and (t[most:] == 0.625).all()
-
-
 def _is_box(inside) -> bool:
     places = np.argwhere(inside)
     return len(places) == np.prod(np.ptp(places, axis=0) + 1) if len(places) else True
@@ -200,8 +189,6 @@ def test_a_draw_belongs_to_seed_step_and_clip(many):
     [
         (dict(first=-0.1), "diffusion.given.first is -0.1; it must be from 0 to 1"),
         (dict(first=0.6, boxes=0.6), "add up to 1.2; it must be at most 1"),
-        (dict(first=1.0, first_frames=-1), "diffusion.given.first_frames is -1; it must be 0 .drawn. or a number"),
-        (dict(first_frames=3), "diffusion.given.first_frames is 3; it needs a share `first` above 0"),
         (dict(noise=1.5), "diffusion.given.noise is 1.5; it must be from 0 to 1"),
     ],
 )

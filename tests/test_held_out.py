@@ -16,7 +16,7 @@ from sora_jax.kinds.denoiser import DENOISER
 from sora_jax.models.denoiser import denoise
 from sora_jax.nn.pack import Pack
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.train.held_out import HeldOut
+from sora_jax.train.held_out import HeldOut, HeldOutClips
 from sora_jax.train.state import MODEL
 
 GRIDS = [(1, 4, 4), (3, 4, 4), (1, 4, 4), (1, 2, 4), (5, 4, 4), (3, 4, 4), (1, 4, 4)]
@@ -36,7 +36,7 @@ def cache(tmp_path_factory):
 
 def measure(cache, params, config=CONFIG, devices=1, mesh=MeshConfig()):  # noqa: F811
     with jax.set_mesh(make_mesh(mesh, jax.devices()[:devices])):
-        held_out = HeldOut(config, cache, BYTES)
+        held_out = HeldOut(config, HeldOutClips(config, cache, BYTES))
         return held_out, held_out.losses(params), held_out(params)
 
 
@@ -46,11 +46,13 @@ def measured(cache, params):  # noqa: F811
 
 
 def test_the_clips_are_those_that_are_not_trained_on_and_fit(cache, measured, tmp_path):
-    names = cache.ids(measured[0].indices)
+    names = cache.ids(measured[0].clips.indices)
     assert names == [f"clip-{10 + n}" for n in range(len(GRIDS))]
-    few = HeldOut(dataclasses.replace(CONFIG, held_out=dataclasses.replace(CONFIG.held_out, clips=3)), cache, BYTES)
+    few = HeldOutClips(
+        dataclasses.replace(CONFIG, held_out=dataclasses.replace(CONFIG.held_out, clips=3)), cache, BYTES
+    )
     assert cache.ids(few.indices) == ["clip-10", "clip-13", "clip-16"]
-    assert not HeldOut(dataclasses.replace(CONFIG, split="test"), write_cache(tmp_path / "c", [TEST_ONLY]), BYTES)
+    assert not HeldOutClips(dataclasses.replace(CONFIG, split="test"), write_cache(tmp_path / "c", [TEST_ONLY]), BYTES)
 
 
 def by_hand(cache, weights, index: int, level: int) -> tuple[float, float]:
@@ -84,7 +86,7 @@ def by_hand(cache, weights, index: int, level: int) -> tuple[float, float]:
 def test_a_clip_has_the_loss_that_it_has_by_hand(cache, params, measured, clip, level):  # noqa: F811
     held_out, losses, _ = measured
     assert losses.weight[clip, level] == np.prod(GRIDS[clip]) / 4
-    time, wanted = by_hand(cache, params, held_out.indices[clip], level)
+    time, wanted = by_hand(cache, params, held_out.clips.indices[clip], level)
     np.testing.assert_allclose(losses.time[clip, level], time, rtol=1e-4)
     np.testing.assert_allclose(losses.loss[clip, level] / losses.weight[clip, level], wanted, rtol=1e-3)
 
@@ -126,7 +128,7 @@ def test_nothing_but_the_weights_changes_it(cache, params, measured):  # noqa: F
             few = dataclasses.replace(wide.held_out, clips=8)
             config = dataclasses.replace(wide, held_out=few)
         other = measure(cache, params, config, devices, mesh)
-        kept = [other[0].indices.index(index) for index in measured[0].indices]
+        kept = [other[0].clips.indices.index(index) for index in measured[0].clips.indices]
         np.testing.assert_allclose(other[1].loss[kept], losses.loss, rtol=1e-5)
         np.testing.assert_array_equal(other[1].time[kept], losses.time)
     changed = measure(cache, jax.tree.map(lambda x: 1.1 * x, params))[2]

@@ -23,6 +23,7 @@ from sora_jax.diffusion.process import PROCESSES
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.solvers import SOLVERS, SolverConfig
 from sora_jax.diffusion.spacing import SPACINGS
+from sora_jax.evaluate.suite import METRICS
 from sora_jax.field_docs import describe, groups, reachable, summary
 from sora_jax.generate import expand
 from sora_jax.kinds import KINDS
@@ -39,7 +40,10 @@ ROOTS = (*(kind.config for kind in KINDS.values()), QuickstartConfig, PhyworldBe
 CONFIGS = ("tiny.py", "tiny.py:autoencoder", "dit.py:S/2", "quickstart.py", "phyworld.py", "data.py")
 
 
-@pytest.mark.parametrize("cls", reachable(*ROOTS), ids=lambda cls: cls.__name__)
+OF_METRICS = [type(metric.options) for metric in METRICS.values() if metric.options is not None]
+
+
+@pytest.mark.parametrize("cls", [*reachable(*ROOTS), *OF_METRICS], ids=lambda cls: cls.__name__)
 def test_every_field_has_a_line_of_documentation(cls):
     found = {field.name: field.about for field in describe(cls)}
     assert list(found) == [field.name for field in dataclasses.fields(cls)]
@@ -237,6 +241,11 @@ def test_completion_prints_a_script_of_the_shell(shell):
     assert "quickstart" in text and "init-from" in text
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_completion_without_a_shell_names_the_shells(capsys):
+    assert cli.main(["completion"]) == 2
+    assert capsys.readouterr().err == "sora-jax: SHELL is not given; it must be bash, zsh, fish or tcsh\n"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing import shards
 from sora_jax.data.storing.latents import LatentCache, add_latent, clip_id_of, finish_cache, start_cache
 from sora_jax.errors import UserError
-from sora_jax.kinds.denoiser import check_text
+from sora_jax.train.denoiser import check_text
 
 OTHER = dataclasses.replace(INFO, fingerprint="another")
 
@@ -179,6 +179,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[2])
 from fixtures_caches import clip_row, write_cache
 from sora_jax.errors import UserError
+from sora_jax.train.denoiser import check_text
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
     write_cache(sys.argv[1], [clip_row(n, (4, 16, 32)) for n in range(40)])

@@ -24,6 +24,7 @@ from sora_jax.config_files import find_config
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.diffusion.times import TimesConfig, sampling_times
 from sora_jax.errors import UserError
+from sora_jax.generate.run import load_run
 from sora_jax.parallel import settings
 from sora_jax.parallel.mesh import make_mesh
 
@@ -159,6 +160,20 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch, capsy
     settings.use_compilation_cache()
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "not kept" in said and str(tmp_path / "file") in said
+
+
+@pytest.mark.parametrize("own", [None, "own"])
+def test_python_keeps_compiled_programs_as_commands_do_and_where_the_user_says(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_JAX_CACHE", str(tmp_path / "cache"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        jax.config.update("jax_compilation_cache_dir", own)
+        load_run("world")
+        assert jax.config.jax_compilation_cache_dir == (own or str(tmp_path / "cache"))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 # What pip makes: where packages are, where data files are, and how the package's list names them.

@@ -26,7 +26,7 @@ from sora_jax.worlds.moving_mnist import (
     plan,
     size_of,
 )
-from sora_jax.worlds.table import VARIANTS
+from sora_jax.worlds.table import NAMED
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +212,12 @@ def test_digits_of_tfds(tmp_path, monkeypatch):
 def test_a_dataset_is_built_of_it(folder, tmp_path):
     """The clips, captions and splits of a dataset folder are those of the world."""
     options = ["--source=world", "--limit=5", "--holdout=0.4", "--max-frames=20", "--time-factor=1", "--multiple=8"]
-    for name in ("moving_mnist", "stochastic_moving_mnist"):
+    for name in ("moving_mnist", "moving_mnist:stochastic"):
         out = tmp_path / name
         assert (
             main(["data", "build", *options, f"--world={name}", f"--digits={folder}", f"--out={out}", "--quiet"]) == 0
         )
-        dataset, config = Dataset(out), replace(VARIANTS[name], digits_path=str(folder))
+        dataset, config = Dataset(out), replace(NAMED[name], digits_path=str(folder))
         found = {(clip.frames.tobytes(), clip.caption) for clip in map(dataset.__getitem__, range(5))}
         indices = [0, 1, 2, HELD_OUT, HELD_OUT + 1]
         assert found == {(draw(config, i).tobytes(), captions_of(config, i)["original"]) for i in indices}

@@ -158,7 +158,7 @@ class Measure:
         if step not in self.losses | self.sampled:
             return
         params, start = averages[MODEL], time.perf_counter()
-        point = {"step": step, "flops": step * self.flops, "loss": self.loss(params)}
+        point = {"step": step, "flops": step * self.flops} | self.losses_of(params)
         if step in self.sampled and self.chosen:
             point |= self.agreement(params)
         point["seconds"] = time.perf_counter() - start
@@ -166,14 +166,14 @@ class Measure:
             file.write(json.dumps(point) + "\n")
         print(json.dumps(point), flush=True)
 
-    def loss(self, params: dict) -> float:
+    def losses_of(self, params: dict) -> dict:
         """Return the mean over the held-out clips, once each, with captions, at times and noise that never change."""
         config = dataclasses.replace(
             self.config, seed=HELD_OUT_SEED, diffusion=dataclasses.replace(self.config.diffusion, caption_dropout=0.0)
         )
         count = self.held_out.report().packs // config.batch
         sums = [_loss(config, params, Pack(**place_batch(self.held_out[i], self.mesh)), i) for i in range(count)]
-        return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
+        return {"loss": float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))}
 
     def agreement(self, params: dict) -> dict[str, float]:
         """Return what the oracle finds right in clips of the held-out prompts."""

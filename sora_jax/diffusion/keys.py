@@ -38,6 +38,7 @@ class Purpose(enum.IntEnum):
     FRAME_TIMES = 12
     HELD_OUT_TIME = 13
     HELD_OUT_NOISE = 14
+    PROBE = 15
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -126,12 +126,14 @@ def _exact(x_BLP: TokensBLP, index_BL: IndexBL, unknown_BL1: PerTokenBL1) -> Tra
     units_PP = jnp.eye(width, dtype=x_BLP.dtype)
 
     def trace(jvp: Jvp) -> PerTokenBL1:
+        def entry(here_BL1: PerTokenBL1, unit_11P: Array) -> Array:
+            return jnp.sum(jnp.where(unit_11P > 0, jvp(here_BL1 * unit_11P), 0.0), axis=2)
+
         def add(sum_BL1: PerTokenBL1, place: Array) -> tuple[PerTokenBL1, None]:
             # One token of every clip at a time: no clip depends on another.
             here_BL1 = unknown_BL1 * (index_BL == place)[:, :, None].astype(x_BLP.dtype)
-            turned_PBLP = jax.lax.map(lambda unit_P: jvp(here_BL1 * unit_P[None, None, :]), units_PP)
-            diagonal_BL1 = jnp.einsum("pblp->bl", turned_PBLP)[:, :, None]
-            return sum_BL1 + here_BL1 * diagonal_BL1, None
+            diagonal_PBL = jax.lax.map(lambda unit_P: entry(here_BL1, unit_P[None, None, :]), units_PP)
+            return sum_BL1 + here_BL1 * jnp.sum(diagonal_PBL, axis=0)[:, :, None], None
 
         return jax.lax.scan(add, jnp.zeros_like(unknown_BL1), jnp.arange(length, dtype=index_BL.dtype))[0]
 

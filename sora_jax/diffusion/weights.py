@@ -15,6 +15,8 @@ equation (7) of `process`, an error e of the prediction c x_0 + d eps at a known
                2410.19324
     edm        (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on x_0, sigma = b / a; Karras et al. 2206.00364,
                table 1. With sigma_data = 1 it is 1 on the prediction `edm`, and on v where variance is preserved
+    velocity   1 on the velocity, at most 400 on the model's own prediction: the loss of JiT, Li and He 2511.13720,
+               which predicts x_0 of the linear flow and divides its error by t, but never by less than 0.05
 
 The slope of log snr makes `elbo` and `sigmoid` mean the same on every process, for uniform times.
 """
@@ -29,12 +31,13 @@ from jaxtyping import Array
 
 from sora_jax.config import check, choose
 from sora_jax.diffusion.prediction import form_of
-from sora_jax.diffusion.process import Process, half_log_snr, half_log_snr_slope
+from sora_jax.diffusion.process import Process, derivatives, half_log_snr, half_log_snr_slope
 
 # Beyond this |lambda| a model cannot tell data from noise; the limit keeps the weights finite in float32.
 _MAX_HALF_LOG_SNR = 15.0
 # Without signal at t = 1 lambda falls to -infinity: the last of a thousand steps has the weight of its start.
 _LATEST = 0.999
+_MAX_VELOCITY_WEIGHT = 400.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[WeightConfig, Array, Array], Array]]] = 
     "min_snr": ("x0", lambda config, half, slope: jnp.minimum(jnp.exp(2.0 * half), config.gamma)),
     "sigmoid": ("eps", lambda config, half, slope: -slope * jax.nn.sigmoid(config.bias - 2.0 * half)),
     "edm": ("x0", lambda config, half, slope: config.sigma_data**-2 + jnp.exp(2.0 * half)),
+    "velocity": ("velocity", lambda config, half, slope: jnp.ones_like(half)),
 }
 
 
@@ -89,8 +93,15 @@ def noise_level_weight(config: WeightConfig, process: Process, prediction_type: 
 
 
 def _error_ratio(process: Process, prediction_type: str, space: str, half: Array, t: Array) -> Array:
-    """Evaluate equation (1) for e = 1, divided through by a or b: neither end of time may overflow."""
+    """Evaluate equation (1) for e = 1, divided through by a or b: neither end of time may overflow.
+
+    An error of the velocity is a' times that in x_0 and b' times that in eps.
+    """
     c, d = form_of(prediction_type)(process, t)
+    if space == "velocity":
+        slope_a, slope_b = derivatives(process, t)
+        ratio = (jnp.exp(half) * slope_b - slope_a) / (jnp.exp(half) * d - c)
+        return jnp.clip(ratio, -(_MAX_VELOCITY_WEIGHT**0.5), _MAX_VELOCITY_WEIGHT**0.5)
     if space == "x0":
         return 1.0 / (c - jnp.exp(half) * d)
     return 1.0 / (d - jnp.exp(-half) * c)

@@ -32,6 +32,7 @@ from sora_jax.generate.run import Run, load_run, read_run_config
 from sora_jax.generate.sampler import trunk_ratios
 from sora_jax.generate.skipping import choose_skipped, save_skipped
 from sora_jax.generate.tasks import Tasks
+from sora_jax.generate.vbench import export, read_list
 from sora_jax.models.tiling import tiling_warning
 from sora_jax.train.exported import run_folder
 
@@ -53,7 +54,11 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     """Generate what a resolved command asks for and return the files; load: returns its run."""
     _warn(asked)
     options, wanted, fps = asked.options, asked.wanted, asked.options.fps
-    if windows := windows_asked(asked):
+    windows = windows_asked(asked)
+    if options.vbench:
+        check(not windows, f"--vbench is {str(options.vbench)!r}; its clips are not sampled in windows")
+        return _sample_vbench(asked, load)
+    if windows:
         return _sample_long(asked, windows, load, progress)
     if asked.task:
         smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
@@ -76,6 +81,13 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     if wanted.classes:
         clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
     return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
+
+
+def _sample_vbench(asked: Asked, load: Callable[[], Run]) -> list[Path]:
+    """Write the clips of a list of VBench."""
+    requests, run = _plan(asked, asked.wanted), load()
+    print_lines(asked.learnt.doubts(requests))
+    return export(asked, read_list(asked.options.vbench, asked.options.samples), requests, run)
 
 
 def _warn(asked: Asked) -> None:
@@ -179,7 +191,12 @@ def like(options: argparse.Namespace) -> dict:
     Raises:
         UserError: the file has no recipe, its run has another config by now, or the command line changes prompts.
     """
-    for name, value in (("prompt", options.prompt), ("class", options.classes), ("prompts-file", options.prompts_file)):
+    for name, value in (
+        ("prompt", options.prompt),
+        ("class", options.classes),
+        ("prompts-file", options.prompts_file),
+        ("vbench", options.vbench),
+    ):
         check(not value, f"--like is given with --{name}; leave one of them out")
     check(not options.expand, "--like is given with --expand; leave one of them out")
     check(not options.clip_ids, "--like is given with --clip; leave one of them out")

@@ -31,6 +31,7 @@ from sora_jax.generate.rolling import check_rolling
 from sora_jax.generate.run import autoencoder_folder, read_run_config
 from sora_jax.generate.skipping import read_skipped
 from sora_jax.generate.tasks import check_guides
+from sora_jax.generate.vbench import read_list
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.denoiser import DenoiserRun, load_tokenizer
@@ -102,6 +103,11 @@ def resolve(options: argparse.Namespace) -> Asked:
     Raises:
         UserError: they contradict each other, or the run does not take them.
     """
+    check(options.vbench or options.samples is None, f"--samples is {options.samples}; it is for --vbench")
+    if options.vbench:
+        _check_vbench(options)
+        if options.upscale == "auto":
+            options.upscale = 1  # what is scored is the clip, not a larger one
     both = options.extend is not None and options.frames is not None
     check(not both, f"--frames is {options.frames}; with --extend it has no effect, leave it out")
     rows, classes, task = _rows(options), _classes(options.classes), _task_options(options)
@@ -119,7 +125,7 @@ def resolve(options: argparse.Namespace) -> Asked:
     check(prompts or classes or task or not takes, "there is no prompt; give --prompt or --prompts-file, or --class")
     prompts = [""] if task and config.model.text and not (prompts or classes) else prompts
     options = _with_defaults(options, config)
-    paths = [options.out] if classes else _paths(options, max(len(prompts), 1))
+    paths = [options.out] if classes or options.vbench else _paths(options, max(len(prompts), 1))
     _check_output(options, paths)
     _check_tasks(options, task, rows)
     images, sketches = ({frame: file for file, frame in pictures_of(names)} for names in (task.image, task.sketch))
@@ -140,6 +146,17 @@ def resolve(options: argparse.Namespace) -> Asked:
     made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(task.files))
     learnt = Learnt(config, first_stage, load_tokenizer(config, options.workdir), read_seen(options.workdir))
     return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by, learnt)
+
+
+def _check_vbench(options: argparse.Namespace) -> None:
+    """Raise a UserError for options that do not go with a list of VBench."""
+    named = {"prompt": options.prompt, "prompts-file": options.prompts_file, "class": options.classes}
+    named |= {"clip": options.clip_ids, "draft": options.draft is not None, "expand": options.expand}
+    for name in (name for name, value in named.items() if value):
+        raise UserError(f"--vbench is given with --{name}; leave one of them out")
+    check(not _task_options(options), "--vbench is given with an option for clips; leave one of them out")
+    check(options.out is not None, "--out is not given; with --vbench it must be a folder, which VBench reads")
+    check(not options.out.is_file(), f"--out is {str(options.out)!r}; with --vbench it must be a folder, it is a file")
 
 
 def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence[Row]) -> None:
@@ -216,11 +233,12 @@ def _task_options(options: argparse.Namespace) -> TaskOptions:
 
 
 def _check_output(options: argparse.Namespace, paths: Sequence[Path]) -> None:
-    check_ending(options.out, options.frames)
     fps = options.fps
     check(fps is None or 0.1 <= fps <= 240, f"--fps is {fps}; it must be from 0.1 to 240")
-    for path in paths:
-        check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
+    if not options.vbench:
+        check_ending(options.out, options.frames)
+        for path in paths:
+            check(not path.is_dir(), f"--out is {str(path)!r}; it is a folder, give the name of a file")
     factor = options.upscale
     check(factor == "auto" or factor > 0, f"--upscale is {factor}; it must be at least 1, or auto")
 
@@ -254,6 +272,7 @@ def _rows(options: argparse.Namespace) -> list[Row]:
         return options.rows
     rows: list[Row] = [{"prompt": prompt} for prompt in options.prompt]
     rows += read_prompts(options.prompts_file) if options.prompts_file else []
+    rows += [listed.row for listed in read_list(options.vbench, options.samples)] if options.vbench else []
     if options.expand:
         long = expand_prompts([row["prompt"] for row in rows], options.expand, options.seed)
         for row, prompt in zip(rows, long, strict=True):

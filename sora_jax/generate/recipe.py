@@ -24,7 +24,7 @@ from sora_jax.train.exported import is_shipped
 FLAGS = {"classes": "class", "clip_ids": "clip"}  # options whose flag has another name
 LEFT_OUT = (
     "function", "parser", "arguments", "out", "like", "prompts_file", "prompt", "expand", "checkpoint", "sampling",
-    "clip", "rows", "workdir", "upscale",
+    "clip", "rows", "workdir", "upscale", "vbench", "samples",
 )  # fmt: skip
 MANY = 100  # prompts of a command that a recipe holds
 FILES = ("autoencoder", "image", "sketch", "video", "mask")

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +23,7 @@ from sora_jax.generate.rolling import sample_rolling
 from sora_jax.generate.sampler import sample_batches
 from sora_jax.models.tiling import TilingConfig, tile_grid
 from sora_jax.parallel.mesh import mesh_here
+from sora_jax.parallel.settings import use_compilation_cache
 from sora_jax.train.adapt import restore_weights
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, denoiser_groups, denoiser_parts, load_tokenizer
@@ -144,8 +145,11 @@ class Run(TrainedDenoiser):
         tasks: Sequence[Task] = (),
         progress: Progress | None = None,
         bar: bool | None = False,
+        done: Set[int] = frozenset(),
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the clips of `sample`, each with the number of its request, as batches of packs are done.
+
+        done: numbers of requests whose clips an earlier call has yielded; batches of such alone are left out.
 
         While the caller uses the clips of a batch (writes them to files), the next batch is sampled. A device runs its
         programs in turn, so a batch is decoded before the next one is dispatched: behind it, its clips would come one
@@ -153,7 +157,7 @@ class Run(TrainedDenoiser):
         """
         tile_grid(self.autoencoder.config, tiles)  # UserError where it takes no such tile
         each = list(tasks) * len(requests) if len(tasks) == 1 else list(tasks)
-        batches = sample_batches(self, requests, sampling, seed, Watch(progress, bar))
+        batches = sample_batches(self, requests, sampling, seed, Watch(progress, bar), done)
         with jax.set_mesh(self.mesh):  # not around `yield`: the caller may set another
             wait = next(batches, None)
         while wait is not None:
@@ -267,6 +271,8 @@ def load_run(
     """
     folder = run_folder(folder)
     config = read_run_config(folder)
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # a folder of the user stays
+        use_compilation_cache()
     mesh = mesh_here(config.mesh)
     config = with_fastest_attention(config, mesh, folder)
     params, step = restore_weights(folder, saved_groups, denoiser_parts(config)[1], mesh, str(checkpoint))

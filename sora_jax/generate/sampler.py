@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,11 @@ class _Batch(NamedTuple):
     numbers: Sequence[int]  # of the requests among all
     edits: bool
 
+    @property
+    def members(self) -> Set[int]:
+        """Return the numbers, among all, of the requests in the batch."""
+        return {self.numbers[member] for row in self.rows for member in row}
+
 
 def sample_batches(
     model: TrainedDenoiser,
@@ -84,13 +89,15 @@ def sample_batches(
     sampling: SamplingConfig,
     seed: int,
     watch: Watch = Watch(),
+    done: Set[int] = frozenset(),
 ) -> Iterator[Callable[[], dict[int, np.ndarray]]]:
     """Dispatch the compiled sampler for a batch of packs at a time, and yield what waits for it.
 
     The yielded function returns the latents of `sample_latents` by the number of their request. Where somebody watches,
-    it takes a part of the steps at a time.
+    it takes a part of the steps at a time. done: numbers of requests that an earlier call has answered; a batch of such
+    alone is left out, and the others are what they were.
     """
-    batches = [*_batches(model, requests)]
+    batches = [batch for batch in _batches(model, requests) if not batch.members <= done]
     # The scale is given clip by clip, so that one program serves all scales.
     sampling = dataclasses.replace(sampling, guidance=dataclasses.replace(sampling.guidance, scale=1.0))
     steps = _count(sampling)

@@ -23,6 +23,7 @@ from sora_jax.plan.denoiser import sample_latents, train_denoiser
 from sora_jax.train.denoiser import (
     DenoiserRun,
     Text,
+    check_text,
     denoiser_groups,
     denoiser_job,
     denoiser_parts,
@@ -32,7 +33,7 @@ from sora_jax.train.denoiser import (
 from sora_jax.train.encode import copy_autoencoder
 from sora_jax.train.fastest_attention import keep_attention, with_fastest_attention
 from sora_jax.train.frozen import FrozenAutoencoder, load_autoencoder, recorded_fingerprint, saved_steps
-from sora_jax.train.held_out import HeldOut
+from sora_jax.train.held_out import HeldOut, HeldOutClips
 from sora_jax.train.kind import Inputs, Kind
 from sora_jax.train.loop import Job, Measure, log
 from sora_jax.train.seen import Seen, look, read_seen, save_seen
@@ -55,19 +56,6 @@ class DenoiserInputs(Inputs):
     computed: DenoiserRun
     mesh: Mesh
     share: ShardSpec
-
-
-def check_text(cache: LatentCache, name: str, width: int, max_tokens: int) -> None:
-    """Raise UserError unless a cache has text of this encoder (none for the empty name), width and length."""
-    text, have = cache.info.text, "no text of a pretrained encoder"
-    if text:
-        have = f"text of {text.name!r}, width {text.width}, at most {text.max_tokens} tokens"
-    wanted = f"--text-encoder={name} --text-tokens={max_tokens}" if name else "no --text-encoder"
-    check(
-        (text.name, text.width, text.max_tokens) == (name, width, max_tokens) if text else not name,
-        f"config.model.text.pretrained is {name!r}, pretrained_width {width}, config.tokenizer.max_tokens "
-        f"{max_tokens}; the latent cache {cache.path} has {have}: make it again with {wanted}, or change the config",
-    )
 
 
 def check_labels(cache: LatentCache, classes: int, split: str) -> None:
@@ -167,7 +155,7 @@ def _measure(inputs: DenoiserInputs) -> Measure | None:
     config = inputs.computed
     if not config.held_out.every:
         return None
-    held_out = HeldOut(config, inputs.cache, inputs.tokenizer, inputs.share)
+    held_out = HeldOut(config, HeldOutClips(config, inputs.cache, inputs.tokenizer, inputs.share))
     if not held_out:
         log(f"the latent cache {inputs.cache.path} holds out no clip that fits: no held-out loss is measured")
         return None

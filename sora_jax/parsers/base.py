@@ -66,14 +66,14 @@ class Parser(argparse.ArgumentParser):
         print(end=self.fields(self.words), file=file)
 
     def error(self, message: str) -> NoReturn:
-        """End with the usage and a message; a required option that is missing may be one that is mistyped."""
+        """End with a message and where the usage is; a required option that is missing may be one that is mistyped."""
         if found := INVALID.fullmatch(message):
             raise UserError(f"{found['option']} is {found['value']}; it must be {NUMBERS[found['kind']]}")
         if message.startswith("the following arguments are required"):
             typed = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
             unknown = [word for word in typed if word not in self._option_string_actions and "." not in word]
             message += "".join(self._near(word, ()) for word in unknown)
-        super().error(message)
+        self.exit(2, f"sora-jax: {message}; see {self.prog} --help\n")
 
     def _near(self, word: str, more: Sequence[str]) -> str:
         """Return the option that is nearest to a word, as a question; `more`: options that the help does not list."""
@@ -81,10 +81,12 @@ class Parser(argparse.ArgumentParser):
         return did_you_mean(word, [*known, *more][1:])  # the first one is --help
 
     def refuse(self, words: Sequence[str], more: Sequence[str]) -> None:
-        """End with the usage and the nearest option to the first word; `more`: options that the help does not list."""
+        """End with the nearest option to the first word; `more`: options that the help does not list."""
         typed = words[0].split("=")[0]
         fields = list(self.named(self.words, typed.lstrip("-").replace("-", "_"))) if typed.startswith("--") else []
         near = f"; did you mean {' or '.join(fields)}?" if fields else self._near(typed, more)
+        if not typed.startswith("-") and "--prompt" in self._option_string_actions:
+            near = f'; did you mean --prompt="{" ".join(words)}"?'
         self.error(f"unrecognized arguments: {' '.join(words)}{near}")
 
 

@@ -7,7 +7,7 @@ from sora_jax.config import check_word
 from sora_jax.errors import UserError
 from sora_jax.parsers.base import make_parser
 
-SHELLS = ("bash", "zsh", "fish")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
 def add_completion(commands, whole: Callable[[], argparse.ArgumentParser]) -> None:
@@ -20,12 +20,14 @@ def add_completion(commands, whole: Callable[[], argparse.ArgumentParser]) -> No
     )
     about = "print a script that completes commands and options in a shell"
     p = make_parser(commands.add_parser, "completion", help=about, epilog=example)
-    p.add_argument("shell", help=", ".join(SHELLS))
+    p.add_argument("shell", metavar="SHELL", nargs="?", help=", ".join(SHELLS))
     p.set_defaults(function=lambda options: print(script(whole(), options.shell)))
 
 
-def script(parser: argparse.ArgumentParser, shell: str) -> str:
+def script(parser: argparse.ArgumentParser, shell: str | None) -> str:
     """Return the script for a shell."""
+    if shell is None:
+        raise UserError(f"SHELL is not given; it must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
     check_word("SHELL", shell, SHELLS)
     try:
         import shtab

@@ -78,7 +78,7 @@ SOURCE_FLAGS = {"source": "name"} | {
     for name in ("path", "limit", "split", "media_field", "caption_field", "label_field", "label", "label_caption")
     + ("strip_frames", "strip_fps")
 }
-WORLDS = ("simple", "full", "moving_mnist", "stochastic_moving_mnist")  # `worlds.table.VARIANTS`; the first by default
+WORLD = "simple"
 
 
 def _build(verbs) -> None:
@@ -108,7 +108,7 @@ def _build(verbs) -> None:
     add("--label-caption", help="caption of a class, with {label} for its name")
     add("--strip-frames", type=int, help="split each image into so many frames, from left to right")
     add("--strip-fps", type=float, help="frames per second of such strips")
-    add("--world", help=f"world that is drawn: {', '.join(WORLDS)}")
+    add("--world", help="world that is drawn: simple, full, phyworld[:parabola|:collision], moving_mnist[:stochastic]")
     add("--digits", metavar="PATH", help="images of digits for moving_mnist: folder with MNIST's files, or tfds:mnist")
     add("--max-frames", type=int, help="maximum length; clips are cut to 1 + time_factor * k frames")
     add("--time-factor", type=int, help="temporal compression of the autoencoder you will train")
@@ -128,7 +128,7 @@ def _build(verbs) -> None:
     add("--variants", type=int, help="sizes or places of each clip; epochs take them in turn")
     add("--mirror", action="store_true", help="add the mirror image of each clip; epochs take the two in turn")
     add("--missing-caption", help="refuse clips without a caption, or use an empty one: refuse or empty")
-    add("--holdout", type=float, help="fraction of clips held out")
+    add("--holdout", type=float, help="fraction of clips held out; one of five files or more at least")
     add("--seed", type=int, help="seed of the held-out split, places and sizes")
     add("--workers", type=int, help="decoding processes; 0: decode in this one, unprotected from crashes")
     add("--seconds", type=float, help="refuse a file that takes longer to decode")
@@ -145,7 +145,7 @@ def build_defaults() -> dict:
     from sora_jax.data.sources import SourceConfig
 
     source = {flag: getattr(SourceConfig, field) for flag, field in SOURCE_FLAGS.items()}
-    return vars(BuildConfig) | source | {"world": WORLDS[0]}
+    return vars(BuildConfig) | source | {"world": WORLD}
 
 
 def build(options) -> None:
@@ -231,12 +231,12 @@ def source_config(options, base=None):
     from sora_jax.data.sources import SourceConfig
     from sora_jax.worlds.digits import ALLOWED
     from sora_jax.worlds.moving_mnist import MovingMnistConfig
-    from sora_jax.worlds.table import VARIANTS
+    from sora_jax.worlds.table import NAMED
 
     values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
     if values.get("name") == "world":
-        name, digits = getattr(options, "world", WORLDS[0]), getattr(options, "digits", "")
-        world = choose("--world", name, VARIANTS)
+        name, digits = getattr(options, "world", WORLD), getattr(options, "digits", "")
+        world = choose("--world", name, NAMED)
         if isinstance(world, MovingMnistConfig):
             check(digits, f"--digits is not given; with --world={name} it must be {ALLOWED}")
             world = dataclasses.replace(world, digits_path=digits)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sora_jax.errors import UserError
@@ -21,8 +21,14 @@ def list_fields(parser: Parser, option: str = "--config", usual: str = "") -> No
     option: `--config`, or `--workdir` for the fields of the run's `--sampling`. usual: the config without that option;
     its fields are named, and not listed.
     """
-    parser.fields = lambda words: "".join(map(_as_text, _groups(words, option)))
+    list_groups(parser, lambda words: _groups(words, option))
     parser.named = lambda words, name: _options(_groups([f"{option}={usual}"] * bool(usual) + [*words], option), name)
+
+
+def list_groups(parser: Parser, found: Callable[[Sequence[str]], Iterator[Group]]) -> None:
+    """Make a command list groups of fields behind its help, which `found` makes of its words; see `list_fields`."""
+    parser.fields = lambda words: "".join(map(_as_text, found(words)))
+    parser.named = lambda words, name: _options(found(words), name)
 
 
 def _groups(words: Sequence[str], option: str) -> Iterator[Group]:

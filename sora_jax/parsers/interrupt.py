@@ -13,7 +13,8 @@ from typing import NoReturn
 CODE = 130  # 128 + SIGINT, as shells report it
 GRACE = 2.0  # seconds between the Ctrl-C that ends a command at once and its end
 CLEANING = 10.0  # seconds, where Python has begun to clean up: the last files are being written
-RESUMED = (["train"], ["quickstart"], ["data", "build"], ["data", "encode"])  # commands that go on from what they saved
+# Commands that go on from what they saved
+RESUMED = (["train"], ["quickstart"], ["data", "build"], ["data", "encode"], ["evaluate"])
 
 
 def sentence(arguments: list[str]) -> str:

@@ -18,6 +18,7 @@ def add_sample(commands) -> argparse.ArgumentParser:
         "  sora-jax sample --workdir=runs/dit --class=88 --solver=dpm3 --steps=20 --sampling.guidance.channels=0\n"
         '  sora-jax sample --workdir=runs/video --video=fox.mp4 --extend=+16 --prompt="a fox runs" --out=longer.mp4\n'
         '  sora-jax sample --workdir=runs/video --prompt="waves" --loop --frames=16 --out=waves.gif\n'
+        "  sora-jax sample --workdir=runs/video --vbench=VBench_full_info.json --out=vbench/video\n"
         "--sampling.NAME=VALUE overrides any field of the run's config.sampling; with --workdir, --help lists them"
     )
     p = make_parser(commands.add_parser, "sample", help="generate clips from prompts or class labels", epilog=example)
@@ -31,6 +32,10 @@ def add_sample(commands) -> argparse.ArgumentParser:
         help='text prompt; "0: ... 24: ..." changes in time; may be given several times',
     )
     p.add_argument("--prompts-file", type=as_path, help="text with one prompt a line; .jsonl or .csv: more columns")
+    about = "VBench's list of prompts, .json or .txt: write those clips PROMPT-INDEX.mp4 that the folder --out lacks"
+    p.add_argument("--vbench", type=as_path, metavar="FILE", help=about)
+    about = "with --vbench: clips of each prompt, with seeds from --seed on (default: 5; temporal_flickering: 25)"
+    p.add_argument("--samples", type=int, metavar="N", help=about)
     about = "rewrite prompts as captions: world, http://HOST/v1#MODEL (OpenAI's interface) or transformers:MODEL"
     p.add_argument("--expand", default="", metavar="HOW", help=about)
     p.add_argument("--class", dest="classes", action="append", metavar="N,N..", help="class labels; one file of all")

@@ -5,6 +5,8 @@ none.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 import shutil
@@ -301,6 +303,11 @@ def _table(tree) -> dict[str, list]:
     arrays = _named(tree)
     digests = jax.device_get(_digests(list(arrays.values()))).tolist()
     return {name: [str(x.dtype), list(x.shape), d] for (name, x), d in zip(arrays.items(), digests, strict=True)}
+
+
+def digest_of(tree) -> str:
+    """Return a hex digest of the arrays of a tree, the same on every mesh."""
+    return hashlib.sha256(json.dumps(_table(tree), sort_keys=True).encode()).hexdigest()
 
 
 def _difference(saved: dict | None, trees: dict) -> str:

@@ -303,6 +303,19 @@ def denoiser_job(
     )
 
 
+def check_text(cache: LatentCache, name: str, width: int, max_tokens: int) -> None:
+    """Raise UserError unless a cache has text of this encoder (none for the empty name), width and length."""
+    text, have = cache.info.text, "no text of a pretrained encoder"
+    if text:
+        have = f"text of {text.name!r}, width {text.width}, at most {text.max_tokens} tokens"
+    wanted = f"--text-encoder={name} --text-tokens={max_tokens}" if name else "no --text-encoder"
+    check(
+        (text.name, text.width, text.max_tokens) == (name, width, max_tokens) if text else not name,
+        f"config.model.text.pretrained is {name!r}, pretrained_width {width}, config.tokenizer.max_tokens "
+        f"{max_tokens}; the latent cache {cache.path} has {have}: make it again with {wanted}, or change the config",
+    )
+
+
 def _check_guides(given: GivenConfig, cache: LatentCache) -> None:
     """Raise a UserError where the cache does not hold the guides that the config asks for."""
     for name, held in vars(cache.info.guides).items():

@@ -19,14 +19,16 @@ from sora_jax.worlds.scenes import FULL_WORLD, WorldConfig
 
 MODULES: dict[type, ModuleType] = {WorldConfig: shapes, PhyworldConfig: phyworld, MovingMnistConfig: moving_mnist}
 AnyWorld = Annotated[WorldConfig | PhyworldConfig | MovingMnistConfig, OneOf(MODULES)]
-VARIANTS: dict[str, AnyWorld] = {  # --world -> what it draws
+
+# Variants by the names that `sora-jax data build --world` takes.
+NAMED: dict[str, AnyWorld] = {
     "simple": WorldConfig(),
     "full": FULL_WORLD,
     "phyworld": PhyworldConfig(),
     "phyworld:parabola": PhyworldConfig(scenario="parabola"),
     "phyworld:collision": PhyworldConfig(scenario="collision"),
     "moving_mnist": MovingMnistConfig(),
-    "stochastic_moving_mnist": moving_mnist.STOCHASTIC,
+    "moving_mnist:stochastic": moving_mnist.STOCHASTIC,
 }
 
 

@@ -324,11 +324,11 @@ def compare(name: str, made: dict) -> bool:
     return errors[worst] < TOLERANCE
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(about: str, cases: dict) -> int:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare the stored files with the installed peer")
     check, good = parser.parse_args().check, True
-    for name, make in CASES.items():
+    for name, make in cases.items():
         made = make()
         if check:
             good &= compare(name, made)
@@ -339,4 +339,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, CASES))

@@ -22,7 +22,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """A value for every tensor of a network in PyTorch's layout: none is zero, and activations keep their size.
 
     Matrices and kernels (outputs, inputs, ...) have variance 1 / inputs; gains of norms, which alone are called weight
-    and have one axis, are near 1; all else is near 0.
+    and have one axis, and variances are near 1; all else is near 0.
     """
     return {name: _weight(name, tuple(shape)) for name, shape in shapes.items()}
 
@@ -31,4 +31,4 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     values = uniform(name, shape)
     if len(shape) > 1:
         return values / np.float32(np.prod(shape[1:]) ** 0.5)
-    return 1 + values / 4 if name.endswith("weight") else values / 4
+    return 1 + values / 4 if name.endswith(("weight", "running_var", "var")) else values / 4

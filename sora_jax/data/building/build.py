@@ -1,7 +1,7 @@
 """Build a dataset folder from sources of clips (`data build`)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain, product
@@ -10,7 +10,7 @@ from sora_jax.config import check, from_dict, to_dict
 from sora_jax.console import log
 from sora_jax.console import progress as bar
 from sora_jax.data.building.pool import Refusal, map_with_timeout
-from sora_jax.data.building.prepare import BuildConfig, Mix, Unit, hashed_split, open_sources, prepare
+from sora_jax.data.building.prepare import BuildConfig, Mix, Unit, hashed_split, open_sources, prepare, split_draw
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip
 from sora_jax.data.storing.manifest import FORMAT, KIND, Dataset, add_clip
@@ -18,6 +18,7 @@ from sora_jax.data.storing.parts import PartWriter, ShardedWriter, start
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 
+FEW = 5  # files, of which a build holds out one at least
 MACHINERY = dict(out="", workers=0, seconds=60.0, shard="0/1")  # does not decide what is in the dataset
 
 
@@ -51,7 +52,7 @@ def build(config: BuildConfig, progress: bool = True, make: Callable[..., None] 
         return f"{_sources(config)}; it holds nothing usable: {counts}; {'; '.join(examples.values())}"
 
     header = {"format": FORMAT, "options": options, "train_config": config.train_config}
-    finished = parts.finish(header, nothing_usable)
+    finished = parts.finish(header, nothing_usable, partial(hold_out_one, config, mix))
     return Dataset(config.out) if finished else None
 
 
@@ -90,6 +91,24 @@ def write_result(writer: PartWriter, config: BuildConfig, mix: Mix, unit: Unit, 
         add_clip(writer, result, entry.file, split, tokens, version, entry.weight)
     elif result is not None:
         writer.refuse(entry.file, result.reason)
+
+
+def hold_out_one(config: BuildConfig, mix: Mix, rows: Iterator[dict]) -> Callable[[dict], dict]:
+    """Return what becomes of each row: where no clip of `FEW` files or more is held out by its hash, one file is.
+
+    It is the one with the smallest hash, so it does not depend on the order and on who builds. Splits that are given
+    stay as they are.
+    """
+    draws = {}
+    for row in rows:
+        if row["split"] != "train":
+            return lambda row: row
+        draws[row["id"].split(".")[0]] = split_draw(config, row["id"])
+    places = map(mix.find, range(len(mix)))
+    if not config.holdout or len(draws) < FEW or any(source.entry(place).split for source, place in places):
+        return lambda row: row
+    chosen = min(draws, key=draws.__getitem__)
+    return lambda row: row | {"split": "held-out"} if row["id"].split(".")[0] == chosen else row
 
 
 def build_options(config: BuildConfig, mix: Mix) -> dict:

@@ -50,7 +50,7 @@ class BuildConfig:
     variants: int = 1  # sizes or places of each clip, which epochs take in turn
     mirror: bool = False  # also the mirror image of each variant, whatever its caption says of left and right
     missing_caption: str = "refuse"  # refuse a clip without a caption, or give it an empty one
-    holdout: float = 0.05  # share of the clips without a given split that get "held-out", by a hash of seed and id
+    holdout: float = 0.05  # share of clips without a given split that get "held-out", by a hash; of 5 files at least 1
     seed: int = 0  # seed of the held-out split, of places and of sizes
     workers: int = 1  # processes that decode; 0 decodes in this one, unprotected from crashes
     seconds: float = 60.0  # a file that takes longer to decode is refused
@@ -215,4 +215,9 @@ def _within_budget(clip: Clip, config: BuildConfig) -> Clip | Refusal:
 
 def hashed_split(config: BuildConfig, clip_id: str) -> str:
     """Return the split of a clip without a given one: a function of seed and id, the same for all clips of a file."""
-    return "held-out" if uniform(config.seed, "split", clip_id.split(".")[0]) < config.holdout else "train"
+    return "held-out" if split_draw(config, clip_id) < config.holdout else "train"
+
+
+def split_draw(config: BuildConfig, clip_id: str) -> float:
+    """Return the number from 0 to 1 that decides on the split of a clip."""
+    return uniform(config.seed, "split", clip_id.split(".")[0])

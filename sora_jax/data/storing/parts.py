@@ -96,7 +96,18 @@ class ShardedWriter:
             with replacing(self.file(part, "parquet")) as temporary:
                 pq.write_table(_to_table(writer.rows, self.kind.columns | RECORD_COLUMNS), temporary)
 
-    def finish(self, info: dict, empty: Callable[[list[dict]], str] = str) -> bool:
+    def rows(self, part: int) -> list[dict]:
+        """Read the rows of a part that is made."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(local_copy(self.file(part, "parquet"))).to_pylist()
+
+    def finish(
+        self,
+        info: dict,
+        empty: Callable[[list[dict]], str] = str,
+        amend: Callable[[Iterator[dict]], Callable[[dict], dict]] = lambda rows: lambda row: row,
+    ) -> bool:
         """Join the parts if all are made, and give the folder its name; return False if some are missing.
 
         A row with the `KEY` of an earlier one is refused as a duplicate.
@@ -104,6 +115,7 @@ class ShardedWriter:
         Args:
             info: content of the info file beside "clips", "refused", "parts" (numbers) and "digest" (of the rows).
             empty: makes the message of the UserError for a folder without rows, from what was refused.
+            amend: sees all rows and returns what becomes of each.
         """
         if (self.out / self.kind.info).exists():
             return True
@@ -111,7 +123,8 @@ class ShardedWriter:
             return False
         try:
             with self._as_user_error():
-                counts = _join(self)
+                every = (row for part in range(self.count) for row in self.rows(part))
+                counts = _join(self, amend(every))
                 if not counts["clips"]:
                     message = empty(read_lines(self.folder / "refused.jsonl"))
                     remove_folder(self.folder)
@@ -188,7 +201,7 @@ class PartWriter:
         self.refusals.append({"file": file, "reason": reason})
 
 
-def _join(parts: ShardedWriter) -> dict:
+def _join(parts: ShardedWriter, amended: Callable[[dict], dict]) -> dict:
     """Write all rows to one table and all refusals to one file; a part at a time, so memory holds only the keys."""
     import pyarrow.parquet as pq
 
@@ -201,7 +214,7 @@ def _join(parts: ShardedWriter) -> dict:
             for part in range(parts.count):
                 refused += read_lines(parts.file(part, "jsonl"))
                 rows = []
-                for row in pq.read_table(local_copy(parts.file(part, "parquet"))).to_pylist():
+                for row in map(amended, parts.rows(part)):
                     key = tuple(row[name] for name in KEY)
                     file = row.get("file", "")
                     if key in seen:

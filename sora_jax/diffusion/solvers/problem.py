@@ -85,7 +85,8 @@ def walk(problem: Problem, advance: Callable[[State, Step], State], state: State
         begins, end = cut.first == 0, jnp.minimum(cut.last, len(times_KBR) - 1)
         state = jax.tree.map(lambda new, before: jnp.where(begins, new, before), state, cut.before)
         at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), steps)  # noqa: E731
-        state = jax.lax.fori_loop(cut.first, end, lambda i, state: body(state, at(i))[0], state)
+        if len(times_KBR) > 1:  # of a grid of one step, which a solver takes by `walk_end`, nothing is walked
+            state = jax.lax.fori_loop(cut.first, end, lambda i, state: body(state, at(i))[0], state)
     cut.after = state
     return state
 

@@ -190,7 +190,8 @@ def see_ball(config: PhyworldConfig, true: Truth, frames: np.ndarray) -> Ball | 
     Its speed is that over all measured frames, the rest is read in the last third of them.
     """
     chosen = measured_frames(true)
-    inks = {c: np.clip((frames[chosen][..., own] - frames[chosen][..., 1].astype(float)) / 255, 0, 1) for c, own in _OWN}
+    seen_T = frames[chosen].astype(float)
+    inks = {c: np.clip((seen_T[..., own] - seen_T[..., 1]) / 255, 0, 1) for c, own in _OWN}
     colour = max(inks, key=lambda name: inks[name][-len(chosen) // 3 :].sum())
     seen = look(config, frames[chosen], [colour])
     areas = seen.areas_TN[-len(chosen) // 3 :, 0]
