@@ -24,7 +24,7 @@ from sora_jax.files import as_path, write_json
 FILE = "seen.json"
 MOST_CLIPS = 100_000  # whose captions are looked at, evenly spread: a second or two
 MOST_WORDS = 20_000  # that are kept, the most frequent
-FAR = 2.0  # a size of more than so many times the largest of training, or below the smallest divided by it, is far
+FAR = 2.0  # a size of so many times the largest of training, or of the smallest divided by it, is far
 _NO_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts without blanks: by letter
 _WORD = re.compile(rf"[{_NO_BLANKS}]|[^\W{_NO_BLANKS}]+")
 
@@ -66,11 +66,15 @@ class Seen:
         words = tuple(sorted({*self.words, *other.words}))
         return Seen(**ranges, **sums, words=words, dropped=self.dropped or other.dropped)
 
-    def is_far(self, size: ClipSize) -> bool:
-        """Return True if a size is far outside those of training."""
+    def distance(self, size: ClipSize) -> float:
+        """Return the times that a size is larger or smaller than all of training, by its worst measure; 1: within."""
         pairs = [(getattr(self, name), value) for name, value in size._asdict().items()]
         pairs.append((self.aspect, size.width / size.height))
-        return any(not least / FAR <= value <= most * FAR for (least, most), value in pairs)
+        return max(1.0, *(max(value / most, least / value) for (least, most), value in pairs))
+
+    def is_far(self, size: ClipSize) -> bool:
+        """Return True if a size is far outside those of training."""
+        return self.distance(size) >= FAR
 
     @property
     def sizes(self) -> str:
