@@ -193,7 +193,6 @@ def test_forms_of_the_quickstart_that_check_its_stages_say_so(variant):
 
 def test_the_table_of_the_quickstart_fits_a_terminal(monkeypatch):
     monkeypatch.setattr(quickstart, "in_words", lambda clip: "a red circle that stands still beside " * 9)
-    lines = quickstart.table(
-        ["a red circle moves right on a plain white background"], [np.zeros((5, 24, 24, 3), np.uint8)]
-    ).splitlines()
+    prompt, clip = "a red circle moves right on a plain white background", np.zeros((5, 24, 24, 3), np.uint8)
+    lines = quickstart.table([prompt], [clip]).splitlines()
     assert max(map(len, lines)) < 160 and "a red circle that stands still beside a red ..." in lines[1]
