@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sora_jax.config import from_dict, load
 from sora_jax.data.feeding.tokenizer import Reading
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
+from sora_jax.generate import command
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.preview import own_preview
 from sora_jax.generate.requests import Known, Request
@@ -184,6 +186,20 @@ def test_python_warns(trained):  # noqa: F811
         UserError, match="prompt is '红色'; the tokenizer of this run knows none of its words \\(CJK\\)"
     ):
         trained.generate(["红色"], **sizes)
+
+
+@pytest.mark.parametrize(
+    "step, last, said",
+    [
+        (16, 1500, "16 of 1,500: expect noise"),
+        (1000, 1500, "1,000 of 1,500"),
+        (1500, 1500, "1500"),
+        (0, 9, "0"),  # converted weights
+    ],
+)
+def test_weights_of_an_unfinished_training_are_told(step, last, said):
+    loop = SimpleNamespace(steps=last)
+    assert command._of_training(SimpleNamespace(step=step, config=SimpleNamespace(loop=loop))) == said
 
 
 def test_the_command_says_each_thing_once(chain, tmp_path, capfd):  # noqa: F811
