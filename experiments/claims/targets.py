@@ -2,7 +2,7 @@
 
     python experiments/claims/latents.py --out=runs/claims
     python experiments/claims/targets.py --out=runs/claims --steps=500
-    python experiments/claims/targets.py --out=runs/claims --steps=1000 --targets="velocity/x0, velocity loss"
+    python experiments/claims/targets.py --out=runs/claims --steps=1000 --targets="velocity/v/x0/x0, velocity loss"
     python experiments/claims/targets.py --draw
 
 All runs have the same process (linear_flow), initial parameters, clips, times, noise and steps; only what the network
