@@ -1,51 +1,63 @@
-"""Learn a world of Phyworld in pixels and measure its physics, on two CPU cores.
+"""Learn a world of Phyworld, balls that move by a law of mechanics, and measure its physics, on two CPU cores.
 
-sora-jax bench phyworld --scenario=uniform --workdir=runs/phyworld/uniform
+    sora-jax bench phyworld --config=configs/phyworld.py:uniform --workdir=runs/phyworld/uniform
+    sora-jax bench phyworld --config=configs/phyworld.py:parabola --workdir=runs/phyworld/parabola
+    sora-jax bench phyworld --config=configs/phyworld.py:collision --workdir=runs/phyworld/collision
+    sora-jax bench phyworld --config=configs/phyworld.py:latent --workdir=runs/phyworld/latent    latents, not pixels
+    sora-jax bench phyworld --config=configs/phyworld.py:tiny --workdir=runs/phyworld/tiny        checks every stage
+
+--scenario, --size and --level change the world of each. Settings tried, and results: experiments/phyworld/README.md.
 """
 
 from sora_jax.benchmarks.phyworld import PhyworldBench
 from sora_jax.config import choose, to_config_dict
+from sora_jax.train.autoencoder import AutoencoderRun, StageConfig
+from sora_jax.train.optim import OptimConfig
 
 VARIANTS = ("", "uniform", "parabola", "collision", "tiny", "latent")
 
 
 def get_config(variant: str = ""):
     choose("variant of configs/phyworld.py", variant, dict.fromkeys(VARIANTS))
-    config = to_config_dict(PhyworldBench())
+    autoencoder = AutoencoderRun() if variant == "latent" else None
+    config = to_config_dict(PhyworldBench(autoencoder=autoencoder))
     if variant in ("parabola", "collision"):
         config.world.scenario = variant
     denoiser(config.run)
+    if variant == "latent":
+        latent(config)
     if variant == "tiny":
         tiny(config)
     return config
 
 
 def denoiser(run):
-    run.batch = 32
+    run.batch = 16
 
+    # A token is a quarter of a frame.
     model = run.model
-    model.depth = 6
-    model.width = 256
-    model.heads = 8
+    model.depth = 4
+    model.width = 192
+    model.heads = 6
     model.latent_channels = 3
     model.patch = (1, 16, 16)
     model.text = None
     model.sincos_positions = True
     model.position_theta = 10.0
     model.remat = "none"
-    model.unroll = 1
 
+    # The motion is known from what is given, so noise levels near pure noise are the ones to learn.
     diffusion = run.diffusion
     diffusion.prediction = "x0"
-    diffusion.times.distribution = "uniform"
-    diffusion.times.base_tokens = 0
+    diffusion.times.shift_rule = "constant"
+    diffusion.times.constant_shift = 8.0
     diffusion.caption_dropout = 0.0
     diffusion.given.first = 1.0
     diffusion.given.first_frames = 3
     diffusion.given.noise = 0.0
 
     optim = run.optim
-    optim.learning_rate = 1e-3
+    optim.learning_rate = 2e-3
     optim.schedule = "cosine"
     optim.warmup_steps = 100
     optim.b2 = 0.95
@@ -54,7 +66,7 @@ def denoiser(run):
     run.sampling.steps = "4"
     run.sampling.guidance.scale = 1.0
     run.held_out.every = 0
-    steps(run, 1000)
+    steps(run, 8000)
 
 
 def steps(run, count):
@@ -62,6 +74,36 @@ def steps(run, count):
     run.loop.log_every = max(count // 50, 1)
     run.loop.save_every = -(-count // 8)
     run.loop.keep = 8
+
+
+def latent(config):
+    """Learn latents of an autoencoder that is trained first, 8 x 8 pixels to a latent of 8 channels."""
+    config.clips = 4000
+
+    autoencoder = config.autoencoder
+    autoencoder.crop = (4, 32, 32)
+    autoencoder.batch = 8
+    autoencoder.image_share = 0.0
+    autoencoder.model.time_factor = 1
+    autoencoder.model.space_factor = 8
+    autoencoder.model.latent_channels = 8
+    autoencoder.model.patch = (1, 4)
+    autoencoder.model.width = 24
+    autoencoder.model.multipliers = (1, 3)
+    autoencoder.model.encoder_blocks = 1
+    autoencoder.model.decoder_blocks = 2
+    autoencoder.model.l1_weight = 0.25
+    autoencoder.model.l2_weight = 8.0
+    autoencoder.model.kl_weight = 1e-3
+    muon = OptimConfig(
+        method="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=100, b2=0.95, ema=(0.999,)
+    )  # fmt: skip
+    autoencoder.stages = (to_config_dict(StageConfig(3000, optim=muon)),)
+    autoencoder.loop.log_every = 100
+    autoencoder.loop.save_every = 1000
+
+    config.run.model.latent_channels = 8
+    config.run.model.patch = (1, 4, 4)
 
 
 def tiny(config):
@@ -75,5 +117,5 @@ def tiny(config):
     config.run.model.depth = 2
     config.run.model.width = 32
     config.run.model.heads = 2
-    config.run.model.unroll = 1
+    config.run.optim.warmup_steps = 2
     steps(config.run, 4)

@@ -20,6 +20,7 @@ from sora_jax.train.autoencoder import StageConfig
 from sora_jax.train.optim import OptimConfig
 from sora_jax.train.reconstruction import LossConfig
 
+CLOSING = "this form checks that all stages run; for clips that are right: sora-jax quickstart"
 VARIANTS = ("", "short", "tiny")
 
 PROMPTS = (
@@ -167,7 +168,9 @@ def short(config):
     config.clips = 1000
     config.evaluate = 16
     autoencoder_steps(config.autoencoder, 500, 200, previews=2)
+    config.transformer.optim.warmup_steps = 15
     steps(config.transformer, 120, previews=2)
+    config.closing = CLOSING
 
 
 def tiny(config):
@@ -189,3 +192,4 @@ def tiny(config):
     model.heads = 2
     model.text.width = 32
     steps(config.transformer, 6, previews=1)
+    config.closing = CLOSING

@@ -24,7 +24,7 @@ from sora_jax.parsers.doctor import add_doctor
 from sora_jax.parsers.evaluate import FIELDS, add_evaluate
 from sora_jax.parsers.export import add_export
 from sora_jax.parsers.fields import list_fields
-from sora_jax.parsers.sample import add_calibrate, add_sample
+from sora_jax.parsers.sample import add_calibrate, add_sample, check_first
 
 NO_READER = 141  # 128 + SIGPIPE, the exit code in shells of a command whose output nobody reads any more
 # Beginnings of options for fields, and what collects them
@@ -222,6 +222,7 @@ def train(options) -> None:
 
 
 def sample(options) -> None:
+    check_first(options)
     from sora_jax.generate import command
     from sora_jax.generate.options import named_as_typed
     from sora_jax.parallel.settings import prepare_jax

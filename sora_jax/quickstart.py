@@ -7,6 +7,7 @@ the same code as its own command, leaves its result in a folder of its own, and 
 import dataclasses
 import json
 import re
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from sora_jax.worlds import WorldConfig
 from sora_jax.worlds.oracle import agreement
 
 Size = tuple[int, int, int]
+READ = 48  # characters of what the oracle reads that a table shows
 NO_NAME = re.compile(r'[\s/\\:*?"<>|\x00-\x1f]')  # what no name of a file may hold
 
 
@@ -55,6 +57,7 @@ class QuickstartConfig:
     transformer: DenoiserRun = DenoiserRun()
     show: PreviewConfig = PreviewConfig()  # prompts, sizes and settings of the final samples
     evaluate: int = 64  # held-out prompts that the oracle scores
+    closing: str = ""  # a line that is printed at the end
 
     def __post_init__(self):
         check(0 < self.holdout < 1, f"holdout is {self.holdout}; it must be between 0 and 1")
@@ -68,7 +71,7 @@ class QuickstartConfig:
 
 def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     """Run all stages in `workdir`, going on where an earlier call stopped."""
-    start = time.perf_counter()
+    start, resumed = time.perf_counter(), (workdir / "world").exists()
     prepare_jax()
     config = from_dict(QuickstartConfig, load(config_file or default_config(), changes), "--config")
     check_sizes(config)
@@ -87,7 +90,10 @@ def main(config_file: str | None, changes: list[str], workdir: Path) -> None:
     seconds = time.perf_counter() - start
     report = dataclasses.asdict(result) | {"autoencoder_psnr": autoencoder_psnr, "seconds": seconds}
     write_json(workdir / "report.json", report)
-    console.result(report, f"{in_a_line(result)}\n{seconds / 60:.1f} minutes; everything is in {workdir}")
+    minutes = f"{seconds / 60:.1f} minutes" + " in this start alone" * resumed
+    console.result(report, f"{in_a_line(result)}\n{minutes}; everything is in {workdir}")
+    if config.closing:
+        console.log(config.closing)
 
 
 def check_sizes(config: QuickstartConfig) -> None:
@@ -182,7 +188,8 @@ def table(prompts: Sequence[str], clips: list[np.ndarray]) -> str:
         verdict = "-" if found.kind is None else "yes" if triple(found) else "no"  # "-": it names no shape
         clean = cleanness(clip)
         constant = "-" if len(clip) == 1 else "yes" if clean.constant else "no"
-        rows.append((prompt, size, in_words(clip), verdict, constant, f"{clean.edge_error:.3f}"))
+        read = textwrap.shorten(in_words(clip), READ, placeholder=" ...")
+        rows.append((prompt, size, read, verdict, constant, f"{clean.edge_error:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

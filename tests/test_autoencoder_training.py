@@ -33,6 +33,7 @@ from sora_jax.train.autoencoder import (
     DISCRIMINATOR,
     AutoencoderRun,
     StageConfig,
+    _note,
     autoencoder_groups,
     autoencoder_loss,
 )
@@ -414,3 +415,10 @@ def test_evaluate_is_a_command(data, tmp_path, capsys):
     assert 1 <= report["clips"] <= 2 and (tmp_path / "run" / "evaluation" / "comparison.png").exists()
     assert run("evaluate", f"--autoencoder={tmp_path / 'run'}", f"--data={data}", "--clips=0") == 2
     assert "--clips is 0; it must be positive" in capsys.readouterr().err
+
+
+def test_the_bound_of_the_kl_weight_is_told_where_a_run_may_reach_it():
+    """By L2 alone detail of deviation s is kept where s^2 > kl values / 2: a factor of 100 in the weight is 20 dB."""
+    model = AutoencoderConfig(l1_weight=0.0, l2_weight=1.0, kl_weight=1e-6)
+    quiet, told = (AutoencoderRun(model=dataclasses.replace(model, kl_weight=weight)) for weight in (1e-6, 1e-3))
+    assert _note(quiet) == "" and "a smaller config.model.kl_weight keeps more" in _note(told)

@@ -160,6 +160,13 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module):
     assert found.stdout.strip() == ""
 
 
+@pytest.mark.parametrize("words", [["sample"], ["sample", "--workdir=nothere", "--prompt=a"], ["doctor", "nothere"]])
+def test_what_is_forgotten_is_refused_before_jax_is_imported(words):
+    program = f"import sys; from sora_jax import cli; print(cli.main({words}), 'jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout == "2 False\n" and found.stderr.count("\n") == 1, found.stderr
+
+
 def refused(capsys, *arguments) -> str:
     """The one sentence on stderr, apart from what tells progress, of a command that ends with code 2."""
     capsys.readouterr()  # what was made for the test by now may have said something

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sora_jax import quickstart
 from sora_jax.config import from_dict, load
 from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.diffusion.solvers import evaluations
@@ -179,3 +180,19 @@ def test_the_data_configs_are_valid_and_changed_by_the_command_line():
     assert (config.sources[1].path, config.sources[2].weight, config.max_tokens) == ("elsewhere", 0.25, 99)
     with pytest.raises(UserError, match="sources"):
         load(f"{path}:mixed", ["sources[7].path=x"])
+
+
+@pytest.mark.parametrize("variant", ["short", "tiny"])
+def test_forms_of_the_quickstart_that_check_its_stages_say_so(variant):
+    config = from_dict(QuickstartConfig, load(f"configs/quickstart.py:{variant}"))
+    assert config.closing.endswith(": sora-jax quickstart")
+    assert not from_dict(QuickstartConfig, load("configs/quickstart.py")).closing
+    steps, warmup = config.transformer.loop.steps, config.transformer.optim.warmup_steps
+    assert variant == "tiny" or warmup < steps / 5
+
+
+def test_the_table_of_the_quickstart_fits_a_terminal(monkeypatch):
+    monkeypatch.setattr(quickstart, "in_words", lambda clip: "a red circle that stands still beside " * 9)
+    prompt, clip = "a red circle moves right on a plain white background", np.zeros((5, 24, 24, 3), np.uint8)
+    lines = quickstart.table([prompt], [clip]).splitlines()
+    assert max(map(len, lines)) < 160 and "a red circle that stands still beside a red ..." in lines[1]

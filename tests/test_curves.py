@@ -7,7 +7,7 @@ import pytest
 
 from sora_jax import cli
 from sora_jax.evaluate import curves
-from sora_jax.files import as_path
+from sora_jax.files import as_path, write_json
 
 
 def write_run(folder, slope: float, **more):
@@ -82,6 +82,7 @@ def test_several_runs_share_a_panel_for_each_metric(tmp_path, figures, capsys):
         (["{run}", "--metrics=los"], "--metrics is 'los'; no run reports 'los'; did you mean loss?"),
         (["{run}", "--out=a.txt"], "the ending of --out is 'txt'; allowed: "),
         (["{empty}"], "there is no report in its metrics.jsonl; it must be a run folder that has trained"),
+        (["{whole}"], "a run folder that has trained; did you mean {whole}/transformer?"),
         (["{staged}"], "there is no report in its metrics.jsonl: give its stages, {staged}/stage_1"),
     ],
 )
@@ -89,7 +90,8 @@ def test_mistakes_are_one_sentence(tmp_path, words, said, capsys):
     write_run(tmp_path / "run", 0.01)
     write_run(tmp_path / "staged" / "stage_1", 0.01)
     (tmp_path / "empty").mkdir()
-    names = {name: as_path(tmp_path / name) for name in ("run", "empty", "staged")}
+    write_json(tmp_path / "whole" / "transformer" / "config.json", {})
+    names = {name: as_path(tmp_path / name) for name in ("run", "empty", "staged", "whole")}
     assert cli.main(["curves", *(word.format(**names) for word in words)]) == 2
     assert said.format(**names) in capsys.readouterr().err
 

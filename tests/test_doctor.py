@@ -164,6 +164,10 @@ def test_an_error_is_an_exit_code_and_no_run_is_one_sentence(copy, tmp_path, cap
     assert ended.value.code == 1 and capsys.readouterr().out.startswith("error    config ")
     assert cli.main(["doctor", str(tmp_path / "none")]) == 2
     assert "RUN is " in capsys.readouterr().err
+    (tmp_path / "whole" / "transformer").mkdir(parents=True)
+    (tmp_path / "whole" / "transformer" / "config.json").write_text("{}")
+    assert cli.main(["doctor", str(tmp_path / "whole")]) == 2
+    assert f"did you mean {tmp_path / 'whole' / 'transformer'}?" in capsys.readouterr().err
 
 
 def test_a_machine_is_examined_and_a_package_out_of_range_has_its_command(monkeypatch):
@@ -174,4 +178,5 @@ def test_a_machine_is_examined_and_a_package_out_of_range_has_its_command(monkey
     wrong = [finding for finding in findings if finding.level == ERROR]
     assert [finding.topic for finding in wrong] == ["versions"]
     assert wrong[0].text.startswith("av is 9.0; it must be >=") and ": pip install 'av>=" in wrong[0].text
+    assert sum(finding.topic == "extras" for finding in findings) <= 2  # one line of each kind
     assert {"devices", "memory", "disk", "extras", "codecs", "compute"} <= {finding.topic for finding in findings}

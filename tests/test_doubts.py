@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sora_jax.config import from_dict, load
 from sora_jax.data.feeding.tokenizer import Reading
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.errors import UserError
+from sora_jax.generate import command
 from sora_jax.generate.doubts import Learnt
 from sora_jax.generate.preview import own_preview
 from sora_jax.generate.requests import Known, Request
@@ -72,8 +74,9 @@ def test_what_is_as_in_training_is_not_doubted(learnt):
         ),
         (dict(prompt=" "), ["prompt is ''; it is the null caption"]),
         (dict(size=(10, 16, 12)), ["9x", "480 tokens; the clips of training had 12 to 18 tokens", "frames 5 to 9"]),
-        (dict(size=(1, 4, 4)), ["1x16x16 has 4 tokens", "so the clip may be poor"]),
-        (dict(size=(1, 2, 12)), ["1x8x48 has 6 tokens", "so the clip may be poor"]),
+        (dict(size=(2, 8, 12)), ["5x32x48 has 48 tokens", "so the clip may be poor"]),
+        (dict(size=(1, 4, 4)), ["1x16x16 has 4 tokens", "so expect noise"]),
+        (dict(size=(1, 2, 12)), ["1x8x48 has 6 tokens", "so expect noise"]),
     ],
 )
 def test_each_doubt_is_one_line(learnt, changes, words):
@@ -158,11 +161,13 @@ def test_what_is_seen_is_bounded_and_says_so(tmp_path, monkeypatch):
     assert read_seen(tmp_path) == few
 
 
-def test_a_size_is_far_beyond_twice_the_largest_and_below_half_the_smallest():
+def test_a_size_is_far_from_twice_the_largest_and_from_half_the_smallest_on():
     seen = Seen((6, 27), (1, 9), (16, 48), (16, 48), (0.5, 2.0), 1, 1, ())
-    assert not seen.is_far(ClipSize(54, 18, 96, 96)) and not seen.is_far(ClipSize(3, 1, 8, 8))
-    for size in (ClipSize(55, 9, 48, 48), ClipSize(27, 19, 48, 48), ClipSize(27, 9, 97, 96), ClipSize(27, 9, 8, 40)):
-        assert seen.is_far(size), size
+    assert seen.distance(ClipSize(6, 1, 16, 16)) == seen.distance(ClipSize(27, 9, 48, 48)) == 1.0
+    assert not seen.is_far(ClipSize(53, 17, 95, 95)) and not seen.is_far(ClipSize(4, 1, 9, 9))
+    for size in (ClipSize(54, 9, 48, 48), ClipSize(27, 18, 48, 48), ClipSize(27, 9, 96, 95), ClipSize(27, 9, 8, 15)):
+        assert seen.is_far(size) and seen.distance(size) == 2.0, size
+    assert seen.is_far(ClipSize(27, 9, 9, 40)) and seen.distance(ClipSize(27, 9, 8, 48)) == 3.0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -181,6 +186,20 @@ def test_python_warns(trained):  # noqa: F811
         UserError, match="prompt is '红色'; the tokenizer of this run knows none of its words \\(CJK\\)"
     ):
         trained.generate(["红色"], **sizes)
+
+
+@pytest.mark.parametrize(
+    "step, last, said",
+    [
+        (16, 1500, "16 of 1,500: expect noise"),
+        (1000, 1500, "1,000 of 1,500"),
+        (1500, 1500, "1500"),
+        (0, 9, "0"),  # converted weights
+    ],
+)
+def test_weights_of_an_unfinished_training_are_told(step, last, said):
+    loop = SimpleNamespace(steps=last)
+    assert command._of_training(SimpleNamespace(step=step, config=SimpleNamespace(loop=loop))) == said
 
 
 def test_the_command_says_each_thing_once(chain, tmp_path, capfd):  # noqa: F811

@@ -26,6 +26,7 @@ from sora_jax.errors import Stopped, UserError
 from sora_jax.generate.run import read_run_config
 from sora_jax.models.denoiser import train_flops
 from sora_jax.parallel.mesh import make_mesh
+from sora_jax.train import loop
 from sora_jax.train import reporter as reporters
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.loop import LoopConfig, Measure
@@ -331,3 +332,12 @@ def test_the_report_of_a_denoiser_is_of_its_batches(chain):  # noqa: F811
         np.testing.assert_allclose(row["flops_per_second"] / row["clips_per_second"], flops / clips, rtol=1e-6)
     names = {"loss", "gradient_norm", "update_norm", "parameter_norm", *(f"loss_by_noise/{i}" for i in range(10))}
     assert all(names <= row.keys() for row in rows)
+
+
+def test_seconds_aside_are_left_out_of_the_rate_of_the_bar(monkeypatch):
+    now = iter([100.0, 130.0])
+    monkeypatch.setattr(loop.time, "time", lambda: next(now))
+    bar = types.SimpleNamespace(disable=False, last_print_t=99.0)
+    with loop._aside(bar):
+        pass
+    assert bar.last_print_t == 129.0

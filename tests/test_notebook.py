@@ -18,7 +18,7 @@ from fixtures_runs import ROOT, chain  # noqa: F401
 
 import sora_jax
 from sora_jax.errors import UserError
-from sora_jax.generate.show import show
+from sora_jax.generate.show import save, show
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
@@ -115,6 +115,24 @@ def test_show_keeps_every_pixel_of_every_frame():
     for clip, seen in zip(clips, found, strict=True):
         scale = seen.shape[1] // clip.shape[1]
         np.testing.assert_array_equal(seen, clip.repeat(scale, axis=1).repeat(scale, axis=2))
+
+
+def test_mistakes_in_python_name_arguments_and_the_way_out(capsys, tmp_path):
+    show([np.zeros((1, 8, 8, 3), np.uint8)])  # tests run in no notebook
+    assert "write a file by sora_jax.save(clip, path)" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^path is .*x\.xyz; it must end in "):
+        save(np.zeros((5, 8, 8, 3), np.uint8), tmp_path / "x.xyz")
+    with pytest.raises(UserError, match="^folder is 'wrld'; .*did you mean world"):
+        sora_jax.load_run("wrld")
+    with pytest.raises(TypeError, match="no argument 'height'; the size is sizes="):
+        sora_jax.generate("a red circle", height=48)
+    for prompts in (None, 3, [None]):
+        with pytest.raises(UserError, match="^prompts is .*; it must be a text, or a list of texts"):
+            sora_jax.generate(prompts)
+    with pytest.raises(UserError, match="one size for each prompt, not 2 prompts and 1 size$"):
+        sora_jax.generate(["a red circle"] * 2, [(9, 48, 72)])
+    with pytest.raises(UserError, match="^guidance is -3; it must be at least 0"):
+        sora_jax.generate("a red circle", guidance=-3)
 
 
 def test_captions_are_text_and_one_for_each_clip():

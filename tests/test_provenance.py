@@ -72,7 +72,7 @@ def test_what_cannot_be_written_stops_no_run(tmp_path, monkeypatch):
     assert read_starts(tmp_path / "damaged") == []
 
 
-def test_the_card_says_what_the_run_is_and_its_commands_are_right(chain):  # noqa: F811
+def test_the_card_says_what_the_run_is_and_its_commands_are_right(chain, tmp_path):  # noqa: F811
     text = (chain.transformer / "README.md").read_text()
     assert text == card(chain.transformer)
     weights = json.loads((chain.transformer / "run.json").read_text())["parameters"]["trained"]
@@ -84,6 +84,11 @@ def test_the_card_says_what_the_run_is_and_its_commands_are_right(chain):  # noq
         f"| loss | {rows[-1]['loss']:.4f} | 6 |",
     ):
         assert said in text, said
+    config = json.loads((chain.transformer / "config.json").read_text()) | {"preview": {}}
+    write_json(tmp_path / "config.json", config)  # as of own clips: no prompts in the config
+    write_json(tmp_path / "seen.json", json.loads((chain.transformer / "seen.json").read_text()))
+    words = "--prompt='a blue square moves down' --frames=5 --height=24 --width=16 --out=clip.mp4"
+    assert f"sora-jax sample --workdir={tmp_path} {words}\n" in card(tmp_path)
     other = card(chain.transformer, "models/mine")
     assert str(chain.transformer) not in other and other.startswith("# mine\n")
     for folder in (chain.transformer, chain.autoencoder):

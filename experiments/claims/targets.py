@@ -134,9 +134,10 @@ def shares() -> np.ndarray:
     return np.diff(edges)
 
 
-def mean_error(row: dict) -> float:
-    """Return the velocity's error, its mean over the times of training."""
-    return float(np.dot(shares(), row["by_time"]))
+def mean_error(row: dict, since: float = 0.0) -> float:
+    """Return the velocity's error, its mean over the times of training from `since` on."""
+    weights = shares() * (np.array(TIMES) > since)
+    return float(np.dot(weights, row["by_time"]) / weights.sum())
 
 
 def label(row: dict) -> str:
@@ -151,17 +152,20 @@ def table(rows: list[dict]) -> str:
     shown = (0, 2, 4, 6, 9)
     times = " | ".join(f"t = {TIMES[i]:.2f}" for i in shown)
     lines = [
-        f"| steps | target | velocity error | {times} | prompts right | colour | kind | motion |",
-        "|" + "---|" * (7 + len(shown)),
+        f"| steps | target | velocity error | from t = 0.5 on | {times} | prompts right | colour | kind | motion |",
+        "|" + "---|" * (8 + len(shown)),
     ]
     for r in sorted(rows, key=order):
         errors = " | ".join(f"{r['by_time'][i]:.2f}" for i in shown)
         rates = [""] * 4
         if "agreement" in r:
-            rate, count = r["agreement"], r["prompts"]
-            rates = [f"{rate:.0%} ± {math.sqrt(rate * (1 - rate) / count):.0%} of {count}"]
+            count = r["prompts"]
+            rate = (r["agreement"] * count + 1) / (count + 2)  # Laplace's rule: that of 0 % has an error, too
+            error = math.sqrt(rate * (1 - rate) / count)
+            rates = [f"{r['agreement']:.1%} ± {error:.1%} of {count}"]
             rates += [f"{r[name]:.0%}" for name in ("colour", "kind", "motion")]
-        lines.append(f"| {r['step']} | {label(r)} | {mean_error(r):.3f} | {errors} | {' | '.join(rates)} |")
+        means = f"{mean_error(r):.3f} | {mean_error(r, 0.5):.3f}"
+        lines.append(f"| {r['step']} | {label(r)} | {means} | {errors} | {' | '.join(rates)} |")
     return "\n".join(lines)
 
 

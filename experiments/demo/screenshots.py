@@ -30,7 +30,7 @@ def save(page: Page, name: str, height: int) -> None:
     """Save the top of the page, in few colours."""
     file = HERE / f"{name}.png"
     page.screenshot(path=file, clip={"x": 0, "y": 0, "width": 1240, "height": height}, full_page=True)
-    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+    Image.open(file).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:

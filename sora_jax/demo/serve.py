@@ -16,7 +16,7 @@ from sora_jax.demo.fields import Limits
 from sora_jax.demo.studio import Parse, Studio
 from sora_jax.errors import UserError, install_command
 from sora_jax.files import as_path
-from sora_jax.generate.run import load_run
+from sora_jax.generate.run import load_run, read_run_config
 from sora_jax.train.exported import USUAL, run_folder
 
 SESSIONS = 64  # visits whose clips are kept in memory; beyond, those of the oldest are dropped
@@ -51,7 +51,9 @@ def open_studio(workdir: Path | None, parse: Parse, limits: Limits = Limits()) -
     """Load a run for the page; None: the model that comes with the package."""
     given = as_path(USUAL) if workdir is None else workdir
     name = given.name if given.is_absolute() else str(given)
-    return Studio(load_run(workdir), name, run_folder(workdir), parse, limits)
+    folder = run_folder(workdir)
+    read_run_config(folder)  # a UserError that names the option
+    return Studio(load_run(folder), name, folder, parse, limits)
 
 
 @contextlib.contextmanager

@@ -38,11 +38,11 @@ from sora_jax.generate import command
 from sora_jax.generate.inputs import read_clip
 from sora_jax.generate.options import DEFAULT_SIZE, Asked, named_as_typed, resolve
 from sora_jax.generate.progress import Progress
+from sora_jax.generate.recipe import enlarged_by
 from sora_jax.generate.requests import Size
 from sora_jax.generate.run import Run
 
 Parse = Callable[[list[str]], argparse.Namespace]  # of the words of a command line
-WATCHED = 288  # pixels that the longer side of a small clip is enlarged to, by a whole factor
 EXAMPLES = 6
 PROGRAMS = 64  # shapes of clips whose compiled programs are kept
 SHAPELESS = {"prompt", "negative", "from-prompt", "then", "seed"}  # fields that change no program
@@ -141,14 +141,15 @@ class Studio:
             still = task in ("text", "image", "fill", "edit") and frames_asked(task, values) == 1
             self._count += 1
             out = folder / f"{_stem(values)}-{self._count}{'.png' if still else '.mp4'}"
-            words = ["sample", f"--workdir={self.folder}", *words, f"--upscale={self._upscale(values)}", f"--out={out}"]
+            words = ["sample", f"--workdir={self.folder}", *words, f"--out={out}"]
             asked = self._public(resolve(self.parse(words)), folder)
             line = " ".join(["sora-jax", *(_quoted(self._bare(word, folder)) for word in words)])
             with self._turn, named_as_typed(words), _heard() as notes:
                 self._bound_programs(task, values)
                 (path,) = command.make(asked, lambda: self.run, progress)
             data, (frames, height, width, _) = path.read_bytes(), _decoded(path).frames.shape
-        size = (frames, height // asked.options.upscale, width // asked.options.upscale)
+        factor = enlarged_by(path, height, width)
+        size = (frames, height // factor, width // factor)
         own = not any(isinstance(clip, Clip) and not clip.command for clip in values.values())
         left_out = ("sampling ", "--video is scaled", "--image is scaled", "--connect is scaled")[: 4 if own else 1]
         lines = [on_page(note, folder) for note in notes if not note.startswith(left_out)]
@@ -205,10 +206,6 @@ class Studio:
             return path
 
         return file
-
-    def _upscale(self, values: Values) -> int:
-        chosen = [values[name] for name in ("image", "video", "first") if isinstance(values.get(name), Clip)]
-        return max(1, WATCHED // max(chosen[0].size[1:] if chosen else sides_of(values.get("size"))))
 
     def _bound_programs(self, task: str, values: Values) -> None:
         """Drop the compiled programs when the visitors have asked for too many: each shape has its own."""

@@ -118,9 +118,8 @@ def _extras() -> Iterator[Finding]:
     missing = {extra: [name for name in names if not installed_version(name)] for extra, names in extras.items()}
     there = ", ".join(extra for extra, names in missing.items() if not names)
     yield Finding(OK, "extras", f"installed: {there or 'none'}")
-    for extra, names in missing.items():
-        if names:
-            yield Finding(OK, "extras", f"{extra} is not installed; if you need it: pip install {' '.join(names)}")
+    if absent := [f"{extra} ({' '.join(names)})" for extra, names in missing.items() if names]:
+        yield Finding(OK, "extras", f"not installed, with the packages for pip: {', '.join(absent)}")
 
 
 def _package(requirement: Any) -> str:
@@ -183,4 +182,5 @@ def _sample() -> Iterator[Finding]:
     preview = run.config.preview
     clip = run.generate(list(preview.prompts[:1]) or ["a red circle"], preview.sizes[0], steps=4)[0]
     sizes = "x".join(map(str, clip.shape[:3]))
-    yield Finding(OK, "sample", f"model {USUAL} made a clip of {sizes} in {time.perf_counter() - start:.1f} s")
+    seconds = f"{time.perf_counter() - start:.1f} s, with loading and compilation"
+    yield Finding(OK, "sample", f"model {USUAL} made a clip of {sizes} in {seconds}")

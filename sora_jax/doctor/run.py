@@ -27,6 +27,7 @@ from sora_jax.nn.finite import named, not_finite
 from sora_jax.parallel.mesh import mesh_here, place_batch
 from sora_jax.train.checkpoint import Checkpoints
 from sora_jax.train.denoiser import DenoiserRun, open_latents
+from sora_jax.train.exported import no_run
 from sora_jax.train.frozen import load_autoencoder, missing_autoencoder, recorded_fingerprint, saved_steps
 from sora_jax.train.loop import Job, split_batch, with_fixed
 from sora_jax.train.metrics import read_metrics
@@ -60,7 +61,7 @@ def examine_run(folder: Path) -> Iterator[Finding]:
     """Yield the findings of a run folder; UserError if it is none."""
     path = as_path(folder)
     there = (path / "config.json").exists()
-    check(there, f"RUN is {str(folder)!r}; there is no config.json: it must be a run folder")
+    check(there, no_run("RUN", folder))
     found = _opened(path)
     if isinstance(found, Finding):
         yield found

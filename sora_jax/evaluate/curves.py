@@ -8,6 +8,7 @@ import numpy as np
 
 from sora_jax.config import check, choose, did_you_mean
 from sora_jax.files import as_path, replacing
+from sora_jax.train.exported import run_inside
 from sora_jax.train.metrics import read_metrics
 
 Rows = list[dict]
@@ -46,7 +47,8 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Rows]:
     runs = {str(folder): read_metrics(folder) for folder in folders}
     for name, rows in runs.items():
         stages = sorted(str(entry) for entry in as_path(name).glob("stage_*")) if not rows else []
-        way_out = f": give its stages, {' '.join(stages)}" if stages else "; it must be a run folder that has trained"
+        usual = f"; it must be a run folder that has trained{run_inside(name)}"
+        way_out = f": give its stages, {' '.join(stages)}" if stages else usual
         check(rows, f"RUN is {name!r}; there is no report in its metrics.jsonl{way_out}")
     return runs
 

@@ -182,8 +182,9 @@ def train(config: FeaturesConfig, x: np.ndarray, facts: Facts, classes: dict[str
 def disturb(key: jax.Array, x: jax.Array) -> jax.Array:
     """Move a batch by up to SHIFT pixels and add noise, so that the classifier depends on no single pixel."""
     where, noise, size = jax.random.split(key, 3)
-    offset = jax.random.randint(where, (2,), -SHIFT, SHIFT + 1)
-    return jnp.roll(x, offset, (1, 2)) + 0.15 * jax.random.uniform(size) * jax.random.normal(noise, x.shape)
+    offset = jax.random.randint(where, (2,), -SHIFT, SHIFT + 1, jnp.int32)
+    scale = 0.15 * jax.random.uniform(size, (), jnp.float32)
+    return jnp.roll(x, offset, (1, 2)) + scale * jax.random.normal(noise, x.shape, jnp.float32)
 
 
 def read_facts(rows: Sequence[dict]) -> tuple[Facts, dict[str, int]]:

@@ -19,11 +19,15 @@ class _Room(ModuleType):
         negative: str | Sequence[str] = "",
         progress: Any = None,
         bar: bool | None = None,
+        **unknown: Any,
     ) -> Any:
         """Generate clips with the model that comes with the package, which is loaded once; see `Run.generate`.
 
         One prompt, a str, gives one clip, uint8 (frames, height, width, 3); a sequence gives a list.
         """
+        if unknown:
+            known = "the size is sizes=(frames, height, width), and load_run().generate has further arguments"
+            raise TypeError(f"generate() has no argument {next(iter(unknown))!r}; {known}")
         from sora_jax.generate.shipped import shipped_run
 
         options = dict(steps=steps, guidance=guidance, seed=seed, negative=negative, progress=progress, bar=bar)

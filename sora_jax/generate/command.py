@@ -36,6 +36,7 @@ from sora_jax.generate.vbench import export, read_list
 from sora_jax.models.tiling import tiling_warning
 from sora_jax.train.exported import run_folder
 
+EARLY = 0.1  # share of the steps of a training before which clips are noise
 Clips = Iterable[tuple[int, Iterator[np.ndarray]]]  # clips in parts, each with the number of its request
 
 
@@ -175,14 +176,22 @@ def _announce(run: Run, requests: Sequence[Request], sampling: SamplingConfig) -
     first = requests[0]
     tokens = math.prod(grid_of(first.size, run.config.model.patch))
     frames, height, width = size_of(run.autoencoder.config, first.size)
-    length = f"{first.size[0]} latent frames of " if first.known else f"{frames}x"
+    length = f"{first.size[0]} latent frames of " if first.known and first.known.first else f"{frames}x"
     what = f"{_count(requests)} of {length}{height}x{width}, {tokens:,} tokens each"
     if guides := sum(len(guide.times) for guide in first.known.guides) if first.known else 0:
         what += f" beside those of {guides} key frames or sketches"
     steps = count_steps(sampling.steps, sampling.spacing)
     skips = f", {len(sampling.skipped)} of them without the blocks" if sampling.skipped else ""
-    how = f"{steps} steps of {sampling.solver.name}{skips}, weights of step {run.step}"
+    how = f"{steps} steps of {sampling.solver.name}{skips}, weights of step {_of_training(run)}"
     note(f"sampling {what}; {how}")
+
+
+def _of_training(run: Run) -> str:
+    """Return the step of a run's weights and, of a training that has not ended, the last one."""
+    last = run.config.loop.steps
+    if not 0 < run.step < last:
+        return f"{run.step}"
+    return f"{run.step:,} of {last:,}" + ": expect noise" * (run.step < EARLY * last)
 
 
 def like(options: argparse.Namespace) -> dict:

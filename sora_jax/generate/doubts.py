@@ -20,6 +20,7 @@ from sora_jax.train.denoiser import DenoiserRun, Text
 from sora_jax.train.seen import ClipSize, Seen, words_of
 
 EACH = 4  # texts with the same trouble that are told one by one
+NOISE = 3.0  # times the sizes of training, from which on clips are noise
 WORDS = 6  # words that are named
 ROLES = ("prompt", "negative prompt", "prompt of the given clip")
 
@@ -102,9 +103,11 @@ class Learnt:
         far = [size for size in sizes if self.seen.is_far(size)]
         if not far:
             return []
-        one, others = far[0], f" (the first of {len(far)} such sizes)" if len(far) > 1 else ""
+        one = max(far, key=self.seen.distance)
+        others = f" (the farthest of {len(far)} such sizes)" if len(far) > 1 else ""
         asked = f"a clip of {one.frames}x{one.height}x{one.width} has {one.tokens:,} tokens{others}"
-        return [f"{asked}; the clips of training had {self.seen.sizes}, so the clip may be poor"]
+        expect = "expect noise" if self.seen.distance(one) > NOISE else "the clip may be poor"
+        return [f"{asked}; the clips of training had {self.seen.sizes}, so {expect}"]
 
 
 def _texts(requests: Sequence[Request]) -> list[tuple[str, str]]:

@@ -203,7 +203,8 @@ def read_clip(
     try:
         decoded = decode(file, rule, fit)
     except (MediaError, OSError) as error:
-        raise UserError(f"--{option} is {str(file)!r}; it cannot be read: {error}") from error
+        why = str(error).removeprefix("unreadable: ")
+        raise UserError(f"--{option} is {str(file)!r}; it cannot be read: {why}") from error
     assert decoded is not None  # every file has a first span
     if draws:
         decoded = dataclasses.replace(decoded, frames=trace_lines(decoded.frames[:1], fitted[0]))

@@ -114,21 +114,22 @@ def plan_requests(
     if not (config.model.text or config.model.classes):
         scales = [1.0] * count  # there is nothing to be guided away from
     check(all(map(math.isfinite, scales)), f"guidance is {wanted.guidance}; it must be a finite number")
+    check(min(scales, default=1) >= 0, f"guidance is {wanted.guidance}; it must be at least 0")
     negatives = _each("negative", wanted.negative, count)
     if any(negatives):
         check(config.model.text, f"negative is {wanted.negative!r}; this run reads no text, leave it out")
         check(any(s != 1 for s in scales), f"negative is {wanted.negative!r}; it needs a guidance other than 1")
     given: Any = wanted.sizes  # one, or one for each
     sizes: list[Size] = [given] * count if is_whole(given[0]) else list(given)
-    check(len(sizes) == count, f"there are {count} prompts and {len(sizes)} sizes; give one for each")
+    check(len(sizes) == count, _unequal(count, "size", sizes))
     clip_ids = range(1, count + 1) if wanted.clip_ids is None else wanted.clip_ids
-    check(len(clip_ids) == count, f"there are {count} prompts and {len(clip_ids)} clip_ids; give one for each")
+    check(len(clip_ids) == count, _unequal(count, "clip id", clip_ids))
     check(
         all(is_whole(clip_id) and 0 < clip_id < 2**32 for clip_id in clip_ids),
         f"clip_ids is {list(clip_ids)}; each must be a whole number from 1 to 4294967295",
     )
     known = [task.known for task in wanted.tasks] or [None] * count
-    check(len(known) == count, f"there are {count} prompts and {len(known)} tasks; give one for each")
+    check(len(known) == count, _unequal(count, "task", known))
     if sampling.skipped:
         check(has_trunk(config.model), f"model.name is {config.model.name!r}; it has no blocks to skip")
         rings = any(one is not None and one.ring for one in known)
@@ -186,7 +187,7 @@ def _subjects(config: DenoiserRun, wanted: Wanted) -> tuple[list[str], list[int]
         )
     prompts, classes = list(prompts) or [""] * count, list(classes) or [-1] * count
     same = len(prompts) == len(classes)
-    check(same, f"there are {len(prompts)} prompts and {len(classes)} classes; give one for each")
+    check(same, _unequal(len(prompts), "class", classes))
     return prompts, classes
 
 
@@ -220,6 +221,12 @@ def size_of(first_stage: FirstStageConfig, latent: Size) -> Size:
 def is_whole(value: Any) -> bool:
     """Return True for a whole number, of Python or of NumPy; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _unequal(prompts: int, what: str, values: Sequence[Any]) -> str:
+    """Say that there is not one value for each prompt."""
+    counts = (f"{count} {name}{'s' * (count != 1)}" for count, name in ((prompts, "prompt"), (len(values), what)))
+    return f"there must be one {what} for each prompt, not {' and '.join(counts)}"
 
 
 def _each(name: str, values: Any, count: int) -> list:

@@ -102,9 +102,11 @@ class Run(TrainedDenoiser):
         """
         sampling = changed(sampling or self.config.sampling, steps, solver)
         one = isinstance(prompts, str)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        right = hasattr(texts, "__len__") and all(isinstance(text, str) for text in texts)
+        check(right, f"prompts is {prompts!r}; it must be a text, or a list of texts")
         sizes = sizes if sizes or tasks or not self.config.preview.sizes else self.config.preview.sizes[0]
-        wanted = Wanted(prompts, sizes, classes, guidance, negative, clip_ids, tasks)
+        wanted = Wanted(texts, sizes, classes, guidance, negative, clip_ids, tasks)
         check_seed(seed)
         requests = self.plan(wanted, sampling)
         self.learnt.check_spelt(requests)
@@ -269,8 +271,8 @@ def load_run(
         UserError: the folder holds no denoiser, no such checkpoint, or no autoencoder.
         NotFinite: the weights are not finite.
     """
-    folder = run_folder(folder)
-    config = read_run_config(folder)
+    folder = run_folder(folder, "folder")
+    config = read_run_config(folder, "folder")
     if jax.config.values["jax_compilation_cache_dir"] is None:  # a folder of the user stays
         use_compilation_cache()
     mesh = mesh_here(config.mesh)
@@ -303,13 +305,11 @@ def autoencoder_folder(folder: Path, other: str | Path | None) -> Path:
     return run_folder(other, "--autoencoder")
 
 
-def read_run_config(folder: Path) -> DenoiserRun:
+def read_run_config(folder: Path, option: str = "--workdir") -> DenoiserRun:
     """Read the config that a run folder keeps; UserError if it is no run of a denoiser."""
     path = as_path(folder) / "config.json"
-    inside = as_path(folder) / "transformer"
-    hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
-    check(path.exists(), f"{no_run('--workdir', folder)}{hint}")
+    check(path.exists(), no_run(option, folder))
     config = migrate_stored(read_json(path))
     kind, wanted = config.get("kind"), DenoiserRun.kind
-    check(kind == wanted, f"--workdir is {str(folder)!r}; that run is of kind {kind!r}, and it must be {wanted!r}")
+    check(kind == wanted, f"{option} is {str(folder)!r}; that run is of kind {kind!r}, and it must be {wanted!r}")
     return from_dict(DenoiserRun, config)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.viewing.write import watchable_scale, write_video
+from sora_jax.console import note
+from sora_jax.data.viewing.write import check_ending, watchable_scale, write_video
 from sora_jax.errors import UserError
 from sora_jax.generate.preview import scale_of
 
+ELSEWHERE = "outside of notebooks, write a file by sora_jax.save(clip, path)"
 FIGURE = (
     '<figure style="display: inline-block; vertical-align: top; margin: 8px; width: {width}px">'
     '<img src="data:image/{kind};base64,{data}" alt="{caption}">'
@@ -28,12 +30,13 @@ def show(clips: Sequence[np.ndarray], captions: Sequence[str] | None = None, fps
     UserError unless there is one caption for each clip, or none at all.
     """
     try:
+        from IPython.core.getipython import get_ipython
         from IPython.display import HTML
     except ModuleNotFoundError as error:
-        message = (
-            "show() is for notebooks and needs IPython: `pip install ipython`, or write clips by `sora-jax sample`"
-        )
+        message = f"show() needs IPython: `pip install ipython`; {ELSEWHERE}"
         raise UserError(message) from error
+    if get_ipython() is None:
+        note(f"show() returns HTML, which notebooks display; {ELSEWHERE}")
     captions = [""] * len(clips) if captions is None else captions
     check(len(captions) == len(clips), f"there are {len(clips)} clips and {len(captions)} captions; give one for each")
     return HTML("".join(_figure(clip, str(caption), fps) for clip, caption in zip(clips, captions, strict=True)))
@@ -46,6 +49,7 @@ def save(clip: np.ndarray, path: str | Path, fps: float = 8.0, upscale: int | No
     """
     check(upscale is None or upscale >= 1, f"upscale is {upscale}; it must be at least 1")
     clip = np.asarray(clip)
+    check_ending(path, len(clip) if clip.ndim == 4 else 1, "path")
     return write_video(path, clip, fps, watchable_scale(clip) if upscale is None and clip.ndim == 4 else upscale or 1)
 
 

@@ -20,11 +20,11 @@ def add_completion(commands, whole: Callable[[], argparse.ArgumentParser]) -> No
     )
     about = "print a script that completes commands and options in a shell"
     p = make_parser(commands.add_parser, "completion", help=about, epilog=example)
-    p.add_argument("shell", metavar="SHELL", nargs="?", help=", ".join(SHELLS))
+    p.add_argument("shell", metavar="SHELL", nargs="?", default="", help=", ".join(SHELLS))
     p.set_defaults(function=lambda options: print(script(whole(), options.shell)))
 
 
-def script(parser: argparse.ArgumentParser, shell: str | None) -> str:
+def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """Return the script for a shell."""
     if shell is None:
         raise UserError(f"SHELL is not given; it must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")

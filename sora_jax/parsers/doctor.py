@@ -2,6 +2,7 @@
 
 import argparse
 
+from sora_jax.config import check
 from sora_jax.files import as_path
 from sora_jax.parsers.base import add_json, make_parser
 
@@ -20,6 +21,10 @@ def add_doctor(commands) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """Print the findings, each as soon as it is known; exit with code 1 if there is an error among them."""
+    if options.run is not None:  # before seconds are spent on JAX
+        from sora_jax.train.exported import no_run
+
+        check((options.run / "config.json").exists(), no_run("RUN", options.run))
     import jax
 
     from sora_jax import console

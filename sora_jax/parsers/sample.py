@@ -3,6 +3,7 @@
 import argparse
 
 from sora_jax import console
+from sora_jax.config import check
 from sora_jax.files import as_path
 from sora_jax.parsers.base import add_json, add_tiles, make_parser
 from sora_jax.parsers.fields import list_fields
@@ -67,6 +68,19 @@ def add_sample(commands) -> argparse.ArgumentParser:
     _tasks(p.add_argument_group("what to do with clips", "files are videos or images of any size and kind"))
     p.set_defaults(sampling=[], clip=None, rows=None)
     return p
+
+
+def check_first(options: argparse.Namespace) -> None:
+    """Raise a UserError for what is commonly forgotten or mistyped, before seconds are spent on importing JAX."""
+    if options.workdir is not None:
+        from sora_jax.train.exported import no_run, run_folder
+
+        there = (run_folder(options.workdir) / "config.json").exists()
+        check(there, no_run("--workdir", options.workdir))
+    elif not options.like:
+        sources = ("prompt", "prompts_file", "classes", "image", "sketch", "video", "connect", "loop")
+        given = any(getattr(options, name) for name in sources)
+        check(given, "there is no prompt; give --prompt or --prompts-file, or --class")
 
 
 def upscale(text: str) -> int | str:

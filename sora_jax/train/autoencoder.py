@@ -42,6 +42,7 @@ from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
 from sora_jax.train.step import LossResult, MetricSums
 
+WITHIN_REACH = 36.0  # dB that a small autoencoder may reach
 LINEAR_BLOCKS = 100_000  # of pixels that the linear path is fitted to
 
 
@@ -338,9 +339,12 @@ def autoencoder_job(
 
 
 def _note(config: AutoencoderRun) -> str:
-    """Say at which quality the KL term stops rewarding detail."""
+    """Say at which quality the KL term stops rewarding detail, where runs come near it."""
     found = resolution(config.model, config.loss)
-    return "" if found is None else f"{config.kind}: the KL weight prices out detail above {found:.1f} dB"
+    if found is None or found > WITHIN_REACH:
+        return ""
+    mend = "a smaller config.model.kl_weight keeps more"
+    return f"{config.kind}: the KL weight keeps no detail finer than a PSNR of {found:.1f} dB; {mend}"
 
 
 def _starter(config: AutoencoderRun, dataset: Dataset, clips: np.ndarray, first: dict | None) -> Callable | None:

@@ -1,6 +1,7 @@
 """Write the model card of a run, README.md: what it is, what it has learnt from, how well, and how it is used."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from sora_jax.train.seen import Seen, read_seen
 
 CARD = "README.md"
 MARKER = "<!-- Written by sora_jax, again after each training: remove this line to keep what you change. -->"
+LICENCE = (
+    "The licence of the data applies to the weights, too; sora_jax does not know it. "
+    "Clips of worlds that sora_jax drew itself have none but its own."
+)
 METRICS_HEAD = ("| metric | value | step |", "|---|---|---|")
 METRICS = {  # of the last report that has them, with their decimal places
     "loss": 4,
@@ -55,7 +60,7 @@ def card(folder: str | Path, name: str = "", exported: Mapping[str, Any] | None 
     commands = [*(_denoiser_commands(name, config, seen) if denoiser else _autoencoder_commands(name))]
     lines += ["", "## Use", "", "```", *commands[: 1 if exported else None], "```", ""]
     if not exported:
-        lines += ["The licence of the data applies to the weights, too; sora_jax does not know it.", "", MARKER, ""]
+        lines += [LICENCE, "", MARKER, ""]
     return "\n".join(lines)
 
 
@@ -127,6 +132,9 @@ def _denoiser_commands(name: str, config: Mapping, seen: Seen | None) -> Iterato
     preview = config.get("preview") or {}
     prompts, classes, sizes = (preview.get(field) or () for field in ("prompts", "classes", "sizes"))
     what = f'--prompt="{prompts[0]}"' if prompts else f"--class={classes[0]}" if classes else '--prompt="..."'
+    if seen and seen.example and not (prompts or classes):
+        caption, *clip = seen.example
+        what, sizes = f"--prompt={shlex.quote(caption)}", sizes or [clip]
     size: Any = sizes[0] if sizes else seen and (seen.frames[1], seen.height[0], seen.width[0])
     shape = "--frames={} --height={} --width={}".format(*size) if size else ""
     out = "clip.png" if size and size[0] == 1 else "clip.mp4"

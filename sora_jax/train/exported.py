@@ -74,7 +74,13 @@ def no_run(option: str, given: str | Path) -> str:
     """Say that a folder is no run folder, where models may be meant that come with the package."""
     names = shipped_models()
     known = f"; models that come with the package: {', '.join(names)}{did_you_mean(str(given), names)}" if names else ""
-    return f"{option} is {str(given)!r}; there is no config.json, so it is not a run folder{known}"
+    return f"{option} is {str(given)!r}; there is no config.json, so it is not a run folder{known}{run_inside(given)}"
+
+
+def run_inside(folder: str | Path) -> str:
+    """Return "; did you mean FOLDER/transformer?" for the folder of a quickstart, "" for others."""
+    inside = as_path(folder) / "transformer"
+    return f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
 
 
 def is_exported(folder: Path) -> bool:

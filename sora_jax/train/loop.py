@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,18 +191,18 @@ def fit(
                 averages = {name: averages[0] for name, averages in state.ema.items()}
                 measured = None
                 if measure:
-                    with watch("evaluate"):
+                    with watch("evaluate"), _aside(bar):
                         measured = _measure(measure, step, merge(frozen[0], averages))
                 with watch("step"):
                     reporter.read_previous(measured)
             if saving:
-                with watch("save"):
+                with watch("save"), _aside(bar):
                     notes = {"config": run, "step": step, "seed": seed, "position": position}
                     _save(checkpoints, state, notes, reporter)
                     if record:
                         record.reached(step)
             if preview:
-                with watch("evaluate"):
+                with watch("evaluate"), _aside(bar):
                     _preview(preview, step, merge(frozen[0], averages), writer)
             if stopping:
                 break
@@ -283,6 +284,17 @@ def _count(state: TrainState, fixed: Mapping[str, dict]) -> dict[str, int]:
     """Count the parameters of the model that are trained, and that are fixed."""
     trees = {"trained": state.params[next(iter(state.params))], "fixed": dict(fixed)}
     return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
+
+
+@contextlib.contextmanager
+def _aside(bar: tqdm) -> Iterator[None]:
+    """Leave the seconds of a block out of the rate of the bar, which says what time is left."""
+    start = time.time()
+    try:
+        yield
+    finally:
+        if not bar.disable:
+            bar.last_print_t += time.time() - start
 
 
 def _bar(name: str, start: int, steps: int) -> tqdm:

@@ -24,7 +24,7 @@ from sora_jax.files import as_path, write_json
 FILE = "seen.json"
 MOST_CLIPS = 100_000  # whose captions are looked at, evenly spread: a second or two
 MOST_WORDS = 20_000  # that are kept, the most frequent
-FAR = 2.0  # a size of more than so many times the largest of training, or below the smallest divided by it, is far
+FAR = 2.0  # a size of so many times the largest of training, or of the smallest divided by it, is far
 _NO_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts without blanks: by letter
 _WORD = re.compile(rf"[{_NO_BLANKS}]|[^\W{_NO_BLANKS}]+")
 
@@ -43,7 +43,8 @@ class Seen:
     """Hold the least and most of each measure of the clips of a run, and the words of its captions.
 
     aspect: width / height. clips: those whose captions were looked at, of `of`. left_out: rarer words, not in `words`.
-    dropped: some clips are trained on without their captions, which guidance needs.
+    dropped: some clips are trained on without their captions, which guidance needs. example: the caption of a clip, its
+    frames, height and width; () where it has none.
     """
 
     tokens: tuple[int, int]
@@ -56,6 +57,7 @@ class Seen:
     words: tuple[str, ...]
     left_out: int = 0
     dropped: bool = True
+    example: tuple[Any, ...] = ()
 
     def plus(self, other: Seen) -> Seen:
         """Return what both have seen: a run and the one whose weights it began with."""
@@ -64,13 +66,18 @@ class Seen:
         ranges: dict[str, Any] = {name: (min(a[0], b[0]), max(a[1], b[1])) for name, (a, b) in pairs.items()}
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("clips", "of", "left_out")}
         words = tuple(sorted({*self.words, *other.words}))
-        return Seen(**ranges, **sums, words=words, dropped=self.dropped or other.dropped)
+        dropped, example = self.dropped or other.dropped, self.example or other.example
+        return Seen(**ranges, **sums, words=words, dropped=dropped, example=example)
+
+    def distance(self, size: ClipSize) -> float:
+        """Return the times that a size is larger or smaller than all of training, by its worst measure; 1: within."""
+        pairs = [(getattr(self, name), value) for name, value in size._asdict().items()]
+        pairs.append((self.aspect, size.width / size.height))
+        return max(1.0, *(max(value / most, least / value) for (least, most), value in pairs))
 
     def is_far(self, size: ClipSize) -> bool:
         """Return True if a size is far outside those of training."""
-        pairs = [(getattr(self, name), value) for name, value in size._asdict().items()]
-        pairs.append((self.aspect, size.width / size.height))
-        return any(not least / FAR <= value <= most * FAR for (least, most), value in pairs)
+        return self.distance(size) >= FAR
 
     @property
     def sizes(self) -> str:
@@ -112,7 +119,10 @@ def look(store: ClipStore, split: str, patch: tuple[int, int, int]) -> Seen:
     measures = zip((*ClipSize._fields, "aspect"), (tokens, frames, height, width, width / height), strict=True)
     ranges: dict[str, Any] = {name: (values.min().item(), values.max().item()) for name, values in measures}
     left_out = len(counts) - len(words)
-    return Seen(**ranges, clips=len(some), of=len(rows), words=tuple(words), left_out=left_out, dropped=False)
+    caption = " ".join(next(captions_in_order(store, rows[:1])).split())
+    example = (caption, int(frames[0]), int(height[0]), int(width[0])) if caption else ()
+    about: dict[str, Any] = dict(words=tuple(words), left_out=left_out, dropped=False, example=example)
+    return Seen(**ranges, clips=len(some), of=len(rows), **about)
 
 
 def save_seen(seen: Seen, folder: Path) -> None:

@@ -45,12 +45,12 @@ def watchable_scale(clip: np.ndarray) -> int:
     return max(1, round(WATCHABLE / min(clip.shape[1:3])))
 
 
-def check_ending(path: str | Path, frames: int) -> None:
+def check_ending(path: str | Path, frames: int, option: str = "--out") -> None:
     """Raise UserError unless a clip of so many frames can be written under this name; call it before generating."""
     endings = [ending for ending in WRITERS if frames == 1 or ending != ".png"]
     check(
         as_path(path).suffix.lower() in endings,
-        f"--out is {path}; it must end in {', '.join(endings[:-1])} or {endings[-1]} for {frames} frame(s)",
+        f"{option} is {path}; it must end in {', '.join(endings[:-1])} or {endings[-1]} for {frames} frame(s)",
     )
 
 
