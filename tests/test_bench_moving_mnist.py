@@ -1,6 +1,6 @@
 """`sora-jax bench moving_mnist`: from nothing to a report, its two answers, its costs, what it refuses."""
 
-import dataclasses
+import functools
 import json
 
 import jax
@@ -11,7 +11,8 @@ from fixtures_digits import drawn_digits, write_idx
 from fixtures_runs import one_device
 
 from sora_jax.benchmarks import moving_mnist, prediction
-from sora_jax.benchmarks.moving_mnist import PUBLISHED, Options, held_out, read_config
+from sora_jax.benchmarks.moving_mnist import PUBLISHED, held_out, read_config, world_of
+from sora_jax.benchmarks.own_frechet import distances, world_features
 from sora_jax.benchmarks.prediction import cost_of, halvings, in_one_step, predict, train_and_measure
 from sora_jax.cli import main
 from sora_jax.data.packing.packs import patchify
@@ -20,11 +21,14 @@ from sora_jax.diffusion.sampling import SamplingConfig, sample
 from sora_jax.diffusion.solvers import Problem
 from sora_jax.diffusion.times import TimesConfig
 from sora_jax.errors import UserError
+from sora_jax.evaluate.features import FeaturesConfig
 from sora_jax.generate.run import load_run
 from sora_jax.models.transformer import forward_flops
+from sora_jax.worlds import HELD_OUT
+from sora_jax.worlds.table import draw
 
 TINY = "configs/moving_mnist.py:tiny"
-SMALL = ["--clips=6", "--sampled=3", "--samples=2", "--config.loop.steps=2"]
+SMALL = ["--clips=6", "--sampled=3", "--samples=2", "--frechet=4", "--config.loop.steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +43,10 @@ def digits(tmp_path_factory):
 def made(digits, tmp_path_factory):
     """Yield the folder of a benchmark that has run from nothing, and its command; on one device."""
     folder = tmp_path_factory.mktemp("bench")
+    few = FeaturesConfig(frames=2, size=16, widths=(8,), features=4, clips=24, steps=2, batch=8)
     command = ["bench", "moving_mnist", f"--digits={digits}", f"--config={TINY}", f"--workdir={folder}", *SMALL]
-    with one_device():
+    with one_device(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moving_mnist, "world_features", functools.partial(world_features, config=few))
         assert main(command) == 0
         yield folder, command
 
@@ -53,6 +59,7 @@ def test_from_nothing_to_a_report(made):
     assert report["points"][-1]["mse"] == report["mean"]["mse"]
     assert report["mean"]["clips"] == 6 and len(report["mean"]["mse_by_frame"]) == 4
     assert np.mean(report["mean"]["mse_by_frame"]) == pytest.approx(report["mean"]["mse"])
+    assert set(report["frechet"]) == {"samples", "means", "true"}
     assert report["samples"]["clips"] == 3 and report["samples"]["variance"] > 0
     assert (folder / "flops.png").stat().st_size > 1000 and (folder / "frames.png").stat().st_size > 100
 
@@ -137,6 +144,20 @@ def test_points_are_measured_once_under_one_schedule(digits, tmp_path, monkeypat
     assert halvings(8, 3) == [2, 4, 8] and halvings(3, 9) == [1, 2, 3]
 
 
+def test_frechet_distances_tell_other_frames_and_not_others_of_the_same(digits, tmp_path):
+    """Features are learnt once, from the words of captions; true clips are nearer to true ones than their negatives."""
+    world, few = (
+        world_of(read_config(TINY, (), digits)),
+        FeaturesConfig(2, 16, (8, 16), 8, clips=96, steps=20, batch=32),
+    )
+    classifier = world_features(world, 4, tmp_path, few)
+    assert {"word seven", "word eight"} <= set(classifier.classes)
+    assert world_features(world, 4, tmp_path, few).digest == classifier.digest
+    true = [draw(world, HELD_OUT + index)[4:] for index in range(80)]
+    found = distances(classifier, true[:40], {"true": true[40:], "inverted": [255 - clip for clip in true[40:]]})
+    assert found["inverted"].value > 3 * found["true"].value and found["inverted"].low > found["true"].value
+
+
 def test_multiply_adds_of_predformer_are_those_of_its_architecture():
     """24 gated blocks of width 256 (attention 4 D^2, MLP 12 D^2) over 640 tokens; ends add less than 1 %."""
     products, full = 640 * 24 * 16 * 256**2, 2 * 640 * 640 * 256
@@ -155,7 +176,15 @@ def test_mistakes_are_told(digits, tmp_path, capsys):
         ([], "world.digits_path is ''; it must be a folder with idx files of MNIST"),
         ([f"--digits={digits}", "--samples=1"], "--samples is 1; it must be at least 2"),
         ([f"--digits={digits}", "--clips=0"], "--clips is 0; it must be at least 1"),
-        ([f"--digits={digits}", "--clips=4", "--sampled=5"], "--sampled is 5; it must be at most --clips, 4"),
+        ([f"--digits={digits}", "--frechet=1"], "--frechet is 1; it must be 0 (none), or from 2 to"),
+        (
+            [f"--digits={digits}", "--clips=4", "--frechet=5"],
+            "it must be 0 (none), or from 2 to --clips, 4",
+        ),
+        (
+            [f"--digits={digits}", "--clips=4", "--frechet=0", "--sampled=5"],
+            "--sampled is 5; it must be at most --clips, 4",
+        ),
         (
             [f"--digits={digits}", "--config.diffusion.given.first_frames=0"],
             "config.diffusion.given.first is 1 and first_frames 0; a benchmark of prediction needs 1",
@@ -167,4 +196,3 @@ def test_mistakes_are_told(digits, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="--config draws another world"):
         moving_mnist.read_config("configs/transformer.py:S", (), digits)
-    assert dataclasses.replace(Options(), clips=40).sampled == 32

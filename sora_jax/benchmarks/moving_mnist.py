@@ -5,13 +5,15 @@ and the published tables measure; with more steps of the sampler it draws single
 """
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sora_jax import console
+from sora_jax.benchmarks.own_frechet import distances, world_features
 from sora_jax.benchmarks.prediction import (
     Cost,
     cost_of,
@@ -27,6 +29,7 @@ from sora_jax.config import check, from_dict, load
 from sora_jax.config_files import package_config
 from sora_jax.data.viewing.write import save_png
 from sora_jax.errors import UserError
+from sora_jax.evaluate.frechet import Distance
 from sora_jax.evaluate.prediction_metrics import (
     PredictionQuality,
     SampleQuality,
@@ -97,6 +100,7 @@ class Options:
     clips: int = 1000  # held-out clips that are predicted
     sampled: int = 32  # the first of them, of which clips are drawn, too
     samples: int = 8  # clips that are drawn of each
+    frechet: int = 256  # held-out clips of which a clip is drawn for the Frechet distance; 0: it is not measured
     seed: int = 1  # of all noise
 
     def __post_init__(self):
@@ -104,6 +108,8 @@ class Options:
             value = getattr(self, name)
             check(value > 0, f"--{name} is {value}; it must be at least 1")
         check(self.samples > 1, f"--samples is {self.samples}; it must be at least 2, to see how clips differ")
+        allowed = f"it must be 0 (none), or from 2 to --clips, {self.clips}"
+        check(self.frechet in (0, *range(2, self.clips + 1)), f"--frechet is {self.frechet}; {allowed}")
         check(self.sampled <= self.clips, f"--sampled is {self.sampled}; it must be at most --clips, {self.clips}")
 
 
@@ -142,6 +148,7 @@ def main(config_file: str | None, changes: Sequence[str], digits: str, workdir: 
     run = load_run(workdir)
     means, quality = predict_means(run, options, given)
     drawn, samples = draw_samples(run, options, given)
+    found = measure_frechet(run, options, given, workdir) if options.frechet else {}
     points[-1] = points[-1] | {"mse": quality.mse}
     report = {
         "cost": dataclasses.asdict(cost),
@@ -151,15 +158,17 @@ def main(config_file: str | None, changes: Sequence[str], digits: str, workdir: 
         "given": given,
         "mean": dataclasses.asdict(quality),
         "samples": dataclasses.asdict(samples),
+        "frechet": {name: dataclasses.asdict(distance) for name, distance in found.items()},
         "points": points,
     }
-    write_json(workdir / "report.json", report)
+    write_json(workdir / "report.json", json.loads(console.as_json(report)))  # where a value is not finite, null
     save_png(workdir / "frames.png", picture(config, given, means[:SHOWN], drawn[:SHOWN]))
     rows = () if world_of(config).stochastic else PUBLISHED
     ours = [(point["flops"], point["mse"]) for point in points]
     named = [(row.method, row.train_flops, row.mse, f"published, {row.epochs} epochs") for row in rows]
     plot_against_flops(workdir / "flops.png", "squared error of a frame, summed over its pixels", ours, named)
     text = [table(rows, cost, report["train_flops"], quality), about_digits(config), about_samples(samples)]
+    text += [about_frechet(found, options.frechet)] if found else []
     console.result(report, "\n".join([*text, f"{workdir / 'flops.png'} {workdir / 'frames.png'}"]))
 
 
@@ -192,6 +201,27 @@ def draw_samples(run: Run, options: Options, given: int) -> tuple[list[np.ndarra
     return drawn[:: options.samples], sample_quality(made[:, :, given:], np.stack(clips)[:, given:])
 
 
+def measure_frechet(run: Run, options: Options, given: int, folder: Path) -> dict[str, Distance]:
+    """Return Frechet distances from true clips, of what follows the given frames: of means, samples, other true clips.
+
+    The features are those of a classifier that has learnt, from training clips, which digits there are.
+    """
+    world, count = world_of(run.config), options.frechet
+    clips = held_out(run.config, 2 * count)
+    known = [2 * clip - 1 for clip in clips[:count]]
+    made = {
+        name: list(map(_pixels, predict(run, known, given, sampling, options.seed)))
+        for name, sampling in (("samples", run.config.sampling), ("means", in_one_step(run.config.sampling)))
+    }
+    sets = {name: [_grey(clip[given:]) for clip in some] for name, some in {**made, "true": clips[count:]}.items()}
+    return distances(world_features(world, given, folder), [_grey(clip[given:]) for clip in clips[:count]], sets)
+
+
+def _grey(clip: np.ndarray) -> np.ndarray:
+    """Return a clip (T, H, W, 1) in [0, 1] as uint8 (T, H, W, 3)."""
+    return (255 * clip.clip(0, 1) + 0.5).astype(np.uint8).repeat(3, axis=-1)
+
+
 def _pixels(latent: np.ndarray) -> np.ndarray:
     """Return the grey values, in [0, 1] where the network keeps to them, of a latent (T, H, W, C) of pixels."""
     return (latent.mean(-1, keepdims=True) + 1) / 2
@@ -205,7 +235,7 @@ def picture(
     for true, mean, sample in zip(held_out(config, len(means)), means, drawn):
         for name, clip in (("true", true), ("mean", mean), ("sample", sample)):
             whole = np.concatenate([true[:given], clip[given:]]) if name == "true" else clip
-            grey = (255 * whole.clip(0, 1) + 0.5).astype(np.uint8).repeat(3, axis=-1)
+            grey = _grey(whole)
             if name != "true":
                 grey[:given] = 255  # what is given stands above
             rows.append((name, grey))
@@ -250,3 +280,9 @@ def about_samples(samples: SampleQuality) -> str:
         f"{samples.samples} samples of {samples.clips} clips: squared error {samples.mse:.1f}, of the best "
         f"{samples.best_mse:.1f}, of their mean {samples.mean_mse:.1f}; variance between them {samples.variance:.1f}"
     )
+
+
+def about_frechet(found: Mapping[str, Distance], count: int) -> str:
+    """Say in a line how far sets of clips are from true ones."""
+    far = ", ".join(f"{name} {one.value:.3g} ({one.low:.3g} to {one.high:.3g})" for name, one in found.items())
+    return f"Frechet distance of own features from {count} true clips, and 95 %: {far}"

@@ -61,6 +61,7 @@ def _moving_mnist(benchmarks) -> None:
     p.add_argument("--clips", type=int, default=1000, help="held-out clips that are predicted")
     p.add_argument("--sampled", type=int, default=32, help="the first of them, of which clips are sampled, too")
     p.add_argument("--samples", type=int, default=8, help="clips that are sampled of each")
+    p.add_argument("--frechet", type=int, default=256, help="clips of each set of the Frechet distance; 0: none")
     p.add_argument("--seed", type=int, default=1, help="seed of the noise of the evaluation")
     add_json(p)
     list_fields(p, usual=usual)
@@ -71,5 +72,5 @@ def moving_mnist(options: argparse.Namespace) -> None:
     """Train and evaluate on Moving MNIST."""
     from sora_jax.benchmarks.moving_mnist import Options, main
 
-    chosen = Options(options.clips, options.sampled, options.samples, options.seed)
+    chosen = Options(options.clips, options.sampled, options.samples, options.frechet, options.seed)
     main(options.config, options.changes, options.digits, options.workdir, chosen)

@@ -15,6 +15,8 @@ from sora_jax.data.storing.parts import schema_of
 from sora_jax.worlds import HELD_OUT, split
 from sora_jax.worlds.table import AnyWorld, WorldConfig, captions_of, count_of, draw, id_of, size_of
 
+_THIRDS = np.full((3, 1), 1 / 3, np.float32)
+
 
 @dataclass(frozen=True)
 class DrawnConfig:
@@ -76,7 +78,7 @@ class DrawnClips(LatentCache):
     def item(self, index: int) -> np.ndarray:
         """Draw the latent (t, h, w, C) of a clip: its pixels in [-1, 1]."""
         pixels = draw(self.config.world, self._number(index)).astype(np.float32) / 127.5 - 1.0
-        return pixels.mean(-1, keepdims=True) if self.config.grey else pixels
+        return pixels @ _THIRDS if self.config.grey else pixels  # the mean, in a tenth of the time of `mean`
 
     __getitem__ = item
 
