@@ -148,7 +148,7 @@ class Studio:
                 self._bound_programs(task, values)
                 (path,) = command.make(asked, lambda: self.run, progress)
             data, (frames, height, width, _) = path.read_bytes(), _decoded(path).frames.shape
-        factor = enlarged_by(path, height, width)
+            factor = enlarged_by(path, height, width)
         size = (frames, height // factor, width // factor)
         own = not any(isinstance(clip, Clip) and not clip.command for clip in values.values())
         left_out = ("sampling ", "--video is scaled", "--image is scaled", "--connect is scaled")[: 4 if own else 1]
