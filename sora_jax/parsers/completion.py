@@ -26,7 +26,7 @@ def add_completion(commands, whole: Callable[[], argparse.ArgumentParser]) -> No
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """Return the script for a shell."""
-    if shell is None:
+    if not shell:
         raise UserError(f"SHELL is not given; it must be {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
     check_word("SHELL", shell, SHELLS)
     try:
