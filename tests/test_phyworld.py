@@ -62,6 +62,14 @@ def test_a_clip_is_a_function_of_config_and_index(scenario):
 
 
 @every_scenario
+def test_a_longer_clip_is_a_shorter_one_continued(scenario):
+    short, long = (PhyworldConfig(scenario=scenario, frames=frames, size=16) for frames in (20, 33))
+    for index in CLIPS:
+        np.testing.assert_array_equal(draw(long, index)[:20], draw(short, index))
+        assert measured_frames(truth(long, index)).max(initial=0) < 32
+
+
+@every_scenario
 def test_positions_are_the_integral_of_velocities(scenario):
     for config in worlds(scenario):
         for index in CLIPS:

@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from sora_jax.benchmarks.phyworld import PhyworldBench, default_config, predict, prepared
+from sora_jax.benchmarks.phyworld import BATCH, PhyworldBench, default_config, predict_clips, prepared
 from sora_jax.config import check_word, from_dict, load
 from sora_jax.files import read_text, write_json
 from sora_jax.generate.run import load_run
@@ -62,9 +62,9 @@ def learn_and_look(config: PhyworldBench, count: int, folder: Path) -> list[dict
         return json.loads(read_text(out))
     train(prepared(config, folder), folder / "denoiser")
     run, rows = load_run(folder / "denoiser"), []
-    for start in range(HELD_OUT, HELD_OUT + count, 32):
-        indices = range(start, min(start + 32, HELD_OUT + count))
-        for index, clip in zip(indices, predict(run, config.world, indices), strict=True):
+    for start in range(HELD_OUT, HELD_OUT + count, BATCH):
+        indices = range(start, min(start + BATCH, HELD_OUT + count))
+        for index, clip in zip(indices, predict_clips(run, config.world, indices), strict=True):
             true = truth(config.world, index)
             seen = see_ball(config.world, true, clip)
             rows.append({"true": vars(true.balls[0]), "seen": seen and vars(seen)})

@@ -15,6 +15,7 @@ import numpy as np
 
 from sora_jax import console
 from sora_jax.benchmarks.phyworld_table import Row, draw_plot, published_rows, table
+from sora_jax.benchmarks.prediction import given_frames, predict
 from sora_jax.config import check, from_dict, load
 from sora_jax.config_files import package_config
 from sora_jax.data.building.build import build
@@ -26,7 +27,6 @@ from sora_jax.data.viewing.sheets import contact_sheet
 from sora_jax.data.viewing.write import save_png
 from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.run import Run, load_run
-from sora_jax.generate.tasks import Tasks
 from sora_jax.kinds.run import train
 from sora_jax.models.denoiser import train_flops
 from sora_jax.models.first_stage import latent_grid
@@ -40,7 +40,7 @@ from sora_jax.worlds import HELD_OUT
 from sora_jax.worlds.oracle.phyworld import VelocityError, is_counted, measure, summarise
 from sora_jax.worlds.phyworld import GIVEN_FRAMES, ONE_BALL, RANGES, PhyworldConfig, count_of, draw, truth
 
-BATCH = 32  # clips that are predicted between two saves
+BATCH = 32  # clips that are predicted in one call, and saved
 # Kinds of held-out clips outside the ranges of one ball, by their share in the published grids.
 SHARES = {"radius": 1.0, "velocity": 2.0, "both": 2.0}
 Measured = dict[int, VelocityError]  # by the index of a clip
@@ -109,7 +109,10 @@ def prepared(config: PhyworldBench, workdir: Path) -> DenoiserRun:
     clips = config.clips or count_of(world)
     first_stage = config.autoencoder.model if config.autoencoder else PixelsConfig()
     size = latent_grid(first_stage, world.frames, world.size, world.size)
-    check(first_stage.time_factor == 1, "config.autoencoder.model.time_factor must be 1: three frames are given")
+    factor, given = first_stage.time_factor, given_frames(run)
+    check(factor == 1, f"--config.autoencoder.model.time_factor is {factor}; it must be 1, as three frames are given")
+    say = f"--config.run.model.patch[0] is {run.model.patch[0]}; times run.diffusion.given.first_frames it must be"
+    check(given == GIVEN_FRAMES, f"{say} {GIVEN_FRAMES}")
     tokens = int(np.prod(grid_of(size, run.model.patch)))
     run = dataclasses.replace(run, packing=dataclasses.replace(run.packing, length=tokens, slots=1))
     if config.autoencoder is None:
@@ -131,23 +134,25 @@ def flops_of_step(options: DenoiserRun, size: tuple[int, int, int]) -> float:
 # Predicting and measuring
 
 
-def predict(run: Run, world: PhyworldConfig, indices: Sequence[int]) -> list[np.ndarray]:
+def predict_clips(run: Run, world: PhyworldConfig, indices: Sequence[int]) -> list[np.ndarray]:
     """Give the first three frames of clips and predict the others; return whole clips, uint8 (T, H, W, 3)."""
-    tasks = Tasks(run, context=GIVEN_FRAMES)
     given = [draw(world, index)[:GIVEN_FRAMES] for index in indices]
-    asked = [tasks.extend(frames, world.frames - GIVEN_FRAMES) for frames in given]
-    clips = run.generate(tasks=asked, clip_ids=[1 + index % (1 << 31) for index in indices], bar=False)
+    shape = run.latent_size(world.frames, world.size, world.size)
+    known = [np.pad(z, ((0, shape[0] - len(z)), *[(0, 0)] * 3)) for z in run.autoencoder.encode(given)]
+    latents = [*predict(run, known, GIVEN_FRAMES, run.config.sampling, seed=0)]
+    clips = run.autoencoder.decode(latents)
     return [np.concatenate([frames, clip[GIVEN_FRAMES:]]) for frames, clip in zip(given, clips, strict=True)]
 
 
 def measured(run: Run, world: PhyworldConfig, total: int, out: Path) -> Measured:
     """Predict and measure the first `total` held-out clips of a world; those in `out` are measured already."""
     rows = json.loads(read_text(out)) if out.exists() else []
-    todo = range(HELD_OUT + len(rows), HELD_OUT + total)
-    with console.progress(total=total, initial=len(rows), desc=f"{out.stem}", unit="clip") as bar:
-        for start in range(todo.start, todo.stop, BATCH):
-            indices = list(range(start, min(start + BATCH, todo.stop)))
-            for index, clip in zip(indices, predict(run, world, indices), strict=True):
+    if len(rows) < total:
+        rows = rows[: len(rows) // BATCH * BATCH]  # whole calls, so that every clip has the noise that it always has
+    with console.progress(total=total, initial=len(rows), desc=out.stem, unit="clip") as bar:
+        for start in range(HELD_OUT + len(rows), HELD_OUT + total, BATCH):
+            indices = list(range(start, min(start + BATCH, HELD_OUT + total)))
+            for index, clip in zip(indices, predict_clips(run, world, indices), strict=True):
                 rows.append(dataclasses.asdict(measure(world, index, clip)))
                 bar.update(1)
             write_json(out, rows)
@@ -221,7 +226,7 @@ def show(config: PhyworldBench, run: Run, out: Path) -> None:
     for kind in config.kinds:
         world = of_kind(config.world, kind)
         indices = [HELD_OUT + place for place in range(config.show)]
-        for index, clip in zip(indices, predict(run, world, indices), strict=True):
+        for index, clip in zip(indices, predict_clips(run, world, indices), strict=True):
             ball = truth(world, index).balls[0]
             both = np.concatenate([draw(world, index), np.full_like(clip[:, :1], 160), clip], axis=1)
             clips.append(both[:: max(1, world.frames // 8)])

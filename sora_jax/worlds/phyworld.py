@@ -26,7 +26,8 @@ GRAVITY = -2.5
 MARGIN = 0.5  # between ball and floor or ceiling at the start
 INSIDE_FRAMES = 24  # in which one ball stays inside, if it can
 CLEAR_FRAMES = 8  # before and after a hit
-GIVEN_FRAMES = 3  # frames that a model is given in the published protocol
+# Of the published protocol: frames of a clip, and those that a model is given.
+FRAMES, GIVEN_FRAMES = 32, 3
 
 SCENARIOS = ("uniform", "parabola", "collision")
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -72,8 +73,8 @@ class PhyworldConfig:
     """Law of motion: a constant velocity, gravity, or two balls that meet head-on."""
     size: int = 32
     """Height and width of the frames, in pixels."""
-    frames: int = 32
-    """Number of frames."""
+    frames: int = FRAMES
+    """Number of frames; a clip of more is that of fewer, continued. Errors are measured on the first 32."""
     level: Literal["30K", "300K", "3M"] = "30K"
     """Number of training clips: one for each point of a grid of velocities and radii."""
     ranges: Literal["in", "velocity", "radius", "both", "radii", "velocities", "all"] = "in"
@@ -340,7 +341,7 @@ def _collide(balls: tuple[Ball, ...], rng: np.random.Generator, frames: int) -> 
     r1, v1, r2, v2 = balls[0].radius, balls[0].speed, balls[1].radius, balls[1].speed
     second, both = STEP * STRIDE * (v1 + v2), r1 + r2
     near = CLEAR_FRAMES * second + both
-    far = min((frames - CLEAR_FRAMES) * second + both, WORLD - both)
+    far = min((FRAMES - CLEAR_FRAMES) * second + both, WORLD - both)
     unequal = max(r1, r2) > 2 * min(r1, r2)
     distance = rng.uniform(near, max(near, min(far, 1.25 * near) if unequal else far))
     left, right = r1, WORLD - r2 - distance

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.worlds.phyworld import GIVEN_FRAMES, STEP, STRIDE, WORLD, Ball, PhyworldConfig, Truth, truth
+from sora_jax.worlds.phyworld import FRAMES, GIVEN_FRAMES, STEP, STRIDE, WORLD, Ball, PhyworldConfig, Truth, truth
 
 _THRESHOLD = 127
 _OWN = (("red", 0), ("blue", 2))  # the channel that a colour alone has beside white
@@ -108,6 +108,7 @@ def measured_frames(true: Truth) -> np.ndarray:
     """Return the frames in which velocities are measured."""
     chosen = true.inside_T.copy()
     chosen[: max(GIVEN_FRAMES, true.hit or 0)] = False
+    chosen[FRAMES:] = False
     return np.flatnonzero(chosen)
 
 
