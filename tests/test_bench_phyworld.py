@@ -19,8 +19,8 @@ from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
 from sora_jax.train.denoiser import denoiser_job
 from sora_jax.worlds import HELD_OUT
-from sora_jax.worlds.oracle.phyworld import measure, summarise
 from sora_jax.worlds.phyworld import SCENARIOS, PhyworldConfig, draw
+from sora_jax.worlds.phyworld_error import measure, summarise
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phyworld.py"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sora_jax.benchmarks.phyworld import PhyworldBench
 from sora_jax.config import first_difference, from_dict, load, to_config_dict, to_dict
 from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.errors import UserError
@@ -104,7 +105,7 @@ FILES = [name for path in sorted(CONFIGS.glob("*.py")) for name in variants(path
 @pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).name)
 def test_every_config_and_variant_is_valid(file):
     values = load(file)
-    kinds = {"sources": BuildConfig, "evaluate": QuickstartConfig}
+    kinds = {"sources": BuildConfig, "evaluate": QuickstartConfig, "curve": PhyworldBench}
     found = [cls for name, cls in kinds.items() if name in values]
     config = from_dict(found[0], values) if found else run_config(values)
     assert from_dict(type(config), to_dict(config)) == config

@@ -93,7 +93,7 @@ COMMANDS = {
     "train": ["--config=configs/tiny.py", "--workdir=run"],
     "train --dry-run": ["--config=configs/tiny.py", "--workdir=run", "--dry-run"],
     "quickstart": ["--workdir=run"],
-    "sample": ["--workdir=run", "--prompt=a", "--out=a.gif"],
+    "sample": ["--prompt=a", "--out=a.gif"],
     "calibrate": ["--workdir=run"],
     "evaluate": ["run", "--data=data"],
     "convert": ["--from=dit", "--weights=dit.safetensors", "--out=run"],

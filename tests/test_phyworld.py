@@ -7,15 +7,6 @@ import pytest
 
 from sora_jax.errors import UserError
 from sora_jax.worlds.discs import disc_cover, square_cover
-from sora_jax.worlds.oracle.phyworld import (
-    VelocityError,
-    look,
-    measure,
-    measured_frames,
-    see_ball,
-    summarise,
-    true_areas,
-)
 from sora_jax.worlds.phyworld import (
     CONFLICTS,
     GRAVITY,
@@ -32,6 +23,15 @@ from sora_jax.worlds.phyworld import (
     draw,
     size_of,
     truth,
+)
+from sora_jax.worlds.phyworld_error import (
+    VelocityError,
+    look,
+    measure,
+    measured_frames,
+    see_ball,
+    summarise,
+    true_areas,
 )
 from sora_jax.worlds.scenes import HELD_OUT
 

@@ -29,8 +29,8 @@ from sora_jax.generate.run import load_run
 from sora_jax.kinds.run import train
 from sora_jax.parallel.settings import prepare_jax
 from sora_jax.worlds import HELD_OUT
-from sora_jax.worlds.oracle.phyworld import see_ball
 from sora_jax.worlds.phyworld import CONFLICTS, RADII, SPEEDS, PhyworldConfig, truth
+from sora_jax.worlds.phyworld_error import see_ball
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

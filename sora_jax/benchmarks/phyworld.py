@@ -1,7 +1,7 @@
 """Run `sora-jax bench phyworld`: learn a world of Phyworld from nothing, and measure the physics of what is predicted.
 
 Three frames of a clip are given and the other 29 predicted, by the sampler's mask. The error is that of the velocities,
-on held-out clips within the ranges of training and outside (`worlds.oracle.phyworld`). Stages: train, predict and
+on held-out clips within the ranges of training and outside (`worlds.phyworld_error`). Stages: train, predict and
 measure, put the result among the published ones. Each leaves its result in the work folder and is not repeated.
 """
 
@@ -37,8 +37,8 @@ from sora_jax.train.autoencoder import AutoencoderRun
 from sora_jax.train.denoiser import DenoiserRun, denoiser_parts
 from sora_jax.train.encode import encode_dataset
 from sora_jax.worlds import HELD_OUT
-from sora_jax.worlds.oracle.phyworld import VelocityError, is_counted, measure, summarise
 from sora_jax.worlds.phyworld import GIVEN_FRAMES, ONE_BALL, RANGES, PhyworldConfig, count_of, draw, truth
+from sora_jax.worlds.phyworld_error import VelocityError, is_counted, measure, summarise
 
 BATCH = 32  # clips that are predicted in one call, and saved
 # Kinds of held-out clips outside the ranges of one ball, by their share in the published grids.
