@@ -112,7 +112,7 @@ def test_a_prompt_and_a_click_make_a_clip_that_plays_in_a_loop(page, tmp_path):
     command = press(page, "#make-text")
     assert "--prompt='a blue square moves down'" in command and "--steps=2" in command
     frames = shown(page, tmp_path)
-    assert frames.shape == (9, 16 * 12, 24 * 12, 3)
+    assert frames.shape == (9, 16 * 16, 24 * 16, 3)  # the shorter side is shown with 256 pixels
     state = (
         "video => [video.loop, video.muted, video.paused, video.readyState > 1, getComputedStyle(video).imageRendering]"
     )
