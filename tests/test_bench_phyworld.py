@@ -10,10 +10,11 @@ from fixtures_runs import one_device
 
 from sora_jax import cli
 from sora_jax.benchmarks import phyworld as bench
-from sora_jax.benchmarks.phyworld import PhyworldBench, flops_of_step, measured, predict_clips, prepared
+from sora_jax.benchmarks.phyworld import PhyworldBench, measured, predict_clips, prepared
 from sora_jax.benchmarks.phyworld_table import FLOORS, PUBLISHED, Row, published_rows, table
 from sora_jax.config import from_dict, load
 from sora_jax.data.feeding.tokenizer import NoText
+from sora_jax.data.packing.packs import token_counts
 from sora_jax.data.storing.drawn import DrawnClips
 from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
@@ -95,13 +96,18 @@ def test_a_perfect_model_has_the_error_of_true_clips(scenario, tmp_path, monkeyp
     assert found == true and found.unbiased < 0.003
 
 
-def test_flops_are_those_that_training_reports():
-    config = from_dict(PhyworldBench, load(f"{CONFIG}:tiny"))
+@pytest.mark.parametrize("zooms", [(), (8,)])
+def test_packs_are_filled_by_whole_clips(zooms):
+    config = from_dict(PhyworldBench, load(f"{CONFIG}:tiny", [f"world.zooms={zooms}", "run.batch=8"]))
     options = prepared(config, Path("unused"))
-    job = denoiser_job(options, DrawnClips(options.drawn, ""), NoText())
-    batch, _ = next(job.batches(0, None))
-    assert flops_of_step(options, (9, 16, 16)) == job.counts(batch)["flops"]
-    assert job.counts(batch)["tokens"] == job.counts(batch)["capacity"]  # no padding: a pack is a clip
+    cache = DrawnClips(options.drawn, "")
+    batch, _ = next(denoiser_job(options, cache, NoText()).batches(0, None))
+    lengths = token_counts(batch)
+    sizes = {3 * (size // 8) ** 2 for size in (16, *zooms)}  # three rows of tokens
+    assert set(lengths[lengths > 0]) == sizes
+    assert lengths.sum() == 8 * options.packing.length if not zooms else lengths.sum() > 7 * options.packing.length
+    held_out = [cache[index].shape[1] for index in range(config.clips, len(cache))]
+    assert held_out == [16] * len(held_out)
 
 
 def test_the_table_has_the_published_rows_and_one_more():

@@ -245,6 +245,14 @@ def test_both_drawings_show_the_same_world(scenario):
     assert np.abs(draw(small, 3) - boxed).max() <= 0.5
 
 
+def test_zooms_show_the_same_motion_in_frames_of_other_sizes():
+    config = PhyworldConfig(size=16, zooms=(24, 32))
+    for index in (0, 1, 2, 7, HELD_OUT, HELD_OUT + 1):
+        size = 16 if index >= HELD_OUT else (16, 24, 32)[index % 3]
+        assert size_of(config, index) == (config.frames, size, size)
+        np.testing.assert_array_equal(draw(config, index), draw(PhyworldConfig(size=size), index))
+
+
 # The readers
 
 

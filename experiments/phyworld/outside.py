@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sora_jax.benchmarks.phyworld import PhyworldBench, default_config, flops_of_step, prepared
+from sora_jax.benchmarks.phyworld import PhyworldBench, default_config, prepared
 from sora_jax.benchmarks.phyworld import main as bench
+from sora_jax.benchmarks.prediction import cost_of
 from sora_jax.config import from_dict, load
 from sora_jax.files import read_text, write_json
 
@@ -25,6 +26,7 @@ WAYS: dict[str, list[str]] = {
     "all noise levels alike": ["run.diffusion.times.base_tokens=0", "run.diffusion.times.distribution=uniform"],
     "given frames a little noisy": ["run.diffusion.given.noise=1.0"],
     "balls that move both ways": ["world.both_ways=True"],
+    "zooms: frames of three sizes in a pack": ["world.zooms=(24,48)"],
 }
 
 
@@ -57,8 +59,7 @@ def main() -> None:
 def flops_of(file: str, scenario: str, changes: list[str]) -> float:
     """Return the FLOPs of a training step of a way."""
     config = from_dict(PhyworldBench, load(file, [*changes, f"world.scenario={scenario}"]), "--config")
-    size = config.world.frames, config.world.size, config.world.size
-    return flops_of_step(prepared(config, Path("unused")), size)
+    return cost_of(prepared(config, Path("unused"))).step_flops
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import numpy as np
 
 from sora_jax import console
 from sora_jax.benchmarks.phyworld_table import Row, draw_plot, published_rows, table
-from sora_jax.benchmarks.prediction import given_frames, predict
+from sora_jax.benchmarks.prediction import cost_of, given_frames, predict
 from sora_jax.config import check, from_dict, load
 from sora_jax.config_files import package_config
 from sora_jax.data.building.build import build
 from sora_jax.data.building.prepare import BuildConfig
-from sora_jax.data.packing.packs import EmptyItem, grid_of, pack_batch
+from sora_jax.data.packing.packs import grid_of
 from sora_jax.data.sources import SourceConfig
 from sora_jax.data.storing.drawn import DrawnConfig
 from sora_jax.data.viewing.sheets import contact_sheet
@@ -28,13 +28,11 @@ from sora_jax.data.viewing.write import save_png
 from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds.run import train
-from sora_jax.models.denoiser import train_flops
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.pixels import PixelsConfig
-from sora_jax.nn.params import count
 from sora_jax.parallel.settings import prepare_jax
 from sora_jax.train.autoencoder import AutoencoderRun
-from sora_jax.train.denoiser import DenoiserRun, denoiser_parts
+from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.encode import encode_dataset
 from sora_jax.worlds import HELD_OUT
 from sora_jax.worlds.phyworld import GIVEN_FRAMES, ONE_BALL, RANGES, PhyworldConfig, count_of, draw, truth
@@ -104,17 +102,19 @@ def of_kind(world: PhyworldConfig, kind: Any) -> PhyworldConfig:
 
 
 def prepared(config: PhyworldBench, workdir: Path) -> DenoiserRun:
-    """Return the run of the denoiser: its data, made here if they are latents, and packs of one clip each."""
+    """Return the run of the denoiser: its data, made here if they are latents, and packs as long as a large clip."""
     world, run = config.world, config.run
     clips = config.clips or count_of(world)
     first_stage = config.autoencoder.model if config.autoencoder else PixelsConfig()
-    size = latent_grid(first_stage, world.frames, world.size, world.size)
+    tokens = [
+        int(np.prod(grid_of(latent_grid(first_stage, world.frames, *size), run.model.patch))) for size in world.sizes
+    ]
     factor, given = first_stage.time_factor, given_frames(run)
     check(factor == 1, f"--config.autoencoder.model.time_factor is {factor}; it must be 1, as three frames are given")
     say = f"--config.run.model.patch[0] is {run.model.patch[0]}; times run.diffusion.given.first_frames it must be"
     check(given == GIVEN_FRAMES, f"{say} {GIVEN_FRAMES}")
-    tokens = int(np.prod(grid_of(size, run.model.patch)))
-    run = dataclasses.replace(run, packing=dataclasses.replace(run.packing, length=tokens, slots=1))
+    packing = dataclasses.replace(run.packing, length=max(tokens), slots=max(tokens) // min(tokens))
+    run = dataclasses.replace(run, packing=packing)
     if config.autoencoder is None:
         return dataclasses.replace(run, drawn=DrawnConfig(world, clips), latents="")
     data, autoencoder, latents = (workdir / name for name in ("clips", "autoencoder", "latents"))
@@ -123,12 +123,6 @@ def prepared(config: PhyworldBench, workdir: Path) -> DenoiserRun:
     train(dataclasses.replace(config.autoencoder, data=str(data)), autoencoder)
     encode_dataset(autoencoder, data, latents)
     return dataclasses.replace(run, drawn=None, latents=str(latents))
-
-
-def flops_of_step(options: DenoiserRun, size: tuple[int, int, int]) -> float:
-    """Return the model FLOPs of a training step: `batch` clips with latents of this size."""
-    arrays = pack_batch([[EmptyItem(size, 1, np.array([0]))]], options.packs)
-    return options.batch * train_flops(options.model, arrays)
 
 
 # Predicting and measuring
@@ -162,8 +156,8 @@ def measured(run: Run, world: PhyworldConfig, total: int, out: Path) -> Measured
 def report(config: PhyworldBench, options: DenoiserRun, folder: Path, workdir: Path) -> dict[str, Any]:
     """Measure the last checkpoint on all kinds of clips, and the kept ones on some in range."""
     world, run = config.world, load_run(folder)
-    size = run.latent_size(world.frames, world.size, world.size)
-    each = flops_of_step(options, size)
+    cost = cost_of(options)
+    each = cost.step_flops
     found = {
         kind: measured(run, of_kind(world, kind), config.count, place_of(workdir, run.step, kind))
         for kind in config.kinds
@@ -174,7 +168,7 @@ def report(config: PhyworldBench, options: DenoiserRun, folder: Path, workdir: P
     true = summarise(measure(world, index, draw(world, index)) for index in [*inside][: max(config.curve, 16)])
     return {
         "scenario": world.scenario, "size": world.size, "level": world.level, "clips": config.clips or count_of(world),
-        "parameters": count(denoiser_parts(options)[0]), "step": run.step, "flops": each * run.step,
+        "parameters": cost.parameters, "step": run.step, "flops": each * run.step,
         "in": dataclasses.asdict(summarise(inside.values())), "out": outside(config, found, as_published=True),
         "out_all": outside(config, found, as_published=False), "true": dataclasses.asdict(true),
         "kinds": {kind: dataclasses.asdict(summarise(errors.values())) for kind, errors in found.items()},

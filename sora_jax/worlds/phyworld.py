@@ -73,6 +73,8 @@ class PhyworldConfig:
     """Law of motion: a constant velocity, gravity, or two balls that meet head-on."""
     size: int = 32
     """Height and width of the frames, in pixels."""
+    zooms: tuple[int, ...] = ()
+    """More sizes of the frames, which training clips have in turn with `size`; held-out clips have `size` alone."""
     frames: int = FRAMES
     """Number of frames; a clip of more is that of fewer, continued. Errors are measured on the first 32."""
     level: Literal["30K", "300K", "3M"] = "30K"
@@ -102,12 +104,17 @@ class PhyworldConfig:
         check_word("world.ranges", self.ranges, ONE_BALL if one else RANGES)
         check_word("world.conflict", self.conflict, ("", *CONFLICTS))
         check_word("world.drawing", self.drawing, ("area", "published"))
-        divides = self.drawing == "area" or 256 % self.size == 0
+        sizes = {"size": (self.size,), "zooms": self.zooms}
+        drawable = {
+            name: all(size >= 8 and (self.drawing == "area" or 256 % size == 0) for size in each)
+            for name, each in sizes.items()
+        }
         low, high = SPEEDS
         within = self.velocities and all(len(r) == 2 and low <= r[0] <= r[1] <= high for r in self.velocities)
         plain = self.scenario == "uniform" and self.ranges == "in" and self.velocities == (SPEEDS,)
         rules = {
-            "size": (self.size >= 8 and divides, "at least 8, and with the published drawing a divisor of 256"),
+            "size": (drawable["size"], "at least 8, and with the published drawing a divisor of 256"),
+            "zooms": (drawable["zooms"], "sizes of at least 8, and with the published drawing divisors of 256"),
             "frames": (self.frames >= 2, "at least 2"),
             "velocities": (within, f"one or more ranges (low, high) from {low} to {high}"),
             "both_ways": (one or not self.both_ways, "False in a collision"),
@@ -123,7 +130,7 @@ class PhyworldConfig:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The sizes (height, width) of clips."""
-        return ((self.size, self.size),)
+        return tuple((size, size) for size in (self.size, *self.zooms))
 
     @property
     def balls(self) -> int:
@@ -173,7 +180,8 @@ def count_of(config: PhyworldConfig) -> int:
 
 def size_of(config: PhyworldConfig, index: int) -> tuple[int, int, int]:
     """Return (frames, height, width) of a clip without drawing it."""
-    return config.frames, config.size, config.size
+    height, width = config.sizes[index % len(config.sizes) if index < HELD_OUT else 0]
+    return config.frames, height, width
 
 
 def captions_of(config: PhyworldConfig, index: int) -> dict[str, str]:
@@ -192,7 +200,8 @@ def draw(config: PhyworldConfig, index: int) -> np.ndarray:
     painter = draw_area if config.drawing == "area" else draw_published
     colours = [COLOURS[ball.colour] for ball in found.balls]
     squares = [ball.figure == "square" for ball in found.balls]
-    return painter(found.positions_TN2 / WORLD, found.radii_N / WORLD, colours, squares, config.size)
+    size = size_of(config, index)[1]
+    return painter(found.positions_TN2 / WORLD, found.radii_N / WORLD, colours, squares, size)
 
 
 def truth(config: PhyworldConfig, index: int) -> Truth:

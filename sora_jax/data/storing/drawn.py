@@ -1,7 +1,7 @@
 """Clips of a world in place of a latent cache: drawn when they are read, their latents are their pixels."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,14 @@ class DrawnClips(LatentCache):
 
     @cached_property
     def digest(self) -> str:
-        """Return the digest of the clips and their order."""
-        return hashlib.sha256(repr(self.config).encode()).hexdigest()
+        """Return the digest of the clips and their order.
+
+        Fields of the world with their default value do not count, so that it stays the same when a world gains one.
+        """
+        config, world = self.config, self.config.world
+        chosen = {f.name: getattr(world, f.name) for f in fields(world) if getattr(world, f.name) != f.default}
+        said = type(world).__name__, chosen, config.clips, config.held_out, config.grey
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def item(self, index: int) -> np.ndarray:
         """Draw the latent (t, h, w, C) of a clip: its pixels in [-1, 1]."""
