@@ -70,7 +70,7 @@ class FvdProtocol:
         return (
             f"{self.name}: first {self.frames} frames at stride {self.stride}, {self.resize} {fit}, pixels in "
             f"[-{self.limit:g}, {self.limit:g}], I3D {self.layer} ({LAYERS[self.layer]}), "
-            f"covariance / (n - {self.ddof})"
+            f"covariance / {f'(n - {self.ddof})' if self.ddof else 'n'}"
         )
 
 
