@@ -159,6 +159,7 @@ def test_a_share_is_pure_noise_and_the_rest_has_its_distribution(stratified):
     assert stats.kstest(stats.norm.cdf(special.logit(times[times < 1])), "uniform").pvalue > 0.01
     plain = many_draws(TimesConfig("logit_normal", base_tokens=0, stratified=stratified))
     assert not (plain == 1.0).any()
+    assert (many_draws(TimesConfig(pure=1.0, stratified=stratified)) == 1.0).all()
 
 
 def test_stratified_times_do_not_depend_on_the_layout():
@@ -390,7 +391,7 @@ def test_bad_options_are_user_errors():
         ),
         ({"std": 0.0}, "times.std is 0.0; it must be above 0"),
         ({"mode_scale": 2.0}, "times.mode_scale is 2.0; it must be from -1 to 1.7519"),
-        ({"pure": 1.0}, "times.pure is 1.0; it must be from 0 to below 1"),
+        ({"pure": 1.5}, "times.pure is 1.5; it must be from 0 to 1"),
         ({"base_tokens": -1}, "times.base_tokens is -1; it must be 0 .no shift. or more"),
         ({"distribution": "steps"}, "times.base_tokens is 256; with times.distribution 'steps' it must be 0"),
         ({"shift_rule": "linear"}, "times.shift_rule is 'linear'; allowed: 'root', 'exponential', 'constant'"),

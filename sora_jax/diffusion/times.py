@@ -75,7 +75,7 @@ class TimesConfig:
     shift_tokens: tuple[int, int] = (256, 4096)  # of `exponential`: two clip sizes; log alpha is linear in tokens
     log_shifts: tuple[float, float] = (0.5, 1.15)  # of `exponential`: log alpha at these two sizes
     constant_shift: float = 3.0  # of `constant`: alpha
-    pure: float = 0.0  # share of the clips that are trained at pure noise, time 1
+    pure: float = 0.0  # share of the clips that are trained at pure noise, time 1; at 1 a regression
     stratified: bool = False  # spread the times of a batch evenly over the distribution: equation (2)
 
     def __post_init__(self):
@@ -89,7 +89,7 @@ class TimesConfig:
             -1.0 <= self.mode_scale <= MAX_MODE_SCALE,
             f"times.mode_scale is {self.mode_scale}; it must be from -1 to {MAX_MODE_SCALE}",
         )
-        check(0 <= self.pure < 1, f"times.pure is {self.pure}; it must be from 0 to below 1")
+        check(0 <= self.pure <= 1, f"times.pure is {self.pure}; it must be from 0 to 1")
         check(self.base_tokens >= 0, f"times.base_tokens is {self.base_tokens}; it must be 0 (no shift) or more")
         small, large = self.shift_tokens
         check(0 < small < large, f"times.shift_tokens is {self.shift_tokens}; it must be two rising numbers above 0")
@@ -209,6 +209,8 @@ def time_quantiles(
 ) -> PerClipBS:
     """Return the training times, in [MIN_TIME, 1], of clips of these sizes at uniform numbers in [0, 1)."""
     drawn = 1.0 - config.pure
+    if drawn == 0.0:
+        return jnp.ones_like(uniform_BS)
     times_BS = QUANTILES[config.distribution](config, process, jnp.minimum(uniform_BS / drawn, LAST_UNIFORM))
     times_BS = jnp.clip(shift(config, times_BS, tokens_BS, process), MIN_TIME, 1.0)
     return jnp.where(uniform_BS < drawn, times_BS, 1.0)
