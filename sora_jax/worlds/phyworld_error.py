@@ -185,23 +185,33 @@ def look(config: PhyworldConfig, frames: np.ndarray, colours: Sequence[str]) -> 
     return Sight(positions, areas)
 
 
-def see_ball(config: PhyworldConfig, true: Truth, frames: np.ndarray) -> Ball | None:
-    """Return the ball that a clip of one ball ends with, whatever it began with; None if none is to be seen.
+def see_ball(config: PhyworldConfig, frames: np.ndarray) -> Ball | None:
+    """Return the ball that a clip (T, H, W, 3) uint8 of one ball ends with, whatever it began with; None without one.
 
-    Its speed is that over all measured frames, the rest is read in the last third of them.
+    Its speed is that over the predicted frames that show it wholly inside, wherever the true ball is by then; the rest
+    is read in the last third of these.
     """
-    chosen = measured_frames(true)
-    seen_T = frames[chosen].astype(float)
-    inks = {c: np.clip((seen_T[..., own] - seen_T[..., 1]) / 255, 0, 1) for c, own in _OWN}
-    colour = max(inks, key=lambda name: inks[name][-len(chosen) // 3 :].sum())
-    seen = look(config, frames[chosen], [colour])
-    areas = seen.areas_TN[-len(chosen) // 3 :, 0]
-    speed = float(slope(seen.positions_TN2)[0, 0])
-    if np.isnan(speed) or np.isnan(areas).all():
+    shown = frames[GIVEN_FRAMES:FRAMES].astype(float)
+    inks = {c: np.clip((shown[..., own] - shown[..., 1]) / 255, 0, 1) for c, own in _OWN}
+    whole = np.flatnonzero(np.logical_or.reduce([_is_whole(ink) for ink in inks.values()]))
+    last = whole[-len(whole) // 3 :]
+    colour = max(inks, key=lambda name: inks[name][last].sum())
+    whole_T = _is_whole(inks[colour])
+    seen = look(config, frames[GIVEN_FRAMES:FRAMES], [colour])
+    speed = float(slope(np.where(whole_T[:, None, None], seen.positions_TN2, np.nan))[0, 0])
+    last = last[whole_T[last]]
+    if np.isnan(speed) or not len(last):
         return None
-    area = float(np.nanmedian(areas))
-    figure = "square" if np.median([_squareness(ink) for ink in inks[colour][-len(chosen) // 3 :]]) > 5 / 6 else "ball"
+    area = float(np.median(seen.areas_TN[last, 0]))
+    figure = "square" if np.median([_squareness(ink) for ink in inks[colour][last]]) > 5 / 6 else "ball"
     return Ball(float(np.sqrt(area / (4 if figure == "square" else np.pi))), speed, colour, figure)
+
+
+def _is_whole(ink_THW: np.ndarray) -> np.ndarray:
+    """Return True for the frames that show a ball, no part of which is outside: (T,)."""
+    core = ink_THW >= 0.5
+    inner = core[:, 1:-1, 1:-1].sum((1, 2))
+    return (inner > 0) & (inner == core.sum((1, 2)))
 
 
 def _squareness(ink_HW: np.ndarray) -> float:
