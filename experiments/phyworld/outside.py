@@ -22,9 +22,9 @@ WAYS: dict[str, list[str]] = {
     "relative positions alone": ["run.model.sincos_positions=False"],
     "absolute positions alone": ["run.model.rotary=False"],
     "predicts the velocity of the flow": ["run.diffusion.prediction=velocity", "run.model.input_skip=True"],
-    "all noise levels alike": ["run.diffusion.times.base_tokens=0", "run.diffusion.times.distribution=uniform"],
+    "all noise levels alike": ["run.diffusion.times.pure=0.0", "run.diffusion.times.distribution=uniform"],
     "given frames a little noisy": ["run.diffusion.given.noise=1.0"],
-    "balls that move both ways": ["world.both_ways=True"],
+    "balls that move both ways": ["world.both_ways=True"],  # not in a collision
 }
 
 
@@ -41,6 +41,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     for number in chosen:
         name, changes = list(WAYS.items())[number]
+        if options.scenario == "collision" and "world.both_ways=True" in changes:
+            continue
         folder = options.workdir / str(number)
         steps = round(options.pflops * 1e15 / flops_of(options.config, options.scenario, changes))
         schedule = [f"run.loop.steps={steps}", f"run.loop.save_every={steps}", "curve=0"]
