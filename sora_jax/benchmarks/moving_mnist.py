@@ -247,7 +247,7 @@ def picture(
             grey = _grey(whole)
             if name != "true":
                 grey[:given] = 255  # what is given stands above
-            rows.append((name, grey))
+            rows.append(grey)
     return draw_strips(rows, frames)
 
 

@@ -29,7 +29,6 @@ from sora_jax.nn.params import count
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, open_latents
 
 POINTS = "points.jsonl"
-EXAFLOP = 1e18
 CHUNK = 64  # clips whose latents are sampled in one call
 
 
@@ -135,9 +134,9 @@ def in_one_step(sampling: SamplingConfig) -> SamplingConfig:
     return dataclasses.replace(sampling, steps="1", spacing="even", solver=solver, last_time=0.0)
 
 
-def draw_strips(rows: Sequence[tuple[str, np.ndarray]], shown: int, scale: int = 1) -> np.ndarray:
+def draw_strips(clips: Sequence[np.ndarray], shown: int) -> np.ndarray:
     """Put clips (T, H, W, 3) of one size below each other, `shown` frames of each, as one picture."""
-    strips = [strip(clip, shown, scale) for _, clip in rows]
+    strips = [strip(clip, shown) for clip in clips]
     return np.concatenate([np.pad(each, ((0, 2), (0, 0), (0, 0)), constant_values=255) for each in strips])
 
 
