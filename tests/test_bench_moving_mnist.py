@@ -196,3 +196,13 @@ def test_mistakes_are_told(digits, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="--config draws another world"):
         moving_mnist.read_config("configs/transformer.py:S", (), digits)
+
+
+def test_without_labels_features_are_refused_before_the_training(tmp_path, capsys):
+    write_idx(tmp_path / "images", drawn_digits(20)[0])
+    digits = str(tmp_path / "images")
+    bench = ["bench", "moving_mnist", f"--workdir={tmp_path / 'x'}", f"--config={TINY}", f"--digits={digits}"]
+    assert main([*bench, "--frechet=4"]) == 2
+    assert "--frechet is 4; it must be 0, as there are no labels" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    moving_mnist.check_frechet(read_config(TINY, (), digits), moving_mnist.Options(frechet=0))

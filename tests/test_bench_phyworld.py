@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sora_jax.config import from_dict, load
 from sora_jax.data.feeding.tokenizer import NoText
 from sora_jax.data.packing.packs import token_counts
 from sora_jax.data.storing.drawn import DrawnClips
+from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
 from sora_jax.generate.run import load_run
 from sora_jax.train.denoiser import denoiser_job
@@ -54,7 +56,7 @@ def test_all_stages_leave_their_results(folder):
 def test_a_second_call_goes_on_where_the_first_stopped(folder, monkeypatch, capsys):
     result, kept = (folder / "result.json").read_text(), (folder / "measured" / "step_4" / "in.json").read_bytes()
     whole = json.loads((folder / "measured" / "step_4" / "both.json").read_text())
-    (folder / "measured" / "step_4" / "both.json").write_text(json.dumps(whole[:1]))
+    (folder / "measured" / "step_4" / "both.json").write_text(json.dumps(whole | {"errors": whole["errors"][:1]}))
     predicted = []
 
     def watched(run, world, indices):
@@ -70,6 +72,33 @@ def test_a_second_call_goes_on_where_the_first_stopped(folder, monkeypatch, caps
     assert (folder / "measured" / "step_4" / "in.json").read_bytes() == kept
     printed = json.loads(capsys.readouterr().out)
     assert printed["flops"] == json.loads(result)["flops"]
+
+
+def test_what_is_measured_counts_for_the_same_world_and_sampler_alone(folder, tmp_path, monkeypatch):
+    config, out = from_dict(PhyworldBench, load(f"{CONFIG}:tiny")), tmp_path / "in.json"
+    with one_device():
+        run = load_run(folder / "denoiser")
+    predicted = []
+    monkeypatch.setattr(bench, "predict_clips", lambda _, world, indices: predicted.append(indices) or [
+        draw(world, index) for index in indices
+    ])  # fmt: skip
+    more = dataclasses.replace(run.config, sampling=dataclasses.replace(run.config.sampling, steps="2"))
+    for again, world, calls in (
+        (run, config.world, 1),
+        (run, config.world, 1),
+        (dataclasses.replace(run, config=more), config.world, 2),
+        (dataclasses.replace(run, config=more), dataclasses.replace(config.world, ranges="both"), 3),
+    ):
+        measured(again, world, 2, out)
+        assert len(predicted) == calls
+
+
+def test_the_loss_of_its_held_out_clips_is_measured_without_a_latent_cache(folder, capsys):
+    capsys.readouterr()
+    with one_device():
+        assert cli.main(["evaluate", str(folder / "denoiser"), "--metrics=loss", "--count=4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["columns"]["model"]["loss"]["loss"] < 10
 
 
 def test_what_is_given_stays_and_the_rest_is_the_models(folder):
@@ -91,7 +120,8 @@ def test_what_is_given_stays_and_the_rest_is_the_models(folder):
 def test_a_perfect_model_has_the_error_of_true_clips(scenario, tmp_path, monkeypatch):
     world = PhyworldConfig(scenario=scenario, size=48)
     monkeypatch.setattr(bench, "predict_clips", lambda run, world, indices: [draw(world, index) for index in indices])
-    found = summarise(measured(None, world, 6, tmp_path / "in.json").values())
+    run = SimpleNamespace(config=SimpleNamespace(sampling=SamplingConfig()))
+    found = summarise(measured(run, world, 6, tmp_path / "in.json").values())
     true = summarise(measure(world, HELD_OUT + i, draw(world, HELD_OUT + i)) for i in range(6))
     assert found == true and found.unbiased < 0.003
 

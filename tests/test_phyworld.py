@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora_jax.errors import UserError
-from sora_jax.worlds.discs import disc_cover, square_cover
+from sora_jax.worlds.discs import disc_cover, draw_area, square_cover
 from sora_jax.worlds.phyworld import (
     CONFLICTS,
     GRAVITY,
@@ -326,14 +326,47 @@ def test_clips_without_a_ball_or_with_a_pale_one_are_reported(scenario):
     assert (table.lost, table.faded, table.unmeasured) == (0.2, 0.2, 0.2)
 
 
+@every_scenario
+def test_a_ball_that_is_missing_at_first_counts_as_lost_and_has_an_error(scenario):
+    config = PhyworldConfig(scenario=scenario)
+    frames = draw(config, 0)
+    frames[: measured_frames(truth(config, 0))[0] + 1] = 255
+    found = measure(config, 0, frames)
+    assert found.lost and found.published > 0.1 and found.printed > found.published - 1e-9
+    assert summarise([found]).unmeasured == 0
+
+
 @pytest.mark.parametrize("conflict", CONFLICTS)
 def test_a_ball_is_seen_as_what_it_is(conflict):
     config = PhyworldConfig(conflict=conflict)
     for index in [*range(6), *range(HELD_OUT, HELD_OUT + 6)]:
         true = truth(config, index)
-        seen = see_ball(config, true, draw(config, index))
+        seen = see_ball(config, draw(config, index))
         (ball,) = true.balls
         assert (seen.colour, seen.figure) == (ball.colour, ball.figure)
         assert seen.radius == pytest.approx(ball.radius, rel=0.02)
         assert seen.speed == pytest.approx(ball.speed, abs=0.003)
-    assert see_ball(config, true, np.full_like(draw(config, index), 255)) is None
+    assert see_ball(config, np.full_like(draw(config, index), 255)) is None
+
+
+@pytest.mark.parametrize("speed", [-2.0, -3.0, 3.5])
+def test_a_ball_that_leaves_where_the_true_one_would_not_is_seen_until_it_does(speed):
+    """A slow ball that turns round, or becomes fast: what it is is read while no part of it is outside."""
+    config, unseen, gone = PhyworldConfig(size=32), 0, 0
+    for index in [i for i in range(HELD_OUT, HELD_OUT + 100) if truth(config, i).balls[0].speed < 2]:
+        true = truth(config, index)
+        (ball,) = true.balls
+        positions_TN2 = true.positions_TN2.copy()
+        positions_TN2[2:, 0, 0] = positions_TN2[2, 0, 0] + speed * 0.1 * np.arange(config.frames - 2)
+        frames = draw_area(positions_TN2 / WORLD, true.radii_N / WORLD, [(255, 0, 0)], [False], config.size)
+        gone += (frames[-1] == 255).all()
+        whole = (np.abs(positions_TN2[3:, 0, 0] - WORLD / 2) <= WORLD / 2 - ball.radius).sum()
+        seen = see_ball(config, frames)
+        if seen is None:
+            unseen += 1
+            assert whole <= 4
+            continue
+        assert (seen.colour, seen.figure) == ("red", "ball")
+        assert seen.speed == pytest.approx(speed, abs=0.01)
+        assert seen.radius == pytest.approx(ball.radius, rel=0.01)
+    assert gone > 5 and unseen < 8

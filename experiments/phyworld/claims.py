@@ -66,7 +66,7 @@ def learn_and_look(config: PhyworldBench, count: int, folder: Path) -> list[dict
         indices = range(start, min(start + BATCH, HELD_OUT + count))
         for index, clip in zip(indices, predict_clips(run, config.world, indices), strict=True):
             true = truth(config.world, index)
-            seen = see_ball(config.world, true, clip)
+            seen = see_ball(config.world, clip)
             rows.append({"true": vars(true.balls[0]), "seen": seen and vars(seen)})
     write_json(out, rows)
     return rows
@@ -74,19 +74,28 @@ def learn_and_look(config: PhyworldBench, count: int, folder: Path) -> list[dict
 
 def speeds(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Return true and seen speeds of the clips in which a ball is seen, along the true way."""
-    pairs = [(row["true"]["speed"], row["seen"]["speed"]) for row in rows if row["seen"]]
-    true, seen = np.array(pairs).T
+    true, seen = np.array([(r["true"]["speed"], r["seen"]["speed"]) for r in rows if r["seen"]]).reshape(-1, 2).T
     return np.abs(true), seen * np.sign(true)
+
+
+def mean(values: np.ndarray | list[bool]) -> float:
+    """Return the mean; NaN of no values."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def unseen(rows: list[dict[str, Any]]) -> str:
+    """Return the share of the clips in which no ball is seen, or not for long enough: they are left out."""
+    return f"{mean([not row['seen'] for row in rows]):.0%}"
 
 
 def gap(found: Rows, panels) -> list[str]:
     """Compare errors in the gap with those beside it."""
-    lines = ["| gap | error beside it | error in it |", "|---|---|---|"]
+    lines = ["| gap | error beside it | error in it | no ball |", "|---|---|---|---|"]
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         true, seen = speeds(rows)
         low, high = GAPS[name] or (2.0, 3.0)
         within, error = (low < true) & (true < high), np.abs(seen - true)
-        lines.append(f"| {name} | {error[~within].mean():.3f} | {error[within].mean():.3f} |")
+        lines.append(f"| {name} | {mean(error[~within]):.3f} | {mean(error[within]):.3f} | {unseen(rows)} |")
         scatter(panel, true, seen, f"gap: {name}")
         panel.axvspan(low, high, color="C1" if GAPS[name] else "none", alpha=0.15)
     return lines
@@ -94,13 +103,14 @@ def gap(found: Rows, panels) -> list[str]:
 
 def flip(found: Rows, panels) -> list[str]:
     """Count slow balls that turn round, and compare errors of slow and fast ones."""
-    lines = ["| trained on | slow balls that turn round | speed of slow balls, true | seen | error of fast balls |"]
-    lines.append("|---|---|---|---|---|")
+    head = "slow balls that turn round | speed of slow balls, true | seen | error of fast balls | no ball"
+    lines = [f"| trained on | {head} |", "|---|---|---|---|---|---|"]
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         true, seen = speeds(rows)
         slow = true < FAST[0]
-        numbers = (seen[slow] < 0).mean(), true[slow].mean(), seen[slow].mean(), np.abs(seen - true)[~slow].mean()
-        lines.append(f"| {name} | {numbers[0]:.0%} | {numbers[1]:.2f} | {numbers[2]:.2f} | {numbers[3]:.3f} |")
+        turned, error = f"{mean(seen[slow] < 0):.0%}", mean(np.abs(seen - true)[~slow])
+        speeds_of_slow = f"{mean(true[slow]):.2f} | {mean(seen[slow]):.2f}"
+        lines.append(f"| {name} | {turned} | {speeds_of_slow} | {error:.3f} | {unseen(rows)} |")
         scatter(panel, true, seen, f"trained on balls that move {name}")
         panel.axvspan(*FAST, color="C2", alpha=0.15)
     return lines
@@ -123,7 +133,7 @@ def is_high(name: str, ball: dict[str, Any]) -> bool | None:
 
 def conflict(found: Rows, panels) -> list[str]:
     """Count how often each of two attributes in conflict is kept."""
-    lines = ["| pair | clips | first is kept | second is kept |", "|---|---|---|---|"]
+    lines = ["| pair | clips | first is kept | second is kept | no ball |", "|---|---|---|---|---|"]
     kept = []
     for name, rows in found.items():
         pair, counts = name.split("-"), []
@@ -133,8 +143,8 @@ def conflict(found: Rows, panels) -> list[str]:
                 # A seen number is high or low, however near to the middle.
                 after = [high_or_low(each, row["seen"]) for each in pair]
                 counts.append([a == b for a, b in zip(before, after, strict=True)])
-        kept.append(np.mean(counts, axis=0))
-        lines.append(f"| {name} | {len(counts)} | {kept[-1][0]:.0%} | {kept[-1][1]:.0%} |")
+        kept.append([mean(column) for column in np.array(counts).reshape(-1, 2).T])
+        lines.append(f"| {name} | {len(counts)} | {kept[-1][0]:.0%} | {kept[-1][1]:.0%} | {unseen(rows)} |")
     places = np.arange(len(found))
     for side, offset in ((0, -0.2), (1, 0.2)):
         panels[0].bar(places + offset, [each[side] for each in kept], 0.38, label=("first", "second")[side])

@@ -126,6 +126,14 @@ def read_config(file: str | None, changes: Sequence[str], digits: str) -> Denois
     return dataclasses.replace(config, drawn=dataclasses.replace(config.drawn, world=world))
 
 
+def check_frechet(config: DenoiserRun, options: Options) -> None:
+    """Raise a UserError, before the training, if its Frechet distance is asked for and no file says which digits."""
+    world = world_of(config)
+    known = load_digits(world.digits_path, world.held_out_digits)["train"].labels is not None
+    allowed = f"it must be 0, as there are no labels beside the images of {world.digits_path!r} to learn features from"
+    check(not options.frechet or known, f"--frechet is {options.frechet}; {allowed}")
+
+
 def world_of(config: DenoiserRun) -> MovingMnistConfig:
     """Return the world that a run draws; UserError where it is another."""
     world = config.drawn and config.drawn.world
@@ -138,6 +146,7 @@ def main(config_file: str | None, changes: Sequence[str], digits: str, workdir: 
     """Train and evaluate in `workdir`, going on where an earlier call stopped; print and write the report."""
     prepare_jax()
     config = read_config(config_file, changes, digits)
+    check_frechet(config, options)
     given, cost = given_frames(config), cost_of(config)
     few = dataclasses.replace(options, clips=min(options.clips, AT_POINT))
 
@@ -238,7 +247,7 @@ def picture(
             grey = _grey(whole)
             if name != "true":
                 grey[:given] = 255  # what is given stands above
-            rows.append((name, grey))
+            rows.append(grey)
     return draw_strips(rows, frames)
 
 

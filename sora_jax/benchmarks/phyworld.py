@@ -6,6 +6,7 @@ measure, put the result among the published ones. Each leaves its result in the 
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from sora_jax import console
 from sora_jax.benchmarks.phyworld_table import Row, draw_plot, published_rows, table
 from sora_jax.benchmarks.prediction import cost_of, given_frames, predict
-from sora_jax.config import check, from_dict, load
+from sora_jax.config import check, from_dict, load, to_dict
 from sora_jax.config_files import package_config
 from sora_jax.data.building.build import build
 from sora_jax.data.building.prepare import BuildConfig
@@ -29,9 +30,10 @@ from sora_jax.files import as_path, read_text, write_json
 from sora_jax.generate.run import Run, load_run
 from sora_jax.kinds.run import train
 from sora_jax.models.first_stage import latent_grid
+from sora_jax.models.flops import autoencoder_train_flops
 from sora_jax.models.pixels import PixelsConfig
 from sora_jax.parallel.settings import prepare_jax
-from sora_jax.train.autoencoder import AutoencoderRun
+from sora_jax.train.autoencoder import AutoencoderRun, StageConfig
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.encode import encode_dataset
 from sora_jax.worlds import HELD_OUT
@@ -80,10 +82,12 @@ def main(config_file: str | None, changes: Sequence[str], world: dict[str, Any],
     folder = workdir / "denoiser"
     train(options, folder)
     result = report(config, options, folder, workdir)
-    write_json(workdir / "result.json", result)
+    write_json(workdir / "result.json", json.loads(console.as_json(result)))  # where a value is not finite, null
     draw_plot(config.world.scenario, result, workdir / "error_against_flops.png")
     rows = [*published_rows(config.world.scenario), *own_rows(config, result)]
     notes = f"{workdir}: result.json, error_against_flops.png, clips.png"
+    if result["autoencoder_flops"]:
+        notes = f"the autoencoder took {result['autoencoder_flops'] / 1e15:.3f} PFLOP more\n{notes}"
     console.result(result, f"{table(rows)}\n{shares(result)}\n{notes}")
     return result
 
@@ -139,8 +143,14 @@ def predict_clips(run: Run, world: PhyworldConfig, indices: Sequence[int]) -> li
 
 
 def measured(run: Run, world: PhyworldConfig, total: int, out: Path) -> Measured:
-    """Predict and measure the first `total` held-out clips of a world; those in `out` are measured already."""
-    rows = json.loads(read_text(out)) if out.exists() else []
+    """Predict and measure the first `total` held-out clips of a world; those in `out` are measured already.
+
+    `out` counts only for the same world and settings of the sampler.
+    """
+    settings = to_dict(world), to_dict(run.config.sampling)
+    made_by = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    kept = json.loads(read_text(out)) if out.exists() else {}
+    rows = kept["errors"] if kept.get("made_by") == made_by else []
     if len(rows) < total:
         rows = rows[: len(rows) // BATCH * BATCH]  # whole calls, so that every clip has the noise that it always has
     with console.progress(total=total, initial=len(rows), desc=out.stem, unit="clip") as bar:
@@ -149,7 +159,7 @@ def measured(run: Run, world: PhyworldConfig, total: int, out: Path) -> Measured
             for index, clip in zip(indices, predict_clips(run, world, indices), strict=True):
                 rows.append(dataclasses.asdict(measure(world, index, clip)))
                 bar.update(1)
-            write_json(out, rows)
+            write_json(out, {"made_by": made_by, "errors": rows})
     return {HELD_OUT + place: VelocityError(**row) for place, row in enumerate(rows[:total])}
 
 
@@ -165,15 +175,24 @@ def report(config: PhyworldBench, options: DenoiserRun, folder: Path, workdir: P
     show(config, run, workdir / "clips.png")
     curve = [*early(config, folder, workdir, run.step, each)]
     inside = found["in"]
-    true = summarise(measure(world, index, draw(world, index)) for index in [*inside][: max(config.curve, 16)])
+    last = summarise([*inside.values()][: config.curve or None])  # of the clips that the points before are measured on
+    true = summarise(measure(world, index, draw(world, index)) for index in inside)
     return {
         "scenario": world.scenario, "size": world.size, "level": world.level, "clips": config.clips or count_of(world),
         "parameters": cost.parameters, "step": run.step, "flops": each * run.step,
         "in": dataclasses.asdict(summarise(inside.values())), "out": outside(config, found, as_published=True),
         "out_all": outside(config, found, as_published=False), "true": dataclasses.asdict(true),
         "kinds": {kind: dataclasses.asdict(summarise(errors.values())) for kind, errors in found.items()},
-        "curve": [*curve, {"step": run.step, "flops": each * run.step, "in": summarise(inside.values()).published}],
+        "curve": [*curve, {"step": run.step, "flops": each * run.step, "in": last.published}],
+        "autoencoder_flops": autoencoder_flops(config.autoencoder) if config.autoencoder else 0.0,
     }  # fmt: skip
+
+
+def autoencoder_flops(config: AutoencoderRun) -> float:
+    """Return the model FLOPs of all stages of an autoencoder that learns crops of clips."""
+    stages = config.stages or (StageConfig(config.loop.steps),)
+    each = [autoencoder_train_flops(config.model, *(stage.crop or config.crop)) for stage in stages]
+    return sum(s.steps * (s.batch or config.batch) * flops for s, flops in zip(stages, each, strict=True))
 
 
 def place_of(workdir: Path, step: int, kind: str) -> Path:
@@ -233,7 +252,7 @@ def own_rows(config: PhyworldBench, result: dict[str, Any]) -> list[Row]:
     level = f"{result['clips']:,}" if config.clips else config.world.level
     true, inside, out = result["true"], result["in"], result["out"]
     name = f"this run, {result['parameters'] / 1e6:.2f}M, {config.world.size} px"
-    errors = inside["published"], out["published"], inside["unbiased"], out["unbiased"]
+    errors = inside["published"], out["published"], inside["unbiased"], out["unbiased"], inside["lost"], out["lost"]
     return [
         Row(f"true clips, {config.world.size} px", "", None, true["published"], None, true["unbiased"]),
         Row(name, level, result["flops"], *errors),

@@ -29,11 +29,11 @@ PUBLISHED = {
 FLOORS = {"uniform": (0.0099, 0.0105), "parabola": (0.0210, 0.0212), "collision": (0.0117, 0.0131)}
 # Of a run of 100,000 steps of 256 clips: arithmetic from the depth, width and tokens that the paper states.
 PUBLISHED_FLOPS = {"S": 2.1e18, "B": 7.8e18, "L": 26e18}
-HEADER = ("model", "clips", "PFLOP", "in", "out", "in, unbiased", "out, unbiased")
+HEADER = ("model", "clips", "PFLOP", "in", "out", "in, unbiased", "out, unbiased", "ball lost, in", "out")
 
 
 class Row(NamedTuple):
-    """A row of the table; errors in units of the world a second, None where they are not known."""
+    """A row of the table; errors in units of the world a second, shares of clips; None where they are not known."""
 
     name: str
     clips: str
@@ -42,6 +42,8 @@ class Row(NamedTuple):
     outside: float | None = None
     unbiased_inside: float | None = None
     unbiased_outside: float | None = None
+    lost_inside: float | None = None
+    lost_outside: float | None = None
 
 
 def published_rows(scenario: str) -> list[Row]:
@@ -58,8 +60,9 @@ def table(rows: Sequence[Row]) -> str:
     lines: list[tuple[str, ...]] = [HEADER]
     for row in rows:
         flops = "" if row.flops is None else f"{row.flops / 1e15:,.{0 if row.flops > 1e17 else 3}f}"
-        errors = ["" if error is None else f"{error:.4f}" for error in row[3:]]
-        lines.append((row.name, row.clips, flops, *errors))
+        errors = ["" if error is None else f"{error:.4f}" for error in row[3:7]]
+        lost = ["" if share is None else f"{share:.0%}" for share in row[7:]]
+        lines.append((row.name, row.clips, flops, *errors, *lost))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

@@ -5,7 +5,6 @@ A run predicts by the sampler's mask, as every task does: the tokens of the firs
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from sora_jax.kinds.run import train
 from sora_jax.models.denoiser import denoiser_specs
 from sora_jax.nn.params import count
 from sora_jax.train.denoiser import DenoiserRun, batch_counts, open_latents
+from sora_jax.train.watchdog import FILE as TIME_LOG
 
 POINTS = "points.jsonl"
-EXAFLOP = 1e18
 CHUNK = 64  # clips whose latents are sampled in one call
 
 
@@ -83,12 +82,12 @@ def train_and_measure(
     for step in steps:
         if step in points:
             continue
-        begun, before = time.monotonic(), max(points, default=0)
         own = dataclasses.replace(config, optim=optim, loop=dataclasses.replace(config.loop, steps=step))
         train(own, workdir)
-        seconds = time.monotonic() - begun + points.get(before, {}).get("seconds", 0.0)
+        seconds = json.loads(read_text(as_path(workdir) / TIME_LOG))["seconds"]
+        training = sum(seconds.get(cause, 0.0) for cause in ("data", "step"))
         found = measure(load_run(workdir))
-        points[step] = {"step": step, "flops": step * cost.step_flops, "seconds": seconds} | found
+        points[step] = {"step": step, "flops": step * cost.step_flops, "seconds": training} | found
         console.log(f"step {step}: {json.dumps(points[step])}")
         _write_points(workdir, points)
     return [points[step] for step in sorted(points) if step <= max(steps)]
@@ -135,9 +134,9 @@ def in_one_step(sampling: SamplingConfig) -> SamplingConfig:
     return dataclasses.replace(sampling, steps="1", spacing="even", solver=solver, last_time=0.0)
 
 
-def draw_strips(rows: Sequence[tuple[str, np.ndarray]], shown: int, scale: int = 1) -> np.ndarray:
+def draw_strips(clips: Sequence[np.ndarray], shown: int) -> np.ndarray:
     """Put clips (T, H, W, 3) of one size below each other, `shown` frames of each, as one picture."""
-    strips = [strip(clip, shown, scale) for _, clip in rows]
+    strips = [strip(clip, shown) for clip in clips]
     return np.concatenate([np.pad(each, ((0, 2), (0, 0), (0, 0)), constant_values=255) for each in strips])
 
 

@@ -19,7 +19,7 @@ from sora_jax.files import as_path
 from sora_jax.generate.requests import Wanted, latent_size
 from sora_jax.generate.run import Run, autoencoder_folder, changed, load_run, read_run_config
 from sora_jax.train.checkpoint import NEWEST
-from sora_jax.train.denoiser import DenoiserRun, check_text
+from sora_jax.train.denoiser import DenoiserRun, check_text, open_latents
 from sora_jax.train.exported import no_run, output_folder, run_folder
 from sora_jax.train.frozen import autoencoder_config, recorded_fingerprint
 from sora_jax.train.held_out import HeldOutClips
@@ -137,6 +137,8 @@ class Evaluation:
                 return LatentCache(self.options.latents)
             except UserError as error:
                 raise UserError(f"--latents is {str(self.options.latents)!r}; {error}") from error
+        if self.config.drawn:
+            return open_latents(self.config)
         mend = "give the folder of one, which `sora-jax data encode --autoencoder=RUN` makes"
         check(self.config.latents, f"--latents is not given, and the run's config names none; {mend}")
         try:

@@ -85,20 +85,26 @@ def measure(config: PhyworldConfig, index: int, frames: np.ndarray) -> VelocityE
     missing_FN = np.isnan(shares_FN)
     ink_N = np.where(missing_FN, 0, shares_FN).sum(0) / np.maximum((~missing_FN).sum(0), 1)
     return VelocityError(
-        published=float(np.abs(off_FN.mean(0)).sum(-1).mean()),
-        printed=float(np.abs(off_FN).mean(0).sum(-1).mean()),
+        published=float(np.abs(_mean_of_known(off_FN)).sum(-1).mean()),
+        printed=float(_mean_of_known(np.abs(off_FN)).sum(-1).mean()),
         unbiased=float(np.abs(slopes_N2[:, axes]).sum(-1).mean()),
         lost=bool((missing_FN | (shares_FN < _LEAST)).any()),
         faded=bool(((np.abs(ink_N - 1) > _FADED) & ~missing_FN.all(0)).any()),
     )
 
 
+def _mean_of_known(off_FN: np.ndarray) -> np.ndarray:
+    """Average over frames; those before a ball is first found have no height (NaN) and, as published, do not count."""
+    known_FN = ~np.isnan(off_FN)
+    return np.where(known_FN.any(0), np.where(known_FN, off_FN, 0).sum(0) / np.maximum(known_FN.sum(0), 1), np.nan)
+
+
 def summarise(errors: Iterable[VelocityError]) -> Summary:
     """Average errors of clips."""
     found = list(errors)
     table = np.array([(e.published, e.printed, e.unbiased) for e in found]).reshape(-1, 3)
-    unmeasured = np.isnan(table[:, 1])
-    shares = [np.mean(marks) for marks in ([e.lost for e in found], [e.faded for e in found], unmeasured)]
+    lost = np.array([e.lost for e in found], bool)
+    shares = [np.mean(marks) for marks in (lost, [e.faded for e in found], np.isnan(table[:, 1]) & ~lost)]
     # A ball that is hardly ever seen has published errors but no line through its positions.
     means = [column[~np.isnan(column)].mean() if not np.isnan(column).all() else np.nan for column in table.T]
     return Summary(len(found), *map(float, (*means, *shares)))
@@ -185,23 +191,33 @@ def look(config: PhyworldConfig, frames: np.ndarray, colours: Sequence[str]) -> 
     return Sight(positions, areas)
 
 
-def see_ball(config: PhyworldConfig, true: Truth, frames: np.ndarray) -> Ball | None:
-    """Return the ball that a clip of one ball ends with, whatever it began with; None if none is to be seen.
+def see_ball(config: PhyworldConfig, frames: np.ndarray) -> Ball | None:
+    """Return the ball that a clip (T, H, W, 3) uint8 of one ball ends with, whatever it began with; None without one.
 
-    Its speed is that over all measured frames, the rest is read in the last third of them.
+    Its speed is that over the predicted frames that show it wholly inside, wherever the true ball is by then; the rest
+    is read in the last third of these.
     """
-    chosen = measured_frames(true)
-    seen_T = frames[chosen].astype(float)
-    inks = {c: np.clip((seen_T[..., own] - seen_T[..., 1]) / 255, 0, 1) for c, own in _OWN}
-    colour = max(inks, key=lambda name: inks[name][-len(chosen) // 3 :].sum())
-    seen = look(config, frames[chosen], [colour])
-    areas = seen.areas_TN[-len(chosen) // 3 :, 0]
-    speed = float(slope(seen.positions_TN2)[0, 0])
-    if np.isnan(speed) or np.isnan(areas).all():
+    shown = frames[GIVEN_FRAMES:FRAMES].astype(float)
+    inks = {c: np.clip((shown[..., own] - shown[..., 1]) / 255, 0, 1) for c, own in _OWN}
+    whole = np.flatnonzero(np.logical_or.reduce([_is_whole(ink) for ink in inks.values()]))
+    last = whole[-len(whole) // 3 :]
+    colour = max(inks, key=lambda name: inks[name][last].sum())
+    whole_T = _is_whole(inks[colour])
+    seen = look(config, frames[GIVEN_FRAMES:FRAMES], [colour])
+    speed = float(slope(np.where(whole_T[:, None, None], seen.positions_TN2, np.nan))[0, 0])
+    last = last[whole_T[last]]
+    if np.isnan(speed) or not len(last):
         return None
-    area = float(np.nanmedian(areas))
-    figure = "square" if np.median([_squareness(ink) for ink in inks[colour][-len(chosen) // 3 :]]) > 5 / 6 else "ball"
+    area = float(np.median(seen.areas_TN[last, 0]))
+    figure = "square" if np.median([_squareness(ink) for ink in inks[colour][last]]) > 5 / 6 else "ball"
     return Ball(float(np.sqrt(area / (4 if figure == "square" else np.pi))), speed, colour, figure)
+
+
+def _is_whole(ink_THW: np.ndarray) -> np.ndarray:
+    """Return True for the frames that show a ball, no part of which is outside: (T,)."""
+    core = ink_THW >= 0.5
+    inner = core[:, 1:-1, 1:-1].sum((1, 2))
+    return (inner > 0) & (inner == core.sum((1, 2)))
 
 
 def _squareness(ink_HW: np.ndarray) -> float:
