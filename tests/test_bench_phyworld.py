@@ -155,6 +155,8 @@ def test_the_table_has_the_published_rows_and_one_more():
 def test_scenarios_sizes_and_mistakes_are_those_of_the_options(tmp_path, capsys):
     config = from_dict(PhyworldBench, load(f"{CONFIG}:collision"))
     assert config.world.scenario == "collision" and len(config.kinds) == 7
+    assert load(bench.default_config("collision")) == load(f"{CONFIG}:collision")
+    assert load(bench.default_config("pendulum")) == load(bench.default_config()) == load(str(CONFIG))
     larger = dataclasses.replace(config, world=dataclasses.replace(config.world, size=2 * config.world.size))
     assert prepared(larger, Path("unused")).packing.length == 4 * prepared(config, Path("unused")).packing.length
     for words, sentence in (

@@ -37,7 +37,7 @@ from sora_jax.train.autoencoder import AutoencoderRun, StageConfig
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.encode import encode_dataset
 from sora_jax.worlds import HELD_OUT
-from sora_jax.worlds.phyworld import GIVEN_FRAMES, ONE_BALL, RANGES, PhyworldConfig, count_of, draw, truth
+from sora_jax.worlds.phyworld import GIVEN_FRAMES, ONE_BALL, RANGES, SCENARIOS, PhyworldConfig, count_of, draw, truth
 from sora_jax.worlds.phyworld_error import VelocityError, is_counted, measure, summarise
 
 BATCH = 32  # clips that are predicted in one call, and saved
@@ -77,7 +77,7 @@ def main(config_file: str | None, changes: Sequence[str], world: dict[str, Any],
     """
     prepare_jax()
     changes = [*changes, *(f"world.{name}={value}" for name, value in world.items())]
-    config = from_dict(PhyworldBench, load(config_file or default_config(), changes), "--config")
+    config = from_dict(PhyworldBench, load(config_file or default_config(world.get("scenario")), changes), "--config")
     options = prepared(config, workdir)
     folder = workdir / "denoiser"
     train(options, folder)
@@ -92,9 +92,9 @@ def main(config_file: str | None, changes: Sequence[str], world: dict[str, Any],
     return result
 
 
-def default_config() -> str:
-    """Return the path of configs/phyworld.py, as it came with the package."""
-    return str(package_config("phyworld.py"))
+def default_config(scenario: str | None = None) -> str:
+    """Return the path of configs/phyworld.py, as it came with the package, with the variant of a scenario."""
+    return str(package_config("phyworld.py")) + (f":{scenario}" if scenario in SCENARIOS else "")
 
 
 def of_kind(world: PhyworldConfig, kind: Any) -> PhyworldConfig:
