@@ -134,10 +134,12 @@ def test_costs_are_those_of_one_clip_and_of_a_step(digits):
 
 def test_points_are_measured_once_under_one_schedule(digits, tmp_path, monkeypatch):
     config, calls = read_config(TINY, (), digits), []
+    (tmp_path / "time.json").write_text('{"step": 4, "seconds": {"compile": 9.0, "data": 1.0, "step": 2.0}}')
     monkeypatch.setattr(prediction, "train", lambda config, folder: calls.append(config))
     monkeypatch.setattr(prediction, "load_run", lambda folder: calls[-1].loop.steps)
     first = train_and_measure(config, tmp_path, [2, 4], lambda run: {"error": 1 / run})
     again = train_and_measure(config, tmp_path, [2, 4, 8], lambda run: {"error": 1 / run})
+    assert {point["seconds"] for point in again} == {3.0}
     assert again[:2] == first and [point["error"] for point in again] == [1 / 2, 1 / 4, 1 / 8]
     assert [own.loop.steps for own in calls] == [2, 4, 8]
     assert {own.optim.decay_steps for own in calls} == {config.loop.steps}

@@ -77,7 +77,8 @@ class DrawnClips(LatentCache):
         Fields of the world with their default value do not count, so that it stays the same when a world gains one.
         """
         config, world = self.config, self.config.world
-        chosen = {f.name: getattr(world, f.name) for f in fields(world) if getattr(world, f.name) != f.default}
+        shown = [(f, getattr(world, f.name)) for f in fields(world) if f.repr]
+        chosen = {f.name: value for f, value in shown if value != f.default}
         said = type(world).__name__, chosen, config.clips, config.held_out, config.grey
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
