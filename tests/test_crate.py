@@ -1,4 +1,4 @@
-"""The white-box denoiser: packed equals one by one, nothing leaks, its block is CRATE's, and any mesh computes the same.
+"""The white-box denoiser: packed equals one by one, nothing leaks, its block is CRATE's, and all meshes agree.
 
 All parameters are random, so no gate is closed; float32.
 """
@@ -35,9 +35,9 @@ RUN = DenoiserRun(model=CONFIG, packing=PackingConfig(), diffusion=DiffusionConf
 
 @pytest.fixture(scope="module")
 def params(randomised):
-    """Random parameters; the modulation is small, since products of large scales drown what else there is."""
-    values = jax.device_get(randomised(denoiser_specs(CONFIG)))
-    return values | {"modulation": jax.tree.map(lambda x: 0.3 * x, values["modulation"])}
+    """Random parameters, the modulation small: a large one multiplies the rounding errors of noise levels."""
+    values = randomised(denoiser_specs(CONFIG), scale=0.2)
+    return values | {"modulation": jax.tree.map(lambda x: 0.1 * x, values["modulation"])}
 
 
 def times_of(pack):
@@ -143,12 +143,9 @@ def test_without_modulation_and_captions_the_blocks_are_those_of_the_paper(param
         assert (np.asarray(x_BLD) >= 0).all() and (np.asarray(x_BLD) == 0).mean() > 0.1
 
 
-@pytest.mark.parametrize(
-    "way", [{"remat": "full", "attention": "blockwise"}, {"unroll": 2, "remat": "dots"}], ids=lambda way: str(list(way))
-)
-def test_every_way_to_run_gives_the_same_gradient(params, clips, packed, way):
+def test_recomputed_blocks_have_the_same_gradient(params, clips, packed):
     pack = packed([clips[:3], clips[3:]])
-    run = dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, **way))
+    run = dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, remat="full", unroll=2))
     assert_near(evaluator(run)(params, pack), evaluator(RUN)(params, pack))
 
 
@@ -173,7 +170,6 @@ def test_variances_and_guides_have_their_places(randomised, clips, packed):
 
 
 MESHES = {
-    "1x8": (MeshConfig(data=1, fsdp=8), "gather"),
     "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), "gather"),
     "2x2, sequence 2": (MeshConfig(data=2, fsdp=2, sequence=2), "all_to_all"),
 }

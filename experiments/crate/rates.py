@@ -20,7 +20,7 @@ def subspace_rate(Z: jax.Array, U: jax.Array, eps: float) -> jax.Array:
 
 
 def subspace_rate_gradient(Z: jax.Array, U: jax.Array, eps: float) -> jax.Array:
-    """The gradient of R_c in closed form: p / (N eps^2) sum_k U_k U_k^T Z (I + p / (N eps^2) (U_k^T Z)^T U_k^T Z)^-1."""
+    """The gradient of R_c: with a = p / (N eps^2), the sum of a U_k U_k^T Z (I + a (U_k^T Z)^T U_k^T Z)^-1."""
     n, alpha = Z.shape[1], U.shape[-1] / (Z.shape[1] * eps**2)
 
     def one(basis):
