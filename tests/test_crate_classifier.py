@@ -48,7 +48,7 @@ def pack_of(*rows: list[PackItem], packing=RUN.packs) -> Pack:
     return Pack(**pack_batch(rows, packing))
 
 
-@pytest.mark.parametrize("size, wanted", zip(SIZES, (6_090_856, 13_116_328, 22_796_008, 77_641_192), strict=True))
+@pytest.mark.parametrize("size, wanted", list(zip(SIZES, (6_090_856, 13_116_328, 22_796_008, 77_641_192), strict=True)))
 def test_counts_are_those_of_the_paper(size, wanted):
     depth, width, heads = SIZES[size]
     assert count(classifier_specs(CrateClassifierConfig(depth=depth, width=width, heads=heads))) == wanted

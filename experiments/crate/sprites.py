@@ -7,8 +7,8 @@ The last line, for the best run of each network, tells how many facts of held-ou
 experiments/sprites says how the data is made. Both networks have 3.2 million parameters: the transformer is that of
 configs/sprites.py, CRATE that of configs/crate.py:small, which is the same recipe with another `model`. Each is trained
 at every learning rate of --rates and with every seed of --seeds, to OUT/NETWORK_RATE_SEED; a call that was stopped goes
-on where it was. Prints a table: parameters, model FLOPs of a full pack, processor time, training and held-out loss. Draws
-OUT/sprites.png and writes OUT/sprites.json.
+on where it was. Prints a table: parameters, model FLOPs of a full pack, processor time, training and held-out loss.
+Draws OUT/sprites.png and writes OUT/sprites.json.
 """
 
 import argparse
@@ -92,10 +92,10 @@ def table(runs: list[dict]) -> str:
     head = "| network | rate | seed | parameters | MFLOPs of a pack | processor time | loss | held-out loss |"
     lines = [head, "|" + "---|" * 8]
     for run in runs:
+        size = f"{run['parameters']:,} | {run['flops_of_a_pack'] / 1e6:.0f} | {run['processor_seconds'] / 60:.0f} min"
         held_out = f"{run['held_out']:.4f}" if run["held_out"] is not None else ""
         lines.append(
-            f"| {run['network']} | {run['rate']:g} | {run['seed']} | {run['parameters']:,} | "
-            f"{run['flops_of_a_pack'] / 1e6:.0f} | {run['processor_seconds'] / 60:.0f} min | {run['loss']:.4f} | {held_out} |"
+            f"| {run['network']} | {run['rate']:g} | {run['seed']} | {size} | {run['loss']:.4f} | {held_out} |"
         )
     return "\n".join(lines)
 
