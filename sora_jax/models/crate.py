@@ -207,7 +207,7 @@ def denoise(
         layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=False)  # a scan is barrier enough
     keys_values = context.text.keys_values if context.text else None
     x_BLD, _ = jax.lax.scan(layer, x_BLD, (params["blocks"], keys_values), unroll=config.unroll)
-    return predict(params, config, x_BLD, x_BLP, *context.head)
+    return predict(params, config, x_BLD, x_BLP, context.head)
 
 
 def forward_flops(config: CrateConfig, batch: dict, encodes_condition: bool = True) -> float:

@@ -10,6 +10,7 @@ The parametrisation is that of the official code: one projection without bias se
 output projection has a bias and weights of its own, both norms have scales and biases. A block has 3 D^2 + 5 D numbers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax
 from sora_jax.nn.attention import How, Place, Places, attention
 from sora_jax.nn.layers import dense, dense_specs, layer_norm, out_proj, out_proj_specs, qkv_proj
 from sora_jax.nn.lora import DOWN, UP
-from sora_jax.nn.params import ParamSpec, ones, zeros
+from sora_jax.nn.params import Initializer, ParamSpec, ones, zeros
 from sora_jax.nn.positions import rotate
 from sora_jax.parallel.rules import reshard
 
@@ -64,18 +65,20 @@ def norm(p: dict, x: jax.Array, shift: jax.Array | float = 0.0, scale: jax.Array
     return layer_norm(x) * (own_scale + scale) + (own_bias + shift)
 
 
+def linear(in_axis: int | Sequence[int] = -2, out_axis: int | Sequence[int] = -1) -> Initializer:
+    """Return PyTorch's initialiser of linear layers, uniform with variance 1 / (3 fan in)."""
+    return jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis, out_axis)
+
+
 def mssa_specs(width: int, heads: int) -> dict:
     """Declare the projection onto subspaces, one a head, and the output projection."""
     head_width = width // heads
-    # Both as PyTorch has it for linear layers, variance 1 / (3 fan in). With Xavier's, thrice that, the score of a
-    # token with itself is sqrt(head width) at the start, and tokens hardly mix.
-    variance = (1 / 3, "fan_in", "uniform")
-    subspaces = jax.nn.initializers.variance_scaling(*variance, 0, (-3, -2, -1))
-    together = jax.nn.initializers.variance_scaling(*variance, (-3, -2), -1)
-    axes = ("embed", None, "heads", "head")
+    # With Xavier's initial values, whose variance is thrice that, the score of a token with itself is sqrt(head width)
+    # at the start, and tokens hardly mix.
+    subspaces = ParamSpec((width, 1, heads, head_width), ("embed", None, "heads", "head"), linear(0, (-3, -2, -1)))
     return {
-        "subspaces": {"weight": ParamSpec((width, 1, heads, head_width), axes, subspaces)},
-        "merge": out_proj_specs(heads, head_width, width, together),
+        "subspaces": {"weight": subspaces},
+        "merge": out_proj_specs(heads, head_width, width, linear((-3, -2), -1)),
     }
 
 
@@ -149,10 +152,9 @@ def block(p: dict, x_BLD: jax.Array, where: Where, how: Ista = Ista()) -> jax.Ar
 
 def decoder_block_specs(width: int, heads: int) -> dict:
     """Declare a block of CRATE-MAE's decoder, as many numbers as a block of the encoder has."""
-    init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return {
         "norm1": norm_specs(width),
-        "synthesis": dense_specs(width, width, ("embed", "hidden"), init, bias=False),
+        "synthesis": dense_specs(width, width, ("embed", "hidden"), linear(), bias=False),
         "norm2": norm_specs(width),
         "mssa": mssa_specs(width, heads),
     }

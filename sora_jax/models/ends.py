@@ -11,6 +11,7 @@ from sora_jax.nn.params import zeros
 from sora_jax.nn.positions import sincos_table
 from sora_jax.parallel.rules import reshard
 
+Shift = jax.Array | float
 GUIDE_KINDS = 2  # key frames and sketches, see `data.guides`
 
 
@@ -76,11 +77,14 @@ def embed_tokens(params: dict, config: EndsConfig, pack: Pack, x_BLP: jax.Array,
     return x_BLD
 
 
-def predict(params: dict, config: EndsConfig, x_BLD: jax.Array, x_BLP: jax.Array, shift, scale) -> jax.Array:
+def predict(
+    params: dict, config: EndsConfig, x_BLD: jax.Array, x_BLP: jax.Array, modulation: tuple[Shift, Shift] = (0.0, 0.0)
+) -> jax.Array:
     """Read the prediction off the last tokens: (B, L, D) -> (B, L, P) float32, (B, L, 2 P) with variances.
 
-    x_BLP: the noisy tokens, for the gates. shift, scale: modulation of the last norm, arrays or 0.
+    x_BLP: the noisy tokens, for the gates. modulation: shift and scale of the last norm.
     """
+    shift, scale = modulation
     with jax.named_scope("head"):
         x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
         y = dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)

@@ -234,7 +234,7 @@ def denoise(
     x_BLD = run_trunk(trunk, x_BLD) if run_trunk else trunk(x_BLD)
     x_BLD = x_BLD[:, : x_BLP.shape[1]]
     shift, scale = modulation(params, known, 2) if "modulation" in params else (0.0, 0.0)
-    return predict(params, config, x_BLD, x_BLP, shift, scale)
+    return predict(params, config, x_BLD, x_BLP, (shift, scale))
 
 
 def shown_times(config: TransformerConfig, times_BR: jax.Array) -> jax.Array:

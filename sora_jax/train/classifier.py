@@ -147,7 +147,7 @@ class HeldOutImages:
     def predicted(self, averages: dict) -> np.ndarray:
         """Return the most likely class of each image, (n,)."""
         packs, found = self._config.packs, np.zeros(len(self), np.int64)
-        lengths = self._dataset.grids[self._indices].prod(1) // packs.patch[1] ** 2
+        lengths = self._dataset.grids[self._indices].prod(1) // self._config.model.patch**2
         planned = plan(0, 0, lengths, np.ones(len(self), np.int64), packs)
         rows, mesh = [planned[row] for row in range(len(planned))], jax.sharding.get_mesh()
         most = -(-PACKS // parts("batch")) * parts("batch")
