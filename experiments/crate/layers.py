@@ -70,10 +70,11 @@ def rates_of(half: jax.Array, whole: jax.Array, subspaces: jax.Array, eps: float
 def measured(blocks: dict, halves: list, wholes: list, segments_BL: np.ndarray, eps: float) -> Measures:
     """Means over clips of `rates_of`, layer by layer; halves and wholes: (B, L, D) of each layer."""
     of_one = jax.jit(functools.partial(rates_of, eps=eps))
+    projections = jax.device_get(blocks["mssa"]["subspaces"])
     clips = [(b, s) for b in range(len(segments_BL)) for s in range(1, segments_BL[b].max() + 1)]
     found: Measures = {"R_c": [], "R": [], "non-zeros": []}
     for layer, (half, whole) in enumerate(zip(halves, wholes, strict=True)):
-        bases = subspaces_of(jax.tree.map(lambda x, i=layer: x[i], blocks["mssa"]))
+        bases = subspaces_of({"subspaces": {"weight": projections["weight"][layer]}})
         rows = [
             of_one(half[b][segments_BL[b] == s], whole[b][segments_BL[b] == s], bases)
             for b, s in clips
