@@ -37,7 +37,7 @@ SHORT = ["--config.loop.steps=4", "--config.loop.save_every=2", "--config.loop.l
 def one_line_each(monkeypatch):
     """Both toys are in their tables: a line each."""
     monkeypatch.setitem(MODULES, toy_denoiser.ToyConfig, toy_denoiser)
-    monkeypatch.setitem(KINDS, "classifier", toy_classifier.CLASSIFIER)
+    monkeypatch.setitem(KINDS, "toy_classifier", toy_classifier.CLASSIFIER)
 
 
 def write_config(path, *lines: str):
@@ -166,13 +166,13 @@ def classified(tmp_path_factory):
         "--config.optim.warmup_steps=0",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(KINDS, "classifier", toy_classifier.CLASSIFIER)
+        patch.setitem(KINDS, "toy_classifier", toy_classifier.CLASSIFIER)
         assert run("train", *options, f"--workdir={folder / 'run'}") == 0
     return options, folder / "run"
 
 
 def test_a_kind_of_run_is_one_module_and_one_line(classified):
-    assert json.loads((classified[1] / "config.json").read_text())["kind"] == "classifier"
+    assert json.loads((classified[1] / "config.json").read_text())["kind"] == "toy_classifier"
     rows = read_metrics(classified[1])
     assert all(np.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1 for row in rows)
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=0.1)  # of two classes, before anything is learnt
@@ -197,9 +197,9 @@ def test_a_strangers_kind_is_planned_described_and_refused_by_what_it_cannot_do(
     assert run("train", *options, "--workdir=unused", "--dry-run") == 0
     assert "total                   384" in capsys.readouterr().out
     assert run("plan", *options, "--topology=v5e:2x2", "--what=sample") == 2
-    assert "for a config of kind 'classifier', is 'sample'; allowed: 'train'" in capsys.readouterr().err
+    assert "for a config of kind 'toy_classifier', is 'sample'; allowed: 'train'" in capsys.readouterr().err
     assert run("sample", f"--workdir={folder}", "--prompt=a", f"--out={folder / 'a.gif'}") == 2
-    assert "that run is of kind 'classifier', and it must be 'denoiser'" in capsys.readouterr().err
+    assert "that run is of kind 'toy_classifier', and it must be 'denoiser'" in capsys.readouterr().err
 
 
 def test_each_kind_is_in_the_table_by_its_own_name():

@@ -27,7 +27,7 @@ from sora_jax.train.state import MODEL, Group
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierRun(RunConfig):
-    kind: Literal["classifier"] = "classifier"
+    kind: Literal["toy_classifier"] = "toy_classifier"
     data: str = ""
     classes: int = 2
     packing: PackingConfig = PackingConfig(length=96, slots=4, text_length=4, patch=(1, 8, 8))

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 
 from sora_jax.config import choose, from_dict
 from sora_jax.kinds.autoencoder import AUTOENCODER
+from sora_jax.kinds.classifier import CLASSIFIER
 from sora_jax.kinds.denoiser import DENOISER
 from sora_jax.train.kind import Kind
 from sora_jax.train.migrate import migrate_config, migrate_stored
 from sora_jax.train.run_config import RunConfig
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (AUTOENCODER, DENOISER)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (AUTOENCODER, DENOISER, CLASSIFIER)}
 
 
 def kind_of(config: RunConfig) -> Kind:

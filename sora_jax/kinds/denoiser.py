@@ -11,6 +11,7 @@ from sora_jax.config import check
 from sora_jax.data.feeding.tokenizer import Tokenizer
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.store import ClipStore
 from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import Learnt
@@ -58,14 +59,15 @@ class DenoiserInputs(Inputs):
     share: ShardSpec
 
 
-def check_labels(cache: LatentCache, classes: int, split: str) -> None:
+def check_labels(store: ClipStore, classes: int, split: str) -> None:
     """Raise UserError unless every clip of a split has one of so many classes."""
-    labels = cache.labels[cache.indices(split)]
+    labels = store.labels[store.indices(split)]
+    what = "latent cache" if isinstance(store, LatentCache) else "dataset"
     have = f"classes up to {labels.max()}" if labels.max() >= 0 else "no class"
     have = "clips without a class" if labels.min() < 0 <= labels.max() else have
     check(
         0 <= labels.min() and labels.max() < classes,
-        f"config.model.classes is {classes}; the latent cache {cache.path} has {have}: every clip needs one "
+        f"config.model.classes is {classes}; the {what} {store.path} has {have}: every clip needs one "
         f"of 0 to {classes - 1}, from a column `label` or a TFDS class label",
     )
 

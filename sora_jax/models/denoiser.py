@@ -12,7 +12,8 @@ from typing import Annotated, Any, Protocol
 import jax
 
 from sora_jax.config import OneOf
-from sora_jax.models import transformer
+from sora_jax.models import crate, transformer
+from sora_jax.models.crate import CrateConfig
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack
@@ -61,7 +62,7 @@ class DenoiserConfig(Protocol):
 # Called with the trunk and its tokens (B, L, D); returns what the trunk makes of them, or an estimate of that.
 RunTrunk = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 
-MODULES: dict[type, ModuleType] = {TransformerConfig: transformer}
+MODULES: dict[type, ModuleType] = {TransformerConfig: transformer, CrateConfig: crate}
 AnyDenoiser = Annotated[DenoiserConfig, OneOf(MODULES)]
 
 
@@ -107,7 +108,7 @@ def trunk_zeros(config: DenoiserConfig, pack: Pack) -> jax.Array:
 
 
 def forward_flops(config: DenoiserConfig, batch: dict, encodes_condition: bool = True) -> float:
-    """Return the model FLOPs of one forward pass over the clips of a host batch, see `transformer.forward_flops`."""
+    """Return the model FLOPs of one forward pass over the clips of a host batch, see `pack_flops`."""
     return MODULES[type(config)].forward_flops(config, batch, encodes_condition)
 
 

@@ -10,10 +10,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.data.packing.packs import token_counts
 from sora_jax.errors import UserError
 from sora_jax.models.conditioning import (
     MODULATED,
@@ -21,24 +19,23 @@ from sora_jax.models.conditioning import (
     block_modulation,
     caption_attention,
     caption_attention_specs,
-    caption_keys_values,
     condition,
     condition_cross_attention,
     condition_cross_attention_specs,
     condition_specs,
     context_segments,
+    encode_captions,
     modulation,
     modulation_specs,
     step_number,
+    with_keys_values,
 )
-from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
+from sora_jax.models.ends import embed_tokens, ends_specs, predict
+from sora_jax.models.pack_flops import Reads, pack_flops
+from sora_jax.models.text import TextConfig, TextContext, text_specs
 from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, How, Place, Places, attention
 from sora_jax.nn.layers import (
     compute_dtype,
-    dense,
-    dense_specs,
-    embed,
-    embedding_specs,
     layer_norm,
     mlp,
     mlp_specs,
@@ -50,8 +47,8 @@ from sora_jax.nn.layers import (
     rms_norm_specs,
 )
 from sora_jax.nn.pack import Pack
-from sora_jax.nn.params import ParamSpec, stack, zeros
-from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos_table
+from sora_jax.nn.params import stack
+from sora_jax.nn.positions import axis_widths, rotary_angles, rotate
 from sora_jax.parallel.rules import parts, reshard
 
 ATTENTION_KEPT = jax.checkpoint_policies.save_only_these_names(OUTPUT)
@@ -63,7 +60,6 @@ REMAT = {
     "attention": ATTENTION_KEPT,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-GUIDE_KINDS = 2  # key frames and sketches, see `data.guides`
 SIZES = {  # depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -155,41 +151,26 @@ class TransformerConfig:
 def denoiser_specs(config: TransformerConfig) -> dict:
     """Declare all parameters.
 
-    Zero at the start are every modulation and gate, the output projection of cross-attention, and the last layer. Its
-    outputs are the prediction, variances if they are learned, and the gates of the input if there are any.
+    Zero at the start are every modulation and gate, the output projection of cross-attention, and the last layer.
     """
     width, text = config.width, config.text
-    outputs = config.patch_values * (1 + config.learned_variance + config.input_skip)
     last = 2 if MODULATED[config.conditioning] else 0
     return {
         **({"text": text_specs(text)} if text else {}),
-        "patch": dense_specs(config.patch_values, width, (None, "embed")),
-        **({"guides": embedding_specs(GUIDE_KINDS, width)} if config.guides else {}),
+        **ends_specs(config),
         **condition_specs(width, text.width if text else 0, config.classes),
         "blocks": stack(block_specs(config), config.depth),
         **modulation_specs(width, last),
-        "head": dense_specs(width, outputs, ("embed", None), zeros),
     }
 
 
 def encode_condition(params: dict, config: TransformerConfig, pack: Pack) -> TextContext | None:
-    """Encode what does not change while a pack is denoised: captions, with their keys and values in every block.
-
-    None for a model without text. Keys and values take 2 * depth * B * M * D numbers of the computation's dtype: 63 MB
-    for each pack of 256 text tokens in 30 blocks of width 2,048 in bfloat16.
-    """
-    text = _encode_captions(params, config, pack)
-    if text is None:
-        return None
-    with jax.named_scope("cross_attention"):
-        keys_values = jax.vmap(lambda p: caption_keys_values(p, text))(params["blocks"]["cross_kv"])
-    return dataclasses.replace(text, keys_values=keys_values)
+    """Encode what does not change while a pack is denoised: captions, with their keys and values in every block."""
+    return with_keys_values(params["blocks"], _encode_captions(params, config, pack))
 
 
 def _encode_captions(params: dict, config: TransformerConfig, pack: Pack) -> TextContext | None:
-    if config.text is None:
-        return None
-    return encode_text(params["text"], config.text, pack, compute_dtype(config.dtype))
+    return encode_captions(params, config.text, pack, compute_dtype(config.dtype))
 
 
 Trunk = Callable[[jax.Array], jax.Array]  # all blocks: tokens (B, L, D) -> same
@@ -234,13 +215,7 @@ def denoise(
     dtype = compute_dtype(config.dtype)
     text = _encode_captions(params, config, pack) if text is None else text
     known = condition(params, pack, shown_times(config, times_BR), text, dtype)
-    x_BLD = dense(params["patch"], x_BLP.astype(dtype), ("batch", "length", "width"))
-    if config.guides and pack.guides_BL is not None:
-        kinds = embed(params["guides"].astype(dtype), jnp.maximum(pack.guides_BL - 1, 0), ("batch", "length", "width"))
-        x_BLD += jnp.where(pack.guides_BL[..., None] > 0, kinds, 0)
-    if config.sincos_positions:
-        table = sincos_table(pack.coords_BL3, config.width, config.position_theta, config.sincos_axes)
-        x_BLD += table.astype(dtype)
+    x_BLD = embed_tokens(params, config, pack, x_BLP, dtype)
     segments_BL, coords_BL3 = pack.segments_BL, pack.coords_BL3
     if config.conditioning == "in_context":
         x_BLD, segments_BL, coords_BL3 = _with_context(pack, known, x_BLD)
@@ -258,11 +233,8 @@ def denoise(
     trunk = lambda x_BLD: jax.lax.scan(layer, x_BLD, (params["blocks"], keys_values), unroll=config.unroll)[0]  # noqa: E731
     x_BLD = run_trunk(trunk, x_BLD) if run_trunk else trunk(x_BLD)
     x_BLD = x_BLD[:, : x_BLP.shape[1]]
-    with jax.named_scope("head"):
-        shift, scale = modulation(params, known, 2) if "modulation" in params else (0.0, 0.0)
-        x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
-        y = dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
-        return _with_input(y, reshard(x_BLP, "batch", None, None)) if config.input_skip else y
+    shift, scale = modulation(params, known, 2) if "modulation" in params else (0.0, 0.0)
+    return predict(params, config, x_BLD, x_BLP, (shift, scale))
 
 
 def shown_times(config: TransformerConfig, times_BR: jax.Array) -> jax.Array:
@@ -270,13 +242,6 @@ def shown_times(config: TransformerConfig, times_BR: jax.Array) -> jax.Array:
     if config.data_times:
         return 1.0 - times_BR
     return step_number(times_BR) if config.step_times else 1000.0 * times_BR
-
-
-def _with_input(y: jax.Array, x_BLP: jax.Array) -> jax.Array:
-    """Add x, times the gates that stand last in y, to the prediction that stands first."""
-    P = x_BLP.shape[-1]
-    prediction, variance, gate = y[..., :P], y[..., P:-P], y[..., -P:]
-    return jnp.concatenate([prediction + gate * x_BLP, variance], axis=-1)
 
 
 def _with_context(pack: Pack, known: Condition, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -340,64 +305,9 @@ def _placed(scale: jax.Array | None, x_BLNK: jax.Array, angles_BLK: jax.Array | 
 
 
 def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: bool = True) -> float:
-    """Return the FLOPs (two per multiply-add) of one forward pass over the clips of a host batch.
-
-    Products with weights count by the tokens that use them, attention by the squares of clip lengths. Padding,
-    recomputation and attention across clips are work, but not model FLOPs. encodes_condition: captions are encoded in
-    this pass, with their keys and values; a sampler does that once for all its passes.
-    """
-    lengths = token_counts(batch)
-    rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
-    rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
-    context = 2 * rows_BS if config.conditioning == "in_context" else 0 * rows_BS
-    text_lengths = _text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
-    uses = {
-        "ends": lengths.sum(),
-        "token": (lengths + context).sum(),
-        "text": text_lengths.sum() * encodes_condition,
-        "caption": text_lengths.sum() * encodes_condition,
-        "row": rows_BR.sum(),
-        "pair": 2 * rows_BR.sum(),
-        "clip": (lengths > 0).sum(),
-    }
-    products = sum(2 * size * uses[user] for user, size in _weights(config))
-    pairs = ((lengths + context) ** 2).sum() + (lengths * text_lengths).sum()
-    if config.conditioning == "cross_attention":
-        pairs += 2 * lengths.sum()  # a token reads the noise level and the label of its own row
-    attention = 4 * config.depth * config.width * pairs
-    if config.text and encodes_condition:
-        attention += 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
-    return float(products + attention)
-
-
-def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
-    """List every weight that takes part in a product: (what it is applied to, size)."""
-    found = []
-
-    def visit(path, spec):
-        names = [str(getattr(entry, "key", entry)) for entry in path]
-        if names[-1] == "weight":
-            found.append((_user(names), math.prod(spec.shape)))
-
-    specs = denoiser_specs(config)
-    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    return found
-
-
-def _user(names: list[str]) -> str:
-    if names[0] == "text":
-        return "text"
-    if "cross_kv" in names:
-        return "caption"
-    if "pooled" in names:
-        return "clip"
-    if "pair_kv" in names:
-        return "pair"
-    if {"patch", "head"} & set(names):
-        return "ends"
-    return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
-
-
-def _text_lengths(batch: dict, slots: int) -> np.ndarray:
-    segments = batch["text_segments_BM"]
-    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)
+    """Return the FLOPs of one forward pass over the clips of a host batch, see `pack_flops`."""
+    reads = Reads(
+        added=2 if config.conditioning == "in_context" else 0,
+        further=2 if config.conditioning == "cross_attention" else 0,  # noise level and label of the token's own row
+    )
+    return pack_flops(config, denoiser_specs(config), batch, encodes_condition, reads)

@@ -90,9 +90,10 @@ def qkv_proj(params: dict, x_BLD: jax.Array) -> list[jax.Array]:
     """Project onto attention heads: (B, L, D) -> one (B, L, N, K) for each part."""
     axes = ("batch", "length", None, "heads", None)
     weight = params["weight"].astype(x_BLD.dtype)
-    bias = params["bias"].astype(x_BLD.dtype)
     y = jnp.einsum("bld,dcnk->blcnk", x_BLD, weight, out_sharding=out_sharding(*axes))
-    y = add_adapter(params, x_BLD, y, ("bld,dr->blr", "blr,rcnk->blcnk"), axes, 2) + jax.lax.broadcast_to_rank(bias, 5)
+    y = add_adapter(params, x_BLD, y, ("bld,dr->blr", "blr,rcnk->blcnk"), axes, 2)
+    if "bias" in params:
+        y += jax.lax.broadcast_to_rank(params["bias"].astype(x_BLD.dtype), 5)
     # Not y[:, :, i]: the gradient of a split is one concatenation.
     return [jnp.squeeze(part, 2) for part in jnp.split(y, y.shape[2], axis=2)]
 

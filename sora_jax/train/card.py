@@ -25,6 +25,7 @@ METRICS = {  # of the last report that has them, with their decimal places
     "loss": 4,
     "held_out/loss": 4,
     "held_out/psnr": 2,
+    "held_out/accuracy": 3,
     "gradient_norm": 4,
     "padding_share": 4,
     "clips_per_second": 1,
@@ -49,16 +50,20 @@ def card(folder: str | Path, name: str = "", exported: Mapping[str, Any] | None 
     path, name = as_path(folder), name or str(folder)
     config, seen = read_json(path / "config.json"), read_seen(path)
     last = _last_stage(path)
-    about, denoiser = exported or read_run(last), config.get("kind") != "autoencoder"
-    title = "A text-to-video denoiser" if denoiser else "A video autoencoder"
+    about, kind = exported or read_run(last), config.get("kind")
+    title = {"autoencoder": "A video autoencoder", "classifier": "An image classifier"}.get(
+        str(kind), "A text-to-video denoiser"
+    )
     lines = [f"# {as_path(name).name}", "", f"{title}, trained with sora_jax.", "", "| | |", "|---|---|"]
     training = _exported(exported) if exported else _training(last, config, about)
     facts = {**_model(config, about), **_data(path, config, seen), **training}
     lines += [f"| {fact} | {value} |" for fact, value in facts.items() if value]
     metrics = _metrics(last)
     lines += ["", "## Metrics", "", *METRICS_HEAD, *metrics] if metrics else []
-    commands = [*(_denoiser_commands(name, config, seen) if denoiser else _autoencoder_commands(name))]
-    lines += ["", "## Use", "", "```", *commands[: 1 if exported else None], "```", ""]
+    if kind != "classifier":  # which no command uses but `train`
+        own = _autoencoder_commands(name) if kind == "autoencoder" else _denoiser_commands(name, config, seen)
+        lines += ["", "## Use", "", "```", *[*own][: 1 if exported else None], "```"]
+    lines += [""]
     if not exported:
         lines += [LICENCE, "", MARKER, ""]
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from sora_jax.data.packing.packs import PackingConfig, token_counts
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.drawn import DrawnClips, DrawnConfig
 from sora_jax.data.storing.latents import LatentCache
+from sora_jax.data.storing.store import ClipStore
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
@@ -295,7 +296,7 @@ def denoiser_job(
         batches=lambda start, position: batches.stream(start, config.feed, Position(*position or ())),
         to_device=functools.partial(to_pack, config.diffusion.times),
         counts=functools.partial(batch_counts, config.model, trained=trained / (trained + fixed)),
-        clip_ids=lambda batch: _names(cache, batch["clip_ids_BS"]),
+        clip_ids=lambda batch: clip_names(cache, batch["clip_ids_BS"]),
         preview=preview,
         note=str(report),
         share=share,
@@ -329,9 +330,9 @@ def to_pack(times: TimesConfig, batch: dict) -> Pack:
     return Pack(**batch, ranks_BS=jax.jit(batch_ranks)(batch["clip_ids_BS"]) if times.stratified else None)
 
 
-def _names(cache: LatentCache, clip_ids_BS: np.ndarray) -> list[str]:
+def clip_names(store: ClipStore, clip_ids_BS: np.ndarray) -> list[str]:
     """Name the clips of a batch. Ids of copies name none, and the first one of each clip is there, too."""
-    return sorted(set(cache.ids(np.flatnonzero(np.isin(cache.clip_ids, clip_ids_BS[clip_ids_BS > 0])).tolist())))
+    return sorted(set(store.ids(np.flatnonzero(np.isin(store.clip_ids, clip_ids_BS[clip_ids_BS > 0])).tolist())))
 
 
 def batch_counts(model: DenoiserConfig, batch: dict, trained: float = 1.0) -> dict[str, float]:

@@ -32,8 +32,9 @@ class OptimConfig:
     skip_spikes: float = 0.0  # skip updates this many standard deviations above the mean gradient norm; 0: none
     ema: tuple[float, ...] = (0.999,)  # decays of the averages of the parameters; the first one is sampled with
     ema_warmup: bool = True  # let the averages follow faster at the start of a run, see `update_ema`
-    method: Literal["adamw", "muon", "sgd"] = "adamw"
-    """muon: orthogonalised momentum for weights, Adam with Nesterov momentum for the rest; sgd: the gradient itself"""
+    method: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
+    """muon: orthogonalised momentum for weights, Adam with Nesterov momentum for the rest; lion: the
+    sign of momentum, which wants a third to a tenth of AdamW's rate; sgd: the gradient itself"""
     muon_rate: float = 0.02  # peak learning rate of what Muon updates; `learning_rate` is that of the rest
 
     def __post_init__(self):
@@ -120,6 +121,15 @@ def _adamw(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformat
     ]
 
 
+def _lion(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
+    """Return Lion with decoupled weight decay (2302.06675)."""
+    return [
+        optax.scale_by_lion(config.b1, config.b2),
+        optax.add_decayed_weights(config.weight_decay, mask=weights_only),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    ]
+
+
 def _muon(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
     """Return Muon (Jordan 2024) for weights, with weight decay, and Adam for the rest."""
     muon = optax.contrib.muon(
@@ -159,7 +169,7 @@ def _sgd(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformatio
     return [optax.scale_by_learning_rate(learning_rate(config))]
 
 
-METHODS = {"adamw": _adamw, "muon": _muon, "sgd": _sgd}
+METHODS = {"adamw": _adamw, "muon": _muon, "lion": _lion, "sgd": _sgd}
 
 
 class SpikeState(NamedTuple):

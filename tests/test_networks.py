@@ -1,0 +1,136 @@
+"""Every network behind the front by the same commands: trained, continued, planned, sampled for every task.
+
+A new network is one line in NETWORKS. The transformer's own tests are elsewhere.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from fixtures_runs import TINY, chain, one_device, run, with_random_weights  # noqa: F401
+
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.generate.run import load_run
+from sora_jax.generate.tasks import Tasks
+from sora_jax.kinds import run_config
+from sora_jax.models.denoiser import denoiser_specs
+from sora_jax.nn.params import count
+from sora_jax.parallel.mesh import make_mesh
+from sora_jax.plan import report
+from sora_jax.train.metrics import read_metrics
+
+NETWORKS = {  # name: its import, and a tiny one, of 4 channels with the text of configs/tiny.py
+    "crate": (
+        "from sora_jax.models.crate import CrateConfig",
+        "CrateConfig(depth=2, width=24, heads=2, latent_channels=4, text=base.model.text)",
+    ),
+}
+SHORT = ["--config.loop.steps=4", "--config.loop.save_every=2", "--config.loop.log_every=1"]
+SIZE = (9, 16, 24)
+SETTINGS = SamplingConfig(steps="2")
+
+
+def write_config(path, network: str) -> str:
+    """A config file that differs from configs/tiny.py in its network alone."""
+    head, model = NETWORKS[network]
+    lines = [
+        "import dataclasses",
+        "from sora_jax.config import load, to_config_dict",
+        "from sora_jax.kinds import run_config",
+        head,
+        "def get_config(variant=''):",
+        f"    base = run_config(load({str(TINY)!r} + ':transformer'))",
+        f"    return to_config_dict(dataclasses.replace(base, model={model}))",
+    ]
+    path.write_text("\n".join(lines))
+    return f"--config={path}"
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def finished(request, chain, tmp_path_factory):  # noqa: F811
+    """The config file of a network, the options of its training, and the folder of a finished run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_config(folder / "config.py", request.param)
+    options = ["train", config, f"--config.latents={chain.latents}", *SHORT]
+    assert run(*options, f"--workdir={folder / 'run'}") == 0
+    return request.param, options, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    """The run with random weights added, so that no gate is closed."""
+    with one_device():
+        return with_random_weights(load_run(finished[2]))
+
+
+def test_it_is_trained_and_kept_by_its_name(finished):
+    name, _, folder = finished
+    kept = json.loads((folder / "config.json").read_text())
+    assert kept["kind"] == "denoiser" and kept["model"]["name"] == name == run_config(kept).model.name
+    losses = [row["loss"] for row in read_metrics(folder)]
+    assert len(losses) == 4 and np.isfinite(losses).all() and len(set(losses)) == 4
+
+
+def test_it_goes_on_to_the_bit(finished, tmp_path):
+    _, options, straight = finished
+    assert run(*options, f"--workdir={tmp_path / 'run'}", "--config.loop.steps=2") == 0
+    assert run(*options, f"--workdir={tmp_path / 'run'}") == 0
+    both = [[(r["loss"], r["parameter_norm"]) for r in read_metrics(each)] for each in (tmp_path / "run", straight)]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_it_is_planned(finished, monkeypatch, capsys, what):
+    """Compiled for four CPU devices in place of four chips."""
+    _, options, folder = finished
+    monkeypatch.setattr(report, "topology_mesh", lambda config, topology: make_mesh(config, jax.devices("cpu")[:4]))
+    plan = ["plan", *options[1:], f"--what={what}", "--config.sampling.steps=2", "--topology=v5e:2x2", "--json"]
+    assert run(*plan) == 0
+    found = json.loads(capsys.readouterr().out)
+    config = run_config(json.loads((folder / "config.json").read_text()))
+    assert found["fits"] and found["flops"] > 0
+    assert found["parameters"] == count(denoiser_specs(config.model))
+
+
+def test_it_does_every_task(model):
+    """Lengths are those asked for, what is given is kept, and a task alone gives what it gives among the others."""
+    clip = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    mask = np.zeros((1, *SIZE[1:]), bool)
+    mask[:, :8, :8] = True
+    made = Tasks(model)
+    tasks = [
+        made.extend(clip, 4),
+        made.extend(clip, -5),
+        made.animate(clip[:1], 9),
+        made.connect(clip, clip, 4),
+        made.loop((8, 16, 24)),
+        made.close(clip, 4),
+        made.fill(clip, mask),
+        made.edit(clip, 0.5),
+    ]
+    clips = generate(model, *tasks)
+    assert [len(frames) for frames in clips] == [13, 14, 9, 22, 8, 12, 9, 9]
+    assert all(frames.std() > 0 for frames in clips)
+    kept = next(iter(model.autoencoder.decode(model.autoencoder.encode([clip], 1), 1)))
+    near(clips[0][:9], kept)
+    near(generate(model, tasks[0])[0], clips[0])
+
+
+def generate(model, *tasks):
+    prompts = ["a red square moves right"] * len(tasks)
+    return model.generate(prompts, sampling=SETTINGS, seed=3, guidance=2.0, tasks=tasks)
+
+
+def near(found, wanted):
+    """Equal but for rounding to uint8 after float error."""
+    assert found.shape == wanted.shape
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
+
+
+def test_guidance_and_captions_change_the_sample(model):
+    clips = [
+        model.generate(prompt, SIZE, sampling=SETTINGS, guidance=guidance, seed=1).astype(int)
+        for prompt, guidance in (("a red square moves right", 1.0), ("a blue square", 1.0), ("a blue square", 4.0))
+    ]
+    assert np.abs(clips[0] - clips[1]).max() > 2 and np.abs(clips[1] - clips[2]).max() > 2
