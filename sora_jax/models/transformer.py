@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import check, choose
-from sora_jax.data.packing.packs import token_counts
+from sora_jax.data.packing.packs import text_counts, token_counts
 from sora_jax.errors import UserError
 from sora_jax.models.conditioning import (
     MODULATED,
@@ -350,7 +350,7 @@ def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: boo
     rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
     rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
     context = 2 * rows_BS if config.conditioning == "in_context" else 0 * rows_BS
-    text_lengths = _text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
+    text_lengths = text_counts(batch) if config.text else 0 * lengths
     uses = {
         "ends": lengths.sum(),
         "token": (lengths + context).sum(),
@@ -396,8 +396,3 @@ def _user(names: list[str]) -> str:
     if {"patch", "head"} & set(names):
         return "ends"
     return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
-
-
-def _text_lengths(batch: dict, slots: int) -> np.ndarray:
-    segments = batch["text_segments_BM"]
-    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 
+from sora_jax.nn.lora import add_adapter
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.nn.params import Initializer, ParamSpec, lecun, ones, zeros
 
@@ -35,7 +36,7 @@ class Cells(NamedTuple):
     real_Bl: jax.Array
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Return l, the cells of a pack."""
         return self.real_Bl.shape[1]
 
@@ -47,7 +48,7 @@ class Cells(NamedTuple):
     @property
     def frames_Bl(self) -> jax.Array:
         """Return the first cell of the frame of each cell; a padding cell is its own."""
-        cell_Bl = jnp.broadcast_to(jnp.arange(self.count), self.real_Bl.shape)
+        cell_Bl = jnp.broadcast_to(jnp.arange(self.size), self.real_Bl.shape)
         return jnp.where(self.real_Bl, cell_Bl - self.places_Bl, cell_Bl)
 
     @property
@@ -66,7 +67,7 @@ class Cells(NamedTuple):
         inside_BmK = ((at_BmK3 >= 0) & (at_BmK3 < grids_Bm13)).all(-1) & real_BmK
         t, y, x = jnp.moveaxis(at_BmK3, -1, 0)
         in_clip_BmK = (t * grids_Bm13[..., 1] + y) * grids_Bm13[..., 2] + x
-        return jnp.where(inside_BmK, per_slot(self.starts_BS, slots_Bm)[..., None] + in_clip_BmK, self.count)
+        return jnp.where(inside_BmK, per_slot(self.starts_BS, slots_Bm)[..., None] + in_clip_BmK, self.size)
 
 
 def cells_of(grids_BS3: jax.Array, count: int) -> Cells:
@@ -111,7 +112,7 @@ def kernel_links(source: Cells, target: Cells, kernel: tuple[int, int, int], str
     ahead_BlK3 = source.at_Bl3[:, :, None] - offsets_K3[None, None]
     hit_BlK = (ahead_BlK3 % step[None, None, None] == 0).all(-1) & source.real_Bl[..., None]
     by_BlK = target.find(source.slots_Bl, ahead_BlK3 // step[None, None, None], hit_BlK)
-    return Links(to_BmK, by_BlK * taps + jnp.where(by_BlK < target.count, jnp.arange(taps)[None, None], 0))
+    return Links(to_BmK, by_BlK * taps + jnp.where(by_BlK < target.size, jnp.arange(taps)[None, None], 0))
 
 
 def parent_links(source: Cells, target: Cells) -> Links:
@@ -157,6 +158,7 @@ def conv(params: dict, x_BlC: jax.Array, links: Links) -> jax.Array:
     weight = params["weight"].astype(x_BlC.dtype)
     flat = taps_BmKC.reshape(-1, weight.shape[0] * weight.shape[1])  # one product, with a long sum
     y = (flat @ weight.reshape(flat.shape[1], -1)).reshape(*taps_BmKC.shape[:2], -1)
+    y = add_adapter(params, taps_BmKC, y, ("bmkc,kcr->bmr", "bmr,ro->bmo"), (None, None, None), 2)
     return y + params["bias"].astype(x_BlC.dtype)[None, None]
 
 
@@ -215,7 +217,7 @@ def token_links(pack: Pack, cells: Cells, patch: tuple[int, int, int]) -> tuple[
     of_part_BX = cells.find(slots_BL, at_BLn3, real_BL[..., None]).reshape(real_BL.shape[0], -1)
     parts = of_part_BX.shape[1]
     part_X = jnp.arange(parts)
-    none_l = jnp.full((cells.count,), parts)
+    none_l = jnp.full((cells.size,), parts)
     of_cell_Bl = jax.vmap(lambda cell_X: none_l.at[cell_X].set(part_X, mode="drop"))(of_part_BX)
     to_cells = Links(of_cell_Bl[..., None], of_part_BX[..., None])
     return to_cells, Links(*to_cells[::-1])

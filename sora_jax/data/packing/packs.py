@@ -326,6 +326,12 @@ def token_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return own + np.stack([np.bincount(row, minlength=own.shape[1] + 1)[1:] for row in segments])
 
 
+def text_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Count the text tokens of each clip of a batch, (B, S) int64."""
+    segments, slots = batch["text_segments_BM"], batch["grids_BS3"].shape[1]
+    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)
+
+
 def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarray]:
     """Take the latents (t, h, w, C) out of one pack, in slot order; reads tokens_LP, segments_L, index_L and grids_S3.
 
