@@ -198,7 +198,7 @@ def block(config: UNetConfig, p: dict, x_BlD: jax.Array, level: Level, rows: Row
         x_BlD += conv(p["conv_2"], h, level.space)
     with jax.named_scope("time"):
         h = conv(p["conv_time"], jax.nn.silu(group_norm(p["norm_time"], x_BlD, cells)), level.time)
-        x_BlD += jnp.where(cells.moving_Bl1, h, 0)
+        x_BlD += jnp.where(cells.moving_Bl[..., None], h, 0)
     if "space" not in p:
         return x_BlD
     with jax.named_scope("attention"):
@@ -207,7 +207,7 @@ def block(config: UNetConfig, p: dict, x_BlD: jax.Array, level: Level, rows: Row
             segments_Bl = level.segments(cells.slots_Bl)
             x_BlD += caption_attention(p, x_BlD, segments_Bl, rows.text, config.attention)
         h = _attend(p["time"], config, x_BlD, level, cells.columns_Bl)
-        return x_BlD + jnp.where(cells.moving_Bl1, h, 0)
+        return x_BlD + jnp.where(cells.moving_Bl[..., None], h, 0)
 
 
 def _attention_specs(config: UNetConfig, width: int) -> dict:

@@ -8,6 +8,7 @@ its own border, as if it were alone.
 Arrays are those of one device: inside `jax.shard_map`, or without a mesh. K: taps of a kernel; l, m: cells.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.nn.params import Initializer, ParamSpec, lecun, ones, zeros
 
 GROUP = 8  # channels that are normalised together
+EPS = 1e-6  # added to their variance
 CHILDREN = np.array([[0, y, x] for y in range(2) for x in range(2)])  # of a cell at twice the resolution
 
 
@@ -27,6 +29,8 @@ class Cells(NamedTuple):
     """Hold the grid (t, h, w) and the first cell of each clip, and of each cell its clip's slot and its (t, y, x).
 
     What is beyond the last clip is padding: real_Bl is False.
+    places_Bl  place in its frame, in raster order
+    areas_Bl   cells of its frame; a padding cell is a frame of its own
     """
 
     grids_BS3: jax.Array
@@ -34,6 +38,9 @@ class Cells(NamedTuple):
     slots_Bl: jax.Array
     at_Bl3: jax.Array
     real_Bl: jax.Array
+    places_Bl: jax.Array
+    areas_Bl: jax.Array
+    moving_Bl: jax.Array  # True in clips of several frames
 
     @property
     def size(self) -> int:
@@ -41,25 +48,14 @@ class Cells(NamedTuple):
         return self.real_Bl.shape[1]
 
     @property
-    def places_Bl(self) -> jax.Array:
-        """Return the place of each cell in its frame, in raster order."""
-        return self.at_Bl3[..., 1] * per_slot(self.grids_BS3, self.slots_Bl)[..., 2] + self.at_Bl3[..., 2]
-
-    @property
     def frames_Bl(self) -> jax.Array:
-        """Return the first cell of the frame of each cell; a padding cell is its own."""
-        cell_Bl = jnp.broadcast_to(jnp.arange(self.size), self.real_Bl.shape)
-        return jnp.where(self.real_Bl, cell_Bl - self.places_Bl, cell_Bl)
+        """Return the first cell of the frame of each cell."""
+        return jnp.arange(self.size)[None] - self.places_Bl
 
     @property
     def columns_Bl(self) -> jax.Array:
         """Return a number for the cells at one (y, x) of a clip, in all its frames."""
         return per_slot(self.starts_BS, self.slots_Bl) + self.places_Bl
-
-    @property
-    def moving_Bl1(self) -> jax.Array:
-        """Return True for the cells of clips of several frames."""
-        return (self.real_Bl & (per_slot(self.grids_BS3, self.slots_Bl)[..., 0] > 1))[..., None]
 
     def find(self, slots_Bm: jax.Array, at_BmK3: jax.Array, real_BmK: jax.Array) -> jax.Array:
         """Return the cells (B, m, K) at places (t, y, x) of clips; l where there is none, or not real_BmK."""
@@ -79,10 +75,12 @@ def cells_of(grids_BS3: jax.Array, count: int) -> Cells:
     before_Bl = jnp.sum(cell_1l[..., None] >= ends_BS[:, None, :], axis=-1)
     real_Bl = before_Bl < grids_BS3.shape[1]
     slots_Bl = jnp.where(real_Bl, before_Bl, 0)
-    _, h_Bl, w_Bl = jnp.moveaxis(jnp.maximum(per_slot(grids_BS3, slots_Bl), 1), -1, 0)
+    frames_Bl, h_Bl, w_Bl = jnp.moveaxis(jnp.maximum(per_slot(grids_BS3, slots_Bl), 1), -1, 0)
     row_Bl, x_Bl = jnp.divmod(jnp.where(real_Bl, cell_1l - per_slot(starts_BS, slots_Bl), 0), w_Bl)
     t_Bl, y_Bl = jnp.divmod(row_Bl, h_Bl)
-    return Cells(grids_BS3, starts_BS, slots_Bl, jnp.stack([t_Bl, y_Bl, x_Bl], -1), real_Bl)
+    at_Bl3, areas_Bl = jnp.stack([t_Bl, y_Bl, x_Bl], -1), jnp.where(real_Bl, h_Bl * w_Bl, 1)
+    moving_Bl = real_Bl & (frames_Bl > 1)
+    return Cells(grids_BS3, starts_BS, slots_Bl, at_Bl3, real_Bl, y_Bl * w_Bl + x_Bl, areas_Bl, moving_Bl)
 
 
 def halved(grids: jax.Array) -> jax.Array:
@@ -100,6 +98,7 @@ class Links(NamedTuple):
     back_BlJ: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("kernel", "stride"))
 def kernel_links(source: Cells, target: Cells, kernel: tuple[int, int, int], stride: int = 1) -> Links:
     """Link the cells of a convolution with zeros beyond the borders; the stride is in space.
 
@@ -152,6 +151,7 @@ def conv_specs(taps: int, inputs: int, outputs: int, init: Initializer | None = 
     }
 
 
+@jax.jit
 def conv(params: dict, x_BlC: jax.Array, links: Links) -> jax.Array:
     """Convolve cells: (B, l, inputs) -> (B, m, outputs), in the dtype of x."""
     taps_BmKC = gather(x_BlC, links)
@@ -162,24 +162,24 @@ def conv(params: dict, x_BlC: jax.Array, links: Links) -> jax.Array:
     return y + params["bias"].astype(x_BlC.dtype)[None, None]
 
 
+@jax.jit
 def frame_mean(x_BlC: jax.Array, cells: Cells) -> jax.Array:
     """Return for each cell the mean over its frame, (B, l, C)."""
-    frames_Bl, places_Bl = cells.frames_Bl, cells.places_Bl
-    t_h_w = per_slot(cells.grids_BS3, cells.slots_Bl)
-    area_Bl = jnp.where(cells.real_Bl, t_h_w[..., 1] * t_h_w[..., 2], 1)
+    steps = max(cells.size - 1, 1).bit_length()
 
     def mean(layout: tuple, x_BlC: jax.Array) -> jax.Array:
         # Sums of 2, 4, 8... cells from each one on, inside its frame: no other frame's values are ever added.
-        frames_Bl, places_Bl, area_Bl = layout
-        total, reach = x_BlC, 1
-        while reach < x_BlC.shape[1]:
-            further = jnp.pad(total[:, reach:], [(0, 0), (0, reach), (0, 0)])
-            total = total + jnp.where((places_Bl + reach < area_Bl)[..., None], further, 0)
-            reach *= 2
-        return take(total, frames_Bl) / area_Bl[..., None]
+        frames_Bl, places_Bl, areas_Bl = layout
+
+        def widen(total: jax.Array, reach: jax.Array) -> tuple[jax.Array, None]:
+            further = jnp.roll(total, -reach, axis=1)
+            return total + jnp.where((places_Bl + reach < areas_Bl)[..., None], further, 0), None
+
+        total, _ = jax.lax.scan(widen, x_BlC, 2 ** np.arange(steps, dtype=np.int32))
+        return take(total, frames_Bl) / areas_Bl[..., None]
 
     # A mean over frames is its own transpose.
-    return linear_call(mean, mean, (frames_Bl, places_Bl, area_Bl), x_BlC)
+    return linear_call(mean, mean, (cells.frames_Bl, cells.places_Bl, cells.areas_Bl), x_BlC)
 
 
 def group_norm_specs(width: int) -> dict:
@@ -187,17 +187,14 @@ def group_norm_specs(width: int) -> dict:
     return {"scale": ParamSpec((width,), ("channels",), ones), "shift": ParamSpec((width,), ("channels",), zeros)}
 
 
-def group_norm(params: dict, x_BlC: jax.Array, cells: Cells, eps: float = 1e-6) -> jax.Array:
+@jax.jit
+def group_norm(params: dict, x_BlC: jax.Array, cells: Cells) -> jax.Array:
     """Normalise groups of GROUP channels over each frame, in float32 (1803.08494), then scale and shift channels."""
-    B, m, C = x_BlC.shape
-
-    def mean(x_BlC: jax.Array) -> jax.Array:
-        groups_BlG = x_BlC.reshape(B, m, C // GROUP, GROUP).mean(-1)
-        return jnp.repeat(frame_mean(groups_BlG, cells), GROUP, axis=2)
-
-    x32 = x_BlC.astype(jnp.float32)
-    x32 = x32 - mean(x32)
-    x32 = x32 * jax.lax.rsqrt(mean(jnp.square(x32)) + eps)
+    groups_BlGg = x_BlC.astype(jnp.float32).reshape(*x_BlC.shape[:2], -1, GROUP)
+    sums = jnp.concatenate([groups_BlGg.mean(-1), jnp.square(groups_BlGg).mean(-1)], axis=-1)
+    middle_BlG, square_BlG = jnp.split(frame_mean(sums, cells), 2, axis=-1)
+    spread_BlG = jax.lax.rsqrt(jnp.maximum(square_BlG - jnp.square(middle_BlG), 0) + EPS)
+    x32 = ((groups_BlGg - middle_BlG[..., None]) * spread_BlG[..., None]).reshape(x_BlC.shape)
     return (x32 * params["scale"][None, None] + params["shift"][None, None]).astype(x_BlC.dtype)
 
 
