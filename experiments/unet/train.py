@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from match import denoiser_run
 
-from sora_jax.config import check, to_dict
+from sora_jax.config import check, read_json, to_dict
 from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import Dataset, caption_of
@@ -105,11 +105,16 @@ def train(options: argparse.Namespace, rung: str, network: str, budget: float | 
     """Train and measure one network; returns the FLOPs of its training. budget: those that it has, None: --steps."""
     cache, dataset = LatentCache(options.latents), Dataset(options.data)
     run = rung_run(denoiser_run(options.config), options.world, rung, network)
+    if network == "unet":
+        rate = run.optim.learning_rate * options.unet_rate
+        run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=rate))
     folder = options.out / f"{rung}_{network}"
     folder.mkdir(parents=True, exist_ok=True)
     mesh, tokenizer = make_mesh(run.mesh), prepare_tokenizer(run, cache, folder)
     counts = mean_counts(run, cache, tokenizer)
     steps = options.steps if budget is None else max(round(budget / counts["flops"]), 1)
+    if (folder / "found.json").exists() and read_json(folder / "found.json")["steps"] == steps:
+        return steps * counts["flops"]
     every = max(steps // 10, 1)
     loop = dataclasses.replace(run.loop, steps=steps, log_every=every, save_every=every, preview_every=steps)
     run = dataclasses.replace(run, loop=loop)
@@ -187,6 +192,7 @@ def main() -> None:
     parser.add_argument("--world", choices=sorted(UNETS), default=None, help="default: sprites for its config")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1200, help="of the transformer")
+    parser.add_argument("--unet-rate", type=float, default=1.0, help="learning rate of U-Nets over the config's")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts at most")
     parser.add_argument("--rungs", default=",".join(TRANSFORMERS))
     options = parser.parse_args()

@@ -175,7 +175,7 @@ def frame_mean(x_BlC: jax.Array, cells: Cells) -> jax.Array:
             further = jnp.roll(total, -reach, axis=1)
             return total + jnp.where((places_Bl + reach < areas_Bl)[..., None], further, 0), None
 
-        total, _ = jax.lax.scan(widen, x_BlC, 2 ** np.arange(steps, dtype=np.int32))
+        total, _ = jax.lax.scan(widen, x_BlC, jnp.asarray(2 ** np.arange(steps)))
         return take(total, frames_Bl) / areas_Bl[..., None]
 
     # A mean over frames is its own transpose.
