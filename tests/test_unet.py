@@ -276,11 +276,9 @@ def test_other_clips_and_padding_have_exactly_no_gradient(params, odd_clips, pac
 
 
 def test_at_initialisation_the_output_is_exactly_zero(odd_clips, packed):
-    pack = packed([odd_clips[:3]], **SIZES)
-    start = jax.jit(
-        lambda key: denoise(init(denoiser_specs(CONFIG), key), CONFIG, pack, pack.tokens_BLP, times_of(pack))
-    )
-    assert not np.asarray(start(params)).any()
+    pack = packed([odd_clips[:3], odd_clips[3:]], **SIZES)
+    params = jax.jit(lambda key: init(denoiser_specs(CONFIG), key))(jax.random.key(0))
+    assert not np.asarray(evaluator()(jax.device_get(params), pack)[0]).any()
 
 
 TIME = ("conv_time", "norm_time", "time")
@@ -341,10 +339,10 @@ def test_what_moves_in_the_middle_moves_in_the_output(randomised, packed, shift)
     assert_near(other[:, :, 30:66], np.roll(one, shift, axis=2)[:, :, 30:66])
 
 
-@pytest.mark.parametrize("way", [{"remat": "full"}, {"attention": "blockwise"}], ids=str)
-def test_every_way_to_run_gives_the_same_gradient(params, odd_clips, packed, way):
+def test_recomputed_blocks_and_attention_by_blocks_give_the_same_gradient(params, odd_clips, packed):
     pack = packed([odd_clips[:3], odd_clips[3:]], **SIZES)
-    assert_near(evaluator(dataclasses.replace(CONFIG, **way))(params, pack), evaluator()(params, pack))
+    other = dataclasses.replace(CONFIG, remat="full", attention="blockwise")
+    assert_near(evaluator(other)(params, pack), evaluator()(params, pack), share=1e-2)
 
 
 def test_encoded_text_may_be_given(params, odd_clips, packed):
