@@ -56,7 +56,6 @@ def with_unet(run: DenoiserRun, model: UNetConfig, patch: tuple[int, int, int]) 
     )
     finer = old.patch_values // model.patch_values
     times = dataclasses.replace(run.diffusion.times, base_tokens=run.diffusion.times.base_tokens * finer)
-    rows, columns = model.room_multiple
     margin = 1.25 if finer > 1 else 1.0  # room for the sides that are rounded up
     return dataclasses.replace(
         run,
