@@ -25,6 +25,7 @@ VARIANTS = {
     "autoencoder.py": ["base", "kl4", "kl16"],
     "video_autoencoder.py": ["xs_4x8x8", "s_4x8x8", "m_2x4x4"],
     "transformer.py": list(SIZES),
+    "unet.py": ["B", "S", "small", "tiny"],
     "video.py": ["autoencoder", "transformer", "small_autoencoder", "small"],
     "sprites.py": ["autoencoder", "transformer"],
 }

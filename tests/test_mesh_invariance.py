@@ -24,8 +24,10 @@ from sora_jax.generate.progress import Watch
 from sora_jax.generate.requests import Known, Request
 from sora_jax.generate.sampler import sample_latents
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
+from sora_jax.models.denoiser import denoiser_specs
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import TransformerConfig, denoiser_specs
+from sora_jax.models.transformer import TransformerConfig
+from sora_jax.models.unet_layers import UNetConfig
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
@@ -42,6 +44,10 @@ TEXT = TextConfig(vocabulary=300, width=16, depth=1, head_width=8)
 NETWORK = TransformerConfig(
     depth=2, width=32, heads=4, latent_channels=2, text=TEXT, attention="blockwise", remat="none", dtype="float32"
 )
+UNET = UNetConfig(
+    width=8, multipliers=(1, 2), blocks=1, attended=(1,), head_width=8, patch=(1, 2, 2), latent_channels=2, text=TEXT,
+    attention="blockwise", remat="none", dtype="float32",
+)  # fmt: skip
 RUN = DenoiserRun(
     model=NETWORK,
     tokenizer=TokenizerConfig("bytes", max_tokens=16),
@@ -109,9 +115,9 @@ def batch(clips, packed) -> dict:
     return {name: values for name, values in vars(pack).items() if values is not None}
 
 
-def trained(mesh, params, batch, **model):
-    run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
-    return train(mesh, denoiser_specs(NETWORK), functools.partial(denoiser_loss, run), params, batch, Pack)
+def trained(mesh, params, batch, network=NETWORK, **model):
+    run = dataclasses.replace(RUN, model=dataclasses.replace(network, **model))
+    return train(mesh, denoiser_specs(network), functools.partial(denoiser_loss, run), params, batch, Pack)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +145,10 @@ REQUESTS = [  # of several packs; one prompt is longer than packs have room for,
 ]
 
 
-def sampled(mesh, params, settings=SamplingConfig(steps="2"), requests=REQUESTS, **model):
-    run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
+def sampled(mesh, params, settings=SamplingConfig(steps="2"), requests=REQUESTS, network=NETWORK, **model):
+    run = dataclasses.replace(RUN, model=dataclasses.replace(network, **model))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(denoiser_specs(NETWORK), mesh))
+        placed = jax.device_put(params, shardings(denoiser_specs(network), mesh))
         model = TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh)
         return sample_latents(model, requests, settings, 5, Watch(lambda done, total: None))  # in parts
 
@@ -170,6 +176,38 @@ def test_samples_with_skipped_steps_are_those_of_one_device(params):
     )
     assert_same(found, expected)
     assert_same(expected, sampled(one_device(), params, settings, open_ends, attention="dense"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# U-Net: every device has packs of its own; nothing else is split while the network runs
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unet_params(randomised):
+    return jax.device_get(randomised(denoiser_specs(UNET)))
+
+
+@pytest.fixture(scope="module")
+def unet_on_one(unet_params, batch):
+    return trained(one_device(), unet_params, batch, UNET, attention="dense")
+
+
+@pytest.mark.parametrize("name", ["8x1", "2x2x2", "2 slices of 2x1, sequence 2, gather"])
+def test_a_unet_is_trained_as_on_one_device(unet_params, batch, unet_on_one, name):
+    found = trained(make_mesh(MESHES[name][0]), unet_params, batch, UNET)
+    for what in unet_on_one:
+        assert_same(found[what], unet_on_one[what])
+
+
+def test_samples_of_a_unet_are_those_of_one_device(unet_params):
+    """Given frames, an image, a ring and a clip, guided."""
+    found, expected = (
+        sampled(mesh, unet_params, network=UNET)
+        for mesh in (make_mesh(MeshConfig(data=2, fsdp=2, sequence=2)), one_device())
+    )
+    assert [z.shape for z in found] == [(*request.size, 2) for request in REQUESTS]
+    assert_same(found, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------

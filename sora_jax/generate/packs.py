@@ -144,7 +144,8 @@ def lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> PackLayout:
         item(r, task, r.known.source, r.label) if r.known and r.known.source is not None else same
         for r, task, same in zip(requests, tasks, items, strict=True)
     ]
-    lengths = np.array([len(task.layout.coords) for task in tasks])
+    margins = packing.margin(np.array([grid_of(request.size, model.config.model.patch) for request in requests]))
+    lengths = np.array([len(task.layout.coords) for task in tasks]) + margins
     texts = zip(items, negatives, sources, strict=True)
     words = np.array([max(len(item.text) for item in same) for same in texts])
     longest = int(lengths.max())

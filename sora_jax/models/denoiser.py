@@ -12,10 +12,11 @@ from typing import Annotated, Any, Protocol
 import jax
 
 from sora_jax.config import OneOf
-from sora_jax.models import crate, transformer
+from sora_jax.models import crate, transformer, unet
 from sora_jax.models.crate import CrateConfig
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig
+from sora_jax.models.unet import UNetConfig
 from sora_jax.nn.pack import Pack
 
 
@@ -62,7 +63,7 @@ class DenoiserConfig(Protocol):
 # Called with the trunk and its tokens (B, L, D); returns what the trunk makes of them, or an estimate of that.
 RunTrunk = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 
-MODULES: dict[type, ModuleType] = {TransformerConfig: transformer, CrateConfig: crate}
+MODULES: dict[type, ModuleType] = {TransformerConfig: transformer, CrateConfig: crate, UNetConfig: unet}
 AnyDenoiser = Annotated[DenoiserConfig, OneOf(MODULES)]
 
 
@@ -95,6 +96,14 @@ def denoise(
     """
     trunk = {} if run_trunk is None else {"run_trunk": run_trunk}
     return MODULES[type(config)].denoise(params, config, pack, x_BLP, times_BR, condition, **trunk)
+
+
+def room_multiple(config: DenoiserConfig) -> tuple[int, int]:
+    """Return the rows and columns of tokens that the room of a clip in a pack is a multiple of, see `PackingConfig`.
+
+    (1, 1) where the config has no `room_multiple`: only networks that halve resolutions need one.
+    """
+    return getattr(config, "room_multiple", (1, 1))
 
 
 def has_trunk(config: DenoiserConfig) -> bool:

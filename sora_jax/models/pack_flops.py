@@ -1,14 +1,13 @@
 """Model FLOPs of a denoiser over packs, counted from its specs and the sizes of the clips."""
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import jax
 import numpy as np
 
-from sora_jax.data.packing.packs import token_counts
+from sora_jax.data.packing.packs import text_counts, token_counts
+from sora_jax.models.counting import used_rows, weights
 from sora_jax.models.text import TextConfig
-from sora_jax.nn.params import ParamSpec
 
 
 class BlocksConfig(Protocol):
@@ -44,10 +43,10 @@ def pack_flops(
     this pass, with their keys and values; a sampler does that once for all its passes.
     """
     lengths = token_counts(batch)
-    rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
+    rows_BR = used_rows(batch, lengths)
     rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
     added = reads.added * rows_BS
-    text_lengths = _text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
+    text_lengths = text_counts(batch) if config.text else 0 * lengths
     uses = {
         "ends": lengths.sum(),
         "token": (lengths + added).sum(),
@@ -57,7 +56,7 @@ def pack_flops(
         "pair": 2 * rows_BR.sum(),
         "clip": (lengths > 0).sum(),
     }
-    products = sum(2 * size * uses[user] for user, size in _weights(specs))
+    products = sum(2 * size * uses[user] for user, size in weights(specs, _user))
     pairs = ((lengths + added) ** 2).sum() + (lengths * text_lengths).sum() + reads.further * lengths.sum()
     attention = 4 * config.depth * config.width * pairs
     if config.text and encodes_condition:
@@ -65,20 +64,7 @@ def pack_flops(
     return float(products + attention)
 
 
-def _weights(specs: dict) -> list[tuple[str, int]]:
-    """List every weight that takes part in a product: (what it is applied to, size)."""
-    found = []
-
-    def visit(path, spec):
-        names = [str(getattr(entry, "key", entry)) for entry in path]
-        if names[-1] == "weight":
-            found.append((_user(names), math.prod(spec.shape)))
-
-    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    return found
-
-
-def _user(names: list[str]) -> str:
+def _user(names: Sequence[str]) -> str:
     if names[0] == "text":
         return "text"
     if "cross_kv" in names:
@@ -90,9 +76,3 @@ def _user(names: list[str]) -> str:
     if {"patch", "head"} & set(names):
         return "ends"
     return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
-
-
-def _text_lengths(batch: dict, slots: int) -> np.ndarray:
-    """Count the text tokens of each clip of a host batch: (B, S)."""
-    segments = batch["text_segments_BM"]
-    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)

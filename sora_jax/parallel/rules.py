@@ -68,8 +68,9 @@ def partition(*axes: str | None) -> PartitionSpec:
 
 
 def on_mesh() -> bool:
-    """Return True if a mesh is set; the model's functions also run without one."""
-    return not jax.sharding.get_abstract_mesh().empty
+    """Return True if a mesh is set; the model's functions also run without one, and inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not (mesh.empty or mesh.are_all_axes_manual)
 
 
 def platform() -> str:

@@ -30,7 +30,9 @@ def full_pack(config: DenoiserRun) -> dict[str, np.ndarray]:
     """Make a batch of one pack, filled by a single clip and its text by a caption: all that is computed is used."""
     packs, text = config.packs, config.model.text
     frames, height, width = config.model.patch
-    latent = np.zeros((packs.length * frames, height, width, config.model.latent_channels), np.float32)
+    rows, columns = packs.multiple
+    count = packs.length // (rows * columns)
+    latent = np.zeros((count * frames, rows * height, columns * width, config.model.latent_channels), np.float32)
     words = packs.text_length if text else 1
     pretrained = np.zeros((words, text.pretrained_width), np.float16) if text and text.pretrained else None
     return pack_batch([[PackItem(latent, 1, np.full(words, 2, np.int32), pretrained)]], packs)

@@ -29,7 +29,15 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.times import ClipBatch, TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig, check_weight
 from sora_jax.files import as_path
-from sora_jax.models.denoiser import AnyDenoiser, DenoiserConfig, RunTrunk, denoise, denoiser_specs, train_flops
+from sora_jax.models.denoiser import (
+    AnyDenoiser,
+    DenoiserConfig,
+    RunTrunk,
+    denoise,
+    denoiser_specs,
+    room_multiple,
+    train_flops,
+)
 from sora_jax.models.pretrained import PretrainedText
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack, drop_captions, per_slot, slot_of
@@ -144,6 +152,8 @@ class DenoiserRun(RunConfig):
             "need True",
         )
         check(guides or not self.packing.guides, "packing.guides is True; it must be left out, model.guides says it")
+        alone = self.packing.multiple == (1, 1)
+        check(alone, f"packing.multiple is {self.packing.multiple}; it must be left out, model.name says it")
         check(
             not guides or self.model.patch[0] == 1,
             f"model.guides is True; model.patch[0] must be 1, a latent frame to a token, not {self.model.patch[0]}",
@@ -185,6 +195,7 @@ class DenoiserRun(RunConfig):
             text_length=text_length,
             rows_per_clip=rows,
             guides=self.model.guides,
+            multiple=room_multiple(self.model),
         )
 
 

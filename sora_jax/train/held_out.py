@@ -75,7 +75,8 @@ class HeldOutClips:
     def batches(self) -> list["HeldOutBatch"]:
         """Plan batches of packs; rows that fill up the last one are copies. Their arrays are made when asked for."""
         mesh, packing = jax.sharding.get_mesh(), self._config.packs
-        lengths = np.array([np.prod(grid_of(item.size, self._config.model.patch)) for item in self._items])
+        grids = np.array([grid_of(item.size, self._config.model.patch) for item in self._items])
+        lengths = grids.prod(1) + packing.margin(grids)
         planned = plan(0, 0, lengths, np.array([len(item.text) for item in self._items]), packing)
         rows = [planned[row] for row in range(len(planned))]
         split = parts("batch", mesh)
@@ -102,7 +103,8 @@ class HeldOutClips:
     def _candidates(self, split: str | None) -> list[int]:
         config, cache = self._config, self._cache
         grids, rest = np.divmod(cache.grids, np.array(config.model.patch))
-        fits = (rest == 0).all(1) & (grids > 0).all(1) & (grids.prod(1) <= config.packs.length)
+        room = grids.prod(1) + config.packs.margin(grids)
+        fits = (rest == 0).all(1) & (grids > 0).all(1) & (room <= config.packs.length)
         known = cache.labels < max(config.model.classes, 1)
         splits = np.array(cache.column("split").to_pylist())
         measured = splits != config.split if split is None else splits == split

@@ -153,7 +153,7 @@ class PackedBatches:
         tokens = grids.prod(1)
         check_fits(grids[tokens.argmax()], self.config.length)
         self._tokens = np.zeros(len(self.store), np.int32)
-        self._tokens[rows] = tokens
+        self._tokens[rows] = tokens + self.config.margin(grids)
         self._frames = self.store.grids[:, 0] // patch[0]
 
     def _check(self) -> None:
@@ -245,7 +245,10 @@ class PackedBatches:
         texts = self.captions.lengths(planned.clips, planned.captions)
         if not self.captions.has_text:
             texts = np.zeros_like(texts)  # as many as there are slots: no limit of their own
-        report = PackReport(len(planned.clips), len(planned.plan), int(lengths.sum()), self.config.length)
+        grids = self.store.grids[planned.clips] // np.array(self.patch)
+        grids[:, 0] -= planned.cuts
+        tokens = int(lengths.sum() - self.config.margin(grids).sum())
+        report = PackReport(len(planned.clips), len(planned.plan), tokens, self.config.length)
         advice = advise(lengths, texts, self.config) if report.padding > POOR else ""
         notes = self.captions.notes(self.clip_index.rows)
         return replace(report, notes=(*([f"padding {report.padding:.0%}: {advice}"] if advice else []), *notes))

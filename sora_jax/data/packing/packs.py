@@ -34,6 +34,8 @@ class PackingConfig:
     rows_per_clip: int = 1
     window: int = 1024  # clips of the shuffled order that are planned together
     guides: bool = False  # mark the tokens of guides; set by the model
+    # Rows and columns of tokens that the room of a clip is a multiple of; set by models that halve resolutions.
+    multiple: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         for name in ("length", "slots", "text_length", "rows_per_clip", "window"):
@@ -42,6 +44,18 @@ class PackingConfig:
         three = self.patch is None or len(self.patch) == 3 and min(self.patch) >= 1
         check(three, f"packing.patch is {self.patch}; it must be three numbers from 1: frames, rows, columns")
         check(self.window <= MAX_WINDOW, f"packing.window is {self.window}; it must be at most {MAX_WINDOW}")
+        two = len(self.multiple) == 2 and min(self.multiple) >= 1
+        check(two, f"packing.multiple is {self.multiple}; it must be two numbers from 1: rows, columns")
+
+    def margin(self, grids: np.ndarray) -> np.ndarray:
+        """Count the tokens that clips leave free beside their own in a pack: token grids (..., 3) -> (...).
+
+        A clip has the room of its grid with rows and columns rounded up to `multiple`. So a model that halves
+        resolutions, rounding up, finds room for all clips of a pack in a half of its rows and columns, too.
+        """
+        grids = np.asarray(grids, np.int64)
+        sides = -(-grids[..., 1:] // self.multiple) * self.multiple
+        return grids[..., 0] * sides.prod(-1) - grids.prod(-1)
 
 
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
@@ -188,6 +202,8 @@ def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[st
         for grid in grids:
             check_fits(grid, L)
         raise UserError(f"packing.length is {L}; the clips of a pack need at least {max(tokens.used)}")
+    if config.multiple != (1, 1):
+        _check_room(np.add.reduceat(tokens.lengths + config.margin(np.array(grids)), np.cumsum(clips) - clips), L)
     texts = _Runs(clips, np.array([len(item.text) for item in items]), M)
     check(max(texts.used) <= M, f"packing.text_length is {M}; the clips of a pack need at least {max(texts.used)}")
     slots = _Runs(clips, np.ones(len(items), np.int64), S)
@@ -215,6 +231,11 @@ def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[st
         embeddings = np.concatenate([item.embedding for item in items])
         batch["embeddings_BME"] = texts.place(embeddings.astype(np.float16, copy=False))
     return batch
+
+
+def _check_room(rooms: np.ndarray, length: int) -> None:
+    most = int(rooms.max())
+    check(most <= length, f"packing.length is {length}; the clips of a pack have the room of {most} tokens")
 
 
 def _tokens(items: Sequence[Item], grids: Sequence[Sequence[int]], runs: _Runs, patch: Sequence[int]) -> np.ndarray:
@@ -303,6 +324,12 @@ def token_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
         return own
     segments = np.where(batch["guides_BL"] > 0, batch["segments_BL"], 0)
     return own + np.stack([np.bincount(row, minlength=own.shape[1] + 1)[1:] for row in segments])
+
+
+def text_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Count the text tokens of each clip of a batch, (B, S) int64."""
+    segments, slots = batch["text_segments_BM"], batch["grids_BS3"].shape[1]
+    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)
 
 
 def unpack(row: Mapping[str, np.ndarray], patch: Sequence[int]) -> list[np.ndarray]:
