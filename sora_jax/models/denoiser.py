@@ -12,9 +12,10 @@ from typing import Annotated, Any, Protocol
 import jax
 
 from sora_jax.config import OneOf
-from sora_jax.models import transformer
+from sora_jax.models import transformer, walt
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig
+from sora_jax.models.walt import WaltConfig
 from sora_jax.nn.pack import Pack
 
 
@@ -61,7 +62,7 @@ class DenoiserConfig(Protocol):
 # Called with the trunk and its tokens (B, L, D); returns what the trunk makes of them, or an estimate of that.
 RunTrunk = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 
-MODULES: dict[type, ModuleType] = {TransformerConfig: transformer}
+MODULES: dict[type, ModuleType] = {TransformerConfig: transformer, WaltConfig: walt}
 AnyDenoiser = Annotated[DenoiserConfig, OneOf(MODULES)]
 
 

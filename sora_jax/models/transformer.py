@@ -5,7 +5,7 @@ One transformer for images and video, classes and captions: DiT is a configurati
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,10 +27,11 @@ from sora_jax.models.conditioning import (
     condition_cross_attention_specs,
     condition_specs,
     context_segments,
-    modulation,
     modulation_specs,
     step_number,
 )
+from sora_jax.models.counting import text_lengths, used_rows, weights
+from sora_jax.models.head import head_specs, predict
 from sora_jax.models.text import TextConfig, TextContext, encode_text, text_specs
 from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, How, Place, Places, attention
 from sora_jax.nn.layers import (
@@ -50,7 +51,7 @@ from sora_jax.nn.layers import (
     rms_norm_specs,
 )
 from sora_jax.nn.pack import Pack
-from sora_jax.nn.params import ParamSpec, stack, zeros
+from sora_jax.nn.params import stack
 from sora_jax.nn.positions import axis_widths, rotary_angles, rotate, sincos_table
 from sora_jax.parallel.rules import parts, reshard
 
@@ -159,16 +160,13 @@ def denoiser_specs(config: TransformerConfig) -> dict:
     outputs are the prediction, variances if they are learned, and the gates of the input if there are any.
     """
     width, text = config.width, config.text
-    outputs = config.patch_values * (1 + config.learned_variance + config.input_skip)
-    last = 2 if MODULATED[config.conditioning] else 0
     return {
         **({"text": text_specs(text)} if text else {}),
         "patch": dense_specs(config.patch_values, width, (None, "embed")),
         **({"guides": embedding_specs(GUIDE_KINDS, width)} if config.guides else {}),
         **condition_specs(width, text.width if text else 0, config.classes),
         "blocks": stack(block_specs(config), config.depth),
-        **modulation_specs(width, last),
-        "head": dense_specs(width, outputs, ("embed", None), zeros),
+        **head_specs(config, modulated=MODULATED[config.conditioning] > 0),
     }
 
 
@@ -258,11 +256,7 @@ def denoise(
     trunk = lambda x_BLD: jax.lax.scan(layer, x_BLD, (params["blocks"], keys_values), unroll=config.unroll)[0]  # noqa: E731
     x_BLD = run_trunk(trunk, x_BLD) if run_trunk else trunk(x_BLD)
     x_BLD = x_BLD[:, : x_BLP.shape[1]]
-    with jax.named_scope("head"):
-        shift, scale = modulation(params, known, 2) if "modulation" in params else (0.0, 0.0)
-        x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
-        y = dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
-        return _with_input(y, reshard(x_BLP, "batch", None, None)) if config.input_skip else y
+    return predict(params, config, x_BLD, x_BLP, known)
 
 
 def shown_times(config: TransformerConfig, times_BR: jax.Array) -> jax.Array:
@@ -270,13 +264,6 @@ def shown_times(config: TransformerConfig, times_BR: jax.Array) -> jax.Array:
     if config.data_times:
         return 1.0 - times_BR
     return step_number(times_BR) if config.step_times else 1000.0 * times_BR
-
-
-def _with_input(y: jax.Array, x_BLP: jax.Array) -> jax.Array:
-    """Add x, times the gates that stand last in y, to the prediction that stands first."""
-    P = x_BLP.shape[-1]
-    prediction, variance, gate = y[..., :P], y[..., P:-P], y[..., -P:]
-    return jnp.concatenate([prediction + gate * x_BLP, variance], axis=-1)
 
 
 def _with_context(pack: Pack, known: Condition, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -347,44 +334,30 @@ def forward_flops(config: TransformerConfig, batch: dict, encodes_condition: boo
     this pass, with their keys and values; a sampler does that once for all its passes.
     """
     lengths = token_counts(batch)
-    rows_BR = np.take_along_axis(lengths > 0, batch["row_slots_BR"], axis=1)
+    rows_BR = used_rows(batch, lengths)
     rows_BS = np.stack([(rows_BR & (batch["row_slots_BR"] == slot)).sum(1) for slot in range(lengths.shape[1])], 1)
     context = 2 * rows_BS if config.conditioning == "in_context" else 0 * rows_BS
-    text_lengths = _text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
+    words = text_lengths(batch, lengths.shape[1]) if config.text else 0 * lengths
     uses = {
         "ends": lengths.sum(),
         "token": (lengths + context).sum(),
-        "text": text_lengths.sum() * encodes_condition,
-        "caption": text_lengths.sum() * encodes_condition,
+        "text": words.sum() * encodes_condition,
+        "caption": words.sum() * encodes_condition,
         "row": rows_BR.sum(),
         "pair": 2 * rows_BR.sum(),
         "clip": (lengths > 0).sum(),
     }
-    products = sum(2 * size * uses[user] for user, size in _weights(config))
-    pairs = ((lengths + context) ** 2).sum() + (lengths * text_lengths).sum()
+    products = sum(2 * size * uses[user] for user, size in weights(denoiser_specs(config), _user))
+    pairs = ((lengths + context) ** 2).sum() + (lengths * words).sum()
     if config.conditioning == "cross_attention":
         pairs += 2 * lengths.sum()  # a token reads the noise level and the label of its own row
     attention = 4 * config.depth * config.width * pairs
     if config.text and encodes_condition:
-        attention += 4 * config.text.depth * config.text.width * (text_lengths**2).sum()
+        attention += 4 * config.text.depth * config.text.width * (words**2).sum()
     return float(products + attention)
 
 
-def _weights(config: TransformerConfig) -> list[tuple[str, int]]:
-    """List every weight that takes part in a product: (what it is applied to, size)."""
-    found = []
-
-    def visit(path, spec):
-        names = [str(getattr(entry, "key", entry)) for entry in path]
-        if names[-1] == "weight":
-            found.append((_user(names), math.prod(spec.shape)))
-
-    specs = denoiser_specs(config)
-    jax.tree_util.tree_map_with_path(visit, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    return found
-
-
-def _user(names: list[str]) -> str:
+def _user(names: Sequence[str]) -> str:
     if names[0] == "text":
         return "text"
     if "cross_kv" in names:
@@ -396,8 +369,3 @@ def _user(names: list[str]) -> str:
     if {"patch", "head"} & set(names):
         return "ends"
     return "row" if {"modulation", "time_in", "time_out"} & set(names) else "token"
-
-
-def _text_lengths(batch: dict, slots: int) -> np.ndarray:
-    segments = batch["text_segments_BM"]
-    return np.stack([(segments == slot).sum(-1) for slot in range(1, slots + 1)], axis=-1).astype(np.int64)
