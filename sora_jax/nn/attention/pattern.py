@@ -102,6 +102,6 @@ def needed(pattern: Pattern, places: Places) -> Places:
         for name, wanted in read.items():
             if wanted and getattr(place, name) is None:
                 raise ValueError(f"{pattern} reads {name}, which the place of queries or keys does not have")
-        return place._replace(**{name: None for name, wanted in read.items() if not wanted})
+        return Place(place.segments_BL, *(getattr(place, name) if wanted else None for name, wanted in read.items()))
 
     return Places(*map(reduced, places))
