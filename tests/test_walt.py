@@ -227,13 +227,15 @@ def softmax_mix(q, ks, vs):
     return np.einsum("nm,mnk->nk", weights / weights.sum(-1, keepdims=True), vs)
 
 
+def heads(q, x):
+    """Projections (parts, ..., N, K) of the last axis."""
+    return np.einsum("...d,dcnk->c...nk", x, q["weight"]) + q["bias"].reshape(-1, *[1] * (x.ndim - 1), 2, 12)
+
+
 def oracle(p, clip, words, pooled, time) -> np.ndarray:
     """W.A.L.T for one clip in NumPy, float64, with loops over tokens; words (M, E) and pooled (E,) are encoded."""
     (T, H, W), c = clip.values.shape[:3], CONFIG
     lin = lambda q, x: x @ q["weight"] + q.get("bias", 0)  # noqa: E731
-    heads = lambda q, x: (
-        np.einsum("...d,dcnk->c...nk", x, q["weight"]) + q["bias"].reshape(-1, *[1] * (x.ndim - 1), 2, 12)
-    )
     rms = lambda g, x: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * g  # noqa: E731
     where = [(t, y, x) for t in range(T) for y in range(H) for x in range(W)]
     plane = p["positions"]["plane"].reshape(3, 4, -1)
