@@ -16,7 +16,7 @@ Latents have 8 channels, of an autoencoder of 4 x 8 x 8 (1 x 8 x 8 for images); 
 `configs/sprites.py:autoencoder`. Except in `small` a token is one latent position.
 
 The recipe is the paper's: v-prediction over 1000 steps of linear betas, rescaled to end without signal; modulation of
-rank 2; normalised queries and keys; AdamW with a cosine schedule from 5e-4 (t2v: Adafactor, 2e-4, no averages in the
+rank 2; normalised queries and keys; self-conditioning of 0.9 of the clips; AdamW with a cosine schedule from 5e-4 (t2v: Adafactor, 2e-4, no averages in the
 paper; here one is kept, since samples are drawn from it); DDIM in 50 steps. UCF-101 takes 60,000 steps of 256 clips,
 ImageNet 350 epochs of 1024 images, t2v 550,000 steps of 512 packs, each a clip or five images. Warm-up, decays of
 averages and Adam's are not in the paper. In `imagenet` windows are whole latents of 32 x 32, and images attend in
@@ -43,6 +43,7 @@ def get_config(variant: str = "XL"):
 def base():
     """Return what all variants share."""
     config = to_config_dict(DenoiserRun(model=WaltConfig()))
+    config.model.self_conditioning = True
     diffusion = config.diffusion
     diffusion.process = "vp_linear_zero_snr"
     diffusion.prediction = "v"

@@ -5,7 +5,7 @@ before (`generate.estimates`). Where there is none, in a part of training and at
 zeros.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from sora_jax.diffusion.times import per_token
 from sora_jax.shapes import RowsBL, TimesBR, TokensBLP
 
 
+@runtime_checkable
 class DenoiseFrom(Protocol):
     """Predict as `Denoise` does, and read an estimate of the clean tokens; None: there is none."""
 
