@@ -16,12 +16,12 @@ Latents have 8 channels, of an autoencoder of 4 x 8 x 8 (1 x 8 x 8 for images); 
 `configs/sprites.py:autoencoder`. Except in `small` a token is one latent position.
 
 The recipe is the paper's: v-prediction over 1000 steps of linear betas, rescaled to end without signal; modulation of
-rank 2; normalised queries and keys; self-conditioning of 0.9 of the clips; AdamW with a cosine schedule from 5e-4 (t2v: Adafactor, 2e-4, no averages in the
-paper; here one is kept, since samples are drawn from it); DDIM in 50 steps. UCF-101 takes 60,000 steps of 256 clips,
-ImageNet 350 epochs of 1024 images, t2v 550,000 steps of 512 packs, each a clip or five images. Warm-up, decays of
-averages and Adam's are not in the paper. In `imagenet` windows are whole latents of 32 x 32, and images attend in
-windows of 8 x 8 in every other block: with windows of 16 x 16, the default that the paper prints, the four quarters of
-an image would never meet.
+rank 2; normalised queries and keys; self-conditioning of 0.9 of the clips; AdamW with a cosine schedule from 5e-4
+(t2v: Adafactor, 2e-4, no averages in the paper; here one is kept, since samples are drawn from it); DDIM in 50 steps.
+UCF-101 takes 60,000 steps of 256 clips, ImageNet 350 epochs of 1024 images, t2v 550,000 steps of 512 packs, each a clip
+or five images. Warm-up, decays of averages and Adam's are not in the paper. In `imagenet` windows are whole latents of
+32 x 32, and images attend in windows of 8 x 8 in every other block: with windows of 16 x 16, the default that the paper
+prints, the four quarters of an image would never meet.
 
 What differs: positions in windows are rotary, not a learnt bias (0.6 M parameters of L, 0.7 M of XL); given frames are
 clean tokens at time 0, not further channels beside a mask. The paper reports an FVD on UCF-101 of 46 (L) and 36 (XL),

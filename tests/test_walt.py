@@ -111,10 +111,10 @@ def test_packed_equals_one_by_one(random, clips, pack_of, single, way):
     """Outputs and the gradient of every parameter, to 1e-5."""
     config = dataclasses.replace(CONFIG, **WAYS[way])
     params, program = random(config), with_gradient(config)
-    together = pack_of([[clips[0], clips[1]], [clips[3], clips[2]]])
+    together = pack_of([[clips[1], clips[0]]])
     (_, out), gradient = program(params, together, times_of(together))
     found, slopes = outputs(out, together), []
-    for clip in clips:
+    for clip in clips[:2]:
         pack = single(clip)
         (_, own), slope = program(params, pack, times_of(pack))
         assert np.abs(own).max() > 0.1
