@@ -175,11 +175,15 @@ def _context(params: dict, config: WaltConfig, pack: Pack, known: Condition, tex
     segments_BL, coords_BL3, windows_BL = (reorder(x, order) for x in (pack.segments_BL, pack.coords_BL3, spatial_BL))
     joint_BL = window_segments(Place(segments_BL, coords_BL3), (None, *config.spatiotemporal_window))
     if config.image_identity:
-        frames_BL = per_slot(pack.grids_BS3[..., 0], slot_of(segments_BL))
-        joint_BL = apart(joint_BL, (frames_BL == 1) & (segments_BL > 0))
+        image_BL = (per_slot(pack.grids_BS3[..., 0], slot_of(pack.segments_BL)) == 1) & (pack.segments_BL > 0)
+        joint_BL = apart(joint_BL, reorder(image_BL, order))
     onwards = window_order(joint_BL)
     angles_BLK = rotary_angles(coords_BL3, config.head_width, config.position_theta)
-    rows = {name: reorder(getattr(known, name), order) for name in ("rows_BL", "spread_BLR")}
+    # Whole, as in a pack: a look-up by an index that is split would not know the layout of its result.
+    rows = {
+        "rows_BL": reshard(reorder(known.rows_BL, order), "batch", None),
+        "spread_BLR": reshard(reorder(known.spread_BLR, order), "batch", None, None),
+    }
     joint_BL, joint_angles_BLK = (reorder(x, onwards) for x in (joint_BL, angles_BLK))
     return Context(
         dataclasses.replace(known, **rows),

@@ -64,7 +64,8 @@ def interpolated(table: jax.Array, at: Sequence[jax.Array], shape: Sequence[int]
     """
     weights_BLX = None
     for place_BL, size in zip(at, shape, strict=True):
-        place_BL1 = jnp.clip(place_BL.astype(jnp.float32), 0, size - 1)[..., None]
+        place_BL = reshard(place_BL.astype(jnp.float32), "batch", "length")
+        place_BL1 = jnp.clip(place_BL, 0, size - 1)[..., None]
         hat_BLX = jax.nn.relu(1 - jnp.abs(place_BL1 - jnp.arange(size, dtype=jnp.float32)[None, None]))
         if weights_BLX is None:
             weights_BLX = hat_BLX
