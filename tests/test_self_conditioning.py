@@ -132,12 +132,16 @@ def test_only_networks_that_say_so_read_an_estimate(clips, packed):
         DiffusionConfig(self_conditioning=1.5)
 
 
-def losses(share, params, pack):
-    """The training loss and its gradient."""
+@functools.cache
+def loss_program(share):
     run = dataclasses.replace(RUN, diffusion=dataclasses.replace(RUN.diffusion, self_conditioning=share))
     loss = functools.partial(denoiser_loss, run)
-    program = jax.jit(lambda params, pack: gradients(loss, {MODEL: params}, (), pack, 3, 0)[:2])
-    slope, total = program(params, pack)
+    return jax.jit(lambda params, pack: gradients(loss, {MODEL: params}, (), pack, 3, 0)[:2])
+
+
+def losses(share, params, pack):
+    """The training loss and its gradient."""
+    slope, total = loss_program(share)(params, pack)
     return float(total[MODEL]), slope[MODEL]
 
 
@@ -153,7 +157,8 @@ def test_the_share_of_clips_trained_on_an_estimate(params, clips, packed):
     halves = losses(0.5, params, pack)[0]
     singles = [losses(share, params, packed([[clip]]))[0] for clip in clips[:3] for share in (0.0, 0.5, 1.0)]
     zeros, some, ones = (singles[i::3] for i in range(3))
-    assert all(c in (a, b) for a, b, c in zip(zeros, ones, some, strict=True))
+    nearest = [a if abs(c - a) < abs(c - b) else b for a, b, c in zip(zeros, ones, some, strict=True)]
+    near(some, nearest)
     near(halves, sum(some))
 
 
