@@ -350,6 +350,26 @@ def test_a_permutation_goes_back_by_a_permutation():
     assert "scatter" not in str(program)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_words_are_seen_from_all_windows_of_their_clip_and_tokens_from_their_own(backend):
+    """Keys are all tokens, then five words of each of two clips, against one mask in NumPy; padding sees itself."""
+    place, words = packed_place(), np.tile(np.repeat([1, 2], 5), (len(PACKS), 1)).astype(np.int32)
+    windows = np.asarray(window_segments(place, (None, 2, 3)))
+    own, everywhere = np.stack([windows] * 2, -1), np.stack([0 * words, 0 * words + 1000], -1)
+    q = Place(place.segments_BL, windows_BL2=own)
+    k = Place(np.concatenate([place.segments_BL, words], 1), windows_BL2=np.concatenate([own, everywhere], 1))
+    values = [np.concatenate([x, x[:, :10] + 1], 1) for x in arrays()[1:3]]
+    found = jax.jit(lambda q_, k_, v_: BACKENDS[backend](q_, k_, v_, Places(q, k), Pattern(windows=True)))
+    found = np.asarray(found(arrays()[0], *values))
+    same = place.segments_BL[:, :, None] == np.concatenate([place.segments_BL, words], 1)[:, None]
+    mask = same & np.concatenate([windows[:, :, None] == windows[:, None], np.ones((2, LENGTH, 10), bool)], 2)
+    for b in range(len(PACKS)):
+        wanted = alone(mask[b], arrays()[0][b], values[0][b], values[1][b], np.zeros_like(arrays()[0][b]))[0]
+        np.testing.assert_allclose(found[b], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="windows_BL2"):
+        attention(arrays()[0], *values, Places(place, place), Pattern(windows=True))
+
+
 def test_more_windows_than_buckets_are_still_told_apart():
     """600 windows of a token: each sees itself alone, and a block with spoilt values spoils no other."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 600, 1, 4)).astype(np.float32)

@@ -9,6 +9,8 @@ What the paper leaves open, or was made for clips of one size:
 - Positions inside windows are rotary, where the paper has Swin's table of biases: a product of rotated queries and keys
   depends on their distance alone, too, needs no parameters, and every kernel of attention computes it. A bias would
   have to be gathered for each pair of tokens, since a pack has no fixed grid of windows.
+- Cross-attention reads the tokens of the spatial window and the caption of the clip by one softmax: a key says to which
+  windows it belongs (`Pattern.windows`), one for a token, all of its clip for a word.
 - The tables of positions are stretched over the plane of each clip by linear interpolation, which is how the paper goes
   from square clips to 9:16; a clip of the table's own size reads its entries. In time frame i reads entry i, so that an
   image reads the first one as in the paper; only clips with more frames than entries are squeezed.
