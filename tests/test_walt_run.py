@@ -9,7 +9,7 @@ from sora_jax.data.reading.media import decode
 from sora_jax.train.metrics import read_metrics
 
 MODEL = "WaltConfig(depth=2, width=16, heads=2, patch=(1, 2, 2), latent_channels=4, spatial_window=(2, 2),"
-MODEL += " spatiotemporal_window=(1, 2), text=None, classes=2, self_conditioning=True, remat='none')"
+MODEL += " spatiotemporal_window=(1, 2), text=None, self_conditioning=True, remat='none')"
 PACKING = "PackingConfig(length=48, slots=4)"
 
 
@@ -39,7 +39,7 @@ def test_it_goes_on_to_the_bit(config, straight, chain, tmp_path):  # noqa: F811
 
 def test_it_is_sampled(straight, tmp_path):
     out = tmp_path / "clip.gif"
-    sizes = ["--frames=5", "--height=16", "--width=24", "--steps=2", "--upscale=1", "--class=1"]
+    sizes = ["--frames=5", "--height=16", "--width=24", "--steps=2", "--upscale=1", "--guidance=1"]
     assert run("sample", f"--workdir={straight}", *sizes, f"--out={out}") == 0
     assert decode(out).frames.shape == (5, 16, 24, 3)
 
