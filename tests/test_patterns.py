@@ -337,7 +337,7 @@ def test_windows_of_a_split_sequence_are_those_of_one_device():
     window = WINDOWS["spatiotemporal"]
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
-        place = Place(*(split(x, mesh) for x in packed_place()))
+        place = jax.tree.map(lambda x: split(x, mesh), packed_place())
         segments = jax.jit(window_segments, static_argnums=1)(place, window)
         moved = jax.jit(lambda x, s: reorder(x, window_order(s)))(place.coords_BL3, segments)
     np.testing.assert_array_equal(segments, window_segments(packed_place(), window))
