@@ -205,8 +205,11 @@ def test_a_split_sequence_sees_what_one_device_sees(name, how):
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
         attend = functools.partial(attention, how=How(*how))
-        place, given = (split(x, mesh) for x in packed_place()), (split(x, mesh, "heads", None) for x in arrays())
-        found = with_gradients(attend, PATTERNS[name], Place(*place), *given)
+        place, given = (
+            jax.tree.map(lambda x: split(x, mesh), packed_place()),
+            (split(x, mesh, "heads", None) for x in arrays()),
+        )
+        found = with_gradients(attend, PATTERNS[name], place, *given)
     real = (packed_place().segments_BL > 0)[..., None, None]
     expected = with_gradients(BACKENDS["dense"], PATTERNS[name], packed_place(), *arrays())
     for ours, wanted in zip(found, expected, strict=True):
@@ -224,9 +227,12 @@ def test_tangents_see_no_more_on_one_device_and_round_a_ring():
     found = [tangent(BACKENDS["blockwise"], pattern, packed_place(), *arrays()[:3])]
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
-        place, given = (split(x, mesh) for x in packed_place()), (split(x, mesh, "heads", None) for x in arrays()[:3])
+        place, given = (
+            jax.tree.map(lambda x: split(x, mesh), packed_place()),
+            (split(x, mesh, "heads", None) for x in arrays()[:3]),
+        )
         attend = functools.partial(attention, how=How("blockwise", "ring"))
-        found.append(tangent(attend, pattern, Place(*place), *given))
+        found.append(tangent(attend, pattern, place, *given))
     for ours in found:
         np.testing.assert_allclose(ours * real, expected * real, rtol=1e-4, atol=1e-5)
 
