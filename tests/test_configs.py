@@ -10,6 +10,7 @@ from sora_jax import quickstart
 from sora_jax.config import from_dict, load
 from sora_jax.data.building.prepare import BuildConfig
 from sora_jax.diffusion.solvers import evaluations
+from sora_jax.diffusion.spacing import base_times
 from sora_jax.errors import UserError
 from sora_jax.evaluate.consistency import in_worlds_words
 from sora_jax.kinds import run_config
@@ -28,6 +29,7 @@ VARIANTS = {
     "unet.py": ["B", "S", "small", "tiny"],
     "video.py": ["autoencoder", "transformer", "small_autoencoder", "small"],
     "sprites.py": ["autoencoder", "transformer"],
+    "walt.py": ["XL", "L", "imagenet", "t2v", "small"],
 }
 PAIRS = [(file, variant) for file, variants in VARIANTS.items() for variant in variants]
 
@@ -168,6 +170,19 @@ def test_the_recipe_of_sit_is_that_of_the_paper():
         # Heun on the ODE at 250 evaluations (249: the last step has one), and no shift of the grid.
         assert (run.sampling.solver.name, run.sampling.spacing) == ("heun", "even")
         assert evaluations(run.sampling.solver, int(run.sampling.steps)) == 249
+
+
+@pytest.mark.parametrize("variant", VARIANTS["walt.py"])
+def test_the_recipe_of_walt_is_that_of_the_paper(variant):
+    """2312.06662, section 4 and table 8: v-prediction with zero terminal SNR, and DDIM in 50 steps from t = 1 on."""
+    run = read("walt.py", variant)
+    diffusion, sampling = run.diffusion, run.sampling
+    assert (diffusion.process, diffusion.prediction, diffusion.self_conditioning) == ("vp_linear_zero_snr", "v", 0.9)
+    times = base_times(diffusion.process, sampling.steps, sampling.spacing)
+    assert (sampling.solver.name, sampling.solver.eta, len(times), times[0], times[-1]) == ("ddim", 0, 51, 1, 0)
+    assert run.model.self_conditioning and run.model.qk_norm and run.optim.schedule == "cosine"
+    assert run.model.adaln_rank == {"imagenet": 0, "small": 16}.get(variant, 2)
+    assert run.optim.method == ("adafactor" if variant == "t2v" else "adamw")
 
 
 def test_the_data_configs_are_valid_and_changed_by_the_command_line():

@@ -13,7 +13,9 @@ import pytest
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs
 from sora_jax.models.transformer import TransformerConfig, denoiser_specs
-from sora_jax.nn.params import abstract
+from sora_jax.nn.params import ParamSpec, abstract, init, normal, shardings
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.parallel.rules import partition
 from sora_jax.train.optim import OptimConfig, learning_rate, make_optimizer, skip_spikes, update_ema, weights_only
 
 PEAK, WARM, LAST, FINAL = 2e-3, 10, 50, 0.1
@@ -76,6 +78,70 @@ def test_updates_are_adamw_behind_clipping():
         updates, state = optimizer.update({"weight": jnp.asarray(gradient, jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params["weight"], adamw(config, weight, gradients), rtol=2e-5)
+
+
+def adafactor(config: OptimConfig, weight, gradients):
+    """Algorithms 4 and 5 of 1804.04235 without relative step sizes, with momentum and decay, in float64.
+
+    Rows and columns of a matrix are means, not sums: the ratio is the same.
+    """
+    rows, columns, whole, momentum = 0.0, 0.0, 0.0, np.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        decay, square = 1 - step**-0.8, gradient**2 + 1e-30
+        if weight.ndim == 2:
+            rows = decay * rows + (1 - decay) * square.mean(1)
+            columns = decay * columns + (1 - decay) * square.mean(0)
+            update = gradient / np.sqrt(np.outer(rows, columns) / rows.mean())
+        else:
+            whole = decay * whole + (1 - decay) * square
+            update = gradient / np.sqrt(whole)
+        update = update / max(1.0, np.sqrt(np.mean(update**2)))
+        momentum = config.b1 * momentum + (1 - config.b1) * update
+        weight = weight - config.learning_rate * (momentum + config.weight_decay * weight * (weight.ndim == 2))
+    return weight
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_adafactor_is_its_algorithms(b1):
+    config = OptimConfig(1e-2, warmup_steps=0, weight_decay=0.1, clip_norm=0.0, b1=b1, method="adafactor")
+    rng = np.random.default_rng(0)
+    shapes = {"weight": (130, 140), "bias": (140,)}
+    start = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    gradients = [
+        {n: rng.standard_normal(s) * 10.0 ** rng.integers(-3, 3, s[-1]) for n, s in shapes.items()} for _ in range(4)
+    ]
+    optimizer, params = make_optimizer(config), jax.tree.map(jnp.float32, start)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    moments = sum(x.size for x in jax.tree.leaves(state)) - (b1 > 0) * (130 * 140 + 140)
+    assert moments < 1000  # 130 + 140 of the weight, 140 of the bias, and counts
+    for gradient in gradients:
+        updates, state = update(jax.tree.map(jnp.float32, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    for name in shapes:
+        wanted = adafactor(config, start[name], [gradient[name] for gradient in gradients])
+        np.testing.assert_allclose(params[name], wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_the_state_of_adafactor_is_split_as_the_weights_are():
+    """Means keep the axes, and their parts of the mesh, that they are not taken over; updates are as on one device."""
+    specs = {"weight": ParamSpec((3, 128, 256), ("layers", "embed", "hidden"), normal(1.0))}
+    optimizer = make_optimizer(OptimConfig(method="adafactor", warmup_steps=0, b1=0.0, clip_norm=0.0), specs)
+    params = init(specs, jax.random.key(0))
+
+    @jax.jit
+    def step(params):
+        state = optimizer.init(params)
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        return optimizer.update(jax.tree.map(jnp.cos, params), state, params)
+
+    one, _ = step(params)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        split, state = step(jax.device_put(params, shardings(specs, mesh)))
+    rows, columns = (optax.tree_utils.tree_get(state, name)["weight"] for name in ("v_row", "v_col"))
+    assert (rows.shape, rows.sharding.spec) == ((3, 128), partition("layers", "embed"))
+    assert (columns.shape, columns.sharding.spec) == ((3, 256), partition("layers", "hidden"))
+    np.testing.assert_allclose(split["weight"], one["weight"], rtol=1e-5, atol=1e-9)
 
 
 def test_without_clipping_and_decay_it_is_the_adam_of_optax():

@@ -205,8 +205,11 @@ def test_a_split_sequence_sees_what_one_device_sees(name, how):
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
         attend = functools.partial(attention, how=How(*how))
-        place, given = (split(x, mesh) for x in packed_place()), (split(x, mesh, "heads", None) for x in arrays())
-        found = with_gradients(attend, PATTERNS[name], Place(*place), *given)
+        place, given = (
+            jax.tree.map(lambda x: split(x, mesh), packed_place()),
+            (split(x, mesh, "heads", None) for x in arrays()),
+        )
+        found = with_gradients(attend, PATTERNS[name], place, *given)
     real = (packed_place().segments_BL > 0)[..., None, None]
     expected = with_gradients(BACKENDS["dense"], PATTERNS[name], packed_place(), *arrays())
     for ours, wanted in zip(found, expected, strict=True):
@@ -224,9 +227,12 @@ def test_tangents_see_no_more_on_one_device_and_round_a_ring():
     found = [tangent(BACKENDS["blockwise"], pattern, packed_place(), *arrays()[:3])]
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
-        place, given = (split(x, mesh) for x in packed_place()), (split(x, mesh, "heads", None) for x in arrays()[:3])
+        place, given = (
+            jax.tree.map(lambda x: split(x, mesh), packed_place()),
+            (split(x, mesh, "heads", None) for x in arrays()[:3]),
+        )
         attend = functools.partial(attention, how=How("blockwise", "ring"))
-        found.append(tangent(attend, pattern, Place(*place), *given))
+        found.append(tangent(attend, pattern, place, *given))
     for ours in found:
         np.testing.assert_allclose(ours * real, expected * real, rtol=1e-4, atol=1e-5)
 
@@ -337,7 +343,7 @@ def test_windows_of_a_split_sequence_are_those_of_one_device():
     window = WINDOWS["spatiotemporal"]
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     with jax.set_mesh(mesh):
-        place = Place(*(split(x, mesh) for x in packed_place()))
+        place = jax.tree.map(lambda x: split(x, mesh), packed_place())
         segments = jax.jit(window_segments, static_argnums=1)(place, window)
         moved = jax.jit(lambda x, s: reorder(x, window_order(s)))(place.coords_BL3, segments)
     np.testing.assert_array_equal(segments, window_segments(packed_place(), window))
@@ -348,6 +354,26 @@ def test_a_permutation_goes_back_by_a_permutation():
     order = window_order(packed_place().segments_BL)
     program = jax.make_jaxpr(jax.grad(lambda x: jnp.square(reorder(x, order)).sum()))(arrays()[0])
     assert "scatter" not in str(program)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_words_are_seen_from_all_windows_of_their_clip_and_tokens_from_their_own(backend):
+    """Keys are all tokens, then five words of each of two clips, against one mask in NumPy; padding sees itself."""
+    place, words = packed_place(), np.tile(np.repeat([1, 2], 5), (len(PACKS), 1)).astype(np.int32)
+    windows = np.asarray(window_segments(place, (None, 2, 3)))
+    own, everywhere = np.stack([windows] * 2, -1), np.stack([0 * words, 0 * words + 1000], -1)
+    q = Place(place.segments_BL, windows_BL2=own)
+    k = Place(np.concatenate([place.segments_BL, words], 1), windows_BL2=np.concatenate([own, everywhere], 1))
+    values = [np.concatenate([x, x[:, :10] + 1], 1) for x in arrays()[1:3]]
+    found = jax.jit(lambda q_, k_, v_: BACKENDS[backend](q_, k_, v_, Places(q, k), Pattern(windows=True)))
+    found = np.asarray(found(arrays()[0], *values))
+    same = place.segments_BL[:, :, None] == np.concatenate([place.segments_BL, words], 1)[:, None]
+    mask = same & np.concatenate([windows[:, :, None] == windows[:, None], np.ones((2, LENGTH, 10), bool)], 2)
+    for b in range(len(PACKS)):
+        wanted = alone(mask[b], arrays()[0][b], values[0][b], values[1][b], np.zeros_like(arrays()[0][b]))[0]
+        np.testing.assert_allclose(found[b], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="windows_BL2"):
+        attention(arrays()[0], *values, Places(place, place), Pattern(windows=True))
 
 
 def test_more_windows_than_buckets_are_still_told_apart():

@@ -39,6 +39,7 @@ class Purpose(enum.IntEnum):
     HELD_OUT_TIME = 13
     HELD_OUT_NOISE = 14
     PROBE = 15
+    SELF_CONDITIONING = 16
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -21,14 +21,16 @@ from sora_jax.diffusion.keys import Purpose, step_key, token_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig, check_skipping, grid_times, sample
+from sora_jax.diffusion.self_conditioning import DenoiseFrom, Estimate
 from sora_jax.diffusion.solvers import Problem, clip_x0
 from sora_jax.diffusion.solvers.problem import Cut
 from sora_jax.diffusion.spacing import count_steps
+from sora_jax.generate.estimates import Kept, no_estimate, remembering
 from sora_jax.generate.packs import Conditions, PackLayout, TrainedDenoiser, lay_out, place, row_tokens
 from sora_jax.generate.progress import Watch
 from sora_jax.generate.requests import Request
 from sora_jax.generate.skipping import reuse_trunk, watch_trunk
-from sora_jax.models.denoiser import RunTrunk, encode_condition, has_trunk, trunk_zeros
+from sora_jax.models.denoiser import RunTrunk, encode_condition, has_trunk, reads_estimate, trunk_zeros
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun, network
@@ -39,14 +41,16 @@ PACKS_AT_ONCE = 8  # rounded up to the parts of the mesh; bounds the memory of a
 
 
 class SolveState(NamedTuple):
-    """Hold a solve that is cut into parts: the steps that are done, the solver's state, and the residuals of trunks.
+    """Hold a solve that is cut into parts: the steps that are done, the solver's state, and what branches have kept.
 
-    residuals: of each branch of guidance, where steps are skipped.
+    residuals: of the trunk, of each branch of guidance, where steps are skipped. estimates: of the clean tokens, of
+    each branch, where the network reads them.
     """
 
     done: jax.Array
     solver: Any
     residuals: list[jax.Array]
+    estimates: list[jax.Array]
 
 
 def sample_latents(
@@ -169,7 +173,10 @@ def _first_state(
         _solve(model.config, sampling, seed, conditions, source, lambda *_: nothing, cut)
         both = [pack for one in (conditions, source) if one for pack in (one.positive, one.negative) if pack]
         residuals = [trunk_zeros(model.config.model, pack) for pack in both] if sampling.skipped else []
-        return SolveState(jnp.int32(0), cut.after, residuals)
+        estimates = (
+            [no_estimate(model.config.model, pack) for pack in both] if reads_estimate(model.config.model) else []
+        )
+        return SolveState(jnp.int32(0), cut.after, residuals, estimates)
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = NamedSharding(model.mesh, x.sharding.spec if x.sharding else PartitionSpec())
@@ -196,24 +203,31 @@ def solve_packs(
     the first that is not taken, follow, and the state behind them is returned beside the tokens. One program serves all
     parts: captions are encoded anew in each.
     """
-    kept, cut = [], None if state is None else Cut(state.done, last, state.solver)
-    residuals = iter(state.residuals if state else ())
+    cut = None if state is None else Cut(state.done, last, state.solver)
+    kept: tuple[list[jax.Ref], list[jax.Ref]] = [], []
+    residuals, estimates = iter(state.residuals if state else ()), iter(state.estimates if state else ())
 
     def skipping(pack: Pack) -> RunTrunk | None:
         if not sampling.skipped:
             return None
         residual_BLD, first = (next(residuals), state.done) if state else (trunk_zeros(config.model, pack), 0)
         run, kept_BLD = reuse_trunk(sampling.skipped, _count(sampling), residual_BLD, first)
-        kept.append(kept_BLD)
+        kept[0].append(kept_BLD)
         return run
 
+    def keeping(pack: Pack) -> Kept:
+        if not reads_estimate(config.model):
+            return Kept(skipping(pack))
+        kept[1].append(jax.new_ref(next(estimates) if state else no_estimate(config.model, pack)))
+        return Kept(skipping(pack), kept[1][-1])
+
     def denoiser(conditions: Conditions, eps_BLP: jax.Array) -> Denoise:
-        return denoiser_of(config, sampling, params, conditions, eps_BLP, skipping)
+        return denoiser_of(config, sampling, params, conditions, eps_BLP, keeping)
 
     tokens_BLP = _solve(config, sampling, seed, conditions, source, denoiser, cut)
     if cut is None:
         return tokens_BLP
-    return tokens_BLP, SolveState(jnp.asarray(last), cut.after, [kept_BLD[...] for kept_BLD in kept])
+    return tokens_BLP, SolveState(jnp.asarray(last), cut.after, *([each[...] for each in refs] for refs in kept))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -223,10 +237,10 @@ def _trunk_ratios(
     """Return the ratios (X, K) of `skipping.watch_trunk`, of each branch of guidance."""
     found = []
 
-    def watching(pack: Pack) -> RunTrunk:
+    def watching(pack: Pack) -> Kept:
         run, ratios_K = watch_trunk(_count(sampling), trunk_zeros(config.model, pack), pack.segments_BL)
         found.append(ratios_K)
-        return run
+        return Kept(run)
 
     denoiser = lambda conditions, eps_BLP: denoiser_of(config, sampling, params, conditions, eps_BLP, watching)  # noqa: E731
     _solve(config, sampling, seed, conditions, None, denoiser)
@@ -292,33 +306,43 @@ def denoiser_of(
     params: dict,
     conditions: Conditions,
     eps_BLP: jax.Array,
-    trunk_of: Callable[[Pack], RunTrunk | None] = lambda pack: None,
+    kept_of: Callable[[Pack], Kept] = lambda pack: Kept(),
 ) -> Denoise:
     """Return denoise(x, t) with captions encoded once, guided away from the negative packs if there are any.
 
-    eps_BLP: the noise that history guidance puts in the place of given tokens. trunk_of: makes what calls the trunk of
-    the model, for each branch of guidance.
+    eps_BLP: the noise that history guidance puts in the place of given tokens. kept_of: makes what each branch of
+    guidance keeps from call to call.
     """
+    process = process_named(config.diffusion.process)
 
-    def conditioned(pack: Pack) -> Denoise:
+    def conditioned(pack: Pack) -> tuple[Denoise, DenoiseFrom]:
+        """Return a branch of guidance, and the same without an estimate that it keeps."""
+        kept = kept_of(pack)
+        bare = bound(pack, kept.run_trunk)
+        if not reads_estimate(config.model):
+            return bare, bare
+        ref = jax.new_ref(no_estimate(config.model, pack)) if kept.estimate is None else kept.estimate
+        return remembering(Estimate(process, config.diffusion.prediction, pack.rows_BL), bare, ref), bare
+
+    def bound(pack: Pack, run_trunk: RunTrunk | None) -> DenoiseFrom:
         known, rings_BS = encode_condition(params, config.model, pack), conditions.rings_BS
         if rings_BS is None:
-            return network(params, config, pack, known, trunk_of(pack))
-        process = process_named(config.diffusion.process)
+            return network(params, config, pack, known, run_trunk)
         times_KBR = grid_times(sampling, config.diffusion.times, process, row_tokens(pack))
 
-        def denoise(x_BLP: jax.Array, t_BR: jax.Array) -> jax.Array:
-            return network(params, config, _rolled(pack, rings_BS, times_KBR, t_BR), known)(x_BLP, t_BR)
+        def denoise(x_BLP: jax.Array, t_BR: jax.Array, previous_BLP: jax.Array | None = None, /) -> jax.Array:
+            rolled = _rolled(pack, rings_BS, times_KBR, t_BR)
+            return network(params, config, rolled, known)(x_BLP, t_BR, previous_BLP)
 
         return denoise
 
     pack = conditions.positive
-    positive, given, guidance = conditioned(pack), conditions.given, sampling.guidance
-    negative = None if conditions.negative is None else conditioned(conditions.negative)
+    (positive, bare), given, guidance = conditioned(pack), conditions.given, sampling.guidance
+    negative = None if conditions.negative is None else conditioned(conditions.negative)[0]
     layout = TokenLayout(pack.segments_BL, pack.rows_BL, config.model.latent_channels)
     if given is not None and guidance.history != 1.0:
-        process = process_named(config.diffusion.process)
-        without = without_history(process, positive, given, eps_BLP, pack.rows_BL, guidance.history_level)
+        # An estimate that was made with the history knows it.
+        without = without_history(process, bare, given, eps_BLP, pack.rows_BL, guidance.history_level)
         models = HistoryModels(positive, without, negative)
         return guided_by_history(guidance, models, conditions.scale_BS, history_tokens(given, pack.rows_BL), layout)
     if negative is None:

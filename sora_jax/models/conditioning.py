@@ -95,8 +95,32 @@ def modulation_specs(width: int, parts: int) -> dict:
 
 def modulation(params: dict, condition: Condition, parts: int) -> list[jax.Array]:
     """Compute `parts` tables over rows, spread to tokens: a list of (B, L, D); of (B, 1, D) where there is one row."""
-    rows_BRD = jax.nn.silu(condition.time_BRD + condition.label_BRD)
-    table_BRX = dense(params["modulation"], rows_BRD, ("batch", None, None))
+    return spread_table(modulation_table(params["modulation"], condition), condition, parts)
+
+
+def modulation_table(p: dict, condition: Condition) -> jax.Array:
+    """Return the shifts, scales and gates of each row, (B, R, parts * D)."""
+    return dense(p, jax.nn.silu(condition.time_BRD + condition.label_BRD), ("batch", None, None))
+
+
+def low_rank_specs(width: int, parts: int, rank: int) -> dict:
+    """Declare the map D -> rank -> parts * D that a block adds to the modulation of the first one: AdaLN-LoRA.
+
+    It has no biases and is zero at the start (W.A.L.T, 2312.06662, 3.3).
+    """
+    return {
+        "down": dense_specs(width, rank, ("embed", None), bias=False),
+        "up": dense_specs(rank, parts * width, (None, "embed"), zeros, bias=False),
+    }
+
+
+def low_rank_table(p: dict, condition: Condition) -> jax.Array:
+    """Return what a block adds to the table of the first one, (B, R, parts * D)."""
+    return dense(p["up"], modulation_table(p["down"], condition), ("batch", None, None))
+
+
+def spread_table(table_BRX: jax.Array, condition: Condition, parts: int) -> list[jax.Array]:
+    """Split a table over rows in parts and spread each to tokens: (B, L, D), or (B, 1, D) where there is one row."""
     tables = jnp.split(table_BRX, parts, axis=-1)
     if table_BRX.shape[1] == 1:
         return tables

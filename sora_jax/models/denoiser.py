@@ -12,11 +12,12 @@ from typing import Annotated, Any, Protocol
 import jax
 
 from sora_jax.config import OneOf
-from sora_jax.models import crate, transformer, unet
+from sora_jax.models import crate, transformer, unet, walt
 from sora_jax.models.crate import CrateConfig
 from sora_jax.models.text import TextConfig
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.models.unet import UNetConfig
+from sora_jax.models.walt import WaltConfig
 from sora_jax.nn.pack import Pack
 
 
@@ -63,7 +64,12 @@ class DenoiserConfig(Protocol):
 # Called with the trunk and its tokens (B, L, D); returns what the trunk makes of them, or an estimate of that.
 RunTrunk = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 
-MODULES: dict[type, ModuleType] = {TransformerConfig: transformer, CrateConfig: crate, UNetConfig: unet}
+MODULES: dict[type, ModuleType] = {
+    TransformerConfig: transformer,
+    WaltConfig: walt,
+    CrateConfig: crate,
+    UNetConfig: unet,
+}
 AnyDenoiser = Annotated[DenoiserConfig, OneOf(MODULES)]
 
 
@@ -88,14 +94,22 @@ def denoise(
     times_BR: jax.Array,
     condition: Any = None,
     run_trunk: RunTrunk | None = None,
+    previous_BLP: jax.Array | None = None,
 ) -> jax.Array:
     """Predict the target of every token of a pack: noisy tokens (B, L, P), noise levels (B, R) -> (B, L, P) float32.
 
     The result is (B, L, 2 P) where the variance is learned, too. condition: the result of `encode_condition`, which
     is computed here when None. run_trunk: calls the blocks of a network that has a trunk, see `has_trunk`.
+    previous_BLP: an estimate of the clean tokens, for a network that reads one, see `reads_estimate`; None: no such.
     """
-    trunk = {} if run_trunk is None else {"run_trunk": run_trunk}
-    return MODULES[type(config)].denoise(params, config, pack, x_BLP, times_BR, condition, **trunk)
+    given = {"run_trunk": run_trunk, "previous_BLP": previous_BLP}
+    given = {name: value for name, value in given.items() if value is not None}
+    return MODULES[type(config)].denoise(params, config, pack, x_BLP, times_BR, condition, **given)
+
+
+def reads_estimate(config: DenoiserConfig) -> bool:
+    """Return True if the network reads an estimate of the clean tokens: its config has `self_conditioning`, True."""
+    return getattr(config, "self_conditioning", False)
 
 
 def room_multiple(config: DenoiserConfig) -> tuple[int, int]:
@@ -124,6 +138,7 @@ def forward_flops(config: DenoiserConfig, batch: dict, encodes_condition: bool =
 def train_flops(config: DenoiserConfig, batch: dict, trained: float = 1.0) -> float:
     """Return the model FLOPs of one forward and backward pass over a host batch: three times the forward ones.
 
-    trained: share of the parameters that are trained; gradients of the others are not computed.
+    trained: share of the parameters that are trained; gradients of the others are not computed. A network that reads
+    an estimate makes it by another forward pass.
     """
-    return (2 + trained) * forward_flops(config, batch)
+    return (2 + trained + reads_estimate(config)) * forward_flops(config, batch)

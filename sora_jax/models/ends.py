@@ -15,8 +15,8 @@ Shift = jax.Array | float
 GUIDE_KINDS = 2  # key frames and sketches, see `data.guides`
 
 
-class EndsConfig(Protocol):
-    """List what both ends read of a network's config; see `TransformerConfig` for what each field means."""
+class HeadConfig(Protocol):
+    """List what the last layer reads of a network's config; see `TransformerConfig` for what each field means."""
 
     @property
     def width(self) -> int:
@@ -33,6 +33,10 @@ class EndsConfig(Protocol):
     @property
     def input_skip(self) -> bool:
         """Return True if the prediction is added to the noisy tokens, times a gate for each value."""
+
+
+class EndsConfig(HeadConfig, Protocol):
+    """List what both ends read of a network's config."""
 
     @property
     def guides(self) -> bool:
@@ -52,16 +56,21 @@ class EndsConfig(Protocol):
 
 
 def ends_specs(config: EndsConfig) -> dict:
-    """Declare both ends; the head is zero at the start.
+    """Declare both ends."""
+    return {
+        "patch": dense_specs(config.patch_values, config.width, (None, "embed")),
+        **({"guides": embedding_specs(GUIDE_KINDS, config.width)} if config.guides else {}),
+        **head_specs(config),
+    }
+
+
+def head_specs(config: HeadConfig) -> dict:
+    """Declare the last layer, zero at the start.
 
     Its outputs are the prediction, variances if they are learned, and the gates of the input if there are any.
     """
     outputs = config.patch_values * (1 + config.learned_variance + config.input_skip)
-    return {
-        "patch": dense_specs(config.patch_values, config.width, (None, "embed")),
-        **({"guides": embedding_specs(GUIDE_KINDS, config.width)} if config.guides else {}),
-        "head": dense_specs(config.width, outputs, ("embed", None), zeros),
-    }
+    return {"head": dense_specs(config.width, outputs, ("embed", None), zeros)}
 
 
 def embed_tokens(params: dict, config: EndsConfig, pack: Pack, x_BLP: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -78,7 +87,7 @@ def embed_tokens(params: dict, config: EndsConfig, pack: Pack, x_BLP: jax.Array,
 
 
 def predict(
-    params: dict, config: EndsConfig, x_BLD: jax.Array, x_BLP: jax.Array, modulation: tuple[Shift, Shift] = (0.0, 0.0)
+    params: dict, config: HeadConfig, x_BLD: jax.Array, x_BLP: jax.Array, modulation: tuple[Shift, Shift] = (0.0, 0.0)
 ) -> jax.Array:
     """Read the prediction off the last tokens: (B, L, D) -> (B, L, P) float32, (B, L, 2 P) with variances.
 

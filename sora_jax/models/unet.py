@@ -21,7 +21,7 @@ import numpy as np
 
 from sora_jax.data.packing.packs import text_counts
 from sora_jax.models.conditioning import condition, condition_specs
-from sora_jax.models.counting import weights
+from sora_jax.models.counting import used_rows, weights
 from sora_jax.models.text import TextContext, encode_text, text_specs
 from sora_jax.models.unet_layers import ROWS, SPACE, TAPS, TIME, Level, Rows, UNetConfig, block, block_specs, blocks_of
 from sora_jax.nn.cells import (
@@ -199,7 +199,7 @@ def forward_flops(config: UNetConfig, batch: dict, encodes_condition: bool = Tru
     grids_BS3 = batch["grids_BS3"].astype(np.int64) * config.patch
     live_BS = grids_BS3[..., 0] > 0
     uses = {
-        "row": np.take_along_axis(live_BS, batch["row_slots_BR"], axis=1).sum(),
+        "row": used_rows(batch, live_BS).sum(),
         "clip": live_BS.sum(),
         "text": words_BS.sum() * encodes_condition,
         "caption": words_BS.sum(),

@@ -1,7 +1,11 @@
 """Encode positions from (t, y, x) coordinates inside a clip, never from the index in a pack."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+from sora_jax.parallel.rules import out_sharding, reshard
 
 
 def axis_widths(width: int) -> tuple[int, int, int]:
@@ -50,3 +54,25 @@ def sincos_table(coords_BL3: jax.Array, width: int, theta: float = 10_000.0, axe
     parts = [sincos(coords_BL3[..., "tyx".index(axis)], each, theta) for axis in axes]
     table = jnp.concatenate(parts, axis=-1)
     return jnp.pad(table, ((0, 0), (0, 0), (0, width - each * len(axes))))
+
+
+def interpolated(table: jax.Array, at: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
+    """Read a learnt table between its entries, linearly along each axis: (entries, D) -> (B, L, D), float32.
+
+    shape: the axes of the entries, in raster order. at: for each axis the place (B, L) of every token, in entries from
+    0; beyond the first and the last entry their values go on.
+    """
+    weights_BLX = None
+    for place_BL, size in zip(at, shape, strict=True):
+        place_BL = reshard(place_BL.astype(jnp.float32), "batch", "length")
+        place_BL1 = jnp.clip(place_BL, 0, size - 1)[..., None]
+        hat_BLX = jax.nn.relu(1 - jnp.abs(place_BL1 - jnp.arange(size, dtype=jnp.float32)[None, None]))
+        if weights_BLX is None:
+            weights_BLX = hat_BLX
+        else:
+            product = weights_BLX[..., :, None] * hat_BLX[..., None, :]
+            axes = out_sharding("batch", "length", None)
+            weights_BLX = jnp.reshape(product, (*place_BL.shape, -1), out_sharding=axes)
+    # A product, not a gather: the gradient of a gather is a scatter, which is slow.
+    whole = reshard(table.astype(jnp.float32), None, None)
+    return jnp.einsum("blx,xd->bld", weights_BLX, whole, out_sharding=out_sharding("batch", "length", "width"))

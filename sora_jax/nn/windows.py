@@ -2,7 +2,8 @@
 
 W.A.L.T (2312.06662, 3.2) alternates spatial windows, (1, h, w) of one frame, and spatiotemporal ones, (1 + t, h', w')
 of a part of all frames. Attention needs nothing new for them: a window is a segment. The order is for speed alone,
-since blockwise attention skips blocks, and the tokens of a window that is not a whole frame lie apart in a pack:
+since blockwise attention skips blocks, and the tokens of a window that is not a whole frame lie apart in a pack
+(`models.walt`):
 
     place = Place(window_segments(Place(pack.segments_BL, pack.coords_BL3), (None, 8, 8)))    once per step
     order = window_order(place.segments_BL)
@@ -51,6 +52,13 @@ def window_segments(place: Place, window: Window) -> jax.Array:
     begins = sum(jnp.diff(key, axis=1, prepend=key[:, :1]) != 0 for key in keys) > 0
     number_BL = _take(1 + jnp.cumsum(begins, axis=1, dtype=jnp.int32), jnp.argsort(source_BL, axis=1))
     return reshard(jnp.where(segments_BL == 0, 0, number_BL), "batch", "length")
+
+
+def apart(segments_BL: jax.Array, marked_BL: jax.Array) -> jax.Array:
+    """Give each marked token a segment of its own, behind all others: it attends to itself alone."""
+    length = segments_BL.shape[1]
+    own_BL = jnp.broadcast_to(length + 1 + jnp.arange(length, dtype=segments_BL.dtype), segments_BL.shape)
+    return jnp.where(marked_BL, reshard(own_BL, "batch", "length"), segments_BL)
 
 
 def window_order(segments_BL: jax.Array) -> Order:

@@ -26,6 +26,7 @@ from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_w
 from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.diffusion.self_conditioning import DenoiseFrom, Estimate, in_two_passes
 from sora_jax.diffusion.times import ClipBatch, TimesConfig, batch_ranks, draw_times, per_token
 from sora_jax.diffusion.weights import WeightConfig, check_weight
 from sora_jax.files import as_path
@@ -35,6 +36,7 @@ from sora_jax.models.denoiser import (
     RunTrunk,
     denoise,
     denoiser_specs,
+    reads_estimate,
     room_multiple,
     train_flops,
 )
@@ -65,6 +67,9 @@ class DiffusionConfig:
     weight: WeightConfig = WeightConfig()  # how much the error counts at each noise level
     caption_dropout: float = 0.1  # share of clips trained on without caption and class, for guidance
     given: GivenConfig = GivenConfig()  # what is given of clips: for extension, loops, in-painting and the like
+    # Share of clips trained on with an estimate of the clean tokens, for a network with `model.self_conditioning`; the
+    # others, and held-out clips, have none.
+    self_conditioning: float = 0.9
 
     def __post_init__(self):
         check_pair(self.process, self.prediction)
@@ -73,6 +78,8 @@ class DiffusionConfig:
             0 <= self.caption_dropout < 1,
             f"diffusion.caption_dropout is {self.caption_dropout}; it must be in [0, 1)",
         )
+        share = self.self_conditioning
+        check(0 <= share <= 1, f"diffusion.self_conditioning is {share}; it must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +245,17 @@ def denoiser_loss(
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     assert pack.tokens_BLP is not None  # what is trained on is there
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
-    captions = drop_captions(pack, _drop(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
+    captions = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
+    model: Denoise = network(params[MODEL], config, captions)
+    if reads_estimate(config.model):
+        chosen_BS = _draw(diffusion.self_conditioning, key(Purpose.SELF_CONDITIONING), pack.clip_ids_BS)
+        first = network(jax.lax.stop_gradient(params[MODEL]), config, captions)
+        estimate = Estimate(process, diffusion.prediction, rows_BL)
+        chosen_BL1 = per_slot(chosen_BS, slot_of(pack.segments_BL))[..., None]
+        model = in_two_passes(estimate, first, network(params[MODEL], config, captions), chosen_BL1)
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
     data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, rows_BL)
-    sums = denoising_loss(spec, network(params[MODEL], config, captions), data, weight_BL)
+    sums = denoising_loss(spec, model, data, weight_BL)
     means = {"loss_by_noise": (sums.loss_bins, sums.weight_bins)}
     if config.model.learned_variance:
         means |= {"mse": (sums.mse, sums.weight), "vlb_bits": (sums.vlb, sums.weight)}
@@ -250,21 +264,21 @@ def denoiser_loss(
 
 def network(
     params: dict, config: DenoiserRun, pack: Pack, condition: Any = None, run_trunk: RunTrunk | None = None
-) -> Denoise:
-    """Bind everything but noisy tokens and noise levels to the model; its input is scaled as the process asks.
+) -> DenoiseFrom:
+    """Bind everything but noisy tokens, noise levels and an estimate; the input is scaled as the process asks.
 
     condition: the result of `encode_condition`, which is computed at every call when None. run_trunk: see `denoise`.
     """
     process = process_named(config.diffusion.process)
 
-    def predict(x_BLP: jax.Array, t_BR: jax.Array) -> jax.Array:
+    def predict(x_BLP: jax.Array, t_BR: jax.Array, previous_BLP: jax.Array | None = None, /) -> jax.Array:
         scale_BL1 = input_scale(process, per_token(t_BR, pack.rows_BL))[:, :, None]
-        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, condition, run_trunk)
+        return denoise(params, config.model, pack, scale_BL1 * x_BLP, t_BR, condition, run_trunk, previous_BLP)
 
     return predict
 
 
-def _drop(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
+def _draw(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
     draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(
         clip_keys(key, clip_ids_BS)
     )

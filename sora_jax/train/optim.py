@@ -24,7 +24,7 @@ class OptimConfig:
     warmup_steps: int = 100  # steps in which the learning rate rises linearly to its peak; 0: none
     decay_steps: int = 0  # step at which cosine and linear end; 0: the last step of the run
     final_fraction: float = 0.0  # share of the peak at which they end
-    b1: float = 0.9  # Adam's decay of the first moment
+    b1: float = 0.9  # Adam's decay of the first moment, Adafactor's of its momentum; 0 saves Adafactor the memory of it
     b2: float = 0.99  # Adam's decay of the second moment
     eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.0  # decoupled; of weights alone, never of biases, norm scales or embedding tables
@@ -32,9 +32,10 @@ class OptimConfig:
     skip_spikes: float = 0.0  # skip updates this many standard deviations above the mean gradient norm; 0: none
     ema: tuple[float, ...] = (0.999,)  # decays of the averages of the parameters; the first one is sampled with
     ema_warmup: bool = True  # let the averages follow faster at the start of a run, see `update_ema`
-    method: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
-    """muon: orthogonalised momentum for weights, Adam with Nesterov momentum for the rest; lion: the
-    sign of momentum, which wants a third to a tenth of AdamW's rate; sgd: the gradient itself"""
+    method: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = "adamw"
+    """adafactor: AdamW with row and column means in place of second moments, so that its state is small; muon:
+    orthogonalised momentum for weights, Adam with Nesterov momentum for the rest; lion: the sign of momentum, which
+    wants a third to a tenth of AdamW's rate; sgd: the gradient itself"""
     muon_rate: float = 0.02  # peak learning rate of what Muon updates; `learning_rate` is that of the rest
 
     def __post_init__(self):
@@ -130,6 +131,22 @@ def _lion(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformati
     ]
 
 
+def _adafactor(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
+    """Return Adafactor (1804.04235) with decoupled weight decay, as it is used at scale (2106.04560, section 3.4).
+
+    Second moments of weights are kept as means over rows and columns, with the decay 1 - n^-0.8 at step n. Updates of
+    each array are clipped to a root mean square of 1. The learning rate is absolute: updates are not scaled by the
+    size of the parameters.
+    """
+    return [
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        *([optax.ema(config.b1, debias=False)] if config.b1 else []),
+        optax.add_decayed_weights(config.weight_decay, mask=weights_only),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    ]
+
+
 def _muon(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
     """Return Muon (Jordan 2024) for weights, with weight decay, and Adam for the rest."""
     muon = optax.contrib.muon(
@@ -169,7 +186,7 @@ def _sgd(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformatio
     return [optax.scale_by_learning_rate(learning_rate(config))]
 
 
-METHODS = {"adamw": _adamw, "muon": _muon, "lion": _lion, "sgd": _sgd}
+METHODS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon, "lion": _lion, "sgd": _sgd}
 
 
 class SpikeState(NamedTuple):

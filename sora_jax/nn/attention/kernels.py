@@ -33,8 +33,9 @@ def splash_attention(
     """
     check(interpret or platform() == "tpu", "model.attention is 'splash'; it runs on TPUs alone, take 'auto'")
     check(
-        pattern.nearby is None,
-        "model.attention is 'splash'; it knows no distances between tokens, take 'blockwise' or 'dense'",
+        pattern.nearby is None and not pattern.windows,
+        "model.attention is 'splash'; it knows no distances between tokens and no windows beside segments, "
+        "take 'blockwise' or 'dense'",
     )
     queries, keys = q_BLNK.shape[1], k_BMNK.shape[1]
     if pattern.causal:
@@ -57,7 +58,7 @@ def splash_attention(
 
 def _in_order(places: Places) -> jax.Array:
     """Return which packs have the same queries and keys, and those of each clip by growing index: (B,)."""
-    (q_segments, _, q_index), (k_segments, _, k_index) = places
+    (q_segments, _, q_index, _), (k_segments, _, k_index, _) = places
     assert q_index is not None  # of a causal pattern, whose places have it
     same = (q_segments == k_segments) & (q_index == k_index)
     by_clip = jnp.argsort(q_segments, axis=1, stable=True)

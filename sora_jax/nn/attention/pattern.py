@@ -14,11 +14,13 @@ class Place(NamedTuple):
     segments_BL  clip of each token, any integers; padding is a segment of its own
     coords_BL3   (t, y, x) of each token in its clip, for `Pattern.nearby`
     index_BL     index of each token in its clip, for `Pattern.causal`
+    windows_BL2  first and last window of its clip that each token belongs to, for `Pattern.windows`
     """
 
     segments_BL: jax.Array
     coords_BL3: jax.Array | None = None
     index_BL: jax.Array | None = None
+    windows_BL2: jax.Array | None = None
 
 
 class Places(NamedTuple):
@@ -33,10 +35,13 @@ class Pattern(NamedTuple):
 
     causal: keys whose index is not above the query's own.
     nearby: keys within these distances in (t, y, x), in the units of the coordinates, bounds included; None is any.
+    windows: keys whose windows include those of the query. So a word that belongs to all windows of its clip is seen by
+    all tokens of the clip, and a token that belongs to one by the tokens of that window.
     """
 
     causal: bool = False
     nearby: tuple[float | None, float | None, float | None] | None = None
+    windows: bool = False
 
 
 FULL = Pattern()
@@ -79,6 +84,10 @@ def _limits(pattern: Pattern, q: Place, k: Place) -> Iterator[tuple]:
         if radius is not None:
             assert q.coords_BL3 is not None and k.coords_BL3 is not None  # `needed` refuses places without them
             yield q.coords_BL3[..., axis], k.coords_BL3[..., axis], -radius, radius
+    if pattern.windows:
+        assert q.windows_BL2 is not None and k.windows_BL2 is not None
+        yield q.windows_BL2[..., 0], k.windows_BL2[..., 0], None, 0
+        yield -q.windows_BL2[..., 1], -k.windows_BL2[..., 1], None, 0
 
 
 def needed(pattern: Pattern, places: Places) -> Places:
@@ -87,11 +96,12 @@ def needed(pattern: Pattern, places: Places) -> Places:
     Raises ValueError where one is missing.
     """
 
+    read = {"coords_BL3": pattern.nearby, "index_BL": pattern.causal, "windows_BL2": pattern.windows}
+
     def reduced(place: Place) -> Place:
-        for name, wanted in (("index_BL", pattern.causal), ("coords_BL3", pattern.nearby)):
+        for name, wanted in read.items():
             if wanted and getattr(place, name) is None:
                 raise ValueError(f"{pattern} reads {name}, which the place of queries or keys does not have")
-        coords = place.coords_BL3 if pattern.nearby else None
-        return Place(place.segments_BL, coords, place.index_BL if pattern.causal else None)
+        return Place(place.segments_BL, *(getattr(place, name) if wanted else None for name, wanted in read.items()))
 
     return Places(*map(reduced, places))

@@ -1,0 +1,80 @@
+"""W.A.L.T on eight virtual devices: losses, gradients, an update and samples are those of one device."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+from compare import assert_near
+from test_mesh_invariance import REQUESTS, RUN, TEXT, batch, one_device, train  # noqa: F401
+
+from sora_jax.data.feeding.tokenizer import Tokenizer
+from sora_jax.diffusion.sampling import SamplingConfig
+from sora_jax.generate.packs import TrainedDenoiser
+from sora_jax.generate.progress import Watch
+from sora_jax.generate.sampler import sample_latents
+from sora_jax.models.walt import denoiser_specs
+from sora_jax.models.walt_blocks import WaltConfig
+from sora_jax.nn.pack import Pack
+from sora_jax.nn.params import shardings
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.train.denoiser import denoiser_loss
+
+NETWORK = WaltConfig(
+    depth=4,
+    width=32,
+    heads=4,
+    patch=(1, 2, 2),
+    latent_channels=2,
+    spatial_window=(2, 2),
+    spatiotemporal_window=(1, 2),
+    positions=(2, 2, 2),
+    text=TEXT,
+    self_conditioning=True,
+    attention="blockwise",
+    remat="none",
+    dtype="float32",
+)
+MESHES = {
+    "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), "gather"),
+    "1x2, sequence 4, ring": (MeshConfig(data=1, fsdp=2, sequence=4), "ring"),
+    "2, sequence 2, tensor 2, all_to_all": (MeshConfig(data=2, sequence=2, tensor=2), "all_to_all"),
+}
+same = functools.partial(assert_near, tolerance=1e-5, least=0.0, share=1e-2)
+
+
+@pytest.fixture(scope="module")
+def params(randomised):
+    return jax.device_get(randomised(denoiser_specs(NETWORK), scale=0.15))
+
+
+def trained(mesh, params, batch, **model):  # noqa: F811
+    run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
+    return train(mesh, denoiser_specs(NETWORK), functools.partial(denoiser_loss, run), params, batch, Pack)
+
+
+@pytest.fixture(scope="module")
+def trained_on_one(params, batch):  # noqa: F811
+    return trained(one_device(), params, batch, attention="dense")
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_it_is_trained_as_on_one_device(params, batch, trained_on_one, name):  # noqa: F811
+    mesh, sequence = MESHES[name]
+    found = trained(make_mesh(mesh), params, batch, sequence=sequence)
+    for what in trained_on_one:
+        same(found[what], trained_on_one[what])
+
+
+def sampled(mesh, params, **model):
+    run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(denoiser_specs(NETWORK), mesh))
+        model = TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh)
+        return sample_latents(model, REQUESTS, SamplingConfig(steps="2"), 5, Watch(lambda done, total: None))
+
+
+def test_samples_are_those_of_one_device(params):
+    """Guided, with a given frame and a ring, in parts: what branches keep is split as the tokens are."""
+    mesh, sequence = MESHES["2, sequence 2, tensor 2, all_to_all"]
+    same(sampled(make_mesh(mesh), params, sequence=sequence), sampled(one_device(), params, attention="dense"))
