@@ -1,5 +1,6 @@
 """The two ends of a denoiser over packs: noisy patches to tokens, tokens to predictions; shared by networks."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -87,7 +88,7 @@ def embed_tokens(params: dict, config: EndsConfig, pack: Pack, x_BLP: jax.Array,
 
 
 def predict(
-    params: dict, config: HeadConfig, x_BLD: jax.Array, x_BLP: jax.Array, modulation: tuple[Shift, Shift] = (0.0, 0.0)
+    params: dict, config: HeadConfig, x_BLD: jax.Array, x_BLP: jax.Array, modulation: Sequence[Shift] = (0.0, 0.0)
 ) -> jax.Array:
     """Read the prediction off the last tokens: (B, L, D) -> (B, L, P) float32, (B, L, 2 P) with variances.
 
