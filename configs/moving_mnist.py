@@ -24,7 +24,7 @@ VARIANTS = ("", "h200", "stochastic", "tiny")
 def get_config(variant: str = ""):
     choose("variant of configs/moving_mnist.py", variant, dict.fromkeys(VARIANTS))
     world = STOCHASTIC if variant == "stochastic" else MovingMnistConfig()
-    drawn = DrawnConfig(world, clips=1_000_000, grey=True)
+    drawn = DrawnConfig(world, clips=100_000, grey=True)
     config = to_config_dict(DenoiserRun(drawn=drawn, model=TransformerConfig(text=None, latent_channels=1)))
     config.drawn.world.frames = 20
     two_cores(config)
