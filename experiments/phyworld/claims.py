@@ -9,7 +9,8 @@ right, or right and left; do slow ones turn round? conflict: two attributes alwa
 are small, blue ones large); which of them does a ball keep that has them the other way round?
 
 Every world is learnt by the network and in the steps of configs/phyworld.py, or in --steps, on its frames, or on those
-of --size. A second call goes on where the first stopped. Writes WORKDIR/CLAIM.json, and CLAIM.png beside this file unless --out names a folder.
+of --size. A second call goes on where the first stopped. Writes WORKDIR/CLAIM.json, and CLAIM.png beside this file
+unless --out names a folder.
 """
 
 import argparse
