@@ -112,7 +112,7 @@ def flip(found: Rows, panels) -> list[str]:
         turned, error = f"{mean(seen[slow] < 0):.0%}", mean(np.abs(seen - true)[~slow])
         speeds_of_slow = f"{mean(true[slow]):.2f} | {mean(seen[slow]):.2f}"
         lines.append(f"| {name} | {turned} | {speeds_of_slow} | {error:.3f} | {unseen(rows)} |")
-        scatter(panel, true, seen, f"trained on balls that move {name}")
+        scatter(panel, true, seen, f"trained on balls that move\n{name}")
         panel.axvspan(*FAST, color="C2", alpha=0.15)
     return lines
 
