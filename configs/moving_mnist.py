@@ -24,7 +24,7 @@ VARIANTS = ("", "h200", "stochastic", "tiny")
 def get_config(variant: str = ""):
     choose("variant of configs/moving_mnist.py", variant, dict.fromkeys(VARIANTS))
     world = STOCHASTIC if variant == "stochastic" else MovingMnistConfig()
-    drawn = DrawnConfig(world, clips=1_000_000, grey=True)
+    drawn = DrawnConfig(world, clips=100_000, grey=True)
     config = to_config_dict(DenoiserRun(drawn=drawn, model=TransformerConfig(text=None, latent_channels=1)))
     config.drawn.world.frames = 20
     two_cores(config)
@@ -37,7 +37,7 @@ def get_config(variant: str = ""):
 
 
 def two_cores(config):
-    config.batch = 16
+    config.batch = 8
 
     model = config.model
     model.patch = (10, 8, 8)
@@ -46,6 +46,7 @@ def two_cores(config):
     model.heads = 6
     model.position_theta = 100.0
     model.remat = "none"
+    model.unroll = 6
 
     diffusion = config.diffusion
     diffusion.prediction = "x0"
@@ -55,16 +56,21 @@ def two_cores(config):
     diffusion.given.first = 1.0
     diffusion.given.noise = 0.0
 
-    config.optim.learning_rate = 2e-3
-    config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 200
-    config.optim.ema = (0.999,)
+    optim = config.optim
+    optim.method = "muon"
+    optim.muon_rate = 0.015
+    optim.learning_rate = 2e-3
+    optim.schedule = "cosine"
+    optim.warmup_steps = 200
+    optim.b2 = 0.95
+    optim.skip_spikes = 6.0
+    optim.ema = (0.998,)
 
     config.sampling.guidance.scale = 1.0
     config.sampling.steps = "20"
     config.held_out.every = 0  # it gives no frames, which training always does
 
-    config.loop.steps = 10_000
+    config.loop.steps = 4000
     config.loop.log_every = 100
     config.loop.save_every = 1000
 
@@ -73,6 +79,7 @@ def h200(config):
     """Train on 2,000,000 clips, as many as in 200 epochs of the published trainings."""
     config.drawn.clips = 2_000_000
     config.batch = 64
+    config.model.unroll = 1
     config.model.patch = (2, 8, 8)
     config.model.depth = 12
     config.model.width = 256
@@ -98,6 +105,7 @@ def tiny(config):
     config.model.width = 32
     config.model.heads = 2
     config.model.depth = 2
+    config.model.unroll = 1
     config.sampling.steps = "2"
     config.optim.warmup_steps = 1
     config.loop.steps = 8

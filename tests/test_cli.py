@@ -306,6 +306,8 @@ def test_wrong_sources(chain, tmp_path, capsys):  # noqa: F811
     assert "6 x no caption" in refused(capsys, *build_options(tmp_path / "silent", out), "--workers=1")
     assert "--max-frames=9, not 5" in refused(capsys, *build_options(chain.clips, chain.dataset), "--max-frames=5")
     assert "simple" in refused(capsys, "data", "build", "--source=world", "--world=flat", "--limit=2", f"--out={out}")
+    said = refused(capsys, "data", "build", "--world=phyworld", "--limit=2", f"--out={out}")
+    assert "--world is 'phyworld'; it must be left out but with --source=world" in said
     assert not out.exists()
 
 

@@ -8,8 +8,9 @@ gap: velocities of a middle range are not trained on; are they bridged? flip: fa
 right, or right and left; do slow ones turn round? conflict: two attributes always go together in training (red balls
 are small, blue ones large); which of them does a ball keep that has them the other way round?
 
-Every world is learnt by the network and in the steps of configs/phyworld.py, or in --steps. A second call goes on where
-the first stopped. Writes WORKDIR/CLAIM.json, and CLAIM.png beside this file unless --out names a folder.
+Every world is learnt by the network and in the steps of configs/phyworld.py, or in --steps, on its frames, or on those
+of --size. A second call goes on where the first stopped. Writes WORKDIR/CLAIM.json, and CLAIM.png beside this file
+unless --out names a folder.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def flip(found: Rows, panels) -> list[str]:
         turned, error = f"{mean(seen[slow] < 0):.0%}", mean(np.abs(seen - true)[~slow])
         speeds_of_slow = f"{mean(true[slow]):.2f} | {mean(seen[slow]):.2f}"
         lines.append(f"| {name} | {turned} | {speeds_of_slow} | {error:.3f} | {unseen(rows)} |")
-        scatter(panel, true, seen, f"trained on balls that move {name}")
+        scatter(panel, true, seen, f"trained on balls that move\n{name}")
         panel.axvspan(*FAST, color="C2", alpha=0.15)
     return lines
 
@@ -171,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--claim", required=True, help="gap, flip or conflict")
     parser.add_argument("--config", default=default_config(), help="config of the benchmark")
+    parser.add_argument("--size", type=int, help="height and width of the frames (default: those of the config)")
     parser.add_argument("--steps", type=int, help="steps of each training (default: those of the config)")
     parser.add_argument("--count", type=int, default=128, help="held-out clips that are predicted of each world")
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
@@ -179,6 +181,7 @@ def main() -> None:
     check_word("--claim", options.claim, CLAIMS)
     prepare_jax()
     changes = [f"run.loop.steps={options.steps}"] if options.steps else []
+    changes += [f"world.size={options.size}"] if options.size else []
     config = from_dict(PhyworldBench, load(options.config, changes), "--config")
     found = {}
     for name, world in worlds(options.claim, config.world).items():

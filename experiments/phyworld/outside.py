@@ -1,6 +1,7 @@
 """What helps outside the ranges of training? The same world learnt in several ways, at equal training FLOPs.
 
     python experiments/phyworld/outside.py --pflops=0.05 --workdir=runs/phyworld/outside
+    python experiments/phyworld/outside.py --size=16 --ways=0,1,2,3,4,5,7,8 --pflops=0.006 --workdir=runs/phyworld/small
 
 Every way is `sora-jax bench phyworld` with a few fields changed, and as many steps as --pflops pay for. A second call
 goes on where the first stopped. Prints a table and writes WORKDIR/outside.json.
@@ -27,7 +28,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "all noise levels": ("", ["run.diffusion.times.pure=0.0", "run.diffusion.times.distribution=uniform", *FEW]),
     "given frames a little noisy": ("", ["run.diffusion.given.noise=1.0"]),
     "latents of an autoencoder": (":latent", []),
-    "frames of three sizes in a pack": ("", ["world.zooms=(24,48)"]),
+    "frames of two sizes in a pack": ("", ["world.zooms=({larger},)"]),  # half as large again
     "balls that move both ways": ("", ["world.both_ways=True"]),  # not in a collision
 }
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--pflops", type=float, default=0.05, help="training of each way, in units of 10^15 FLOPs")
     parser.add_argument("--scenario", default="uniform", help="uniform, parabola or collision")
     parser.add_argument("--config", default=default_config(), help="config file of the benchmark")
+    parser.add_argument("--size", type=int, default=32, help="height and width of the frames, 16 or a multiple")
     parser.add_argument("--ways", default="", help="some of the ways, as their numbers from 0, between commas")
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
     options = parser.parse_args()
@@ -49,7 +51,9 @@ def main() -> None:
             continue
         folder = options.workdir / str(number)
         if not (folder / "result.json").exists():
-            learn(options.config + variant, changes, options.scenario, options.pflops * 1e15, folder)
+            changes = [change.format(larger=options.size * 3 // 2) for change in changes]
+            changes += [f"world.size={options.size}", f"world.scenario={options.scenario}"]
+            learn(options.config + variant, changes, options.pflops * 1e15, folder)
         results[name] = found = json.loads(read_text(folder / "result.json"))
         sides = found["in"], found["out"]
         errors = [side[reader] for reader in ("published", "unbiased") for side in sides]
@@ -59,12 +63,12 @@ def main() -> None:
         write_json(options.workdir / "outside.json", results)
 
 
-def learn(file: str, changes: list[str], scenario: str, flops: float, folder: Path) -> None:
+def learn(file: str, changes: list[str], flops: float, folder: Path) -> None:
     """Run the benchmark in as many steps as the FLOPs pay for."""
-    config = from_dict(PhyworldBench, load(file, [*changes, f"world.scenario={scenario}"]), "--config")
+    config = from_dict(PhyworldBench, load(file, changes), "--config")
     steps = round(flops / cost_of(prepared(config, folder)).step_flops)
     schedule = [f"run.loop.steps={steps}", f"run.loop.save_every={steps}", "curve=0"]
-    bench(file, [*changes, *schedule], {"scenario": scenario}, folder)
+    bench(file, [*changes, *schedule], {}, folder)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main(config_file: str | None, changes: Sequence[str], digits: str, workdir: 
     config = read_config(config_file, changes, digits)
     check_frechet(config, options)
     given, cost = given_frames(config), cost_of(config)
-    few = dataclasses.replace(options, clips=min(options.clips, AT_POINT))
+    few = dataclasses.replace(options, clips=min(options.clips, AT_POINT), sampled=1, frechet=0)
 
     def measure(run: Run) -> dict[str, Any]:
         return {"mse": predict_means(run, few, given)[1].mse}

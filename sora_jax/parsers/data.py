@@ -234,7 +234,12 @@ def source_config(options, base=None):
     from sora_jax.worlds.table import NAMED
 
     values = {field: getattr(options, flag) for flag, field in SOURCE_FLAGS.items() if hasattr(options, flag)}
-    if values.get("name") == "world":
+    kind = values.get("name", base.name if base else SourceConfig.name)
+    if kind != "world":
+        for flag in ("world", "digits"):
+            value = getattr(options, flag, None)
+            check(value is None, f"--{flag} is {value!r}; it must be left out but with --source=world")
+    elif "name" in values or hasattr(options, "world"):
         name, digits = getattr(options, "world", WORLD), getattr(options, "digits", "")
         world = choose("--world", name, NAMED)
         if isinstance(world, MovingMnistConfig):

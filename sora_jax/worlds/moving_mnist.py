@@ -105,7 +105,7 @@ def draw(config: MovingMnistConfig, index: int) -> np.ndarray:
 def captions_of(config: MovingMnistConfig, index: int) -> dict[str, str]:
     """Return the caption of a clip by its kind, such as {"original": "a three and an eight move"}."""
     labels = _digits(config, index).labels
-    numbers = plan(config, index).numbers_N
+    _, numbers = _chosen(config, index)
     words = ["digit" if labels is None else WORDS[labels[number]] for number in numbers]
     names = [f"{'an' if word == 'eight' else 'a'} {word}" for word in words]
     return {"original": f"{' and '.join(names)} {'moves' if len(names) == 1 else 'move'}"}
@@ -113,11 +113,16 @@ def captions_of(config: MovingMnistConfig, index: int) -> dict[str, str]:
 
 def plan(config: MovingMnistConfig, index: int) -> Plan:
     """Plan clip `index` without drawing it; any index from 0 to 2**63 - 1, in any order."""
-    key = np.array([(_STREAM << 32) | config.seed, index], np.uint64)
-    rng = np.random.Generator(np.random.Philox(key=key))
-    numbers_N = rng.integers(len(_digits(config, index).images), size=config.digits)
+    rng, numbers_N = _chosen(config, index)
     move, free = (_move_randomly if config.stochastic else _move), config.size - config.digit_size
     return Plan(numbers_N, np.stack([move(rng, config.frames, free) for _ in range(config.digits)]))
+
+
+def _chosen(config: MovingMnistConfig, index: int) -> tuple[np.random.Generator, np.ndarray]:
+    """Return the numbers (N,) of the digits of a clip, and the generator that goes on with their ways."""
+    key = np.array([(_STREAM << 32) | config.seed, index], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
+    return rng, rng.integers(len(_digits(config, index).images), size=config.digits)
 
 
 def _digits(config: MovingMnistConfig, index: int):

@@ -66,6 +66,7 @@ class DrawnClips(LatentCache):
         self.header = {"clips": config.training_clips + config.held_out}
         self.info = CacheInfo(fingerprint, self.digest, config.channels, (1, 1, 1))
         self._columns: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple:
         return type(self), (self.config, self.fingerprint)
@@ -90,10 +91,12 @@ class DrawnClips(LatentCache):
     __getitem__ = item
 
     def column(self, name: str) -> Any:
-        """Return a column of the manifest of a latent cache, an Arrow array."""
+        """Return a column of the manifest of a latent cache, an Arrow array; it is kept, as it is costly to make."""
         import pyarrow as pa
 
-        return pa.array(self._values_of(name), schema_of(COLUMNS).field(name).type)
+        if name not in self._made:
+            self._made[name] = pa.array(self._values_of(name), schema_of(COLUMNS).field(name).type)
+        return self._made[name]
 
     def _number(self, index: int) -> int:
         """Return the index of a clip in its world; the training clips come first."""
