@@ -45,7 +45,7 @@ NETWORK = TransformerConfig(
     depth=2, width=32, heads=4, latent_channels=2, text=TEXT, attention="blockwise", remat="none", dtype="float32"
 )
 UNET = UNetConfig(
-    width=8, multipliers=(1, 2), blocks=1, attended=(1,), head_width=8, patch=(1, 2, 2), latent_channels=2, text=TEXT,
+    width=8, multipliers=(1,), blocks=1, attended=(0,), head_width=8, patch=(1, 2, 2), latent_channels=2, text=TEXT,
     attention="dense", remat="none", dtype="float32",
 )  # fmt: skip
 RUN = DenoiserRun(

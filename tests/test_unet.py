@@ -341,9 +341,10 @@ def test_what_moves_in_the_middle_moves_in_the_output(randomised, packed, shift)
 
 def test_recomputed_blocks_give_the_same_gradient(params, odd_clips, packed):
     pack = packed([odd_clips[:3], odd_clips[3:]], **SIZES)
-    pairs = zip(evaluator(dataclasses.replace(CONFIG, remat="full"))(params, pack), evaluator()(params, pack), strict=True)
-    for found, wanted in pairs:
-        assert_near(found, wanted)
+    *found, slopes = evaluator(dataclasses.replace(CONFIG, remat="full"))(params, pack)
+    *wanted, expected = evaluator()(params, pack)
+    assert_near(found, wanted)
+    assert_near(slopes, expected, share=1e-3)  # those of biases of queries are small sums of large terms
 
 
 def test_encoded_text_may_be_given(params, odd_clips, packed):
