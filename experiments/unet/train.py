@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1200, help="of the transformer")
     parser.add_argument("--unet-rate", type=float, default=1.0, help="learning rate of U-Nets over the config's")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts at most")
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts at most")
     parser.add_argument("--rungs", default=",".join(TRANSFORMERS))
     options = parser.parse_args()
     check(options.steps >= 1, f"--steps is {options.steps}; it must be at least 1")
