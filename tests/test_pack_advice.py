@@ -95,5 +95,13 @@ def test_inspect_counts_the_packs_that_a_training_makes(chain, tmp_path, capsys)
     found = inspect(chain.dataset, training=Training("", packing, tokens, "train")).summary["fill"]
     batches = PackedBatches(LatentCache(chain.latents), train([], tokens), packing, 1, 0)
     assert found["packs"] == batches.report().packs == 5
+    fills = []
+    for multiple in ((1, 1), (8, 8)):  # the second as of a network that halves resolutions: clips want more room
+        packing = PackingConfig(256, 4, 60, (1, 2, 2), multiple=multiple)
+        found = inspect(chain.dataset, training=Training("", packing, tokens, "train")).summary["fill"]
+        report = PackedBatches(LatentCache(chain.latents), train([], tokens), packing, 1, 0).report()
+        assert (found["packs"], found["fill"]) == (report.packs, pytest.approx(1 - report.padding, abs=1e-3))
+        fills.append(found["fill"])
+    assert fills[1] < fills[0]
     assert run("data", "inspect", chain.dataset, f"--config={TINY}:autoencoder") == 2
     assert "it must be the config of a transformer" in capsys.readouterr().err

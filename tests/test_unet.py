@@ -322,27 +322,30 @@ def test_with_closed_layers_in_time_frames_are_images(params, odd_clips, packed)
     assert_near(found, wanted)
 
 
-@pytest.mark.parametrize("shift", [2, -4])
-def test_what_moves_in_the_middle_moves_in_the_output(randomised, packed, shift):
+def test_what_moves_in_the_middle_moves_in_the_output(randomised, packed):
     """Without attention, by as much as the lowest resolution can move, far from the borders."""
     config = dataclasses.replace(CONFIG, attended=(), text=None)
     rng, values = np.random.default_rng(0), np.zeros((2, 4, 96, 2), np.float32)
     values[:, :, 46:50] = rng.standard_normal((2, 4, 4, 2))
-    item = PackItem(values, 1, np.zeros(1, np.int32))
-    moved = dataclasses.replace(item, values=np.roll(values, shift, axis=2))
     params = jax.device_get(randomised(denoiser_specs(config)))
-    sizes = dict(slots=1, patch=(1, 1, 1), length=768)
-    one, other = (packed([[clip]], **sizes) for clip in (item, moved))
     run = jax.jit(lambda pack: denoise(params, config, pack, pack.tokens_BLP, np.full((1, 1), 0.5, np.float32)))
-    one, other = (np.asarray(run(pack)).reshape(2, 4, 96, 2) for pack in (one, other))
+
+    def moved_by(shift):
+        item = PackItem(np.roll(values, shift, axis=2), 1, np.zeros(1, np.int32))
+        return np.asarray(run(packed([[item]], slots=1, patch=(1, 1, 1), length=768))).reshape(2, 4, 96, 2)
+
+    one = moved_by(0)
     assert np.abs(one[:, :, 40:56] - one[:, :, 30:31]).max() > 0.1
-    assert_near(other[:, :, 30:66], np.roll(one, shift, axis=2)[:, :, 30:66])
+    for shift in (2, -4):
+        assert_near(moved_by(shift)[:, :, 30:66], np.roll(one, shift, axis=2)[:, :, 30:66])
 
 
-def test_recomputed_blocks_and_attention_by_blocks_give_the_same_gradient(params, odd_clips, packed):
+def test_recomputed_blocks_give_the_same_gradient(params, odd_clips, packed):
     pack = packed([odd_clips[:3], odd_clips[3:]], **SIZES)
-    other = dataclasses.replace(CONFIG, remat="full", attention="blockwise")
-    assert_near(evaluator(other)(params, pack), evaluator()(params, pack), share=1e-2)
+    *found, slopes = evaluator(dataclasses.replace(CONFIG, remat="full"))(params, pack)
+    *wanted, expected = evaluator()(params, pack)
+    assert_near(found, wanted)
+    assert_near(slopes, expected, share=1e-3)  # those of biases of queries are small sums of large terms
 
 
 def test_encoded_text_may_be_given(params, odd_clips, packed):

@@ -13,13 +13,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LOOKS = {"transformer": ("tab:blue", "o"), "unet": ("tab:orange", "s")}
 RUNGS = ("XS", "S", "M", "L")
+IDENTITY = "identity_by_frame"
 # Of the world, then of sprites: what is shown, under which heading of `found`, and its name there.
 COLUMNS = {
     "world": [
         ("agreement", "held-out", "all"),
         ("kind", "held-out", "kind"),
         ("motion", "held-out", "motion"),
-        ("identity", "held-out", "identity_by_frame"),
+        ("identity", "held-out", IDENTITY),
         ("shapes", "held-out", "shape"),
     ],
     "sprites": [
@@ -75,51 +76,53 @@ def lengths_table(points: list[dict], name: str) -> str:
 
 
 def draw(points: list[dict], path: Path) -> None:
+    """Draw rates over the FLOPs of training, and those of the largest rung for each duration and size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 3, figsize=(14, 8), layout="constrained")
-    for number, (world, first) in enumerate({"world": "all", "sprites": "all seven"}.items()):
-        own = [p for p in points if p["world"] == world]
-        loss, right = panels[number, 0], panels[number, 1]
-        for network in LOOKS:
-            course(loss, own, network, lambda p: p["held_out_loss"])
-            course(right, own, network, lambda p, first=first: rate(p, "held-out", first))
-        loss.set(title=f"{world}: held-out loss", xlabel="TFLOPs of training", xscale="log")
-        right.set(title=f"{world}: everything right", xlabel="TFLOPs of training", xscale="log", ylim=(-0.03, 1.03))
-    for panel, groups, title in ((panels[0, 2], DURATIONS, "durations"), (panels[1, 2], SIZES, "sizes")):
-        for p in (p for p in points if p["world"] == "world" and p["rung"] == RUNGS[-1]):
-            colour, marker = LOOKS[p["network"]]
-            for name, line in (("all", "-"), ("identity_by_frame", "--")):
-                values = [rate(p, group, name) for group in groups]
-                drawn = [(i, value) for i, value in enumerate(values) if value is not None]
-                label = f"{p['network']}, {'all right' if name == 'all' else 'identity'}"
-                if drawn:
-                    panel.plot(*zip(*drawn, strict=True), line, color=colour, marker=marker, label=label)
-        panel.axvspan(1.5, 3.3, color="0.93")
-        panel.set(title=f"rung {RUNGS[-1]}: {title} (grey: never trained)", ylim=(-0.03, 1.03))
-        panel.set_xticks(range(len(groups)), groups)
+    world, sprites = ([p for p in points if p["world"] == name] for name in COLUMNS)
+    course(panels[0, 0], world, "world: held-out loss", lambda p: p["held_out_loss"])
+    course(panels[0, 1], world, "world: everything right", lambda p: rate(p, "held-out", "all"))
+    if sprites:
+        course(panels[0, 2], sprites, "sprites: everything right", lambda p: rate(p, "held-out", "all seven"))
+    else:
+        course(panels[0, 2], world, "world: identity from frame to frame", lambda p: rate(p, "held-out", IDENTITY))
+    largest = [p for p in world if RUNGS.index(p["rung"]) == max(RUNGS.index(p["rung"]) for p in world)]
+    compare(panels[1, 0], largest, DURATIONS, {"everything right": "all"})
+    compare(panels[1, 1], largest, DURATIONS, {"identity": IDENTITY, "shapes": "shape"})
+    compare(panels[1, 2], largest, SIZES, {"everything right": "all", "identity": IDENTITY})
     panels[0, 0].legend(frameon=False)
-    panels[0, 2].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
-def course(panel, points: list[dict], network: str, value) -> None:
-    """Draw a value of one network over its training's FLOPs, a point for each rung."""
-    colour, marker = LOOKS[network]
-    drawn = [
-        (p["steps"] * p["flops"] / 1e12, value(p), p["rung"])
-        for p in points
-        if p["network"] == network and value(p) is not None
-    ]
-    if drawn:
-        x, y, rungs = zip(*drawn, strict=True)
+def course(panel, points: list[dict], title: str, value) -> None:
+    """Draw a value over the FLOPs of training, a line for each network and a point for each rung."""
+    for network, (colour, marker) in LOOKS.items():
+        own = [p for p in points if p["network"] == network and value(p) is not None]
+        x, y = [p["steps"] * p["flops"] / 1e12 for p in own], [value(p) for p in own]
         panel.plot(x, y, color=colour, marker=marker, label=network)
-        for place in zip(rungs, x, y, strict=True):
-            panel.annotate(place[0], place[1:], xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for p, *place in zip(own, x, y, strict=True):
+            panel.annotate(p["rung"], place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    panel.set(title=title, xlabel="TFLOPs of training", xscale="log")
+    panel.xaxis.set_minor_formatter("")
+
+
+def compare(panel, points: list[dict], groups: tuple[str, ...], names: dict[str, str]) -> None:
+    """Draw rates for each duration or size, of which the last two were never trained."""
+    for p in points:
+        colour, marker = LOOKS[p["network"]]
+        for (label, name), line in zip(names.items(), ("-", "--"), strict=False):
+            values = [value if (value := rate(p, group, name)) is not None else float("nan") for group in groups]
+            panel.plot(values, line, color=colour, marker=marker, label=f"{p['network']}: {label}")
+    rung = points[0]["rung"] if points else ""
+    panel.axvspan(1.5, 3.3, color="0.93", zorder=0)
+    panel.set(title=f"world, rung {rung} (grey: never trained)", ylim=(-0.03, 1.03))
+    panel.set_xticks(range(len(groups)), groups)
+    panel.legend(frameon=False, fontsize=8)
 
 
 def main() -> None:
@@ -136,7 +139,7 @@ def main() -> None:
     for world in COLUMNS:
         if any(p["world"] == world for p in points):
             print(f"{world}\n\n{rungs_table(points, world)}\n")
-    for name in ("all", "identity_by_frame", "shape"):
+    for name in ("all", IDENTITY, "shape"):
         print(f"the world, {name}\n\n{lengths_table(points, name)}\n")
     draw(points, options.picture)
 

@@ -19,6 +19,7 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +139,19 @@ def world_agreement(run: Run, dataset: Dataset, prompts: int) -> dict[str, dict]
     """Return what the oracle finds in clips of held-out prompts: as asked for, of other durations, of other sizes."""
     chosen = held_out_prompts(dataset, prompts)
     texts = [prompt for prompt, _ in chosen]
+    if not texts:
+        return {}
     check(all(map(in_worlds_words, texts)), "--data has captions that are not in the world's words")
     wanted = {"held-out": [size for _, size in chosen]}
     wanted |= {f"{frames} frames": [(frames, *size[1:]) for _, size in chosen] for frames in FRAMES}
     wanted |= {f"{height} x {width}": [(9, height, width)] * len(texts) for height, width in SIZES}
-    return {name: agreement(run, texts, sizes) for name, sizes in wanted.items()} if texts else {}
+    sizes = [size for group in wanted.values() for size in group]
+    clips = iter(run.generate(texts * len(wanted), sizes, **SAMPLING))  # at once: one program
+    return {name: agreement(texts, list(islice(clips, len(texts)))) for name in wanted}
 
 
-def agreement(run: Run, prompts: Sequence[str], sizes: Sequence[tuple[int, int, int]]) -> dict:
+def agreement(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> dict:
     """Return the oracle's rates: all facts, each of them, and identity and shapes frame by frame."""
-    clips = run.generate(prompts, sizes, **SAMPLING)
     found = average([measure(*pair) for pair in zip(prompts, clips, strict=True)])
     return {"clips": found.clips, **found.agreement, **found.constancy, "curves": found.curves}
 
@@ -193,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1200, help="of the transformer")
     parser.add_argument("--unet-rate", type=float, default=1.0, help="learning rate of U-Nets over the config's")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts at most")
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts at most")
     parser.add_argument("--rungs", default=",".join(TRANSFORMERS))
     options = parser.parse_args()
     check(options.steps >= 1, f"--steps is {options.steps}; it must be at least 1")

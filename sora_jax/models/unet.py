@@ -165,7 +165,6 @@ def _levels(config: UNetConfig, cells: Cells, spread_BlR: jax.Array) -> list[Lev
 
 def _trunk(p: dict, config: UNetConfig, x_BlD: jax.Array, levels: list[Level], inputs: Inputs) -> jax.Array:
     """Run all blocks, with the convolutions between levels."""
-
     run: Callable[..., jax.Array] = functools.partial(block, config)
     if config.remat == "full":
         run = jax.checkpoint(run)

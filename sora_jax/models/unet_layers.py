@@ -145,7 +145,7 @@ def blocks_of(config: UNetConfig) -> list[Block]:
 
 
 class Level(NamedTuple):
-    """Hold what the blocks of a level read: its cells, their neighbours, angles, noise-level rows and those moving."""
+    """Hold what the blocks of a level read: its cells, their neighbours, angles, and shares in rows of noise levels."""
 
     cells: Cells
     space: Links

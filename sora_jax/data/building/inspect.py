@@ -136,13 +136,19 @@ def training_fill(dataset: Dataset, training: Training) -> dict:
 
     Tokens are those of the manifest: clips that lose their beginning, and guides, are not counted.
     """
-    clips = dataset.indices(training.split)
+    clips, packing = dataset.indices(training.split), training.packing
     tokens, texts = dataset.kept("tokens")[clips], np.zeros(len(clips), np.int64)
     if training.tokenizer:
         tokenizer = tokenizers.train(captions_in_order(dataset, clips), training.tokenizer)
         texts = TokenizedCaptions(dataset, tokenizer).lengths(clips, np.zeros_like(clips))
-    packing = training.packing
-    return {"of": training.name} | _planned(tokens, texts, packing)
+    return {"of": training.name} | _planned(tokens, packing.margin(_grids(dataset, clips, tokens)), texts, packing)
+
+
+def _grids(dataset: Dataset, clips: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the grids (t, h, w) of the tokens that the manifest counts."""
+    sides = np.stack([dataset.kept(name)[clips] for name in ("height", "width")], axis=-1)
+    sides = sides // dataset.header["options"]["multiple"]
+    return np.concatenate([tokens[:, None] // sides.prod(-1, keepdims=True), sides], axis=-1)
 
 
 def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingConfig.slots) -> dict:
@@ -151,14 +157,15 @@ def plan_fill(tokens: np.ndarray, pack_length: int | None, slots: int = PackingC
     length = 2 * longest if pack_length is None else pack_length
     check(length >= longest, f"--pack-length is {length}; it must be at least {longest} tokens, those of a clip")
     check(slots >= 1, f"--slots is {slots}; it must be at least 1")
-    return _planned(tokens, np.zeros_like(tokens), PackingConfig(length, slots))
+    return _planned(tokens, np.zeros_like(tokens), np.zeros_like(tokens), PackingConfig(length, slots))
 
 
-def _planned(tokens: np.ndarray, texts: np.ndarray, packing: PackingConfig) -> dict:
-    planned = plan(0, 0, tokens, texts, packing)
+def _planned(tokens: np.ndarray, margin: np.ndarray, texts: np.ndarray, packing: PackingConfig) -> dict:
+    rooms = tokens + margin
+    planned = plan(0, 0, rooms, texts, packing)
     found = {"pack_length": packing.length, "slots": packing.slots, "packs": len(planned)}
     fill = round(int(tokens.sum()) / (len(planned) * packing.length), 4)
-    return found | {"fill": fill, "clips": len(tokens), "advice": advise(tokens, texts, packing)}
+    return found | {"fill": fill, "clips": len(tokens), "advice": advise(rooms, texts, packing)}
 
 
 def choose_shown(rows: list[dict], most: int = CLIPS, pictures: int = PICTURES) -> list[dict]:
