@@ -4,12 +4,14 @@ A new network is one line in NETWORKS. The transformer's own tests are elsewhere
 """
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from fixtures_runs import TINY, chain, one_device, run, with_random_weights  # noqa: F401
 
+from sora_jax.data.reading.media import decode
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.generate.run import load_run
 from sora_jax.generate.tasks import Tasks
@@ -20,14 +22,25 @@ from sora_jax.parallel.mesh import make_mesh
 from sora_jax.plan import report
 from sora_jax.train.metrics import read_metrics
 
-NETWORKS = {  # name: its import, and a tiny one, of 4 channels with the text of configs/tiny.py
+SHARED = "latent_channels=4, text=base.model.text, remat='none'"  # the chain's channels, the text of configs/tiny.py
+NETWORKS = {  # name: its import, and a tiny one
     "crate": (
         "from sora_jax.models.crate import CrateConfig",
-        "CrateConfig(depth=2, width=24, heads=2, latent_channels=4, text=base.model.text)",
+        f"CrateConfig(depth=2, width=24, heads=2, {SHARED})",
+    ),
+    "walt": (
+        "from sora_jax.models.walt_blocks import WaltConfig",
+        f"WaltConfig(depth=2, width=24, heads=2, patch=(1, 2, 2), spatial_window=(2, 2), "
+        f"spatiotemporal_window=(1, 2), self_conditioning=True, {SHARED})",
+    ),
+    "unet": (
+        "from sora_jax.models.unet_layers import UNetConfig",
+        f"UNetConfig(width=8, multipliers=(1, 1, 1), blocks=1, attended=(1,), head_width=8, patch=(1, 2, 2), {SHARED})",
     ),
 }
 SHORT = ["--config.loop.steps=4", "--config.loop.save_every=2", "--config.loop.log_every=1"]
 SIZE = (9, 16, 24)
+NEW_SIZE = (5, 24, 24)  # that no clip has
 SETTINGS = SamplingConfig(steps="2")
 
 
@@ -49,7 +62,7 @@ def write_config(path, network: str) -> str:
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def finished(request, chain, tmp_path_factory):  # noqa: F811
-    """The config file of a network, the options of its training, and the folder of a finished run."""
+    """The name of a network, the options of its training, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
     config = write_config(folder / "config.py", request.param)
     options = ["train", config, f"--config.latents={chain.latents}", *SHORT]
@@ -73,10 +86,12 @@ def test_it_is_trained_and_kept_by_its_name(finished):
 
 
 def test_it_goes_on_to_the_bit(finished, tmp_path):
+    """As if the run had been killed before its last checkpoint."""
     _, options, straight = finished
-    assert run(*options, f"--workdir={tmp_path / 'run'}", "--config.loop.steps=2") == 0
-    assert run(*options, f"--workdir={tmp_path / 'run'}") == 0
-    both = [[(r["loss"], r["parameter_norm"]) for r in read_metrics(each)] for each in (tmp_path / "run", straight)]
+    stopped = shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    assert run(*options, f"--workdir={stopped}") == 0
+    both = [[(r["step"], r["loss"], r["parameter_norm"]) for r in read_metrics(each)] for each in (stopped, straight)]
     assert both[0] == both[1]
 
 
@@ -91,6 +106,14 @@ def test_it_is_planned(finished, monkeypatch, capsys, what):
     config = run_config(json.loads((folder / "config.json").read_text()))
     assert found["fits"] and found["flops"] > 0
     assert found["parameters"] == count(denoiser_specs(config.model))
+
+
+def test_the_command_samples_a_size_that_no_clip_has(finished, tmp_path):
+    frames, height, width = NEW_SIZE
+    size = [f"--frames={frames}", f"--height={height}", f"--width={width}", "--steps=2", "--upscale=1"]
+    sample = ["sample", f"--workdir={finished[2]}", "--prompt=a red square", *size]
+    assert run(*sample, f"--out={tmp_path / 'clip.gif'}") == 0
+    assert decode(tmp_path / "clip.gif").frames.shape == (*NEW_SIZE, 3)
 
 
 def test_it_does_every_task(model):
@@ -129,8 +152,8 @@ def near(found, wanted):
 
 
 def test_guidance_and_captions_change_the_sample(model):
-    clips = [
-        model.generate(prompt, SIZE, sampling=SETTINGS, guidance=guidance, seed=1).astype(int)
-        for prompt, guidance in (("a red square moves right", 1.0), ("a blue square", 1.0), ("a blue square", 4.0))
-    ]
-    assert np.abs(clips[0] - clips[1]).max() > 2 and np.abs(clips[1] - clips[2]).max() > 2
+    """Three clips of one noise."""
+    prompts, guidance = ["a red square moves right", "a blue square", "a blue square"], [1.0, 1.0, 4.0]
+    red, blue, guided = model.generate(prompts, SIZE, sampling=SETTINGS, guidance=guidance, seed=1, clip_ids=[1, 1, 1])
+    for one, other in ((red, blue), (blue, guided)):
+        assert np.abs(one.astype(int) - other.astype(int)).max() > 2

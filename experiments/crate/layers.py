@@ -39,7 +39,7 @@ from sora_jax.generate.run import load_run
 from sora_jax.kinds import kind_of, stored_config
 from sora_jax.kinds.begin import saved_groups
 from sora_jax.models import crate, crate_classifier
-from sora_jax.models.crate_blocks import Ista, compress, sparsify
+from sora_jax.models.crate_blocks import compress, sparsify
 from sora_jax.nn.layers import layer_norm
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import init
@@ -112,7 +112,6 @@ def of_denoiser(params: dict, config: Any, pack: Pack, time: float, eps: float) 
 def of_classifier(params: dict, config: ClassifierRun, pack: Pack, eps: float) -> Measures:
     """Look at a classifier; class tokens are among an image's tokens."""
     model = config.model
-    how = Ista(model.ista_step, model.ista_threshold)
 
     @jax.jit
     def run(params, pack):
@@ -121,7 +120,7 @@ def of_classifier(params: dict, config: ClassifierRun, pack: Pack, eps: float) -
         for layer in range(model.depth):
             p = jax.tree.map(lambda x, i=layer: x[i], params["blocks"])
             halves.append(compress(p, x_BXD, where))
-            x_BXD = sparsify(p, halves[-1], how)
+            x_BXD = sparsify(p, halves[-1], model.ista)
             wholes.append(x_BXD)
         return halves, wholes, where.segments_BL
 

@@ -50,7 +50,7 @@ class ClassifierRun(RunConfig):
 
     @property
     def packs(self) -> PackingConfig:
-        """The sizes of packs, with the model's patch; a null token stands for the text of each image."""
+        """Return the sizes of packs, with the model's patch; a null token stands for the text of each image."""
         patch = (1, self.model.patch, self.model.patch)
         return dataclasses.replace(self.packing, patch=patch, text_length=self.packing.slots, rows_per_clip=1)
 
