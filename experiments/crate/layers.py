@@ -7,7 +7,8 @@ The run is a denoiser with CRATE as its network, whose --data is its latent cach
 dataset. Held-out clips are read, or those of the training split where none is held out. For each layer:
 
 R_c        coding rate of the tokens of a clip after the first half, MSSA, in the layer's own subspaces (orthonormal
-           bases of them), in nats a token; tokens are normalised to the length sqrt(D), as each half does, first
+           bases of them, which rotary positions do not turn here), in nats a token; tokens are first normalised to
+           the length sqrt(D), as each half does
 R          coding rate of the same tokens in the whole space
 non-zeros  share of non-zero entries after the second half, ISTA
 
@@ -61,14 +62,14 @@ Measures = dict[str, list[float]]
 
 
 def rates_of(half: jax.Array, whole: jax.Array, subspaces: jax.Array, eps: float) -> tuple[jax.Array, ...]:
-    """R_c, R (nats a token) of the tokens (N, D) after MSSA, and the share of non-zeros of those after ISTA."""
+    """Return R_c and R (nats a token) of tokens (N, D) after MSSA, and the share of non-zeros of those after ISTA."""
     Z = layer_norm(half.astype(jnp.float32)).T
     n = Z.shape[1]
     return subspace_rate(Z, subspaces, eps) / n, coding_rate(Z, eps) / n, nonzero_share(whole)
 
 
 def measured(blocks: dict, halves: list, wholes: list, segments_BL: np.ndarray, eps: float) -> Measures:
-    """Means over clips of `rates_of`, layer by layer; halves and wholes: (B, L, D) of each layer."""
+    """Average `rates_of` over clips, layer by layer; halves and wholes: (B, L, D) of each layer."""
     of_one = jax.jit(functools.partial(rates_of, eps=eps))
     projections = jax.device_get(blocks["mssa"]["subspaces"])
     clips = [(b, s) for b in range(len(segments_BL)) for s in range(1, segments_BL[b].max() + 1)]
@@ -161,7 +162,7 @@ def classifier_tables(options: argparse.Namespace, config: ClassifierRun) -> Ite
 
 
 def plot(found: dict[str, Measures], path: Path) -> None:
-    """A panel for each measure; dashed lines are of initial weights."""
+    """Draw a panel for each measure; dashed lines are of initial weights."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4))
     labels = {"R_c": "R_c after MSSA, nats a token", "R": "R after MSSA, nats a token"}
     colours = {name.partition(", ")[2]: f"C{i // 2}" for i, name in enumerate(found)}
