@@ -39,7 +39,7 @@ def posterior_mean(mixture: Mixture, x: jax.Array) -> jax.Array:
 
 
 def small_noise_form(mixture: Mixture, x: jax.Array) -> jax.Array:
-    """Compute its form for small noise: a softmax of |U_k^T x|^2 / (2 sigma^2) weighs projections, as MSSA's does."""
+    """Compute its form for small noise, which MSSA resembles: energies |U_k^T x|^2 / (2 sigma^2) weigh projections."""
     return _weighted(mixture, x, 0.5 / mixture.sigma**2)
 
 
