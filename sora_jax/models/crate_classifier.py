@@ -12,14 +12,13 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.data.packing.packs import token_counts
-from sora_jax.errors import UserError
 from sora_jax.models.crate_blocks import Ista, Where, block, block_specs, check_ista, norm, norm_specs
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, How, attention
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs, embed, embedding_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import ParamSpec, normal, stack
-from sora_jax.parallel.rules import parts, reshard
+from sora_jax.parallel.rules import reshard
 
 AXES = ("batch", "length", "width")
 
@@ -94,8 +93,6 @@ def classifier_specs(config: CrateClassifierConfig) -> dict:
 
 def enter(params: dict, config: CrateClassifierConfig, pack: Pack, x_BLP: jax.Array) -> tuple[jax.Array, Where]:
     """Return what the first block reads, (B, L + S, D): patches, then class tokens; and who attends to whom."""
-    if parts("length") > 1:
-        raise UserError("mesh.sequence is above 1; a classifier's class tokens cannot be split: it must be 1")
     dtype = compute_dtype(config.dtype)
     patches_BLD = dense(params["patch"], norm(params["patch_norm"], x_BLP.astype(dtype)), AXES)
     patches_BLD = norm(params["token_norm"], patches_BLD)
