@@ -173,6 +173,7 @@ def plot(found: dict[str, Measures], path: Path) -> None:
             layers = range(1, len(rows[measure]) + 1)
             axes.plot(layers, rows[measure], line, marker=".", color=colours[level], label=name)
         axes.set(xlabel="layer", ylabel=labels.get(measure, "share of non-zeros after ISTA"))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     panels[-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
