@@ -121,12 +121,12 @@ def test_it_goes_on_to_the_bit(finished, tmp_path):
     assert found == wanted[2:]
 
 
-@pytest.mark.parametrize("what", ["train", "sample"])
-def test_it_is_planned(finished, monkeypatch, capsys, what):
-    """Compiled for four CPU devices in place of four chips."""
+@pytest.mark.parametrize("what, topology, chips", [("train", "v5e:1x1", 1), ("sample", "v5e:2x2", 4)])
+def test_it_is_planned(finished, monkeypatch, capsys, what, topology, chips):
+    """Compiled for CPU devices in place of chips; the tests of each network train it on several."""
     _, options, folder = finished
-    monkeypatch.setattr(report, "topology_mesh", lambda config, topology: make_mesh(config, jax.devices("cpu")[:4]))
-    plan = ["plan", *options[1:], f"--what={what}", "--config.sampling.steps=2", "--topology=v5e:2x2", "--json"]
+    monkeypatch.setattr(report, "topology_mesh", lambda config, _: make_mesh(config, jax.devices("cpu")[:chips]))
+    plan = ["plan", *options[1:], f"--what={what}", "--config.sampling.steps=2", f"--topology={topology}", "--json"]
     assert run(*plan) == 0
     found = json.loads(capsys.readouterr().out)
     config = run_config(json.loads((folder / "config.json").read_text()))
