@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -190,11 +191,15 @@ def test_it_is_trained_on_labelled_images_and_measured_on_held_out_ones(trained)
 
 
 def test_it_goes_on_to_the_bit(data, trained, tmp_path):
-    folder = tmp_path / "run"
-    assert run(*options(data, "loop.steps=2"), f"--workdir={folder}") == 0
-    assert run(*options(data), f"--workdir={folder}") == 0
-    both = [[(row["loss"], row["parameter_norm"]) for row in read_metrics(each)] for each in (folder, trained)]
-    assert both[0] == both[1]
+    """As if the run had been killed before its last checkpoint."""
+    stopped = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    (stopped / "metrics.jsonl").unlink()
+    assert run(*options(data), f"--workdir={stopped}") == 0
+    found, wanted = (read_metrics(folder) for folder in (stopped, trained))
+    assert [row["step"] for row in found] == [3, 4]
+    for name in ("loss", "parameter_norm", "accuracy"):
+        assert [row[name] for row in found] == [row[name] for row in wanted[2:]]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +207,7 @@ def test_it_goes_on_to_the_bit(data, trained, tmp_path):
     [
         ("model.classes=3", None),
         ("model.image=(8,16)", "config.model.image is (8, 16); it must be at least (16, 16)"),
-        ("mesh.sequence=2", "mesh.sequence"),
+        ("mesh.sequence=2", "mesh.sequence is 2; it must be 1: a classifier's class tokens cannot be split"),
         ("data=nowhere", "'nowhere' is not a dataset folder"),
         ("label_smoothing=1.0", "label_smoothing is 1.0; it must be from 0 to less than 1"),
     ],

@@ -20,8 +20,8 @@ from sora_jax.data.reading.media import decode
 from sora_jax.errors import UserError
 from sora_jax.kinds import KINDS, kind_of, run_config
 from sora_jax.models.autoencoder import AutoencoderConfig
-from sora_jax.models.denoiser import MODULES, denoiser_specs
-from sora_jax.nn.params import ParamSpec, count, normal
+from sora_jax.models.denoiser import MODULES
+from sora_jax.nn.params import ParamSpec, normal
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.plan import report
 from sora_jax.train.loop import Job, LoopConfig, fit
@@ -125,45 +125,6 @@ def test_a_strangers_network_is_planned(toy_run, planned, what):
     found = planned(toy_run[0], f"--what={what}", "--config.batch=8", "--config.sampling.steps=2")
     values = toy_denoiser.ToyConfig().patch_values
     assert found["fits"] and found["parameters"] == values**2 + values and found["flops"] > 0
-
-
-NETWORKS = {"unet": f"--config={ROOT / 'configs' / 'unet.py'}:tiny"}
-
-
-@pytest.fixture(scope="module", params=NETWORKS)
-def network_run(request, chain, tmp_path_factory):  # noqa: F811
-    """The option of the config and the folder of a finished run of a network of the package, beside the transformer."""
-    config, folder = NETWORKS[request.param], tmp_path_factory.mktemp(request.param)
-    assert run("train", config, f"--workdir={folder / 'run'}", f"--config.latents={chain.latents}", *SHORT) == 0
-    return config, folder / "run"
-
-
-def test_a_network_of_the_package_goes_on_to_the_bit(network_run, chain, tmp_path):  # noqa: F811
-    config, straight = network_run
-    train = ["train", config, f"--workdir={tmp_path / 'run'}", f"--config.latents={chain.latents}", *SHORT]
-    assert run(*train, "--config.loop.steps=2") == 0
-    assert run(*train) == 0
-    same_runs(tmp_path / "run", straight)
-
-
-def test_a_network_of_the_package_does_tasks(network_run, chain, tmp_path):  # noqa: F811
-    """A clip of a prompt, of a size that no clip has, a loop, an image, and a clip that begins with it."""
-    sample = ["sample", f"--workdir={network_run[1]}", "--prompt=a red square", "--steps=2", "--upscale=1"]
-    clip, loop = tmp_path / "clip.gif", tmp_path / "loop.gif"
-    assert run(*sample, "--frames=5", "--height=24", "--width=24", f"--out={clip}") == 0
-    assert decode(clip).frames.shape == (5, 24, 24, 3)
-    assert run(*sample, "--frames=8", "--height=16", "--width=24", "--loop", f"--out={loop}") == 0
-    image = tmp_path / "first.png"
-    assert run(*sample, "--frames=1", "--height=16", "--width=24", f"--out={image}") == 0
-    assert run(*sample, "--frames=5", f"--image={image}", f"--out={clip}") == 0
-    assert decode(clip).frames.shape == (5, 16, 24, 3)
-
-
-@pytest.mark.parametrize("what", ["train", "sample"])
-def test_a_network_of_the_package_is_planned(network_run, planned, what):
-    config = run_config(json.loads((network_run[1] / "config.json").read_text()))
-    found = planned(network_run[0], f"--what={what}", "--config.batch=8", "--config.sampling.steps=2")
-    assert found["fits"] and found["parameters"] == count(denoiser_specs(config.model)) and found["flops"] > 0
 
 
 def test_members_of_a_union_are_told_apart_by_name_and_not_by_fields():

@@ -7,7 +7,8 @@ The run is a denoiser with CRATE as its network, whose --data is its latent cach
 dataset. Held-out clips are read, or those of the training split where none is held out. For each layer:
 
 R_c        coding rate of the tokens of a clip after the first half, MSSA, in the layer's own subspaces (orthonormal
-           bases of them), in nats a token; tokens are normalised to the length sqrt(D), as each half does, first
+           bases of them, which rotary positions do not turn here), in nats a token; tokens are first normalised to
+           the length sqrt(D), as each half does
 R          coding rate of the same tokens in the whole space
 non-zeros  share of non-zero entries after the second half, ISTA
 
@@ -39,7 +40,7 @@ from sora_jax.generate.run import load_run
 from sora_jax.kinds import kind_of, stored_config
 from sora_jax.kinds.begin import saved_groups
 from sora_jax.models import crate, crate_classifier
-from sora_jax.models.crate_blocks import Ista, compress, sparsify
+from sora_jax.models.crate_blocks import compress, sparsify
 from sora_jax.nn.layers import layer_norm
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import init
@@ -61,14 +62,14 @@ Measures = dict[str, list[float]]
 
 
 def rates_of(half: jax.Array, whole: jax.Array, subspaces: jax.Array, eps: float) -> tuple[jax.Array, ...]:
-    """R_c, R (nats a token) of the tokens (N, D) after MSSA, and the share of non-zeros of those after ISTA."""
+    """Return R_c and R (nats a token) of tokens (N, D) after MSSA, and the share of non-zeros of those after ISTA."""
     Z = layer_norm(half.astype(jnp.float32)).T
     n = Z.shape[1]
     return subspace_rate(Z, subspaces, eps) / n, coding_rate(Z, eps) / n, nonzero_share(whole)
 
 
 def measured(blocks: dict, halves: list, wholes: list, segments_BL: np.ndarray, eps: float) -> Measures:
-    """Means over clips of `rates_of`, layer by layer; halves and wholes: (B, L, D) of each layer."""
+    """Average `rates_of` over clips, layer by layer; halves and wholes: (B, L, D) of each layer."""
     of_one = jax.jit(functools.partial(rates_of, eps=eps))
     projections = jax.device_get(blocks["mssa"]["subspaces"])
     clips = [(b, s) for b in range(len(segments_BL)) for s in range(1, segments_BL[b].max() + 1)]
@@ -112,7 +113,6 @@ def of_denoiser(params: dict, config: Any, pack: Pack, time: float, eps: float) 
 def of_classifier(params: dict, config: ClassifierRun, pack: Pack, eps: float) -> Measures:
     """Look at a classifier; class tokens are among an image's tokens."""
     model = config.model
-    how = Ista(model.ista_step, model.ista_threshold)
 
     @jax.jit
     def run(params, pack):
@@ -121,7 +121,7 @@ def of_classifier(params: dict, config: ClassifierRun, pack: Pack, eps: float) -
         for layer in range(model.depth):
             p = jax.tree.map(lambda x, i=layer: x[i], params["blocks"])
             halves.append(compress(p, x_BXD, where))
-            x_BXD = sparsify(p, halves[-1], how)
+            x_BXD = sparsify(p, halves[-1], model.ista)
             wholes.append(x_BXD)
         return halves, wholes, where.segments_BL
 
@@ -162,7 +162,7 @@ def classifier_tables(options: argparse.Namespace, config: ClassifierRun) -> Ite
 
 
 def plot(found: dict[str, Measures], path: Path) -> None:
-    """A panel for each measure; dashed lines are of initial weights."""
+    """Draw a panel for each measure; dashed lines are of initial weights."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4))
     labels = {"R_c": "R_c after MSSA, nats a token", "R": "R after MSSA, nats a token"}
     colours = {name.partition(", ")[2]: f"C{i // 2}" for i, name in enumerate(found)}
@@ -173,6 +173,7 @@ def plot(found: dict[str, Measures], path: Path) -> None:
             layers = range(1, len(rows[measure]) + 1)
             axes.plot(layers, rows[measure], line, marker=".", color=colours[level], label=name)
         axes.set(xlabel="layer", ylabel=labels.get(measure, "share of non-zeros after ISTA"))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     panels[-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

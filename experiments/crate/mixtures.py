@@ -11,9 +11,9 @@ sequences and measured on others, against
     clean          the clean tokens: mean square error over mean square of the tokens
     closed form    the exact posterior mean, which needs the true subspaces: what remains of the way to it
 
-and for CRATE the overlap of what each head spans with the true subspace that it overlaps most (1: inside it), the
-coding rate R_c of the tokens in the true subspaces, and the share of non-zeros. Without training: the closed forms, the
-best linear denoiser, and MSSA's step with the true subspaces. Writes mixtures.json and mixtures.png.
+and for CRATE the overlap of what each head spans with the true subspace that it overlaps most (1: one holds the
+other), the coding rate R_c of the tokens in the true subspaces, and the share of non-zeros. Without training: the
+closed forms, the best linear denoiser, and MSSA's step with the true subspaces. Writes mixtures.json and mixtures.png.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def transformer_layer(p: dict, x: jax.Array, where: Where) -> jax.Array:
 
 
 def networks(width: int, heads: int, depth: int) -> dict[str, Network]:
-    """The networks; each begins and ends with a linear map, so that all can choose their basis."""
+    """Make the networks; each begins and ends with a linear map, so that all can choose their basis."""
 
     def whole(block: dict, inner: int) -> dict:
         ends = {"in": dense_specs(width, inner), "out": dense_specs(inner, width)}
@@ -102,7 +102,7 @@ def networks(width: int, heads: int, depth: int) -> dict[str, Network]:
 
 
 def tokens_by_layer(network: Network, params: dict, x: jax.Array) -> jax.Array:
-    """The tokens before the first layer and after each, (depth + 1, B, N, inner)."""
+    """Return the tokens before the first layer and after each, (depth + 1, B, N, inner)."""
     where = Where(jnp.ones(x.shape[:2], jnp.int32))
 
     def step(x, p):
@@ -119,7 +119,7 @@ def denoised(network: Network, params: dict, x: jax.Array) -> jax.Array:
 
 
 def train(network: Network, mixture: Mixture, options: argparse.Namespace) -> tuple[dict, list[float]]:
-    """Train to denoise fresh sequences; the parameters, and the loss of every step over the square of the tokens."""
+    """Train to denoise fresh sequences; return the parameters, and the error of every step."""
     params = init(network.specs, jax.random.key(options.seed))
     rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, min(100, options.steps // 2), options.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
@@ -144,7 +144,7 @@ def train(network: Network, mixture: Mixture, options: argparse.Namespace) -> tu
 
 
 def readout_errors(fitted: jax.Array, wanted: jax.Array, measured: jax.Array, targets: dict) -> dict[str, float]:
-    """Fit the best affine map of `fitted` tokens to `wanted` ones; the error of what it makes of `measured` ones."""
+    """Fit the best affine map of `fitted` tokens to `wanted` ones; return the errors of what it makes of `measured`."""
 
     def flat(x):
         x = np.asarray(x, np.float64)
@@ -159,19 +159,22 @@ def readout_errors(fitted: jax.Array, wanted: jax.Array, measured: jax.Array, ta
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean square error over the mean square of what is wanted."""
+    """Return the mean square error over the mean square of what is wanted."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     return float(np.square(found - wanted).sum() / np.square(wanted).sum())
 
 
 def overlap(bases: jax.Array, truth: jax.Array) -> float:
-    """Mean over heads of the largest overlap |U_k^T V|^2 / p with a true subspace: 1 inside it, p / d at random."""
-    overlaps = jnp.square(jnp.einsum("hdp,kdq->hkpq", bases, truth)).sum((-1, -2)) / bases.shape[-1]
-    return float(overlaps.max(1).mean())
+    """Return the mean over heads of the largest overlap with a true subspace: 1 where one of the two holds the other.
+
+    It is |U_k^T V|^2 over the smaller number of dimensions; at random the larger one over d.
+    """
+    overlaps = jnp.square(jnp.einsum("hdp,kdq->hkpq", bases, truth)).sum((-1, -2))
+    return float(overlaps.max(1).mean() / min(bases.shape[-1], truth.shape[-1]))
 
 
 def study(network: Network, params: dict, data: dict, mixture: Mixture) -> list[dict]:
-    """What is measured after each layer."""
+    """Measure the errors of the best linear readout after each layer."""
     run = jax.jit(functools.partial(tokens_by_layer, network))
     fitted, measured = run(params, data["fit_x"]), run(params, data["x"])
     targets = {"clean": data["z"], "closed form": data["best"]}
@@ -182,7 +185,7 @@ def study(network: Network, params: dict, data: dict, mixture: Mixture) -> list[
 
 
 def look_inside(params: dict, tokens: jax.Array, mixture: Mixture) -> list[dict]:
-    """Overlap of subspaces, coding rate and non-zeros of CRATE's layers, in the basis that its first map chooses."""
+    """Measure overlap, coding rate and non-zeros of CRATE's layers, in the basis that its first map chooses."""
     truth = jnp.einsum("kdp,de->kep", mixture.U, params["in"]["weight"])
     truth = jnp.linalg.qr(truth)[0]  # where the true subspaces lie in the tokens of the layers
     rate = jax.jit(lambda x: jax.vmap(lambda rows: subspace_rate(layer_norm(rows).T, truth, EPS))(x).mean())
@@ -195,7 +198,7 @@ def look_inside(params: dict, tokens: jax.Array, mixture: Mixture) -> list[dict]
 
 
 def without_training(data: dict, mixture: Mixture) -> dict[str, float]:
-    """The errors of what needs no training; all but the linear one know the subspaces."""
+    """Measure the errors of what needs no training; the last three know the subspaces."""
     x, z = data["x"], data["z"]
     linear = readout_errors(data["fit_x"], data["fit_z"], x, {"clean": z})["clean"]
     return {
@@ -208,7 +211,7 @@ def without_training(data: dict, mixture: Mixture) -> dict[str, float]:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Errors by layer against both targets; rates and overlap of CRATE; losses."""
+    """Draw errors by layer against both targets, rates and overlap of CRATE, and losses."""
     figure, ((clean, closed), (inside, losses)) = plt.subplots(2, 2, figsize=(11, 8))
     for axes, target in ((clean, "clean"), (closed, "closed form")):
         for name, network in found["networks"].items():

@@ -40,9 +40,9 @@ REPORT = "sprites.json"
 
 
 def config_of(network: str, rate: float, seed: int, options: argparse.Namespace) -> DenoiserRun:
-    """The recipe of configs/sprites.py, with the network's own model."""
-    base = run_config(load(f"{CONFIGS / NETWORKS['transformer']}"))
-    model = run_config(load(f"{CONFIGS / NETWORKS[network]}")).model
+    """Return the recipe of configs/sprites.py, with the network's own model."""
+    base = run_config(load(str(CONFIGS / NETWORKS["transformer"])))
+    model = run_config(load(str(CONFIGS / NETWORKS[network]))).model
     optim = dataclasses.replace(base.optim, learning_rate=rate, warmup_steps=min(100, options.steps // 2))
     every = max(options.steps // 60, 1)
     loop = dataclasses.replace(
@@ -101,7 +101,7 @@ def table(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    """The losses of all runs by step: training, smoothed over five reports, and held out."""
+    """Draw the losses of all runs by step: training, smoothed over five reports, and held out."""
     figure, (training, held_out) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     rates = sorted({run["rate"] for run in runs})
     for run in runs:

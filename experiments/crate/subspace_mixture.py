@@ -33,13 +33,13 @@ def draw(mixture: Mixture, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.
 
 
 def posterior_mean(mixture: Mixture, x: jax.Array) -> jax.Array:
-    """E[z | x], exactly: no denoiser has a smaller mean square error."""
+    """Compute E[z | x], exactly: no denoiser has a smaller mean square error."""
     variance = mixture.sigma**2
     return _weighted(mixture, x, 0.5 * (1 / variance - 1 / (1 + variance))) / (1 + variance)
 
 
 def small_noise_form(mixture: Mixture, x: jax.Array) -> jax.Array:
-    """Its form for small noise, which MSSA resembles: a softmax of |U_k^T x|^2 / (2 sigma^2) weighs projections."""
+    """Compute its form for small noise, which MSSA resembles: energies |U_k^T x|^2 / (2 sigma^2) weigh projections."""
     return _weighted(mixture, x, 0.5 / mixture.sigma**2)
 
 
@@ -50,5 +50,5 @@ def _weighted(mixture: Mixture, x: jax.Array, temperature: float) -> jax.Array:
 
 
 def project(mixture: Mixture, x: jax.Array) -> jax.Array:
-    """MSSA with the true subspaces and N = 1, kappa = 1, eps = sqrt(p / N): all projections, equally weighed."""
+    """Apply MSSA with the true subspaces and N = 1, kappa = 1, eps = sqrt(p / N): add up all projections."""
     return jnp.einsum("...d,kdp,kep->...e", x, mixture.U, mixture.U)

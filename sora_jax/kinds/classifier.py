@@ -38,10 +38,6 @@ def open_inputs(config: ClassifierRun, workdir: Path, mesh: Mesh) -> ClassifierI
     check_labels(dataset, config.model.classes, config.split)
     check_images(config, dataset)
     check_split(mesh, "batch", config.batch // config.loop.accumulate, "config.batch / config.loop.accumulate")
-    check(
-        config.mesh.sequence == 1,
-        f"--config.mesh.sequence is {config.mesh.sequence}; a classifier's class tokens cannot be split: it must be 1",
-    )
     share = distributed.share_of_batch(mesh)
     return ClassifierInputs(digest=dataset.digest, clips=dataset.splits, dataset=dataset, share=share)
 

@@ -33,7 +33,7 @@ from sora_jax.models.conditioning import (
     modulation_specs,
     with_keys_values,
 )
-from sora_jax.models.crate_blocks import Ista, Modulation, Where, block_specs, compress, sparsify
+from sora_jax.models.crate_blocks import Ista, Modulation, Where, block_specs, check_ista, compress, sparsify
 from sora_jax.models.ends import embed_tokens, ends_specs, predict
 from sora_jax.models.pack_flops import pack_flops
 from sora_jax.models.text import TextConfig, TextContext, text_specs
@@ -83,11 +83,9 @@ class CrateConfig:
     def __post_init__(self):
         for name in ("depth", "width", "heads", "latent_channels", "unroll"):
             check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("position_theta", "ista_step"):
-            value = getattr(self, name)
-            check(0 < value < math.inf, f"model.{name} is {value}; it must be positive and finite")
-        value = self.ista_threshold
-        check(0 <= value < math.inf, f"model.ista_threshold is {value}; it must be 0 or more, and finite")
+        theta = self.position_theta
+        check(0 < theta < math.inf, f"model.position_theta is {theta}; it must be positive and finite")
+        check_ista(self.ista)
         check(
             self.width % self.heads == 0 and self.head_width % 2 == 0,
             f"model.width is {self.width}; it must be an even multiple of model.heads = {self.heads}",
@@ -118,12 +116,12 @@ class CrateConfig:
 
     @property
     def positions_in_time(self) -> bool:
-        """True if tokens of different frames have different positions."""
+        """Return True if tokens of different frames have different positions."""
         return self.rotary or (self.sincos_positions and "t" in self.sincos_axes)
 
     @property
     def patch_values(self) -> int:
-        """The number P of values in a token."""
+        """Return the number P of values in a token."""
         return math.prod(self.patch) * self.latent_channels
 
 

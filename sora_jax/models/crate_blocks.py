@@ -10,11 +10,13 @@ The parametrisation is that of the official code: one projection without bias se
 output projection has a bias and weights of its own, both norms have scales and biases. A block has 3 D^2 + 5 D numbers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
+from sora_jax.config import check
 from sora_jax.nn.attention import How, Place, Places, attention
 from sora_jax.nn.layers import dense, dense_specs, layer_norm, out_proj, out_proj_specs, qkv_proj
 from sora_jax.nn.lora import DOWN, UP
@@ -39,6 +41,13 @@ class Ista(NamedTuple):
 
     step: float = 0.1
     threshold: float = 0.1
+
+
+def check_ista(how: Ista) -> None:
+    """Raise UserError if the constants in a model's config allow no step."""
+    step, threshold = how
+    check(0 < step < math.inf, f"model.ista_step is {step}; it must be positive and finite")
+    check(0 <= threshold < math.inf, f"model.ista_threshold is {threshold}; it must be 0 or more, and finite")
 
 
 class Modulation(NamedTuple):

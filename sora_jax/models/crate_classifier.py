@@ -12,14 +12,13 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.data.packing.packs import token_counts
-from sora_jax.errors import UserError
-from sora_jax.models.crate_blocks import Ista, Where, block, block_specs, norm, norm_specs
+from sora_jax.models.crate_blocks import Ista, Where, block, block_specs, check_ista, norm, norm_specs
 from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, How, attention
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs, embed, embedding_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import ParamSpec, normal, stack
-from sora_jax.parallel.rules import parts, reshard
+from sora_jax.parallel.rules import reshard
 
 AXES = ("batch", "length", "width")
 
@@ -53,9 +52,7 @@ class CrateClassifierConfig:
             f"model.image is {self.image}; both sides must be positive multiples of model.patch = {self.patch}",
         )
         check(self.classes > 1, f"model.classes is {self.classes}; it must be at least 2")
-        step, threshold = self.ista_step, self.ista_threshold
-        check(0 < step < math.inf, f"model.ista_step is {step}; it must be positive and finite")
-        check(0 <= threshold < math.inf, f"model.ista_threshold is {threshold}; it must be 0 or more, and finite")
+        check_ista(self.ista)
         choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
         choose("model.remat", self.remat, REMAT)
         choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
@@ -65,13 +62,17 @@ class CrateClassifierConfig:
         return self.width // self.heads
 
     @property
+    def ista(self) -> Ista:
+        return Ista(self.ista_step, self.ista_threshold)
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens in the largest image."""
+        """Return the rows and columns of tokens in the largest image."""
         return self.image[0] // self.patch, self.image[1] // self.patch
 
     @property
     def patch_values(self) -> int:
-        """The number P of values in a token."""
+        """Return the number P of values in a token."""
         return 3 * self.patch**2
 
 
@@ -92,8 +93,6 @@ def classifier_specs(config: CrateClassifierConfig) -> dict:
 
 def enter(params: dict, config: CrateClassifierConfig, pack: Pack, x_BLP: jax.Array) -> tuple[jax.Array, Where]:
     """Return what the first block reads, (B, L + S, D): patches, then class tokens; and who attends to whom."""
-    if parts("length") > 1:
-        raise UserError("mesh.sequence is above 1; a classifier's class tokens cannot be split: it must be 1")
     dtype = compute_dtype(config.dtype)
     patches_BLD = dense(params["patch"], norm(params["patch_norm"], x_BLP.astype(dtype)), AXES)
     patches_BLD = norm(params["token_norm"], patches_BLD)
@@ -112,8 +111,7 @@ def enter(params: dict, config: CrateClassifierConfig, pack: Pack, x_BLP: jax.Ar
 def classify(params: dict, config: CrateClassifierConfig, pack: Pack, x_BLP: jax.Array) -> jax.Array:
     """Compute the logits (B, S, classes) float32 of the image in each slot of a pack, from pixels in [-1, 1]."""
     x_BXD, where = enter(params, config, pack, x_BLP)
-    how = Ista(config.ista_step, config.ista_threshold)
-    layer = lambda x_BXD, p: (block(p, x_BXD, where, how), None)  # noqa: E731
+    layer = lambda x_BXD, p: (block(p, x_BXD, where, config.ista), None)  # noqa: E731
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=False)  # a scan is barrier enough
     x_BXD, _ = jax.lax.scan(layer, x_BXD, params["blocks"])

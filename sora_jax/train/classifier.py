@@ -47,10 +47,14 @@ class ClassifierRun(RunConfig):
         super().__post_init__()
         share = self.label_smoothing
         check(0 <= share < 1, f"label_smoothing is {share}; it must be from 0 to less than 1")
+        check(
+            self.mesh.sequence == 1,
+            f"mesh.sequence is {self.mesh.sequence}; it must be 1: a classifier's class tokens cannot be split",
+        )
 
     @property
     def packs(self) -> PackingConfig:
-        """The sizes of packs, with the model's patch; a null token stands for the text of each image."""
+        """Return the sizes of packs, with the model's patch; a null token stands for the text of each image."""
         patch = (1, self.model.patch, self.model.patch)
         return dataclasses.replace(self.packing, patch=patch, text_length=self.packing.slots, rows_per_clip=1)
 
