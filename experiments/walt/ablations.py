@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sora_jax.config import check, load, override
+from sora_jax.data.packing.packs import PackItem, pack_batch
 from sora_jax.evaluate.denoiser import DenoiserOptions, evaluate_denoiser
 from sora_jax.evaluate.features import FeaturesConfig
 from sora_jax.files import write_json
@@ -28,11 +29,11 @@ from sora_jax.kinds.run import train
 from sora_jax.models.denoiser import denoiser_specs, forward_flops
 from sora_jax.nn.params import count
 from sora_jax.parallel.settings import prepare_jax
-from sora_jax.plan.denoiser import full_pack
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.train.metrics import read_metrics
 
 CONFIG = f"{Path(__file__).parents[2] / 'configs' / 'walt.py'}:small"
+LATENT, WORDS = (5, 16, 16, 8), 40  # of a clip and its caption
 RECIPE = ("model.adaln_rank=2", "model.input_skip=False", "preview.prompts=()", "preview.sizes=()")
 
 
@@ -90,6 +91,11 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> DenoiserRun:
     return override(run_config(load(CONFIG)), (*RECIPE, *own, *batch, *ROWS[name].changes), "config")
 
 
+def one_clip(config: DenoiserRun) -> dict:
+    """Return a batch of one clip and its caption."""
+    return pack_batch([[PackItem(np.zeros(LATENT, np.float32), 1, np.full(WORDS, 2, np.int32))]], config.packs)
+
+
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict:
     """Train a run, or go on with it, and measure it, unless that is done."""
     config, folder = config_of(name, seed, options), options.out / f"{name}_{seed}"
@@ -110,7 +116,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict:
     losses = [row["held_out/loss"] for row in read_metrics(folder) if row.get("held_out/loss") is not None]
     found = asked | {
         "parameters": count(denoiser_specs(config.model)),
-        "flops_of_a_pack": forward_flops(config.model, full_pack(config)),
+        "flops_of_a_clip": forward_flops(config.model, one_clip(config)),
         "processor_seconds": spent,
         "held_out_loss": losses[-1] if losses else None,
         "distance": columns["generated"]["own"],
@@ -122,7 +128,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict:
 
 def table(found: list[dict]) -> str:
     """Return a Markdown table: means over seeds, and each distance over that of the row that it is compared with."""
-    head = "| | theirs: FVD | over | ours: distance | over | held-out loss | parameters | MFLOPs of a pack | minutes |"
+    head = "| | theirs: FVD | over | ours: distance | over | held-out loss | parameters | MFLOPs of a clip | minutes |"
     runs = {name: [each for each in found if each["row"] == name] for name in ROWS}
     ours = {name: float(np.mean([each["distance"]["value"] for each in some])) for name, some in runs.items() if some}
     lines = [head, "|" + "---|" * 9]
@@ -132,7 +138,7 @@ def table(found: list[dict]) -> str:
         values.append(f"{mean / ours[beside]:.2f}" if beside in ours else "")
         losses = [each["held_out_loss"] for each in some if each["held_out_loss"] is not None]
         values.append(f"{np.mean(losses):.4f}" if losses else "")
-        values += [f"{some[0]['parameters']:,}", f"{some[0]['flops_of_a_pack'] / 1e6:.0f}"]
+        values += [f"{some[0]['parameters']:,}", f"{some[0]['flops_of_a_clip'] / 1e6:.0f}"]
         values.append(f"{np.mean([each['processor_seconds'] for each in some]) / 60:.0f}")
         lines.append(f"| {row.what} | {' | '.join(values)} |")
     limit = np.mean([each["autoencoder"]["value"] for each in found])
