@@ -110,7 +110,11 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict:
     write_json(seconds, spent)
     features = FeaturesConfig(steps=20) if options.quick else FeaturesConfig()
     asks = DenoiserOptions(
-        ("own",), options.clips, sampling=("guidance.scale=1", f"steps={options.sampling_steps}"), own={"own": features}
+        metrics=("own",),
+        count=options.clips,
+        steps=str(options.sampling_steps),
+        sampling=("guidance.scale=1",),
+        own={"own": features},
     )
     columns = evaluate_denoiser(folder, options.data, asks).columns
     losses = [row["held_out/loss"] for row in read_metrics(folder) if row.get("held_out/loss") is not None]

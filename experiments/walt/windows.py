@@ -56,9 +56,9 @@ def programs(config: WaltConfig, batch: dict):
     params = jax.jit(lambda key: init(denoiser_specs(config), key))(jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.02, params)  # no gate is closed
     times_BR = jnp.full(arrays.row_slots_BR.shape, 0.5)
-    loss = lambda p, x: jnp.square(denoise(p, config, arrays, x, times_BR)).sum()  # noqa: E731
-    forward, slope = jax.jit(loss), jax.jit(jax.grad(loss))
-    return [lambda f=f: jax.block_until_ready(f(params, arrays.tokens_BLP)) for f in (forward, slope)]
+    # The pack is an argument: of a constant the compiler would find the windows itself.
+    loss = lambda p, arrays, t_BR: jnp.square(denoise(p, config, arrays, arrays.tokens_BLP, t_BR)).sum()  # noqa: E731
+    return [lambda f=jax.jit(f): jax.block_until_ready(f(params, arrays, times_BR)) for f in (loss, jax.grad(loss))]
 
 
 def ways(config: WaltConfig) -> tuple[WaltConfig, WaltConfig]:

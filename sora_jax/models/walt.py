@@ -17,7 +17,6 @@ What the paper leaves open, or was made for clips of one size:
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -233,7 +232,7 @@ def forward_flops(config: WaltConfig, batch: dict, encodes_condition: bool = Tru
     }
     products = sum(2 * size * uses[user] for user, size in weights(denoiser_specs(config), _user))
     sides = np.moveaxis(batch["grids_BS3"].astype(np.int64), -1, 0)
-    spatial, joint = (math.prod(map(_squares, sides, window)) for window in _windows(config))
+    spatial, joint = (np.prod([*map(_squares, sides, window)], axis=0) for window in _windows(config))
     joint = np.where(sides[0] == 1, lengths, joint) if config.image_identity else joint
     pairs = (spatial + joint).sum() / 2
     if config.text:
