@@ -1,6 +1,6 @@
 """The cost of W.A.L.T's windows against attention to whole clips, at 4,096 tokens in one clip and in several.
 
-    python experiments/walt/windows.py             some ten minutes on one core
+    python experiments/walt/windows.py             some six minutes of one core
     python experiments/walt/windows.py --quick     short clips; says nothing about speed
 
 W.A.L.T with windows of 1 x 16 x 16 and t x 8 x 8, and the same network without windows: two blocks of width 384 without
@@ -85,7 +85,8 @@ def main() -> None:
         own = [milliseconds(seconds[i]) for i in (0, 2, 1, 3)]
         rows.append([name, flops_ratio(batch, LARGE), flops_ratio(batch, SMALL), *ratios, *own])
         print(table(HEADER, rows), flush=True)
-    print(f"\n`python experiments/walt/windows.py{' --quick' * options.quick}`  \n{machine()}")
+    asked = " --quick" if options.quick else f" --rounds={options.rounds}"
+    print(f"\n`python experiments/walt/windows.py{asked}`  \n{machine()}")
 
 
 if __name__ == "__main__":
