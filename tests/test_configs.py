@@ -29,7 +29,7 @@ VARIANTS = {
     "unet.py": ["B", "S", "small", "tiny"],
     "video.py": ["autoencoder", "transformer", "small_autoencoder", "small"],
     "sprites.py": ["autoencoder", "transformer"],
-    "walt.py": ["XL", "L", "imagenet", "t2v", "small"],
+    "walt.py": ["XL", "L", "k600", "imagenet", "t2v", "small"],
 }
 PAIRS = [(file, variant) for file, variants in VARIANTS.items() for variant in variants]
 

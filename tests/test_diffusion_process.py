@@ -1,5 +1,7 @@
 """Noising processes: closed forms, every step of the discrete schedules, exact ends, steps from s to t."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +270,14 @@ def test_zero_terminal_snr_is_a_change_of_any_process():
     slope = (signal[0] - signal[-1]) / float(vp.a(t[0]) - vp.a(t[-1]))
     np.testing.assert_allclose(signal, slope * (np.asarray(vp.a(t)) - float(vp.a(t[-1]))), atol=3e-7)
     assert changed.name == "vp_zero_snr"
+
+
+def test_a_step_that_forbids_transfers_may_be_the_first_to_use_a_process():
+    fresh, t = dataclasses.replace(vp, name="fresh"), jnp.float32([0.5])  # nothing of it has been computed
+    changed = zero_terminal_snr(fresh)
+    with jax.transfer_guard("disallow"):
+        found = jax.jit(lambda t: (changed.a(t), changed.b(t)))(t)
+    np.testing.assert_allclose(jax.device_get(found), (changed.a(t), changed.b(t)), rtol=1e-5)
 
 
 def test_steps_before():

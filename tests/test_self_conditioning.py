@@ -19,6 +19,7 @@ from sora_jax.diffusion.self_conditioning import Estimate, in_two_passes
 from sora_jax.diffusion.solvers import Problem, SolverConfig, ddim
 from sora_jax.errors import UserError
 from sora_jax.generate.estimates import remembering
+from sora_jax.generate.long import Windows, sample_long, windows_of
 from sora_jax.generate.packs import TrainedDenoiser
 from sora_jax.generate.progress import Watch
 from sora_jax.generate.requests import Known, Request
@@ -30,7 +31,6 @@ from sora_jax.models.walt_blocks import WaltConfig
 from sora_jax.parallel.mesh import make_mesh
 from sora_jax.train.denoiser import DenoiserRun, DiffusionConfig, denoiser_loss
 from sora_jax.train.state import MODEL
-from sora_jax.train.step import gradients
 
 PROCESS = process_named("vp_linear_zero_snr")
 ROWS = np.array([[0, 0, 1, 1]])
@@ -132,17 +132,26 @@ def test_only_networks_that_say_so_read_an_estimate(clips, packed):
         DiffusionConfig(self_conditioning=1.5)
 
 
+def deaf(params):
+    """The parameters of a network that hears nothing of its estimate."""
+    weight = params["patch"]["weight"] * (np.arange(2 * CONFIG.patch_values) < CONFIG.patch_values)[:, None]
+    return params | {"patch": params["patch"] | {"weight": weight}}
+
+
 @functools.cache
 def loss_program(share):
     run = dataclasses.replace(RUN, diffusion=dataclasses.replace(RUN.diffusion, self_conditioning=share))
-    loss = functools.partial(denoiser_loss, run)
-    return jax.jit(lambda params, pack: gradients(loss, {MODEL: params}, (), pack, 3, 0)[:2])
+
+    def loss(patch, params, pack):
+        return denoiser_loss(run, {MODEL: params | {"patch": patch}}, (), pack, 3, 0)[0][MODEL]
+
+    return jax.jit(jax.value_and_grad(loss) if share in (0, 1) else lambda *a: (loss(*a), None))
 
 
 def losses(share, params, pack):
-    """The training loss and its gradient."""
-    slope, total = loss_program(share)(params, pack)
-    return float(total[MODEL]), slope[MODEL]
+    """The training loss and its gradient for the patch embedding."""
+    total, slope = loss_program(share)(params["patch"], params, pack)
+    return float(total), slope
 
 
 def test_the_share_of_clips_trained_on_an_estimate(params, clips, packed):
@@ -150,10 +159,9 @@ def test_the_share_of_clips_trained_on_an_estimate(params, clips, packed):
     pack = packed([clips[:3]])
     (none, to_none), (every, to_every) = losses(0.0, params, pack), losses(1.0, params, pack)
     P = CONFIG.patch_values
-    assert not np.any(to_none["patch"]["weight"][P:]) and np.all(np.any(to_every["patch"]["weight"][P:] != 0, -1))
-    deaf = params | {"patch": params["patch"] | {"weight": params["patch"]["weight"] * (np.arange(2 * P) < P)[:, None]}}
+    assert not np.any(to_none["weight"][P:]) and np.all(np.any(to_every["weight"][P:] != 0, -1))
     assert abs(every - none) > 1e-3 * none
-    near(losses(1.0, deaf, pack)[0], none)
+    near(losses(1.0, deaf(params), pack)[0], none)
     halves = losses(0.5, params, pack)[0]
     singles = [losses(share, params, packed([[clip]]))[0] for clip in clips[:3] for share in (0.0, 0.5, 1.0)]
     zeros, some, ones = (singles[i::3] for i in range(3))
@@ -170,12 +178,15 @@ REQUESTS = [
 ]
 
 
-def sampled(params, sampling, requests=REQUESTS, watch=Watch(), model=CONFIG):
+def on_one_device(params, sample, *arguments):
+    """sample(model, *arguments), such as `sample_latents`."""
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        run = dataclasses.replace(RUN, model=model)
-        found = TrainedDenoiser(run, jax.device_put(params), Tokenizer(RUN.tokenizer), mesh)
-        return sample_latents(found, requests, sampling, 5, watch)
+        return sample(TrainedDenoiser(RUN, jax.device_put(params), Tokenizer(RUN.tokenizer), mesh), *arguments)
+
+
+def sampled(params, sampling, requests=REQUESTS, watch=Watch()):
+    return on_one_device(params, sample_latents, requests, sampling, 5, watch)
 
 
 DDIM = SamplingConfig(steps="3", solver=SolverConfig("ddim"))
@@ -187,21 +198,30 @@ def test_samples_carry_the_estimate_from_step_to_step(params):
     for request, z in zip(REQUESTS, together, strict=True):
         near(sampled(params, DDIM, [request])[0], z)
     near(sampled(params, DDIM, watch=Watch(lambda done, total: None)), together)
-    P = CONFIG.patch_values
-    blind = dataclasses.replace(CONFIG, self_conditioning=False)
-    own = params | {"patch": params["patch"] | {"weight": params["patch"]["weight"][:P]}}
-    assert_far(sampled(own, DDIM, model=blind)[1], together[1], 1e-3)
+    assert_far(sampled(deaf(params), DDIM)[1], together[1], 1e-3)
     np.testing.assert_array_equal(together[0][0], LATENT[0])
 
 
-@pytest.mark.parametrize(
-    "guidance", [GuidanceConfig(start=0.2, end=0.8), GuidanceConfig(history=2.0)], ids=["an interval", "history"]
-)
-def test_every_guidance_takes_it_along(params, guidance):
-    sampling = dataclasses.replace(DDIM, guidance=guidance)
-    found = sampled(params, sampling)
+BY_FRAMES = dataclasses.replace(DDIM, guidance=GuidanceConfig(history=2.0))
+
+
+def test_guidance_by_given_frames_takes_it_along(params):
+    found = sampled(params, BY_FRAMES)
     assert all(np.isfinite(z).all() for z in found)
-    near(sampled(params, sampling, REQUESTS[:1])[0], found[0])
+    near(sampled(params, BY_FRAMES, REQUESTS[:1])[0], found[0])
+
+
+def test_29_and_41_frames_are_made_17_at_a_time(params):
+    """As the paper counts: 5 latents, and 3 more in every round that sees the last frames (2312.06662)."""
+    windows = [windows_of(frames, 17, 5, 4) for frames in (29, 41)]
+    assert windows == [Windows(8, 5, 1), Windows(11, 5, 1)]
+    requests = [Request("red", (8, 4, 4), 11, guidance=3.0)]
+    short, long = (on_one_device(params, sample_long, requests, each, 4, BY_FRAMES, 5)[0] for each in windows)
+    assert len(short) == 8 and len(long) == 11 and np.isfinite(long).all()
+    np.testing.assert_array_equal(long[:8], short)
+    plain = on_one_device(params, sample_long, requests, windows[0], 4, DDIM, 5)[0]
+    np.testing.assert_array_equal(plain[:5], short[:5])
+    assert_far(plain[5:], short[5:], 1e-3)
 
 
 def test_the_first_step_has_none(params, clips, packed):

@@ -15,19 +15,22 @@ import numpy as np
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+def in_turns(
+    runs: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
     """Seconds of each run in each round, A B A B ..., so that a machine that slows down slows all alike.
 
-    Each is called once before, to compile; a call must return when its work is done.
+    Each is called once before, to compile; a call must return when its work is done. clock: `time.process_time` counts
+    processor time, for a machine that others use, too.
     """
     for run in runs:
         run()
     seconds = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             run()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return seconds
 
 

@@ -245,7 +245,8 @@ def zero_terminal_snr(process: Process, steps: int = DDPM_STEPS) -> Process:
 @functools.cache
 def _constants(process: Process, time: float) -> tuple[float, float]:
     """Compute a and b at one time as numbers, when they are first used: an import must start no device."""
-    with jax.ensure_compile_time_eval():
+    # A training step forbids transfers, and may be what uses them first.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         t = jnp.float32(time)
         return float(process.a(t)), float(process.b(t))
 

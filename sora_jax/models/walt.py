@@ -54,7 +54,7 @@ from sora_jax.nn.layers import compute_dtype, dense, dense_specs, embedding_spec
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.nn.params import stack
 from sora_jax.nn.positions import interpolated, rotary_angles
-from sora_jax.nn.windows import apart, reorder, window_order, window_segments
+from sora_jax.nn.windows import Window, apart, reorder, window_order, window_segments
 from sora_jax.parallel.rules import reshard
 
 
@@ -174,10 +174,11 @@ def _stretched(at: jax.Array, size: jax.Array, entries: int) -> jax.Array:
 
 def _context(params: dict, config: WaltConfig, pack: Pack, known: Condition, text: TextContext | None) -> Context:
     """Bring what the blocks read of each token to the order of its windows, once for all of them."""
-    spatial_BL = window_segments(Place(pack.segments_BL, pack.coords_BL3), (1, *config.spatial_window))
+    spatial, spatiotemporal = _windows(config)
+    spatial_BL = window_segments(Place(pack.segments_BL, pack.coords_BL3), spatial)
     order = window_order(spatial_BL)
     segments_BL, coords_BL3, windows_BL = (reorder(x, order) for x in (pack.segments_BL, pack.coords_BL3, spatial_BL))
-    joint_BL = window_segments(Place(segments_BL, coords_BL3), (None, *config.spatiotemporal_window))
+    joint_BL = window_segments(Place(segments_BL, coords_BL3), spatiotemporal)
     if config.image_identity:
         image_BL = (per_slot(pack.grids_BS3[..., 0], slot_of(pack.segments_BL)) == 1) & (pack.segments_BL > 0)
         joint_BL = apart(joint_BL, reorder(image_BL, order))
@@ -196,6 +197,13 @@ def _context(params: dict, config: WaltConfig, pack: Pack, known: Condition, tex
         Windows(onwards, joint_BL, joint_angles_BLK),
         Captions(text.tokens_BME, cross_places(segments_BL, windows_BL, text.segments_BM)) if text else None,
     )
+
+
+def _windows(config: WaltConfig) -> tuple[Window, Window]:
+    """Return the sizes (t, y, x) of spatial and spatiotemporal windows; None is all of an axis."""
+    if not config.windows:
+        return (None, None, None), (None, None, None)
+    return (1, *config.spatial_window), (None, *config.spatiotemporal_window)
 
 
 def _low_ranks(params: dict) -> dict | None:
@@ -223,11 +231,9 @@ def forward_flops(config: WaltConfig, batch: dict, encodes_condition: bool = Tru
         "clip": (lengths > 0).sum(),
     }
     products = sum(2 * size * uses[user] for user, size in weights(denoiser_specs(config), _user))
-    t, h, w = np.moveaxis(batch["grids_BS3"].astype(np.int64), -1, 0)
-    squares = lambda window: _squares(h, window[0]) * _squares(w, window[1])  # noqa: E731
-    spatial = t * squares(config.spatial_window)
-    joint = t**2 * squares(config.spatiotemporal_window)
-    joint = np.where(t == 1, lengths, joint) if config.image_identity else joint
+    sides = np.moveaxis(batch["grids_BS3"].astype(np.int64), -1, 0)
+    spatial, joint = (np.prod([*map(_squares, sides, window)], axis=0) for window in _windows(config))
+    joint = np.where(sides[0] == 1, lengths, joint) if config.image_identity else joint
     pairs = (spatial + joint).sum() / 2
     if config.text:
         pairs += (spatial + lengths * words).sum()
@@ -237,9 +243,9 @@ def forward_flops(config: WaltConfig, batch: dict, encodes_condition: bool = Tru
     return float(products + attention)
 
 
-def _squares(side: np.ndarray, window: int) -> np.ndarray:
-    """Return the sum of the squares of the parts that windows cut a side into."""
-    return side // window * window**2 + (side % window) ** 2
+def _squares(side: np.ndarray, window: float | None) -> np.ndarray:
+    """Return the sum of the squares of the parts that windows cut a side into; None: it is whole."""
+    return side**2 if window is None else side // window * window**2 + (side % window) ** 2
 
 
 def _user(names: Sequence[str]) -> str:

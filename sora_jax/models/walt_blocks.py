@@ -59,6 +59,7 @@ class WaltConfig:
     latent_channels: int = 8  # C, channels of the latents
     spatial_window: tuple[int, int] = (16, 16)  # (y, x) tokens of the windows of single frames
     spatiotemporal_window: tuple[int, int] = (8, 8)  # (y, x) tokens of the windows of all frames
+    windows: bool = True  # False: blocks of both kinds attend to whole clips, as in an ablation of the paper
     image_identity: bool = True  # images pass spatiotemporal attention by the identity; False: inside its windows
     positions: tuple[int, int, int] = (5, 16, 16)  # (t, y, x) entries of the learnt tables of positions
     position_theta: float = 100.0  # rotary wavelengths run from 2 pi to this many times as many tokens
