@@ -31,7 +31,7 @@ from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.parallel.rules import MESH_AXES
 from sora_jax.plan import hlo, hlo_text, network
 from sora_jax.plan.autoencoder import train_autoencoder
-from sora_jax.plan.denoiser import evaluations, load_of, train_denoiser
+from sora_jax.plan.denoiser import evaluations, full_pack, grid_of_length, load_of, train_denoiser
 from sora_jax.plan.programs import Program, for_accelerator
 from sora_jax.plan.report import Plan, as_json, as_text
 from sora_jax.plan.suggest import suggest
@@ -131,6 +131,18 @@ def test_calls_of_the_model_are_counted(solver, spacing, steps, calls):
 
 
 # --- collectives ---
+
+
+@pytest.mark.parametrize(
+    ("length", "multiple", "grid"),
+    [(4096, (1, 1), (16, 16, 16)), (1000, (4, 4), (62, 4, 4)), (48, (2, 4), (3, 4, 4)), (37, (1, 1), (37, 1, 1))],
+)
+def test_a_full_pack_is_a_clip_of_sides_that_differ_least(length, multiple, grid):
+    """Else windows and convolutions would have less to do than in clips as they are."""
+    assert grid_of_length(length, multiple) == grid
+    model = TransformerConfig(depth=1, width=16, heads=2, patch=(1, 2, 2), latent_channels=2, text=None)
+    pack = full_pack(DenoiserRun(model=model, packing=PackingConfig(length=length)))
+    assert (pack["segments_BL"] == 1).all() and pack["grids_BS3"][0, 0].prod() == length
 
 
 def test_collectives_are_found_with_kind_axes_bytes_and_runs():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from sora_jax.diffusion.sampling import SamplingConfig, sample
 from sora_jax.diffusion.solvers import Problem
 from sora_jax.generate.packs import Conditions
 from sora_jax.generate.sampler import PACKS_AT_ONCE, solve_packs
-from sora_jax.models.denoiser import denoiser_specs, forward_flops
+from sora_jax.models.denoiser import denoiser_specs, forward_flops, train_flops
 from sora_jax.models.flops import product_flops
 from sora_jax.nn import params as param
 from sora_jax.nn.pack import Pack
@@ -29,13 +31,23 @@ ROUND = 128  # tokens; a pack length is suggested in such steps
 def full_pack(config: DenoiserRun) -> dict[str, np.ndarray]:
     """Make a batch of one pack, filled by a single clip and its text by a caption: all that is computed is used."""
     packs, text = config.packs, config.model.text
-    frames, height, width = config.model.patch
-    rows, columns = packs.multiple
-    count = packs.length // (rows * columns)
-    latent = np.zeros((count * frames, rows * height, columns * width, config.model.latent_channels), np.float32)
+    size = np.multiply(grid_of_length(packs.length, packs.multiple), config.model.patch)
+    latent = np.zeros((*size, config.model.latent_channels), np.float32)
     words = packs.text_length if text else 1
     pretrained = np.zeros((words, text.pretrained_width), np.float16) if text and text.pretrained else None
     return pack_batch([[PackItem(latent, 1, np.full(words, 2, np.int32), pretrained)]], packs)
+
+
+def grid_of_length(length: int, multiple: tuple[int, int]) -> tuple[int, int, int]:
+    """Return the grid (t, y, x) of so many tokens whose sides differ least; rows and columns are multiples.
+
+    The work of networks with windows or convolutions depends on the grid. Without one of exactly that length: that of
+    the least rows and columns.
+    """
+    sides = [range(step, math.isqrt(length) + 1, step) for step in multiple]
+    grids = [(length // (y * x), y, x) for y, x in itertools.product(*sides) if length % (y * x) == 0]
+    least = (length // math.prod(multiple), *multiple)
+    return min(grids, key=lambda grid: max(grid) / min(grid), default=least)
 
 
 def train_denoiser(config: DenoiserRun, mesh: AnyMesh) -> Program:
@@ -45,7 +57,7 @@ def train_denoiser(config: DenoiserRun, mesh: AnyMesh) -> Program:
     arrays = many(row, (accumulate, config.batch // accumulate))
     if config.diffusion.times.stratified:
         arrays["ranks_BS"] = jax.ShapeDtypeStruct(arrays["clip_ids_BS"].shape, jnp.float32)
-    load = load_of(config, 3 * config.batch * forward_flops(config.model, row), config.batch)
+    load = load_of(config, config.batch * train_flops(config.model, row), config.batch)
     batch, loss = abstract_batch(Pack(**arrays), mesh, leading=1), functools.partial(denoiser_loss, config)
     trained = Trained(denoiser_groups(config), loss, fixed=denoiser_parts(config)[1])
     return training_program(config, trained, batch, load, mesh)
