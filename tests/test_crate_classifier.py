@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import abstract, count, shardings
 from sora_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from sora_jax.train.autoencoder import to_float
-from sora_jax.train.classifier import ClassifierRun, classifier_loss
+from sora_jax.train.classifier import ClassifierRun, classifier_loss, fits
 from sora_jax.train.metrics import read_metrics
 from sora_jax.train.state import MODEL
 
@@ -140,6 +141,13 @@ def test_mistakes_are_one_sentence(change, message):
     with pytest.raises(UserError) as error:
         dataclasses.replace(CONFIG, **change)
     assert str(error.value) == message
+
+
+def test_held_out_images_fit_positions_packs_and_classes():
+    config = ClassifierRun(model=dataclasses.replace(CONFIG, image=(64, 64)), packing=PackingConfig(length=16, slots=2))
+    grids = np.array([[1, 16, 16], [1, 64, 64], [1, 128, 4], [2, 8, 8], [1, 6, 8], [1, 8, 8], [1, 8, 8]])
+    images = SimpleNamespace(grids=grids, labels=np.array([0, 0, 0, 0, 0, 3, -1]))
+    assert fits(config, images).tolist() == [True, False, False, False, False, False, True]
 
 
 # --- a run ---

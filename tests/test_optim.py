@@ -144,6 +144,14 @@ def test_the_state_of_adafactor_is_split_as_the_weights_are():
     np.testing.assert_allclose(split["weight"], one["weight"], rtol=1e-5, atol=1e-9)
 
 
+def test_the_state_of_adafactor_is_small_for_attention_too():
+    """One mean for each row and column of every head's matrix."""
+    optimizer = make_optimizer(OptimConfig(method="adafactor", warmup_steps=0, b1=0.0))
+    weight = jax.ShapeDtypeStruct((26, 1920, 3, 16, 120), jnp.float32)
+    state = jax.eval_shape(optimizer.init, {"weight": weight})
+    assert sum(x.size for x in jax.tree.leaves(state)) - 26 * 3 * 16 * (1920 + 120) < 10
+
+
 def test_without_clipping_and_decay_it_is_the_adam_of_optax():
     ours = make_optimizer(OptimConfig(1e-3, warmup_steps=0, clip_norm=0.0, b2=0.999))
     params, large = {"weight": jnp.ones(3)}, {"weight": jnp.array([1e4, -3.0, 1e-4])}

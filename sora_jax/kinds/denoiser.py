@@ -212,7 +212,7 @@ DENOISER = Kind(
         "preview",
         "held_out",
         "sampling",
-        *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given")),
+        *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given", "self_conditioning")),
         *(f"model.{field}" for field in ("attention", "sequence", "remat", "unroll", "dtype")),
     ),
     claim=claim,

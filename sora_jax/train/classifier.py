@@ -124,9 +124,10 @@ def batch_counts(model: CrateClassifierConfig, batch: dict) -> dict[str, float]:
 
 
 def fits(config: ClassifierRun, dataset: Dataset) -> np.ndarray:
-    """Return which clips (n,) bool are images of known class, and of a size that the network has positions for."""
+    """Return which clips (n,) bool are images of known class, of a size that packs and the network's positions have."""
     sizes = dataset.grids
-    small = (sizes[:, 0] == 1) & (sizes[:, 1:] <= np.array(config.model.image)).all(1)
+    tokens = (sizes[:, 1:] // config.model.patch).prod(1)
+    small = (sizes[:, 0] == 1) & (sizes[:, 1:] <= np.array(config.model.image)).all(1) & (tokens <= config.packs.length)
     return small & (sizes[:, 1:] % config.model.patch == 0).all(1) & (dataset.labels < config.model.classes)
 
 

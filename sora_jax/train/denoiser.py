@@ -160,7 +160,7 @@ class DenoiserRun(RunConfig):
         )
         check(guides or not self.packing.guides, "packing.guides is True; it must be left out, model.guides says it")
         alone = self.packing.multiple == (1, 1)
-        check(alone, f"packing.multiple is {self.packing.multiple}; it must be left out, model.name says it")
+        check(alone, f"packing.multiple is {self.packing.multiple}; it must be (1, 1), as model.name says it")
         check(
             not guides or self.model.patch[0] == 1,
             f"model.guides is True; model.patch[0] must be 1, a latent frame to a token, not {self.model.patch[0]}",
@@ -247,7 +247,7 @@ def denoiser_loss(
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     captions = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     model: Denoise = network(params[MODEL], config, captions)
-    if reads_estimate(config.model):
+    if reads_estimate(config.model) and diffusion.self_conditioning:
         chosen_BS = _draw(diffusion.self_conditioning, key(Purpose.SELF_CONDITIONING), pack.clip_ids_BS)
         first = network(jax.lax.stop_gradient(params[MODEL]), config, captions)
         estimate = Estimate(process, diffusion.prediction, rows_BL)

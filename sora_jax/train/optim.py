@@ -50,6 +50,7 @@ class OptimConfig:
         )
 
 
+FACTORED = 64  # least length of the two axes over which Adafactor keeps means: the width of an attention head
 POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
 NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or more, and finite")
 OR_NONE = (lambda x: 0 <= x < math.inf, "positive and finite, or 0 for none")
@@ -134,12 +135,12 @@ def _lion(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformati
 def _adafactor(config: OptimConfig, specs: PyTree) -> list[optax.GradientTransformation]:
     """Return Adafactor (1804.04235) with decoupled weight decay, as it is used at scale (2106.04560, section 3.4).
 
-    Second moments of weights are kept as means over rows and columns, with the decay 1 - n^-0.8 at step n. Updates of
-    each array are clipped to a root mean square of 1. The learning rate is absolute: updates are not scaled by the
-    size of the parameters.
+    Second moments of weights are kept as means over rows and columns, those of attention for each head, with the decay
+    1 - n^-0.8 at step n; axes shorter than FACTORED are not averaged over. Updates of each array are clipped to a root
+    mean square of 1. The learning rate is absolute: updates are not scaled by the size of the parameters.
     """
     return [
-        optax.scale_by_factored_rms(),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED),
         optax.clip_by_block_rms(1.0),
         *([optax.ema(config.b1, debias=False)] if config.b1 else []),
         optax.add_decayed_weights(config.weight_decay, mask=weights_only),
