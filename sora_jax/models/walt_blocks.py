@@ -70,7 +70,8 @@ class WaltConfig:
     self_conditioning: bool = False  # read an estimate of the clean tokens beside the noisy ones
     input_skip: bool = False  # add the noisy tokens to the prediction, times a gate for each value
     learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
-    attention: str = "auto"  # what computes attention: auto, dense, blockwise, splash (TPU), cudnn (GPU)
+    # What computes attention: auto, dense, blockwise, splash (TPU, but for cross-attention), cudnn (GPU).
+    attention: str = "auto"
     sequence: str = "auto"  # how parts of a split sequence meet: auto, gather, all_to_all, ring
     remat: str = "full"  # activations that are recomputed in the backward pass: none, dots, attention, full
     unroll: int = 1  # pairs of blocks that one iteration of the scan over depth holds
@@ -100,21 +101,22 @@ class WaltConfig:
 
     @property
     def head_width(self) -> int:
+        """Return the channels of an attention head."""
         return self.width // self.heads
 
     @property
     def positions_in_time(self) -> bool:
-        """True: tables and rotary positions tell frames apart."""
+        """Return True: tables and rotary positions tell frames apart."""
         return True
 
     @property
     def guides(self) -> bool:
-        """False: windows hold the tokens of clips alone."""
+        """Return False: windows hold the tokens of clips alone."""
         return False
 
     @property
     def patch_values(self) -> int:
-        """The number P of values in a token."""
+        """Return P, the values in a token."""
         return math.prod(self.patch) * self.latent_channels
 
 
