@@ -15,7 +15,8 @@ from sora_jax.data.reading.media import decode
 from sora_jax.data.storing.clips import Clip
 from sora_jax.data.storing.manifest import Dataset, add_clip
 from sora_jax.errors import UserError
-from sora_jax.evaluate.autoencoder import EvaluateOptions, Report, evaluate_autoencoder
+from sora_jax.evaluate.autoencoder import EvaluateOptions, evaluate_autoencoder
+from sora_jax.evaluate.autoencoder_report import Report
 from sora_jax.generate.preview import held_out_psnr
 from sora_jax.models.autoencoder import AutoencoderConfig, autoencoder_specs, start_from_linear
 from sora_jax.models.tiling import TilingConfig

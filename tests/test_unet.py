@@ -169,7 +169,7 @@ def canvas_unet(p, x, row, text):
 
 
 def embedded(params, time, pooled):
-    """What a row of a noise level is embedded as, by hand: (E,)."""
+    """Embed the row of a noise level by hand: (E,)."""
     angles = 1000 * time * np.exp(-np.log(10_000) * np.arange(128) / 128)
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
     hidden = jax.nn.silu(features @ params["time_in"]["weight"] + params["time_in"]["bias"])
@@ -427,6 +427,6 @@ def test_mistakes_are_told():
     ]:
         with pytest.raises(UserError, match=message):
             dataclasses.replace(CONFIG, **changes)
-    with pytest.raises(UserError, match=r"packing.multiple is \(2, 2\); it must be left out"):
+    with pytest.raises(UserError, match=r"packing.multiple is \(2, 2\); it must be \(1, 1\)"):
         dataclasses.replace(RUN, packing=PackingConfig(multiple=(2, 2)))
     assert RUN.packs.multiple == (2, 2)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.data.packing.packs import text_counts
-from sora_jax.models.conditioning import condition, condition_specs
+from sora_jax.models.conditioning import condition, condition_specs, encode_captions
 from sora_jax.models.counting import used_rows, weights
-from sora_jax.models.text import TextContext, encode_text, text_specs
+from sora_jax.models.text import TextContext, text_specs
 from sora_jax.models.unet_layers import ROWS, SPACE, TAPS, TIME, Level, Rows, UNetConfig, block, block_specs, blocks_of
 from sora_jax.nn.cells import (
     Cells,
@@ -74,9 +74,7 @@ def denoiser_specs(config: UNetConfig) -> dict:
 
 def encode_condition(params: dict, config: UNetConfig, pack: Pack) -> TextContext | None:
     """Encode captions; None for a model without text."""
-    if config.text is None:
-        return None
-    return encode_text(params["text"], config.text, pack, compute_dtype(config.dtype))
+    return encode_captions(params, config.text, pack, compute_dtype(config.dtype))
 
 
 class Inputs(NamedTuple):
