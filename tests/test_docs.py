@@ -36,8 +36,8 @@ from sora_jax.diffusion.weights import WEIGHTS
 from sora_jax.evaluate.suite import METRICS
 from sora_jax.generate.run import load_run
 from sora_jax.kinds import KINDS, run_config
-from sora_jax.models.transformer import REMAT
 from sora_jax.nn.attention import BACKENDS, SEQUENCES
+from sora_jax.nn.remat import REMAT
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.parsers.bench import moving_mnist, phyworld
 from sora_jax.parsers.data import build

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import dot_product_attention, gelu, silu
 
-from sora_jax.models.transformer import REMAT
+from sora_jax.nn.remat import REMAT
 
 
 def linear(p, x):

@@ -16,8 +16,9 @@ import numpy as np
 from timing import in_turns, machine, middle_half, milliseconds, report
 
 from sora_jax.data.packing.packs import PackingConfig
-from sora_jax.models.transformer import REMAT, TransformerConfig
+from sora_jax.models.transformer import TransformerConfig
 from sora_jax.nn.pack import Pack
+from sora_jax.nn.remat import REMAT
 from sora_jax.parallel.mesh import make_mesh, place_batch
 from sora_jax.plan import hlo
 from sora_jax.plan.denoiser import full_pack, train_denoiser

@@ -21,8 +21,8 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from sora_jax.config import check, choose
 from sora_jax.data.packing.packs import token_counts
+from sora_jax.models.checks import check_network, check_positions
 from sora_jax.models.conditioning import (
     caption_attention,
     caption_attention_specs,
@@ -37,12 +37,12 @@ from sora_jax.models.crate_blocks import Ista, Modulation, Where, block_specs, c
 from sora_jax.models.ends import embed_tokens, ends_specs, predict
 from sora_jax.models.pack_flops import pack_flops
 from sora_jax.models.text import TextConfig, TextContext, text_specs
-from sora_jax.models.transformer import REMAT
-from sora_jax.nn.attention import BACKENDS, SEQUENCES, How, attention
+from sora_jax.nn.attention import How
 from sora_jax.nn.layers import compute_dtype
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import stack
-from sora_jax.nn.positions import axis_widths, rotary_angles
+from sora_jax.nn.positions import rotary_angles
+from sora_jax.nn.remat import REMAT
 
 SIZES = {  # depth, width, heads (2306.01129, table 1)
     "T": (12, 384, 6),
@@ -81,30 +81,9 @@ class CrateConfig:
     name: Literal["crate"] = "crate"  # tells this network from others in files
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "latent_channels", "unroll"):
-            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        theta = self.position_theta
-        check(0 < theta < math.inf, f"model.position_theta is {theta}; it must be positive and finite")
+        check_network(self)
+        check_positions(self)
         check_ista(self.ista)
-        check(
-            self.width % self.heads == 0 and self.head_width % 2 == 0,
-            f"model.width is {self.width}; it must be an even multiple of model.heads = {self.heads}",
-        )
-        check(all(p > 0 for p in self.patch), f"model.patch is {self.patch}; its entries must be positive")
-        check(
-            not self.rotary or axis_widths(self.head_width)[1] > 0,
-            f"model.width / model.heads is {self.head_width}; with model.rotary it must be at least 6",
-        )
-        axes = self.sincos_axes
-        check(
-            bool(axes) and set(axes) <= set("tyx") and len(set(axes)) == len(axes),
-            f"model.sincos_axes is {axes!r}; it must be some of the letters t, y and x, in any order",
-        )
-        check(self.classes >= 0, f"model.classes is {self.classes}; it must be 0 (none) or more")
-        choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
-        choose("model.sequence", self.sequence, dict.fromkeys(("auto", *SEQUENCES)))
-        choose("model.remat", self.remat, REMAT)
-        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def head_width(self) -> int:

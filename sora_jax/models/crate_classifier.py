@@ -10,14 +10,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sora_jax.config import check, choose
+from sora_jax.config import check
 from sora_jax.data.packing.packs import token_counts
+from sora_jax.models.checks import check_network
 from sora_jax.models.crate_blocks import Ista, Where, block, block_specs, check_ista, norm, norm_specs
-from sora_jax.models.transformer import REMAT
-from sora_jax.nn.attention import BACKENDS, How, attention
+from sora_jax.nn.attention import How
 from sora_jax.nn.layers import compute_dtype, dense, dense_specs, embed, embedding_specs
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import ParamSpec, normal, stack
+from sora_jax.nn.remat import REMAT
 from sora_jax.parallel.rules import reshard
 
 AXES = ("batch", "length", "width")
@@ -41,8 +42,8 @@ class CrateClassifierConfig:
     name: Literal["crate"] = "crate"  # tells this network from others in files
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch"):
-            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        check_network(self)
+        check(self.patch > 0, f"model.patch is {self.patch}; it must be positive")
         check(
             self.width % self.heads == 0,
             f"model.width is {self.width}; it must be a multiple of model.heads = {self.heads}",
@@ -53,9 +54,6 @@ class CrateClassifierConfig:
         )
         check(self.classes > 1, f"model.classes is {self.classes}; it must be at least 2")
         check_ista(self.ista)
-        choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
-        choose("model.remat", self.remat, REMAT)
-        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def head_width(self) -> int:

@@ -4,7 +4,6 @@ One transformer for images and video, classes and captions: DiT is a configurati
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from sora_jax.config import check, choose
 from sora_jax.errors import UserError
+from sora_jax.models.checks import check_network, check_positions
 from sora_jax.models.conditioning import (
     MODULATED,
     Condition,
@@ -33,7 +33,7 @@ from sora_jax.models.conditioning import (
 from sora_jax.models.ends import embed_tokens, ends_specs, predict
 from sora_jax.models.pack_flops import Reads, pack_flops
 from sora_jax.models.text import TextConfig, TextContext, text_specs
-from sora_jax.nn.attention import BACKENDS, OUTPUT, SEQUENCES, How, Place, Places, attention
+from sora_jax.nn.attention import How, Place, Places, attention
 from sora_jax.nn.layers import (
     compute_dtype,
     layer_norm,
@@ -48,18 +48,10 @@ from sora_jax.nn.layers import (
 )
 from sora_jax.nn.pack import Pack
 from sora_jax.nn.params import stack
-from sora_jax.nn.positions import axis_widths, rotary_angles, rotate
+from sora_jax.nn.positions import rotary_angles, rotate
+from sora_jax.nn.remat import REMAT
 from sora_jax.parallel.rules import parts, reshard
 
-ATTENTION_KEPT = jax.checkpoint_policies.save_only_these_names(OUTPUT)
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, ATTENTION_KEPT
-    ),
-    "attention": ATTENTION_KEPT,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 SIZES = {  # depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -104,33 +96,11 @@ class TransformerConfig:
     name: Literal["transformer"] = "transformer"  # tells this network from others in files
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "latent_channels", "unroll"):
-            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("mlp_ratio", "position_theta"):
-            value = getattr(self, name)
-            check(0 < value < math.inf, f"model.{name} is {value}; it must be positive and finite")
-        check(
-            self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
-            f"model.width is {self.width}; it must be an even multiple of model.heads = {self.heads}",
-        )
-        check(all(p > 0 for p in self.patch), f"model.patch is {self.patch}; its entries must be positive")
-        check(
-            not self.rotary or axis_widths(self.head_width)[1] > 0,
-            f"model.width / model.heads is {self.head_width}; with model.rotary it must be at least 6",
-        )
-        axes = self.sincos_axes
-        check(
-            bool(axes) and set(axes) <= set("tyx") and len(set(axes)) == len(axes),
-            f"model.sincos_axes is {axes!r}; it must be some of the letters t, y and x, in any order",
-        )
-        check(self.classes >= 0, f"model.classes is {self.classes}; it must be 0 (none) or more")
+        check_network(self)
+        check_positions(self)
         both = self.step_times and self.data_times
         check(not both, "model.data_times is True; with model.step_times it must be False")
         choose("model.conditioning", self.conditioning, MODULATED)
-        choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
-        choose("model.sequence", self.sequence, dict.fromkeys(("auto", *SEQUENCES)))
-        choose("model.remat", self.remat, REMAT)
-        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def head_width(self) -> int:

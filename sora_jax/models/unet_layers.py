@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sora_jax.config import check, choose
+from sora_jax.config import check
+from sora_jax.models.checks import check_network
 from sora_jax.models.conditioning import caption_attention, caption_attention_specs
 from sora_jax.models.text import TextConfig, TextContext
-from sora_jax.nn.attention import BACKENDS, How, Place, Places, attention
+from sora_jax.nn.attention import How, Place, Places, attention
 from sora_jax.nn.cells import GROUP, Cells, Links, conv, conv_specs, group_norm, group_norm_specs
 from sora_jax.nn.layers import (
     dense,
@@ -54,8 +55,7 @@ class UNetConfig:
     name: Literal["unet"] = "unet"  # tells this network from others in files
 
     def __post_init__(self):
-        for name in ("width", "blocks", "latent_channels", "head_width"):
-            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        check_network(self, remat=("none", "full"))
         multipliers = self.multipliers
         check(
             bool(multipliers) and min(multipliers) > 0,
@@ -74,13 +74,6 @@ class UNetConfig:
             )
         even = self.head_width % 2 == 0 and axis_widths(self.head_width)[1] > 0
         check(even, f"model.head_width is {self.head_width}; it must be even and at least 6")
-        theta = self.position_theta
-        check(0 < theta < math.inf, f"model.position_theta is {theta}; it must be positive and finite")
-        check(min(self.patch) > 0, f"model.patch is {self.patch}; its entries must be positive")
-        check(self.classes >= 0, f"model.classes is {self.classes}; it must be 0 (none) or more")
-        choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
-        choose("model.remat", self.remat, {"none": 0, "full": 0})
-        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
 
     @property
     def levels(self) -> int:

@@ -36,7 +36,6 @@ from sora_jax.models.conditioning import (
 from sora_jax.models.counting import used_rows, weights
 from sora_jax.models.ends import head_specs, predict
 from sora_jax.models.text import TextContext, encode_text, text_specs
-from sora_jax.models.transformer import REMAT
 from sora_jax.models.walt_blocks import (
     MODULATIONS,
     Captions,
@@ -54,6 +53,7 @@ from sora_jax.nn.layers import compute_dtype, dense, dense_specs, embedding_spec
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.nn.params import stack
 from sora_jax.nn.positions import interpolated, rotary_angles
+from sora_jax.nn.remat import REMAT
 from sora_jax.nn.windows import Window, apart, reorder, window_order, window_segments
 from sora_jax.parallel.rules import reshard
 

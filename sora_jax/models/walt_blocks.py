@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.config import check, choose
+from sora_jax.config import check
+from sora_jax.models.checks import check_network
 from sora_jax.models.conditioning import (
     Condition,
     low_rank_table,
@@ -18,8 +19,7 @@ from sora_jax.models.conditioning import (
     spread_table,
 )
 from sora_jax.models.text import TextConfig
-from sora_jax.models.transformer import REMAT
-from sora_jax.nn.attention import BACKENDS, SEQUENCES, How, Pattern, Place, Places, attention
+from sora_jax.nn.attention import How, Pattern, Place, Places, attention
 from sora_jax.nn.layers import (
     layer_norm,
     mlp,
@@ -79,25 +79,16 @@ class WaltConfig:
     name: Literal["walt"] = "walt"  # tells this network from others in files
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "latent_channels", "unroll"):
-            check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        check_network(self)
         check(self.depth % 2 == 0, f"model.depth is {self.depth}; it must be even: blocks come in pairs")
-        for name in ("mlp_ratio", "position_theta"):
-            value = getattr(self, name)
-            check(0 < value < math.inf, f"model.{name} is {value}; it must be positive and finite")
-        for name in ("patch", "spatial_window", "spatiotemporal_window", "positions"):
+        for name in ("spatial_window", "spatiotemporal_window", "positions"):
             value = getattr(self, name)
             check(min(value) > 0, f"model.{name} is {value}; its entries must be positive")
         check(
             self.width % self.heads == 0 and self.head_width % 2 == 0 and axis_widths(self.head_width)[1] > 0,
             f"model.width is {self.width}; it must be an even multiple, of at least 6, of model.heads = {self.heads}",
         )
-        for name in ("adaln_rank", "classes"):
-            check(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be 0 (none) or more")
-        choose("model.attention", self.attention, {"auto": attention, **BACKENDS})
-        choose("model.sequence", self.sequence, dict.fromkeys(("auto", *SEQUENCES)))
-        choose("model.remat", self.remat, REMAT)
-        choose("model.dtype", self.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+        check(self.adaln_rank >= 0, f"model.adaln_rank is {self.adaln_rank}; it must be 0 (none) or more")
 
     @property
     def head_width(self) -> int:

@@ -24,9 +24,10 @@ class OptimConfig:
     warmup_steps: int = 100  # steps in which the learning rate rises linearly to its peak; 0: none
     decay_steps: int = 0  # step at which cosine and linear end; 0: the last step of the run
     final_fraction: float = 0.0  # share of the peak at which they end
-    b1: float = 0.9  # Adam's decay of the first moment, Adafactor's of its momentum; 0 saves Adafactor the memory of it
-    b2: float = 0.99  # Adam's decay of the second moment
-    eps: float = 1e-8  # AdamW's epsilon
+    # Decay of Adam's first moment and of Adafactor's momentum, 0 saving its memory; weight of momentum in Lion's update.
+    b1: float = 0.9
+    b2: float = 0.99  # decay of Adam's second moment, of Lion's momentum; Adafactor's is 1 - n^-0.8 at step n
+    eps: float = 1e-8  # AdamW's epsilon; the other methods do not read it
     weight_decay: float = 0.0  # decoupled; of weights alone, never of biases, norm scales or embedding tables
     clip_norm: float = 1.0  # global norm to which gradients are clipped; 0: no clipping
     skip_spikes: float = 0.0  # skip updates this many standard deviations above the mean gradient norm; 0: none
