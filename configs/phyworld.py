@@ -28,7 +28,7 @@ def get_config(variant: str = ""):
     config.world.frames = 33
     denoiser(config.run)
     if variant == "collision":
-        steps(config.run, 12_000)
+        collision(config.run)
     if variant == "latent":
         latent(config)
     if variant == "tiny":
@@ -76,6 +76,12 @@ def denoiser(run):
     run.sampling.guidance.scale = 1.0
     run.held_out.every = 0
     steps(run, 7000)
+
+
+def collision(run):
+    """Read tokens off by an MLP: those with parts of two balls have more dimensions than the network is wide."""
+    run.model.head_hidden = 512
+    steps(run, 12_000)
 
 
 def steps(run, count):

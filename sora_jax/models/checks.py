@@ -34,7 +34,9 @@ def check_network(config: Any, **words: Iterable[str]) -> None:
         check(0 < value < math.inf, f"model.{name} is {value}; it must be positive and finite")
     if isinstance(config.patch, tuple):
         check(min(config.patch) > 0, f"model.patch is {config.patch}; its entries must be positive")
-    check(config.classes >= 0, f"model.classes is {config.classes}; it must be 0 (none) or more")
+    for name in ("classes", "head_hidden"):
+        value = getattr(config, name, 0)
+        check(value >= 0, f"model.{name} is {value}; it must be 0 (none) or more")
     for name, allowed in (WORDS | words).items():
         if hasattr(config, name):
             check_word(f"model.{name}", getattr(config, name), allowed)

@@ -66,12 +66,20 @@ def ends_specs(config: EndsConfig) -> dict:
 
 
 def head_specs(config: HeadConfig) -> dict:
-    """Declare the last layer, zero at the start.
+    """Declare the last layer, zero at the start, and a hidden one before it if the config has `head_hidden`.
 
     Its outputs are the prediction, variances if they are learned, and the gates of the input if there are any.
     """
-    outputs = config.patch_values * (1 + config.learned_variance + config.input_skip)
-    return {"head": dense_specs(config.width, outputs, ("embed", None), zeros)}
+    outputs, hidden = config.patch_values * (1 + config.learned_variance + config.input_skip), head_hidden(config)
+    if not hidden:
+        return {"head": dense_specs(config.width, outputs, ("embed", None), zeros)}
+    up = dense_specs(config.width, hidden, ("embed", "hidden"))
+    return {"head": {"up": up, "down": dense_specs(hidden, outputs, ("hidden", None), zeros)}}
+
+
+def head_hidden(config: HeadConfig) -> int:
+    """Return the width of the hidden layer of the head; 0 where there is none, and where the config has no such field."""
+    return getattr(config, "head_hidden", 0)
 
 
 def embed_tokens(params: dict, config: EndsConfig, pack: Pack, x_BLP: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -97,7 +105,11 @@ def predict(
     shift, scale = modulation
     with jax.named_scope("head"):
         x_BLD = layer_norm(x_BLD) * (1 + scale) + shift
-        y = dense(params["head"], x_BLD, ("batch", None, None)).astype(jnp.float32)
+        head = params["head"]
+        if head_hidden(config):
+            up_BLF = dense(head["up"], x_BLD, ("batch", "length", "hidden"))
+            head, x_BLD = head["down"], jax.nn.gelu(up_BLF, approximate=True)
+        y = dense(head, x_BLD, ("batch", None, None)).astype(jnp.float32)
         return _with_input(y, reshard(x_BLP, "batch", None, None)) if config.input_skip else y
 
 

@@ -83,6 +83,9 @@ class TransformerConfig:
     # Add the noisy tokens to the prediction, times a gate for each value: velocity and noise contain them, but the
     # norms of a narrow network do not pass on their sizes.
     input_skip: bool = False
+    # Hidden width of an MLP that reads the prediction off the last tokens; 0: a linear map, which from D channels makes
+    # no more than D dimensions of the P values of a token. Wide tokens of pixels have more.
+    head_hidden: int = 0
     guides: bool = False  # embed the kinds of guide tokens: key frames and sketches that are packed beside clips
     learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
     step_times: bool = False  # show the network the number of a discrete step, 1000 t - 1, as DiT does
