@@ -78,7 +78,7 @@ def head_specs(config: HeadConfig) -> dict:
 
 
 def head_hidden(config: HeadConfig) -> int:
-    """Return the width of the hidden layer of the head; 0 where there is none, and where the config has no such field."""
+    """Return the width of the hidden layer of the head, 0 for none: also where the config has no such field."""
     return getattr(config, "head_hidden", 0)
 
 

@@ -24,7 +24,7 @@ class OptimConfig:
     warmup_steps: int = 100  # steps in which the learning rate rises linearly to its peak; 0: none
     decay_steps: int = 0  # step at which cosine and linear end; 0: the last step of the run
     final_fraction: float = 0.0  # share of the peak at which they end
-    # Decay of Adam's first moment and of Adafactor's momentum, 0 saving its memory; weight of momentum in Lion's update.
+    # Decay of Adam's first moment and of Adafactor's momentum (0 saves its memory); weight of it in Lion's update.
     b1: float = 0.9
     b2: float = 0.99  # decay of Adam's second moment, of Lion's momentum; Adafactor's is 1 - n^-0.8 at step n
     eps: float = 1e-8  # AdamW's epsilon; the other methods do not read it
