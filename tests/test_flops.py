@@ -38,6 +38,8 @@ def test_equal_the_formula(clips, alone):
         one, two = arrays(alone(clip)), arrays(alone(clip, rows_per_clip=2))
         assert forward_flops(CONFIG, one) == 2 * by_hand(tokens, words, 1)
         assert forward_flops(CONFIG, two) == 2 * by_hand(tokens, words, 2)
+        deeper = dataclasses.replace(CONFIG, head_hidden=64)  # 128 -> 64 -> 8 in place of 128 -> 8
+        assert forward_flops(deeper, one) - forward_flops(CONFIG, one) == 2 * tokens * 64 * (128 + 8 - 16)
         assert train_flops(CONFIG, one) == 3 * forward_flops(CONFIG, one)
         assert train_flops(CONFIG, one, trained=0.25) == 2.25 * forward_flops(CONFIG, one)
 

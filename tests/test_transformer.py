@@ -17,6 +17,7 @@ from sora_jax.data.packing.packs import PackingConfig
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
 from sora_jax.diffusion.process import linear_flow
 from sora_jax.errors import UserError
+from sora_jax.models.ends import head_specs, predict
 from sora_jax.models.text import TextConfig, TextContext, encode_text
 from sora_jax.models.transformer import SIZES, TransformerConfig, denoise, denoiser_specs, encode_condition
 from sora_jax.nn.pack import Pack, per_slot
@@ -118,6 +119,27 @@ def test_gates_add_the_input_to_the_prediction_alone(params, clips, packed, lear
     assert one.shape == other.shape == (*pack.tokens_BLP.shape[:2], (1 + learned_variance) * P)
     assert_near(other[..., :P] - one[..., :P], gates * np.asarray(pack.tokens_BLP))
     np.testing.assert_allclose(other[..., P:], one[..., P:], atol=1e-6)
+
+
+def test_a_hidden_layer_lets_the_head_make_more_dimensions_than_the_network_is_wide(randomised):
+    """The head against NumPy, and its outputs' rank: at most D (the tokens have mean 0: D - 1) of a linear map."""
+    D, P = 6, 16
+    rng = np.random.default_rng(0)
+    x_BLD, x_BLP = rng.normal(size=(2, 40, D)).astype(np.float32), np.zeros((2, 40, P), np.float32)
+    ranks = []
+    for hidden in (0, 32):
+        config = TransformerConfig(width=D, heads=1, patch=(1, 4, 4), latent_channels=1, head_hidden=hidden, text=None)
+        params = randomised(head_specs(config))
+        y_BLP = np.asarray(predict(params, config, x_BLD, x_BLP), np.float64)
+        h_BLD = (x_BLD - x_BLD.mean(-1, keepdims=True)) / x_BLD.std(-1, keepdims=True)
+        head = jax.device_get(params["head"])
+        if hidden:
+            u = h_BLD @ head["up"]["weight"] + head["up"]["bias"]
+            h_BLD, head = u / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))), head["down"]
+        np.testing.assert_allclose(y_BLP, h_BLD @ head["weight"] + head["bias"], rtol=1e-4, atol=1e-5)
+        rows = y_BLP.reshape(-1, P)
+        ranks.append(np.linalg.matrix_rank(rows - rows.mean(0), tol=1e-3))
+    assert ranks == [D - 1, P]
 
 
 def test_the_place_in_the_batch_does_not_matter(params, clips, packed):
