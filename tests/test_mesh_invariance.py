@@ -42,8 +42,9 @@ from sora_jax.train.step import make_step
 assert_same = functools.partial(assert_near, tolerance=1e-5, least=0.0, share=1e-2)
 TEXT = TextConfig(vocabulary=300, width=16, depth=1, head_width=8)
 NETWORK = TransformerConfig(
-    depth=2, width=32, heads=4, latent_channels=2, text=TEXT, attention="blockwise", remat="none", dtype="float32"
-)
+    depth=2, width=32, heads=4, latent_channels=2, text=TEXT, head_hidden=16, attention="blockwise", remat="none",
+    dtype="float32",
+)  # fmt: skip
 UNET = UNetConfig(
     width=8, multipliers=(1,), blocks=1, attended=(0,), head_width=8, patch=(1, 2, 2), latent_channels=2, text=TEXT,
     attention="dense", remat="none", dtype="float32",
