@@ -11,7 +11,7 @@ from fixtures_digits import drawn_digits, write_idx
 from fixtures_runs import one_device
 
 from sora_jax.benchmarks import moving_mnist, prediction
-from sora_jax.benchmarks.moving_mnist import PUBLISHED, held_out, read_config, world_of
+from sora_jax.benchmarks.moving_mnist import PUBLISHED, as_published, held_out, read_config, table, world_of
 from sora_jax.benchmarks.own_frechet import distances, world_features
 from sora_jax.benchmarks.prediction import cost_of, halvings, in_one_step, predict, train_and_measure
 from sora_jax.cli import main
@@ -22,6 +22,7 @@ from sora_jax.diffusion.solvers import Problem
 from sora_jax.diffusion.times import TimesConfig
 from sora_jax.errors import UserError
 from sora_jax.evaluate.features import FeaturesConfig
+from sora_jax.evaluate.prediction_metrics import PredictionQuality
 from sora_jax.generate.run import load_run
 from sora_jax.models.transformer import forward_flops
 from sora_jax.worlds import HELD_OUT
@@ -78,13 +79,21 @@ def test_called_again_it_trains_no_further_and_finds_the_same(made, monkeypatch,
     assert json.loads(capsys.readouterr().out) == before
 
 
-def test_the_table_has_ours_among_the_published_by_cost(made, capsys):
+def test_published_rows_are_shown_beside_clips_like_theirs_alone(made, digits, capsys):
     _, command = made
     capsys.readouterr()
     assert main(command) == 0
-    lines = capsys.readouterr().out.splitlines()
-    top = next(i for i, line in enumerate(lines) if line.startswith("method"))
-    rows = lines[top + 1 : top + 2 + len(PUBLISHED)]
+    out = capsys.readouterr().out
+    assert "PhyDNet" not in out and "sora_jax" in out
+    assert "4 given and 4 predicted: published errors are of other clips and not shown" in out
+    usual = read_config(None, [], str(digits))
+    assert as_published(usual, 10) and not as_published(usual, 5)
+    assert not as_published(read_config(None, ["drawn.world.size=40"], str(digits)), 10)
+
+
+def test_the_table_has_ours_among_the_published_by_cost(digits):
+    quality = PredictionQuality(10, 50.0, 100.0, 0.9, 20.0, (50.0,))
+    rows = table(PUBLISHED, cost_of(read_config(TINY, [], str(digits))), 1e12, quality).splitlines()[1:]
     assert rows[0].startswith("sora_jax") and "PhyDNet" in rows[2] and "28.19" in rows[2]
     costs = [float(row.split("G ")[1].split()[0]) for row in rows]
     assert costs == sorted(costs)
@@ -176,7 +185,7 @@ def test_multiply_adds_of_predformer_are_those_of_its_architecture():
 def test_mistakes_are_told(digits, tmp_path, capsys):
     bench = ["bench", "moving_mnist", f"--workdir={tmp_path / 'x'}", f"--config={TINY}"]
     for options, message in (
-        ([], "world.digits_path is ''; it must be a folder with idx files of MNIST"),
+        ([], "--digits is not given; it must be a folder with idx files of MNIST"),
         ([f"--digits={digits}", "--samples=1"], "--samples is 1; it must be at least 2"),
         ([f"--digits={digits}", "--clips=0"], "--clips is 0; it must be at least 1"),
         ([f"--digits={digits}", "--frechet=1"], "--frechet is 1; it must be 0 (none), or from 2 to"),

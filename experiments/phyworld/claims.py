@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 
 from sora_jax.benchmarks.phyworld import BATCH, PhyworldBench, default_config, predict_clips, prepared
-from sora_jax.config import check_word, from_dict, load
+from sora_jax.config import from_dict, load
 from sora_jax.files import read_text, write_json
 from sora_jax.generate.run import load_run
 from sora_jax.kinds.run import train
@@ -170,7 +170,7 @@ CLAIMS: dict[str, tuple[Callable[[Rows, Any], list[str]], int]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--claim", required=True, help="gap, flip or conflict")
+    parser.add_argument("--claim", required=True, choices=CLAIMS)
     parser.add_argument("--config", default=default_config(), help="config of the benchmark")
     parser.add_argument("--size", type=int, help="height and width of the frames (default: those of the config)")
     parser.add_argument("--steps", type=int, help="steps of each training (default: those of the config)")
@@ -178,7 +178,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the picture")
     options = parser.parse_args()
-    check_word("--claim", options.claim, CLAIMS)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
     prepare_jax()
     changes = [f"run.loop.steps={options.steps}"] if options.steps else []
     changes += [f"world.size={options.size}"] if options.size else []

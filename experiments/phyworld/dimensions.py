@@ -41,7 +41,7 @@ def main() -> None:
     held_out = held_out - middle
     print(f"mean square of the tokens around their mean: {np.square(held_out).mean():.4f}")
     for width in WIDTHS:
-        if width - 1 < len(middle):
+        if width - 1 < min(len(middle), len(fitted)):  # a space of fewer dimensions than there are tokens to fit it to
             kept = directions[:, -(width - 1) :]
             rest = held_out - held_out @ kept @ kept.T
             print(f"width {width:4}: {np.square(rest).mean():.5f}")

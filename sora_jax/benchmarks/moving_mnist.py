@@ -17,7 +17,6 @@ from sora_jax.benchmarks.own_frechet import distances, world_features
 from sora_jax.benchmarks.prediction import (
     Cost,
     cost_of,
-    draw_strips,
     given_frames,
     halvings,
     in_one_step,
@@ -27,6 +26,7 @@ from sora_jax.benchmarks.prediction import (
 )
 from sora_jax.config import check, from_dict, load
 from sora_jax.config_files import package_config
+from sora_jax.data.viewing.sheets import contact_sheet
 from sora_jax.data.viewing.write import save_png
 from sora_jax.errors import UserError
 from sora_jax.evaluate.frechet import Distance
@@ -42,7 +42,7 @@ from sora_jax.generate.run import Run, load_run
 from sora_jax.parallel.settings import prepare_jax
 from sora_jax.train.denoiser import DenoiserRun
 from sora_jax.worlds import HELD_OUT
-from sora_jax.worlds.digits import load_digits
+from sora_jax.worlds.digits import ALLOWED, load_digits
 from sora_jax.worlds.moving_mnist import MovingMnistConfig
 from sora_jax.worlds.table import draw
 
@@ -119,6 +119,7 @@ def read_config(file: str | None, changes: Sequence[str], digits: str) -> Denois
     config = from_dict(DenoiserRun, values, "--config")
     world = world_of(config)
     world = dataclasses.replace(world, digits_path=digits or world.digits_path)
+    check(world.digits_path, f"--digits is not given; it must be {ALLOWED}")
     draw(world, 0)  # UserError, now, where there are no digits
     given = given_frames(config)
     check(0 < given < world.frames, f"{given} frames are given; config.drawn.world.frames must be more")
@@ -172,13 +173,21 @@ def main(config_file: str | None, changes: Sequence[str], digits: str, workdir: 
     }
     write_json(workdir / "report.json", json.loads(console.as_json(report)))  # where a value is not finite, null
     save_png(workdir / "frames.png", picture(config, given, means[:SHOWN], drawn[:SHOWN]))
-    rows = () if world_of(config).stochastic else PUBLISHED
+    rows = PUBLISHED if as_published(config, given) else ()
     ours = [(point["flops"], point["mse"]) for point in points]
     named = [(row.method, row.train_flops, row.mse, f"published, {row.epochs} epochs") for row in rows]
     plot_against_flops(workdir / "flops.png", "squared error of a frame, summed over its pixels", ours, named)
-    text = [table(rows, cost, report["train_flops"], quality), about_digits(config), about_samples(samples)]
+    text = [table(rows, cost, report["train_flops"], quality)]
+    text += [about_digits(config), about_world(config, given), about_samples(samples)]
     text += [about_frechet(found, options.frechet)] if found else []
     console.result(report, "\n".join([*text, f"{workdir / 'flops.png'} {workdir / 'frames.png'}"]))
+
+
+def as_published(config: DenoiserRun, given: int) -> bool:
+    """Return True where clips are those of the published tables: 2 digits on 64 x 64 pixels, 10 frames after 10."""
+    world, usual = world_of(config), MovingMnistConfig()
+    same = all(getattr(world, name) == getattr(usual, name) for name in ("size", "digits", "digit_size", "stochastic"))
+    return same and (given, world.frames) == (10, 20)
 
 
 def held_out(config: DenoiserRun, count: int) -> list[np.ndarray]:
@@ -240,7 +249,7 @@ def picture(
     config: DenoiserRun, given: int, means: Sequence[np.ndarray], drawn: Sequence[np.ndarray], frames: int = 20
 ) -> np.ndarray:
     """Draw for each clip the true frames, below them the predicted mean, below that a sample."""
-    rows = []
+    rows, captions = [], []
     for true, mean, sample in zip(held_out(config, len(means)), means, drawn):
         for name, clip in (("true", true), ("mean", mean), ("sample", sample)):
             whole = np.concatenate([true[:given], clip[given:]]) if name == "true" else clip
@@ -248,7 +257,8 @@ def picture(
             if name != "true":
                 grey[:given] = 255  # what is given stands above
             rows.append(grey)
-    return draw_strips(rows, frames)
+            captions.append(f"{name}, from the first frame on" if name == "true" else f"{name} after {given} frames")
+    return contact_sheet(rows, captions, columns=1, shown=frames)
 
 
 def table(rows: Sequence[Published], cost: Cost, flops: float, quality: PredictionQuality) -> str:
@@ -281,6 +291,15 @@ def about_digits(config: DenoiserRun) -> str:
         f"sora_jax learns from {train:,} images of digits and is tested on clips of {test:,} others; published rows "
         "learn from 60,000 and are tested on a fixed file of 10,000 clips"
     )
+
+
+def about_world(config: DenoiserRun, given: int) -> str:
+    """Say in a line which clips the errors are of, and if published ones are of others."""
+    world = world_of(config)
+    kind = f"{world.digits} {'digits that bounce at random' if world.stochastic else 'digits'}"
+    size, frames = f"{world.size} x {world.size} pixels", f"{given} given and {world.frames - given} predicted"
+    line = f"frames of {size} with {kind}, {frames}"
+    return line if as_published(config, given) else f"{line}: published errors are of other clips and not shown"
 
 
 def about_samples(samples: SampleQuality) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sora_jax import console
 from sora_jax.evaluate.features import Classifier, FeaturesConfig, load, read_facts, save, stack, train
 from sora_jax.evaluate.frechet import Distance, Sample, measure_distance
 from sora_jax.worlds.table import AnyWorld, captions_of, draw
@@ -20,6 +21,7 @@ def world_features(world: AnyWorld, first: int, folder: Path, config: FeaturesCo
     """
     path = folder / FILE
     if not path.exists():
+        console.log(f"features: a classifier of what clips show is trained, once, in {config.steps} steps")
         captions = [list(captions_of(world, index).values()) for index in range(config.clips)]
         facts, classes = read_facts([{"label": -1, "captions": texts} for texts in captions])
         with jax.set_mesh(None):

@@ -27,7 +27,7 @@ from sora_jax.data.storing.drawn import DrawnConfig
 from sora_jax.data.viewing.sheets import contact_sheet
 from sora_jax.data.viewing.write import save_png
 from sora_jax.files import as_path, read_text, write_json
-from sora_jax.generate.run import Run, load_run
+from sora_jax.generate.run import Run, load_run, read_run_config
 from sora_jax.kinds.run import train
 from sora_jax.models.first_stage import latent_grid
 from sora_jax.models.flops import autoencoder_train_flops
@@ -78,8 +78,9 @@ def main(config_file: str | None, changes: Sequence[str], world: dict[str, Any],
     prepare_jax()
     changes = [*changes, *(f"world.{name}={value}" for name, value in world.items())]
     config = from_dict(PhyworldBench, load(config_file or default_config(world.get("scenario")), changes), "--config")
-    options = prepared(config, workdir)
     folder = workdir / "denoiser"
+    check_same_world(config.world, folder)
+    options = prepared(config, workdir)
     train(options, folder)
     result = report(config, options, folder, workdir)
     write_json(workdir / "result.json", json.loads(console.as_json(result)))  # where a value is not finite, null
@@ -95,6 +96,15 @@ def main(config_file: str | None, changes: Sequence[str], world: dict[str, Any],
 def default_config(scenario: str | None = None) -> str:
     """Return the path of configs/phyworld.py, as it came with the package, with the variant of a scenario."""
     return str(package_config("phyworld.py")) + (f":{scenario}" if scenario in SCENARIOS else "")
+
+
+def check_same_world(world: PhyworldConfig, folder: Path) -> None:
+    """Raise a UserError if the run in the folder has learnt another world."""
+    drawn = read_run_config(folder).drawn if (folder / "config.json").exists() else None
+    for name, value in to_dict(world).items() if drawn else ():
+        have = to_dict(drawn)["world"].get(name, value)
+        learnt = f"that run has learnt one with {have!r}; take another --workdir than {str(folder.parent)!r}"
+        check(have == value, f"--config.world.{name} is {value!r}; {learnt}")
 
 
 def of_kind(world: PhyworldConfig, kind: Any) -> PhyworldConfig:
@@ -153,13 +163,13 @@ def measured(run: Run, world: PhyworldConfig, total: int, out: Path) -> Measured
     rows = kept["errors"] if kept.get("made_by") == made_by else []
     if len(rows) < total:
         rows = rows[: len(rows) // BATCH * BATCH]  # whole calls, so that every clip has the noise that it always has
-    with console.progress(total=total, initial=len(rows), desc=out.stem, unit="clip") as bar:
-        for start in range(HELD_OUT + len(rows), HELD_OUT + total, BATCH):
-            indices = list(range(start, min(start + BATCH, HELD_OUT + total)))
-            for index, clip in zip(indices, predict_clips(run, world, indices), strict=True):
-                rows.append(dataclasses.asdict(measure(world, index, clip)))
-                bar.update(1)
-            write_json(out, {"made_by": made_by, "errors": rows})
+        with console.progress(total=total, initial=len(rows), desc=out.stem, unit="clip") as bar:
+            for start in range(HELD_OUT + len(rows), HELD_OUT + total, BATCH):
+                indices = list(range(start, min(start + BATCH, HELD_OUT + total)))
+                for index, clip in zip(indices, predict_clips(run, world, indices), strict=True):
+                    rows.append(dataclasses.asdict(measure(world, index, clip)))
+                    bar.update(1)
+                write_json(out, {"made_by": made_by, "errors": rows})
     return {HELD_OUT + place: VelocityError(**row) for place, row in enumerate(rows[:total])}
 
 
@@ -183,6 +193,7 @@ def report(config: PhyworldBench, options: DenoiserRun, folder: Path, workdir: P
         "in": dataclasses.asdict(summarise(inside.values())), "out": outside(config, found, as_published=True),
         "out_all": outside(config, found, as_published=False), "true": dataclasses.asdict(true),
         "kinds": {kind: dataclasses.asdict(summarise(errors.values())) for kind, errors in found.items()},
+        "curve_clips": min(config.curve, config.count),
         "curve": [*curve, {"step": run.step, "flops": each * run.step, "in": last.published}],
         "autoencoder_flops": autoencoder_flops(config.autoencoder) if config.autoencoder else 0.0,
     }  # fmt: skip
@@ -212,7 +223,8 @@ def outside(config: PhyworldBench, found: dict[str, Measured], as_published: boo
         if kept:
             summaries.append(dataclasses.asdict(summarise(kept)))
             weights.append(SHARES[kind] if config.world.balls == 1 else 1.0)
-    return {name: weighted([s[name] for s in summaries], weights) for name in summaries[0]}
+    means = {name: weighted([s[name] for s in summaries], weights) for name in summaries[0]}
+    return means | {"clips": sum(s["clips"] for s in summaries)}
 
 
 def weighted(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -260,7 +272,7 @@ def own_rows(config: PhyworldBench, result: dict[str, Any]) -> list[Row]:
 
 
 def shares(result: dict[str, Any]) -> str:
-    """Return a line for each kind of clips: errors, and how many have lost a ball or its colour."""
+    """Return a line for each kind of clips: errors, and how many have lost a ball or its colour; and one of `out`."""
     lines = []
     for kind, s in result["kinds"].items():
         errors = f"{s['published']:.4f}  unbiased {s['unbiased']:.4f}  frame by frame {s['printed']:.3f}"
@@ -268,4 +280,10 @@ def shares(result: dict[str, Any]) -> str:
             f"{kind:<11} {errors}  of {s['clips']} clips: ball lost {s['lost']:.0%}, faded {s['faded']:.0%}, "
             f"too short to measure {s['unmeasured']:.0%}"
         )
+    out, whole = result["out"], result["out_all"]
+    weights = "" if result["scenario"] == "collision" else ", radius once, velocity and both twice"
+    counted = f"of the {out['clips']} of {whole['clips']} clips that the published evaluation counts"
+    lines.append(
+        f"out: mean of the other kinds{weights}; {counted} {out['published']:.4f}, of all {whole['published']:.4f}"
+    )
     return "\n".join(lines)

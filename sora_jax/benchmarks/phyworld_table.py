@@ -85,11 +85,17 @@ def draw_plot(scenario: str, result: Mapping[str, Any], out: Path) -> None:
             panel.plot([PUBLISHED_FLOPS[model]] * len(errors), errors, "o", color=f"C{number + 1}", label=label)
         curve = [(point["flops"], point[name]) for point in result["curve"] if point.get(name)]
         if curve:
-            panel.plot(*zip(*sorted(curve), strict=True), "-", color="C0", linewidth=1)
+            clips = f", {result['curve_clips']} clips" if "curve_clips" in result else ""
+            panel.plot(*zip(*sorted(curve), strict=True), "-", color="C0", lw=1, label=f"this run on the way{clips}")
         panel.plot(result["flops"], result[name]["published"], "*", color="C0", ms=12, label="this run")
         if side == 0:
             panel.axhline(FLOORS[scenario][0], color="grey", linestyle=":", label="true clips, published")
-        panel.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="error of the velocity")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="training FLOPs",
+            ylabel="error of the velocity, frame widths / 10 a second",
+        )
         panel.set_title(f"{scenario}: {name} of distribution" if name == "out" else f"{scenario}: in distribution")
         panel.legend(frameon=False, fontsize=7)
     with replacing(out) as temporary:

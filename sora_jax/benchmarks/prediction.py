@@ -16,7 +16,6 @@ from sora_jax import console
 from sora_jax.config import check
 from sora_jax.data.feeding.pipeline import PackedBatches
 from sora_jax.data.feeding.tokenizer import NoText
-from sora_jax.data.viewing.sheets import strip
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.files import as_path, read_text, replacing
 from sora_jax.generate.requests import Known, Task, Wanted, size_of
@@ -134,12 +133,6 @@ def in_one_step(sampling: SamplingConfig) -> SamplingConfig:
     return dataclasses.replace(sampling, steps="1", spacing="even", solver=solver, last_time=0.0)
 
 
-def draw_strips(clips: Sequence[np.ndarray], shown: int) -> np.ndarray:
-    """Put clips (T, H, W, 3) of one size below each other, `shown` frames of each, as one picture."""
-    strips = [strip(clip, shown) for clip in clips]
-    return np.concatenate([np.pad(each, ((0, 2), (0, 0), (0, 0)), constant_values=255) for each in strips])
-
-
 def plot_against_flops(
     out: Path,
     label: str,
@@ -156,13 +149,16 @@ def plot_against_flops(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     panel.plot(*zip(*ours, strict=True), "o-", color="C3", label=name, zorder=3)
     for number, group in enumerate(dict.fromkeys(group for *_, group in published)):
         points = [(flops, error) for _, flops, error, own in published if own == group]
         panel.plot(*zip(*points, strict=True), "o", color=f"C{number}", markersize=4, label=group)
-    for method, flops, error, _ in published:
-        panel.annotate(method, (flops, error), textcoords="offset points", xytext=(4, 3), fontsize=6)
+    # Points lie close together, so their names stand in a column beside the panel, the largest error at the top.
+    for place, (method, flops, error, _) in enumerate(sorted(published, key=lambda row: -row[2])):
+        line = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.6}
+        at = (1.02, 1 - (place + 0.5) / len(published))
+        panel.annotate(method, (flops, error), at, "data", "axes fraction", line, fontsize=7, va="center", zorder=0)
     panel.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel=label)
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")

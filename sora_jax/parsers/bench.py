@@ -1,6 +1,7 @@
 """Parse and run `sora-jax bench`: benchmarks with published tables."""
 
 import argparse
+import dataclasses
 
 from sora_jax.files import as_path
 from sora_jax.parsers.base import CONFIG, add_json, make_parser
@@ -59,9 +60,10 @@ def _moving_mnist(benchmarks) -> None:
     p.add_argument("--digits", default="", metavar="PATH", help="folder with the idx files of MNIST, or tfds:mnist")
     p.add_argument("--config", metavar="FILE[:VARIANT]", help=f"{CONFIG} (default: {usual})")
     p.add_argument("--clips", type=int, default=1000, help="held-out clips that are predicted")
-    p.add_argument("--sampled", type=int, default=32, help="the first of them, of which clips are sampled, too")
+    p.add_argument("--sampled", type=int, help="the first of them, of which clips are sampled, too (default: 32)")
     p.add_argument("--samples", type=int, default=8, help="clips that are sampled of each")
-    p.add_argument("--frechet", type=int, default=256, help="clips of each set of the Frechet distance; 0: none")
+    about = "clips of each set of the Frechet distance, for which a classifier is trained; 0: none (default: 256)"
+    p.add_argument("--frechet", type=int, help=about)
     p.add_argument("--seed", type=int, default=1, help="seed of the noise of the evaluation")
     add_json(p)
     list_fields(p, usual=usual)
@@ -72,5 +74,8 @@ def moving_mnist(options: argparse.Namespace) -> None:
     """Train and evaluate on Moving MNIST."""
     from sora_jax.benchmarks.moving_mnist import Options, main
 
-    chosen = Options(options.clips, options.sampled, options.samples, options.frechet, options.seed)
+    names = [field.name for field in dataclasses.fields(Options)]
+    usual = {"sampled": min(Options.sampled, options.clips), "frechet": min(Options.frechet, options.clips)}
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    chosen = Options(**usual | given)
     main(options.config, options.changes, options.digits, options.workdir, chosen)

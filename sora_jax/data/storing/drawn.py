@@ -38,6 +38,9 @@ class DrawnConfig:
         check(self.clips <= most, f"drawn.clips is {self.clips}; the world {self.world.name!r} has {most}")
         check(self.held_out >= 0, f"drawn.held_out is {self.held_out}; it must be 0 or more")
 
+    def __str__(self) -> str:
+        return f"drawn clips of the world {self.world.name}"
+
     @property
     def channels(self) -> int:
         """Return the channels of the latents."""
