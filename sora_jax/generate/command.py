@@ -62,8 +62,7 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     if windows:
         return _sample_long(asked, windows, load, progress)
     if asked.task:
-        smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
-        _plan(asked, dataclasses.replace(wanted, sizes=smallest))
+        _plan(asked, dataclasses.replace(wanted, tasks=[_placeholder(asked)]))
         inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
         run, fps = load(), fps or inputs.fps
         wanted = dataclasses.replace(wanted, tasks=[make_task(asked.task, inputs, run, asked.size)])
@@ -82,6 +81,15 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     if wanted.classes:
         clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
     return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
+
+
+def _placeholder(asked: Asked) -> Task:
+    """Return a task to be checked before the clips are read, of the least size: theirs is not known yet."""
+    frames, *sides = size_of(asked.first_stage, asked.config.model.patch)
+    if not asked.task.upsample:
+        return Task((frames, *sides), None)
+    height, width = asked.size[1:] if asked.options.sized else sides
+    return Task((frames, height, width), None, low=np.zeros(0))
 
 
 def _sample_vbench(asked: Asked, load: Callable[[], Run]) -> list[Path]:

@@ -212,7 +212,10 @@ DENOISER = Kind(
         "preview",
         "held_out",
         "sampling",
-        *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given", "self_conditioning")),
+        *(
+            f"diffusion.{field}"
+            for field in ("times", "weight", "caption_dropout", "given", "self_conditioning", "low_noise")
+        ),
         *(f"model.{field}" for field in ("attention", "sequence", "remat", "unroll", "dtype")),
     ),
     claim=claim,

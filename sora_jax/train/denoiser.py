@@ -21,8 +21,9 @@ from sora_jax.data.storing.drawn import DrawnClips, DrawnConfig
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.store import ClipStore
 from sora_jax.diffusion.guidance import GuidanceConfig
-from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
+from sora_jax.diffusion.keys import Purpose, clip_uniforms, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
+from sora_jax.diffusion.low_resolution import with_low_noise
 from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -37,6 +38,7 @@ from sora_jax.models.denoiser import (
     denoise,
     denoiser_specs,
     reads_estimate,
+    reads_low,
     room_multiple,
     train_flops,
 )
@@ -70,6 +72,9 @@ class DiffusionConfig:
     # Share of clips trained on with an estimate of the clean tokens, for a network with `model.self_conditioning`; the
     # others, and held-out clips, have none.
     self_conditioning: float = 0.9
+    # Largest noise level of the low resolution of clips, for a network with `model.low_resolution`: that of each clip
+    # is drawn from 0 to it, that of held-out clips is half of it.
+    low_noise: float = 0.3
 
     def __post_init__(self):
         check_pair(self.process, self.prediction)
@@ -78,8 +83,9 @@ class DiffusionConfig:
             0 <= self.caption_dropout < 1,
             f"diffusion.caption_dropout is {self.caption_dropout}; it must be in [0, 1)",
         )
-        share = self.self_conditioning
-        check(0 <= share <= 1, f"diffusion.self_conditioning is {share}; it must be in [0, 1]")
+        for name in ("self_conditioning", "low_noise"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"diffusion.{name} is {value}; it must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +164,9 @@ class DenoiserRun(RunConfig):
             f"model.guides is False; diffusion.given.key_frames = {given.key_frames} and sketches = {given.sketches} "
             "need True",
         )
-        check(guides or not self.packing.guides, "packing.guides is True; it must be left out, model.guides says it")
+        for name, says in (("guides", "model.guides"), ("low", "model.low_resolution")):
+            given = getattr(self.packing, name)
+            check(not given, f"packing.{name} is {given}; it must be left out, {says} says it")
         alone = self.packing.multiple == (1, 1)
         check(alone, f"packing.multiple is {self.packing.multiple}; it must be (1, 1), as model.name says it")
         check(
@@ -175,6 +183,8 @@ class DenoiserRun(RunConfig):
     def _check_preview(self) -> None:
         """Raise now what the first preview would otherwise raise, hours into the training."""
         preview, known = self.preview, self.model.classes
+        enlarges = preview.any and reads_low(self.model)
+        check(not enlarges, "preview names clips; with model.low_resolution, which makes clips of others, it must not")
         for name in ("prompts", "clips"):
             given = getattr(preview, name)
             check(self.model.text or not given, f"preview.{name} are given; a model without text has classes")
@@ -202,6 +212,7 @@ class DenoiserRun(RunConfig):
             text_length=text_length,
             rows_per_clip=rows,
             guides=self.model.guides,
+            low=reads_low(self.model),
             multiple=room_multiple(self.model),
         )
 
@@ -245,6 +256,9 @@ def denoiser_loss(
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     assert pack.tokens_BLP is not None  # what is trained on is there
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
+    if reads_low(config.model):
+        low_times_BS = diffusion.low_noise * clip_uniforms(key(Purpose.LOW_TIME), pack.clip_ids_BS)
+        pack = with_low_noise(process, pack, key(Purpose.LOW_NOISE), low_times_BS)
     captions = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     model: Denoise = network(params[MODEL], config, captions)
     if reads_estimate(config.model) and diffusion.self_conditioning:
@@ -279,10 +293,7 @@ def network(
 
 
 def _draw(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
-    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(
-        clip_keys(key, clip_ids_BS)
-    )
-    return draw_BS < share
+    return clip_uniforms(key, clip_ids_BS) < share
 
 
 def denoiser_job(
