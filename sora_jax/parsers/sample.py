@@ -103,6 +103,8 @@ def _tasks(p) -> None:
     p.add_argument("--from-prompt", metavar="TEXT", help=about)
     about = "make it at twice its height and width, by a run with model.low_resolution"
     p.add_argument("--upsample", action="store_true", help=about)
+    about = "run folders that make what comes of it, in turn, at twice its height and width: --upsample in one command"
+    p.add_argument("--then", default="", metavar="RUN,RUN..", help=about)
     p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
     p.add_argument(
         "--gap", type=int, help="frames to make between clips, or to close a loop; a multiple of the time factor (8)"
