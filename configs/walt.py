@@ -5,6 +5,10 @@
     sora-jax sample --workdir=runs/k600 --video=clip.mp4 --extend=+12 --context=5 --out=longer.mp4
     sora-jax plan --config=configs/walt.py:t2v --topology=v5p:4x4x4
     sora-jax train --config=configs/walt.py:small --workdir=runs/walt_sprites --config.latents=data/sprites_latents
+    sora-jax train --config=configs/walt.py:small_sr --workdir=runs/walt_sr --config.latents=data/sprites_low_latents
+    sora-jax train --config=configs/walt.py:sr --workdir=runs/sr --config.latents=data/latents_256
+    sora-jax train --config=configs/walt.py:sr2 --workdir=runs/sr2 --config.latents=data/latents_512
+    sora-jax sample --workdir=runs/t2v --prompt="a fox runs" --then=runs/sr,runs/sr2 --out=fox.mp4
 
     variant                    parameters  what it is
     configs/walt.py:L               313 M  UCF-101 by class, 17 frames of 128 x 128; the size of the paper's ablations
@@ -13,7 +17,7 @@
     configs/walt.py:imagenet        459 M  ImageNet by class, 256 x 256, with a modulation of its own in each block
     configs/walt.py:t2v             3.1 B  text to video, 17 frames of 128 x 128, with images in the same packs
     configs/walt.py:sr              1.3 B  clips of t2v to twice the size: 17 frames of 256 x 448
-    configs/walt.py:sr2             421 M  those of sr to twice the size: 17 frames of 512 x 896
+    configs/walt.py:sr2             444 M  those of sr to twice the size: 17 frames of 512 x 896
     configs/walt.py:small           3.2 M  the sprites of configs/sprites.py, on two CPU cores
     configs/walt.py:small_sr        3.2 M  sprites of twice the size of given ones, on two CPU cores
 
@@ -32,8 +36,14 @@ Frames are given to `k600` and `t2v` (docs/tasks.md): the command above continue
 `--frames=29` or `41` with `--window=17 --context=5` makes a longer one. `--history-guidance` guides by given frames.
 The shares of clips with given frames are not in the paper.
 
+The runs of the cascade, `sr` and `sr2` (1.3 B and 419 M in the paper, without an encoder of captions, which has 27 M here),
+and `small_sr`, read clips at half their height and width: their latents are of `data encode --low`. In training the half
+clips have noise of a level from 0 to 0.3, in sampling of 0.1; the paper has the first from 0 to a level that it does not
+say, and not the second. `sr` takes patches of 2 x 2, `sr2` of 4 x 4 (table 8; the text of the paper has 2 x 2 for both).
+
 What differs: positions in windows are rotary, not a learnt bias (0.6 M parameters of L, 0.7 M of XL); given frames are
-clean tokens at time 0, not further channels beside a mask. The paper reports an FVD on UCF-101 of 46 (L) and 36 (XL),
+clean tokens at time 0, not further channels beside a mask; half clips are brought to the size of the clip by a map of
+each position, not by a convolution that may see more (`sora_jax/models/walt.py`). The paper reports an FVD on UCF-101 of 46 (L) and 36 (XL),
 an FID on ImageNet of 2.56 without guidance. Time and quality: not measured here.
 """
 

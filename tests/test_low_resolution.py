@@ -22,7 +22,6 @@ from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import Dataset
 from sora_jax.data.viewing.write import write_video
 from sora_jax.diffusion.keys import Purpose, step_key
-from sora_jax.diffusion.low_resolution import with_low_noise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import UserError
@@ -36,6 +35,7 @@ from sora_jax.parallel.mesh import make_mesh
 from sora_jax.plan import report
 from sora_jax.train.denoiser import DenoiserRun, denoiser_loss
 from sora_jax.train.frozen import load_autoencoder
+from sora_jax.train.low_resolution import with_low_noise
 from sora_jax.train.metrics import read_metrics
 from sora_jax.train.state import MODEL
 

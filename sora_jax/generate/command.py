@@ -83,9 +83,9 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     sampling, step = asked.sampling, run.step
     for stage in asked.stages:
         _announce(run, requests, sampling)
-        clips = run.sample(requests, sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
+        small = run.sample(requests, sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
         run = load_run(stage)
-        wanted = dataclasses.replace(wanted, tasks=[Tasks(run).upsample(clip) for clip in clips])
+        wanted = dataclasses.replace(wanted, tasks=[Tasks(run).upsample(clip) for clip in small])
         sampling = sampling_of(options, run.config)
         requests = run.plan(wanted, sampling)
     _announce(run, requests, sampling)
@@ -97,11 +97,11 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
 
 def _placeholder(asked: Asked) -> Task:
     """Return a task to be checked before the clips are read, of the least size: theirs is not known yet."""
-    frames, *sides = size_of(asked.first_stage, asked.config.model.patch)
+    least = size_of(asked.first_stage, asked.config.model.patch)
     if not asked.task.upsample:
-        return Task((frames, *sides), None)
-    height, width = asked.size[1:] if asked.options.sized else sides
-    return Task((frames, height, width), None, low=np.zeros(0))
+        return Task(least, None)
+    _, height, width = asked.size if asked.options.sized else least
+    return Task((least[0], height, width), None, low=np.zeros(0))
 
 
 def _check_stages(asked: Asked, requests: Sequence[Request]) -> None:

@@ -18,7 +18,6 @@ from sora_jax.diffusion.given import limit_times
 from sora_jax.diffusion.guidance import HistoryModels, TokenLayout, guided, guided_by_history
 from sora_jax.diffusion.history import history_tokens, without_history
 from sora_jax.diffusion.keys import Purpose, step_key, token_noise
-from sora_jax.diffusion.low_resolution import with_low_noise
 from sora_jax.diffusion.prediction import Denoise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.sampling import SamplingConfig, check_skipping, grid_times, sample
@@ -35,6 +34,7 @@ from sora_jax.models.denoiser import RunTrunk, encode_condition, has_trunk, read
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun, network
+from sora_jax.train.low_resolution import with_low_noise
 
 UNPACKED = ("segments_BL", "index_BL", "grids_BS3")  # what `unpack` reads beside the tokens
 PART_SECONDS = 0.25  # between two reports of how far a solve is

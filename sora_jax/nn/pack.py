@@ -30,7 +30,7 @@ class Pack:
                       for a model without guides
     low_BLQ           patches of the clip at half its rows and columns, what lies under each token: Q = P / 4; None for
                       a model that does not read it
-    low_times_BS      noise level of `low_BLQ` of each clip, see `diffusion.low_resolution`; None: it is clean
+    low_times_BS      noise level of `low_BLQ` of each clip, see `train.low_resolution`; None: it is clean
     ranks_BS          rank of each clip among those of the batch, in [0, 1), for stratified times
     """
 

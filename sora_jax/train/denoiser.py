@@ -23,7 +23,6 @@ from sora_jax.data.storing.store import ClipStore
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.diffusion.keys import Purpose, clip_uniforms, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
-from sora_jax.diffusion.low_resolution import with_low_noise
 from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
 from sora_jax.diffusion.sampling import SamplingConfig
@@ -51,6 +50,7 @@ from sora_jax.train.adapt import LoraConfig, matches, split_specs
 from sora_jax.train.frozen import recorded_fingerprint
 from sora_jax.train.given import GivenConfig, draw_given
 from sora_jax.train.loop import Job, Preview
+from sora_jax.train.low_resolution import with_low_noise
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
 from sora_jax.train.step import LossResult
@@ -256,17 +256,17 @@ def denoiser_loss(
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     assert pack.tokens_BLP is not None  # what is trained on is there
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
+    known = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
     if reads_low(config.model):
         low_times_BS = diffusion.low_noise * clip_uniforms(key(Purpose.LOW_TIME), pack.clip_ids_BS)
-        pack = with_low_noise(process, pack, key(Purpose.LOW_NOISE), low_times_BS)
-    captions = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
-    model: Denoise = network(params[MODEL], config, captions)
+        known = with_low_noise(process, known, key(Purpose.LOW_NOISE), low_times_BS)
+    model: Denoise = network(params[MODEL], config, known)
     if reads_estimate(config.model) and diffusion.self_conditioning:
         chosen_BS = _draw(diffusion.self_conditioning, key(Purpose.SELF_CONDITIONING), pack.clip_ids_BS)
-        first = network(jax.lax.stop_gradient(params[MODEL]), config, captions)
+        first = network(jax.lax.stop_gradient(params[MODEL]), config, known)
         estimate = Estimate(process, diffusion.prediction, rows_BL)
         chosen_BL1 = per_slot(chosen_BS, slot_of(pack.segments_BL))[..., None]
-        model = in_two_passes(estimate, first, network(params[MODEL], config, captions), chosen_BL1)
+        model = in_two_passes(estimate, first, network(params[MODEL], config, known), chosen_BL1)
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
     data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, rows_BL)
     sums = denoising_loss(spec, model, data, weight_BL)

@@ -22,7 +22,6 @@ from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import evenly_spread
 from sora_jax.diffusion.keys import Purpose, clip_uniforms, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, loss_weight, token_losses
-from sora_jax.diffusion.low_resolution import with_low_noise
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.times import time_quantiles
 from sora_jax.models.pretrained import PretrainedText
@@ -31,6 +30,7 @@ from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import place_batch
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import NOISE_BINS, DenoiserRun, Text, network
+from sora_jax.train.low_resolution import with_low_noise
 from sora_jax.train.state import MODEL
 
 SEED = 0  # of times and noise
@@ -208,10 +208,10 @@ def clip_losses(config: DenoiserRun, params: dict, pack: Pack, level: jax.Array)
     noise_key = step_key(SEED, level, Purpose.HELD_OUT_NOISE)
     eps_BLP = token_noise(noise_key, ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
     low_times_BS = jnp.full_like(times_BS, diffusion.low_noise / 2)
-    pack = with_low_noise(process, pack, step_key(SEED, level, Purpose.LOW_NOISE), low_times_BS)
+    read = with_low_noise(process, pack, step_key(SEED, level, Purpose.LOW_NOISE), low_times_BS)
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
     data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, pack.rows_BL)
-    mse_BL, vlb_BL, _ = token_losses(spec, network(params[MODEL], config, pack), data, weight_BL)
+    mse_BL, vlb_BL, _ = token_losses(spec, network(params[MODEL], config, read), data, weight_BL)
     own_BLS = pack.segments_BL[:, :, None] == jnp.arange(1, pack.slots + 1)[None, None, :]
     loss_BS, weight_BS = (
         jnp.sum(jnp.where(own_BLS, x_BL[:, :, None], 0.0), axis=1) for x_BL in (mse_BL + vlb_BL, weight_BL)

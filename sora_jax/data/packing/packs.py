@@ -232,8 +232,8 @@ def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[st
         kinds = [np.zeros(len(x.coords), np.int32) if x.kinds is None else x.kinds for x in layouts]
         batch["guides_BL"] = tokens.place(np.concatenate(kinds))
     if config.low:
-        step, rows, columns = config.patch
-        batch["low_BLQ"] = _tokens(items, grids, tokens, (step, rows // 2, columns // 2), "low")
+        frames, height, width = config.patch
+        batch["low_BLQ"] = _tokens(items, grids, tokens, (frames, height // 2, width // 2), "low")
     if items[0].embedding is not None:
         embeddings = np.concatenate([item.embedding for item in items])
         batch["embeddings_BME"] = texts.place(embeddings.astype(np.float16, copy=False))

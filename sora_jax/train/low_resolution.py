@@ -8,15 +8,14 @@ difference, and the level says how much of the low resolution is to be kept (Ho 
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jax import Array
 
 from sora_jax.diffusion.keys import token_noise
 from sora_jax.diffusion.process import Process, corrupt, input_scale
 from sora_jax.nn.pack import Pack, per_slot, slot_of
-from sora_jax.shapes import PerClipBS
 
 
-def with_low_noise(process: Process, pack: Pack, key: Key[Array, ""], times_BS: PerClipBS) -> Pack:
+def with_low_noise(process: Process, pack: Pack, key: Array, times_BS: Array) -> Pack:
     """Bring the low resolution of every clip of a pack to a noise level of the process, and say it to the network.
 
     The noise is a function of (key, clip id, token). A pack without low resolution stays as it is.
