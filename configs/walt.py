@@ -36,15 +36,15 @@ Frames are given to `k600` and `t2v` (docs/tasks.md): the command above continue
 `--frames=29` or `41` with `--window=17 --context=5` makes a longer one. `--history-guidance` guides by given frames.
 The shares of clips with given frames are not in the paper.
 
-The runs of the cascade, `sr` and `sr2` (1.3 B and 419 M in the paper, without an encoder of captions, which has 27 M here),
-and `small_sr`, read clips at half their height and width: their latents are of `data encode --low`. In training the half
-clips have noise of a level from 0 to 0.3, in sampling of 0.1; the paper has the first from 0 to a level that it does not
-say, and not the second. `sr` takes patches of 2 x 2, `sr2` of 4 x 4 (table 8; the text of the paper has 2 x 2 for both).
+The runs of the cascade, `sr` and `sr2`, and `small_sr` read clips at half their height and width: their latents are of
+`data encode --low`. The paper has 1.3 B and 419 M, without the encoder of captions, which has 27 M here. The half clips
+have noise of a level from 0 to 0.3 in training, of 0.1 in sampling; the paper does not say these. `sr` takes patches of
+2 x 2, `sr2` of 4 x 4 (table 8; the text of the paper has 2 x 2 for both).
 
 What differs: positions in windows are rotary, not a learnt bias (0.6 M parameters of L, 0.7 M of XL); given frames are
 clean tokens at time 0, not further channels beside a mask; half clips are brought to the size of the clip by a map of
-each position, not by a convolution that may see more (`sora_jax/models/walt.py`). The paper reports an FVD on UCF-101 of 46 (L) and 36 (XL),
-an FID on ImageNet of 2.56 without guidance. Time and quality: not measured here.
+each position alone. The paper reports an FVD on UCF-101 of 46 (L) and 36 (XL), an FID on ImageNet of 2.56 without
+guidance. Time and quality: not measured here.
 """
 
 from sora_jax.config import choose, to_config_dict

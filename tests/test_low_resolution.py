@@ -352,13 +352,17 @@ def test_the_command_enlarges_a_clip_and_the_clips_of_another_run(chain, finishe
 
 
 MISTAKES = {
-    "no video": ("low", [], "--upsample is not given; this run makes clips of those of half the size"),
-    "not read": ("base", ["--video=a.gif", "--upsample"], "--upsample is given; this run does not read clips"),
+    "no video": ("low", [], "this run makes clips of those of half the size (model.low_resolution); give `sora-jax"),
+    "not read": ("base", ["--video=a.gif", "--upsample"], "--upsample is given; this run does not read a clip"),
     "alone": ("low", ["--upsample"], "--upsample is given without --video"),
     "two tasks": ("low", ["--video=a.gif", "--upsample", "--strength=0.5"], "--video is given with --strength and"),
     "sides": ("low", ["--video=a.gif", "--upsample", "--height=20"], "height is 20; it must be a multiple of 8"),
     "pixels": ("low", ["--video=a.gif", "--upsample", "--keep-pixels"], "--keep-pixels is given; it must stand beside"),
-    "long": ("low", ["--frames=99"], "--upsample is not given; this run makes clips of those of half the size"),
+    "long": (
+        "low",
+        ["--frames=99"],
+        "this run makes clips of those of half the size (model.low_resolution); give `sora-jax",
+    ),
     "then itself": ("base", ["--then=BASE"], "which does not take the clips: --upsample is given; this run does not"),
     "then nothing": ("base", ["--then=nowhere"], "--then is 'nowhere'"),
     "then a task": ("base", ["--video=a.gif", "--extend=4", "--then=LOW"], "only --upsample goes with it"),

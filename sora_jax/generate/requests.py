@@ -149,11 +149,10 @@ def plan_requests(
 def _check_low(config: DenoiserRun, given: bool) -> None:
     """Raise a UserError where a run reads the low resolution of a clip and has none, or is given one and reads none."""
     reads = reads_low(config.model)
-    alone = "this run makes clips of those of half the size (model.low_resolution is True)"
-    check(given or not reads, f"--upsample is not given; {alone}: give it, and the clip by --video")
-    check(
-        reads or not given, "--upsample is given; this run does not read clips (its model.low_resolution is not True)"
-    )
+    alone = "this run makes clips of those of half the size (model.low_resolution)"
+    check(given or not reads, f"{alone}; give `sora-jax sample` one by --video=FILE --upsample")
+    unread = "this run does not read a clip of half the size (model.low_resolution)"
+    check(reads or not given, f"--upsample is given; {unread}")
 
 
 def check_replacement(sampling: SamplingConfig, known: Sequence[Known | None]) -> None:
