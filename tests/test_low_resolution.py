@@ -223,7 +223,9 @@ def test_the_level_is_read(params, clips):
 
 
 def noisy(pack: Pack, level: float, seed: int = 0) -> np.ndarray:
-    return np.asarray(noised(jax.device_put(pack), np.float32(level), np.uint32(seed)).low_BLQ[0])
+    found = noised(jax.device_put(pack), np.float32(level), np.uint32(seed))
+    assert (found.low_times_BS == np.float32(level)).all()
+    return np.asarray(found.low_BLQ[0])
 
 
 @jax.jit
@@ -240,6 +242,8 @@ def test_noise_has_its_level_and_belongs_to_the_clip(clips):
     clean = np.tile(pack.low_BLQ[0][pack.segments_BL[0] > 0].ravel(), 50)
     noise = (some - a * clean) / b
     assert abs(noise.mean()) < 4 / np.sqrt(noise.size) and abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size)
+    first = [((noisy(pack, level) - a * pack.low_BLQ[0]) / b)[pack.segments_BL[0] == slot][0] for slot in (1, 2, 3)]
+    assert min(np.abs(first[i] - first[i - 1]).max() for i in range(3)) > 0.1, "clips have one noise"
     other = packed(clips[2], clips[0])
     for slot, place in ((3, 1), (1, 2)):
         one = noisy(pack, level)[pack.segments_BL[0] == slot]
