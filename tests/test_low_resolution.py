@@ -274,6 +274,7 @@ SHORT = [
     "--config.loop.log_every=1",
     "--config.held_out.every=2",
 ]
+PREVIEW = ["--config.preview.clips=1", "--config.preview.steps=2", "--config.loop.preview_every=4"]
 SETTINGS = SamplingConfig(steps="2", low_noise=0.2)
 PROMPT = "a red square moves right"
 CLIP = np.random.default_rng(2).integers(0, 256, (9, 8, 16, 3), dtype=np.uint8)
@@ -295,7 +296,7 @@ def finished(chain, latents, tmp_path_factory):  # noqa: F811
         f"    return to_config_dict(dataclasses.replace(base, model={model}))",
     ]
     (folder / "config.py").write_text("\n".join(lines))
-    options = ["train", f"--config={folder / 'config.py'}", f"--config.latents={latents}", *SHORT]
+    options = ["train", f"--config={folder / 'config.py'}", f"--config.latents={latents}", *SHORT, *PREVIEW]
     assert run(*options, f"--workdir={folder / 'run'}") == 0
     return options, folder / "run"
 
@@ -315,6 +316,7 @@ def test_it_goes_on_to_the_bit_and_measures_held_out_clips(finished, tmp_path):
     found, wanted = ([r for r in read_metrics(f) if "loss" in r] for f in (stopped, straight))
     kept = ("step", "loss", "parameter_norm", "held_out/loss")
     assert [[r.get(k) for k in kept] for r in found] == [[r.get(k) for k in kept] for r in wanted[2:]]
+    assert decode(straight / "samples" / "step_000004" / "00.mp4").frames.shape[0] == 9
     measured = [r["held_out/loss"] for r in read_metrics(straight) if "held_out/loss" in r]
     assert len(measured) == 2 and np.isfinite(measured).all()
 
@@ -386,11 +388,14 @@ def test_mistakes_are_told(chain, finished, tmp_path, monkeypatch, capfd, name):
     assert message in told and "Traceback" not in told
 
 
-def test_mistakes_of_a_training_are_told(chain, finished, tmp_path, capfd):  # noqa: F811
+def test_mistakes_of_a_training_are_told(chain, latents, finished, tmp_path, capfd):  # noqa: F811
     options = [option for option in finished[0] if "latents" not in option]
     assert run(*options, f"--config.latents={chain.latents}", f"--workdir={tmp_path / 'no'}") == 2
     told = capfd.readouterr().err
     assert "has no low resolution, which the model reads: make it again with `sora-jax data encode ... --low`" in told
+    named = ["--config.preview.clips=0", "--config.preview.prompts=('a red square',)"]
+    assert run(*options, f"--config.latents={latents}", *named, f"--workdir={tmp_path / 'no'}") == 2
+    assert "with model.low_resolution it must be preview.clips=N, to enlarge N clips" in capfd.readouterr().err
     with pytest.raises(
         UserError, match="model.patch is .*; with model.low_resolution its rows and columns must be even"
     ):

@@ -154,12 +154,8 @@ def resolve(options: argparse.Namespace) -> Asked:
 def _check_vbench(options: argparse.Namespace) -> None:
     """Raise a UserError for options that do not go with a list of VBench."""
     named = {"prompt": options.prompt, "prompts-file": options.prompts_file, "class": options.classes}
-    named |= {
-        "then": options.then,
-        "clip": options.clip_ids,
-        "draft": options.draft is not None,
-        "expand": options.expand,
-    }
+    named |= {"clip": options.clip_ids, "draft": options.draft is not None, "expand": options.expand}
+    named["then"] = options.then
     for name in (name for name, value in named.items() if value):
         raise UserError(f"--vbench is given with --{name}; leave one of them out")
     check(not _task_options(options), "--vbench is given with an option for clips; leave one of them out")
@@ -176,9 +172,8 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     over = [file for file in asked.files if as_path(file).absolute() == as_path(options.out).absolute()]
     check(not over, f"--out is {str(options.out)!r}; that file is read, give another name")
     alone = not asked or asked.upsample
-    check(
-        alone or not options.then, f"--then is {options.then!r}; of the options for clips only --upsample goes with it"
-    )
+    only = "of the options for clips only --upsample goes with it"
+    check(alone or not options.then, f"--then is {options.then!r}; {only}")
     sized = asked and any({"frames", "height", "width"} & set(row) for row in rows)
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 

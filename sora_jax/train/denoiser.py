@@ -183,8 +183,6 @@ class DenoiserRun(RunConfig):
     def _check_preview(self) -> None:
         """Raise now what the first preview would otherwise raise, hours into the training."""
         preview, known = self.preview, self.model.classes
-        enlarges = preview.any and reads_low(self.model)
-        check(not enlarges, "preview names clips; with model.low_resolution, which makes clips of others, it must not")
         for name in ("prompts", "clips"):
             given = getattr(preview, name)
             check(self.model.text or not given, f"preview.{name} are given; a model without text has classes")
