@@ -393,7 +393,7 @@ def test_mistakes_of_a_training_are_told(chain, latents, finished, tmp_path, cap
     assert run(*options, f"--config.latents={chain.latents}", f"--workdir={tmp_path / 'no'}") == 2
     told = capfd.readouterr().err
     assert "has no low resolution, which the model reads: make it again with `sora-jax data encode ... --low`" in told
-    named = ["--config.preview.clips=0", "--config.preview.prompts=('a red square',)"]
+    named = ["--config.preview.clips=0", "--config.preview.prompts=('a',)", "--config.preview.sizes=((9,16,24),)"]
     assert run(*options, f"--config.latents={latents}", *named, f"--workdir={tmp_path / 'no'}") == 2
     assert "with model.low_resolution it must be preview.clips=N, to enlarge N clips" in capfd.readouterr().err
     with pytest.raises(
