@@ -70,5 +70,6 @@ def write_cache(
         with parts.write(part) as writer:
             for row in rows[part * each : (part + 1) * each]:
                 texts = embeddings_of(row) if info.text else []
-                add_latent(writer, info, row, latent_of(row), texts, guides_of(row, info))
+                low = latent_of(row)[:, ::2, ::2] + np.float16(1) if info.low else None
+                add_latent(writer, info, row, latent_of(row), texts, guides_of(row, info), low)
     return LatentCache(path) if finish_cache(parts, info) else None

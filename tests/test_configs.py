@@ -29,7 +29,7 @@ VARIANTS = {
     "unet.py": ["B", "S", "small", "tiny"],
     "video.py": ["autoencoder", "transformer", "small_autoencoder", "small"],
     "sprites.py": ["autoencoder", "transformer"],
-    "walt.py": ["XL", "L", "k600", "imagenet", "t2v", "small"],
+    "walt.py": ["XL", "L", "k600", "imagenet", "t2v", "sr", "sr2", "small", "small_sr"],
 }
 PAIRS = [(file, variant) for file, variants in VARIANTS.items() for variant in variants]
 
@@ -181,8 +181,8 @@ def test_the_recipe_of_walt_is_that_of_the_paper(variant):
     times = base_times(diffusion.process, sampling.steps, sampling.spacing)
     assert (sampling.solver.name, sampling.solver.eta, len(times), times[0], times[-1]) == ("ddim", 0, 51, 1, 0)
     assert run.model.self_conditioning and run.model.qk_norm and run.optim.schedule == "cosine"
-    assert run.model.adaln_rank == {"imagenet": 0, "small": 16}.get(variant, 2)
-    assert run.optim.method == ("adafactor" if variant == "t2v" else "adamw")
+    assert run.model.adaln_rank == {"imagenet": 0, "small": 16, "small_sr": 16}.get(variant, 2)
+    assert run.optim.method == ("adafactor" if variant in ("t2v", "sr", "sr2") else "adamw")
 
 
 def test_the_data_configs_are_valid_and_changed_by_the_command_line():

@@ -336,10 +336,10 @@ def test_a_clip_that_cannot_be_is_refused(chain, tmp_path, capfd, options, messa
 
 def test_previews_show_clips_that_are_held_out_and_else_those_of_training(chain):  # noqa: F811
     cache = LatentCache(chain.latents)
-    preview = own_preview(config_of(chain, **{"preview.clips": 2}), cache).preview
+    preview = own_preview(config_of(chain, **{"preview.clips": 2}), cache)[0].preview
     assert (preview.clips, preview.prompts, preview.sizes) == (0, ("a black square moves right",), ((9, 16, 24),))
     others_held_out = config_of(chain, **{"preview.clips": 9, "split": "held-out"})
-    assert set(own_preview(others_held_out, cache).preview.prompts) == {caption for *_, caption, _ in CLIPS} - {
+    assert set(own_preview(others_held_out, cache)[0].preview.prompts) == {caption for *_, caption, _ in CLIPS} - {
         "a black square moves right"
     }
     with pytest.raises(UserError, match="preview.clips and preview.prompts or preview.classes are both given"):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 import pytest
 from compare import assert_near
 from test_mesh_invariance import REQUESTS, RUN, TEXT, batch, one_device, train  # noqa: F401
@@ -31,6 +32,7 @@ NETWORK = WaltConfig(
     positions=(2, 2, 2),
     text=TEXT,
     self_conditioning=True,
+    low_resolution=True,
     attention="blockwise",
     remat="none",
     dtype="float32",
@@ -46,6 +48,8 @@ def params(randomised):
 
 
 def trained(mesh, params, batch, **model):  # noqa: F811
+    low_BLQ = np.random.default_rng(0).standard_normal((*batch["segments_BL"].shape, 2), np.float32)
+    batch = batch | {"low_BLQ": low_BLQ}
     run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
     return train(mesh, denoiser_specs(NETWORK), functools.partial(denoiser_loss, run), params, batch, Pack)
 
@@ -63,11 +67,15 @@ def test_it_is_trained_as_on_one_device(params, batch, trained_on_one):  # noqa:
 
 
 def sampled(mesh, params, **model):
+    draw = np.random.default_rng(0).standard_normal
+    low = lambda size: draw((size[0], size[1] // 2, size[2] // 2, 2), np.float32)  # noqa: E731
+    requests = [dataclasses.replace(request, low=low(request.size)) for request in REQUESTS]
     run = dataclasses.replace(RUN, model=dataclasses.replace(NETWORK, **model))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(denoiser_specs(NETWORK), mesh))
         model = TrainedDenoiser(run, placed, Tokenizer(run.tokenizer), mesh)
-        return sample_latents(model, REQUESTS, SamplingConfig(steps="2"), 5, Watch(lambda done, total: None))
+        settings = SamplingConfig(steps="2", low_noise=0.2)
+        return sample_latents(model, requests, settings, 5, Watch(lambda done, total: None))
 
 
 def test_samples_are_those_of_one_device(params):

@@ -148,6 +148,15 @@ def crop_box(height: int, width: int, new_height: int, new_width: int) -> tuple[
     return max(left, 0.0), max(top, 0.0), min(width - left, width), min(height - top, height)
 
 
+def shrink(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Return frames uint8 (T, H, W, 3) of which each pixel is the mean of a square of `factor` x `factor` pixels."""
+    if factor == 1:
+        return frames
+    length, height, width = len(frames), *(side // factor for side in frames.shape[1:3])
+    squares = frames[:, : height * factor, : width * factor].reshape(length, height, factor, width, factor, 3)
+    return squares.mean((2, 4)).round().astype(np.uint8)
+
+
 def fit_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale uint8 frames (T, H, W, 3) to cover (height, width) and crop the rest evenly (Lanczos)."""
     from PIL import Image

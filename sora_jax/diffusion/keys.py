@@ -5,13 +5,14 @@ knows the clip and not its place, a clip gets the same noise in whichever pack, 
 """
 
 import enum
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from sora_jax.config import check
-from sora_jax.shapes import ClipIdsBS, IndexBL
+from sora_jax.shapes import ClipIdsBS, IndexBL, PerClipBS
 
 # Draws belong to the run, not to the machine: whatever JAX is set to elsewhere (JAX_DEFAULT_PRNG_IMPL,
 # JAX_THREEFRY_PARTITIONABLE), they come from this generator, in the form whose values do not depend on the mesh. Each
@@ -40,6 +41,8 @@ class Purpose(enum.IntEnum):
     HELD_OUT_NOISE = 14
     PROBE = 15
     SELF_CONDITIONING = 16
+    LOW_TIME = 17
+    LOW_NOISE = 18
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:
@@ -57,6 +60,12 @@ def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""], purpose:
 def clip_keys(key: Key[Array, ""], clip_ids_BS: ClipIdsBS) -> Key[Array, "B S"]:
     """Return one key per clip slot, a function of the clip's id alone."""
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, clip_ids_BS)
+
+
+def clip_uniforms(key: Key[Array, ""], clip_ids_BS: ClipIdsBS) -> PerClipBS:
+    """Draw a number from [0, 1) for each clip slot, a function of (key, clip id)."""
+    draw = functools.partial(jax.random.uniform, dtype=jnp.float32)
+    return jax.vmap(jax.vmap(draw))(clip_keys(key, clip_ids_BS))
 
 
 def token_noise(

@@ -39,6 +39,8 @@ class SamplingConfig:
     # Time at which the last step begins: the grid, after its shift by clip size, is stretched to it; 0: it is not.
     # SiT's SDE sampler has 0.04, LTX-Video 0.1 (`shift_terminal` of diffusers).
     last_time: float = 0.0
+    # Noise level of the low resolution that a network with `model.low_resolution` reads: more hides more of its faults.
+    low_noise: float = 0.0
     # Clip every prediction of x_0 to [-clip_x0, clip_x0], after guidance; 0: no clipping. For models of pixels, which
     # have such bounds.
     clip_x0: float = 0.0
@@ -46,6 +48,8 @@ class SamplingConfig:
     def __post_init__(self):
         count = count_steps(self.steps, self.spacing)
         last, bound = self.last_time, self.clip_x0
+        low = self.low_noise
+        check(0 <= low <= 1, f"sampling.low_noise is {low}; it must be from 0 (none) to 1")
         check(0 <= last < 1, f"sampling.last_time is {last}; it must be from 0 (as the spacing has it) to below 1")
         plain = self.spacing != "times" and count > 1
         check(not last or plain, f"sampling.last_time is {last}; with one step, or the spacing 'times', it must be 0")

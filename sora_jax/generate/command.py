@@ -20,6 +20,7 @@ from sora_jax.data.viewing.sheets import grid
 from sora_jax.data.viewing.write import watchable_scale, write_chunks
 from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.diffusion.spacing import count_steps
+from sora_jax.errors import UserError
 from sora_jax.files import as_path
 from sora_jax.generate.doubts import print_lines
 from sora_jax.generate.inputs import make_task, read_inputs
@@ -28,13 +29,14 @@ from sora_jax.generate.options import LONG, Asked, resolve, sampling_of, usual_f
 from sora_jax.generate.progress import Progress
 from sora_jax.generate.recipe import digest_of, digests_of, make_recipe, read_recipe, save_recipe
 from sora_jax.generate.requests import Request, Task, Wanted, plan_requests, size_of
-from sora_jax.generate.run import Run, load_run, read_run_config
+from sora_jax.generate.run import Run, autoencoder_folder, load_run, read_run_config
 from sora_jax.generate.sampler import trunk_ratios
 from sora_jax.generate.skipping import choose_skipped, save_skipped
 from sora_jax.generate.tasks import Tasks
 from sora_jax.generate.vbench import export, read_list
 from sora_jax.models.tiling import tiling_warning
 from sora_jax.train.exported import run_folder
+from sora_jax.train.frozen import autoencoder_config
 
 EARLY = 0.1  # share of the steps of a training before which clips are noise
 Clips = Iterable[tuple[int, Iterator[np.ndarray]]]  # clips in parts, each with the number of its request
@@ -62,13 +64,13 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     if windows:
         return _sample_long(asked, windows, load, progress)
     if asked.task:
-        smallest = size_of(asked.first_stage, asked.config.model.patch)  # the size is that of the clips
-        _plan(asked, dataclasses.replace(wanted, sizes=smallest))
+        _plan(asked, dataclasses.replace(wanted, tasks=[_placeholder(asked)]))
         inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
         run, fps = load(), fps or inputs.fps
         wanted = dataclasses.replace(wanted, tasks=[make_task(asked.task, inputs, run, asked.size)])
     else:
         requests = _plan(asked, wanted)  # UserError before the weights are read
+        _check_stages(asked, requests)
         draft = _plan(asked, _draft(asked, requests)) if options.draft is not None else []
         run = load()
         if draft:
@@ -76,12 +78,44 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     requests = _plan(asked, wanted)
     if warning := tiling_warning(asked.first_stage, asked.tiles, [requests[0].size], "decode"):
         print(f"sora-jax: {warning}", file=sys.stderr)
+    _check_stages(asked, requests)
     print_lines(asked.learnt.doubts(requests))
-    _announce(run, requests, asked.sampling)
-    clips = run.stream(requests, asked.sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
+    sampling, step = asked.sampling, run.step
+    for stage in asked.stages:
+        _announce(run, requests, sampling)
+        small = run.sample(requests, sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
+        run = load_run(stage)
+        wanted = dataclasses.replace(wanted, tasks=[Tasks(run).upsample(clip) for clip in small])
+        sampling = sampling_of(options, run.config)
+        requests = run.plan(wanted, sampling)
+    _announce(run, requests, sampling)
+    clips = run.stream(requests, sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
     if wanted.classes:
         clips = iter([(0, grid([clip for _, clip in sorted(clips, key=lambda pair: pair[0])]))])
-    return _write(asked, run.step, requests, ((number, iter([clip])) for number, clip in clips), fps)
+    return _write(asked, step, requests, ((number, iter([clip])) for number, clip in clips), fps)
+
+
+def _placeholder(asked: Asked) -> Task:
+    """Return a task to be checked before the clips are read, of the least size: theirs is not known yet."""
+    least = size_of(asked.first_stage, asked.config.model.patch)
+    if not asked.task.upsample:
+        return Task(least, None)
+    _, height, width = asked.size if asked.options.sized else least
+    return Task((least[0], height, width), None, low=np.zeros(0))
+
+
+def _check_stages(asked: Asked, requests: Sequence[Request]) -> None:
+    """Raise a UserError where a run that is to enlarge the clips does not take them."""
+    sizes = [size_of(asked.first_stage, request.size) for request in requests]
+    for folder in asked.stages:
+        sizes = [(frames, 2 * height, 2 * width) for frames, height, width in sizes]
+        wanted = dataclasses.replace(asked.wanted, tasks=[Task(size, None, low=np.zeros(0)) for size in sizes])
+        config = read_run_config(folder, "--then")
+        try:
+            first_stage = autoencoder_config(autoencoder_folder(folder, None))
+            plan_requests(config, first_stage, wanted, sampling_of(asked.options, config))
+        except UserError as error:
+            raise UserError(f"--then names {str(folder)!r}, which does not take the clips: {error}") from error
 
 
 def _sample_vbench(asked: Asked, load: Callable[[], Run]) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.config import check
-from sora_jax.data.fit import SizeRule
+from sora_jax.data.fit import MAX_PIXELS, SizeRule, shrink
 from sora_jax.data.reading.media import DecodedClip, SpanRule, decode
 from sora_jax.data.reading.tracks import MediaError
 from sora_jax.errors import UserError
@@ -25,7 +25,7 @@ from sora_jax.generate.tasks import Pictures, Tasks, pad
 from sora_jax.train.drawings import draw_edges, trace_lines
 
 GAP = 8  # frames of --gap where it is not given
-WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt")
+WITH_VIDEO = ("extend", "loop", "mask", "pad", "strength", "from_prompt", "upsample")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class TaskOptions:
     pad: str | None = None  # LEFT,TOP,RIGHT,BOTTOM: make so many more pixels on the sides
     strength: float | None = None  # change the clip so much, from 0 to 1
     from_prompt: str | None = None  # what the clip shows; the prompt says what it is to show
+    upsample: bool = False  # make the clip at twice its height and width, by a run that reads it
     gap: int | None = None  # frames to make between two clips, or between end and beginning of a loop; None: 8
     context: int = 9  # frames at most of a clip that a continuation sees
     keep_pixels: bool = False  # put the very pixels that were given into the result
@@ -90,7 +91,7 @@ class TaskOptions:
     @property
     def gives(self) -> bool:
         """Return True if something of the clip is given: it is neither made of text alone nor edited as a whole."""
-        edits = self.strength is not None or self.from_prompt is not None
+        edits = self.strength is not None or self.from_prompt is not None or self.upsample
         return bool(self) and not edits and not (self.loop and not self.video)
 
     @property
@@ -151,12 +152,16 @@ def read_inputs(options: TaskOptions, size: Size, multiple: tuple[int, int], fix
     """Read the clips of a task and bring them to a size that the run takes.
 
     size: (frames, height, width) of the command; where the user gave no height and width (not `fixed`), a clip keeps
-    its shape, within the same area. multiple: what heights and widths are multiples of.
+    its shape, within the same area. multiple: what heights and widths are multiples of. A clip to upsample has half of
+    all of these, and where the user gave no height and width it keeps its own.
     """
+    if options.upsample:
+        size, multiple = (size[0], size[1] // 2, size[2] // 2), (multiple[0] // 2, multiple[1] // 2)
     clips, fps, shape = [], None, size[1:] if fixed else None
     for option, file in options.clips:
         draws = option == "sketch" and not options.edges
-        decoded = read_clip(option, file, shape, multiple, size[1] * size[2], draws)
+        area = MAX_PIXELS if options.upsample else size[1] * size[2]
+        decoded = read_clip(option, file, shape, multiple, area, draws)
         shape, fps = decoded.frames.shape[1:3], fps or decoded.fps
         clips.append(decoded.frames[:1] if option in ("image", "sketch") else decoded.frames)
     mask = None
@@ -209,21 +214,12 @@ def read_clip(
     if draws:
         decoded = dataclasses.replace(decoded, frames=trace_lines(decoded.frames[:1], fitted[0]))
     elif native and fitted[0] == native[0]:
-        decoded = dataclasses.replace(decoded, frames=_shrunk(decoded.frames, factor))
+        decoded = dataclasses.replace(decoded, frames=shrink(decoded.frames, factor))
     found = decoded.frames.shape[1:3]
     if native and native[0] != found:
         before, after = ("x".join(map(str, sides)) for sides in (native[0], found))
         print(f"sora-jax: --{option} is scaled and cropped from {before} to {after} (height x width)", file=sys.stderr)
     return decoded
-
-
-def _shrunk(frames: np.ndarray, factor: int) -> np.ndarray:
-    """Return frames (T, H, W, 3) of which each pixel is the mean of a square of `factor` x `factor` pixels."""
-    if factor == 1:
-        return frames
-    length, height, width = len(frames), *(side // factor for side in frames.shape[1:3])
-    squares = frames[:, : height * factor, : width * factor].reshape(length, height, factor, width, factor, 3)
-    return squares.mean((2, 4)).round().astype(np.uint8)
 
 
 def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Task:
@@ -252,6 +248,8 @@ def make_task(options: TaskOptions, inputs: Inputs, run: Run, size: Size) -> Tas
         return tasks.extend(clips[0], options.extend)
     if options.from_prompt is not None:
         return tasks.rewrite(whole(), options.from_prompt, 0.7 if options.strength is None else options.strength)
+    if options.upsample:
+        return tasks.upsample(whole())
     if options.strength is not None:
         return tasks.edit(whole(), options.strength)
     return tasks.close(clips[0], gap) if options.video else tasks.loop(size)

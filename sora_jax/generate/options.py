@@ -84,6 +84,7 @@ class Asked:
     paths: Sequence[Path]
     made_by: MadeBy
     learnt: Learnt
+    stages: Sequence[Path] = ()  # runs that enlarge the clips, in turn
 
     @property
     def size(self) -> Size:
@@ -143,15 +144,18 @@ def resolve(options: argparse.Namespace) -> Asked:
         # The recipe says which: the next calibration may choose others.
         command = [word for word in command if word != "--skip-steps"] + [f"--sampling.skipped={sampling.skipped}"]
     _check_long(options, config, sampling)
-    made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(task.files))
+    stages = [run_folder(folder, "--then") for folder in options.then.split(",")] if options.then else []
+    files = [*task.files, *(stage / "config.json" for stage in stages)]
+    made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(files))
     learnt = Learnt(config, first_stage, load_tokenizer(config, options.workdir), read_seen(options.workdir))
-    return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by, learnt)
+    return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by, learnt, stages)
 
 
 def _check_vbench(options: argparse.Namespace) -> None:
     """Raise a UserError for options that do not go with a list of VBench."""
     named = {"prompt": options.prompt, "prompts-file": options.prompts_file, "class": options.classes}
     named |= {"clip": options.clip_ids, "draft": options.draft is not None, "expand": options.expand}
+    named["then"] = options.then
     for name in (name for name, value in named.items() if value):
         raise UserError(f"--vbench is given with --{name}; leave one of them out")
     check(not _task_options(options), "--vbench is given with an option for clips; leave one of them out")
@@ -167,6 +171,9 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     check(not (asked and options.draft is not None), "--draft is given with an option for clips; leave one of them out")
     over = [file for file in asked.files if as_path(file).absolute() == as_path(options.out).absolute()]
     check(not over, f"--out is {str(options.out)!r}; that file is read, give another name")
+    alone = not asked or asked.upsample
+    only = "of the options for clips only --upsample goes with it"
+    check(alone or not options.then, f"--then is {options.then!r}; {only}")
     sized = asked and any({"frames", "height", "width"} & set(row) for row in rows)
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 
@@ -196,7 +203,8 @@ def windows_asked(asked: Asked) -> Windows | None:
     if cause is None:
         _check_conditioned(options, asked.task.gives)
         return None
-    check(not asked.task and options.draft is None, f"{cause}; with other options for clips that cannot be")
+    plain = not (asked.task or asked.stages) and options.draft is None
+    check(plain, f"{cause}; with other options for clips that cannot be")
     check(not wanted.classes, f"{cause}; pictures of classes cannot be sampled in windows")
     check(len({size[0] for size in sizes}) == 1, f"{cause}; then all clips must have equally many frames")
     for parts in spans:

@@ -136,7 +136,8 @@ def lay_out(model: TrainedDenoiser, requests: Sequence[Request]) -> PackLayout:
     tasks = [_known_tokens(request, model.config.model.patch) for request in requests]
 
     def item(request: Request, task: _KnownTokens, caption: str, label: int) -> EmptyItem:
-        return EmptyItem(request.size, request.clip_id, text.encode(caption), text.embed(caption), label, task.layout)
+        words = text.encode(caption), text.embed(caption)
+        return EmptyItem(request.size, request.clip_id, *words, label, task.layout, request.low)
 
     items = [item(r, task, r.prompt, r.label) for r, task in zip(requests, tasks, strict=True)]
     negatives = [item(r, task, r.negative, -1) for r, task in zip(requests, tasks, strict=True)]

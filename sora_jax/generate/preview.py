@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sora_jax.config import check
 from sora_jax.data.building.inspect import choose_shown
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import caption_of, evenly_spread
@@ -17,8 +18,9 @@ from sora_jax.diffusion.sampling import SamplingConfig
 from sora_jax.errors import NotFinite
 from sora_jax.files import local_copy
 from sora_jax.generate.doubts import print_lines
-from sora_jax.generate.requests import Request, Wanted, plan_requests
+from sora_jax.generate.requests import Request, Task, Wanted, plan_requests
 from sora_jax.generate.run import Run, changed
+from sora_jax.models.denoiser import reads_low
 from sora_jax.models.first_stage import FirstStageConfig
 from sora_jax.models.tiling import TilingConfig
 from sora_jax.train.autoencoder import AutoencoderRun
@@ -81,23 +83,30 @@ def reconstruction_preview(reconstruct: Reconstructions, captions: Sequence[str]
     return _without_not_finite(preview)
 
 
-def own_preview(config: DenoiserRun, cache: LatentCache) -> DenoiserRun:
-    """Give a preview of clips of the data (`preview.clips`) their captions as prompts, and their sizes."""
+def own_preview(config: DenoiserRun, cache: LatentCache) -> tuple[DenoiserRun, list[Task]]:
+    """Give a preview of clips of the data (`preview.clips`) their captions as prompts, and their sizes.
+
+    Returns tasks, too, for a network that reads clips at half their size: to enlarge those.
+    """
     preview = config.preview
     if not preview.clips:
-        return config
+        return config, []
     splits = cache.column("split").to_numpy(zero_copy_only=False)
     held_out = np.flatnonzero(splits != config.split)
     clips = held_out if len(held_out) else cache.indices(config.split)
     some = np.array(evenly_spread(clips.tolist(), SOME_CLIPS))
     columns = {name: cache.column(name).take(some).to_pylist() for name in ("frames", "height", "width", "captions")}
+    columns["index"] = some.tolist()
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     rows = [row | {"file": caption_of(row)} for row in rows if caption_of(row)]
     once = list({caption_of(row): row for row in rows}.values())
     shown = choose_shown(once if len(once) >= preview.clips else rows, preview.clips, preview.clips // 4)
     prompts = tuple(caption_of(row) for row in shown)
     sizes = tuple((row["frames"], row["height"], row["width"]) for row in shown) or preview.sizes
-    return dataclasses.replace(config, preview=dataclasses.replace(preview, clips=0, prompts=prompts, sizes=sizes))
+    lows = [cache.low(row["index"]) for row in shown] if reads_low(config.model) else []
+    tasks = [Task(size, None, low=low) for size, low in zip(sizes, lows)]
+    preview = dataclasses.replace(preview, clips=0, prompts=prompts, sizes=sizes)
+    return dataclasses.replace(config, preview=preview), tasks
 
 
 def preview_sampling(config: DenoiserRun) -> SamplingConfig:
@@ -105,24 +114,26 @@ def preview_sampling(config: DenoiserRun) -> SamplingConfig:
     return changed(config.sampling, config.preview.steps or None, None)
 
 
-def preview_requests(config: DenoiserRun, first_stage: FirstStageConfig) -> list[Request]:
-    """Return the requests of a run's previews."""
-    preview = config.preview
+def preview_requests(config: DenoiserRun, first_stage: FirstStageConfig, tasks: Sequence[Task] = ()) -> list[Request]:
+    """Return the requests of a run's previews; tasks: what `own_preview` returned."""
+    preview, own = config.preview, tasks or not reads_low(config.model)
+    clips = "with model.low_resolution it must be preview.clips=N, to enlarge N clips"
+    check(own, f"preview names prompts or classes; {clips}")
     sizes = [preview.sizes[i % len(preview.sizes)] for i in range(len(preview.prompts or preview.classes))]
-    wanted = Wanted(preview.prompts, sizes, preview.classes)
+    wanted = Wanted(preview.prompts, sizes, preview.classes, tasks=tasks)
     return plan_requests(config, first_stage, wanted, preview_sampling(config))
 
 
-def denoiser_preview(run: Callable[[dict], Run], workdir: Path) -> Preview:
+def denoiser_preview(run: Callable[[dict], Run], workdir: Path, tasks: Sequence[Task] = ()) -> Preview:
     """Make a preview that samples the config's prompts: clips of the step, a sheet, and a strip with all steps so far.
 
-    `run` makes a usable Run of the averages.
+    `run` makes a usable Run of the averages. tasks: what `own_preview` returned.
     """
 
     def preview(step: int, averages: dict, writer: MetricsWriter) -> None:
         current = run(averages)
         config, sampling = current.config.preview, preview_sampling(current.config)
-        requests = preview_requests(current.config, current.autoencoder.config)
+        requests = preview_requests(current.config, current.autoencoder.config, tasks)
         clips = current.sample(requests, sampling, current.config.seed)
         folder = workdir / "samples" / f"step_{step:06d}"
         for i, clip in enumerate(clips):

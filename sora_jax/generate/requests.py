@@ -12,7 +12,7 @@ from sora_jax.config import check
 from sora_jax.data.guides import Guides
 from sora_jax.data.packing.packs import grid_of
 from sora_jax.diffusion.sampling import SamplingConfig
-from sora_jax.models.denoiser import has_trunk
+from sora_jax.models.denoiser import has_trunk, reads_low
 from sora_jax.models.first_stage import FirstStageConfig, latent_grid
 from sora_jax.train.denoiser import DenoiserRun
 
@@ -49,7 +49,8 @@ class Task:
     """Ask for a clip of which something is known (None: nothing); `generate.tasks` makes them.
 
     size: (frames, height, width) of what is sampled. latent: makes the latent that is decoded of the sampled one.
-    clip: makes the result (frames, height, width, 3) of the decoded clip. loops: decode the latent as a ring.
+    clip: makes the result (frames, height, width, 3) of the decoded clip. loops: decode the latent as a ring. low: the
+    latent (t, h / 2, w / 2, C) of the clip at half its height and width, for a run that reads it.
     """
 
     size: Size
@@ -57,14 +58,15 @@ class Task:
     latent: Callable[[np.ndarray], np.ndarray] = unchanged
     clip: Callable[[np.ndarray], np.ndarray] = unchanged
     loops: bool = False
+    low: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Ask for a clip: caption, latent size (t, h, w), identity, class (-1: none) and guidance (1: none).
 
-    `negative` is the caption that guidance leads away from. `known`: what is known of the clip; None for nothing. Equal
-    requests give equal clips.
+    `negative` is the caption that guidance leads away from. `known`: what is known of the clip; None for nothing.
+    `low`: its latent at half its rows and columns, for a run that reads it. Equal requests give equal clips.
     """
 
     prompt: str
@@ -74,6 +76,7 @@ class Request:
     guidance: float = 1.0
     negative: str = ""
     known: Known | None = None
+    low: np.ndarray | None = None
 
     def __str__(self) -> str:
         about = f"class {self.label}" if self.label >= 0 else f"prompt {self.prompt!r}"
@@ -105,6 +108,9 @@ def plan_requests(
         UserError: the run takes no such; the sentence names the nearest sizes that are allowed.
     """
     wanted = _with_tasks(wanted)
+    lows = [task.low for task in wanted.tasks] or [None]
+    for low in lows:
+        _check_low(config, low is not None)
     check(len(wanted.sizes) > 0, "there is no size; give (frames, height, width), one for all or one for each prompt")
     prompts, classes = _subjects(config, wanted)
     count = len(prompts)
@@ -136,7 +142,17 @@ def plan_requests(
         check(not rings, "--loop is given; a loop has other positions at every step, so that none may be skipped")
     check_replacement(sampling, known)
     latents = [_size(config, first_stage, *one) for one in zip(sizes, known, strict=True)]
-    return [Request(*one) for one in zip(prompts, latents, clip_ids, classes, scales, negatives, known, strict=True)]
+    columns = (prompts, latents, clip_ids, classes, scales, negatives, known, lows if wanted.tasks else lows * count)
+    return [Request(*one) for one in zip(*columns, strict=True)]
+
+
+def _check_low(config: DenoiserRun, given: bool) -> None:
+    """Raise a UserError where a run reads the low resolution of a clip and has none, or is given one and reads none."""
+    reads = reads_low(config.model)
+    alone = "this run makes clips of those of half the size (model.low_resolution)"
+    check(given or not reads, f"{alone}; give `sora-jax sample` one by --video=FILE --upsample")
+    unread = "this run does not read a clip of half the size (model.low_resolution)"
+    check(reads or not given, f"--upsample is given; {unread}")
 
 
 def check_replacement(sampling: SamplingConfig, known: Sequence[Known | None]) -> None:

@@ -34,6 +34,7 @@ from sora_jax.models.denoiser import RunTrunk, encode_condition, has_trunk, read
 from sora_jax.nn.pack import Pack, per_slot, slot_of
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import DenoiserRun, network
+from sora_jax.train.low_resolution import with_low_noise
 
 UNPACKED = ("segments_BL", "index_BL", "grids_BS3")  # what `unpack` reads beside the tokens
 PART_SECONDS = 0.25  # between two reports of how far a solve is
@@ -278,6 +279,7 @@ def _solve(
     cut: Cut | None = None,
 ) -> jax.Array:
     """Solve as `solve_packs`; denoiser: makes one of conditions and noise, see `denoiser_of`."""
+    conditions = _with_low_noise(config, sampling, seed, conditions)
     pack, model = conditions.positive, config.model
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     noise = lambda key: token_noise(key, clip_ids_BL, pack.index_BL, model.patch_values)  # noqa: E731
@@ -298,6 +300,20 @@ def _solve(
         before, after = (clip_x0(each, sampling.clip_x0) for each in (before, problem))
         return flow_edit(before, after, given.x0_BLP, limit_times(given, times_KBR))
     return sample(sampling, config.diffusion.times, problem, eps_BLP, row_tokens(pack), given)
+
+
+def _with_low_noise(
+    config: DenoiserRun, sampling: SamplingConfig, seed: jax.Array, conditions: Conditions
+) -> Conditions:
+    """Bring the low resolution that the packs have, if any, to the noise level of `sampling`."""
+
+    def noisy(pack: Pack) -> Pack:
+        times_BS = jnp.full_like(pack.clip_ids_BS, sampling.low_noise, jnp.float32)
+        key = step_key(seed, 0, Purpose.LOW_NOISE)
+        return with_low_noise(process_named(config.diffusion.process), pack, key, times_BS)
+
+    positive, negative = conditions.positive, conditions.negative
+    return conditions._replace(positive=noisy(positive), negative=negative and noisy(negative))
 
 
 def denoiser_of(

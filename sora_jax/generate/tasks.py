@@ -219,6 +219,11 @@ class Tasks:
         """Make a clip of a larger height and width from a small one, whose pixels are enlarged and then edited."""
         return self.edit(fit_frames(clip, size[1:]), strength)
 
+    def upsample(self, clip: np.ndarray) -> Task:
+        """Make a clip of twice the height and width, by a run that reads the clip itself (`model.low_resolution`)."""
+        frames, height, width = clip.shape[:3]
+        return Task((frames, 2 * height, 2 * width), None, low=self._encode(clip))
+
     def rewrite(self, clip: np.ndarray, source: str, strength: float = 0.7) -> Task:
         """Change a clip from what the prompt `source` says to what the request says (FlowEdit, 2412.08629).
 

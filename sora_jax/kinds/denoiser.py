@@ -134,16 +134,17 @@ def _look(config: DenoiserRun, cache: LatentCache, workdir: Path) -> Seen | None
 def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
     """Make the job, with samples of the averaged parameters as previews."""
     looking = make_mesh(devices=jax.local_devices()) if distributed.several() else inputs.mesh
+    computed, tasks = own_preview(inputs.computed, inputs.cache)
     make_run = functools.partial(
         Run,
-        own_preview(inputs.computed, inputs.cache),
+        computed,
         tokenizer=inputs.tokenizer,
         autoencoder=inputs.autoencoder,
         mesh=looking,
     )
     preview = None
     if config.preview.any:
-        preview = denoiser_preview(lambda averages: make_run(params=averages[MODEL]), workdir)
+        preview = denoiser_preview(lambda averages: make_run(params=averages[MODEL]), workdir, tasks)
     else:
         log("config.preview names no prompts or classes: no samples are shown while training")
     folder = as_path(workdir) / "captions"
@@ -166,7 +167,7 @@ def _measure(inputs: DenoiserInputs) -> Measure | None:
 
 def _doubts(config: DenoiserRun, inputs: DenoiserInputs, begun: bool) -> list[str]:
     """Return a line for each thing that previews ask for and the run will not learn; UserError for unread prompts."""
-    config = own_preview(config, inputs.cache)
+    config, tasks = own_preview(config, inputs.cache)
     learnt = Learnt(config, inputs.autoencoder.config, inputs.tokenizer, inputs.seen)
     lines, scale = [], config.sampling.guidance.scale
     if scale != 1.0 and learnt.never_dropped and (config.model.text or config.model.classes):
@@ -175,7 +176,7 @@ def _doubts(config: DenoiserRun, inputs: DenoiserInputs, begun: bool) -> list[st
             "what is never learnt; set --config.diffusion.caption_dropout=0.1 or --config.sampling.guidance.scale=1"
         )
     if config.preview.any:
-        requests = preview_requests(config, inputs.autoencoder.config)
+        requests = preview_requests(config, inputs.autoencoder.config, tasks)
         try:
             learnt.check_spelt(requests)
         except UserError as error:
@@ -212,7 +213,8 @@ DENOISER = Kind(
         "preview",
         "held_out",
         "sampling",
-        *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given", "self_conditioning")),
+        *(f"diffusion.{field}" for field in ("times", "weight", "caption_dropout", "given")),
+        *(f"diffusion.{field}" for field in ("self_conditioning", "low_noise")),
         *(f"model.{field}" for field in ("attention", "sequence", "remat", "unroll", "dtype")),
     ),
     claim=claim,

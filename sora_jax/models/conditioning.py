@@ -53,12 +53,16 @@ class Condition:
         return jnp.concatenate([self.time_BRD, self.label_BRD], axis=1)
 
 
-def condition_specs(width: int, text_width: int, classes: int) -> dict:
-    """Declare the embeddings of noise level, class (one more row: none) and pooled caption; 0 leaves these two out."""
+def condition_specs(width: int, text_width: int, classes: int, low: bool = False) -> dict:
+    """Declare the embeddings of noise level, class (one more row: none) and pooled caption; 0 leaves these two out.
+
+    low: embed the noise level of the low resolution of a clip together with that of its row.
+    """
     small = normal(0.02)
     return {
         "time_in": dense_specs(TIME_FEATURES, width, (None, "hidden"), small),
         "time_out": dense_specs(width, width, ("hidden", "embed"), small),
+        **({"low_time": dense_specs(TIME_FEATURES, width, (None, "hidden"), small, bias=False)} if low else {}),
         **({"classes": embedding_specs(classes + 1, width)} if classes else {}),
         **({"pooled": dense_specs(text_width, width, (None, "embed"))} if text_width else {}),
     }
@@ -68,7 +72,13 @@ def condition(params: dict, pack: Pack, number_BR: jax.Array, text: TextContext 
     """Embed noise level and label of all rows; number_BR: the noise levels as the network is shown them."""
     axes = ("batch", None, None)
     features = time_features(number_BR, TIME_FEATURES).astype(dtype)
-    time_BRD = dense(params["time_out"], jax.nn.silu(dense(params["time_in"], features, axes)), axes)
+    hidden_BRD = dense(params["time_in"], features, axes)
+    if "low_time" in params:
+        clean_BS = jnp.zeros_like(pack.clip_ids_BS, jnp.float32)
+        low_BS = clean_BS if pack.low_times_BS is None else 1000.0 * pack.low_times_BS
+        low_BSD = dense(params["low_time"], time_features(low_BS, TIME_FEATURES).astype(dtype), axes)
+        hidden_BRD += per_slot(low_BSD, pack.row_slots_BR)
+    time_BRD = dense(params["time_out"], jax.nn.silu(hidden_BRD), axes)
     label_BRD = jnp.zeros_like(time_BRD)
     if "classes" in params:
         table = params["classes"].astype(dtype)

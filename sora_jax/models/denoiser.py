@@ -112,6 +112,11 @@ def reads_estimate(config: DenoiserConfig) -> bool:
     return getattr(config, "self_conditioning", False)
 
 
+def reads_low(config: DenoiserConfig) -> bool:
+    """Return True if the network reads clips at half their rows and columns: its config has `low_resolution`, True."""
+    return getattr(config, "low_resolution", False)
+
+
 def room_multiple(config: DenoiserConfig) -> tuple[int, int]:
     """Return the rows and columns of tokens that the room of a clip in a pack is a multiple of, see `PackingConfig`.
 

@@ -11,6 +11,10 @@ What the paper leaves open, or was made for clips of one size:
   have to be gathered for each pair of tokens, since a pack has no fixed grid of windows.
 - Cross-attention reads the tokens of the spatial window and the caption of the clip by one softmax: a key says to which
   windows it belongs (`Pattern.windows`), one for a token, all of its clip for a word.
+- Super-resolution (`low_resolution`) reads the clip at half its rows and columns. The paper brings this to the size of
+  the clip by a convolution to four times the channels and depth-to-space. With a convolution of 1 x 1, that and the
+  embedding of patches with even sides are one linear map of the values under a token; so these stand beside the noisy
+  ones, and neighbours meet in attention.
 - The tables of positions are stretched over the plane of each clip by linear interpolation, which is how the paper goes
   from square clips to 9:16; a clip of the table's own size reads its entries. In time frame i reads entry i, so that an
   image reads the first one as in the paper; only clips with more frames than entries are squeezed.
@@ -73,15 +77,20 @@ def denoiser_specs(config: WaltConfig) -> dict:
         spatiotemporal["low_rank"] = low_rank
     return {
         **({"text": text_specs(text), "captions": dense_specs(text.width, width, (None, "embed"))} if text else {}),
-        "patch": dense_specs(config.patch_values * (1 + config.self_conditioning), width, (None, "embed")),
+        "patch": dense_specs(_values_read(config), width, (None, "embed")),
         "positions": {"time": embedding_specs(frames, width), "plane": embedding_specs(rows * columns, width)},
-        **condition_specs(width, text.width if text else 0, config.classes),
+        **condition_specs(width, text.width if text else 0, config.classes, config.low_resolution),
         **({"modulation_1": modulation_specs(width, MODULATIONS)["modulation"]} if rank else {}),
         **({"low_rank": stack(low_rank, pairs - 1)} if rank and pairs > 1 else {}),
         "blocks": stack({"spatial": spatial, "spatiotemporal": spatiotemporal}, pairs),
         **modulation_specs(width, 2),
         **head_specs(config),
     }
+
+
+def _values_read(config: WaltConfig) -> int:
+    """Return the number of values that the embedding of a token reads: noisy, estimated, of the low resolution."""
+    return config.patch_values * (1 + config.self_conditioning) + config.low_resolution * config.patch_values // 4
 
 
 def encode_condition(params: dict, config: WaltConfig, pack: Pack) -> TextContext | None:
@@ -131,12 +140,13 @@ def denoise(
     dtype = compute_dtype(config.dtype)
     text = _encode_captions(params, config, pack) if text is None else text
     known = condition(params, pack, 1000.0 * times_BR, text, dtype)
+    read = [x_BLP]
     if config.self_conditioning:
-        previous_BLP = jnp.zeros_like(x_BLP) if previous_BLP is None else previous_BLP.astype(x_BLP.dtype)
-        x_BLQ = jnp.concatenate([x_BLP, previous_BLP], axis=-1)
-    else:
-        x_BLQ = x_BLP
-    x_BLD = dense(params["patch"], x_BLQ.astype(dtype), ("batch", "length", "width"))
+        read.append(jnp.zeros_like(x_BLP) if previous_BLP is None else previous_BLP.astype(x_BLP.dtype))
+    if config.low_resolution:
+        assert pack.low_BLQ is not None  # what the model reads is packed
+        read.append(pack.low_BLQ.astype(x_BLP.dtype))
+    x_BLD = dense(params["patch"], jnp.concatenate(read, axis=-1).astype(dtype), ("batch", "length", "width"))
     x_BLD += _positions(params["positions"], config, pack).astype(dtype)
     context = _context(params, config, pack, known, text)
     layers = params["blocks"], _low_ranks(params), text.keys_values if text else None
@@ -251,7 +261,7 @@ def _squares(side: np.ndarray, window: float | None) -> np.ndarray:
 def _user(names: Sequence[str]) -> str:
     if names[0] in ("text", "captions"):
         return "text"
-    if "pooled" in names:
+    if {"pooled", "low_time"} & set(names):
         return "clip"
     if "cross_kv" in names:
         return "both"

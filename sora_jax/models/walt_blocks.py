@@ -41,6 +41,7 @@ ALL_WINDOWS = np.iinfo(np.int32).max // 2
 SIZES = {  # depth, width, heads (2312.06662, table 8)
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
+    "1.3B": (40, 1408, 16),  # of the super-resolution to twice the size; that to four times has the size L
     "3B": (52, 1920, 16),  # the paper prints 9216 for the width, which has 70 billion parameters
 }
 KeysValues = tuple[jax.Array, jax.Array] | None  # of captions; None: not computed yet, or no captions
@@ -68,6 +69,8 @@ class WaltConfig:
     classes: int = 0  # number of classes; 0: none
     qk_norm: bool = True  # RMS norm of queries and keys
     self_conditioning: bool = False  # read an estimate of the clean tokens beside the noisy ones
+    # Read the clip at half its rows and columns, with noise of its own level: super-resolution to twice the size.
+    low_resolution: bool = False
     input_skip: bool = False  # add the noisy tokens to the prediction, times a gate for each value
     learned_variance: bool = False  # predict the variance of a step, too, between its bounds: 2 P outputs
     # What computes attention: auto, dense, blockwise, splash (TPU, but for cross-attention), cudnn (GPU).
@@ -84,6 +87,11 @@ class WaltConfig:
         for name in ("spatial_window", "spatiotemporal_window", "positions"):
             value = getattr(self, name)
             check(min(value) > 0, f"model.{name} is {value}; its entries must be positive")
+        even = self.patch[1] % 2 == self.patch[2] % 2 == 0
+        check(
+            even or not self.low_resolution,
+            f"model.patch is {self.patch}; with model.low_resolution its rows and columns must be even",
+        )
         check(
             self.width % self.heads == 0 and self.head_width % 2 == 0 and axis_widths(self.head_width)[1] > 0,
             f"model.width is {self.width}; it must be an even multiple, of at least 6, of model.heads = {self.heads}",

@@ -28,6 +28,9 @@ class Pack:
     embeddings_BME    embedding of each text token by a pretrained encoder; with it, text_BM only marks the null caption
     guides_BL         0 for tokens of clips, else the kind of the guide that a token is of, see `data.guides`; None
                       for a model without guides
+    low_BLQ           patches of the clip at half its rows and columns, what lies under each token: Q = P / 4; None for
+                      a model that does not read it
+    low_times_BS      noise level of `low_BLQ` of each clip, see `train.low_resolution`; None: it is clean
     ranks_BS          rank of each clip among those of the batch, in [0, 1), for stratified times
     """
 
@@ -45,6 +48,8 @@ class Pack:
     tokens_BLP: jax.Array | None = None
     embeddings_BME: jax.Array | None = None
     guides_BL: jax.Array | None = None
+    low_BLQ: jax.Array | None = None
+    low_times_BS: jax.Array | None = None
     ranks_BS: jax.Array | None = None
 
     @property

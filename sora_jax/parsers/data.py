@@ -68,6 +68,8 @@ def _encode(verbs) -> None:
     about = "of each clip, encoded alone, for models that are given some (config.diffusion.given)"
     p.add_argument("--key-frames", type=int, default=0, metavar="K", help=f"frames {about}")
     p.add_argument("--sketches", type=int, default=0, metavar="K", help=f"edge maps of frames {about}")
+    about = "encode each clip at half its height and width, too, for models with model.low_resolution"
+    p.add_argument("--low", action="store_true", help=about)
     add_json(p)
     p.set_defaults(function=encode)
 
@@ -273,7 +275,7 @@ def encode(options) -> None:
     tiles = TilingConfig.parse("" if choose_tile else options.tile, options.tile_overlap)
     folders = options.autoencoder, options.data, options.out
     guides = GuideCounts(options.key_frames, options.sketches)
-    how = dict(tiles=tiles, choose_tile=choose_tile, guides=guides)
+    how = dict(tiles=tiles, choose_tile=choose_tile, guides=guides, low=options.low)
     chosen = EncodeOptions(options.batch, options.shapes, share, text, **how)
     if encode_dataset(*folders, chosen):
         clips = len(LatentCache(options.out))

@@ -93,7 +93,7 @@ def _tasks(p) -> None:
     p.add_argument("--image", **picture, help="the first frame, or frame FRAME; may be given several times")
     p.add_argument("--sketch", **picture, help="dark lines on white: the edges of a frame (first); for runs trained so")
     p.add_argument("--edges", action="store_true", help="--sketch names pictures, whose edges are drawn")
-    p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next six options")
+    p.add_argument("--video", type=as_path, metavar="FILE", help="a clip, for one of the next seven options")
     p.add_argument("--extend", type=int, metavar="N", help="make N frames after the clip; -N: before it")
     p.add_argument("--loop", action="store_true", help="a loop: of the prompt alone, or one that closes the clip")
     p.add_argument("--mask", type=as_path, metavar="FILE", help="make anew what is white in this image or video")
@@ -101,6 +101,10 @@ def _tasks(p) -> None:
     p.add_argument("--strength", type=float, metavar="S", help="edit: 0 keeps the clip, 1 ignores it")
     about = "what the clip shows: change that to what --prompt says, and keep the rest"
     p.add_argument("--from-prompt", metavar="TEXT", help=about)
+    about = "make it at twice its height and width, by a run with model.low_resolution"
+    p.add_argument("--upsample", action="store_true", help=about)
+    about = "run folders that make what comes of it, in turn, at twice its height and width: --upsample in one command"
+    p.add_argument("--then", default="", metavar="RUN,RUN..", help=about)
     p.add_argument("--connect", default="", metavar="FILE,FILE", help="fill the gap between two clips")
     p.add_argument(
         "--gap", type=int, help="frames to make between clips, or to close a loop; a multiple of the time factor (8)"

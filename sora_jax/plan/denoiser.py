@@ -35,7 +35,8 @@ def full_pack(config: DenoiserRun) -> dict[str, np.ndarray]:
     latent = np.zeros((*size, config.model.latent_channels), np.float32)
     words = packs.text_length if text else 1
     pretrained = np.zeros((words, text.pretrained_width), np.float16) if text and text.pretrained else None
-    return pack_batch([[PackItem(latent, 1, np.full(words, 2, np.int32), pretrained)]], packs)
+    item = PackItem(latent, 1, np.full(words, 2, np.int32), pretrained, low=latent[:, ::2, ::2])
+    return pack_batch([[item]], packs)
 
 
 def grid_of_length(length: int, multiple: tuple[int, int]) -> tuple[int, int, int]:

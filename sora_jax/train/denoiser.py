@@ -21,7 +21,7 @@ from sora_jax.data.storing.drawn import DrawnClips, DrawnConfig
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.store import ClipStore
 from sora_jax.diffusion.guidance import GuidanceConfig
-from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
+from sora_jax.diffusion.keys import Purpose, clip_uniforms, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, denoising_loss, loss_weight
 from sora_jax.diffusion.prediction import Denoise, check_pair
 from sora_jax.diffusion.process import input_scale, process_named
@@ -37,6 +37,7 @@ from sora_jax.models.denoiser import (
     denoise,
     denoiser_specs,
     reads_estimate,
+    reads_low,
     room_multiple,
     train_flops,
 )
@@ -49,6 +50,7 @@ from sora_jax.train.adapt import LoraConfig, matches, split_specs
 from sora_jax.train.frozen import recorded_fingerprint
 from sora_jax.train.given import GivenConfig, draw_given
 from sora_jax.train.loop import Job, Preview
+from sora_jax.train.low_resolution import with_low_noise
 from sora_jax.train.run_config import RunConfig
 from sora_jax.train.state import MODEL, Group
 from sora_jax.train.step import LossResult
@@ -70,6 +72,9 @@ class DiffusionConfig:
     # Share of clips trained on with an estimate of the clean tokens, for a network with `model.self_conditioning`; the
     # others, and held-out clips, have none.
     self_conditioning: float = 0.9
+    # Largest noise level of the low resolution of clips, for a network with `model.low_resolution`: that of each clip
+    # is drawn from 0 to it, that of held-out clips is half of it.
+    low_noise: float = 0.3
 
     def __post_init__(self):
         check_pair(self.process, self.prediction)
@@ -78,8 +83,9 @@ class DiffusionConfig:
             0 <= self.caption_dropout < 1,
             f"diffusion.caption_dropout is {self.caption_dropout}; it must be in [0, 1)",
         )
-        share = self.self_conditioning
-        check(0 <= share <= 1, f"diffusion.self_conditioning is {share}; it must be in [0, 1]")
+        for name in ("self_conditioning", "low_noise"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"diffusion.{name} is {value}; it must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +164,9 @@ class DenoiserRun(RunConfig):
             f"model.guides is False; diffusion.given.key_frames = {given.key_frames} and sketches = {given.sketches} "
             "need True",
         )
-        check(guides or not self.packing.guides, "packing.guides is True; it must be left out, model.guides says it")
+        for name, says in (("guides", "model.guides"), ("low", "model.low_resolution")):
+            given = getattr(self.packing, name)
+            check(not given, f"packing.{name} is {given}; it must be left out, {says} says it")
         alone = self.packing.multiple == (1, 1)
         check(alone, f"packing.multiple is {self.packing.multiple}; it must be (1, 1), as model.name says it")
         check(
@@ -202,6 +210,7 @@ class DenoiserRun(RunConfig):
             text_length=text_length,
             rows_per_clip=rows,
             guides=self.model.guides,
+            low=reads_low(self.model),
             multiple=room_multiple(self.model),
         )
 
@@ -245,14 +254,17 @@ def denoiser_loss(
     clip_ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     assert pack.tokens_BLP is not None  # what is trained on is there
     eps_BLP = token_noise(key(Purpose.NOISE), clip_ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
-    captions = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
-    model: Denoise = network(params[MODEL], config, captions)
+    known = drop_captions(pack, _draw(diffusion.caption_dropout, key(Purpose.CAPTION_DROPOUT), pack.clip_ids_BS))
+    if reads_low(config.model):
+        low_times_BS = diffusion.low_noise * clip_uniforms(key(Purpose.LOW_TIME), pack.clip_ids_BS)
+        known = with_low_noise(process, known, key(Purpose.LOW_NOISE), low_times_BS)
+    model: Denoise = network(params[MODEL], config, known)
     if reads_estimate(config.model) and diffusion.self_conditioning:
         chosen_BS = _draw(diffusion.self_conditioning, key(Purpose.SELF_CONDITIONING), pack.clip_ids_BS)
-        first = network(jax.lax.stop_gradient(params[MODEL]), config, captions)
+        first = network(jax.lax.stop_gradient(params[MODEL]), config, known)
         estimate = Estimate(process, diffusion.prediction, rows_BL)
         chosen_BL1 = per_slot(chosen_BS, slot_of(pack.segments_BL))[..., None]
-        model = in_two_passes(estimate, first, network(params[MODEL], config, captions), chosen_BL1)
+        model = in_two_passes(estimate, first, network(params[MODEL], config, known), chosen_BL1)
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
     data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, rows_BL)
     sums = denoising_loss(spec, model, data, weight_BL)
@@ -279,10 +291,7 @@ def network(
 
 
 def _draw(share: float, key: jax.Array, clip_ids_BS: jax.Array) -> jax.Array:
-    draw_BS = jax.vmap(jax.vmap(lambda clip_key: jax.random.uniform(clip_key, dtype=jnp.float32)))(
-        clip_keys(key, clip_ids_BS)
-    )
-    return draw_BS < share
+    return clip_uniforms(key, clip_ids_BS) < share
 
 
 def denoiser_job(

@@ -14,6 +14,7 @@ import numpy as np
 from sora_jax import console
 from sora_jax.config import check, to_dict
 from sora_jax.data.feeding.texts import CaptionCounts
+from sora_jax.data.fit import shrink
 from sora_jax.data.guides import GuideCounts, guide_frames
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.clips import Clip, clip_id_of
@@ -44,7 +45,7 @@ CLIPS_PER_SHARD = 1024
 
 @dataclasses.dataclass(frozen=True)
 class EncodeOptions:
-    """Choose how a dataset is encoded; only `text`, `tiles` and `guides` change what is in the cache."""
+    """Choose how a dataset is encoded; only `text`, `tiles`, `guides` and `low` change what is in the cache."""
 
     batch: int = 16  # clips (or tiles) encoded at once; the devices share them
     shapes: int = 4  # programs compiled at most, for clips of all sizes
@@ -54,6 +55,7 @@ class EncodeOptions:
     tiles: TilingConfig = TilingConfig()  # larger clips are encoded in tiles
     choose_tile: bool = False  # encode clips of all sizes by one program, in the tiles of least work
     guides: GuideCounts = GuideCounts()  # key frames and sketches of each clip that are encoded, too
+    low: bool = False  # encode each clip at half its height and width, too
 
     def __post_init__(self):
         for name in ("batch", "shapes"):
@@ -74,6 +76,8 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     autoencoder, dataset = load_autoencoder(autoencoder_run), Dataset(data)
     config, each = autoencoder.config, options.clips_per_shard
     check_sizes(config, dataset)
+    if options.low:
+        _check_halves(dataset, config.space_factor)
     tiles = choose_tile(config, _sizes(dataset)) if options.choose_tile else options.tiles
     order, padded_shapes = _by_padded_shape(dataset, options.shapes)
     grids = [latent_grid(config, *shape) for shape in padded_shapes]
@@ -85,6 +89,7 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
         options.text.info if options.text else None,
         to_dict(tiles) if any(is_cut(config, tiles, grid) for grid in grids) else None,
         guides=options.guides,
+        low=options.low,
     )
     if autoencoder.code_values is not None:
         digit_weights(codes_of(config), config.latent_channels)  # UserError where a code has no index
@@ -100,16 +105,17 @@ def encode_dataset(autoencoder_run: Path, data: Path, out: Path, options: Encode
     if missing:
         copy_autoencoder(autoencoder_run, parts.folder)
     work = [order[part * each : (part + 1) * each] for part in missing]
-    clips, again = tee(map(dataset.__getitem__, chain(*work)))  # `again` is behind by a batch at most
+    clips, again, small = tee(map(dataset.__getitem__, chain(*work)), 3)  # some are behind by a batch at most
     latents = autoencoder.encode((clip.frames for clip in clips), options.batch, padded_shapes, tiles=tiles)
     latents = iter(console.progress(latents, "encode", sum(map(len, work)), unit="clip"))
     guides, counts = _guides(autoencoder, again, options, padded_shapes, tiles), CaptionCounts()
+    lows = _lows(autoencoder, small, options, padded_shapes, tiles)
     for part, members in zip(missing, work, strict=True):
         with parts.write(part) as writer, jax.set_mesh(make_mesh()):
             rows = [dataset.row(index) for index in members]
             counts = _count_captions(options.text, rows, counts)
             for row, texts in zip(rows, _texts(options.text, rows), strict=True):
-                add_latent(writer, info, row, next(latents), texts, next(guides))
+                add_latent(writer, info, row, next(latents), texts, next(guides), next(lows))
     for note in counts.notes("--text-tokens", options.text.max_tokens if options.text else 0):
         console.note(note)
     return finish_cache(parts, info)
@@ -135,6 +141,30 @@ def _guides(
     for clip in clips:
         frames = guide_frames(counts, clip_id_of(clip.id), len(clip.frames))
         yield GuideLatents(frames, [next(latents) for _ in frames])
+
+
+def _lows(
+    autoencoder: FrozenAutoencoder,
+    clips: Iterable[Clip],
+    options: EncodeOptions,
+    padded_shapes: Sequence[Size],
+    tiles: TilingConfig,
+) -> Iterator[np.ndarray | None]:
+    """Yield the latent of each clip at half its height and width: by as many programs more."""
+    if not options.low:
+        return (None for _ in clips)
+    halves = [(frames, height // 2, width // 2) for frames, height, width in padded_shapes]
+    return autoencoder.encode((shrink(clip.frames, 2) for clip in clips), options.batch, halves, tiles=tiles)
+
+
+def _check_halves(dataset: Dataset, factor: int) -> None:
+    """Raise a UserError for a clip that has no latent at half its height and width."""
+    for _, *sides in _sizes(dataset):
+        size, step = "x".join(map(str, sides)), 2 * factor
+        rule = (
+            f"with --low heights and widths must be multiples of {step}, as `data build --multiple={step}` makes them"
+        )
+        check(not any(side % step for side in sides), f"--data has clips of {size} (height x width); {rule}")
 
 
 def _by_padded_shape(dataset: Dataset, shapes: int) -> tuple[list[int], list[Size]]:
@@ -170,6 +200,8 @@ def _check_same(cache: LatentCache, info: CacheInfo, data: Path) -> None:
     have = f"{cache.info.guides.key_frames} key frames and {cache.info.guides.sketches} sketches of each clip"
     other = "give these by --key-frames and --sketches, remove it, or give another --out"
     check(same, f"--out is {str(cache.path)!r}; that latent cache holds {have}: {other}")
+    have = "has no low resolution, which --low asks for" if info.low else "has a low resolution, and --low is not given"
+    check(cache.info.low == info.low, f"--out is {str(cache.path)!r}; that latent cache {have}: give another --out")
     given, have = (_in_words(tiles) for tiles in (info.tiles, cache.info.tiles))
     check(
         given == have,

@@ -20,7 +20,7 @@ from sora_jax.data.packing.planning import plan
 from sora_jax.data.shard_spec import ShardSpec
 from sora_jax.data.storing.latents import LatentCache
 from sora_jax.data.storing.manifest import evenly_spread
-from sora_jax.diffusion.keys import Purpose, clip_keys, step_key, token_noise
+from sora_jax.diffusion.keys import Purpose, clip_uniforms, step_key, token_noise
 from sora_jax.diffusion.loss import Corruption, LossSpec, loss_weight, token_losses
 from sora_jax.diffusion.process import process_named
 from sora_jax.diffusion.times import time_quantiles
@@ -30,6 +30,7 @@ from sora_jax.parallel import distributed
 from sora_jax.parallel.mesh import place_batch
 from sora_jax.parallel.rules import parts
 from sora_jax.train.denoiser import NOISE_BINS, DenoiserRun, Text, network
+from sora_jax.train.low_resolution import with_low_noise
 from sora_jax.train.state import MODEL
 
 SEED = 0  # of times and noise
@@ -118,7 +119,8 @@ class HeldOutClips:
         else:
             ids = text.encode(caption)
         label, clip_id = int(self._cache.labels[index]), int(self._cache.clip_ids[index])
-        return PackItem(self._cache[index], clip_id, ids, embedding, label)
+        low = self._cache.low(index) if self._config.packs.low else None
+        return PackItem(self._cache[index], clip_id, ids, embedding, label, low=low)
 
 
 class HeldOutBatch(NamedTuple):
@@ -198,17 +200,18 @@ def clip_losses(config: DenoiserRun, params: dict, pack: Pack, level: jax.Array)
     diffusion, levels = config.diffusion, config.held_out.levels
     process = process_named(diffusion.process)
     assert pack.tokens_BLP is not None
-    keys_BS = clip_keys(step_key(SEED, level, Purpose.HELD_OUT_TIME), pack.clip_ids_BS)
-    uniform_BS = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys_BS)
+    uniform_BS = clip_uniforms(step_key(SEED, level, Purpose.HELD_OUT_TIME), pack.clip_ids_BS)
     times_BS = time_quantiles(diffusion.times, process, (level + uniform_BS) / levels, pack.grids_BS3.prod(-1))
     times_BR = per_slot(times_BS, pack.row_slots_BR)
     weight_BL = loss_weight(pack.segments_BL, times_BR, pack.rows_BL)
     ids_BL = per_slot(pack.clip_ids_BS, slot_of(pack.segments_BL))
     noise_key = step_key(SEED, level, Purpose.HELD_OUT_NOISE)
     eps_BLP = token_noise(noise_key, ids_BL, pack.index_BL, pack.tokens_BLP.shape[-1])
+    low_times_BS = jnp.full_like(times_BS, diffusion.low_noise / 2)
+    read = with_low_noise(process, pack, step_key(SEED, level, Purpose.LOW_NOISE), low_times_BS)
     spec = LossSpec(process, diffusion.prediction, diffusion.weight, config.model.learned_variance, NOISE_BINS)
     data = Corruption(pack.tokens_BLP.astype(jnp.float32), eps_BLP, times_BR, pack.rows_BL)
-    mse_BL, vlb_BL, _ = token_losses(spec, network(params[MODEL], config, pack), data, weight_BL)
+    mse_BL, vlb_BL, _ = token_losses(spec, network(params[MODEL], config, read), data, weight_BL)
     own_BLS = pack.segments_BL[:, :, None] == jnp.arange(1, pack.slots + 1)[None, None, :]
     loss_BS, weight_BS = (
         jnp.sum(jnp.where(own_BLS, x_BL[:, :, None], 0.0), axis=1) for x_BL in (mse_BL + vlb_BL, weight_BL)

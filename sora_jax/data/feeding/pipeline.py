@@ -95,6 +95,12 @@ class StoredItem(NamedTuple):
         """Read the values (t, h, w, C)."""
         return self.store.item(self.clip)[self.cut :]
 
+    @property
+    def low(self) -> np.ndarray:
+        """Read the clip at half its rows and columns (t, h / 2, w / 2, C)."""
+        assert isinstance(self.store, LatentCache)
+        return self.store.low(self.clip)[self.cut :]
+
 
 class PackedBatches:
     """Batches of packs of the clips of a split: `batches[step]` is batch `step`, the rows of this host.
@@ -159,6 +165,9 @@ class PackedBatches:
     def _check(self) -> None:
         """Raise UserError, before the first step, for what would end the run in some later epoch."""
         rows, config = self.clip_index.rows, self.config
+        if config.low:
+            assert isinstance(self.store, LatentCache)
+            self.store.check_low()
         frames = int(self._frames[rows].max())
         check(
             not 2 < config.rows_per_clip <= frames,

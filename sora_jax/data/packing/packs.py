@@ -34,6 +34,7 @@ class PackingConfig:
     rows_per_clip: int = 1
     window: int = 1024  # clips of the shuffled order that are planned together
     guides: bool = False  # mark the tokens of guides; set by the model
+    low: bool = False  # pack clips at half their rows and columns, too; set by the model
     # Rows and columns of tokens that the room of a clip is a multiple of; set by models that halve resolutions.
     multiple: tuple[int, int] = (1, 1)
 
@@ -139,6 +140,7 @@ class PackItem:
 
     embedding (m, E): of a pretrained text encoder; the ids then only mark the null caption. label: class, -1 = none.
     layout: None for that of the grid, see `layout_of`. guides (k, h, w, C): latents whose tokens the layout includes.
+    low (t, h / 2, w / 2, C): the clip at half its rows and columns, where the config has `low`.
     """
 
     values: np.ndarray
@@ -148,6 +150,7 @@ class PackItem:
     label: int = -1
     layout: Layout | None = None
     guides: np.ndarray | None = None
+    low: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -166,6 +169,7 @@ class EmptyItem:
     embedding: np.ndarray | None = None
     label: int = -1
     layout: Layout | None = None
+    low: np.ndarray | None = None
 
 
 Item = Any  # a PackItem, an EmptyItem, or another object with the fields of one
@@ -177,7 +181,7 @@ def pack(items: Sequence[Item], config: PackingConfig) -> dict[str, np.ndarray]:
     Returns tokens_LP in the float type of the latents, segments_L, coords_L3 float32, index_L (token in its clip),
     rows_L (row of the conditioning table), row_slots_R, clip_ids_S uint32, labels_S (class + 1), grids_S3, text_M,
     text_segments_M, text_positions_M, and embeddings_ME float16 where the clips have them, guides_L (kind of guide)
-    where the config has guides; int32 unless noted. UserError if the clips do not fit.
+    where the config has guides, low_LQ where it has low; int32 unless noted. UserError if the clips do not fit.
     """
     return unstack(pack_batch([items], config))[0]
 
@@ -227,6 +231,9 @@ def pack_batch(rows: Sequence[Sequence[Item]], config: PackingConfig) -> dict[st
     if config.guides:
         kinds = [np.zeros(len(x.coords), np.int32) if x.kinds is None else x.kinds for x in layouts]
         batch["guides_BL"] = tokens.place(np.concatenate(kinds))
+    if config.low:
+        frames, height, width = config.patch
+        batch["low_BLQ"] = _tokens(items, grids, tokens, (frames, height // 2, width // 2), "low")
     if items[0].embedding is not None:
         embeddings = np.concatenate([item.embedding for item in items])
         batch["embeddings_BME"] = texts.place(embeddings.astype(np.float16, copy=False))
@@ -238,11 +245,16 @@ def _check_room(rooms: np.ndarray, length: int) -> None:
     check(most <= length, f"packing.length is {length}; the clips of a pack have the room of {most} tokens")
 
 
-def _tokens(items: Sequence[Item], grids: Sequence[Sequence[int]], runs: _Runs, patch: Sequence[int]) -> np.ndarray:
-    """Cut all latents into patches (B, L, P), each written once; only the padding of a row is set to zero."""
+def _tokens(
+    items: Sequence[Item], grids: Sequence[Sequence[int]], runs: _Runs, patch: Sequence[int], name: str = "values"
+) -> np.ndarray:
+    """Cut all latents into patches (B, L, P), each written once; only the padding of a row is set to zero.
+
+    name: of the latents; the low resolution of a clip has patches of half the rows and columns, and so the same grid.
+    """
     tokens: np.ndarray | None = None
     for item, grid, start, length in zip(items, grids, runs.starts.tolist(), runs.lengths.tolist()):
-        latent = item.values  # read now, and still in the processor's cache when it is copied
+        latent = getattr(item, name)  # read now, and still in the processor's cache when it is copied
         if tokens is None:
             tokens = np.empty((len(runs.used) * runs.width, math.prod(patch) * latent.shape[-1]), latent.dtype)
         own = math.prod(grid)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import check
+from sora_jax.data.fit import shrink
 from sora_jax.data.storing.clips import clip_id_of
 from sora_jax.data.storing.latents import COLUMNS, CacheInfo, LatentCache
 from sora_jax.data.storing.parts import schema_of
@@ -67,7 +68,7 @@ class DrawnClips(LatentCache):
         self.config, self.fingerprint = config, fingerprint
         self.path = Path(f"world:{config.world.name}")  # for messages
         self.header = {"clips": config.training_clips + config.held_out}
-        self.info = CacheInfo(fingerprint, self.digest, config.channels, (1, 1, 1))
+        self.info = CacheInfo(fingerprint, self.digest, config.channels, (1, 1, 1), low=True)
         self._columns: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
 
@@ -88,10 +89,17 @@ class DrawnClips(LatentCache):
 
     def item(self, index: int) -> np.ndarray:
         """Draw the latent (t, h, w, C) of a clip: its pixels in [-1, 1]."""
-        pixels = draw(self.config.world, self._number(index)).astype(np.float32) / 127.5 - 1.0
-        return pixels @ _THIRDS if self.config.grey else pixels  # the mean, in a tenth of the time of `mean`
+        return self._latent(draw(self.config.world, self._number(index)))
 
     __getitem__ = item
+
+    def low(self, index: int) -> np.ndarray:
+        """Draw the latent (t, h / 2, w / 2, C) of a clip at half its height and width."""
+        return self._latent(shrink(draw(self.config.world, self._number(index)), 2))
+
+    def _latent(self, clip: np.ndarray) -> np.ndarray:
+        pixels = clip.astype(np.float32) / 127.5 - 1.0
+        return pixels @ _THIRDS if self.config.grey else pixels  # the mean, in a tenth of the time of `mean`
 
     def column(self, name: str) -> Any:
         """Return a column of the manifest of a latent cache, an Arrow array; it is kept, as it is costly to make."""

@@ -11,6 +11,8 @@
                                         the other; `text_tokens` has their lengths
 `guides-*.array_record`                 the latents of guides (see `data.guides`), one after the other, as those of
                                         clips are kept; `guide_frames` has their frames
+`low-*.array_record`                    the latent (t, h / 2, w / 2, C) of the clip at half its height and width, kept
+                                        as that of the clip
 ======================================  ==================================================================
 """
 
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sora_jax.config import check
 from sora_jax.data.guides import KEY_FRAME, SKETCH, GuideCounts, Guides, counts_of
 from sora_jax.data.storing.clips import clip_id_of
 from sora_jax.data.storing.parts import Kind, PartWriter, ShardedWriter, start
@@ -32,7 +35,7 @@ from sora_jax.data.storing.store import ClipStore
 from sora_jax.errors import NotFinite, UserError
 
 FORMAT = 3
-LATENTS, TEXT, GUIDES = "latents", "text", "guides"
+LATENTS, TEXT, GUIDES, LOW = "latents", "text", "guides", "low"
 COPIED = ("id", "variant", "frames", "height", "width", "fps", "captions", "kinds", "label", "weight", "split")
 COLUMNS = {
     "id": "string",
@@ -70,7 +73,7 @@ class CacheInfo:
 
     tiles: size and overlap as JSON; None where no clip was cut. codes: of discrete latents the values that each channel
     can have; the index of a code is a number with a digit for each channel, the first with weight 1. guides: how many
-    the cache has of each clip.
+    the cache has of each clip. low: it has each clip at half its height and width, too.
     """
 
     fingerprint: str
@@ -81,12 +84,14 @@ class CacheInfo:
     tiles: dict | None = None
     codes: list[list[float]] | None = None
     guides: GuideCounts = GuideCounts()
+    low: bool = False
 
     def header(self) -> dict:
         """Return what `cache.json` says of it, as JSON values."""
         values = asdict(self) | {"factors": list(self.factors), "format": FORMAT}
         values["guides"] = values["guides"] if self.guides else None
-        return {name: value for name, value in values.items() if name not in ("tiles", "codes", "guides") or value}
+        optional = ("tiles", "codes", "guides", "low")
+        return {name: value for name, value in values.items() if name not in optional or value}
 
     @staticmethod
     def of(header: Mapping) -> "CacheInfo":
@@ -95,9 +100,8 @@ class CacheInfo:
             name: header.get(name) for name in ("fingerprint", "data", "latent_channels", "tiles", "codes")
         }
         text = header["text"] and TextInfo(**header["text"])
-        return CacheInfo(
-            **kept, factors=tuple(header["factors"]), text=text, guides=GuideCounts(**header.get("guides", {}))
-        )
+        guides, low = GuideCounts(**header.get("guides", {})), header.get("low", False)
+        return CacheInfo(**kept, factors=tuple(header["factors"]), text=text, guides=guides, low=low)
 
     def to_indices(self, latent_thwC: np.ndarray) -> np.ndarray:
         """Return the indices (t, h, w) of the codes nearest to a discrete latent."""
@@ -121,7 +125,8 @@ def start_cache(out: str | Path, info: CacheInfo, count: int, layout: dict | Non
 
     layout: all that decides which clips are in which part.
     """
-    files = {LATENTS: FLOATS} | ({TEXT: FLOATS} if info.text else {}) | ({GUIDES: FLOATS} if info.guides else {})
+    kept = {LATENTS: True, TEXT: info.text, GUIDES: info.guides, LOW: info.low}
+    files = {name: FLOATS for name, there in kept.items() if there}
     columns = COLUMNS | ({"guide_frames": "int32[]"} if info.guides else {})
     return start(out, Kind(files, columns, "cache.json"), info.header() | {"layout": layout}, count)
 
@@ -140,18 +145,20 @@ def add_latent(
     latent: np.ndarray,
     texts: Sequence[np.ndarray] = (),
     guides: GuideLatents = GuideLatents((), ()),
+    low: np.ndarray | None = None,
 ) -> None:
     """Append a clip to a part of a cache.
 
     row: of the dataset; the columns `COPIED` are kept. latent (t, h, w, C): kept as float16. texts: an embedding (m, E)
-    of each caption, where the cache has a text encoder. guides: where the cache has some. UserError if values are not
-    finite or C is another one.
+    of each caption, where the cache has a text encoder. guides, low: where the cache has such. UserError if values are
+    not finite or C is another one.
     """
     if latent.ndim != 4 or latent.shape[-1] != info.latent_channels:
         raise UserError(f"clip {row['id']!r}: latent shape {latent.shape} is not (t, h, w, {info.latent_channels})")
-    if not all(np.isfinite(z).all() for z in (latent, *guides.latents)):
+    latents = [latent, *guides.latents, *([] if low is None else [low])]
+    if not all(np.isfinite(z).all() for z in latents):
         raise NotFinite(f"clip {row['id']!r}: its latent has values that are not finite")
-    stored = [info.to_indices(z) if info.codes else z.astype(np.float16) for z in (latent, *guides.latents)]
+    stored = [info.to_indices(z) if info.codes else z.astype(np.float16) for z in latents]
     if not all(np.isfinite(values).all() for values in stored):
         raise UserError(f"clip {row['id']!r}: its latent has values that float16 cannot hold")
     t, h, w, _ = latent.shape
@@ -161,7 +168,9 @@ def add_latent(
         records.append(b"".join(text.astype(np.float16).tobytes() for text in texts))
     if info.guides:
         kept |= {"guide_frames": list(guides.frames)}
-        records.append(b"".join(values.tobytes() for values in stored[1:]))
+        records.append(b"".join(values.tobytes() for values in stored[1 : 1 + len(guides.latents)]))
+    if info.low:
+        records.append(stored[-1].tobytes())
     writer.add(kept | {"text_tokens": [len(text) for text in texts]}, *records)
 
 
@@ -182,8 +191,8 @@ class LatentCache(ClipStore):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.info = CacheInfo.of(self.header)
-        self._latents, self._texts, self._guides = (
-            ShardReader(self.path, prefix, self.header["parts"]) for prefix in (LATENTS, TEXT, GUIDES)
+        self._latents, self._texts, self._guides, self._low = (
+            ShardReader(self.path, prefix, self.header["parts"]) for prefix in (LATENTS, TEXT, GUIDES, LOW)
         )
 
     @cached_property
@@ -198,9 +207,19 @@ class LatentCache(ClipStore):
 
     __getitem__ = item
 
-    def _values(self, shards: ShardReader, index: int) -> np.ndarray:
-        """Return the latent frames (n, h, w, C) in the record of a clip."""
-        data, sides = self._read(shards, index), self.grids[index][1:]
+    def low(self, index: int) -> np.ndarray:
+        """Return the latent (t, h / 2, w / 2, C) of a clip at half its height and width; UserError without such."""
+        self.check_low()
+        return self._values(self._low, index, 2)
+
+    def check_low(self) -> None:
+        """Raise UserError unless the cache has its clips at half their height and width, too."""
+        again = "make it again with `sora-jax data encode ... --low`"
+        check(self.info.low, f"the latent cache {self.path} has no low resolution, which the model reads: {again}")
+
+    def _values(self, shards: ShardReader, index: int, scale: int = 1) -> np.ndarray:
+        """Return the latent frames (n, h, w, C) in the record of a clip, whose sides are those of the clip / scale."""
+        data, sides = self._read(shards, index), self.grids[index][1:] // scale
         if self.info.codes:
             return self.info.from_indices(np.frombuffer(data, np.uint32).reshape(-1, *sides))
         return np.frombuffer(data, np.float16).reshape(-1, *sides, self.info.latent_channels)
