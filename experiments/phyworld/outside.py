@@ -27,7 +27,10 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "predicts the velocity of the flow": ("", ["run.diffusion.prediction=velocity", "run.model.input_skip=True"]),
     "all noise levels": ("", ["run.diffusion.times.pure=0.0", "run.diffusion.times.distribution=uniform", *FEW]),
     "given frames a little noisy": ("", ["run.diffusion.given.noise=1.0"]),
-    "latents of an autoencoder": (":latent", []),
+    "latents of an autoencoder": (
+        ":latent",
+        ["run.model.patch=(3,{latents},{latents})", "autoencoder.crop=(4,{size},{size})"],
+    ),  # fmt: skip
     "frames of two sizes in a pack": ("", ["world.zooms=({larger},)"]),  # half as large again
     "balls that move both ways": ("", ["world.both_ways=True"]),  # not in a collision
 }
@@ -51,7 +54,8 @@ def main() -> None:
             continue
         folder = options.workdir / str(number)
         if not (folder / "result.json").exists():
-            changes = [change.format(larger=options.size * 3 // 2) for change in changes]
+            sizes = {"size": options.size, "larger": options.size * 3 // 2, "latents": options.size // 8}
+            changes = [change.format(**sizes) for change in changes]
             changes += [f"world.size={options.size}", f"world.scenario={options.scenario}"]
             learn(options.config + variant, changes, options.pflops * 1e15, folder)
         results[name] = found = json.loads(read_text(folder / "result.json"))
