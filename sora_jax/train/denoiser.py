@@ -164,9 +164,8 @@ class DenoiserRun(RunConfig):
             f"model.guides is False; diffusion.given.key_frames = {given.key_frames} and sketches = {given.sketches} "
             "need True",
         )
-        for name, says in (("guides", "model.guides"), ("low", "model.low_resolution")):
-            given = getattr(self.packing, name)
-            check(not given, f"packing.{name} is {given}; it must be left out, {says} says it")
+        check(guides or not self.packing.guides, "packing.guides is True; it must be left out, model.guides says it")
+        check(not self.packing.low, "packing.low is True; it must be left out, model.low_resolution says it")
         alone = self.packing.multiple == (1, 1)
         check(alone, f"packing.multiple is {self.packing.multiple}; it must be (1, 1), as model.name says it")
         check(
