@@ -8,8 +8,9 @@
 
 --scenario, --size and --level change the world of each. A token is 8 x 8 pixels of three frames, so that a token sees
 how its pixels move; `latent` and `collision` learn latents, and a token is three whole frames. The clip of 32 frames is
-continued by one, which is not measured: the given frames are a row of tokens, and ten rows follow.
-Settings tried, and results: experiments/phyworld/README.md.
+continued by one, which is not measured: the given frames are a row of tokens, and ten rows follow. Frames in latents
+have 32 pixels; another --size needs another --config.run.model.patch. Settings tried, and results:
+experiments/phyworld/README.md.
 """
 
 from sora_jax.benchmarks.phyworld import PhyworldBench

@@ -8,7 +8,7 @@
     sora-jax train --config=configs/walt.py:small_sr --workdir=runs/walt_sr --config.latents=data/sprites_low_latents
     sora-jax train --config=configs/walt.py:sr --workdir=runs/sr --config.latents=data/latents_256
     sora-jax train --config=configs/walt.py:sr2 --workdir=runs/sr2 --config.latents=data/latents_512
-    sora-jax sample --workdir=runs/t2v --prompt="a fox runs" --then=runs/sr,runs/sr2 --out=fox.mp4
+    sora-jax sample --workdir=runs/t2v --prompt="a fox" --height=128 --width=224 --then=runs/sr,runs/sr2 --out=a.mp4
 
     variant                    parameters  what it is
     configs/walt.py:L               313 M  UCF-101 by class, 17 frames of 128 x 128; the size of the paper's ablations
@@ -16,7 +16,7 @@
     configs/walt.py:k600            313 M  Kinetics-600: 12 frames that follow 5 given ones
     configs/walt.py:imagenet        459 M  ImageNet by class, 256 x 256, with a modulation of its own in each block
     configs/walt.py:t2v             3.1 B  text to video, 17 frames of 128 x 128, with images in the same packs
-    configs/walt.py:sr              1.3 B  clips of t2v to twice the size: 17 frames of 256 x 448
+    configs/walt.py:sr              1.3 B  clips of 17 frames of 128 x 224 to twice the size
     configs/walt.py:sr2             444 M  those of sr to twice the size: 17 frames of 512 x 896
     configs/walt.py:small           3.2 M  the sprites of configs/sprites.py, on two CPU cores
     configs/walt.py:small_sr        3.2 M  sprites of twice the size of given ones, on two CPU cores

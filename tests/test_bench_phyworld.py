@@ -157,6 +157,8 @@ def test_scenarios_sizes_and_mistakes_are_those_of_the_options(tmp_path, capsys)
     assert config.world.scenario == "collision" and len(config.kinds) == 7
     assert load(bench.default_config("collision")) == load(f"{CONFIG}:collision")
     assert load(bench.default_config("pendulum")) == load(bench.default_config()) == load(str(CONFIG))
+    assert config.autoencoder and config.run.model.head_hidden  # latents; those of pixels are drawn, not built
+    config = from_dict(PhyworldBench, load(f"{CONFIG}:parabola"))
     larger = dataclasses.replace(config, world=dataclasses.replace(config.world, size=2 * config.world.size))
     assert prepared(larger, Path("unused")).packing.length == 4 * prepared(config, Path("unused")).packing.length
     for words, sentence in (

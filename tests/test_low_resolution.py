@@ -359,7 +359,7 @@ def test_the_command_enlarges_a_clip_and_the_clips_of_another_run(chain, finishe
 
 MISTAKES = {
     "no video": ("low", [], "this run makes clips of those of half the size (model.low_resolution); give `sora-jax"),
-    "not read": ("base", ["--video=a.gif", "--upsample"], "--upsample is given; this run does not read a clip"),
+    "not read": ("base", ["--video=a.gif", "--upsample"], "a clip of half the size is given, by --upsample or --then"),
     "alone": ("low", ["--upsample"], "--upsample is given without --video"),
     "two tasks": ("low", ["--video=a.gif", "--upsample", "--strength=0.5"], "--video is given with --strength and"),
     "sides": ("low", ["--video=a.gif", "--upsample", "--height=20"], "height is 20; it must be a multiple of 8"),
@@ -369,7 +369,7 @@ MISTAKES = {
         ["--frames=99"],
         "this run makes clips of those of half the size (model.low_resolution); give `sora-jax",
     ),
-    "then itself": ("base", ["--then=BASE"], "which does not take the clips: --upsample is given; this run does not"),
+    "then itself": ("base", ["--then=BASE"], "which does not take the clips: a clip of half the size is given"),
     "then nothing": ("base", ["--then=nowhere"], "--then is 'nowhere'"),
     "then a task": ("base", ["--video=a.gif", "--extend=4", "--then=LOW"], "only --upsample goes with it"),
     "level": ("low", ["--sampling.low_noise=2"], "low_noise is 2.0; it must be from 0 (none) to 1"),

@@ -79,7 +79,7 @@ def main(config_file: str | None, changes: Sequence[str], world: dict[str, Any],
     changes = [*changes, *(f"world.{name}={value}" for name, value in world.items())]
     config = from_dict(PhyworldBench, load(config_file or default_config(world.get("scenario")), changes), "--config")
     folder = workdir / "denoiser"
-    check_same_world(config.world, folder)
+    check_same_world(config, folder)
     options = prepared(config, workdir)
     train(options, folder)
     result = report(config, options, folder, workdir)
@@ -98,10 +98,15 @@ def default_config(scenario: str | None = None) -> str:
     return str(package_config("phyworld.py")) + (f":{scenario}" if scenario in SCENARIOS else "")
 
 
-def check_same_world(world: PhyworldConfig, folder: Path) -> None:
-    """Raise a UserError if the run in the folder has learnt another world."""
-    drawn = read_run_config(folder).drawn if (folder / "config.json").exists() else None
-    for name, value in to_dict(world).items() if drawn else ():
+def check_same_world(config: PhyworldBench, folder: Path) -> None:
+    """Raise a UserError if the run in the folder has learnt another world, or other values than this config."""
+    if not (folder / "config.json").exists():
+        return
+    drawn, kinds = read_run_config(folder).drawn, ("pixels", "latents")
+    wanted, found = (kinds[bool(latents)] for latents in (config.autoencoder, drawn is None))
+    other = f"--workdir is {str(folder.parent)!r}; the run there learns {found} and this config {wanted}: take another"
+    check(wanted == found, other)
+    for name, value in to_dict(config.world).items() if drawn else ():
         have = to_dict(drawn)["world"].get(name, value)
         learnt = f"that run has learnt one with {have!r}; take another --workdir than {str(folder.parent)!r}"
         check(have == value, f"--config.world.{name} is {value!r}; {learnt}")
@@ -238,7 +243,8 @@ def early(config: PhyworldBench, folder: Path, workdir: Path, last: int, each: f
     names = [path.name for path in as_path(folder / "checkpoints").iterdir()] if config.curve else []
     for step in sorted(int(name) for name in names if name.isdigit() and int(name) < last):
         run = load_run(folder, checkpoint=step)
-        errors = measured(run, config.world, config.curve, place_of(workdir, step, "in"))
+        clips = min(config.curve, config.count)
+        errors = measured(run, config.world, clips, place_of(workdir, step, "in"))
         yield {"step": step, "flops": each * step, "in": summarise(errors.values()).published}
 
 

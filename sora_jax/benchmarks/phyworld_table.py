@@ -85,7 +85,7 @@ def draw_plot(scenario: str, result: Mapping[str, Any], out: Path) -> None:
             panel.plot([PUBLISHED_FLOPS[model]] * len(errors), errors, "o", color=f"C{number + 1}", label=label)
         curve = [(point["flops"], point[name]) for point in result["curve"] if point.get(name)]
         if curve:
-            clips = f", {result['curve_clips']} clips" if "curve_clips" in result else ""
+            clips = f", {result['curve_clips']} clips" if result.get("curve_clips") else ""
             panel.plot(*zip(*sorted(curve), strict=True), "-", color="C0", lw=1, label=f"this run on the way{clips}")
         panel.plot(result["flops"], result[name]["published"], "*", color="C0", ms=12, label="this run")
         if side == 0:

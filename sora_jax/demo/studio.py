@@ -41,6 +41,7 @@ from sora_jax.generate.progress import Progress
 from sora_jax.generate.recipe import enlarged_by
 from sora_jax.generate.requests import Size
 from sora_jax.generate.run import Run
+from sora_jax.models.denoiser import reads_low
 
 Parse = Callable[[list[str]], argparse.Namespace]  # of the words of a command line
 EXAMPLES = 6
@@ -68,6 +69,8 @@ class Studio:
     def __post_init__(self):
         text = self.run.config.model.text
         check(text, f"--workdir is {str(self.folder)!r}; that run reads no text, and the page is for runs that do")
+        alone = not reads_low(self.run.config.model)
+        check(alone, f"--workdir is {str(self.folder)!r}; that run makes clips of others of half the size")
         self.examples: list[Clip] = []
         self.ready = threading.Event()  # the examples are made
         self._turn, self._jobs = threading.Lock(), dict[str, threading.Event]()  # visitor -> what ends the clip

@@ -18,6 +18,7 @@ from sora_jax.evaluate.samples import KeptClips, sample_kept
 from sora_jax.files import as_path
 from sora_jax.generate.requests import Wanted, latent_size
 from sora_jax.generate.run import Run, autoencoder_folder, changed, load_run, read_run_config
+from sora_jax.models.denoiser import reads_low
 from sora_jax.train.checkpoint import NEWEST
 from sora_jax.train.denoiser import DenoiserRun, check_text, open_latents
 from sora_jax.train.exported import no_run, output_folder, run_folder
@@ -105,6 +106,8 @@ class Evaluation:
 
     def check_clips(self) -> None:
         """Raise a UserError unless the run takes the sizes of the chosen clips."""
+        own = "that run makes clips of those of half the size (model.low_resolution), and is not sampled here"
+        check(not reads_low(self.config.model), f"RUN is {str(self.folder)!r}; {own}")
         first_stage = autoencoder_config(autoencoder_folder(self.folder, None))
         for size in sorted(set(map(_size, self.chosen.rows))):
             latent_size(self.config, first_stage, size)

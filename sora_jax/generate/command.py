@@ -34,6 +34,7 @@ from sora_jax.generate.sampler import trunk_ratios
 from sora_jax.generate.skipping import choose_skipped, save_skipped
 from sora_jax.generate.tasks import Tasks
 from sora_jax.generate.vbench import export, read_list
+from sora_jax.models.denoiser import reads_low
 from sora_jax.models.tiling import tiling_warning
 from sora_jax.train.exported import run_folder
 from sora_jax.train.frozen import autoencoder_config
@@ -88,6 +89,7 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
         wanted = dataclasses.replace(wanted, tasks=[Tasks(run).upsample(clip) for clip in small])
         sampling = sampling_of(options, run.config)
         requests = run.plan(wanted, sampling)
+        print_lines(run.learnt.doubts(requests))
     _announce(run, requests, sampling)
     clips = run.stream(requests, sampling, options.seed, asked.tiles, wanted.tasks, progress, None)
     if wanted.classes:
@@ -270,6 +272,8 @@ def calibrate(options: argparse.Namespace) -> Path:
     owned = "what is found is kept in the run, so it must be a folder; `sora-jax export` makes one of a model"
     check(as_path(options.workdir).is_dir(), f"--workdir is {str(options.workdir)!r}; {owned}")
     sampling, preview = sampling_of(options, config), config.preview
+    alone = "that run makes clips of those of half the size (model.low_resolution), and is not calibrated"
+    check(not reads_low(config.model), f"--workdir is {str(options.workdir)!r}; {alone}")
     count = len(preview.prompts or preview.classes)
     check(count, f"--workdir is {str(options.workdir)!r}; its config has no preview.prompts to calibrate with")
     check(options.error > 0, f"--error is {options.error}; it must be positive")

@@ -145,7 +145,8 @@ def resolve(options: argparse.Namespace) -> Asked:
         command = [word for word in command if word != "--skip-steps"] + [f"--sampling.skipped={sampling.skipped}"]
     _check_long(options, config, sampling)
     stages = [run_folder(folder, "--then") for folder in options.then.split(",")] if options.then else []
-    files = [*task.files, *(stage / "config.json" for stage in stages)]
+    # What a run that enlarges has logged says whether it has been trained further.
+    files = [*task.files, *(stage / name for stage in stages for name in ("config.json", "metrics.jsonl"))]
     made_by = MadeBy(command, rows, digest_of(options.workdir), digests_of(files))
     learnt = Learnt(config, first_stage, load_tokenizer(config, options.workdir), read_seen(options.workdir))
     return Asked(options, config, first_stage, sampling, tiles, wanted, task, paths, made_by, learnt, stages)
@@ -174,6 +175,8 @@ def _check_tasks(options: argparse.Namespace, asked: TaskOptions, rows: Sequence
     alone = not asked or asked.upsample
     only = "of the options for clips only --upsample goes with it"
     check(alone or not options.then, f"--then is {options.then!r}; {only}")
+    both = options.then and options.skip_steps
+    check(not both, "--skip-steps is given with --then, whose runs have other steps; leave one of them out")
     sized = asked and any({"frames", "height", "width"} & set(row) for row in rows)
     check(not sized, "--prompts-file has sizes; with an option for clips the clips have theirs: leave the columns out")
 

@@ -54,8 +54,8 @@ def command_of(options: argparse.Namespace) -> list[str]:
         if name in FILES:
             several = value if isinstance(value, list) else [value]
             value = [_named(file) for file in several]
-        if name == "connect":
-            value = ",".join(str(as_path(file).absolute()) for file in value.split(","))
+        if name in ("connect", "then"):
+            value = ",".join(map(_named, value.split(",")))
         if value is True:
             words.append(flag)
         else:

@@ -151,8 +151,8 @@ def _check_low(config: DenoiserRun, given: bool) -> None:
     reads = reads_low(config.model)
     alone = "this run makes clips of those of half the size (model.low_resolution)"
     check(given or not reads, f"{alone}; give `sora-jax sample` one by --video=FILE --upsample")
-    unread = "this run does not read a clip of half the size (model.low_resolution)"
-    check(reads or not given, f"--upsample is given; {unread}")
+    unread = "this run does not read one (model.low_resolution)"
+    check(reads or not given, f"a clip of half the size is given, by --upsample or --then; {unread}")
 
 
 def check_replacement(sampling: SamplingConfig, known: Sequence[Known | None]) -> None:

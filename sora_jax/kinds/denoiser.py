@@ -143,7 +143,7 @@ def make_job(config: DenoiserRun, inputs: DenoiserInputs, workdir: Path) -> Job:
         mesh=looking,
     )
     preview = None
-    if config.preview.any:
+    if computed.preview.any:
         preview = denoiser_preview(lambda averages: make_run(params=averages[MODEL]), workdir, tasks)
     else:
         log("config.preview names no prompts or classes: no samples are shown while training")

@@ -1,5 +1,6 @@
 """Check what the configs of networks have in common."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -26,8 +27,9 @@ def check_network(config: Any, **words: Iterable[str]) -> None:
     Raises:
         UserError: names the field as it is typed, its value and what is allowed.
     """
-    for name in COUNTS:
-        value = getattr(config, name, 1)
+    own = {field.name for field in dataclasses.fields(config)}  # not what is computed of them, such as a head's width
+    for name in (name for name in COUNTS if name in own):
+        value = getattr(config, name)
         check(value > 0, f"model.{name} is {value}; it must be positive")
     for name in ("mlp_ratio", "position_theta"):
         value = getattr(config, name, 1.0)

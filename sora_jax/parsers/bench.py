@@ -76,6 +76,7 @@ def moving_mnist(options: argparse.Namespace) -> None:
 
     names = [field.name for field in dataclasses.fields(Options)]
     usual = {"sampled": min(Options.sampled, options.clips), "frechet": min(Options.frechet, options.clips)}
+    usual |= {"frechet": 0} if options.clips < 2 else {}
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     chosen = Options(**usual | given)
     main(options.config, options.changes, options.digits, options.workdir, chosen)

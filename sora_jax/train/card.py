@@ -143,8 +143,12 @@ def _denoiser_commands(name: str, config: Mapping, seen: Seen | None) -> Iterato
     size: Any = sizes[0] if sizes else seen and (seen.frames[1], seen.height[0], seen.width[0])
     shape = "--frames={} --height={} --width={}".format(*size) if size else ""
     out = "clip.png" if size and size[0] == 1 else "clip.mp4"
-    yield f"sora-jax sample --workdir={name} {what} {shape} --out={out}"
-    yield f"sora-jax evaluate {name} --data=DATASET"
+    if (config.get("model") or {}).get("low_resolution"):  # makes clips of others
+        yield f"sora-jax sample --workdir={name} {what} --video=FILE --upsample --out={out}"
+        yield f"sora-jax evaluate {name} --metrics=loss"
+    else:
+        yield f"sora-jax sample --workdir={name} {what} {shape} --out={out}"
+        yield f"sora-jax evaluate {name} --data=DATASET"
     yield f"sora-jax export {name} --out=FOLDER"
     yield f"sora-jax train --workdir={name}"
 
