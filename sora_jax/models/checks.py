@@ -11,18 +11,13 @@ from sora_jax.nn.positions import axis_widths
 from sora_jax.nn.remat import REMAT
 
 COUNTS = ("depth", "width", "heads", "latent_channels", "unroll", "blocks", "head_width")
-WORDS = {
-    "attention": ("auto", *BACKENDS),
-    "sequence": ("auto", *SEQUENCES),
-    "remat": tuple(REMAT),
-    "dtype": ("auto", "float32", "bfloat16"),
-}
+CHOICES = {"attention": BACKENDS, "sequence": SEQUENCES, "remat": REMAT, "dtype": ("float32", "bfloat16")}
 
 
 def check_network(config: Any, **words: Iterable[str]) -> None:
     """Check the fields that a network's config shares with others, those of them that it has.
 
-    words: what is allowed of fields of WORDS where it is not the same for all networks.
+    words: what is allowed of fields of CHOICES where it is not the same for all networks.
 
     Raises:
         UserError: names the field as it is typed, its value and what is allowed.
@@ -39,9 +34,10 @@ def check_network(config: Any, **words: Iterable[str]) -> None:
     for name in ("classes", "head_hidden"):
         value = getattr(config, name, 0)
         check(value >= 0, f"model.{name} is {value}; it must be 0 (none) or more")
-    for name, allowed in (WORDS | words).items():
+    for name, allowed in (CHOICES | words).items():
         if hasattr(config, name):
-            check_word(f"model.{name}", getattr(config, name), allowed)
+            automatic = () if name == "remat" else ("auto",)
+            check_word(f"model.{name}", getattr(config, name), (*automatic, *allowed))
 
 
 def check_positions(config: Any) -> None:
