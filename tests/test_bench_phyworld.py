@@ -126,6 +126,22 @@ def test_a_perfect_model_has_the_error_of_true_clips(scenario, tmp_path, monkeyp
     assert found == true and found.unbiased < 0.003
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--scenario=parabola"], "--config.world.scenario is 'parabola'; that run has learnt one with 'uniform'"),
+        (["--size=24"], "--config.world.size is 24; that run has learnt one with 16"),
+        ([f"--config={CONFIG}:latent"], "the run there learns pixels and this config latents"),
+    ],
+)
+def test_a_folder_with_another_world_is_refused(folder, capsys, words, sentence):
+    before = sorted(folder.rglob("*"))
+    assert call(folder, *words) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and "take another" in told
+    assert sorted(folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize("zooms", [(), (8,)])
 def test_packs_are_filled_by_whole_clips(zooms):
     config = from_dict(PhyworldBench, load(f"{CONFIG}:tiny", [f"world.zooms={zooms}", "run.batch=8"]))

@@ -342,7 +342,21 @@ def test_clips_become_twice_as_large_together_as_alone_and_as_they_are(model):
     assert np.abs(clean.astype(int) - one).max() > 2, "it has no noise"
 
 
-def test_the_command_enlarges_a_clip_and_the_clips_of_another_run(chain, finished, tmp_path):  # noqa: F811
+def test_other_commands_measure_it_or_say_why_not(chain, finished, capfd):  # noqa: F811
+    straight = finished[1]
+    assert run("evaluate", straight, "--metrics=loss", f"--out={straight.parent / 'measured'}") == 0
+    assert "held-out" in capfd.readouterr().out.lower()
+    assert run("evaluate", straight, f"--data={chain.dataset}", "--metrics=consistency") == 2
+    assert "that run makes clips of those of half the size" in capfd.readouterr().err
+    assert run("calibrate", f"--workdir={straight}") == 2
+    assert (
+        "makes clips of those of half the size (model.low_resolution), and is not calibrated" in capfd.readouterr().err
+    )
+    card = (straight / "README.md").read_text()
+    assert "--video=FILE --upsample" in card and "--metrics=loss" in card
+
+
+def test_the_command_enlarges_a_clip_and_the_clips_of_another_run(chain, finished, tmp_path, monkeypatch):  # noqa: F811
     write_video(tmp_path / "small.gif", CLIP, 8.0)
     common = [f"--prompt={PROMPT}", "--steps=2", "--upscale=1"]
     enlarge = [f"--workdir={finished[1]}", f"--video={tmp_path / 'small.gif'}", "--upsample"]
@@ -351,8 +365,10 @@ def test_the_command_enlarges_a_clip_and_the_clips_of_another_run(chain, finishe
     assert run("sample", *common, *enlarge, f"--then={finished[1]}", f"--out={tmp_path / 'two.gif'}") == 0
     assert decode(tmp_path / "two.gif").frames.shape == (9, 32, 64, 3)
     base = [f"--workdir={chain.transformer}", "--frames=5", "--height=16", "--width=8"]
-    assert run("sample", *common, *base, f"--then={finished[1]}", f"--out={tmp_path / 'three.gif'}") == 0
+    monkeypatch.chdir(finished[1].parent)
+    assert run("sample", *common, *base, f"--then={finished[1].name}", f"--out={tmp_path / 'three.gif'}") == 0
     assert decode(tmp_path / "three.gif").frames.shape == (5, 32, 16, 3)
+    monkeypatch.chdir(tmp_path)  # the recipe finds the runs from any folder
     assert run("sample", f"--like={tmp_path / 'three.gif'}", f"--out={tmp_path / 'again.gif'}") == 0
     np.testing.assert_array_equal(decode(tmp_path / "again.gif").frames, decode(tmp_path / "three.gif").frames)
 

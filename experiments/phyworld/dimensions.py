@@ -1,4 +1,4 @@
-"""What does a linear head of D channels lose of the tokens of a world, whatever it has learnt?
+"""Measure what a linear head of D channels loses of the tokens of a world, whatever it has learnt.
 
     python experiments/phyworld/dimensions.py --scenario=collision
 

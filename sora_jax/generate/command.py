@@ -65,7 +65,7 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     if windows:
         return _sample_long(asked, windows, load, progress)
     if asked.task:
-        _plan(asked, dataclasses.replace(wanted, tasks=[_placeholder(asked)]))
+        _plan(asked, dataclasses.replace(wanted, tasks=[_least_task(asked)]))
         inputs = read_inputs(asked.task, asked.size, asked.multiple, options.sized)
         run, fps = load(), fps or inputs.fps
         wanted = dataclasses.replace(wanted, tasks=[make_task(asked.task, inputs, run, asked.size)])
@@ -97,7 +97,7 @@ def make(asked: Asked, load: Callable[[], Run], progress: Progress | None = None
     return _write(asked, step, requests, ((number, iter([clip])) for number, clip in clips), fps)
 
 
-def _placeholder(asked: Asked) -> Task:
+def _least_task(asked: Asked) -> Task:
     """Return a task to be checked before the clips are read, of the least size: theirs is not known yet."""
     least = size_of(asked.first_stage, asked.config.model.patch)
     if not asked.task.upsample:
